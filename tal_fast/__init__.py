@@ -1,0 +1,1 @@
+"""Typicalness-Aware Learning, fast."""
