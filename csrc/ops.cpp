@@ -1,0 +1,36 @@
+// Schemas of the tal_fast operators. Their CPU kernels are in ops_cpu.cpp, the CUDA ones in queue_cuda.cu.
+//
+// A queue is a ring: `queue_mean`, `queue_std` (N,) in float32 or float64, and `cursor` (2,) int64 = [slot the next
+// entry goes to, number of entries], all on one device so that no step reads anything back to the host.
+#include <torch/library.h>
+
+#include <string>
+
+#include "kernels_cpu.h"
+
+TORCH_LIBRARY(tal_fast, m) {
+  m.def(
+      "push_(Tensor(a!) queue_mean, Tensor(b!) queue_std, Tensor(c!) cursor, Tensor mean, Tensor std, "
+      "Tensor? accepted=None) -> ()");
+  m.def("nearest(Tensor queue_mean, Tensor queue_std, Tensor cursor, Tensor mean, Tensor std) -> Tensor");
+  // -> mean, std, distance (B,) in the queue's dtype, and batch (6,) float64: see reference.batch_summary; the sums
+  // that need the logits are left 0.
+  m.def(
+      "statistics_distance(Tensor features, Tensor labels, Tensor queue_mean, Tensor queue_std, Tensor cursor, "
+      "int ignore_index) -> (Tensor, Tensor, Tensor, Tensor)");
+  // -> batch (6,) with the sums that variant `released` needs of all rows before the loss of any.
+  m.def(
+      "batch_sums(Tensor logits, Tensor labels, Tensor distance, Tensor batch, float confidence_threshold, "
+      "int ignore_index) -> Tensor");
+  // -> loss (), gradient (B, C) or empty, typicalness, weight, temperature (B,), right, accepted (B,) bool.
+  m.def(
+      "loss_forward(Tensor logits, Tensor labels, Tensor distance, Tensor batch, bool released, float t_min, "
+      "float t_max, float? t_wrong, float confidence_threshold, float label_smoothing, int ignore_index, bool warmup, "
+      "bool need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_isa() -> str", [] { return std::string(tal_fast::cpu_isa()); });
+#ifdef TAL_FAST_CUDA
+  m.def("built_with_cuda() -> bool", [] { return true; });
+#else
+  m.def("built_with_cuda() -> bool", [] { return false; });
+#endif
+}

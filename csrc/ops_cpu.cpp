@@ -1,0 +1,316 @@
+// CPU kernels of the tal_fast operators: checks, threads and dtypes around the row kernels of kernels_cpu.inc.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "kernels_cpu.h"
+#include "queue.h"
+
+namespace tal_fast {
+namespace {
+
+using at::Tensor;
+
+constexpr double kNormEps = 1e-7;
+constexpr double kRangeEps = 1e-8;
+
+template <typename F>
+void for_float_or_double(at::ScalarType type, F&& body) {
+  if (type == at::kDouble) {
+    body(double{});
+  } else {
+    body(float{});
+  }
+}
+
+at::ScalarType compute_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// The rows of a (B, C) tensor as float or double, whatever its dtype and strides: rows that already are contiguous
+// values of that type are used in place, others are converted one at a time.
+template <typename T>
+class Rows {
+ public:
+  explicit Rows(const Tensor& t)
+      : tensor_(t), direct_(t.scalar_type() == c10::CppTypeToScalarType<T>::value && (t.stride(1) == 1 || t.size(1) == 1)) {}
+
+  // `buffer` holds size(1) values and is used when the row cannot be.
+  const T* row(int64_t i, T* buffer) const {
+    if (direct_) return tensor_.const_data_ptr<T>() + i * tensor_.stride(0);
+    const int64_t n = tensor_.size(1), stride = tensor_.stride(1);
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tensor_.scalar_type(), "tal_fast", [&] {
+      const scalar_t* p = tensor_.const_data_ptr<scalar_t>() + i * tensor_.stride(0);
+      for (int64_t c = 0; c < n; ++c) buffer[c] = static_cast<T>(p[c * stride]);
+    });
+    return buffer;
+  }
+
+ private:
+  const Tensor& tensor_;
+  bool direct_;
+};
+
+// Rows per task such that a task is worth a thread: about 16,384 values, some 10 microseconds of work.
+int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, columns)); }
+
+void push_cpu(Tensor& queue_mean, Tensor& queue_std, Tensor& cursor, const Tensor& mean, const Tensor& std,
+              const std::optional<Tensor>& accepted) {
+  check_queue(queue_mean, queue_std, cursor);
+  check_entries(queue_mean, mean, std, accepted);
+  const Tensor m = mean.contiguous(), s = std.contiguous();
+  const Tensor keep = accepted ? accepted->contiguous() : Tensor();
+  const bool* kept = keep.defined() ? keep.const_data_ptr<bool>() : nullptr;
+  const int64_t capacity = queue_mean.numel();
+  int64_t* state = cursor.mutable_data_ptr<int64_t>();
+  for_float_or_double(queue_mean.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    T *qm = queue_mean.mutable_data_ptr<T>(), *qs = queue_std.mutable_data_ptr<T>();
+    const T *pm = m.const_data_ptr<T>(), *ps = s.const_data_ptr<T>();
+    for (int64_t b = 0; b < m.numel(); ++b) {
+      if ((kept && !kept[b]) || !std::isfinite(pm[b]) || !std::isfinite(ps[b])) continue;
+      qm[state[0]] = pm[b];
+      qs[state[0]] = ps[b];
+      state[0] = state[0] + 1 == capacity ? 0 : state[0] + 1;
+      state[1] = std::min(state[1] + 1, capacity);
+    }
+  });
+}
+
+// Squared distances are minimised per thread over a share of the queue, then over the threads: the minimum does not
+// depend on the order, so neither does the result on the number of threads.
+template <typename T>
+void nearest_into(const Tensor& queue_mean, const Tensor& queue_std, int64_t length, const T* m, const T* s,
+                  int64_t batch, T* distance) {
+  const T *qm = queue_mean.const_data_ptr<T>(), *qs = queue_std.const_data_ptr<T>();
+  const auto& kernels = cpu_kernels<T>();
+  // A task of 2^18 pairs takes about 30 microseconds.
+  const int64_t pairs = length * batch;
+  const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), pairs >> 18));
+  const int64_t share = (length + tasks - 1) / tasks;
+  std::vector<T> best(static_cast<size_t>(tasks * batch), std::numeric_limits<T>::infinity());
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      kernels.nearest_squared(qm, qs, t * share, std::min(length, (t + 1) * share), m, s, batch, &best[t * batch]);
+  });
+  for (int64_t b = 0; b < batch; ++b) {
+    T d = best[b];
+    for (int64_t t = 1; t < tasks; ++t) d = std::min(d, best[t * batch + b]);
+    distance[b] = std::sqrt(d);
+  }
+}
+
+Tensor nearest_cpu(const Tensor& queue_mean, const Tensor& queue_std, const Tensor& cursor, const Tensor& mean,
+                   const Tensor& std) {
+  check_queue(queue_mean, queue_std, cursor);
+  check_entries(queue_mean, mean, std, std::nullopt);
+  const Tensor m = mean.contiguous(), s = std.contiguous();
+  Tensor distance = at::empty(m.sizes(), m.options());
+  const int64_t length = cursor.const_data_ptr<int64_t>()[1];
+  for_float_or_double(queue_mean.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    nearest_into<T>(queue_mean, queue_std, length, m.const_data_ptr<T>(), s.const_data_ptr<T>(), m.numel(),
+                    distance.mutable_data_ptr<T>());
+  });
+  return distance;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> statistics_distance_cpu(const Tensor& features, const Tensor& labels,
+                                                                   const Tensor& queue_mean, const Tensor& queue_std,
+                                                                   const Tensor& cursor, int64_t ignore_index) {
+  check_queue(queue_mean, queue_std, cursor);
+  TORCH_CHECK_VALUE(features.dim() == 2 && features.size(1) >= 2, "features must be (B, D) with D >= 2, not ",
+                    features.sizes());
+  check_labels(features, labels);
+  const int64_t batch_size = features.size(0), width = features.size(1);
+  const auto options = queue_mean.options();
+  Tensor mean = at::empty({batch_size}, options), std = at::empty({batch_size}, options),
+         distance = at::empty({batch_size}, options);
+  Tensor batch = at::zeros({6}, options.dtype(at::kDouble));
+  const Tensor y = labels.contiguous();
+  const int64_t length = cursor.const_data_ptr<int64_t>()[1];
+
+  for_float_or_double(queue_mean.scalar_type(), [&](auto queue_zero) {
+    using Q = decltype(queue_zero);
+    Q *pm = mean.mutable_data_ptr<Q>(), *ps = std.mutable_data_ptr<Q>(), *pd = distance.mutable_data_ptr<Q>();
+    for_float_or_double(compute_type(features), [&](auto zero) {
+      using T = decltype(zero);
+      const Rows<T> rows(features);
+      const auto& kernels = cpu_kernels<T>();
+      at::parallel_for(0, batch_size, rows_per_task(width), [&](int64_t begin, int64_t end) {
+        std::vector<T> buffer(static_cast<size_t>(width));
+        for (int64_t b = begin; b < end; ++b) {
+          double m, s;
+          kernels.mean_std(rows.row(b, buffer.data()), width, &m, &s);
+          pm[b] = static_cast<Q>(m);
+          ps[b] = static_cast<Q>(s);
+        }
+      });
+    });
+    nearest_into<Q>(queue_mean, queue_std, length, pm, ps, batch_size, pd);
+
+    const int64_t* label = y.const_data_ptr<int64_t>();
+    double smallest = std::numeric_limits<double>::infinity(), largest = -smallest, valid = 0;
+    for (int64_t b = 0; b < batch_size; ++b) {
+      if (label[b] == ignore_index) continue;
+      valid += 1;
+      if (!std::isfinite(pd[b])) continue;
+      smallest = std::min<double>(smallest, pd[b]);
+      largest = std::max<double>(largest, pd[b]);
+    }
+    double* summary = batch.mutable_data_ptr<double>();
+    summary[0] = smallest;
+    summary[1] = largest;
+    summary[2] = valid;
+  });
+  return {mean, std, distance, batch};
+}
+
+template <typename T>
+bool is_accepted(const RowScan<T>& scan, bool right, double threshold) {
+  return right && scan.finite && scan.largest / (scan.norm + static_cast<T>(kNormEps)) > static_cast<T>(threshold);
+}
+
+void check_loss_inputs(const Tensor& logits, const Tensor& labels, const Tensor& distance, const Tensor& batch) {
+  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) >= 1, "logits must be (B, C) with C >= 1, not ",
+                    logits.sizes());
+  check_labels(logits, labels);
+  TORCH_CHECK_VALUE(distance.dim() == 1 && distance.size(0) == logits.size(0), "distance must be (B,) = (",
+                    logits.size(0), ",), not ", distance.sizes());
+  TORCH_CHECK_VALUE(batch.numel() == 6 && batch.scalar_type() == at::kDouble && batch.is_contiguous(),
+                    "batch must be 6 contiguous float64 values");
+}
+
+Tensor batch_sums_cpu(const Tensor& logits, const Tensor& labels, const Tensor& distance, const Tensor& batch,
+                      double confidence_threshold, int64_t ignore_index) {
+  check_loss_inputs(logits, labels, distance, batch);
+  const Tensor y = labels.contiguous(), d = distance.to(at::kDouble).contiguous();
+  const int64_t batch_size = logits.size(0), classes = logits.size(1);
+  const int64_t* label = y.const_data_ptr<int64_t>();
+  const double* pd = d.const_data_ptr<double>();
+  std::vector<char> right(batch_size), accepted(batch_size);
+  for_float_or_double(compute_type(logits), [&](auto zero) {
+    using T = decltype(zero);
+    const Rows<T> rows(logits);
+    const auto& kernels = cpu_kernels<T>();
+    at::parallel_for(0, batch_size, rows_per_task(classes), [&](int64_t begin, int64_t end) {
+      std::vector<T> buffer(static_cast<size_t>(classes));
+      for (int64_t b = begin; b < end; ++b) {
+        const RowScan<T> scan = kernels.scan_row(rows.row(b, buffer.data()), classes);
+        right[b] = scan.argmax == label[b];
+        accepted[b] = is_accepted(scan, right[b], confidence_threshold);
+      }
+    });
+  });
+  Tensor out = batch.clone();
+  double* sums = out.mutable_data_ptr<double>();
+  sums[3] = sums[4] = sums[5] = 0;
+  for (int64_t b = 0; b < batch_size; ++b) {
+    if (label[b] == ignore_index) continue;
+    sums[3] += accepted[b];
+    if (right[b] && std::isfinite(pd[b])) {
+      sums[5] += pd[b];
+    } else {
+      sums[4] += 1;
+    }
+  }
+  return out;
+}
+
+// Mean weight of the batch from its sums: see reference._mean_weight.
+double mean_weight(const double* batch, bool warmup) {
+  const double n_valid = batch[2], n_weighted = n_valid - batch[4];
+  if (warmup || batch[3] == n_valid || n_weighted <= 0) return 1;
+  return (batch[4] + n_weighted - (batch[5] - n_weighted * batch[0]) / (batch[1] - batch[0] + kRangeEps)) / n_valid;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward_cpu(
+    const Tensor& logits, const Tensor& labels, const Tensor& distance, const Tensor& batch, bool released,
+    double t_min, double t_max, std::optional<double> t_wrong, double confidence_threshold, double label_smoothing,
+    int64_t ignore_index, bool warmup, bool need_grad) {
+  check_loss_inputs(logits, labels, distance, batch);
+  const int64_t batch_size = logits.size(0), classes = logits.size(1);
+  const Tensor y = labels.contiguous();
+  const int64_t* label = y.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < batch_size; ++b)
+    TORCH_CHECK_VALUE(label[b] == ignore_index || (label[b] >= 0 && label[b] < classes), "label ", label[b],
+                      " in row ", b, " is outside [0, ", classes, "); give it a class or ignore_index = ",
+                      ignore_index);
+
+  const auto type = compute_type(logits);
+  const auto options = logits.options().dtype(type);
+  const auto flags = logits.options().dtype(at::kBool);
+  Tensor loss = at::empty({}, options), typicalness = at::empty({batch_size}, options),
+         weight = at::empty({batch_size}, options), temperature = at::empty({batch_size}, options),
+         right = at::empty({batch_size}, flags), accepted = at::empty({batch_size}, flags);
+  // Written in the compute type; bfloat16 logits get it rounded once at the end. For float16 it stays float32: small
+  // gradients would be lost before a gradient scaler multiplies them.
+  Tensor grad = need_grad ? at::empty({batch_size, classes}, options) : at::empty({0}, options);
+  const double* summary = batch.const_data_ptr<double>();
+  const double count = summary[2] > 0 ? summary[2] : 1;
+  const double w_bar = released ? mean_weight(summary, warmup) : 0;
+  const bool inactive = warmup || (released && summary[3] == summary[2]);
+
+  for_float_or_double(type, [&](auto zero) {
+    using T = decltype(zero);
+    const Rows<T> rows(logits);
+    const Tensor d = distance.to(type).contiguous();
+    const T* pd = d.const_data_ptr<T>();
+    T *tau = typicalness.mutable_data_ptr<T>(), *w = weight.mutable_data_ptr<T>(),
+      *temp = temperature.mutable_data_ptr<T>(), *g = need_grad ? grad.mutable_data_ptr<T>() : nullptr;
+    bool *hit = right.mutable_data_ptr<bool>(), *accept = accepted.mutable_data_ptr<bool>();
+    const T d_min = static_cast<T>(summary[0]), range = static_cast<T>(summary[1]) - d_min + static_cast<T>(kRangeEps);
+    const auto& kernels = cpu_kernels<T>();
+    std::vector<T> row_losses(static_cast<size_t>(batch_size));
+    at::parallel_for(0, batch_size, rows_per_task(classes), [&](int64_t begin, int64_t end) {
+      std::vector<T> buffer(static_cast<size_t>(classes)), work(static_cast<size_t>(row_work_size(classes)));
+      for (int64_t b = begin; b < end; ++b) {
+        T* row_grad = g ? g + b * classes : nullptr;
+        if (label[b] == ignore_index) {
+          tau[b] = 1, w[b] = 0, temp[b] = static_cast<T>(t_min), hit[b] = accept[b] = false, row_losses[b] = 0;
+          if (row_grad) std::fill_n(row_grad, classes, T(0));
+          continue;
+        }
+        const T* z = rows.row(b, buffer.data());
+        const RowScan<T> scan = kernels.scan_row(z, classes);
+        hit[b] = scan.argmax == label[b];
+        accept[b] = is_accepted(scan, hit[b], confidence_threshold);
+        tau[b] = inactive || !std::isfinite(pd[b]) ? T(1) : 1 - (pd[b] - d_min) / range;
+        w[b] = hit[b] ? tau[b] : T(1);
+        temp[b] = !hit[b] && t_wrong ? static_cast<T>(*t_wrong)
+                                     : static_cast<T>(t_min) + (1 - tau[b]) * static_cast<T>(t_max - t_min);
+        if (scan.finite) {
+          row_losses[b] = kernels.row_loss(z, classes, label[b], scan, temp[b], released ? static_cast<T>(w_bar) : w[b],
+                                           static_cast<T>(label_smoothing), static_cast<T>(kNormEps),
+                                           static_cast<T>(1 / count), work.data(), row_grad);
+        } else {
+          // Plain cross-entropy is not finite here either, or a logit is -inf and the direction is undefined.
+          row_losses[b] = std::numeric_limits<T>::quiet_NaN();
+          if (row_grad) std::fill_n(row_grad, classes, std::numeric_limits<T>::quiet_NaN());
+        }
+      }
+    });
+    double sum = 0;
+    for (const T row : row_losses) sum += row;
+    *loss.mutable_data_ptr<T>() = static_cast<T>(sum / count);
+  });
+  if (logits.scalar_type() == at::kBFloat16) grad = grad.to(at::kBFloat16);
+  return {loss, grad, typicalness, weight, temperature, right, accepted};
+}
+
+}  // namespace
+}  // namespace tal_fast
+
+TORCH_LIBRARY_IMPL(tal_fast, CPU, m) {
+  m.impl("push_", &tal_fast::push_cpu);
+  m.impl("nearest", &tal_fast::nearest_cpu);
+  m.impl("statistics_distance", &tal_fast::statistics_distance_cpu);
+  m.impl("batch_sums", &tal_fast::batch_sums_cpu);
+  m.impl("loss_forward", &tal_fast::loss_forward_cpu);
+}

@@ -1,0 +1,362 @@
+"""The three ways to compute TAL, behind one interface.
+
+=============  ==========================================================================  ==================
+``reference``  plain PyTorch: the definition                                               any device
+``native``     the C++ extension: everything on CPUs, the queue on GPUs                    CPU, CUDA
+``triton``     fused Triton kernels                                                        GPUs
+=============  ==========================================================================  ==================
+
+``auto`` takes ``triton`` on GPUs and ``native`` on CPUs, and ``reference`` where those are not to be had.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from tal_fast import _extension, reference
+from tal_fast.reference import TALStats
+
+if TYPE_CHECKING:
+    from tal_fast.queue import FeatureQueue
+
+NAMES = ("auto", "reference", "native", "triton")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What defines a TAL loss, apart from its queue; see ``TALLoss`` for each field."""
+
+    variant: str = "paper"
+    t_min: float = 10.0
+    t_max: float = 100.0
+    t_wrong: float | None = 20.0
+    confidence_threshold: float = 0.0
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.variant not in ("paper", "released"):
+            raise ValueError(f"variant is {self.variant!r}; use 'paper' or 'released'")
+        if not 0 < self.t_min <= self.t_max < float("inf"):
+            raise ValueError(
+                f"temperatures are t_min={self.t_min}, t_max={self.t_max}; they must satisfy 0 < t_min <= t_max"
+            )
+        if self.t_wrong is not None and not 0 < self.t_wrong < float("inf"):
+            raise ValueError(f"t_wrong is {self.t_wrong}; it must be positive, or None to keep typicalness's own")
+        if not -1 <= self.confidence_threshold <= 1:
+            raise ValueError(
+                f"confidence_threshold is {self.confidence_threshold}; a cosine lies in [-1, 1]"
+            )
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1]")
+
+
+class Backend(Protocol):
+    """One way to compute a step. Tensors are on one device; ``batch`` is ``reference.batch_summary``."""
+
+    name: str
+
+    def statistics_distance(
+        self, features: Tensor, labels: Tensor, queue: FeatureQueue, ignore_index: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """-> mean, std, distance (B,) and the summary, or as much of it as does not need the logits."""
+
+    def summary(
+        self, logits: Tensor, labels: Tensor, distance: Tensor, batch: Tensor | None, queue: FeatureQueue,
+        options: LossOptions,
+    ) -> Tensor:  # fmt: skip
+        """-> the whole summary."""
+
+    def loss(
+        self, logits: Tensor, labels: Tensor, distance: Tensor, batch: Tensor | None, queue: FeatureQueue,
+        options: LossOptions, warmup: bool,
+    ) -> tuple[Tensor, TALStats]:  # fmt: skip
+        """-> the mean loss, through which a gradient flows to the logits, and the per-sample statistics."""
+
+    def push(self, queue: FeatureQueue, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None: ...
+
+    def nearest(self, queue: FeatureQueue, mean: Tensor, std: Tensor) -> Tensor: ...
+
+
+class Reference:
+    """Plain PyTorch on any device, without waiting for it."""
+
+    name = "reference"
+
+    def statistics_distance(
+        self, features: Tensor, labels: Tensor, queue: FeatureQueue, ignore_index: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        mean, std = reference.feature_statistics(features, queue.dtype)
+        return mean, std, self.nearest(queue, mean, std), None
+
+    def summary(
+        self, logits: Tensor, labels: Tensor, distance: Tensor, batch: Tensor | None, queue: FeatureQueue,
+        options: LossOptions,
+    ) -> Tensor:  # fmt: skip
+        return reference.batch_summary(
+            logits,
+            labels,
+            distance,
+            confidence_threshold=options.confidence_threshold,
+            ignore_index=options.ignore_index,
+        )
+
+    def loss(
+        self, logits: Tensor, labels: Tensor, distance: Tensor, batch: Tensor | None, queue: FeatureQueue,
+        options: LossOptions, warmup: bool,
+    ) -> tuple[Tensor, TALStats]:  # fmt: skip
+        return reference.tal_loss(
+            logits,
+            labels,
+            distance,
+            variant=options.variant,
+            t_min=options.t_min,
+            t_max=options.t_max,
+            t_wrong=options.t_wrong,
+            confidence_threshold=options.confidence_threshold,
+            ignore_index=options.ignore_index,
+            label_smoothing=options.label_smoothing,
+            warmup=warmup,
+            batch=batch,
+        )
+
+    def push(self, queue: FeatureQueue, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None:
+        """Shapes must not depend on the data: kept rows are sorted to the front, and a fixed number of slots is
+        rewritten, those beyond the kept rows with what they held."""
+        rows, capacity = mean.numel(), queue.capacity
+        if rows == 0:
+            return
+        keep = mean.isfinite() & std.isfinite()
+        if accepted is not None:
+            keep = keep & accepted
+        order = torch.argsort(~keep, stable=True)
+        kept = keep.sum()
+        head, length = queue.cursor[0], queue.cursor[1]
+        skip = (kept - capacity).clamp(min=0)  # of more rows than slots, the oldest never get in
+        offset = torch.arange(min(rows, capacity), device=mean.device) + skip
+        source = order[offset.clamp(max=rows - 1)]
+        slots = (head + offset) % capacity
+        for ring, values in ((queue.mean_ring, mean), (queue.std_ring, std)):
+            ring[slots] = torch.where(offset < kept, values[source], ring[slots])
+        queue.cursor.copy_(torch.stack([(head + kept) % capacity, (length + kept).clamp(max=capacity)]))
+
+    def nearest(self, queue: FeatureQueue, mean: Tensor, std: Tensor) -> Tensor:
+        return reference.nearest_distance(mean, std, queue.mean_ring, queue.std_ring, queue.cursor[1])
+
+
+class Native:
+    """The C++ extension. On GPUs only the queue is in it; the loss is the reference's."""
+
+    name = "native"
+
+    def statistics_distance(
+        self, features: Tensor, labels: Tensor, queue: FeatureQueue, ignore_index: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        if features.device.type == "cpu":
+            return torch.ops.tal_fast.statistics_distance(
+                features.detach(), labels, queue.mean_ring, queue.std_ring, queue.cursor, ignore_index
+            )
+        mean, std = reference.feature_statistics(features, queue.dtype)
+        return mean, std, self.nearest(queue, mean, std), None
+
+    def summary(
+        self, logits: Tensor, labels: Tensor, distance: Tensor, batch: Tensor | None, queue: FeatureQueue,
+        options: LossOptions,
+    ) -> Tensor:  # fmt: skip
+        if batch is None:
+            return REFERENCE.summary(logits, labels, distance, batch, queue, options)
+        return torch.ops.tal_fast.batch_sums(
+            logits.detach(), labels, distance, batch, options.confidence_threshold, options.ignore_index
+        )
+
+    def loss(
+        self, logits: Tensor, labels: Tensor, distance: Tensor, batch: Tensor | None, queue: FeatureQueue,
+        options: LossOptions, warmup: bool,
+    ) -> tuple[Tensor, TALStats]:  # fmt: skip
+        if logits.device.type != "cpu":
+            return REFERENCE.loss(logits, labels, distance, batch, queue, options, warmup)
+        assert batch is not None
+        need_grad = logits.requires_grad and torch.is_grad_enabled()
+        loss, grad, *stats = torch.ops.tal_fast.loss_forward(
+            logits.detach(),
+            labels,
+            distance,
+            batch,
+            options.variant == "released",
+            options.t_min,
+            options.t_max,
+            options.t_wrong,
+            options.confidence_threshold,
+            options.label_smoothing,
+            options.ignore_index,
+            warmup,
+            need_grad,
+        )
+        return attach_gradient(logits, loss, grad, need_grad), TALStats(distance, *stats)
+
+    def push(self, queue: FeatureQueue, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None:
+        torch.ops.tal_fast.push_(queue.mean_ring, queue.std_ring, queue.cursor, mean, std, accepted)
+
+    def nearest(self, queue: FeatureQueue, mean: Tensor, std: Tensor) -> Tensor:
+        return torch.ops.tal_fast.nearest(queue.mean_ring, queue.std_ring, queue.cursor, mean, std)
+
+
+class Triton:
+    """Fused kernels on GPUs; on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1), to test them."""
+
+    name = "triton"
+
+    def statistics_distance(
+        self, features: Tensor, labels: Tensor, queue: FeatureQueue, ignore_index: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        from tal_fast import kernels
+
+        return kernels.statistics_distance(
+            features.detach(),
+            labels,
+            queue.mean_ring,
+            queue.std_ring,
+            queue.cursor,
+            queue.ticket,
+            ignore_index=ignore_index,
+        )
+
+    def summary(
+        self, logits: Tensor, labels: Tensor, distance: Tensor, batch: Tensor | None, queue: FeatureQueue,
+        options: LossOptions,
+    ) -> Tensor:  # fmt: skip
+        from tal_fast import kernels
+
+        assert batch is not None
+        kernels.batch_sums(
+            logits.detach(),
+            labels,
+            distance,
+            batch,
+            queue.ticket,
+            confidence_threshold=options.confidence_threshold,
+            ignore_index=options.ignore_index,
+        )
+        return batch
+
+    def loss(
+        self, logits: Tensor, labels: Tensor, distance: Tensor, batch: Tensor | None, queue: FeatureQueue,
+        options: LossOptions, warmup: bool,
+    ) -> tuple[Tensor, TALStats]:  # fmt: skip
+        from tal_fast import kernels
+
+        assert batch is not None
+        need_grad = logits.requires_grad and torch.is_grad_enabled()
+        loss, grad, *stats = kernels.loss_forward(
+            logits.detach(),
+            labels,
+            distance,
+            batch,
+            queue.ticket,
+            variant=options.variant,
+            t_min=options.t_min,
+            t_max=options.t_max,
+            t_wrong=options.t_wrong,
+            confidence_threshold=options.confidence_threshold,
+            label_smoothing=options.label_smoothing,
+            ignore_index=options.ignore_index,
+            warmup=warmup,
+            need_grad=need_grad,
+        )
+        return attach_gradient(logits, loss, grad, need_grad), TALStats(distance, *stats)
+
+    def push(self, queue: FeatureQueue, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None:
+        from tal_fast import kernels
+
+        kernels.push(queue.mean_ring, queue.std_ring, queue.cursor, mean, std, accepted)
+
+    def nearest(self, queue: FeatureQueue, mean: Tensor, std: Tensor) -> Tensor:
+        from tal_fast import kernels
+
+        return kernels.nearest(queue.mean_ring, queue.std_ring, queue.cursor, mean, std)
+
+
+class _AttachGradient(torch.autograd.Function):
+    """Gives a loss whose gradient the forward kernel has already computed its place in the autograd graph."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(grad)
+        ctx.logits_dtype = logits.dtype
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def,override]
+        (grad,) = ctx.saved_tensors
+        # Multiplied before the cast: under a gradient scaler a float16 product keeps what float16 factors lose.
+        return (grad * upstream.to(grad.dtype)).to(ctx.logits_dtype), None, None
+
+
+def attach_gradient(logits: Tensor, loss: Tensor, grad: Tensor, need_grad: bool) -> Tensor:
+    """The scalar ``loss`` with ``grad`` (B, C) as its gradient with respect to ``logits``, times the upstream one."""
+    return _AttachGradient.apply(logits, loss, grad) if need_grad else loss
+
+
+REFERENCE, NATIVE, TRITON = Reference(), Native(), Triton()
+
+
+def check_name(name: str) -> str:
+    """The name, if it is one of ``NAMES``; ValueError otherwise."""
+    if name not in NAMES:
+        raise ValueError(f"backend is {name!r}; use one of {', '.join(map(repr, NAMES))}")
+    return name
+
+
+def triton_problem(device: torch.device) -> str | None:
+    """Why the Triton kernels do not run on this device; None when they do."""
+    try:
+        from tal_fast import kernels
+    except ImportError as error:
+        return f"tal_fast.kernels cannot be imported ({error})"
+    usable, why = kernels.is_available(device)
+    return None if usable else why
+
+
+@cache
+def for_loss(name: str, device: torch.device) -> Backend:
+    """The backend that computes the loss on this device.
+
+    Raises:
+        ValueError: the backend asked for does not run there.
+    """
+    if name == "reference":
+        return REFERENCE
+    if name == "native":
+        return _native(device)
+    problem = triton_problem(device) if name == "triton" or device.type == "cuda" else "not a GPU"
+    if problem is None:
+        return TRITON
+    if name == "triton":
+        raise ValueError(f"backend 'triton' does not run on {device}: {problem}; use backend='auto'")
+    if device.type == "cpu" and _extension.load()[0]:
+        return NATIVE
+    _extension.warn_if_missing()
+    return REFERENCE
+
+
+@cache
+def for_queue(name: str, device: torch.device) -> Backend:
+    """The backend that pushes to and searches a queue used alone: as for the loss, but on GPUs the CUDA kernels
+    come before Triton's."""
+    if name == "auto" and _extension.available_for(device):
+        return NATIVE
+    return for_loss(name, device)
+
+
+def _native(device: torch.device) -> Backend:
+    usable, why = _extension.load()
+    if not usable:
+        raise ValueError(f"backend 'native' needs the C++ extension, which is {why}")
+    if not _extension.available_for(device):
+        raise ValueError(f"backend 'native' does not run on {device}; use backend='auto'")
+    return NATIVE

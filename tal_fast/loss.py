@@ -1,0 +1,198 @@
+"""The TAL loss as a module that keeps its queue."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tal_fast import backends, distributed
+from tal_fast.backends import LossOptions
+from tal_fast.queue import FeatureQueue
+from tal_fast.reference import TALStats
+
+CHECK_LABELS_ON_GPU = os.environ.get("TAL_FAST_DEBUG") == "1"
+"""Also check labels on GPUs, which makes every step wait for the device; on CPUs they always are checked."""
+
+
+class TALLoss(nn.Module):
+    """Typicalness-Aware Learning (Liu et al., NeurIPS 2024).
+
+    Cross-entropy on unit-length logits, scaled by a temperature that falls with how typical the sample's features are
+    of past well-classified samples, mixed with plain cross-entropy by the same typicalness. The confidence to use at
+    inference is the cosine score, ``tal_fast.scores.cosine``.
+
+    The queue of past samples is part of the state (``state_dict``) and is filled in training mode only. Nothing in a
+    step waits for a GPU. Works under autocast, ``torch.compile(fullgraph=True)``, DDP, deepcopy and pickle.
+
+    Args:
+        variant: ``"paper"`` weights each sample's two losses by its own typicalness; ``"released"`` averages both over
+            the batch first and weights them by the mean typicalness, as the authors' code does.
+        queue_size: past samples kept; 880,880 for ImageNet and 30,000 for CIFAR-100 in the authors' code.
+        t_min, t_max: temperature of the most and of the least typical sample of a batch; 0 < t_min <= t_max.
+        t_wrong: temperature of misclassified samples; None leaves them the temperature of their typicalness.
+        confidence_threshold: a rightly classified sample enters the queue when its cosine confidence exceeds this.
+        ignore_index: rows with this label have no loss and no part in any statistic.
+        label_smoothing: ε in [0, 1], in both cross-entropies.
+        queue_scope: ``"local"``: every rank of a distributed run has its own queue and batch statistics, as released;
+            ``"global"``: all ranks share one queue and act as one rank with the whole batch. Every rank then needs
+            the same number of rows (fill up with ``ignore_index``).
+        process_group: the ranks of ``"global"``; the default group when None.
+        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see ``tal_fast.backends``.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+
+    def __init__(
+        self,
+        variant: Literal["paper", "released"] = "paper",
+        queue_size: int = 20000,
+        t_min: float = 10.0,
+        t_max: float = 100.0,
+        t_wrong: float | None = 20.0,
+        confidence_threshold: float = 0.0,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        queue_scope: Literal["local", "global"] = "local",
+        process_group: dist.ProcessGroup | None = None,
+        backend: Literal["auto", "reference", "native", "triton"] = "auto",
+    ) -> None:
+        super().__init__()
+        self.options = LossOptions(
+            variant,
+            float(t_min),
+            float(t_max),
+            None if t_wrong is None else float(t_wrong),
+            float(confidence_threshold),
+            int(ignore_index),
+            float(label_smoothing),
+        )
+        if queue_scope not in ("local", "global"):
+            raise ValueError(f"queue_scope is {queue_scope!r}; use 'local' or 'global'")
+        self.queue_scope = queue_scope
+        self.process_group = process_group
+        self.backend = backends.check_name(backend)
+        self.queue = FeatureQueue(queue_size, backend=backend)
+
+    def extra_repr(self) -> str:
+        return f"{self.options}, queue_scope={self.queue_scope!r}, backend={self.backend!r}"
+
+    @overload
+    def forward(
+        self,
+        logits: Tensor,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        warmup: bool = ...,
+        push: bool = ...,
+        return_stats: Literal[False] = ...,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        logits: Tensor,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        warmup: bool = ...,
+        push: bool = ...,
+        return_stats: Literal[True],
+    ) -> tuple[Tensor, TALStats]: ...
+
+    def forward(
+        self,
+        logits: Tensor,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        warmup: bool = False,
+        push: bool = True,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, TALStats]:
+        """The mean loss of a batch.
+
+        Args:
+            logits: (B, C) float64, float32, bfloat16 or float16, C >= 1, any strides.
+            features: (B, D) floating point, D >= 2: the input of the last Linear layer. No gradient flows to it.
+            labels: (B,) int64 in [0, C), or ``ignore_index``.
+            warmup: typicalness is 1 for every sample while the queue fills (the first 5% of the epochs).
+            push: add the accepted samples to the queue afterwards; never done in ``eval()`` mode.
+            return_stats: also return the per-sample ``TALStats``.
+
+        Returns:
+            The loss, a scalar in float32 (float64 for float64 logits), or ``(loss, TALStats)``.
+
+        Raises:
+            ValueError: shapes that do not fit, D < 2, tensors on different devices, or (on the CPU, and on GPUs with
+                TAL_FAST_DEBUG=1) labels out of range.
+            TypeError: labels are not int64, or logits or features are not floating point.
+        """
+        check_inputs(logits, features, labels, self.options.ignore_index)
+        if self.queue.device != logits.device:
+            raise ValueError(
+                f"the queue is on {self.queue.device} but the logits are on {logits.device}; "
+                f"move the loss with .to({str(logits.device)!r})"
+            )
+        backend = backends.for_loss(self.backend, logits.device)
+        options = self.options
+        spread = self.queue_scope == "global" and distributed.is_distributed(self.process_group)
+
+        with torch.no_grad():
+            mean, std, distance, batch = backend.statistics_distance(
+                features, labels, self.queue, options.ignore_index
+            )
+            if spread or (options.variant == "released" and batch is not None):
+                batch = backend.summary(logits, labels, distance, batch, self.queue, options)
+            if spread:
+                batch = distributed.combine_summaries(batch, self.process_group)
+        loss, stats = backend.loss(logits, labels, distance, batch, self.queue, options, warmup)
+
+        if push and self.training:
+            with torch.no_grad():
+                accepted = stats.accepted
+                if spread:
+                    mean, std, accepted = distributed.gather_entries(mean, std, accepted, self.process_group)
+                backend.push(self.queue, mean, std, accepted)
+        return (loss, stats) if return_stats else loss
+
+
+def check_inputs(logits: Tensor, features: Tensor, labels: Tensor, ignore_index: int) -> None:
+    """Refuse what no backend could compute, before anything is computed or pushed; see ``TALLoss.forward``."""
+    if logits.dim() != 2 or logits.shape[1] < 1:
+        raise ValueError(f"logits are {tuple(logits.shape)} but must be (B, C) with C >= 1")
+    if features.dim() != 2 or features.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"features are {tuple(features.shape)} but must be (B, D) with B = {logits.shape[0]} as the logits"
+        )
+    if features.shape[1] < 2:
+        raise ValueError(
+            f"features have {features.shape[1]} dimension but need at least 2 for a standard deviation; "
+            "pass the input of the last Linear layer"
+        )
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(f"labels are {tuple(labels.shape)} but must be ({logits.shape[0]},) as the logits")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels are {labels.dtype} but must be torch.int64 class indices; use labels.long()")
+    for name, tensor in (("logits", logits), ("features", features)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} are {tensor.dtype} but must be floating point")
+    if not (logits.device == features.device == labels.device):
+        raise ValueError(
+            f"logits are on {logits.device}, features on {features.device} and labels on {labels.device}; "
+            "move them to one device"
+        )
+    if torch.compiler.is_compiling() or labels.numel() == 0:
+        return
+    if labels.device.type == "cpu" or CHECK_LABELS_ON_GPU:
+        outside = (labels != ignore_index) & ((labels < 0) | (labels >= logits.shape[1]))
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            raise ValueError(
+                f"label {int(labels[row])} in row {row} is outside [0, {logits.shape[1]}); "
+                f"give it a class or ignore_index = {ignore_index}"
+            )
