@@ -1,4 +1,4 @@
-"""Typicalness-Aware Learning (Liu et al., NeurIPS 2024) at no cost: classifiers whose confidence tells right from wrong.
+"""Typicalness-Aware Learning (Liu et al., NeurIPS 2024) at no cost: confidence that tells right from wrong.
 
 ``TALLoss`` is the loss, ``FeatureQueue`` its queue of past samples, ``tal_fast.functional`` the loss for those who keep
 their own; ``tal_fast.reference`` defines all of it in plain PyTorch. ``python -m tal_fast.train`` trains,

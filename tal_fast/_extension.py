@@ -46,9 +46,7 @@ def warn_if_missing() -> None:
     """One warning per process when everything runs on plain PyTorch because the extension is missing."""
     usable, why = load()
     if not usable:
-        warnings.warn(
-            f"tal_fast's C++ extension is {why}. Running on plain PyTorch: exact, but slower.", stacklevel=3
-        )
+        warnings.warn(f"tal_fast's C++ extension is {why}. Running on plain PyTorch: exact, but slower.", stacklevel=3)
 
 
 def _register_fakes() -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tal_fast import _extension, reference
 from tal_fast.reference import TALStats
@@ -49,9 +50,7 @@ class LossOptions:
         if self.t_wrong is not None and not 0 < self.t_wrong < float("inf"):
             raise ValueError(f"t_wrong is {self.t_wrong}; it must be positive, or None to keep typicalness's own")
         if not -1 <= self.confidence_threshold <= 1:
-            raise ValueError(
-                f"confidence_threshold is {self.confidence_threshold}; a cosine lies in [-1, 1]"
-            )
+            raise ValueError(f"confidence_threshold is {self.confidence_threshold}; a cosine lies in [-1, 1]")
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1]")
 
@@ -285,13 +284,14 @@ class _AttachGradient(torch.autograd.Function):
     """Gives a loss whose gradient the forward kernel has already computed its place in the autograd graph."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
         ctx.save_for_backward(grad)
         ctx.logits_dtype = logits.dtype
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def,override]
+    @once_differentiable  # the gradient is a constant here: a second derivative would silently miss terms
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
         # Multiplied before the cast: under a gradient scaler a float16 product keeps what float16 factors lose.
         return (grad * upstream.to(grad.dtype)).to(ctx.logits_dtype), None, None
@@ -302,7 +302,8 @@ def attach_gradient(logits: Tensor, loss: Tensor, grad: Tensor, need_grad: bool)
     return _AttachGradient.apply(logits, loss, grad) if need_grad else loss
 
 
-REFERENCE, NATIVE, TRITON = Reference(), Native(), Triton()
+REFERENCE = Reference()
+_BY_NAME: dict[str, Backend] = {b.name: b for b in (REFERENCE, Native(), Triton())}
 
 
 def check_name(name: str) -> str:
@@ -322,41 +323,49 @@ def triton_problem(device: torch.device) -> str | None:
     return None if usable else why
 
 
-@cache
 def for_loss(name: str, device: torch.device) -> Backend:
     """The backend that computes the loss on this device.
 
     Raises:
         ValueError: the backend asked for does not run there.
     """
-    if name == "reference":
-        return REFERENCE
-    if name == "native":
-        return _native(device)
-    problem = triton_problem(device) if name == "triton" or device.type == "cuda" else "not a GPU"
-    if problem is None:
-        return TRITON
-    if name == "triton":
-        raise ValueError(f"backend 'triton' does not run on {device}: {problem}; use backend='auto'")
-    if device.type == "cpu" and _extension.load()[0]:
-        return NATIVE
-    _extension.warn_if_missing()
-    return REFERENCE
+    return _BY_NAME[_name_for_loss(name, device)]
 
 
-@cache
 def for_queue(name: str, device: torch.device) -> Backend:
     """The backend that pushes to and searches a queue used alone: as for the loss, but on GPUs the CUDA kernels
     come before Triton's."""
-    if name == "auto" and _extension.available_for(device):
-        return NATIVE
-    return for_loss(name, device)
+    return _BY_NAME[_name_for_queue(name, device)]
 
 
-def _native(device: torch.device) -> Backend:
-    usable, why = _extension.load()
-    if not usable:
-        raise ValueError(f"backend 'native' needs the C++ extension, which is {why}")
-    if not _extension.available_for(device):
-        raise ValueError(f"backend 'native' does not run on {device}; use backend='auto'")
-    return NATIVE
+# torch.compile takes the choice as a constant: a name, since a constant object cannot be guarded.
+@torch.compiler.assume_constant_result
+def _name_for_loss(name: str, device: torch.device) -> str:
+    return _choose(name, device)
+
+
+@torch.compiler.assume_constant_result
+def _name_for_queue(name: str, device: torch.device) -> str:
+    return "native" if name == "auto" and _extension.available_for(device) else _choose(name, device)
+
+
+@cache
+def _choose(name: str, device: torch.device) -> str:
+    if name == "reference":
+        return "reference"
+    if name == "native":
+        usable, why = _extension.load()
+        if not usable:
+            raise ValueError(f"backend 'native' needs the C++ extension, which is {why}")
+        if not _extension.available_for(device):
+            raise ValueError(f"backend 'native' does not run on {device}; use backend='auto'")
+        return "native"
+    problem = triton_problem(device) if name == "triton" or device.type == "cuda" else "not a GPU"
+    if problem is None:
+        return "triton"
+    if name == "triton":
+        raise ValueError(f"backend 'triton' does not run on {device}: {problem}; use backend='auto'")
+    if device.type == "cpu" and _extension.load()[0]:
+        return "native"
+    _extension.warn_if_missing()
+    return "reference"

@@ -52,9 +52,7 @@ def tal_loss(
     Raises:
         ValueError, TypeError: as ``TALLoss``; also a queue whose tensors differ in shape or are not (N,).
     """
-    options = LossOptions(
-        variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing
-    )
+    options = LossOptions(variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing)
     check_inputs(logits, features, labels, ignore_index)
     if queue_mean.dim() != 1 or queue_mean.shape != queue_std.shape:
         raise ValueError(

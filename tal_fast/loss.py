@@ -143,12 +143,11 @@ class TALLoss(nn.Module):
         spread = self.queue_scope == "global" and distributed.is_distributed(self.process_group)
 
         with torch.no_grad():
-            mean, std, distance, batch = backend.statistics_distance(
-                features, labels, self.queue, options.ignore_index
-            )
+            mean, std, distance, batch = backend.statistics_distance(features, labels, self.queue, options.ignore_index)
             if spread or (options.variant == "released" and batch is not None):
                 batch = backend.summary(logits, labels, distance, batch, self.queue, options)
             if spread:
+                assert batch is not None
                 batch = distributed.combine_summaries(batch, self.process_group)
         loss, stats = backend.loss(logits, labels, distance, batch, self.queue, options, warmup)
 

@@ -224,9 +224,7 @@ def _valid_rows(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tens
     return torch.where(valid[:, None], logits.to(compute_dtype(logits)), 0.0), valid
 
 
-def _right_and_accepted(
-    z: Tensor, labels: Tensor, valid: Tensor, confidence_threshold: float
-) -> tuple[Tensor, Tensor]:
+def _right_and_accepted(z: Tensor, labels: Tensor, valid: Tensor, confidence_threshold: float) -> tuple[Tensor, Tensor]:
     z = z.detach()
     largest, prediction = z.max(dim=1)  # the first one on ties
     cosine = largest / (torch.linalg.vector_norm(z, dim=1) + NORM_EPS)
