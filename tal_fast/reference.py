@@ -70,8 +70,9 @@ def feature_statistics(features: Tensor, dtype: torch.dtype | None = None) -> tu
     """
     wide = features.detach().to(torch.float32 if features.device.type == "mps" else torch.float64)
     dtype = dtype or compute_dtype(features)
-    std, mean = torch.std_mean(wide, dim=1, correction=1)
-    return mean.to(dtype), std.to(dtype)
+    mean = wide.mean(dim=1, keepdim=True)
+    variance = (wide - mean).square().sum(dim=1) / (wide.shape[1] - 1)
+    return mean.squeeze(1).to(dtype), variance.sqrt().to(dtype)
 
 
 def nearest_distance(

@@ -1,0 +1,551 @@
+"""TALLoss on every backend: golden data, error bounds, rules, and life inside PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from support import CASES, exact, golden, options, random_batch, random_queue, relative, trace
+from torch import Tensor
+from torch.nn import functional as F
+
+from tal_fast import TALLoss, _extension, backends, functional
+from tal_fast.backends import triton_problem
+from tal_fast.loss import check_inputs
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NEEDS_EXTENSION = pytest.mark.skipif(not _extension.load()[0], reason=f"C++ extension: {_extension.load()[1]}")
+NEEDS_TRITON = pytest.mark.skipif(triton_problem(DEVICE) is not None, reason=f"Triton: {triton_problem(DEVICE)}")
+BACKENDS = [
+    "reference",
+    pytest.param("native", marks=NEEDS_EXTENSION),
+    pytest.param("triton", marks=NEEDS_TRITON),
+]
+VARIANTS = ["paper", "released"]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def device_of(backend: str) -> torch.device:
+    return DEVICE if backend == "triton" else torch.device("cpu")
+
+
+def run(backend: str, logits: Tensor, features: Tensor, labels: Tensor, queue: Any = None, **kwargs: Any):
+    """Loss, gradient and stats of one step, on the CPU."""
+    device = device_of(backend)
+    queue = queue if queue is not None else random_queue(500)
+    leaf = logits.detach().to(device).requires_grad_()
+    loss, stats = functional.tal_loss(
+        leaf, features.to(device), labels.to(device), *(q.to(device) for q in queue), backend=backend, **kwargs
+    )
+    (grad,) = torch.autograd.grad(loss, leaf)
+    return loss.detach().cpu(), grad.cpu(), type(stats)(*(s.cpu() for s in stats))
+
+
+# ---- Golden data ----------------------------------------------------------------------------------------------------
+
+
+@every_backend
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_golden_case(case: str, dtype: torch.dtype, variant: str, backend: str) -> None:
+    g = golden(case)
+    loss, grad, stats = run(
+        backend,
+        g["logits"].to(dtype),
+        g["features"].to(dtype),
+        g["labels"],
+        (g["queue_mean"].to(dtype), g["queue_std"].to(dtype)),
+        **options(g, variant),
+        warmup=bool(g["warmup"]),
+    )
+    assert relative(loss, g[f"{variant}/loss"]) <= (1e-12 if dtype == torch.float64 else 1e-5)
+    assert relative(grad, g[f"{variant}/grad"]) <= (1e-7 if dtype == torch.float64 else 1e-5)
+    assert torch.equal(stats.right, g["correct"])
+
+
+@every_backend
+@every_variant
+def test_golden_trace(variant: str, backend: str) -> None:
+    t, device = trace(), device_of(backend)
+    loss_fn = TALLoss(variant, queue_size=int(t["capacity"]), backend=backend).double().to(device)
+    for step in range(len(t["logits"])):
+        loss = loss_fn(
+            t["logits"][step].double().to(device),
+            t["features"][step].double().to(device),
+            t["labels"][step].to(device),
+            warmup=step < int(t["warmup_steps"]),
+        )
+        assert relative(loss.cpu(), t[f"loss_{variant}"][step]) <= 1e-12
+        assert len(loss_fn.queue) == int(t["queue_len"][step])
+    mean, std = loss_fn.queue.contents()
+    torch.testing.assert_close(mean.cpu(), t["queue_mean"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(std.cpu(), t["queue_std"], rtol=1e-12, atol=0)
+
+
+# ---- Error bounds ---------------------------------------------------------------------------------------------------
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+def check_bounds(backend: str, logits: Tensor, features: Tensor, labels: Tensor, **kwargs: Any) -> None:
+    """Loss and gradient, given the backend's own typicalness, are as near to float64 as eager PyTorch + tolerance."""
+    queue = random_queue(500)
+    tol = TOLERANCE[logits.dtype]
+    loss, grad, stats = run(backend, logits, features, labels, queue, **kwargs)
+    true_loss, true_grad = exact(logits, labels, stats.typicalness, **kwargs)
+    eager_loss, eager_grad, eager_stats = run("reference", logits, features, labels, queue, **kwargs)
+    eager_true = exact(logits, labels, eager_stats.typicalness, **kwargs)
+
+    assert loss.dtype == torch.float32
+    assert grad.dtype == logits.dtype
+    assert relative(loss, true_loss) <= relative(eager_loss, eager_true[0]) + tol
+    assert relative(grad, true_grad) <= relative(eager_grad, eager_true[1]) + tol
+    assert torch.equal(stats.right, eager_stats.right)
+    assert torch.equal(stats.accepted, eager_stats.accepted)
+    # Statistics in a few ulp of float64, the distance exact for them.
+    mean, std = functional.feature_statistics(features)
+    distance = functional.nearest_distance(mean, std, *queue)
+    torch.testing.assert_close(stats.distance, distance, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 10, 100, 1000, 1003, 21841])
+@pytest.mark.parametrize("rows", [1, 2, 33])
+@every_variant
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.usefixtures("poison")
+def test_bounds(backend: str, variant: str, rows: int, classes: int, dtype: torch.dtype) -> None:
+    if backend == "triton" and DEVICE.type == "cpu" and rows * classes > 40_000:
+        rows = 2  # the interpreter takes seconds a row; test_kernels.py has its own cases
+    logits, features, labels = random_batch(rows, classes, width=129)
+    check_bounds(backend, logits.to(dtype), features.to(dtype), labels, variant=variant)
+
+
+@every_variant
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.usefixtures("poison")
+def test_bounds_of_confident_rows(backend: str, dtype: torch.dtype, smoothing: float, variant: str) -> None:
+    logits, features, labels = random_batch(33, 100)
+    logits[torch.arange(33), labels] += 30
+    assert (logits.softmax(1).amax(1) > 0.999).all()
+    check_bounds(
+        backend, logits.to(dtype), features.to(dtype), labels, variant=variant, label_smoothing=smoothing, t_wrong=None
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_gradient_of_the_true_class_of_a_confident_row(backend: str) -> None:
+    # softmax - 1 in float32, as eager PyTorch has it, is 0 or a multiple of 6e-8 here; the truth is 1e-9 or so.
+    logits = torch.zeros(4, 10)
+    logits[:, 3] = torch.tensor([20.0, 22.0, 24.0, 26.0])
+    labels = torch.full((4,), 3)
+    features = torch.rand(4, 16)
+    queue = (torch.tensor([0.5]), torch.tensor([0.3]))
+    loss, grad, stats = run(backend, logits, features, labels, queue, t_min=30.0, t_max=60.0)
+    _, truth = exact(logits, labels, stats.typicalness, t_min=30.0, t_max=60.0)
+    assert relative(grad, truth) <= 1e-5
+    # atol: what the subtraction in the float64 truth itself leaves
+    torch.testing.assert_close(grad[:, 3].double(), truth[:, 3], rtol=1e-4, atol=1e-16)
+
+
+@every_backend
+@every_variant
+def test_rows_and_features_of_any_strides(backend: str, variant: str) -> None:
+    logits, features, labels = random_batch(12, 30)
+    queue = random_queue(50)
+    want = run(backend, logits, features, labels, queue, variant=variant)
+    wide = torch.randn(12, 60)
+    wide[:, ::2] = logits
+    for other in (logits.t().contiguous().t(), wide[:, ::2]):
+        got = run(
+            backend, other, features.t().contiguous().t(), labels.repeat_interleave(2)[::2], queue, variant=variant
+        )
+        assert relative(got[0], want[0]) <= 1e-6
+        assert relative(got[1], want[1]) <= 1e-6
+    row = torch.randn(1, 30)
+    expanded = run(backend, row.expand(5, 30), features[:5], labels[:5], queue, variant=variant)
+    copied = run(backend, row.repeat(5, 1), features[:5], labels[:5], queue, variant=variant)
+    assert relative(expanded[1], copied[1]) <= 1e-6
+
+
+# ---- Rules ----------------------------------------------------------------------------------------------------------
+
+
+@every_backend
+@every_variant
+@pytest.mark.parametrize("upstream", [0.0, -2.5, 65536.0])
+def test_upstream_gradient_is_used(backend: str, variant: str, upstream: float) -> None:
+    logits, features, labels = (t.to(device_of(backend)) for t in random_batch(9, 7))
+    queue = [q.to(logits.device) for q in random_queue(30)]
+    logits.requires_grad_()
+    loss, _ = functional.tal_loss(logits, features, labels, *queue, variant=variant, backend=backend)
+    (plain,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (scaled,) = torch.autograd.grad(loss, logits, torch.tensor(upstream, device=logits.device), retain_graph=True)
+    assert relative(scaled, plain * upstream) <= 1e-6
+    expanded = loss.expand(3).sum()  # a stride-0 upstream gradient
+    assert relative(torch.autograd.grad(expanded, logits)[0], plain * 3) <= 1e-6
+
+
+@every_backend
+def test_float16_gradient_survives_a_gradient_scaler(backend: str) -> None:
+    logits, features, labels = random_batch(64, 1000)
+    device = device_of(backend)
+    half = logits.half().to(device).requires_grad_()
+    queue = [q.to(device) for q in random_queue(30)]
+    loss, stats = functional.tal_loss(half, features.to(device), labels.to(device), *queue, backend=backend)
+    (grad,) = torch.autograd.grad(loss * 65536, half)
+    _, truth = exact(half.detach().cpu(), labels, stats.typicalness.cpu())
+    assert relative(grad.cpu().double() / 65536, truth) <= 1e-3
+    small = (truth.abs() < 3e-8) & (truth.abs() > 1e-9)  # float16 has nothing below 6e-8
+    assert small.any()
+    assert (grad.cpu()[small] != 0).all()
+
+
+@every_backend
+@every_variant
+@pytest.mark.usefixtures("poison")
+def test_ignored_rows_are_as_if_absent(backend: str, variant: str) -> None:
+    logits, features, labels = random_batch(30, 12)
+    queue = random_queue(40)
+    ignored = torch.zeros(30, dtype=torch.bool)
+    ignored[::4] = True
+    logits[0], features[4] = torch.nan, torch.nan  # both in ignored rows
+    features[8] = 1e6  # would be the farthest by far
+    marked = labels.masked_fill(ignored, -100)
+    loss, grad, stats = run(backend, logits, features, marked, queue, variant=variant)
+    want_loss, want_grad, want = run(
+        backend, logits[~ignored], features[~ignored], labels[~ignored], queue, variant=variant
+    )
+    assert relative(loss, want_loss) <= 1e-6
+    assert relative(grad[~ignored], want_grad) <= 1e-6
+    assert (grad[ignored] == 0).all()
+    torch.testing.assert_close(stats.typicalness[~ignored], want.typicalness)
+    assert not stats.right[ignored].any()
+    assert not stats.accepted[ignored].any()
+    assert (stats.weight[ignored] == 0).all()
+    assert (stats.typicalness[ignored] == 1).all()
+
+
+@every_backend
+@every_variant
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.usefixtures("poison")
+def test_no_valid_row(backend: str, variant: str, rows: int) -> None:
+    logits, features, _ = random_batch(rows, 5) if rows else (torch.empty(0, 5), torch.empty(0, 64), None)
+    labels = torch.full((rows,), -1)
+    loss_fn = TALLoss(variant, queue_size=10, ignore_index=-1, backend=backend).to(device_of(backend))
+    loss_fn.queue.push(*(q.to(device_of(backend)) for q in random_queue(4)))
+    leaf = logits.to(device_of(backend)).requires_grad_()
+    loss = loss_fn(leaf, features.to(leaf.device), labels.to(leaf.device))
+    loss.backward()
+    assert loss.item() == 0
+    assert leaf.grad.shape == logits.shape
+    assert (leaf.grad == 0).all()
+    assert len(loss_fn.queue) == 4
+
+
+@every_backend
+@every_variant
+def test_features_that_are_not_finite(backend: str, variant: str) -> None:
+    logits, features, labels = random_batch(20, 6)
+    labels = logits.argmax(1)
+    labels[0] = (labels[0] + 1) % 6
+    bad = torch.tensor([2, 5, 9])
+    features[2, 3], features[5, 0], features[9, 1] = torch.nan, torch.inf, -torch.inf
+    queue = random_queue(40)
+    _, _, stats = run(backend, logits, features, labels, queue, variant=variant)
+    good = torch.ones(20, dtype=torch.bool)
+    good[bad] = False
+    assert (stats.typicalness[bad] == 1).all()
+    assert not stats.distance[bad].isfinite().any()
+    d = stats.distance[good]
+    want = 1 - (d - d.min()) / (d.max() - d.min() + 1e-8)
+    torch.testing.assert_close(stats.typicalness[good], want, rtol=1e-5, atol=1e-6)
+
+    device = device_of(backend)
+    loss_fn = TALLoss(variant, queue_size=50, backend=backend).to(device)
+    loss_fn(logits.to(device), features.to(device), labels.to(device))
+    assert len(loss_fn.queue) == int((good & stats.accepted).sum())
+    assert loss_fn.queue.contents()[0].isfinite().all()
+
+
+@every_backend
+@every_variant
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite(backend: str, variant: str, value: float) -> None:
+    logits, features, labels = random_batch(10, 6)
+    labels = logits.argmax(1)
+    logits[4, (int(labels[4]) + 1) % 6] = value
+    loss, _, stats = run(backend, logits, features, labels, variant=variant, confidence_threshold=-1.0)
+    assert not loss.isfinite()
+    assert not stats.accepted[4]
+    assert stats.accepted[torch.arange(10) != 4].all()
+
+
+@every_backend
+def test_a_norm_that_overflows_is_still_finite_where_cross_entropy_is(backend: str) -> None:
+    logits, features, labels = random_batch(4, 6)
+    logits[1] *= 1e19
+    loss, grad, _ = run(backend, logits, features, labels)
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+
+
+@every_backend
+def test_zero_logits(backend: str) -> None:
+    _, features, labels = random_batch(4, 6)
+    logits = torch.zeros(4, 6)
+    loss, grad, stats = run(backend, logits, features, labels)
+    _, truth = exact(logits, labels, stats.typicalness)
+    assert relative(grad, truth) <= 1e-5
+    assert torch.equal(stats.right, labels == 0)  # ties go to the first class
+    assert not stats.accepted.any()  # cosine 0 does not exceed the threshold 0
+
+
+@every_backend
+def test_ties_go_to_the_first_class(backend: str) -> None:
+    logits = torch.randn(6, 40).clamp(max=1)
+    logits[:, [7, 23, 39]] = 2.5
+    labels = torch.tensor([7, 23, 39, 7, 7, 0])
+    _, _, stats = run(backend, logits, torch.rand(6, 9), labels)
+    assert stats.right.tolist() == [True, False, False, True, True, False]
+
+
+@every_backend
+def test_accepted_needs_the_threshold(backend: str) -> None:
+    logits, features, _ = random_batch(50, 10)
+    labels = logits.argmax(1)
+    cosine = logits.amax(1) / (logits.norm(dim=1) + 1e-7)
+    threshold = float(cosine.median()) + 1e-4
+    _, _, stats = run(backend, logits, features, labels, confidence_threshold=threshold)
+    assert torch.equal(stats.accepted, cosine > threshold)
+    assert 0 < int(stats.accepted.sum()) < 50
+
+
+@every_backend
+def test_released_is_inactive_when_all_are_accepted(backend: str) -> None:
+    logits, features, _ = random_batch(16, 10)
+    labels = logits.argmax(1)
+    _, _, released = run(backend, logits, features, labels, variant="released")
+    assert (released.typicalness == 1).all()
+    assert (released.temperature == 10).all()
+    _, _, paper = run(backend, logits, features, labels, variant="paper")
+    assert paper.typicalness.min() < 0.01
+    labels[3] = (labels[3] + 1) % 10
+    _, _, released = run(backend, logits, features, labels, variant="released")
+    assert released.typicalness.min() < 0.01
+
+
+@every_backend
+@every_variant
+def test_warmup_and_empty_queue_are_inactive(backend: str, variant: str) -> None:
+    logits, features, labels = random_batch(16, 10)
+    empty = torch.empty(0), torch.empty(0)
+    for queue, warmup in ((random_queue(20), True), (empty, False)):
+        loss, grad, stats = run(backend, logits, features, labels, queue, variant=variant, warmup=warmup)
+        true_loss, true_grad = exact(logits, labels, torch.ones(16), variant=variant)
+        assert (stats.typicalness == 1).all()
+        assert relative(loss, true_loss) <= 1e-5
+        assert relative(grad, true_grad) <= 1e-5
+
+
+@every_backend
+def test_one_row_is_typical(backend: str) -> None:
+    logits, features, labels = random_batch(1, 10)
+    _, _, stats = run(backend, logits, features, labels)
+    assert stats.typicalness.item() == 1
+
+
+# ---- Life inside PyTorch --------------------------------------------------------------------------------------------
+
+
+@every_backend
+def test_eval_and_push_false_leave_the_queue_alone(backend: str) -> None:
+    device = device_of(backend)
+    logits, features, _ = (t.to(device) for t in random_batch(8, 5))
+    labels = logits.argmax(1)
+    loss_fn = TALLoss(queue_size=100, backend=backend).to(device)
+    loss_fn(logits, features, labels, push=False)
+    loss_fn.eval()(logits, features, labels)
+    assert len(loss_fn.queue) == 0
+    loss_fn.train()(logits, features, labels)
+    assert len(loss_fn.queue) == 8
+
+
+@every_backend
+@every_variant
+def test_compiled_fullgraph_equals_eager(backend: str, variant: str) -> None:
+    torch._dynamo.reset()
+    device = device_of(backend)
+    eager = TALLoss(variant, queue_size=30, backend=backend).to(device)
+    inner = copy.deepcopy(eager)
+
+    def step(z: Tensor, f: Tensor, y: Tensor) -> Tensor:
+        return inner(z * 1.0, f, y)
+
+    compiled = torch.compile(step, fullgraph=True, backend="inductor" if variant == "paper" else "aot_eager")
+    for _ in range(4):
+        logits, features, labels = (t.to(device) for t in random_batch(16, 10))
+        a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        want, got = eager(a, features, labels), compiled(b, features, labels)
+        (want * 3).backward()
+        (got * 3).backward()
+        assert relative(got.cpu(), want.detach().cpu()) <= 1e-6
+        assert relative(b.grad.cpu(), a.grad.cpu()) <= 1e-5
+        assert inner.queue.cursor.tolist() == eager.queue.cursor.tolist()
+        torch.testing.assert_close(inner.queue.mean_ring, eager.queue.mean_ring)
+
+
+@every_backend
+def test_autocast(backend: str) -> None:
+    device = device_of(backend)
+    head = torch.nn.Linear(32, 10).to(device)
+    features = torch.rand(16, 32, device=device)
+    labels = torch.randint(10, (16,), device=device)
+    loss_fn = TALLoss(queue_size=100, backend=backend).to(device)
+    loss_fn.queue.push(*(q.to(device) for q in random_queue(50)))
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        logits = head(features)
+        loss = loss_fn(logits, features, labels)
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert head.weight.grad.isfinite().all()
+
+
+@every_backend
+def test_deepcopy_and_pickle_carry_the_queue(backend: str) -> None:
+    loss_fn = TALLoss("released", queue_size=7, backend=backend)
+    loss_fn.queue.push(*random_queue(12))
+    for twin in (copy.deepcopy(loss_fn), pickle.loads(pickle.dumps(loss_fn))):
+        assert torch.equal(twin.queue.contents()[0], loss_fn.queue.contents()[0])
+        assert twin.options == loss_fn.options
+        twin.queue.reset()
+        assert len(loss_fn.queue) == 7
+
+
+def test_double_backward_is_refused() -> None:
+    if not _extension.load()[0]:
+        pytest.skip(f"C++ extension: {_extension.load()[1]}")
+    logits, features, labels = random_batch(4, 5)
+    logits.requires_grad_()
+    loss, _ = functional.tal_loss(logits, features, labels, *random_queue(5), backend="native")
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+def test_no_gradient_is_computed_when_none_is_wanted() -> None:
+    logits, features, labels = random_batch(4, 5)
+    with torch.no_grad():
+        loss = TALLoss(queue_size=5)(logits.requires_grad_(), features, labels)
+    assert not loss.requires_grad
+
+
+# ---- Refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"variant": "typical"}, "variant is 'typical'"),
+        ({"t_min": 0.0}, "0 < t_min"),
+        ({"t_min": 20.0, "t_max": 10.0}, "0 < t_min <= t_max"),
+        ({"t_wrong": -1.0}, "t_wrong is -1.0"),
+        ({"queue_size": 0}, "capacity is 0"),
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
+        ({"confidence_threshold": 2.0}, "confidence_threshold is 2.0"),
+        ({"queue_scope": "world"}, "queue_scope is 'world'"),
+        ({"backend": "cuda"}, "backend is 'cuda'"),
+    ],
+)
+def test_bad_options(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TALLoss(**kwargs)
+
+
+@every_backend
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": torch.randn(4)}, ValueError, r"must be \(B, C\)"),
+        ({"logits": torch.randn(4, 0)}, ValueError, "C >= 1"),
+        ({"features": torch.rand(3, 8)}, ValueError, "features are"),
+        ({"features": torch.rand(4, 1)}, ValueError, "at least 2"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, "labels are"),
+        ({"labels": torch.zeros(4)}, TypeError, "labels are torch.float32"),
+        ({"labels": torch.tensor([0, 1, 5, 2])}, ValueError, "label 5 in row 2 is outside"),
+        ({"labels": torch.tensor([0, -1, 1, 2])}, ValueError, "label -1 in row 1 is outside"),
+        ({"logits": torch.zeros(4, 5, dtype=torch.int64)}, TypeError, "logits are torch.int64"),
+    ],
+)
+def test_bad_input_leaves_the_queue_alone(
+    backend: str, change: dict[str, Tensor], error: type[Exception], message: str
+) -> None:
+    given = {"logits": torch.randn(4, 5), "features": torch.rand(4, 8), "labels": torch.tensor([0, 1, 2, 3])}
+    loss_fn = TALLoss(queue_size=10, backend=backend)
+    with pytest.raises(error, match=message):
+        loss_fn(**{**given, **change})
+    assert len(loss_fn.queue) == 0
+
+
+def test_devices_that_differ_are_named() -> None:
+    with pytest.raises(ValueError, match="labels on meta"):
+        check_inputs(torch.randn(2, 3), torch.rand(2, 4), torch.zeros(2, dtype=torch.int64, device="meta"), -100)
+
+
+def test_without_the_extension_plain_pytorch_serves(tmp_path: Any) -> None:
+    """A fresh process with the extension switched off: one warning, the same loss."""
+    import subprocess
+    import sys
+
+    code = """
+import warnings, torch
+from tal_fast import TALLoss
+torch.manual_seed(0)
+z, f, y = torch.randn(8, 5), torch.rand(8, 6), torch.randint(5, (8,))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    loss_fn = TALLoss(queue_size=20)
+    losses = [float(loss_fn(z, f, y)) for _ in range(3)]
+ours = [str(w.message) for w in caught if "tal_fast" in str(w.message)]
+print(len(ours), *losses)
+assert "TAL_FAST_NO_EXTENSION" in ours[0]
+"""
+    env = {**os.environ, "TAL_FAST_NO_EXTENSION": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    count, *losses = done.stdout.split()
+    assert count == "1"
+    torch.manual_seed(0)
+    z, f, y = torch.randn(8, 5), torch.rand(8, 6), torch.randint(5, (8,))
+    loss_fn = TALLoss(queue_size=20)
+    want = [float(loss_fn(z, f, y)) for _ in range(3)]
+    assert [float(x) for x in losses] == pytest.approx(want, rel=1e-5)
+
+
+def test_cross_entropy_is_the_limit_of_weight_zero() -> None:
+    """With every sample untypical and right, TAL is plain cross-entropy, in value and gradient."""
+    logits, features, _ = random_batch(2, 9)
+    labels = logits.argmax(1)
+    mean, std = functional.feature_statistics(features)
+    queue = mean[:1], std[:1]  # row 0 is at distance 0, row 1 the farthest: weights 1 and 0
+    _, grad, stats = run("reference", logits, features, labels, queue)
+    assert stats.weight.tolist() == pytest.approx([1, 0], abs=1e-5)
+    z = logits.clone().requires_grad_()
+    F.cross_entropy(z[1:], labels[1:], reduction="sum").div(2).backward()
+    torch.testing.assert_close(grad[1], z.grad[1], rtol=1e-4, atol=1e-6)
+
+
+def test_backend_names_are_all_reachable() -> None:
+    assert set(backends.NAMES) == {"auto", "reference", "native", "triton"}
+    with pytest.raises(ValueError, match="does not run on"):
+        backends.for_loss("native" if _extension.load()[0] else "triton", torch.device("meta"))
