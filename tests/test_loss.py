@@ -149,7 +149,7 @@ def test_gradient_of_the_true_class_of_a_confident_row(backend: str) -> None:
     labels = torch.full((4,), 3)
     features = torch.rand(4, 16)
     queue = (torch.tensor([0.5]), torch.tensor([0.3]))
-    loss, grad, stats = run(backend, logits, features, labels, queue, t_min=30.0, t_max=60.0)
+    _loss, grad, stats = run(backend, logits, features, labels, queue, t_min=30.0, t_max=60.0)
     _, truth = exact(logits, labels, stats.typicalness, t_min=30.0, t_max=60.0)
     assert relative(grad, truth) <= 1e-5
     # atol: what the subtraction in the float64 truth itself leaves
@@ -303,7 +303,7 @@ def test_a_norm_that_overflows_is_still_finite_where_cross_entropy_is(backend: s
 def test_zero_logits(backend: str) -> None:
     _, features, labels = random_batch(4, 6)
     logits = torch.zeros(4, 6)
-    loss, grad, stats = run(backend, logits, features, labels)
+    _loss, grad, stats = run(backend, logits, features, labels)
     _, truth = exact(logits, labels, stats.typicalness)
     assert relative(grad, truth) <= 1e-5
     assert torch.equal(stats.right, labels == 0)  # ties go to the first class

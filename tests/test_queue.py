@@ -142,7 +142,8 @@ z.requires_grad_()
 loss, stats = loss_fn(z, f, y, return_stats=True)
 loss.backward()
 values = torch.cat([loss.detach().view(1), z.grad.flatten(), stats.distance, stats.typicalness])
-print(torch.ops.tal_fast.cpu_isa(), values.view(torch.int32).long().mul(torch.arange(1, values.numel() + 1)).sum().item())
+digest = values.view(torch.int32).long().mul(torch.arange(1, values.numel() + 1)).sum().item()
+print(torch.ops.tal_fast.cpu_isa(), digest)
 """
     results = {}
     for isa in ("base", "avx2", "avx512"):
