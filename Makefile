@@ -1,0 +1,57 @@
+# make demo   sets up .venv, trains CE and TAL on real digits, evaluates both and prints them side by side
+# make test   sets up .venv and runs the tests
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+comma := ,
+CONSTRAINTS ?= -c constraints.txt
+# DALI has wheels for Linux only; elsewhere the torch loader serves.
+EXTRAS := $(if $(filter Linux,$(shell uname -s)),dev$(comma)dali,dev)
+BIN := $(VENV)/bin
+RUNS ?= runs
+
+.PHONY: setup demo test lint kernels-check bench-smoke bench clean
+
+setup: $(VENV)/.ready
+
+# torch first: the extension is built against it, so the build must not be isolated from it.
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is older than Python 3.10; name another: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
+	$(BIN)/pip install --quiet $(CONSTRAINTS) "torch>=2.9" torchvision
+	$(BIN)/pip install --no-build-isolation $(CONSTRAINTS) -v -e ".[$(EXTRAS)]" > $(VENV)/install.log 2>&1 || { tail -n 30 $(VENV)/install.log; exit 1; }
+	@grep -h "tal-fast: " $(VENV)/install.log || true
+	$(BIN)/python -m tal_fast.info
+	touch $@
+
+demo: setup
+	$(BIN)/python -m tal_fast.train --config digits-ce --output $(RUNS)/digits-ce --resume auto
+	$(BIN)/python -m tal_fast.train --config digits-tal --output $(RUNS)/digits-tal --resume auto
+	$(BIN)/python -m tal_fast.evaluate --run $(RUNS)/digits-ce
+	$(BIN)/python -m tal_fast.evaluate --run $(RUNS)/digits-tal
+	$(BIN)/python -m tal_fast.compare $(RUNS)/digits-ce $(RUNS)/digits-tal
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	# mypy follows no editable install to kernels/, so it reads an installed copy
+	rm -rf build/typecheck
+	TAL_FAST_NO_EXTENSION=1 $(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
+	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml tal_fast
+
+kernels-check: setup
+	$(BIN)/python -m tal_fast.kernels.compile_check --quick
+
+bench-smoke: setup
+	$(BIN)/python -m bench.loss_step --smoke
+	PYTHON=$(BIN)/python OUT=build/bench bench/gpu.sh --smoke
+
+bench: setup
+	$(BIN)/python -m bench.loss_step --out bench/results/loss_step_cpu.json
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info tal_fast/_C*.so
