@@ -57,26 +57,31 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 def time_side_by_side(
-    functions: dict[str, Callable[[], object]], repeats: int, seconds: float
+    functions: dict[str, Callable[[], object]], repeats: int, seconds: float, block: int = 10
 ) -> dict[str, dict[str, float]]:
     """Time several functions in turns, so that a change of the machine's load meets all of them.
+
+    A turn is a block of consecutive runs, so that each is timed with its own caches and not with those that another,
+    perhaps a thousand times larger, has left behind.
 
     Args:
         functions: name -> what to run once.
         repeats: most runs of each.
-        seconds: most time spent on each, after which it is left out of further turns (but 5 runs are always made).
+        seconds: most time spent on each, after which it is left out of further turns (but one block is always made).
+        block: runs in a turn.
     """
     for run in functions.values():
         run()
         run()
     taken: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
+    for _ in range(max(1, repeats // block)):
         for name, run in functions.items():
-            if len(taken[name]) >= 5 and sum(taken[name]) > seconds:
+            if sum(taken[name]) > seconds:
                 continue
-            start = time.perf_counter()
-            run()
-            taken[name].append(time.perf_counter() - start)
+            for _ in range(min(block, repeats)):
+                start = time.perf_counter()
+                run()
+                taken[name].append(time.perf_counter() - start)
     return {name: percentiles(t) for name, t in taken.items()}
 
 
