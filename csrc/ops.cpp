@@ -1,23 +1,27 @@
 // Schemas of the tal_fast operators. Their CPU kernels are in ops_cpu.cpp, the CUDA ones in queue_cuda.cu.
 //
 // A queue is a ring: `queue_mean`, `queue_std` (N,) in float32 or float64, and `cursor` (2,) int64 = [slot the next
-// entry goes to, number of entries], all on one device so that no step reads anything back to the host.
+// entry goes to, number of entries], all on one device so that no step reads anything back to the host. On the CPU a
+// queue may have an `index` beside it (index.h), which push_ keeps up to date and the search uses if it is.
 #include <torch/library.h>
 
 #include <string>
 
 #include "kernels_cpu.h"
+#include "queue.h"
 
 TORCH_LIBRARY(tal_fast, m) {
   m.def(
       "push_(Tensor(a!) queue_mean, Tensor(b!) queue_std, Tensor(c!) cursor, Tensor mean, Tensor std, "
-      "Tensor? accepted=None) -> ()");
-  m.def("nearest(Tensor queue_mean, Tensor queue_std, Tensor cursor, Tensor mean, Tensor std) -> Tensor");
+      "Tensor? accepted=None, Tensor(d!)? index=None) -> ()");
+  m.def(
+      "nearest(Tensor queue_mean, Tensor queue_std, Tensor cursor, Tensor mean, Tensor std, Tensor? index=None) -> "
+      "Tensor");
   // -> mean, std, distance (B,) in the queue's dtype, and batch (6,) float64: see reference.batch_summary; the sums
   // that need the logits are left 0.
   m.def(
       "statistics_distance(Tensor features, Tensor labels, Tensor queue_mean, Tensor queue_std, Tensor cursor, "
-      "int ignore_index) -> (Tensor, Tensor, Tensor, Tensor)");
+      "int ignore_index, Tensor? index=None) -> (Tensor, Tensor, Tensor, Tensor)");
   // -> batch (6,) with the sums that variant `released` needs of all rows before the loss of any.
   m.def(
       "batch_sums(Tensor logits, Tensor labels, Tensor distance, Tensor batch, float confidence_threshold, "
@@ -27,6 +31,8 @@ TORCH_LIBRARY(tal_fast, m) {
       "loss_forward(Tensor logits, Tensor labels, Tensor distance, Tensor batch, bool released, float t_min, "
       "float t_max, float? t_wrong, float confidence_threshold, float label_smoothing, int ignore_index, bool warmup, "
       "bool need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Bytes of the `index` (uint8) of a queue on the CPU; 0 where brute force is as fast.
+  m.def("index_bytes(int capacity, bool double_precision) -> int", &tal_fast::index_bytes);
   m.def("cpu_isa() -> str", [] { return std::string(tal_fast::cpu_isa()); });
 #ifdef TAL_FAST_CUDA
   m.def("built_with_cuda() -> bool", [] { return true; });

@@ -7,6 +7,9 @@
 
 namespace tal_fast {
 
+// Bytes of the index of a queue on the CPU; 0 where it would not pay.
+int64_t index_bytes(int64_t capacity, bool double_precision);
+
 inline void check_queue(const at::Tensor& queue_mean, const at::Tensor& queue_std, const at::Tensor& cursor) {
   const auto type = queue_mean.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, "the queue must be float32 or float64, not ", type);

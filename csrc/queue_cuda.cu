@@ -115,9 +115,10 @@ __global__ void nearest_kernel(const T* __restrict__ queue_mean, const T* __rest
 }
 
 void push_cuda(Tensor& queue_mean, Tensor& queue_std, Tensor& cursor, const Tensor& mean, const Tensor& std,
-               const std::optional<Tensor>& accepted) {
+               const std::optional<Tensor>& accepted, const std::optional<Tensor>& index) {
   check_queue(queue_mean, queue_std, cursor);
   check_entries(queue_mean, mean, std, accepted);
+  TORCH_CHECK_VALUE(!index, "an index is for queues on the CPU");
   if (mean.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(queue_mean.device());
   const Tensor m = mean.contiguous(), s = std.contiguous();
@@ -132,9 +133,10 @@ void push_cuda(Tensor& queue_mean, Tensor& queue_std, Tensor& cursor, const Tens
 }
 
 Tensor nearest_cuda(const Tensor& queue_mean, const Tensor& queue_std, const Tensor& cursor, const Tensor& mean,
-                    const Tensor& std) {
+                    const Tensor& std, const std::optional<Tensor>& index) {
   check_queue(queue_mean, queue_std, cursor);
   check_entries(queue_mean, mean, std, std::nullopt);
+  TORCH_CHECK_VALUE(!index, "an index is for queues on the CPU");
   const c10::cuda::CUDAGuard guard(queue_mean.device());
   const Tensor m = mean.contiguous(), s = std.contiguous();
   Tensor squared = at::full(m.sizes(), std::numeric_limits<double>::infinity(), m.options());

@@ -60,11 +60,19 @@ def _register_fakes() -> None:
         mean: Tensor,
         std: Tensor,
         accepted: Tensor | None = None,
+        index: Tensor | None = None,
     ) -> None:
         return None
 
     @torch.library.register_fake("tal_fast::nearest")
-    def _(queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    def _(
+        queue_mean: Tensor,
+        queue_std: Tensor,
+        cursor: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        index: Tensor | None = None,
+    ) -> Tensor:
         return torch.empty_like(mean, memory_format=torch.contiguous_format)
 
     @torch.library.register_fake("tal_fast::statistics_distance")
@@ -75,6 +83,7 @@ def _register_fakes() -> None:
         queue_std: Tensor,
         cursor: Tensor,
         ignore_index: int,
+        index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean, std, distance = (queue_mean.new_empty(features.shape[:1]) for _ in range(3))
         return mean, std, distance, queue_mean.new_empty((6,), dtype=torch.float64)

@@ -158,7 +158,7 @@ class Native:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         if features.device.type == "cpu":
             return torch.ops.tal_fast.statistics_distance(
-                features.detach(), labels, queue.mean_ring, queue.std_ring, queue.cursor, ignore_index
+                features.detach(), labels, queue.mean_ring, queue.std_ring, queue.cursor, ignore_index, queue.index
             )
         mean, std = reference.feature_statistics(features, queue.dtype)
         return mean, std, self.nearest(queue, mean, std), None
@@ -199,10 +199,10 @@ class Native:
         return attach_gradient(logits, loss, grad, need_grad), TALStats(distance, *stats)
 
     def push(self, queue: FeatureQueue, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None:
-        torch.ops.tal_fast.push_(queue.mean_ring, queue.std_ring, queue.cursor, mean, std, accepted)
+        torch.ops.tal_fast.push_(queue.mean_ring, queue.std_ring, queue.cursor, mean, std, accepted, queue.index)
 
     def nearest(self, queue: FeatureQueue, mean: Tensor, std: Tensor) -> Tensor:
-        return torch.ops.tal_fast.nearest(queue.mean_ring, queue.std_ring, queue.cursor, mean, std)
+        return torch.ops.tal_fast.nearest(queue.mean_ring, queue.std_ring, queue.cursor, mean, std, queue.index)
 
 
 class Triton:

@@ -59,7 +59,7 @@ def tal_loss(
             f"queue_mean and queue_std must both be (N,), not {tuple(queue_mean.shape)} and {tuple(queue_std.shape)}"
         )
     size = queue_mean.numel()
-    queue = FeatureQueue(max(size, 1), dtype=queue_mean.dtype, device=logits.device)
+    queue = FeatureQueue(1, dtype=queue_mean.dtype, device=logits.device)
     if size:
         queue.mean_ring, queue.std_ring = queue_mean.detach().contiguous(), queue_std.detach().contiguous()
         queue.cursor[1] = size

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tal_fast import backends
+from tal_fast import _extension, backends
 
 _KEYS = ("mean", "std", "cursor")
 
@@ -16,7 +16,9 @@ _KEYS = ("mean", "std", "cursor")
 class FeatureQueue(nn.Module):
     """First-in-first-out queue of (mean, std) pairs (paper, section 3.1), searched for the nearest one.
 
-    A ring buffer on one device: pushing and searching never wait for a GPU. Memory is 8 bytes an entry in float32.
+    A ring buffer on one device: pushing and searching never wait for a GPU. Memory is 8 bytes an entry in float32; the
+    C++ extension keeps an index beside the rings of large queues on the CPU (about 24 bytes an entry more), so that a
+    search looks at some square root of the entries. Its result is brute force's, to the bit.
 
     The ring is state, not parameters or buffers: ``state_dict`` holds it and ``.to(device)`` moves it, but
     ``DistributedDataParallel`` does not see it, which would otherwise overwrite every rank's queue with rank 0's.
@@ -55,6 +57,7 @@ class FeatureQueue(nn.Module):
         self.cursor = torch.zeros(2, dtype=torch.int64, device=device)
         # Counts the programs of a Triton launch that have finished; 0 between launches.
         self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
+        self.index = self._new_index()
 
     @property
     def capacity(self) -> int:
@@ -128,6 +131,7 @@ class FeatureQueue(nn.Module):
     def reset(self) -> None:
         """Empty the queue."""
         self.cursor.zero_()
+        self._forget_index()
 
     def _entries(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         if mean.dim() != 1 or mean.shape != std.shape:
@@ -135,6 +139,18 @@ class FeatureQueue(nn.Module):
         if mean.device != self.device or std.device != self.device:
             raise ValueError(f"mean is on {mean.device}, std on {std.device} but the queue is on {self.device}")
         return mean.to(self.dtype), std.to(self.dtype)
+
+    def _new_index(self) -> Tensor | None:
+        """Memory for the extension's index; None where it has none. All zeros is an index of nothing."""
+        if self.device.type != "cpu" or self.backend not in ("auto", "native") or not _extension.load()[0]:
+            return None
+        size = torch.ops.tal_fast.index_bytes(self.capacity, self.dtype == torch.float64)
+        return torch.zeros(size, dtype=torch.uint8) if size else None
+
+    def _forget_index(self) -> None:
+        """To be called when the rings change by other means than ``push``; the next push builds the index anew."""
+        if self.index is not None:
+            self.index[:8] = 0
 
     # ---- State ------------------------------------------------------------------------------------------------
 
@@ -146,6 +162,7 @@ class FeatureQueue(nn.Module):
             setattr(self, name, new if new.dtype in (torch.float32, torch.float64) else old.to(new.device))
         self.cursor = fn(self.cursor)
         self.ticket = fn(self.ticket)
+        self.index = self._new_index()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -175,6 +192,7 @@ class FeatureQueue(nn.Module):
         if problem:
             error_msgs.append(f"the queue in {prefix or 'the state'} cannot be loaded: {problem}")
             return
+        self._forget_index()
         with torch.no_grad():
             if mean.numel() == self.capacity:
                 self.mean_ring.copy_(mean)

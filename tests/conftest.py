@@ -1,6 +1,8 @@
 """Without a GPU, Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
 
 import os
+import sys
+from pathlib import Path
 
 import torch
 
@@ -8,6 +10,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
+sys.path.append(str(Path(__file__).parents[1]))  # for `import bench`, which is not installed
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,11 +12,10 @@ import pytest
 import torch
 from support import CASES, golden, relative, trace
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from bench.harness import time_side_by_side
+from bench.list_queue import ListQueueTAL
 
-from bench.harness import time_side_by_side  # noqa: E402
-from bench.list_queue import ListQueueTAL  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -66,8 +66,8 @@ def test_wheel_works_in_a_clean_environment(artifacts: tuple[Path, Path], tmp_pa
     site = Path(run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
     (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
     run(
-        sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", "--ignore-installed",
-        str(artifacts[1]), cwd=tmp_path,
+        sys.executable, "-m", "pip", "--python", str(python), "install",
+        "--no-deps", "--no-index", "--ignore-installed", str(artifacts[1]), cwd=tmp_path,
     )  # fmt: skip
     code = """
 import tal_fast, torch

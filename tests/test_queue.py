@@ -13,6 +13,7 @@ import torch
 from support import random_queue
 from test_loss import DEVICE, every_backend
 
+from bench.harness import time_side_by_side
 from tal_fast import FeatureQueue, TALLoss, _extension, functional
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -289,3 +290,88 @@ def test_no_synchronisation_on_a_gpu() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(loss_fn.queue) > 0
+
+
+# ---- The index of large queues on the CPU ---------------------------------------------------------------------------
+
+NATIVE = pytest.mark.skipif(not _extension.load()[0], reason=f"C++ extension: {_extension.load()[1]}")
+
+DISTRIBUTIONS = {
+    "spread": lambda n, step: torch.rand(2, n),
+    "all equal": lambda n, step: torch.full((2, n), 0.3),
+    "collinear": lambda n, step: torch.rand(1, n).repeat(2, 1),
+    "one mean": lambda n, step: torch.stack([torch.full((n,), 0.5), torch.rand(n)]),
+    "drifting": lambda n, step: torch.rand(2, n) * 0.01 + step * 0.01,
+    "one far outlier": lambda n, step: torch.cat([torch.rand(2, n - 1), torch.full((2, 1), 1e15)], 1),
+    "drifting scale": lambda n, step: torch.randn(2, n) * 10.0 ** (step % 9 - 4),
+}
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("capacity", [4096, 5000])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_index_is_brute_force_to_the_bit(name: str, capacity: int, dtype: torch.dtype) -> None:
+    queue = FeatureQueue(capacity, dtype=dtype, backend="native")
+    assert queue.index is not None
+    for step in range(45):  # over three times round, at run lengths that never fit the index's own
+        points = DISTRIBUTIONS[name](int(torch.randint(2, 900, ())), step).to(dtype)
+        queue.push(*points)
+        m, s = torch.cat([DISTRIBUTIONS[name](6, step), torch.rand(2, 3)], 1).to(dtype)
+        assert torch.equal(queue.nearest(m, s), brute_force(m, s, *queue.contents()))
+
+
+@NATIVE
+def test_index_looks_at_few_entries() -> None:
+    """What it is for: the search must not cost brute force. Measured in this one run, at a queue of 400,000."""
+    queue = FeatureQueue(400_000, backend="native")
+    for _ in range(4):
+        queue.push(*random_queue(100_000))
+    m, s = random_queue(64)
+    ring = queue.mean_ring, queue.std_ring, queue.cursor
+    times = time_side_by_side(
+        {
+            "index": lambda: queue.nearest(m, s),
+            "brute force": lambda: torch.ops.tal_fast.nearest(*ring, m, s, None),
+        },
+        repeats=20,
+        seconds=5.0,
+    )
+    assert times["index"]["p20_ms"] < times["brute force"]["p20_ms"] / 5
+
+
+@NATIVE
+def test_index_follows_reset_loading_and_copies() -> None:
+    queue = FeatureQueue(4096, backend="native")
+    queue.push(*random_queue(5000))
+    state = copy.deepcopy(queue.state_dict())
+    other = FeatureQueue(4096, backend="native")
+    other.push(*(100 + q for q in random_queue(5000)))  # the same cursor, other contents
+    assert other.cursor.tolist() == queue.cursor.tolist()
+    other.load_state_dict(state)
+    m, s = random_queue(9)
+    for twin in (other, copy.deepcopy(queue), queue.double(), queue.float()):
+        for _ in range(2):
+            d = twin.nearest(m, s)
+            assert torch.equal(d, brute_force(m.to(d.dtype), s.to(d.dtype), *twin.contents()))
+            twin.push(*random_queue(700))
+    queue.reset()
+    assert queue.nearest(m, s).isposinf().all()
+    queue.push(*random_queue(2))
+    assert torch.equal(queue.nearest(m, s), brute_force(m, s, *queue.contents()))
+
+
+@NATIVE
+def test_index_passes_opcheck_and_is_checked() -> None:
+    ops = torch.ops.tal_fast
+    queue = FeatureQueue(4096, backend="native")
+    queue.push(*random_queue(5000))
+    ring = queue.mean_ring, queue.std_ring, queue.cursor
+    mean, std = random_queue(5)
+    torch.use_deterministic_algorithms(False)
+    torch.library.opcheck(ops.push_.default, (*(t.clone() for t in ring), mean, std, None, queue.index.clone()))
+    torch.library.opcheck(ops.nearest.default, (*ring, mean, std, queue.index))
+    with pytest.raises(ValueError, match="index must be"):
+        ops.nearest(*ring, mean, std, queue.index[:-1].clone())
+    assert FeatureQueue(100, backend="native").index is None
+    assert FeatureQueue(5000, backend="reference").index is None
