@@ -1,0 +1,123 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped, in one file.
+
+A file is there whole or not at all: it is written under another name, flushed to disk and renamed. The last two are
+kept, so that a damaged one costs one epoch. They hold tensors and plain values only and load with
+``torch.load(weights_only=True)``.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FORMAT = 1
+"""Of the files; raised when older code could not read them."""
+
+FOLDER, LAST, PREVIOUS, BEST = "checkpoints", "last.pt", "previous.pt", "best.pt"
+_KEYS = ("format", "config", "epoch", "step", "world_size", "model", "shape", "optimizer", "ranks", "best", "history")
+
+
+class Damaged(ValueError):
+    """A checkpoint that cannot be read."""
+
+
+def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
+    """Write a checkpoint; what was at ``path`` moves to ``previous``.
+
+    Whatever happens in between, ``path`` or ``previous`` is a whole checkpoint.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Raises:
+        Damaged: it is missing, incomplete, not a checkpoint, or of another format.
+    """
+    if not path.is_file():
+        raise Damaged(f"there is no checkpoint {path}")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged file can fail in any layer of unzipping and unpickling
+        raise Damaged(f"checkpoint {path} cannot be read ({type(error).__name__}); it is damaged or not one") from error
+    if not isinstance(content, dict) or "format" not in content:
+        raise Damaged(f"{path} is not a checkpoint of tal-fast")
+    if content["format"] != FORMAT:
+        raise Damaged(f"checkpoint {path} has format {content['format']} but this version reads {FORMAT}")
+    missing = [key for key in _KEYS if key not in content]
+    if missing:
+        raise Damaged(f"checkpoint {path} lacks {', '.join(missing)}")
+    return content
+
+
+def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
+    """The last checkpoint in ``folder`` that can be read, its path, and a sentence for each that cannot.
+
+    Raises:
+        Damaged: none can be read.
+    """
+    problems: list[str] = []
+    for name in (LAST, PREVIOUS):
+        try:
+            return load(folder / name), folder / name, problems
+        except Damaged as error:
+            problems.append(str(error))
+    raise Damaged("; ".join(problems))
+
+
+def exists(folder: Path) -> bool:
+    """Whether ``folder`` has a checkpoint to go on from."""
+    return any((folder / name).exists() for name in (LAST, PREVIOUS))
+
+
+def rng_state() -> dict[str, Any]:
+    """State of the random generators of Python, NumPy and PyTorch on the CPU and the current GPU."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one
+    return {
+        "python": [version, list(internal), gauss],
+        # As int64, for weights_only=True admits no NumPy array.
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what ``rng_state`` gave."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renames last through a loss of power."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

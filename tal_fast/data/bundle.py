@@ -1,0 +1,275 @@
+"""All splits of a data set behind one object: training, validation and out-of-distribution images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tal_fast.config import DataConfig
+from tal_fast.data import dali_loader, embedded, files
+from tal_fast.data.files import OOD_LABEL, ImageFiles
+from tal_fast.data.loaders import Loader, MemorySource, Source
+from tal_fast.data.plan import Augmentation, Plan
+from tal_fast.data.torch_loader import TorchSource
+
+FOLDER_IMAGE_SIZE = 224
+SYNTHETIC_IMAGE_SIZE = 32
+
+
+@dataclass(frozen=True)
+class MemoryImages:
+    """A split in memory.
+
+    Attributes:
+        pixels: (N, H, W, C) uint8.
+        labels: (N,) int64.
+    """
+
+    pixels: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(N, 2) int32 (height, width)."""
+        return np.broadcast_to(np.array(self.pixels.shape[1:3], np.int32), (len(self), 2))
+
+    def subset(self, indices: np.ndarray) -> MemoryImages:
+        """The images at ``indices``."""
+        return MemoryImages(self.pixels[indices], self.labels[indices])
+
+
+Split = ImageFiles | MemoryImages
+
+
+class DataBundle:
+    """The splits of a data set; make one with ``build_data``.
+
+    Attributes:
+        config: what it was made from.
+        class_names: a name for each label.
+        num_classes: their number.
+        ood_names: names of the out-of-distribution sets, which ``loader`` takes as splits.
+        image_size: side of the images, in pixels.
+        channels: 1 or 3.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        class_names: Sequence[str],
+        image_size: int,
+        train: Split,
+        val: Split,
+        ood: dict[str, Callable[[], Split]],
+    ) -> None:
+        self.config = config
+        self.class_names = tuple(class_names)
+        self.image_size = image_size
+        self._splits: dict[str, Split] = {"train": train, "train-eval": train, "val": val}
+        self._ood = ood
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        """Of the images: 1 or 3."""
+        return self.config.channels
+
+    @property
+    def ood_names(self) -> tuple[str, ...]:
+        """Names of the out-of-distribution sets."""
+        return tuple(self._ood)
+
+    @cached_property
+    def loader_name(self) -> str:
+        """What reads the images: ``memory``, ``dali`` or ``torch``."""
+        if isinstance(self._splits["train"], MemoryImages):
+            return "memory"
+        if self.config.loader == "auto":
+            return "dali" if dali_loader.available() else "torch"
+        return self.config.loader
+
+    def split(self, name: str) -> Split:
+        """The images of ``train``, ``train-eval``, ``val`` or one of ``ood_names``.
+
+        Raises:
+            ValueError: there is no such split.
+        """
+        if name not in self._splits:
+            if name not in self._ood:
+                raise ValueError(f"no split {name!r}; there are {', '.join([*self._splits, *self._ood])}")
+            self._splits[name] = self._ood[name]()
+        return self._splits[name]
+
+    def loader(
+        self,
+        split: str,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> Loader:
+        """Iterable over (images, labels, indices) of one rank.
+
+        Args:
+            split: ``train`` (shuffled and augmented anew each epoch; what does not fill a step of all ranks is left
+                out), ``train-eval`` (the same images in order, each once, not augmented), ``val`` or one of
+                ``ood_names`` (as ``train-eval``; labels are -1).
+            batch_size: images of a step on this rank.
+            rank, world_size: global rank and number of ranks; each rank gets its share.
+            seed: of the order and augmentation of ``train``.
+            device: where the images come out.
+
+        Returns:
+            A loader of images (B, C, S, S) float32, normalised; labels (B,) int64; indices (B,) int64, the image's
+            place in the split.
+
+        Raises:
+            ValueError: no such split, or a training step larger than the split; while iterating, a file that does
+                not decode, by its name.
+        """
+        images = self.split(split)
+        config, device = self.config, torch.device(device)
+        training = split == "train"
+        in_memory = isinstance(images, MemoryImages)
+        plan = Plan(
+            sizes=images.sizes,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            training=training,
+            seed=seed,
+            crop_fraction=config.crop_fraction,
+            augmentation=Augmentation(
+                crop_area=config.crop_area,
+                crop_ratio=config.crop_ratio,
+                flip=config.flip,
+                shift=config.shift if in_memory else 0,
+            ),
+        )
+        return Loader(self._source(images, plan, device), plan, images.labels, device)
+
+    def _source(self, images: Split, plan: Plan, device: torch.device) -> Source:
+        mean, std = self.config.normalization()
+        if isinstance(images, MemoryImages):
+            return MemorySource(plan, torch.from_numpy(images.pixels), self.image_size, mean, std, device)
+        kind: Any = dali_loader.DaliSource if self.loader_name == "dali" else TorchSource
+        return kind(plan, images, self.image_size, self.channels, mean, std, self.config.workers, device)
+
+
+def build_data(config: DataConfig) -> DataBundle:
+    """Find and check the images of a data set.
+
+    Reads the header of each image file once (the result is kept in the cache), so that a file that is no image is
+    named before training starts.
+
+    Raises:
+        ValueError: a missing or empty folder, a class that only validation has, a class without images, a file that
+            is no image, or an option that does not fit the data set.
+    """
+    config.check()
+    if config.loader == "dali" and not dali_loader.available():
+        raise ValueError(
+            "data.loader is 'dali' but DALI cannot be imported; install nvidia-dali-cuda130 or set data.loader to torch"
+        )
+    make = {"folder": _folder, "digits": _digits, "fashion-mnist": _fashion_mnist, "synthetic": _synthetic}
+    bundle = make[config.dataset](config)
+    if config.train_limit is not None:
+        train = bundle.split("train")
+        kept = np.sort(np.random.default_rng(0).permutation(len(train))[: config.train_limit])
+        bundle._splits["train"] = bundle._splits["train-eval"] = train.subset(kept)
+    return bundle
+
+
+def _folder(config: DataConfig) -> DataBundle:
+    if config.root is None:
+        raise ValueError("data.root is not set; name the folder that holds train/ and val/ with --data.root FOLDER")
+    if config.shift:
+        raise ValueError("data.shift is for in-memory data sets; set it to 0 and use data.crop_area for image files")
+    root = Path(config.root)
+    for split in ("train", "val"):
+        files.class_folders(root, split)
+    class_names = files.class_folders(root, "train")
+    train = files.read_split(root, "train", class_names)
+    val = files.read_split(root, "val", class_names)
+    ood = {name: files.read_flat(Path(path), name) for name, path in config.ood.items()}
+    return DataBundle(
+        config,
+        class_names,
+        config.image_size or FOLDER_IMAGE_SIZE,
+        train,
+        val,
+        {name: _constant(images) for name, images in ood.items()},
+    )
+
+
+def _constant(images: Split) -> Callable[[], Split]:
+    return lambda: images
+
+
+def _digits(config: DataConfig) -> DataBundle:
+    folder = embedded.digits_folder()
+    ood = {"photos": str(folder / "ood" / "photos"), **config.ood}
+    bundle = _folder(
+        dataclasses.replace(config, root=str(folder), ood=ood, image_size=config.image_size or 8),
+    )
+    bundle.config = config
+    return bundle
+
+
+def _fashion_mnist(config: DataConfig) -> DataBundle:
+    _refuse_crops(config)
+    splits = {
+        split: MemoryImages(_with_channels(images, config.channels), labels)
+        for split, (images, labels) in embedded.fashion_mnist(config.root).items()
+    }
+    unknown = [name for name in config.ood if name != "mnist"]
+    if unknown:
+        raise ValueError(f"data.ood {unknown[0]!r} is not an out-of-distribution set of fashion-mnist; it has 'mnist'")
+    root = config.ood.get("mnist")
+
+    def mnist() -> Split:
+        images = embedded.mnist(root)
+        return MemoryImages(_with_channels(images, config.channels), np.full(len(images), OOD_LABEL, np.int64))
+
+    ood: dict[str, Callable[[], Split]] = {"mnist": mnist} if embedded.mnist_available(root) else {}
+    return DataBundle(config, embedded.FASHION_CLASSES, config.image_size or 28, splits["train"], splits["val"], ood)
+
+
+def _synthetic(config: DataConfig) -> DataBundle:
+    _refuse_crops(config)
+    size, channels = config.image_size or SYNTHETIC_IMAGE_SIZE, config.channels
+    train, val = (MemoryImages(*embedded.synthetic(s, n, size, channels)) for s, n in (("train", 2000), ("val", 1000)))
+
+    def noise() -> Split:
+        return MemoryImages(embedded.synthetic_noise(1000, size, channels), np.full(1000, OOD_LABEL, np.int64))
+
+    return DataBundle(config, [f"bars-{c}" for c in range(10)], size, train, val, {"noise": noise})
+
+
+def _refuse_crops(config: DataConfig) -> None:
+    if config.crop_area is not None:
+        raise ValueError(
+            f"data.crop_area is for image files, {config.dataset} is in memory; set data.crop_area to null and use "
+            "data.shift"
+        )
+
+
+def _with_channels(images: np.ndarray, channels: int) -> np.ndarray:
+    """(N, H, W) uint8 to (N, H, W, channels)."""
+    return np.repeat(images[..., None], channels, axis=3)

@@ -1,0 +1,169 @@
+"""Image files on disk: finding them, checking each one's header before training starts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from tal_fast.data.cache import cache_dir, write_atomically
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+"""Endings, in any case, of the files that count as images; both loaders read all of them. Others are passed over."""
+
+OOD_LABEL = -1
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The images of one split; an image's index is its place here.
+
+    Attributes:
+        paths: N absolute paths.
+        labels: (N,) int64 classes, or ``OOD_LABEL``.
+        sizes: (N, 2) int32, (height, width) in pixels as stored, before any rotation that EXIF asks for.
+    """
+
+    paths: Sequence[str]
+    labels: np.ndarray
+    sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def subset(self, indices: np.ndarray) -> ImageFiles:
+        """The images at ``indices``."""
+        return ImageFiles([self.paths[i] for i in indices], self.labels[indices], self.sizes[indices])
+
+
+def class_folders(root: Path, split: str) -> list[str]:
+    """Names of the class folders of ``root/split``, sorted.
+
+    Raises:
+        ValueError: the folder is missing or has no class folder.
+    """
+    folder = root / split
+    if not root.is_dir():
+        raise ValueError(f"data.root {root} is not a folder; name one that holds train/ and val/")
+    if not folder.is_dir():
+        raise ValueError(f"{root} has no folder {split}/; it must hold train/ and val/ with one folder a class in each")
+    names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    if not names:
+        raise ValueError(f"{folder} is empty of class folders; put each class's images into a folder of its own")
+    return names
+
+
+def read_split(root: Path, split: str, class_names: Sequence[str]) -> ImageFiles:
+    """The images of ``root/split/CLASS/**``; labels are places in ``class_names``.
+
+    Raises:
+        ValueError: a class folder that ``class_names`` lacks, one without images, or a file that is no image.
+    """
+    label_of = {name: label for label, name in enumerate(class_names)}
+    paths: list[str] = []
+    labels: list[int] = []
+    stamps: list[tuple[int, int]] = []
+    for name in class_folders(root, split):
+        folder = root / split / name
+        if name not in label_of:
+            raise ValueError(
+                f"{folder} has no counterpart among the training classes ({_some(class_names)}); "
+                f"rename it, or move a test set of other classes to data.ood"
+            )
+        found = _walk(str(folder))
+        if not found:
+            raise ValueError(f"{folder} holds no images ({', '.join(EXTENSIONS)}); fill or remove it")
+        for path, size, changed in found:
+            paths.append(path)
+            labels.append(label_of[name])
+            stamps.append((size, changed))
+    return ImageFiles(paths, np.array(labels, np.int64), _sizes(paths, stamps))
+
+
+def read_flat(folder: Path, name: str) -> ImageFiles:
+    """All images under an out-of-distribution folder, whatever folders they are in, labelled ``OOD_LABEL``.
+
+    Raises:
+        ValueError: there are none, or a file is no image.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"data.ood {name!r}: {folder} is not a folder")
+    found = _walk(str(folder))
+    if not found:
+        raise ValueError(f"data.ood {name!r}: {folder} holds no images ({', '.join(EXTENSIONS)})")
+    paths = [path for path, _, _ in found]
+    sizes = _sizes(paths, [(size, changed) for _, size, changed in found])
+    return ImageFiles(paths, np.full(len(paths), OOD_LABEL, np.int64), sizes)
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """(height, width) from the header.
+
+    Raises:
+        ValueError: the file is not an image, or cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({_reason(error, path)}); remove or replace it") from None
+
+
+def first_unreadable(paths: Sequence[str]) -> str | None:
+    """Which of the files does not decode, and why, as one sentence; None if all do."""
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                image.convert("RGB")
+        except Exception as error:
+            return f"{path} cannot be decoded ({_reason(error, path)}); remove or replace it"
+    return None
+
+
+def _reason(error: Exception, path: str) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is empty" if os.path.exists(path) and os.path.getsize(path) == 0 else "no image format fits it"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _walk(folder: str) -> list[tuple[str, int, int]]:
+    """(path, bytes, time of change in ns) of the images at any depth, sorted by path; hidden ones are passed over."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                found += _walk(entry.path)
+            elif entry.name.lower().endswith(EXTENSIONS):
+                info = entry.stat()
+                found.append((os.path.abspath(entry.path), info.st_size, info.st_mtime_ns))
+    return sorted(found)
+
+
+def _sizes(paths: Sequence[str], stamps: Sequence[tuple[int, int]]) -> np.ndarray:
+    """(N, 2) sizes of the images; kept in the cache, for reading a million headers takes minutes."""
+    digest = hashlib.sha256()
+    for path, stamp in zip(paths, stamps, strict=True):
+        digest.update(f"{path}\0{stamp}\n".encode(errors="surrogateescape"))
+    cached = cache_dir() / "image-sizes" / f"{digest.hexdigest()[:32]}.npy"
+    try:
+        sizes = np.load(cached, allow_pickle=False)
+        if sizes.shape == (len(paths), 2) and sizes.dtype == np.int32:
+            return sizes
+    except (OSError, ValueError, EOFError):
+        pass  # not there or damaged: read the headers
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+        sizes = np.array(list(pool.map(image_size, paths, chunksize=64)), np.int32)
+    write_atomically(cached, lambda file: np.save(file, sizes, allow_pickle=False))
+    return sizes
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

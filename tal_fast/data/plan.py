@@ -1,0 +1,166 @@
+"""Which images a rank reads in an epoch, in which order, cropped and mirrored how.
+
+All of it is a function of (seed, epoch, index of the image): it does not depend on the loader, the number of ranks or
+workers, or on what was read before. So both loaders give the same batches, k ranks see in each step the same images as
+one rank with the whole batch, and a run resumes at any step without replaying what came before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What to read for one step of one rank.
+
+    Attributes:
+        indices: (B,) int64, lines of the split.
+        boxes: (B, 4) int32, (top, left, height, width) to cut out, in pixels of the image as stored.
+        mirror: (B,) int32, 1: swap left and right.
+        shift: (B, 2) int64, pixels to move (down, right); in-memory images only.
+    """
+
+    indices: np.ndarray
+    boxes: np.ndarray
+    mirror: np.ndarray
+    shift: np.ndarray
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Ranges of the random part; see ``tal_fast.config.DataConfig``."""
+
+    crop_area: tuple[float, float] | None = None
+    crop_ratio: tuple[float, float] = (1.0, 1.0)
+    flip: bool = False
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The epochs of one split on one rank.
+
+    Args:
+        sizes: (N, 2) int32, (height, width) of each image in pixels.
+        batch_size: images of a step on this rank.
+        rank, world_size: this rank and the number of ranks.
+        training: shuffle, drop what does not fill a step of all ranks, so that each has equally many steps; otherwise
+            each image comes once over all ranks, in order, and the last batch may be short or a rank have no batch.
+        seed: of order and augmentation.
+        crop_fraction: side of the central square to cut out as a share of the shorter side.
+        augmentation: how training varies the images; None: as validation.
+
+    Raises:
+        ValueError: fewer training images than a step of all ranks takes.
+    """
+
+    sizes: np.ndarray
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    training: bool = False
+    seed: int = 0
+    crop_fraction: float = 1.0
+    augmentation: Augmentation | None = None
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world_size
+        if self.batch_size < 1:
+            raise ValueError(f"batch size is {self.batch_size} but must be at least 1")
+        step = self.batch_size * self.world_size
+        if self.training and step > self.num_samples:
+            raise ValueError(
+                f"a step takes {step} images ({self.batch_size} on each of {self.world_size} ranks) but there are only "
+                f"{self.num_samples} training images; lower batch_size"
+            )
+
+    @property
+    def num_samples(self) -> int:
+        """Images of the split, over all ranks."""
+        return len(self.sizes)
+
+    def __len__(self) -> int:
+        """Steps of an epoch on this rank."""
+        if self.training:
+            return self.num_samples // (self.batch_size * self.world_size)
+        return -(-self._share().size // self.batch_size)
+
+    def _share(self) -> np.ndarray:
+        return np.arange(self.rank, self.num_samples, self.world_size)
+
+    def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
+        """The steps of an epoch from ``start_step`` on."""
+        if not self.training:
+            share = self._share()
+            for step in range(start_step, len(self)):
+                yield self._batch(share[step * self.batch_size : (step + 1) * self.batch_size], None)
+            return
+        order = np.random.default_rng([self.seed, epoch, 0]).permutation(self.num_samples)
+        random = None
+        if self.augmentation is not None:
+            # One row an image, by its index: what an image gets does not depend on where it falls in the order.
+            random = np.random.default_rng([self.seed, epoch, 1]).random((self.num_samples, 7), dtype=np.float32)
+        for step in range(start_step, len(self)):
+            first = (step * self.world_size + self.rank) * self.batch_size
+            indices = order[first : first + self.batch_size]
+            yield self._batch(indices, None if random is None else random[indices])
+
+    def _batch(self, indices: np.ndarray, random: np.ndarray | None) -> Batch:
+        sizes = self.sizes[indices].astype(np.float64)
+        augmentation = self.augmentation
+        mirror = np.zeros(len(indices), np.int32)
+        shift = np.zeros((len(indices), 2), np.int64)
+        if random is None or augmentation is None:
+            return Batch(indices.astype(np.int64), central_boxes(sizes, self.crop_fraction), mirror, shift)
+        if augmentation.crop_area is None:
+            boxes = central_boxes(sizes, self.crop_fraction)
+        else:
+            boxes = random_boxes(sizes, augmentation.crop_area, augmentation.crop_ratio, random[:, :4])
+        if augmentation.flip:
+            mirror = (random[:, 4] < 0.5).astype(np.int32)
+        if augmentation.shift:
+            shift = np.floor(random[:, 5:7] * (2 * augmentation.shift + 1)).astype(np.int64) - augmentation.shift
+        return Batch(indices.astype(np.int64), boxes, mirror, shift)
+
+
+def central_boxes(sizes: np.ndarray, fraction: float) -> np.ndarray:
+    """The central square of side ``fraction`` times the shorter side: what resizing the shorter side to
+    size / fraction and cutting out the centre keeps.
+
+    Args:
+        sizes: (B, 2) float64, (height, width).
+
+    Returns:
+        (B, 4) int32, (top, left, height, width).
+    """
+    side = np.maximum(1, np.round(sizes.min(axis=1) * fraction))
+    corner = np.floor((sizes - side[:, None]) / 2)
+    return np.concatenate([corner, side[:, None], side[:, None]], axis=1).astype(np.int32)
+
+
+def random_boxes(
+    sizes: np.ndarray, area: tuple[float, float], ratio: tuple[float, float], random: np.ndarray
+) -> np.ndarray:
+    """Boxes of a random area, shape (log-uniform) and place, as in Inception's and torchvision's training.
+
+    A box that would leave the image is narrowed to it, where torchvision draws again.
+
+    Args:
+        sizes: (B, 2) float64, (height, width).
+        area: smallest and largest share of the image's area.
+        ratio: smallest and largest width / height.
+        random: (B, 4) in [0, 1).
+
+    Returns:
+        (B, 4) int32, (top, left, height, width).
+    """
+    pixels = sizes.prod(axis=1) * (area[0] + random[:, 0] * (area[1] - area[0]))
+    shape = np.exp(np.log(ratio[0]) + random[:, 1] * (np.log(ratio[1]) - np.log(ratio[0])))
+    box = np.round(np.stack([np.sqrt(pixels / shape), np.sqrt(pixels * shape)], axis=1))
+    box = np.clip(box, 1, sizes)
+    corner = np.floor(random[:, 2:4] * (sizes - box + 1))
+    return np.concatenate([np.minimum(corner, sizes - box), box], axis=1).astype(np.int32)

@@ -1,0 +1,110 @@
+"""Image files through Pillow and PyTorch's DataLoader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tal_fast.data.files import ImageFiles, first_unreadable
+from tal_fast.data.loaders import normalize
+from tal_fast.data.plan import Batch, Plan
+
+
+class _Reader(Dataset):
+    """One item is one batch: (B, S, S, C) uint8 and (B,) indices; or a sentence saying which file does not decode."""
+
+    def __init__(self, files: ImageFiles, image_size: int, channels: int) -> None:
+        self._files = files
+        self._size = (image_size, image_size)
+        self._channels = channels
+
+    def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor] | str:
+        pixels = np.empty((len(batch.indices), *self._size, self._channels), np.uint8)
+        for row, index in enumerate(batch.indices):
+            path = self._files.paths[index]
+            try:
+                pixels[row] = self._read(path, batch.boxes[row], bool(batch.mirror[row]))
+            except Exception:
+                # Not raised here: from a worker process it would arrive wrapped in that process's traceback.
+                problem = first_unreadable([path])
+                if problem is None:
+                    raise
+                return problem
+        return torch.from_numpy(pixels), torch.from_numpy(batch.indices)
+
+    def _read(self, path: str, box: np.ndarray, mirror: bool) -> np.ndarray:
+        top, left, height, width = (int(v) for v in box)
+        with Image.open(path) as file:
+            image = file.convert("RGB" if self._channels == 3 else "L")
+        image = image.crop((left, top, left + width, top + height)).resize(self._size, Image.Resampling.BILINEAR)
+        if mirror:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(image).reshape(*self._size, self._channels)
+
+
+class _Steps(Sampler):
+    """What the DataLoader asks its dataset for: the steps of the epoch set last."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.epoch, self.start_step = 0, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._plan.batches(self.epoch, self.start_step)
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+
+class TorchSource:
+    """Image files, decoded by worker processes; see ``tal_fast.data.loaders.Source``.
+
+    Args:
+        plan: the steps to make.
+        files: the split.
+        image_size: side of the images made.
+        channels: 1 or 3.
+        mean, std: per channel.
+        workers: processes; 0 decodes in this one.
+        device: where the images end up; they are normalised there, so that bytes travel, not floats.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        files: ImageFiles,
+        image_size: int,
+        channels: int,
+        mean: list[float],
+        std: list[float],
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        self._mean, self._std = mean, std
+        self._device = device
+        self._steps = _Steps(plan)
+        workers = min(workers, len(plan))
+        self._loader = DataLoader(
+            _Reader(files, image_size, channels),
+            batch_size=None,
+            sampler=self._steps,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            # The DataLoader draws a seed for its workers; drawn from here, it leaves the global generator alone.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def images(self, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """See ``Source``."""
+        self._steps.epoch, self._steps.start_step = epoch, start_step
+        for item in self._loader:
+            if isinstance(item, str):
+                raise ValueError(item)
+            pixels, indices = item
+            yield normalize(pixels.to(self._device, non_blocking=True), self._mean, self._std), indices

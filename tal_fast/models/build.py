@@ -1,0 +1,71 @@
+"""Networks by name."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from torch import nn
+
+from tal_fast.config import ModelConfig
+from tal_fast.models.cifar import CIFAR_RESNETS, CifarResNet
+from tal_fast.models.features import expose_features
+
+
+def build_model(config: ModelConfig, num_classes: int, in_channels: int = 3, image_size: int = 64) -> nn.Module:
+    """A network with fresh weights that returns ``(logits, features)``.
+
+    Args:
+        config: its name and width.
+        num_classes: number of logits.
+        in_channels: of the images; a network of torchvision gets a new first convolution when it is not 3.
+        image_size: side of the images in pixels, for networks that need to know.
+
+    Returns:
+        images (B, in_channels, S, S) -> logits (B, num_classes), features (B, D).
+
+    Raises:
+        ValueError: no network of that name, or one that does not expose its features.
+    """
+    if config.name in CIFAR_RESNETS:
+        blocks, width = CIFAR_RESNETS[config.name]
+        model: nn.Module = CifarResNet(blocks, config.width or width, num_classes, in_channels)
+    else:
+        model = _torchvision(config, num_classes, image_size)
+        if in_channels != 3:
+            _replace_stem(model, in_channels)
+    return expose_features(model, torch.zeros(2, in_channels, image_size, image_size))
+
+
+def _torchvision(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if config.name not in known:
+        close = difflib.get_close_matches(config.name, [*CIFAR_RESNETS, *known], n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "names are torchvision's"
+        raise ValueError(f"no model {config.name!r}: {hint} There are also {', '.join(CIFAR_RESNETS)}.")
+    if config.width is not None:
+        raise ValueError(f"model.width is {config.width} but {config.name} has a fixed width; leave it out")
+    extra: dict[str, Any] = {}
+    if config.name.startswith("vit_"):
+        extra = {"image_size": image_size}
+    elif config.name in ("googlenet", "inception_v3"):
+        extra = {"aux_logits": False, "init_weights": True}  # more than one output in training otherwise
+    return models.get_model(config.name, weights=None, num_classes=num_classes, **extra)
+
+
+def _replace_stem(model: nn.Module, in_channels: int) -> None:
+    path, stem = next((p, m) for p, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    new = nn.Conv2d(
+        in_channels,
+        stem.out_channels,
+        stem.kernel_size,  # type: ignore[arg-type]
+        stem.stride,  # type: ignore[arg-type]
+        stem.padding,  # type: ignore[arg-type]
+        bias=stem.bias is not None,
+    )
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)

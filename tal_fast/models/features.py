@@ -1,0 +1,87 @@
+"""Penultimate features: the input of a classifier's last Linear layer, from this one place."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class FeatureLinear(nn.Linear):
+    """A last Linear layer that returns ``(logits, features)``, where features are its input.
+
+    Parameters and state-dict keys are those of ``nn.Linear``, so weights load into either.
+    """
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(B, D) features to ((B, C) logits, (B, D) features)."""
+        return F.linear(input, self.weight, self.bias), input
+
+
+def expose_features(model: Model, images: Tensor | None = None) -> Model:
+    """Make ``model(images)`` return ``(logits, features)`` instead of logits, in place.
+
+    Swaps the model's last ``nn.Linear`` for a ``FeatureLinear`` with the same parameters; no hooks, so that it works
+    under ``torch.compile``, DDP and ``torch.export``. The model must return that layer's output as it is.
+
+    Args:
+        model: a classifier of (B, C) logits.
+        images: a small batch to try the model on, in eval mode; (2, 3, 64, 64) zeros by default.
+
+    Returns:
+        The same model. One whose features are exposed already is returned as it is.
+
+    Raises:
+        ValueError: the model has no ``nn.Linear``, or does not return the last one's output unchanged. It is left as
+            it was.
+    """
+    name = type(model).__name__
+    linears = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        raise ValueError(
+            f"{name} has no nn.Linear layer whose input could be the features; end it with one that makes the logits"
+        )
+    path, last = linears[-1]
+    if isinstance(last, FeatureLinear):
+        return model
+    if path == "":
+        raise ValueError("the model is a single nn.Linear; put it into an nn.Sequential")
+    parent, _, child = path.rpartition(".")
+    holder = model.get_submodule(parent)
+    exposed = FeatureLinear.__new__(FeatureLinear)
+    exposed.__dict__ = last.__dict__
+    setattr(holder, child, exposed)
+    problem = _problem(model, exposed, torch.zeros(2, 3, 64, 64) if images is None else images)
+    if problem is not None:
+        setattr(holder, child, last)
+        raise ValueError(
+            f"{name} does not return the output of its last nn.Linear ({path}) as it is: {problem}; return logits and "
+            "features yourself, or end the model with that layer"
+        )
+    return model
+
+
+def _problem(model: nn.Module, last: FeatureLinear, images: Tensor) -> str | None:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model(images.to(last.weight))
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not (isinstance(output, tuple) and len(output) == 2 and all(isinstance(o, Tensor) for o in output)):
+        return f"it returns {type(output).__name__}"
+    shapes = [tuple(o.shape) for o in output]
+    wanted = [(len(images), last.out_features), (len(images), last.in_features)]
+    if shapes != wanted:
+        return f"it returns shapes {shapes}, not {wanted}"
+    if not torch.equal(F.linear(output[1], last.weight, last.bias), output[0]):
+        return "its logits are not that layer's"
+    return None
