@@ -319,7 +319,7 @@ def triton_problem(device: torch.device) -> str | None:
         from tal_fast import kernels
     except ImportError as error:
         return f"tal_fast.kernels cannot be imported ({error})"
-    usable, why = getattr(kernels, "is_available", lambda d: (False, "soon"))(device)
+    usable, why = kernels.is_available(device)
     return None if usable else why
 
 
