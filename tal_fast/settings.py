@@ -66,6 +66,11 @@ class Mix:
             raise ValueError(f"unknown mix {text!r}; choose from {MIXES}")
         return cls(kind, prior)
 
+    @property
+    def random(self) -> bool:
+        """Whether a seed decides which samples take part."""
+        return self.kind in ("balanced-random", "prior")
+
     def __str__(self) -> str:
         return self.kind if self.prior is None else f"prior={self.prior:g}"
 
@@ -87,7 +92,7 @@ class Mix:
             total = min(n_id / (1 - self.prior), n_ood / self.prior)
             take_id = min(n_id, round(total * (1 - self.prior)))
             take_ood = min(n_ood, round(total * self.prior))
-        if self.kind in ("all", "first-n"):
+        if not self.random:
             return np.arange(take_id), np.arange(take_ood)
         return _draw(n_id, take_id, [seed, 0]), _draw(n_ood, take_ood, [seed, 1])
 

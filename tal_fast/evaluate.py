@@ -1,0 +1,361 @@
+"""How well confidence tells right from wrong: ``python -m tal_fast.evaluate --run runs/digits-tal``.
+
+One pass over the validation split and each OOD set gives logits and features, which are kept under the run's
+``eval-cache/``; every score, setting and metric comes from them. Writes ``report.json``, ``risk_coverage.png`` and
+``confidence_histogram.png`` and prints the report as tables. ``--npz`` does the same for outputs of any model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+import tal_fast
+from tal_fast import inference, plots
+from tal_fast.inference import Outputs
+from tal_fast.metrics import CONVENTIONS, Floats
+from tal_fast.report import UNITS, Report, format_report, make_report, write_report
+from tal_fast.scores import SCORES
+from tal_fast.settings import Mix
+
+if TYPE_CHECKING:
+    from tal_fast.runs import Run
+
+DEFAULT_SCORES = ("cosine", "msp")
+# Folder of a run's outputs; it can be deleted at any time.
+CACHE = "eval-cache"
+_OOD_LOGITS = re.compile(r"ood_(.+)_logits")
+
+
+def check_scores(names: Sequence[str]) -> list[str]:
+    """Score names, each once, hyphens read as underscores.
+
+    Raises:
+        ValueError: an unknown name, or none.
+    """
+    found = list(dict.fromkeys(name.replace("-", "_") for name in names))
+    unknown = [name for name in found if name not in SCORES]
+    if unknown or not found:
+        raise ValueError(f"unknown score {', '.join(unknown) or '(none given)'}; choose from {', '.join(SCORES)}")
+    return found
+
+
+def compute_scores(outputs: Outputs, names: Sequence[str]) -> dict[str, Floats]:
+    """Score name -> (n,) float64, higher = surer."""
+    return {name: SCORES[name](outputs.logits) for name in names}
+
+
+def collect_outputs(
+    run: Run, split: str, cache: str | Path, *, batch_size: int = 256, device: torch.device | str = "cpu"
+) -> Outputs:
+    """Outputs of a run's model on a split, from a cache where they are kept for these weights and this data.
+
+    Args:
+        run: from ``tal_fast.runs.load_run``.
+        split: ``train-eval``, ``val`` or an OOD set.
+        cache: folder; made if need be.
+        batch_size, device: of the pass, if there has to be one.
+
+    Raises:
+        ValueError: no such split, an image that has gone or does not decode, or outputs that are not finite.
+    """
+    key = inference.cache_key(
+        tal_fast.__version__,
+        inference.weights_hash(run.model),
+        json.dumps(run.config.to_dict()["data"], sort_keys=True),
+        run.data.loader_name,
+        inference.split_hash(run.data.split(split)),
+    )
+    path = inference.cache_path(cache, split)
+    kept = inference.load_outputs(path, key)
+    if kept is not None:
+        return kept
+    loader = run.data.loader(split, batch_size=batch_size, device=device)
+    outputs = inference.run_model(run.model, loader, device, split)
+    try:
+        inference.save_outputs(path, outputs, key)
+    except OSError as problem:
+        # A run on a read-only disk can still be evaluated.
+        print(f"note: the outputs could not be kept in {path} ({problem})", file=sys.stderr)
+    return outputs
+
+
+def read_npz(path: str | Path) -> tuple[Outputs, dict[str, Outputs]]:
+    """Outputs of a model trained anywhere.
+
+    Args:
+        path: an ``.npz`` with ``logits`` (n, C), ``labels`` (n,) integers in [0, C), optionally ``features`` (n, D),
+            and for each OOD set ``ood_NAME_logits`` (m, C), optionally ``ood_NAME_features`` (m, D).
+
+    Returns:
+        The ID outputs, and name -> outputs of each OOD set.
+
+    Raises:
+        ValueError: the file is missing or is no such file; the sentence says what is wrong with it.
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array")
+        with loaded:
+            arrays = {name: loaded[name] for name in loaded.files}
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}") from None
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as problem:
+        raise ValueError(
+            f"{path} cannot be read as .npz without pickle ({problem}); write it with numpy.savez"
+        ) from None
+    for needed in ("logits", "labels"):
+        if needed not in arrays:
+            raise ValueError(f"{path} has no {needed!r}; it has {', '.join(arrays) or 'nothing'}")
+    logits, labels = _matrix(arrays, "logits"), arrays["labels"]
+    classes = logits.shape[1]
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(f"labels must be (n,) integers, not {labels.dtype} of shape {labels.shape}")
+    if len(labels) != len(logits):
+        raise ValueError(f"logits has {len(logits)} samples but labels has {len(labels)}; they must match")
+    outside = np.flatnonzero((labels < 0) | (labels >= classes))
+    if outside.size:
+        raise ValueError(
+            f"labels must lie in 0..{classes - 1}, the columns of logits; {labels[outside[0]]} (index {outside[0]}) "
+            f"does not"
+        )
+    found = Outputs(logits, _features(arrays, "features", len(logits)), labels.astype(np.int64))
+    inference.check_finite(found, "logits")
+    oods: dict[str, Outputs] = {}
+    for key in arrays:
+        match = _OOD_LOGITS.fullmatch(key)
+        if match is None:
+            continue
+        ood = _matrix(arrays, key)
+        if ood.shape[1] != classes:
+            raise ValueError(f"{key} has {ood.shape[1]} columns but logits has {classes}; they must match")
+        features = _features(arrays, f"ood_{match[1]}_features", len(ood))
+        oods[match[1]] = Outputs(ood, features, np.full(len(ood), -1))
+        inference.check_finite(oods[match[1]], key)
+    return found, oods
+
+
+def _matrix(arrays: Mapping[str, Any], name: str) -> Any:
+    matrix = arrays[name]
+    if matrix.ndim != 2 or matrix.shape[1] == 0 or matrix.dtype.kind not in "fiu":
+        raise ValueError(f"{name} must be an (n, C) array of real numbers, not {matrix.dtype} of shape {matrix.shape}")
+    # Scores are computed in float64 anyway; argmax and isfinite need no wider copy.
+    return matrix
+
+
+def _features(arrays: Mapping[str, Any], name: str, samples: int) -> Any:
+    if name not in arrays:
+        return None
+    features = _matrix(arrays, name)
+    if len(features) != samples:
+        raise ValueError(f"{name} has {len(features)} samples but its logits have {samples}; they must match")
+    return features
+
+
+def evaluate_outputs(
+    id_outputs: Outputs,
+    ood_outputs: Mapping[str, Outputs],
+    output: str | Path,
+    *,
+    scores: Sequence[str] = DEFAULT_SCORES,
+    mix: Mix | None = None,
+    seed: int = 0,
+    convention: str = "tal_fast",
+    about: Mapping[str, Any] | None = None,
+    title: str = "",
+) -> Report:
+    """Report on outputs: make it, write ``report.json`` and both pictures to ``output``, return it.
+
+    Args:
+        id_outputs: of the validation split.
+        ood_outputs: OOD set -> its outputs.
+        output: folder; made if need be.
+        scores: names from ``tal_fast.scores.SCORES``.
+        mix, seed, convention: see ``tal_fast.report.make_report``.
+        about: entries to put before the report's own, such as the run.
+        title: of the pictures.
+
+    Raises:
+        ValueError: an unknown score or convention.
+    """
+    names = check_scores(scores)
+    id_scores = compute_scores(id_outputs, names)
+    ood_scores = {name: compute_scores(outputs, names) for name, outputs in ood_outputs.items()}
+    report = {
+        **(about or {}),
+        **make_report(id_outputs.right, id_scores, ood_scores, mix=mix, seed=seed, convention=convention),
+    }
+    report["versions"]["torch"] = torch.__version__
+    output = Path(output)
+    # The numbers first: they stay if a picture fails.
+    write_report(report, output / "report.json")
+    plots.risk_coverage(output / "risk_coverage.png", id_outputs.right, id_scores, ood_scores, mix, seed, title)
+    plots.confidence_histogram(output / "confidence_histogram.png", id_outputs.right, id_scores, ood_scores, title)
+    return report
+
+
+def evaluate_run(
+    run_dir: str | Path,
+    output: str | Path | None = None,
+    *,
+    checkpoint: Literal["best", "last"] = "best",
+    batch_size: int = 256,
+    device: str = "cpu",
+    scores: Sequence[str] = DEFAULT_SCORES,
+    **options: Any,
+) -> Report:
+    """Report on a run of ``python -m tal_fast.train``.
+
+    Args:
+        run_dir: the run's folder.
+        output: where to write; the run's folder unless given.
+        checkpoint: ``best`` or ``last``.
+        batch_size, device: of the pass over the images.
+        scores: names of scores; that by which the run's method is judged is added.
+        options: ``mix``, ``seed``, ``convention`` of ``evaluate_outputs``.
+
+    Raises:
+        ValueError: no run or checkpoint there, its data gone, or outputs that are not finite.
+    """
+    from tal_fast.runs import load_run
+
+    names = check_scores(scores)
+    run = load_run(run_dir, checkpoint=checkpoint, device=device)
+    names = check_scores([*names, run.score])
+    cache = Path(run_dir) / CACHE / run.checkpoint.stem
+    splits = {
+        split: collect_outputs(run, split, cache, batch_size=batch_size, device=device)
+        for split in ("val", *run.data.ood_names)
+    }
+    about = {
+        "run": str(run_dir),
+        "checkpoint": run.checkpoint.stem,
+        "epoch": run.epoch,
+        "method": run.method,
+        "score": run.score,
+    }
+    return evaluate_outputs(
+        splits.pop("val"),
+        splits,
+        run_dir if output is None else output,
+        scores=names,
+        about=about,
+        title=f"{run.method} ({Path(run_dir).name})",
+        **options,
+    )
+
+
+def evaluate_npz(path: str | Path, output: str | Path | None = None, **options: Any) -> Report:
+    """Report on outputs of any model; see ``read_npz`` for the file and ``evaluate_outputs`` for the options.
+
+    Args:
+        path: the ``.npz``.
+        output: where to write; a folder named after the file, beside it, unless given.
+    """
+    path = Path(path)
+    id_outputs, ood_outputs = read_npz(path)
+    output = path.with_name(path.stem + "-report") if output is None else output
+    return evaluate_outputs(id_outputs, ood_outputs, output, about={"npz": str(path)}, title=path.name, **options)
+
+
+def _argument(check: Any) -> Any:
+    """A type for argparse whose ValueError is shown as it is."""
+
+    def convert(text: str) -> Any:
+        try:
+            return check(text)
+        except ValueError as problem:
+            raise argparse.ArgumentTypeError(str(problem)) from None
+
+    return convert
+
+
+def _at_least(limit: int) -> Any:
+    def check(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError(f"must be a whole number, not {text!r}") from None
+        if value < limit:
+            raise ValueError(f"must be at least {limit}, not {value}")
+        return value
+
+    return _argument(check)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tal_fast.evaluate",
+        description="Report how well confidence tells right predictions from wrong ones: Old FD, OOD and New FD.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", metavar="DIR", help="folder of a run of tal_fast.train")
+    source.add_argument("--npz", metavar="FILE", help="logits, labels and ood_NAME_logits of any model")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of the run (%(default)s)")
+    parser.add_argument(
+        "--scores", nargs="+", default=list(DEFAULT_SCORES), metavar="SCORE",
+        help=f"confidence scores: {', '.join(SCORES)}, or all (cosine msp)",
+    )  # fmt: skip
+    parser.add_argument("--convention", choices=CONVENTIONS, default="tal_fast", help="of the metrics (%(default)s)")
+    parser.add_argument(
+        "--mix", type=_argument(Mix.parse), default=Mix(), help="ID:OOD samples: balanced-random (default), all, "
+        "first-n, or prior=P with P the share of OOD",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="of a random mix (%(default)s)")
+    parser.add_argument("--batch-size", type=_at_least(1), default=256, help="of the pass (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--units", choices=UNITS, default="natural", help="of the printed tables (%(default)s)")
+    parser.add_argument("--output", metavar="DIR", help="where to write (the run's folder; FILE-report for --npz)")
+    return parser
+
+
+def choose_device(name: str) -> str:
+    """``auto`` -> cuda if there is one, else cpu; other names are checked.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as problem:
+        raise ValueError(f"the device {name!r} cannot be used: {str(problem).splitlines()[0]}") from None
+    return name
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, or 2 for bad input, said in one sentence."""
+    args = _parser().parse_args(argv)
+    scores = [name for group in args.scores for name in group.split(",") if name]
+    scores = list(SCORES) if scores == ["all"] else scores
+    options: dict[str, Any] = {"mix": args.mix, "seed": args.seed, "convention": args.convention, "scores": scores}
+    try:
+        if args.npz is not None:
+            report = evaluate_npz(args.npz, args.output, **options)
+        else:
+            device = choose_device(args.device)
+            report = evaluate_run(
+                args.run, args.output, checkpoint=args.checkpoint, batch_size=args.batch_size, device=device, **options
+            )
+    except (ValueError, OSError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    if "run" in report:
+        print(f"{report['run']}: {report['method']}, {report['checkpoint']} checkpoint, epoch {report['epoch']}")
+    print(format_report(report, args.units))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,519 @@
+"""The evaluator from end to end: a run's folder or an npz in, report.json, pictures and tables out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tal_fast import checkpoint, compare, evaluate, inference, report
+from tal_fast.config import Config
+from tal_fast.files import replacing
+from tal_fast.inference import Outputs
+from tal_fast.metrics import METRICS, failure_metrics
+from tal_fast.models import build_model
+from tal_fast.runs import load_run
+from tal_fast.scores import SCORES
+from tal_fast.settings import Mix, new_fd, ood
+
+
+def make_run(folder: Path, method: str = "tal", seed: int = 0, data: dict[str, Any] | None = None) -> Path:
+    """A run with fresh weights, as the trainer would leave it."""
+    data = data or {"dataset": "synthetic", "crop_area": None, "image_size": 16, "channels": 1}
+    config = Config.from_dict(
+        {"data": data, "model": {"name": "cifar_resnet8", "width": 4}, "method": {"name": method}}
+    )
+    classes = [f"bars-{c}" for c in range(10)] if data["dataset"] == "synthetic" else ["cat", "dog"]
+    channels, size = config.data.channels, config.data.image_size or 16
+    torch.manual_seed(seed)
+    model = build_model(config.model, len(classes), channels, size)
+    checkpoint.save(
+        folder / "checkpoints" / "best.pt",
+        {
+            "config": config.to_dict(), "epoch": 7, "step": 0, "world_size": 1, "model": model.state_dict(),
+            "shape": {"class_names": classes, "channels": channels, "image_size": size},
+            "optimizer": {}, "ranks": [], "best": 0.0, "history": [],
+        },
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has been evaluated."""
+    folder = make_run(tmp_path_factory.mktemp("runs") / "synthetic-tal")
+    evaluate.evaluate_run(folder, mix=Mix("all"))
+    return folder
+
+
+def write_npz(path: Path, **changes: Any) -> Path:
+    """Outputs of a classifier of 5 classes, right three times in four, with an OOD set; None leaves an array out."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(5, size=200)
+    logits = rng.normal(size=(200, 5)).astype(np.float32)
+    logits[np.arange(200), labels] += 3 * rng.random(200).astype(np.float32)
+    arrays: dict[str, Any] = {"logits": logits, "labels": labels, "ood_noise_logits": 0.5 * rng.normal(size=(90, 5))}
+    arrays |= changes
+    np.savez(path, **{name: values for name, values in arrays.items() if values is not None})
+    return path
+
+
+class Pairs(nn.Module):
+    """Logits and features that tell which image they come from."""
+
+    calls = 0
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        x = images.flatten(1)
+        return torch.cat((x, -x), 1), 2 * x
+
+
+def batches(indices: list[list[int]], dtype: torch.dtype = torch.float32) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for part in indices:
+        index = torch.tensor(part)
+        yield index[:, None].to(dtype), index % 2, index
+
+
+# --- one pass -------------------------------------------------------------------------------------------------------
+
+
+def test_outputs_come_in_the_order_of_indices() -> None:
+    outputs = inference.run_model(Pairs(), batches([[2, 0], [4, 1], [3]]))
+    np.testing.assert_array_equal(outputs.logits[:, 0], np.arange(5))
+    np.testing.assert_array_equal(outputs.features, 2 * np.arange(5)[:, None])
+    np.testing.assert_array_equal(outputs.labels, np.arange(5) % 2)
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.bfloat16, "float32"), (torch.float64, "float64")])
+def test_narrow_outputs_are_widened(dtype: torch.dtype, kept: str) -> None:
+    outputs = inference.run_model(Pairs(), batches([[0, 1]], dtype))
+    assert outputs.features is not None
+    assert (outputs.logits.dtype, outputs.features.dtype) == (kept, kept)
+
+
+@pytest.mark.parametrize("indices", [[[0, 1], [1, 2]], [[0, 2]], [[1, 2]]])
+def test_a_sample_missing_or_twice_is_refused(indices: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match=r"each of 0\.\.n-1 must come once"):
+        inference.run_model(Pairs(), batches(indices), name="val")
+
+
+def test_empty_and_diverged_are_refused() -> None:
+    with pytest.raises(ValueError, match="'val' has no samples"):
+        inference.run_model(Pairs(), [], name="val")
+    broken = [(torch.tensor([[1.0], [float("nan")]]), torch.zeros(2), torch.arange(2))]
+    with pytest.raises(ValueError, match="logits of 1 of 2 samples of 'val' are not finite \\(the first is sample 1"):
+        inference.run_model(Pairs(), broken, name="val")
+
+
+def test_right_takes_the_first_of_equal_logits() -> None:
+    outputs = Outputs(np.array([[1.0, 1.0], [1.0, 1.0], [0.0, 2.0]]), None, np.array([0, 1, 1]))
+    assert outputs.right.tolist() == [True, False, True]
+
+
+# --- the cache ------------------------------------------------------------------------------------------------------
+
+
+def test_cache_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = Outputs(np.ones((3, 2), np.float32), np.zeros((3, 4), np.float32), np.array([0, 1, 1]))
+    path = inference.cache_path(tmp_path, "val")
+    assert inference.load_outputs(path, "key") is None
+    inference.save_outputs(path, outputs, "key")
+    kept = inference.load_outputs(path, "key")
+    assert kept is not None
+    for name in ("logits", "features", "labels"):
+        np.testing.assert_array_equal(getattr(kept, name), getattr(outputs, name))
+    assert inference.load_outputs(path, "another key") is None
+    assert capsys.readouterr().err == ""
+    path.write_bytes(path.read_bytes()[:200])
+    assert inference.load_outputs(path, "key") is None
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_cache_names_never_meet(tmp_path: Path) -> None:
+    names = ["val", "a/b", "a_b", "../val", "a b", "ä"]
+    paths = {inference.cache_path(tmp_path, name) for name in names}
+    assert len(paths) == len(names)
+    assert all(path.parent == tmp_path for path in paths)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("old")
+
+    def fail() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["report.json"]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the splits that a model is run over from now on."""
+    names: list[str] = []
+    run_model = inference.run_model
+
+    def count(model: nn.Module, loader: Any, device: Any, name: str) -> Outputs:
+        names.append(name)
+        return run_model(model, loader, device, name)
+
+    monkeypatch.setattr(inference, "run_model", count)
+    return names
+
+
+def test_one_pass_serves_until_the_weights_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = counted(monkeypatch)
+    folder = make_run(tmp_path / "run", "ce")
+    first = evaluate.evaluate_run(folder)
+    assert passes == ["val", "noise"]
+    assert evaluate.evaluate_run(folder, scores=["energy", "msp"], mix=Mix("all"))["mix"] == "all"
+    assert passes == ["val", "noise"]
+    make_run(folder, "ce", seed=1)
+    second = evaluate.evaluate_run(folder)
+    assert passes == ["val", "noise"] * 2
+    assert second["settings"] != first["settings"]
+
+
+def test_one_pass_serves_until_an_image_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAL_FAST_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for folder in ("train/cat", "train/dog", "val/cat", "val/dog", "ood"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(tmp_path / folder / f"{i}.png")
+    data = {
+        "dataset": "folder", "root": str(tmp_path), "ood": {"other": str(tmp_path / "ood")}, "loader": "torch",
+        "workers": 0, "image_size": 16,
+    }  # fmt: skip
+    run = make_run(tmp_path / "run", data=data)
+    passes = counted(monkeypatch)
+    first = evaluate.evaluate_run(run)
+    assert evaluate.evaluate_run(run)["settings"] == first["settings"]
+    assert first["counts"] == {"id": 6, "id_right": first["counts"]["id_right"], "ood": {"other": 3}}
+    assert passes == ["val", "other"]
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "ood" / "1.png")
+    evaluate.evaluate_run(run)
+    assert passes == ["val", "other", "other"]
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+    (run / evaluate.CACHE).write_text("in the way")
+    passes = counted(monkeypatch)
+    for _ in range(2):
+        evaluate.evaluate_run(run, tmp_path / "out")
+    assert passes == ["val", "noise"] * 2
+    assert "could not be kept" in capsys.readouterr().err
+    assert (tmp_path / "out" / "report.json").is_file()
+
+
+# --- the report of a run --------------------------------------------------------------------------------------------
+
+
+def test_report_of_a_run(run_dir: Path) -> None:
+    text = (run_dir / "report.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert found["run"] == str(run_dir)
+    assert (found["method"], found["score"], found["checkpoint"], found["epoch"]) == ("tal", "cosine", "best", 7)
+    assert (found["mix"], found["convention"], found["ood_names"]) == ("all", "tal_fast", ["noise"])
+    assert found["samples"]["old_fd"]["n"] == found["counts"]["id"] == 1000
+    assert set(found["settings"]) == {"old_fd", "ood", "new_fd"}
+    run = load_run(run_dir)
+    with torch.inference_mode():
+        val, noise = (
+            [
+                torch.cat(x)
+                for x in zip(*((*run.model(i), y) for i, y, _ in run.data.loader(s, batch_size=77)), strict=True)
+            ]
+            for s in ("val", "noise")
+        )
+    right = val[0].argmax(1) == val[2]
+    assert found["id_accuracy"] == pytest.approx(right.double().mean().item())
+    for score in ("cosine", "msp"):
+        both = SCORES[score](val[0]), SCORES[score](noise[0])
+        for key, samples, success in (
+            ("old_fd", both[0], right),
+            ("ood", np.concatenate(both), torch.arange(2000) < 1000),
+            ("new_fd", np.concatenate(both), torch.cat((right, torch.zeros(1000)))),
+        ):
+            want = failure_metrics(samples, success)
+            # Batches of another size round differently.
+            assert found["settings"][key][score] == pytest.approx(want, abs=1e-4), (key, score)
+
+
+def test_pictures(run_dir: Path) -> None:
+    for name in ("risk_coverage.png", "confidence_histogram.png"):
+        with Image.open(run_dir / name) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        assert min(pixels.shape[:2]) > 300
+        # The first two lines' colours, Okabe and Ito's blue and vermilion.
+        for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
+            assert (pixels == colour).all(2).sum() > 20, name
+
+
+def test_the_methods_own_score_is_always_there(tmp_path: Path) -> None:
+    found = evaluate.evaluate_run(make_run(tmp_path / "run", "ce"), scores=["max-logit"])
+    assert list(found["settings"]["old_fd"]) == ["max_logit", "msp"]
+
+
+# --- reports of outputs from anywhere -------------------------------------------------------------------------------
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_npz(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "outputs.npz")
+    assert evaluate.main(["--npz", str(path), "--scores", "all", "--seed", "3"]) == 0
+    found = read(tmp_path / "outputs-report")
+    assert list(found["settings"]["new_fd"]) == list(SCORES)
+    with np.load(path) as data:
+        logits, labels, other = data["logits"], data["labels"], data["ood_noise_logits"]
+    right = logits.argmax(1) == labels
+    for key, setting in {"ood": ood(right, 90, seed=3), "new_fd": new_fd(right, 90, seed=3)}.items():
+        for score, function in SCORES.items():
+            confidence = setting.confidence(function(logits), function(other))
+            assert found["settings"][key][score] == failure_metrics(confidence, setting.success)
+    assert found["samples"]["new_fd"]["id"] == found["samples"]["new_fd"]["ood"] == 90
+    assert found["aurc_random"]["ood"] == 0.5
+    assert found["aurc_floor"]["old_fd"] < found["settings"]["old_fd"]["msp"]["aurc"] < found["aurc_random"]["old_fd"]
+
+
+def test_several_ood_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    noise = np.random.default_rng(1).normal(size=(40, 5))
+    path = write_npz(tmp_path / "outputs.npz", ood_far_logits=0.1 * noise)
+    assert evaluate.main(["--npz", str(path), "--mix", "prior=0.25", "--output", str(tmp_path / "out")]) == 0
+    found = read(tmp_path / "out")
+    assert list(found["settings"]) == [
+        "old_fd", "ood/noise", "new_fd/noise", "ood/far", "new_fd/far", "ood", "new_fd",
+    ]  # fmt: skip
+    assert (found["samples"]["ood/far"]["id"], found["samples"]["ood/far"]["ood"]) == (120, 40)
+    for kind in ("ood", "new_fd"):
+        for metric in METRICS:
+            each = [found["settings"][f"{kind}/{name}"]["msp"][metric] for name in ("noise", "far")]
+            assert found["settings"][kind]["msp"][metric] == pytest.approx(sum(each) / 2)
+    printed = capsys.readouterr().out
+    assert "mix prior=0.25, seed 0" in printed
+    assert "New FD: mean over 2 OOD sets" in printed
+
+
+def test_order_of_samples_does_not_matter(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "a.npz")
+    with np.load(path) as data:
+        arrays = dict(data)
+    # Many ties: rounded logits.
+    arrays["logits"] = np.round(arrays["logits"])
+    np.savez(path, **arrays)
+    order = np.random.default_rng(5).permutation(200)
+    np.savez(tmp_path / "b.npz", **{**arrays, "logits": arrays["logits"][order], "labels": arrays["labels"][order]})
+    reports = [evaluate.evaluate_npz(tmp_path / f"{name}.npz", mix=Mix("all")) for name in "ab"]
+    assert reports[0]["tied_share"]["old_fd"]["cosine"] > 0.5
+    assert reports[0]["settings"] == reports[1]["settings"]
+
+
+def test_undefined_is_null_with_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = np.arange(20) % 5
+    path = write_npz(tmp_path / "right.npz", logits=np.eye(5)[labels] + 0.1, labels=labels, ood_noise_logits=None)
+    assert evaluate.main(["--npz", str(path)]) == 0
+    text = (tmp_path / "right-report" / "report.json").read_text()
+    assert "NaN" not in text
+    found = json.loads(text)
+    assert list(found["settings"]) == ["old_fd"]
+    assert found["settings"]["old_fd"]["msp"]["auroc"] is None
+    assert found["settings"]["old_fd"]["msp"]["aurc"] == 0
+    assert found["undefined"]["old_fd"]["auroc"] == "there are no errors among the 20 samples"
+    assert "- undefined (AUROC, FPR95, TNR95, AUPR-error): there are no errors" in capsys.readouterr().out
+    assert math.isnan(report.read_report(tmp_path / "right-report")["settings"]["old_fd"]["msp"]["auroc"])
+
+
+def test_no_samples_at_all(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "none.npz", logits=np.zeros((0, 5)), labels=np.zeros(0, int))
+    assert evaluate.main(["--npz", str(path)]) == 0
+    found = read(tmp_path / "none-report")
+    assert found["id_accuracy"] is None
+    assert found["undefined"]["new_fd"]["aurc"] == "there are no samples"
+
+
+def test_conventions_differ_where_scores_tie(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "outputs.npz")
+    with np.load(path) as data:
+        np.savez(path, **{**dict(data), "logits": np.round(data["logits"])})
+    ours, theirs = (evaluate.evaluate_npz(path, convention=c) for c in ("tal_fast", "tal"))
+    assert (ours["convention"], theirs["convention"]) == ("tal_fast", "tal")
+    assert ours["settings"]["old_fd"]["msp"]["aurc"] != theirs["settings"]["old_fd"]["msp"]["aurc"]
+    assert ours["settings"]["old_fd"]["msp"]["auroc"] == theirs["settings"]["old_fd"]["msp"]["auroc"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logits": None}, "has no 'logits'; it has labels, ood_noise_logits"),
+        ({"labels": None}, "has no 'labels'; it has logits"),
+        ({"labels": np.zeros(7, int)}, "logits has 200 samples but labels has 7; they must match"),
+        ({"labels": np.full(200, 5)}, "labels must lie in 0..4, the columns of logits; 5 (index 0) does not"),
+        ({"labels": np.arange(200) - 1}, "-1 (index 0) does not"),
+        ({"labels": np.zeros(200)}, "labels must be (n,) integers, not float64"),
+        ({"logits": np.zeros(200)}, "logits must be an (n, C) array"),
+        ({"logits": np.full((200, 5), np.nan)}, "the logits of 200 of 200 samples of 'logits' are not finite"),
+        ({"ood_noise_logits": np.zeros((90, 4))}, "ood_noise_logits has 4 columns but logits has 5"),
+        ({"features": np.zeros((7, 3))}, "features has 7 samples but its logits have 200"),
+        ({"logits": np.array([{}, {}])}, "cannot be read as .npz without pickle"),
+    ],
+)
+def test_npz_refusals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    path = write_npz(tmp_path / "outputs.npz", **changes)
+    assert evaluate.main(["--npz", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "outputs-report").exists()
+
+
+def test_files_that_are_no_npz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.npz").write_text("logits")
+    (tmp_path / "empty.npz").touch()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for name in ("text.npz", "empty.npz", "array.npy"):
+        assert evaluate.main(["--npz", str(tmp_path / name)]) == 2, name
+        assert "cannot be read as .npz" in capsys.readouterr().err
+    assert evaluate.main(["--npz", str(tmp_path / "gone.npz")]) == 2
+    assert "there is no file" in capsys.readouterr().err
+
+
+def test_runs_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str], run_dir: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for args, message in (
+        (["--run", str(tmp_path / "gone")], "there is no run folder"),
+        (["--run", str(tmp_path / "empty")], "there is no checkpoint"),
+        (["--run", str(run_dir), "--scores", "cosine,margin"], "unknown score margin; choose from cosine, msp,"),
+        (["--run", str(run_dir), "--device", "cuda:99"], "the device 'cuda:99' cannot be used"),
+    ):
+        assert evaluate.main(args) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--convention", "fd"], "invalid choice: 'fd'"),
+        (["--mix", "half"], "unknown mix 'half'; choose from balanced-random"),
+        (["--mix", "prior=2"], "must lie in (0, 1), not 2.0"),
+        (["--batch-size", "0"], "must be at least 1, not 0"),
+        (["--seed", "x"], "must be a whole number, not 'x'"),
+        (["--checkpoint", "first"], "invalid choice: 'first'"),
+    ],
+)
+def test_arguments_out_of_range(capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--run", "x", *args])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_as_a_command(run_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m"]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 120}
+    args = ["--run", str(run_dir), "--mix", "all", "--units", "paper", "--output", str(tmp_path)]
+    found = subprocess.run([*command, "tal_fast.evaluate", *args], **options)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith(f"{run_dir}: tal, best checkpoint, epoch 7\nID accuracy ")
+    for part in ("Old FD: 1000 ID", "OOD against noise: 1000 ID + 1000 OOD", "New FD against noise", "AUPR-error"):
+        assert part in found.stdout
+    broken = subprocess.run([*command, "tal_fast.evaluate", "--run", str(run_dir / "gone")], **options)
+    assert broken.returncode == 2
+    assert broken.stderr.startswith("error: there is no run folder")
+    side = subprocess.run([*command, "tal_fast.compare", str(run_dir), str(tmp_path)], **options)
+    assert side.returncode == 0, side.stderr
+
+
+# --- side by side ---------------------------------------------------------------------------------------------------
+
+
+def one_report(score: str | None, aurc: float, auroc: float, **changes: Any) -> report.Report:
+    values = {**dict.fromkeys(METRICS, 0.5), "aurc": aurc, "auroc": auroc}
+    return {
+        "format": 1, "id_accuracy": 0.9, "convention": "tal_fast", "mix": "all", "seed": 0, "ood_names": [],
+        "counts": {"id": 10, "id_right": 9, "ood": {}}, "score": score,
+        "settings": {"old_fd": {"msp": values, "cosine": {**values, "aurc": 0.01}}}, **changes,
+    }  # fmt: skip
+
+
+def test_compare_marks_the_best_of_each_column() -> None:
+    reports = [one_report("msp", 0.2, 0.8), one_report("msp", 0.1, math.nan), one_report("msp", 0.3, 0.7)]
+    lines = compare.comparison(reports, ["a", "b", "c"], metrics=["aurc", "auroc"]).splitlines()
+    assert lines[1].split() == ["run", "score", "accuracy", "AURC", "AUROC"]
+    assert [line.split() for line in lines[2:]] == [
+        ["a", "msp", "90.00%*", "0.20000", "0.8000*"],
+        ["b", "msp", "90.00%*", "0.10000*", "-"],
+        ["c", "msp", "90.00%*", "0.30000", "0.7000"],
+    ]
+
+
+def test_compare_judges_each_by_its_own_score() -> None:
+    reports = [one_report("msp", 0.2, 0.8), one_report("cosine", 0.1, 0.7)]
+    assert "0.01000*" in compare.comparison(reports, ["ce", "tal"], metrics=["aurc"])
+    assert "0.10000*" in compare.comparison(reports, ["ce", "tal"], metrics=["aurc"], score="msp")
+    assert "100.00*" in compare.comparison(reports, ["ce", "tal"], metrics=["aurc"], score="msp", units="paper")
+    with pytest.raises(ValueError, match="tal has no score 'energy'; it has msp, cosine"):
+        compare.comparison(reports[1:], ["tal"], score="energy")
+    with pytest.raises(ValueError, match="names no score of its own; choose one with --score: msp, cosine"):
+        compare.comparison([one_report(None, 0.2, 0.8)], ["npz"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"convention": "tal"}, "convention is tal_fast in one and tal in the other"),
+        ({"mix": "first-n"}, "mix is all in one and first-n in the other"),
+        ({"mix": "prior=0.5", "seed": 1}, "mix is all in one and prior=0.5, seed 1 in the other"),
+        ({"ood_names": ["svhn"]}, "set of OOD data is none in one and svhn in the other"),
+        ({"counts": {"id": 11, "id_right": 9, "ood": {}}}, "evaluated on 10 ID samples and on 11 ID samples"),
+    ],
+)
+def test_compare_refuses_numbers_that_mean_different_things(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="a and b cannot be compared") as refusal:
+        compare.comparison([one_report("msp", 0.2, 0.8), one_report("msp", 0.2, 0.8, **changes)], ["a", "b"])
+    assert message in str(refusal.value)
+
+
+def test_compare_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = make_run(tmp_path / "synthetic-ce", "ce", seed=1)
+    evaluate.evaluate_run(other, mix=Mix("all"))
+    assert compare.main([str(run_dir), str(other)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in printed[3:]] == [["synthetic-tal", "cosine"], ["synthetic-ce", "msp"]]
+    assert "*" in printed[3] + printed[4]
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "list.json").write_text("[]")
+    for path, message in (
+        (tmp_path / "gone", "there is no"),
+        (tmp_path / "broken.json", "cannot be read as JSON"),
+        (tmp_path / "list.json", "is not a report of format 1"),
+    ):
+        assert compare.main([str(run_dir), str(path)]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
