@@ -7,13 +7,14 @@ kept, so that a damaged one costs one epoch. They hold tensors and plain values 
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from tal_fast.storage import write_atomically
 
 FORMAT = 1
 """Of the files; raised when older code could not read them."""
@@ -31,19 +32,7 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
 
     Whatever happens in between, ``path`` or ``previous`` is a whole checkpoint.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **content}, file), keep=previous)
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -110,14 +99,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renames last through a loss of power."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -102,6 +102,11 @@ class DataBundle:
             return "dali" if dali_loader.available() else "torch"
         return self.config.loader
 
+    def summary(self) -> str:
+        """The data set in a few words."""
+        train, val = (len(self._splits[name]) for name in ("train", "val"))
+        return f"{self.config.dataset}: {train:,} training and {val:,} validation images, {self.num_classes} classes"
+
     def split(self, name: str) -> Split:
         """The images of ``train``, ``train-eval``, ``val`` or one of ``ood_names``.
 
@@ -140,8 +145,8 @@ class DataBundle:
             place in the split.
 
         Raises:
-            ValueError: no such split, or a training step larger than the split; while iterating, a file that does
-                not decode, by its name.
+            ValueError: no such split, or a training step larger than the split.
+            UnreadableImage: while iterating, a file that does not decode, by its name.
         """
         images = self.split(split)
         config, device = self.config, torch.device(device)

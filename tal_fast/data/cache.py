@@ -7,27 +7,11 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
 
 
 def cache_dir() -> Path:
     """``TAL_FAST_CACHE``, else ``~/.cache/tal_fast``."""
     return Path(os.environ.get("TAL_FAST_CACHE") or Path.home() / ".cache" / "tal_fast")
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file that is there whole or not at all, however many processes write it at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def make_folder_once(path: Path, fill: Callable[[Path], None]) -> Path:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tal_fast.data.files import ImageFiles, first_unreadable
+from tal_fast.data.files import ImageFiles, UnreadableImage, first_unreadable
 from tal_fast.data.plan import Plan
 
 PREFETCH = 2
@@ -76,7 +76,7 @@ class DaliSource:
             culprit = first_unreadable(self._requests.recent_paths())
             if culprit is None:
                 raise
-            raise ValueError(culprit) from error
+            raise UnreadableImage(culprit) from error
         iterator.reset()
         self._iterator = iterator
 

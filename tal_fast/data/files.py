@@ -12,12 +12,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tal_fast.data.cache import cache_dir, write_atomically
+from tal_fast.data.cache import cache_dir
+from tal_fast.storage import write_atomically
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 """Endings, in any case, of the files that count as images; both loaders read all of them. Others are passed over."""
 
 OOD_LABEL = -1
+
+
+class UnreadableImage(ValueError):
+    """A file that is no image, or does not decode."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +111,14 @@ def image_size(path: str) -> tuple[int, int]:
     """(height, width) from the header.
 
     Raises:
-        ValueError: the file is not an image, or cannot be read.
+        UnreadableImage: the file is not an image, or cannot be read.
     """
     try:
         with Image.open(path) as image:
             return image.height, image.width
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({_reason(error, path)}); remove or replace it") from None
+        reason = _reason(error, path)
+        raise UnreadableImage(f"{path} cannot be read as an image ({reason}); remove or replace it") from None
 
 
 def first_unreadable(paths: Sequence[str]) -> str | None:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tal_fast.data.files import ImageFiles, first_unreadable
+from tal_fast.data.files import ImageFiles, UnreadableImage, first_unreadable
 from tal_fast.data.loaders import normalize
 from tal_fast.data.plan import Batch, Plan
 
@@ -105,6 +105,6 @@ class TorchSource:
         self._steps.epoch, self._steps.start_step = epoch, start_step
         for item in self._loader:
             if isinstance(item, str):
-                raise ValueError(item)
+                raise UnreadableImage(item)
             pixels, indices = item
             yield normalize(pixels.to(self._device, non_blocking=True), self._mean, self._std), indices

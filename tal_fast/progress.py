@@ -1,0 +1,80 @@
+"""What a run tells while it trains: a bar on a terminal, a line an epoch everywhere, metrics.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from tal_fast.storage import write_atomically
+
+REFRESH_SECONDS = 1.0
+
+
+class Progress:
+    """The steps of one epoch.
+
+    Args:
+        title: shown before the bar.
+        total: steps of the epoch; ``done`` of them are through already.
+        show: draw a bar.
+    """
+
+    def __init__(self, title: str, total: int, done: int, show: bool) -> None:
+        self._bar: Any = None
+        self._next = time.monotonic() + REFRESH_SECONDS
+        if show:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=done, desc=title, leave=False, unit="step", dynamic_ncols=True)
+
+    def step(self, describe: Callable[[], str]) -> None:
+        """One step is through. ``describe``, which may wait for the GPU, is called once a second, if there is a bar."""
+        if self._bar is None:
+            return
+        self._bar.update()
+        now = time.monotonic()
+        if now >= self._next:
+            self._bar.set_postfix_str(describe())
+            self._next = now + REFRESH_SECONDS
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def shows_bar(mode: str) -> bool:
+    """Whether a run with this ``Config.progress`` draws bars here."""
+    return mode == "auto" and sys.stderr.isatty()
+
+
+def epoch_line(row: Mapping[str, float], epochs: int) -> str:
+    """One line for a finished epoch."""
+    parts = [
+        f"epoch {int(row['epoch']):>{len(str(epochs))}}/{epochs}",
+        f"loss {row['train_loss']:.4f}",
+        f"acc {row['train_accuracy']:.2%}",
+        f"val loss {row['val_loss']:.4f}",
+        f"val acc {row['val_accuracy']:.2%}",
+    ]
+    if "typicalness" in row:
+        parts.append(f"typicalness {row['typicalness']:.3f}")
+        parts.append(f"queue {int(row['queue_length'])}")
+    remaining = timedelta(seconds=round(row["seconds"] * (epochs - row["epoch"])))
+    parts += [f"{row['images_per_s']:,.0f} images/s", f"data wait {row['data_wait']:.0%}", f"ETA {remaining}"]
+    return "  ".join(parts)
+
+
+def write_metrics(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Write metrics.csv: a row an epoch, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else ["epoch"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))

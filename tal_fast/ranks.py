@@ -1,0 +1,98 @@
+"""This process among those of a distributed run, as torchrun starts them; a run of one process needs none of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Rank, number of ranks and device of this process.
+
+    Attributes:
+        rank: over all machines.
+        world_size: number of processes.
+        device: this process's own.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which prints and writes files."""
+        return self.rank == 0
+
+    @staticmethod
+    def start(device: str) -> Ranks:
+        """Join the run torchrun describes in the environment, if any.
+
+        Args:
+            device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+
+        Raises:
+            ValueError: ``cuda`` without a GPU for this rank.
+        """
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        rank = int(os.environ.get("RANK", "0"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device == "cuda" and gpus == 0:
+            raise ValueError("device is 'cuda' but PyTorch sees no GPU here; use --device cpu or auto")
+        on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
+        if on_gpu and local_rank >= gpus:
+            raise ValueError(
+                f"there are {gpus} GPUs here but torchrun started a process number {local_rank + 1}; "
+                f"use --nproc-per-node={gpus} or --device cpu"
+            )
+        own = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+        if on_gpu:
+            torch.cuda.set_device(own)
+        if world_size > 1 and not dist.is_initialized():
+            # gloo on GPUs too: stop flags and states travel from CPU to CPU without waiting for the GPU.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        return Ranks(rank, world_size, own)
+
+    def stop(self) -> None:
+        """Leave the run."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.any(False)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank's flag is up; does not wait for a GPU."""
+        if self.world_size == 1:
+            return flag
+        tensor = torch.tensor([int(flag)])
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value in rank order, on rank 0; an empty list elsewhere."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def broadcast_buffers(self, module: nn.Module) -> None:
+        """Give every rank rank 0's buffers, such as the running statistics of BatchNorm."""
+        if self.world_size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)

@@ -1,0 +1,102 @@
+"""``python -m tal_fast.train --config digits-tal --output runs/digits``; under torchrun, on many processes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tal_fast.config import Config, find_config, parse_yaml, preset_names
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """The configuration a command line asks for: defaults, then each ``--config``, then the other options.
+
+    Raises:
+        ValueError: an unknown preset, option or value.
+        SystemExit: after ``--help``.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser  # here, so that all else works without it
+
+    parser = ArgumentParser(
+        prog="python -m tal_fast.train",
+        description=f"Train a classifier. Presets: {', '.join(preset_names())}.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="a preset's name or a YAML file; may be given more than once")
+    parser.add_class_arguments(Config)
+    configs, others = _split_configs(argv)
+    try:
+        values = parser.parse_args([*configs, *others])
+    except ArgumentError as error:
+        raise ValueError(_first_sentence(str(error))) from None
+    plain: dict[str, Any] = values.as_dict()
+    plain.pop("config", None)
+    return Config.from_dict(plain).check()
+
+
+def _split_configs(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(``--config`` options, their contents checked and in place; the other options)."""
+    configs, others = [], []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            others.append(word)
+            continue
+        if not equals:
+            if not rest:
+                raise ValueError(f"--config needs a preset or a file; the presets are {', '.join(preset_names())}")
+            value = rest.pop(0)
+        text = find_config(value)
+        Config.from_dict(parse_yaml(text, value))  # clearer about a wrong name or value than the parser is
+        configs.append(f"--config={text}")
+    return configs, others
+
+
+def _first_sentence(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return " ".join(lines[:2])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train; exits with 2 after a mistake of the user's, with 128 + signal after a signal, and then is saved."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        config = parse(arguments)
+    except ValueError as error:
+        _refuse(error, 0)
+    # Imported when the options are known to be right: torch takes seconds.
+    from tal_fast.checkpoint import Damaged
+    from tal_fast.data.files import UnreadableImage
+    from tal_fast.ranks import Ranks
+    from tal_fast.trainer import Stopped, Trainer, TrainingFailed
+
+    try:
+        ranks = Ranks.start(config.device)
+    except ValueError as error:
+        _refuse(error, 0)
+    try:
+        trainer = Trainer(config, ranks)
+    except ValueError as error:
+        _refuse(error, ranks.rank)
+    try:
+        trainer.fit()
+    except (TrainingFailed, UnreadableImage, Damaged) as error:
+        _refuse(error, ranks.rank)
+    except Stopped as stopped:
+        if ranks.is_main:
+            print(stopped, file=sys.stderr)
+        raise SystemExit(128 + stopped.signal) from None
+    ranks.stop()
+
+
+def _refuse(error: Exception, rank: int) -> Any:
+    where = f" (rank {rank})" if rank else ""
+    print(f"error{where}: {error}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
