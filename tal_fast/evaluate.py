@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 import tal_fast
 from tal_fast import inference, plots
+from tal_fast.feature_scores import FEATURE_SCORES, PLAIN, SIRC, FeatureScorer, Training
 from tal_fast.inference import Outputs
 from tal_fast.metrics import CONVENTIONS, Floats
+from tal_fast.models.features import FeatureLinear
 from tal_fast.report import UNITS, Report, format_report, make_report, write_report
 from tal_fast.scores import SCORES
 from tal_fast.settings import Mix
@@ -31,27 +34,61 @@ if TYPE_CHECKING:
     from tal_fast.runs import Run
 
 DEFAULT_SCORES = ("cosine", "msp")
+# Names that stand for several scores.
+GROUPS = {"logits": tuple(SCORES), "features": PLAIN, "sirc": tuple(SIRC), "all": (*SCORES, *FEATURE_SCORES)}
 # Folder of a run's outputs; it can be deleted at any time.
 CACHE = "eval-cache"
 _OOD_LOGITS = re.compile(r"ood_(.+)_logits")
 
 
 def check_scores(names: Sequence[str]) -> list[str]:
-    """Score names, each once, hyphens read as underscores.
+    """Score names, each once, hyphens read as underscores, groups (``logits``, ``features``, ``sirc``, ``all``) opened.
 
     Raises:
         ValueError: an unknown name, or none.
     """
-    found = list(dict.fromkeys(name.replace("-", "_") for name in names))
-    unknown = [name for name in found if name not in SCORES]
+    plain = [name.replace("-", "_") for name in names]
+    found = list(dict.fromkeys(score for name in plain for score in GROUPS.get(name, (name,))))
+    unknown = [name for name in found if name not in GROUPS["all"]]
     if unknown or not found:
-        raise ValueError(f"unknown score {', '.join(unknown) or '(none given)'}; choose from {', '.join(SCORES)}")
+        raise ValueError(
+            f"unknown score {', '.join(unknown) or '(none given)'}; choose from {', '.join(GROUPS['all'])}, "
+            f"or a group: {', '.join(GROUPS)}"
+        )
     return found
 
 
-def compute_scores(outputs: Outputs, names: Sequence[str]) -> dict[str, Floats]:
-    """Score name -> (n,) float64, higher = surer."""
-    return {name: SCORES[name](outputs.logits) for name in names}
+def compute_scores(
+    outputs: Outputs, names: Sequence[str], scorer: FeatureScorer | None = None, split: str = "val"
+) -> dict[str, Floats]:
+    """Score name -> (n,) float64, higher = surer.
+
+    Args:
+        outputs: of a split.
+        names: of scores.
+        scorer: fitted on training features; needed for scores over features only.
+        split: named in errors.
+
+    Raises:
+        ValueError: scores over features without features or training features.
+    """
+    of_features = [name for name in names if name not in SCORES]
+    found: dict[str, Floats] = {}
+    if of_features:
+        if scorer is None:
+            raise ValueError(f"the score {of_features[0]} needs training features ('train_features' in an .npz)")
+        if outputs.features is None:
+            key = "features" if split == "val" else f"ood_{split}_features"
+            raise ValueError(f"the score {of_features[0]} needs the features of {split!r} ({key!r} in an .npz)")
+        found = scorer.scores(of_features, outputs.logits, outputs.features)
+    return {name: found[name] if name in found else SCORES[name](outputs.logits) for name in names}
+
+
+def last_layer(model: nn.Module) -> tuple[Any, Any]:
+    """Weight (C, D) and bias (C,) or None, as arrays, of the layer that exposes the features."""
+    layer = [module for module in model.modules() if isinstance(module, FeatureLinear)][-1]
+    bias = None if layer.bias is None else layer.bias.detach().cpu().double().numpy()
+    return layer.weight.detach().cpu().double().numpy(), bias
 
 
 def collect_outputs(
@@ -89,15 +126,17 @@ def collect_outputs(
     return outputs
 
 
-def read_npz(path: str | Path) -> tuple[Outputs, dict[str, Outputs]]:
+def read_npz(path: str | Path) -> tuple[Outputs, dict[str, Outputs], Training | None]:
     """Outputs of a model trained anywhere.
 
     Args:
         path: an ``.npz`` with ``logits`` (n, C), ``labels`` (n,) integers in [0, C), optionally ``features`` (n, D),
-            and for each OOD set ``ood_NAME_logits`` (m, C), optionally ``ood_NAME_features`` (m, D).
+            and for each OOD set ``ood_NAME_logits`` (m, C), optionally ``ood_NAME_features`` (m, D). For scores over
+            features also ``train_features`` (k, D) and, as the score needs, ``train_labels`` (k,), ``weight`` (C, D)
+            and ``bias`` (C,) of the last Linear layer.
 
     Returns:
-        The ID outputs, and name -> outputs of each OOD set.
+        The ID outputs; name -> outputs of each OOD set; what scores over features are fitted on, if it is there.
 
     Raises:
         ValueError: the file is missing or is no such file; the sentence says what is wrong with it.
@@ -142,7 +181,10 @@ def read_npz(path: str | Path) -> tuple[Outputs, dict[str, Outputs]]:
         features = _features(arrays, f"ood_{match[1]}_features", len(ood))
         oods[match[1]] = Outputs(ood, features, np.full(len(ood), -1))
         inference.check_finite(oods[match[1]], key)
-    return found, oods
+    training = None
+    if "train_features" in arrays:
+        training = Training(arrays["train_features"], *(arrays.get(key) for key in ("train_labels", "weight", "bias")))
+    return found, oods, training
 
 
 def _matrix(arrays: Mapping[str, Any], name: str) -> Any:
@@ -171,6 +213,7 @@ def evaluate_outputs(
     mix: Mix | None = None,
     seed: int = 0,
     convention: str = "tal_fast",
+    training: Training | None = None,
     about: Mapping[str, Any] | None = None,
     title: str = "",
 ) -> Report:
@@ -180,17 +223,19 @@ def evaluate_outputs(
         id_outputs: of the validation split.
         ood_outputs: OOD set -> its outputs.
         output: folder; made if need be.
-        scores: names from ``tal_fast.scores.SCORES``.
+        scores: names from ``tal_fast.scores.SCORES`` and ``tal_fast.feature_scores.FEATURE_SCORES``.
         mix, seed, convention: see ``tal_fast.report.make_report``.
+        training: what scores over features are fitted on; needed for these only.
         about: entries to put before the report's own, such as the run.
         title: of the pictures.
 
     Raises:
-        ValueError: an unknown score or convention.
+        ValueError: an unknown score or convention, or a score over features that are not there.
     """
     names = check_scores(scores)
-    id_scores = compute_scores(id_outputs, names)
-    ood_scores = {name: compute_scores(outputs, names) for name, outputs in ood_outputs.items()}
+    scorer = None if training is None else FeatureScorer(training)
+    id_scores = compute_scores(id_outputs, names, scorer)
+    ood_scores = {name: compute_scores(outputs, names, scorer, name) for name, outputs in ood_outputs.items()}
     report = {
         **(about or {}),
         **make_report(id_outputs.right, id_scores, ood_scores, mix=mix, seed=seed, convention=convention),
@@ -237,6 +282,11 @@ def evaluate_run(
         split: collect_outputs(run, split, cache, batch_size=batch_size, device=device)
         for split in ("val", *run.data.ood_names)
     }
+    training = None
+    if set(names) & set(FEATURE_SCORES):
+        fitted_on = collect_outputs(run, "train-eval", cache, batch_size=batch_size, device=device)
+        assert fitted_on.features is not None
+        training = Training(fitted_on.features, fitted_on.labels, *last_layer(run.model))
     about = {
         "run": str(run_dir),
         "checkpoint": run.checkpoint.stem,
@@ -249,6 +299,7 @@ def evaluate_run(
         splits,
         run_dir if output is None else output,
         scores=names,
+        training=training,
         about=about,
         title=f"{run.method} ({Path(run_dir).name})",
         **options,
@@ -263,9 +314,11 @@ def evaluate_npz(path: str | Path, output: str | Path | None = None, **options: 
         output: where to write; a folder named after the file, beside it, unless given.
     """
     path = Path(path)
-    id_outputs, ood_outputs = read_npz(path)
+    id_outputs, ood_outputs, training = read_npz(path)
     output = path.with_name(path.stem + "-report") if output is None else output
-    return evaluate_outputs(id_outputs, ood_outputs, output, about={"npz": str(path)}, title=path.name, **options)
+    return evaluate_outputs(
+        id_outputs, ood_outputs, output, training=training, about={"npz": str(path)}, title=path.name, **options
+    )
 
 
 def _argument(check: Any) -> Any:
@@ -304,7 +357,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of the run (%(default)s)")
     parser.add_argument(
         "--scores", nargs="+", default=list(DEFAULT_SCORES), metavar="SCORE",
-        help=f"confidence scores: {', '.join(SCORES)}, or all (cosine msp)",
+        help=f"confidence scores ({' '.join(DEFAULT_SCORES)}): {', '.join(GROUPS['all'])}; or a group: "
+        "logits, features, sirc, all",
     )  # fmt: skip
     parser.add_argument("--convention", choices=CONVENTIONS, default="tal_fast", help="of the metrics (%(default)s)")
     parser.add_argument(
@@ -338,7 +392,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 for bad input, said in one sentence."""
     args = _parser().parse_args(argv)
     scores = [name for group in args.scores for name in group.split(",") if name]
-    scores = list(SCORES) if scores == ["all"] else scores
     options: dict[str, Any] = {"mix": args.mix, "seed": args.seed, "convention": args.convention, "scores": scores}
     try:
         if args.npz is not None:

@@ -1,6 +1,7 @@
 """Confidence scores of a classifier's outputs; higher = surer, always.
 
-Scores over logits need nothing else: each is a function (n, C) logits -> (n,) float64, listed in ``SCORES``.
+Scores over logits need nothing else: each is a function (n, C) logits -> (n,) float64, listed in ``SCORES``. Those over
+features are fitted on training data: see ``tal_fast.feature_scores``.
 Everything is computed in float64 whatever the logits' type: in bfloat16, rounding alone ties thousands of samples of a
 confident model and moves its AURC.
 """
@@ -38,9 +39,15 @@ def as_matrix(values: Any, name: str) -> NDArray[Any]:
     return matrix
 
 
-def by_blocks(function: Callable[[Floats], Floats], matrix: NDArray[Any]) -> Floats:
-    """``function`` of the rows, a block of them in float64 at a time."""
-    rows = max(1, _BLOCK // matrix.shape[1])
+def by_blocks(function: Callable[[Floats], Floats], matrix: NDArray[Any], columns: int = 0) -> Floats:
+    """``function`` of the rows, a block of them in float64 at a time.
+
+    Args:
+        function: (rows, columns of the matrix) -> (rows,).
+        matrix: (n, columns).
+        columns: of what the function makes on the way, where that is wider than the matrix.
+    """
+    rows = max(1, _BLOCK // max(matrix.shape[1], columns))
     parts = [function(matrix[i : i + rows].astype(np.float64)) for i in range(0, len(matrix), rows)]
     return np.concatenate(parts) if parts else np.zeros(0)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tal_fast import checkpoint, compare, evaluate, inference, report
 from tal_fast.config import Config
+from tal_fast.feature_scores import FEATURE_SCORES, FeatureScorer, Training
 from tal_fast.files import replacing
 from tal_fast.inference import Outputs
 from tal_fast.metrics import METRICS, failure_metrics
@@ -282,7 +283,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 def test_npz(tmp_path: Path) -> None:
     path = write_npz(tmp_path / "outputs.npz")
-    assert evaluate.main(["--npz", str(path), "--scores", "all", "--seed", "3"]) == 0
+    assert evaluate.main(["--npz", str(path), "--scores", "logits", "--seed", "3"]) == 0
     found = read(tmp_path / "outputs-report")
     assert list(found["settings"]["new_fd"]) == list(SCORES)
     with np.load(path) as data:
@@ -295,6 +296,47 @@ def test_npz(tmp_path: Path) -> None:
     assert found["samples"]["new_fd"]["id"] == found["samples"]["new_fd"]["ood"] == 90
     assert found["aurc_random"]["ood"] == 0.5
     assert found["aurc_floor"]["old_fd"] < found["settings"]["old_fd"]["msp"]["aurc"] < found["aurc_random"]["old_fd"]
+
+
+def test_scores_over_features_of_a_run(run_dir: Path, tmp_path: Path) -> None:
+    found = evaluate.evaluate_run(run_dir, tmp_path, scores=["all"])
+    assert list(found["settings"]["new_fd"]) == [*SCORES, *FEATURE_SCORES]
+    run = load_run(run_dir)
+    outputs = {s: evaluate.collect_outputs(run, s, run_dir / evaluate.CACHE / "best") for s in ("train-eval", "val")}
+    train, val = outputs["train-eval"], outputs["val"]
+    weight, bias = evaluate.last_layer(run.model)
+    assert train.features is not None
+    assert val.features is not None
+    # The layer that was found is the one that made the logits of these features.
+    np.testing.assert_allclose(val.features @ weight.T + bias, val.logits, rtol=1e-4, atol=1e-5)
+    scorer = FeatureScorer(Training(train.features, train.labels, weight, bias))
+    want = scorer.scores(["mahalanobis"], val.logits, val.features)["mahalanobis"]
+    assert found["settings"]["old_fd"]["mahalanobis"] == failure_metrics(want, val.right)
+
+
+def test_scores_over_features_of_an_npz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(2)
+    arrays = {
+        "features": rng.normal(size=(200, 8)), "ood_noise_features": rng.normal(size=(90, 8)) + 3,
+        "train_features": rng.normal(size=(300, 8)), "train_labels": rng.integers(5, size=300),
+        "weight": rng.normal(size=(5, 8)), "bias": rng.normal(size=5),
+    }  # fmt: skip
+    path = write_npz(tmp_path / "outputs.npz", **arrays)
+    assert evaluate.main(["--npz", str(path), "--scores", "features", "sirc"]) == 0
+    found = read(tmp_path / "outputs-report")["settings"]
+    assert list(found["ood"]) == list(FEATURE_SCORES)
+    assert found["ood"]["mahalanobis"]["auroc"] > 0.9
+    capsys.readouterr()
+    for missing, score, message in (
+        ("train_features", "knn", "the score knn needs training features ('train_features' in an .npz)"),
+        ("features", "knn", "the score knn needs the features of 'val' ('features' in an .npz)"),
+        ("ood_noise_features", "knn", "needs the features of 'noise' ('ood_noise_features' in an .npz)"),
+        ("train_labels", "mahalanobis", "mahalanobis needs training labels"),
+        ("weight", "feature_norm", "the last layer's bias must be (C,) and come with its weight"),
+    ):
+        write_npz(path, **{**arrays, missing: None})
+        assert evaluate.main(["--npz", str(path), "--scores", score]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_several_ood_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

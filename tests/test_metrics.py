@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 import json
 import time
@@ -296,6 +297,12 @@ def test_refusals(confidence: Any, correct: Any, message: str) -> None:
 def test_unknown_convention() -> None:
     with pytest.raises(ValueError, match="unknown convention 'fd'; choose from tal_fast, tal, tal-test"):
         failure_metrics([0.5], [1], "fd")
+
+
+def test_the_documents_examples() -> None:
+    path = Path(__file__).parents[1] / "docs" / "metrics.md"
+    failed, tried = doctest.testfile(str(path), module_relative=False)
+    assert (failed, tried) == (0, 6)
 
 
 def test_50000_samples_take_a_moment() -> None:
