@@ -15,6 +15,20 @@ from tal_fast.storage import write_atomically
 
 REFRESH_SECONDS = 1.0
 
+COLUMNS = (
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "images_per_s",
+    "seconds",
+    "data_wait",
+)
+"""Of metrics.csv, before the method's own. ``seconds`` are of training, ``data_wait`` is the share of them spent waiting
+for images; ``val_loss`` is cross-entropy for every method."""
+
 
 class Progress:
     """The steps of one epoch.
@@ -72,9 +86,10 @@ def epoch_line(row: Mapping[str, float], epochs: int) -> str:
 
 
 def write_metrics(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Write metrics.csv: a row an epoch, whole or not at all."""
+    """Write metrics.csv: a row for each of one or more epochs, whole or not at all."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ["epoch"], lineterminator="\n")
+    extra = [name for name in rows[0] if name not in COLUMNS]
+    writer = csv.DictWriter(text, [*COLUMNS, *extra], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))

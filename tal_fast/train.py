@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _refuse(error: Exception, rank: int) -> Any:
     where = f" (rank {rank})" if rank else ""
-    print(f"error{where}: {error}", file=sys.stderr)
+    sys.stderr.write(f"error{where}: {error}\n")  # in one piece, for ranks write at the same time
     raise SystemExit(2) from None
 
 

@@ -270,7 +270,8 @@ class Trainer:
 
     def _say(self, line: str) -> None:
         if self.ranks.is_main and self.config.progress != "none":
-            print(line, flush=True)
+            with contextlib.suppress(OSError):  # a terminal that has gone must not end the run
+                print(line, flush=True)
 
     # ---- Saving and resuming ----------------------------------------------------------------------------------
 

@@ -88,23 +88,33 @@ class TorchSource:
         self._mean, self._std = mean, std
         self._device = device
         self._steps = _Steps(plan)
-        workers = min(workers, len(plan))
-        self._loader = DataLoader(
-            _Reader(files, image_size, channels),
-            batch_size=None,
-            sampler=self._steps,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-            # The DataLoader draws a seed for its workers; drawn from here, it leaves the global generator alone.
-            generator=torch.Generator().manual_seed(0),
-        )
+        self._reader = _Reader(files, image_size, channels)
+        self._workers = min(workers, len(plan))
+        self._loader: DataLoader | None = None
 
     def images(self, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See ``Source``."""
         self._steps.epoch, self._steps.start_step = epoch, start_step
+        self._loader = self._loader or self._start()
+        problem = None
         for item in self._loader:
             if isinstance(item, str):
-                raise UnreadableImage(item)
+                problem = item
+                break
             pixels, indices = item
             yield normalize(pixels.to(self._device, non_blocking=True), self._mean, self._std), indices
+        if problem is not None:
+            self._loader = None  # end the workers now: collected as garbage, they would be waited for in vain
+            raise UnreadableImage(problem)
+
+    def _start(self) -> DataLoader:
+        return DataLoader(
+            self._reader,
+            batch_size=None,
+            sampler=self._steps,
+            num_workers=self._workers,
+            persistent_workers=self._workers > 0,
+            pin_memory=self._device.type == "cuda",
+            # The DataLoader draws a seed for its workers; drawn from here, it leaves the global generator alone.
+            generator=torch.Generator().manual_seed(0),
+        )

@@ -1,0 +1,566 @@
+"""Data: plans, loaders, folders, embedded sets, and what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import multiprocessing
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tal_fast.config import DataConfig
+from tal_fast.data import build_data, dali_loader, embedded, files
+from tal_fast.data.cache import make_folder_once
+from tal_fast.data.files import UnreadableImage
+from tal_fast.data.loaders import normalize
+from tal_fast.data.plan import Augmentation, Plan, central_boxes, random_boxes
+
+LOADERS = ["torch"] + (["dali"] if dali_loader.available() else [])
+needs_dali = pytest.mark.skipif(not dali_loader.available(), reason="DALI is not installed")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAL_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def picture(height: int, width: int, seed: int) -> Image.Image:
+    """Smooth with some texture, as photos are: noise alone would test the resampling filters' last digits."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(256, size=(6, 6, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    return Image.fromarray(np.clip(smooth + random.integers(-6, 7, size=smooth.shape), 0, 255).astype(np.uint8))
+
+
+def make_folder(root: Path, train: int = 13, val: int = 7, classes: tuple[str, ...] = ("cat", "dog", "emu")) -> Path:
+    """Pictures of many shapes; PNG and JPEG; grayscale, palette, alpha, CMYK and EXIF-rotated among them."""
+    for split, count in (("train", train), ("val", val)):
+        for i in range(count):
+            folder = root / split / classes[i % len(classes)]
+            folder.mkdir(parents=True, exist_ok=True)
+            image = picture(40 + 17 * i % 60, 90 - 13 * i % 50, i)
+            kind = i % 7
+            if kind == 0:
+                image.convert("L").save(folder / f"{i}.png")
+            elif kind == 1:
+                image.quantize(64).save(folder / f"{i} with spaces.png")
+            elif kind == 2:
+                image.convert("RGBA").save(folder / f"{i}.PNG")
+            elif kind == 3:
+                image.convert("CMYK").save(folder / f"{i}.jpg", quality=95)
+            elif kind == 4:
+                exif = Image.Exif()
+                exif[274] = 6  # "rotate by 90 degrees to show"
+                image.save(folder / f"é{i}.jpeg", quality=95, exif=exif)
+            else:
+                image.save(folder / f"{i}.{'jpg' if kind == 5 else 'bmp'}")
+    (root / "train" / classes[0] / "Thumbs.db").write_bytes(b"no image, passed over")
+    (root / "train" / classes[0] / ".hidden.jpg").write_bytes(b"no image, passed over")
+    return root
+
+
+def config(root: Path | None = None, **options: Any) -> DataConfig:
+    return DataConfig(root=None if root is None else str(root), **{"image_size": 24, "workers": 0, **options})
+
+
+def collect(loader: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batches = list(loader)
+    return tuple(torch.cat(column) for column in zip(*batches, strict=True))  # type: ignore[return-value]
+
+
+# ---- Plans ----------------------------------------------------------------------------------------------------
+
+
+def plan(num_samples: int, batch_size: int, **options: Any) -> Plan:
+    return Plan(np.full((num_samples, 2), 32, np.int32), batch_size, **options)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("num_samples", [12, 13, 37])
+def test_training_shards_are_one_shuffled_order(world: int, num_samples: int) -> None:
+    batch = 12 // world
+    whole = [b.indices for b in plan(num_samples, 12, training=True, seed=5).batches(epoch=2)]
+    ranks = [plan(num_samples, batch, training=True, seed=5, rank=r, world_size=world) for r in range(world)]
+    assert {len(rank) for rank in ranks} == {num_samples // 12} == {len(whole)}
+    steps = zip(*(rank.batches(epoch=2) for rank in ranks), strict=True)
+    for together, parts in zip(whole, steps, strict=True):
+        assert np.concatenate([part.indices for part in parts]).tolist() == together.tolist()
+        assert {part.indices.size for part in parts} == {batch}  # never a short or a padded batch
+    seen = np.concatenate(whole)
+    assert len(set(seen.tolist())) == len(seen)  # no image twice
+
+
+def test_each_epoch_is_reshuffled_from_the_seed() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return np.concatenate([b.indices for b in plan(60, 20, training=True, seed=seed).batches(epoch)]).tolist()
+
+    assert order(1, 0) == order(1, 0)
+    assert sorted(order(1, 0)) == list(range(60))
+    assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1, 2)}) == 6
+
+
+def test_start_step_gives_the_rest_of_the_epoch() -> None:
+    p = plan(40, 8, training=True, seed=3, augmentation=Augmentation(crop_area=(0.2, 1.0), flip=True, shift=2))
+    whole = list(p.batches(epoch=4))
+    for start in range(6):
+        rest = list(p.batches(epoch=4, start_step=start))
+        assert len(rest) == 5 - start
+        for got, want in zip(rest, whole[start:], strict=True):
+            for name in ("indices", "boxes", "mirror", "shift"):
+                assert np.array_equal(getattr(got, name), getattr(want, name))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_samples", [1, 2, 7, 16])
+def test_evaluation_sees_each_image_once(world: int, num_samples: int) -> None:
+    ranks = [plan(num_samples, 3, rank=r, world_size=world) for r in range(world)]
+    batches = [[b.indices for b in rank.batches()] for rank in ranks]
+    assert [len(b) for b in batches] == [len(rank) for rank in ranks]
+    seen = [i for rank in batches for batch in rank for i in batch.tolist()]
+    assert sorted(seen) == list(range(num_samples))
+
+
+def test_an_image_gets_the_same_crop_wherever_it_falls() -> None:
+    options: dict[str, Any] = {"augmentation": Augmentation(crop_area=(0.1, 1.0), flip=True), "training": True}
+
+    def crops(p: Plan) -> dict[int, list[int]]:
+        return {
+            int(i): [*box.tolist(), int(m)]
+            for b in p.batches(1)
+            for i, box, m in zip(b.indices, b.boxes, b.mirror, strict=True)
+        }
+
+    one = crops(plan(30, 5, seed=7, **options))
+    two = crops(plan(30, 5, seed=7, world_size=2, **options)) | crops(
+        plan(30, 5, seed=7, rank=1, world_size=2, **options)
+    )
+    assert one == two
+    assert len({tuple(v) for v in one.values()}) > 20
+    assert {v[4] for v in one.values()} == {0, 1}
+
+
+def test_central_boxes() -> None:
+    sizes = np.array([[256, 256], [100, 200], [201, 100], [1, 1]], float)
+    assert central_boxes(sizes, 0.875).tolist() == [[16, 16, 224, 224], [6, 56, 88, 88], [56, 6, 88, 88], [0, 0, 1, 1]]
+    assert central_boxes(sizes, 1.0).tolist() == [[0, 0, 256, 256], [0, 50, 100, 100], [50, 0, 100, 100], [0, 0, 1, 1]]
+
+
+def test_random_boxes_lie_within_and_have_the_asked_area_and_shape() -> None:
+    random = np.random.default_rng(0).random((4000, 4), dtype=np.float32)
+    sizes = np.random.default_rng(1).integers(1, 700, size=(4000, 2)).astype(float)
+    top, left, height, width = random_boxes(sizes, (0.08, 1.0), (0.75, 4 / 3), random).T
+    assert (np.minimum(top, left) >= 0).all()
+    assert (np.minimum(height, width) >= 1).all()
+    assert (top + height <= sizes[:, 0]).all()
+    assert (left + width <= sizes[:, 1]).all()
+    # Where no box needs narrowing, areas are uniform and shapes log-uniform over their ranges.
+    square = np.full((4000, 2), 1000.0)
+    _, _, height, width = random_boxes(square, (0.1, 0.5), (0.5, 2.0), random).T
+    area, shape = height * width / 1e6, np.log2(width / height)
+    assert (abs(area.mean() - 0.3) < 0.01, abs(area.min() - 0.1) < 0.01, abs(area.max() - 0.5) < 0.01) == (True,) * 3
+    assert (abs(shape.mean()) < 0.05, abs(shape.min() + 1) < 0.02, abs(shape.max() - 1) < 0.02) == (True,) * 3
+    whole = random_boxes(square[:1], (1.0, 1.0), (1.0, 1.0), random[:1])
+    assert whole.tolist() == [[0, 0, 1000, 1000]]
+
+
+def test_batch_larger_than_the_images_is_refused() -> None:
+    with pytest.raises(ValueError, match="a step takes 14 images .* only 13 training images; lower batch_size"):
+        plan(13, 7, training=True, world_size=2)
+    with pytest.raises(ValueError, match="batch size is 0"):
+        plan(13, 0)
+
+
+# ---- Loaders --------------------------------------------------------------------------------------------------
+
+
+@needs_dali
+@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize("split", ["train", "train-eval", "val"])
+def test_dali_and_torch_read_the_same(tmp_path: Path, split: str, channels: Any) -> None:
+    root = make_folder(tmp_path / "images")
+    got = {}
+    for loader in ("dali", "torch"):
+        data = build_data(
+            config(root, loader=loader, channels=channels, mean=[0.0] * channels, std=[1 / 255] * channels)
+        )
+        assert data.loader_name == loader
+        reader = data.loader(split, batch_size=4, seed=2)
+        got[loader] = []
+        for epoch in range(2):
+            reader.set_epoch(epoch)
+            got[loader].append(collect(reader))
+    for (dali, dali_labels, dali_indices), (torch_, labels, indices) in zip(got["dali"], got["torch"], strict=True):
+        assert torch.equal(dali_indices, indices)
+        assert torch.equal(dali_labels, labels)
+        assert dali.shape == torch_.shape == (len(indices), channels, 24, 24)
+        assert dali.dtype == torch_.dtype == torch.float32
+        error = (dali - torch_).abs()  # of 255: two JPEG decoders and two roundings between rows and columns
+        assert error.mean() < 1.0
+        assert error.max() <= 16
+    first, second = (epoch[0] for epoch in got["torch"])
+    assert torch.equal(first, second) == (split != "train")  # only training varies, and it does
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_labels_indices_and_files_belong_together(tmp_path: Path, loader: Any, workers: int) -> None:
+    for name, value in (("black", 0), ("white", 255)):
+        for split, count in (("train", 5), ("val", 3)):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (20, 20), (value,) * 3).save(tmp_path / split / name / f"{i}.png")
+    data = build_data(config(tmp_path, loader=loader, workers=workers, mean=[0.5] * 3, std=[0.5] * 3))
+    assert data.class_names == ("black", "white")
+    for split, batch, total in (("train", 3, 9), ("train-eval", 4, 10), ("val", 4, 6)):
+        reader = data.loader(split, batch_size=batch)
+        images, labels, indices = collect(reader)
+        assert len(images) == total
+        assert len(reader) == -(-total // batch)
+        assert labels.dtype == indices.dtype == torch.int64
+        assert torch.equal(images.mean((1, 2, 3)).round(decimals=4), labels * 2.0 - 1)
+        paths = data.split(split).paths  # type: ignore[union-attr]
+        assert [("white" in paths[i]) for i in indices] == [bool(label) for label in labels]
+    assert reader.num_samples == 6
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_ranks_share_the_validation_images(tmp_path: Path, loader: Any) -> None:
+    data = build_data(config(make_folder(tmp_path, val=7), loader=loader))
+    for world in (1, 2, 3, 9):
+        seen: list[int] = []
+        for rank in range(world):
+            reader = data.loader("val", batch_size=2, rank=rank, world_size=world)
+            batches = list(reader)
+            assert len(batches) == len(reader)
+            assert reader.num_samples == 7
+            seen += [int(i) for _, _, indices in batches for i in indices]
+        assert sorted(seen) == list(range(7))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_epoch_left_early_leaves_nothing_behind(tmp_path: Path, loader: Any) -> None:
+    data = build_data(config(make_folder(tmp_path), loader=loader))
+    reader = data.loader("train", batch_size=2, seed=1)
+    whole = collect(reader)
+    next(iter(reader))
+    again = collect(reader)
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    reader.set_epoch(0, start_step=4)
+    rest = collect(reader)
+    assert all(torch.equal(a[8:], b) for a, b in zip(whole, rest, strict=True))
+    reader.set_epoch(0, start_step=len(reader))
+    assert list(reader) == []
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_reading_leaves_the_global_generator_alone(tmp_path: Path, loader: Any) -> None:
+    data = build_data(config(make_folder(tmp_path), loader=loader, workers=1))
+    before = torch.get_rng_state()
+    collect(data.loader("train", batch_size=2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_does_not_decode_is_named(tmp_path: Path, loader: Any, workers: int) -> None:
+    root = make_folder(tmp_path / "images", train=6)
+    victim = root / "train" / "emu" / "cut.jpg"
+    picture(80, 80, 0).save(victim)
+    data_bytes = victim.read_bytes()
+    victim.write_bytes(data_bytes[: len(data_bytes) // 2])  # the header is whole, so that only decoding fails
+    data = build_data(config(root, loader=loader, workers=workers))
+    with pytest.raises(UnreadableImage, match="cut.jpg cannot be decoded .* remove or replace it") as caught:
+        collect(data.loader("train-eval", batch_size=2))
+    assert "Traceback" not in str(caught.value)
+
+
+def test_normalize() -> None:
+    pixels = torch.tensor([[[[0, 51, 255], [255, 102, 0]]]], dtype=torch.uint8)  # (1, 1, 2, 3)
+    images = normalize(pixels, [0.5, 0.2, 0.0], [0.5, 0.1, 1.0])
+    torch.testing.assert_close(images, torch.tensor([[[[-1.0, 1.0]], [[0.0, 2.0]], [[1.0, 0.0]]]]))
+    assert images.is_contiguous()
+
+
+def test_out_of_distribution_folders_are_flat_and_unlabelled(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "id")
+    other = tmp_path / "other"
+    (other / "deep" / "deeper").mkdir(parents=True)
+    picture(30, 30, 1).save(other / "a.png")
+    picture(30, 30, 2).save(other / "deep" / "deeper" / "b.jpg")
+    data = build_data(config(root, loader="torch", ood={"things": str(other)}))
+    assert data.ood_names == ("things",)
+    images, labels, indices = collect(data.loader("things", batch_size=8))
+    assert images.shape == (2, 3, 24, 24)
+    assert labels.tolist() == [-1, -1]
+    assert indices.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="no split 'thing'; there are train, train-eval, val, things"):
+        data.loader("thing", batch_size=8)
+
+
+def test_train_limit_keeps_a_fixed_choice(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    kept = [build_data(config(root, loader="torch", train_limit=5)).split("train") for _ in range(2)]
+    assert len(kept[0]) == 5
+    assert kept[0].paths == kept[1].paths  # type: ignore[union-attr]
+    assert len(build_data(config(root, loader="torch", train_limit=500)).split("train")) == 13
+
+
+def test_auto_falls_back_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_folder(tmp_path)
+    monkeypatch.setattr(dali_loader, "available", lambda: False)
+    assert build_data(config(root)).loader_name == "torch"
+    with pytest.raises(ValueError, match="DALI cannot be imported; install nvidia-dali"):
+        build_data(config(root, loader="dali"))
+
+
+# ---- What is refused ------------------------------------------------------------------------------------------
+
+
+def _refused(root: Path, what: str) -> str:
+    make_folder(root)
+    if what == "no root":
+        return "data.root is not set; name the folder"
+    if what == "gone root":
+        root.rename(root.with_name("elsewhere"))
+        return "is not a folder; name one that holds train/ and val/"
+    if what == "no val":
+        (root / "val").rename(root / "validation")
+        return "has no folder val/; it must hold train/ and val/"
+    if what == "no train":
+        (root / "train").rename(root / "training")
+        return "has no folder train/"
+    if what == "no classes":
+        (root / "val").rename(root / "old")
+        (root / "val").mkdir()
+        return "val is empty of class folders"
+    if what == "new class":
+        (root / "val" / "emu").rename(root / "val" / "yak")
+        return "val/yak has no counterpart among the training classes \\(cat, dog, emu\\)"
+    if what == "empty class":
+        (root / "train" / "fox").mkdir()
+        return "train/fox holds no images .*fill or remove it"
+    if what == "not an image":
+        (root / "val" / "cat" / "notes.jpg").write_text("not an image")
+        return "notes.jpg cannot be read as an image \\(no image format fits it\\)"
+    (root / "val" / "cat" / "zero.png").touch()
+    return "zero.png cannot be read as an image \\(it is empty\\)"
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("no root", "gone root", "no val", "no train", "no classes", "new class", "empty class", "not an image"),
+        "empty file",
+    ],
+)
+def test_bad_folders_are_refused(tmp_path: Path, what: str) -> None:
+    sentence = _refused(tmp_path / "images", what)
+    with pytest.raises(ValueError, match=sentence):
+        build_data(config(None if what == "no root" else tmp_path / "images", loader="torch"))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"mean": [0.5] * 3}, "go together"),
+        ({"mean": [0.5], "std": [0.5]}, "data.mean has 1 values but data.channels is 3"),
+        ({"mean": [0.5] * 3, "std": [0.5, 0.0, 0.5]}, "must be above 0"),
+        ({"crop_fraction": 1.5}, "crop_fraction is 1.5 but must be in"),
+        ({"crop_area": (0.0, 1.0)}, "smallest <= largest <= 1"),
+        ({"crop_ratio": (2.0, 1.0)}, "crop_ratio"),
+        ({"image_size": 0}, "image_size is 0 but must be at least 1"),
+        ({"shift": 2}, "data.shift is for in-memory data sets"),
+        ({"ood": {"x": "/nowhere"}}, "data.ood 'x': /nowhere is not a folder"),
+        ({"dataset": "synthetic"}, "data.crop_area is for image files, synthetic is in memory"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        build_data(config(make_folder(tmp_path), loader="torch", **options))
+
+
+def test_sizes_are_read_once_and_again_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_folder(tmp_path / "images")
+    first = build_data(config(root, loader="torch"))
+    read: list[str] = []
+    original = files.image_size
+    monkeypatch.setattr(files, "image_size", lambda path: read.append(path) or original(path))
+    second = build_data(config(root, loader="torch"))
+    assert read == []
+    assert np.array_equal(first.split("train").sizes, second.split("train").sizes)
+    victim = Path(first.split("val").paths[0])  # type: ignore[union-attr]
+    picture(33, 44, 9).save(victim)
+    os.utime(victim, ns=(1, 1))
+    third = build_data(config(root, loader="torch"))
+    assert third.split("val").sizes[0].tolist() == [33, 44]
+    assert str(victim) in read
+
+
+# ---- Embedded sets --------------------------------------------------------------------------------------------
+
+
+def test_digits_are_files_split_by_class() -> None:
+    data = build_data(DataConfig(dataset="digits", loader="torch", workers=0, image_size=16, channels=1))
+    assert data.class_names == tuple("0123456789")
+    assert data.ood_names == ("photos",)
+    train, val, photos = (data.split(s) for s in ("train", "val", "photos"))
+    assert (len(train), len(val), len(photos)) == (901, 896, 520)
+    counts = np.bincount(train.labels) - np.bincount(val.labels)
+    assert set(counts.tolist()) <= {0, 1}
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for images in (train, val):
+        for index in (0, 100, 500):
+            path = Path(images.paths[index])  # type: ignore[union-attr]
+            want = digits.images[int(path.stem)] * (255 / 16)
+            assert np.abs(np.asarray(Image.open(path)) - want).max() <= 0.5
+            assert digits.target[int(path.stem)] == images.labels[index]
+    images, labels, _ = collect(data.loader("photos", batch_size=520))
+    assert images.shape == (520, 1, 16, 16)
+    assert set(labels.tolist()) == {-1}
+    assert images.std((1, 2, 3)).median() > 0.05  # patches of photos, not blanks
+
+
+def _make(cache: str, results: Any) -> None:
+    os.environ["TAL_FAST_CACHE"] = cache
+    folder = embedded.digits_folder()
+    results.put(sum(len(names) for _, _, names in os.walk(folder)))
+
+
+def test_two_processes_make_the_digits_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=_make, args=(str(tmp_path), results)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    counts = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert counts == [1797 + 520] * 2
+    assert os.listdir(tmp_path) == ["digits-1"]  # nothing half-made is left
+
+
+def test_a_folder_whose_making_fails_is_not_there(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("made")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        make_folder_once(tmp_path / "cache" / "set", fail)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def idx(values: np.ndarray) -> bytes:
+    return bytes((0, 0, 8, values.ndim)) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
+
+
+def write_fashion(folder: Path, train: int = 30, test: int = 20) -> None:
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for prefix, count in (("train", train), ("t10k", test)):
+        pixels = random.integers(256, size=(count, 28, 28), dtype=np.uint8)
+        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(pixels)))
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(idx(np.arange(count, dtype=np.uint8) % 10))
+
+
+def test_fashion_mnist_in_memory(tmp_path: Path) -> None:
+    write_fashion(tmp_path / "fashion")
+    write_fashion(tmp_path / "mnist", test=15)
+    options: dict[str, Any] = {"dataset": "fashion-mnist", "crop_area": None, "channels": 1, "flip": False}
+    data = build_data(DataConfig(root=str(tmp_path / "fashion"), ood={"mnist": str(tmp_path / "mnist")}, **options))
+    assert data.loader_name == "memory"
+    assert (data.num_classes, data.class_names[9], data.ood_names) == (10, "ankle-boot", ("mnist",))
+    images, labels, indices = collect(data.loader("val", batch_size=7))
+    assert images.shape == (20, 1, 28, 28)
+    assert labels.tolist() == [i % 10 for i in range(20)]
+    assert indices.tolist() == list(range(20))
+    pixels = embedded.read_idx(tmp_path / "fashion" / "t10k-images-idx3-ubyte.gz", 3)
+    mean, std = data.config.normalization()
+    torch.testing.assert_close(images[:, 0], (torch.from_numpy(pixels) / 255 - mean[0]) / std[0])
+    assert collect(data.loader("mnist", batch_size=7))[1].tolist() == [-1] * 15
+    with pytest.raises(ValueError, match="'svhn' is not an out-of-distribution set of fashion-mnist"):
+        build_data(DataConfig(root=str(tmp_path / "fashion"), ood={"svhn": "x"}, **options))
+
+
+def test_shift_and_mirror_in_memory(tmp_path: Path) -> None:
+    write_fashion(tmp_path / "fashion")
+    options: dict[str, Any] = {"dataset": "fashion-mnist", "crop_area": None, "channels": 1}
+    data = build_data(
+        DataConfig(root=str(tmp_path / "fashion"), mean=[0.0], std=[1 / 255], shift=3, flip=True, **options)
+    )
+    loader = data.loader("train", batch_size=30, seed=4)
+    images, _, indices = collect(loader)
+    original = torch.from_numpy(data.split("train").pixels)[..., 0].float()  # type: ignore[union-attr]
+    moves = []
+    for image, index in zip(images[:, 0], indices, strict=True):
+        found = []
+        for mirrored in (False, True):
+            padded = torch.nn.functional.pad(original[index].flip(1) if mirrored else original[index], (3, 3, 3, 3))
+            found += [
+                (mirrored, 3 - y, 3 - x)
+                for y in range(7)
+                for x in range(7)
+                if torch.allclose(padded[y : y + 28, x : x + 28], image, atol=1e-2)
+            ]
+        assert len(found) == 1  # every image is its original, mirrored or not, moved by at most 3 pixels each way
+        moves += found
+    assert len(set(moves)) > 10
+    assert {mirrored for mirrored, _, _ in moves} == {False, True}
+
+
+@pytest.mark.skipif(not Path(embedded.FASHION_MNIST_ROOT).is_dir(), reason="dataset-fashion-mnist is not installed")
+def test_the_real_fashion_mnist() -> None:
+    splits = embedded.fashion_mnist(None)
+    assert [splits[s][0].shape for s in ("train", "val")] == [(60000, 28, 28), (10000, 28, 28)]
+    assert np.bincount(splits["val"][1]).tolist() == [1000] * 10
+    assert splits["train"][0].mean() / 255 == pytest.approx(0.2860, abs=1e-3)  # as widely published
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.gz", b"not gzip", "cannot be unpacked"),
+        ("a.gz", gzip.compress(idx(np.zeros((2, 3, 3), np.uint8)))[:-9], "cannot be unpacked"),
+        ("a", b"", "is not an IDX file of uint8 values in 3 dimensions"),
+        ("a", bytes((0, 0, 8, 3)), "is not an IDX file"),
+        ("a", idx(np.zeros(5, np.uint8)), "is not an IDX file"),
+        ("a", idx(np.zeros((2, 3, 3), np.uint8))[:-1], "holds 17 values but its header says 2 x 3 x 3"),
+        ("a", idx(np.zeros((2, 3, 3), np.uint8)) + b"x", "holds 19 values"),
+    ],
+)
+def test_damaged_idx_files_are_refused(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        embedded.read_idx(tmp_path / name, 3)
+
+
+def test_missing_idx_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="apt-get install dataset-fashion-mnist"):
+        embedded.fashion_mnist(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="has neither train-images-idx3-ubyte.gz nor"):
+        embedded.fashion_mnist(str(tmp_path))
+    write_fashion(tmp_path / "f")
+    (tmp_path / "f" / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(3, np.uint8)))
+    with pytest.raises(ValueError, match="20 t10k images but 3 labels"):
+        embedded.fashion_mnist(str(tmp_path / "f"))
+
+
+def test_synthetic_is_repeatable_and_resizable() -> None:
+    options: dict[str, Any] = {"dataset": "synthetic", "crop_area": None}
+    first, second = (build_data(DataConfig(**options)) for _ in range(2))
+    a, labels, _ = collect(first.loader("val", batch_size=500))
+    b, _, _ = collect(second.loader("val", batch_size=500))
+    assert torch.equal(a, b)
+    assert a.shape == (1000, 3, 32, 32)
+    assert set(labels.tolist()) == set(range(10))
+    assert next(iter(build_data(DataConfig(image_size=8, **options)).loader("noise", batch_size=2)))[0].shape[2:] == (
+        8,
+        8,
+    )
