@@ -79,8 +79,7 @@ class Mix:
 
         Args:
             n_id, n_ood: how many there are.
-            seed: of the random mixes. ID and OOD are drawn from streams of their own, so OOD sets of equal size meet
-                the same ID samples.
+            seed: of the random mixes. OOD sets of equal size meet the same ID samples.
 
         Returns:
             Two int64 arrays, into the ID and into the OOD samples.
@@ -94,10 +93,10 @@ class Mix:
             take_ood = min(n_ood, round(total * self.prior))
         if not self.random:
             return np.arange(take_id), np.arange(take_ood)
-        return _draw(n_id, take_id, [seed, 0]), _draw(n_ood, take_ood, [seed, 1])
+        return _draw(n_id, take_id, seed), _draw(n_ood, take_ood, seed)
 
 
-def _draw(n: int, take: int, seed: list[int]) -> Ints:
+def _draw(n: int, take: int, seed: int) -> Ints:
     return np.sort(np.random.default_rng(seed).permutation(n)[:take]).astype(np.int64)
 
 

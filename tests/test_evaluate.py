@@ -210,6 +210,10 @@ def test_one_pass_serves_until_an_image_changes(tmp_path: Path, monkeypatch: pyt
     Image.new("RGB", (16, 16), "red").save(tmp_path / "ood" / "1.png")
     evaluate.evaluate_run(run)
     assert passes == ["val", "other", "other"]
+    # Another image of the same size shows in the time of change.
+    os.utime(tmp_path / "val" / "cat" / "2.png", (1, 1))
+    evaluate.evaluate_run(run)
+    assert passes == ["val", "other", "other", "val"]
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(

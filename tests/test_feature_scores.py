@@ -16,7 +16,7 @@ from tal_fast.feature_scores import FEATURE_SCORES, SIRC, FeatureScorer, Trainin
 from tal_fast.metrics import failure_metrics
 
 pytestmark = pytest.mark.filterwarnings("error")
-CLASSES, WIDTH = 5, 12
+CLASSES, WIDTH = 5, 13
 
 
 class Case:
@@ -228,7 +228,7 @@ def test_refusals() -> None:
     assert "need the weight (C, D) of the last Linear layer" in refused(bare, "vim")
     assert "10th nearest training feature but there are 9" in refused(Training(CASE.train[:9]), "knn")
     assert "unknown feature score 'relu'" in refused(bare, "relu")
-    assert "features are 3 wide but those in training 12" in refused(bare, "knn", features=CASE.features[:, :3])
+    assert "features are 3 wide but those in training 13" in refused(bare, "knn", features=CASE.features[:, :3])
     assert "logits have 80 samples but features 4" in refused(bare, "knn", features=CASE.features[:4])
     assert "the same for all training features" in refused(Training(np.ones((20, WIDTH))), "sirc_msp_feature_norm")
     flat = Training(np.repeat(CASE.train[:2], 5, axis=0), np.repeat([0, 1], 5))
@@ -242,7 +242,7 @@ def test_refusals() -> None:
         ({"features": np.array([[np.nan, 1]])}, "must be finite"),
         ({"features": np.zeros(3)}, "training features must be (n, C)"),
         ({"labels": np.zeros(3, int)}, "400 samples but training labels are of shape (3,)"),
-        ({"weight": np.zeros((CLASSES, 3))}, "weight must be (C, 12)"),
+        ({"weight": np.zeros((CLASSES, 3))}, "weight must be (C, 13)"),
         ({"bias": np.zeros(3)}, "bias must be (C,)"),
         ({"weight": None}, "bias must be (C,) and come with its weight"),
     ],

@@ -127,6 +127,13 @@ def test_tal_breaks_ties_by_input_order_and_the_default_does_not() -> None:
     assert second == (0.75, 0.5)
 
 
+def test_tal_sorts_as_the_released_code_does() -> None:
+    scores, correct = random_case(1, n=500, decimals=1)
+    ranked = [c for _, c in sorted(zip(scores, correct, strict=True), key=lambda pair: pair[0], reverse=True)]
+    risks = [(i - sum(ranked[:i])) / i for i in range(1, 501)]
+    assert failure_metrics(scores, correct, "tal")["aurc"] == pytest.approx(np.mean(risks), abs=1e-12)
+
+
 cases = st.lists(st.tuples(st.integers(-6, 6), st.booleans()), min_size=1, max_size=60)
 
 
