@@ -8,6 +8,7 @@ kept, so that a damaged one costs one epoch. They hold tensors and plain values 
 from __future__ import annotations
 
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,10 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     if not path.is_file():
         raise Damaged(f"there is no checkpoint {path}")
     try:
+        with zipfile.ZipFile(path) as file:
+            bad = file.testzip()  # torch.load does not compare checksums
+        if bad is not None:
+            raise ValueError(f"the checksum of {bad} is wrong")
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a damaged file can fail in any layer of unzipping and unpickling
         raise Damaged(f"checkpoint {path} cannot be read ({type(error).__name__}); it is damaged or not one") from error
