@@ -22,6 +22,7 @@ from torch import nn
 
 import tal_fast
 from tal_fast import inference, plots
+from tal_fast.calibration import calibration_metrics
 from tal_fast.feature_scores import FEATURE_SCORES, PLAIN, SIRC, FeatureScorer, Training
 from tal_fast.inference import Outputs
 from tal_fast.metrics import CONVENTIONS, Floats
@@ -219,6 +220,8 @@ def evaluate_outputs(
 ) -> Report:
     """Report on outputs: make it, write ``report.json`` and both pictures to ``output``, return it.
 
+    It is ``make_report``'s with ``calibration`` of the softmax on the ID samples.
+
     Args:
         id_outputs: of the validation split.
         ood_outputs: OOD set -> its outputs.
@@ -240,6 +243,7 @@ def evaluate_outputs(
         **(about or {}),
         **make_report(id_outputs.right, id_scores, ood_scores, mix=mix, seed=seed, convention=convention),
     }
+    report["calibration"] = calibration_metrics(id_outputs.logits, id_outputs.labels)
     report["versions"]["torch"] = torch.__version__
     output = Path(output)
     # The numbers first: they stay if a picture fails.

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import tal_fast
+from tal_fast.calibration import BINS, CALIBRATION
 from tal_fast.files import replacing
 from tal_fast.metrics import (
     METRICS,
@@ -208,6 +209,9 @@ def format_report(report: Report, units: str = "natural") -> str:
         f"ID accuracy {accuracy} ({counts['id_right']} of {counts['id']}); convention {report['convention']}; "
         f"ID:OOD mix {mix_and_seed(report)}; {scale}"
     ]
+    if "calibration" in report:
+        ece, nll, brier = (_or_nan(report["calibration"][key]) for key in CALIBRATION)
+        blocks[0] += f"\nsoftmax on ID: ECE {ece:.4f} ({BINS} bins), NLL {nll:.4f} nats, Brier {brier:.4f}"
     for key, by_score in report["settings"].items():
         blocks.append(_format_setting(report, key, by_score, units))
     return "\n\n".join(blocks)

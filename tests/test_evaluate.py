@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tal_fast import checkpoint, compare, evaluate, inference, report
+from tal_fast.calibration import calibration_metrics
 from tal_fast.config import Config
 from tal_fast.feature_scores import FEATURE_SCORES, FeatureScorer, Training
 from tal_fast.files import replacing
@@ -261,6 +262,15 @@ def test_report_of_a_run(run_dir: Path) -> None:
             want = failure_metrics(samples, success)
             # Batches of another size round differently.
             assert found["settings"][key][score] == pytest.approx(want, abs=1e-4), (key, score)
+
+
+def test_calibration_is_of_the_id_samples(run_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert evaluate.main(["--run", str(run_dir), "--output", str(tmp_path)]) == 0
+    run = load_run(run_dir)
+    val = evaluate.collect_outputs(run, "val", run_dir / evaluate.CACHE / "best")
+    want = calibration_metrics(val.logits, val.labels)
+    assert read(tmp_path)["calibration"] == want
+    assert f"ECE {want['ece']:.4f} (15 bins), NLL {want['nll']:.4f} nats" in capsys.readouterr().out
 
 
 def test_pictures(run_dir: Path) -> None:
