@@ -36,8 +36,12 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
 
 def _save(figure: Any, handles: Mapping[str, Any], title: str, path: str | Path) -> None:
     figure.suptitle(title)
-    # Below the panels, where it can cover nothing.
-    columns = max(1, min(len(handles), int(figure.get_figwidth() / 2)))
+    # Below the panels, where it can cover nothing: as many columns as the longest name allows, room for the rows added.
+    width, height = figure.get_size_inches()
+    longest = max(map(len, handles), default=0)
+    columns = max(1, min(len(handles), int(width / (0.7 + 0.09 * longest))))
+    rows = -(-len(handles) // columns)
+    figure.set_size_inches(width, height + 0.22 * max(0, rows - 1))
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
