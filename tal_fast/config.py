@@ -196,6 +196,8 @@ class Config:
         eval_batch_size: images of a validation step on each rank.
         seed: of the initial weights, the order of the images and their augmentation.
         device: ``auto``: a GPU if there is one.
+        threads: of PyTorch on the CPU; None: as many as PyTorch takes. Small networks are as fast with one, and then
+            give the same numbers however many cores a machine has.
         precision: ``float32``, or ``bfloat16`` for autocast of the network; the loss is in float32 or better in both.
         progress: ``auto`` shows a bar on a terminal and a line an epoch elsewhere; ``lines``; ``none``.
     """
@@ -211,6 +213,7 @@ class Config:
     eval_batch_size: int = 256
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
     progress: Literal["auto", "lines", "none"] = "auto"
 
@@ -222,7 +225,7 @@ class Config:
         """
         for part in (self.data, self.model, self.optim, self.method):
             part.check()
-        for name in ("epochs", "batch_size", "eval_batch_size"):
+        for name in ("epochs", "batch_size", "eval_batch_size", "threads"):
             _at_least(name, getattr(self, name), 1)
         _at_least("seed", self.seed, 0)
         return self

@@ -68,11 +68,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         _refuse(error, 0)
     # Imported when the options are known to be right: torch takes seconds.
+    import torch
+
     from tal_fast.checkpoint import Damaged
     from tal_fast.data.files import UnreadableImage
     from tal_fast.ranks import Ranks
     from tal_fast.trainer import Stopped, Trainer, TrainingFailed
 
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     try:
         ranks = Ranks.start(config.device)
     except ValueError as error:

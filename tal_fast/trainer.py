@@ -33,6 +33,7 @@ MAY_DIFFER = {
     "resume",
     "eval_batch_size",
     "device",
+    "threads",
     "progress",
     "data.root",
     "data.ood",
