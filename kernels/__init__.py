@@ -58,7 +58,7 @@ def batch_sums(*args: Any, **kwargs: Any) -> None:
         loss.batch_sums(*args, **kwargs)
 
 
-def loss_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+def loss_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``loss.loss_forward``."""
     from tal_fast.kernels import loss, ops
 

@@ -31,6 +31,7 @@ class Target:
 
     multiprocessors: int
     warp_size: int  # 32 on NVIDIA, 64 on AMD's data-center GPUs
+    holds_wide_rows: bool  # whether a row of 16,384 logits fits in a program's registers; see loss.loss_config
 
 
 @cache
@@ -38,9 +39,9 @@ def target_of(device: torch.device) -> Target:
     """Of a GPU; on other devices (the interpreter, the compile check's meta tensors) a small stand-in, so that few
     programs are run one after the other."""
     if device.type != "cuda":
-        return Target(4, 32)
-    properties = torch.cuda.get_device_properties(device)
-    return Target(properties.multi_processor_count, getattr(properties, "warp_size", 32))
+        return Target(4, 32, True)
+    p = torch.cuda.get_device_properties(device)
+    return Target(p.multi_processor_count, getattr(p, "warp_size", 32), torch.version.hip is None and p.major < 10)
 
 
 @cache

@@ -10,8 +10,8 @@ Variant ``released`` needs the mean weight of the batch before the loss of any r
 logits once more for it. A batch is described by six numbers (``reference.batch_summary``), so that they may as well
 come from all ranks of a distributed run.
 
-The label's own exponential is left out of the sums: the gradient of a confident row is -(sum of the others) / sum, which
-p - 1 would round away.
+The label's own exponential is left out of the sums: the gradient of a confident row is -(sum of the others) / sum,
+which p - 1 would round away.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from tal_fast.kernels.typicalness import is_last, sqrt_exact
 NORM_EPS = tl.constexpr(1e-7)
 RANGE_EPS = tl.constexpr(1e-8)
 
-WIDEST_ROW = 16384
-LONG_BLOCK = 4096
+LONG_BLOCK = 512  # 4 logits a thread: the largest that spills nowhere; 2,048 spills 8 to 16 bytes, 4,096 up to 56
+SUMS_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -41,51 +41,64 @@ class LossConfig:
     block: int  # logits held at a time
     num_warps: int
     in_one_block: bool
+    recompute: bool  # exponentials again for the gradient, instead of keeping them in registers
 
 
 def loss_config(classes: int, dtype: torch.dtype, target: Target) -> LossConfig:
-    """One block for rows up to ``WIDEST_ROW``, blocks of ``LONG_BLOCK`` beyond; about 16 logits a thread.
+    """One block for rows of up to 8,192 logits (half precision: 16,384 where that does not spill), blocks beyond and
+    for float64, which is for checks.
 
-    A row costs three registers a logit (z and both exponentials), so that 16 logits a thread stay far below the 64
-    registers that 32 warps leave each; ``kernels/compile_check.py`` shows no spill on any target. float64 takes twice
-    the registers and half the block. Not yet tuned on a GPU.
+    A logit costs three registers (x and both exponentials); addresses, masks and scalars some 30
+    a thread whatever the block, which favours few threads with many logits. The figures are from the compile check,
+    for the largest body (``released``, smoothing). Rows of 16,384 need their exponentials computed twice instead of
+    kept: without spills on sm_80 and sm_90, with 4 to 40 bytes on sm_100 and gfx942, which therefore take blocks. Four
+    exponentials a logit still keep pace with the copy bandwidth, at 16 a clock and multiprocessor. Not yet tuned on a
+    GPU.
     """
-    widest = WIDEST_ROW // 2 if dtype == torch.float64 else WIDEST_ROW
     block = triton.next_power_of_2(classes)
-    in_one_block = block <= widest
-    if not in_one_block:
-        block = LONG_BLOCK
-    most = 1024 // target.warp_size  # threads a program can have
-    return LossConfig(block, max(1, min(most, block // (16 * target.warp_size))), in_one_block)
+    widest = 16384 if dtype.itemsize == 2 and target.holds_wide_rows else 8192
+    if block > widest or dtype == torch.float64:
+        block = min(block, LONG_BLOCK)
+        return LossConfig(block, warps_of(block, target), False, True)
+    return LossConfig(block, warps_of(block, target), True, block > 8192)
+
+
+def warps_of(block: int, target: Target) -> int:
+    """4 logits a thread up to blocks of 1,024, 16 up to 8,192, 32 beyond."""
+    logits = 4 if block <= 1024 else 16 if block <= 8192 else 32
+    return max(1, block // (logits * target.warp_size))
 
 
 @triton.jit
-def _batch_terms(batch_ptr, RELEASED: tl.constexpr, WARMUP: tl.constexpr):
-    """From the batch's six numbers: smallest distance, range, divisor, mean weight (``released``), inactive."""
-    d_min = tl.load(batch_ptr)
-    d_max = tl.load(batch_ptr + 1)
+def _batch_terms(batch_ptr, dtype: tl.constexpr, RELEASED: tl.constexpr, WARMUP: tl.constexpr):
+    """From the batch's six numbers: smallest distance, range, divisor, mean weight (``released``), inactive.
+
+    Differences are taken in float64 and divisions in ``dtype``: a float64 division is a subroutine with a stack."""
+    low = tl.load(batch_ptr)
+    high = tl.load(batch_ptr + 1)
     n_valid = tl.load(batch_ptr + 2)
-    nothing = d_min > d_max  # no row has a distance: inf and -inf stand there
-    d_min = tl.where(nothing, 0.0, d_min)
-    d_max = tl.where(nothing, 0.0, d_max)
-    spread = d_max - d_min + RANGE_EPS
-    w_bar = tl.full((), 1.0, tl.float64)
+    nothing = low > high  # no row has a distance: inf and -inf stand there
+    low = tl.where(nothing, 0.0, low)
+    high = tl.where(nothing, 0.0, high)
+    d_min = low.to(dtype)
+    spread = high.to(dtype) - d_min + RANGE_EPS
+    count = tl.where(n_valid > 0, n_valid, 1.0).to(dtype)
+    w_bar = tl.full((), 1.0, dtype)
     inactive = n_valid < 0  # false, as a tensor
     if RELEASED and not WARMUP:
-        n_accepted = tl.load(batch_ptr + 3)
         n_one = tl.load(batch_ptr + 4)
-        sum_distance = tl.load(batch_ptr + 5)
-        inactive = n_accepted == n_valid
+        inactive = tl.load(batch_ptr + 3) == n_valid
         # Typicalness is affine in the distance: its sum follows from the distances'.
         n_weighted = n_valid - n_one
-        mean = (n_one + n_weighted - (sum_distance - n_weighted * d_min) / spread) / n_valid
+        above = (tl.load(batch_ptr + 5) - n_weighted * low).to(dtype)
+        mean = (n_valid.to(dtype) - above / spread) / count
         w_bar = tl.where(inactive | (n_weighted <= 0), 1.0, mean)
-    return d_min, d_max, tl.where(n_valid > 0, n_valid, 1.0), w_bar, inactive
+    return d_min, spread, count, w_bar, inactive
 
 
 @triton.jit
 def _row_terms(
-    d, right, valid, d_min, d_max, inactive, constants_ptr, HAS_T_WRONG: tl.constexpr, WARMUP: tl.constexpr
+    d, right, valid, d_min, spread, inactive, constants_ptr, HAS_T_WRONG: tl.constexpr, WARMUP: tl.constexpr
 ):
     """Typicalness, weight and temperature of one row; all in d's type."""
     dtype = d.dtype
@@ -95,9 +108,7 @@ def _row_terms(
         tau = tl.full((), 1.0, dtype)
     else:
         measured = valid & (tl.abs(d) < float("inf")) & (inactive == 0)
-        low = d_min.to(dtype)
-        spread = d_max.to(dtype) - low + RANGE_EPS
-        tau = tl.where(measured, 1.0 - (d - low) / spread, 1.0).to(dtype)
+        tau = tl.where(measured, 1.0 - (d - d_min) / spread, 1.0).to(dtype)
     temperature = t_min + (1.0 - tau) * t_range
     if HAS_T_WRONG:
         temperature = tl.where(right | (valid == 0), temperature, tl.load(constants_ptr + 2).to(dtype))
@@ -135,14 +146,23 @@ def _losses(
 
 
 @triton.jit
-def _finish(total, partials_ptr, ticket_ptr, loss_ptr, count, PROGRAMS: tl.constexpr):
+def _sum_in_order(parts_ptr, count):
+    """The sum of ``count`` float64 values that other programs of this launch have stored."""
+    total = tl.zeros((256,), tl.float64)
+    for start in range(0, count, 256):
+        i = start + tl.arange(0, 256)
+        # .cg: from the L2 cache, where the other programs' stores are
+        total += tl.load(parts_ptr + i, mask=i < count, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _finish(total, partials_ptr, ticket_ptr, loss_ptr, count):
     """Leave this program's sum; the last program adds all sums in order and writes the mean."""
     programs = tl.num_programs(0)
     tl.store(partials_ptr + tl.program_id(0), total)
     if is_last(ticket_ptr, programs):
-        i = tl.arange(0, PROGRAMS)
-        parts = tl.load(partials_ptr + i, mask=i < programs, other=0.0, cache_modifier=".cg")
-        tl.store(loss_ptr, (tl.sum(parts, axis=0) / count).to(loss_ptr.dtype.element_ty))
+        tl.store(loss_ptr, _sum_in_order(partials_ptr, programs).to(loss_ptr.dtype.element_ty) / count)
 
 
 @triton.jit
@@ -151,16 +171,13 @@ def loss_kernel(
     labels_ptr,  # (B,) int64
     distance_ptr,  # (B,)
     batch_ptr,  # (6,) float64
-    constants_ptr,  # (5,) float64: t_min, t_max - t_min, t_wrong, confidence threshold, label smoothing
+    constants_ptr,  # (6,) float64: t_min, t_max - t_min, t_wrong, confidence threshold, label smoothing, 1
     ticket_ptr,  # (1,) int32, 0 before and after
     partials_ptr,  # (programs,) float64
     loss_ptr,  # () out
     grad_ptr,  # (B, C) contiguous, out
-    typicalness_ptr,  # (B,) out, as the next two
-    weight_ptr,
-    temperature_ptr,
-    right_ptr,  # (B,) bool out, as the next
-    accepted_ptr,
+    stats_ptr,  # (3, B) out: typicalness, weight, temperature
+    flags_ptr,  # (2, B) bool out: right, accepted
     rows,
     classes,
     logits_stride_b,
@@ -172,14 +189,14 @@ def loss_kernel(
     SMOOTH: tl.constexpr,
     WARMUP: tl.constexpr,
     NEED_GRAD: tl.constexpr,
+    RECOMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
-    PROGRAMS: tl.constexpr,  # a power of two, at least as many as there are
 ):
-    dtype = typicalness_ptr.dtype.element_ty  # float32, or float64 for float64 logits
-    d_min, d_max, count, w_bar, inactive = _batch_terms(batch_ptr, RELEASED, WARMUP)
+    dtype = stats_ptr.dtype.element_ty  # float32, or float64 for float64 logits
+    d_min, spread, count, w_bar, inactive = _batch_terms(batch_ptr, dtype, RELEASED, WARMUP)
     threshold = tl.load(constants_ptr + 3).to(dtype)
     smoothing = tl.load(constants_ptr + 4).to(dtype)
-    inverse_count = (1.0 / count).to(dtype)
+    inverse_count = 1.0 / count
     c = tl.arange(0, BLOCK)
     inside = c < classes
     total = tl.zeros((), tl.float64)
@@ -192,18 +209,18 @@ def loss_kernel(
         base = logits_ptr + row * logits_stride_b
         z = tl.load(base + c.to(tl.int64) * logits_stride_c, mask=inside, other=0.0).to(dtype)
         z_label = tl.load(base + label * logits_stride_c, mask=valid & in_range, other=0.0).to(dtype)
-        # 2. Largest logit, its first place (a NaN counts as the largest, as in torch), norm.
-        key = tl.where(inside, tl.where(z == z, z, float("inf")), float("-inf"))
-        z_max = tl.max(key, axis=0)
-        prediction = tl.argmax(key, axis=0, tie_break_left=True)
-        finite = tl.max(tl.where(inside & (tl.abs(z) < float("inf")), 0, tl.where(inside, 1, 0)), axis=0) == 0
+        # 2. Largest logit, norm, and whether any class comes before the label: larger, or as large and earlier. That
+        #    is the arg-max without its indices, which would take as many registers as the logits.
+        z_max = tl.max(tl.where(inside, z, float("-inf")), axis=0)
         norm = sqrt_exact(tl.sum(z * z, axis=0))
-        right = valid & (prediction == label)
+        finite = tl.sum((inside & ~(tl.abs(z) < float("inf"))).to(tl.int32), axis=0) == 0
+        first = inside & (~(z <= z_label) | ((z == z_label) & (c < label)))
+        right = valid & in_range & (tl.sum(first.to(tl.int32), axis=0) == 0)
         accepted = right & finite & (z_max / (norm + NORM_EPS) > threshold)
         # 3. Typicalness, weight, temperature.
         d = tl.load(distance_ptr + row).to(dtype)
-        tau, w, temperature = _row_terms(d, right, valid, d_min, d_max, inactive, constants_ptr, HAS_T_WRONG, WARMUP)
-        share = w_bar.to(dtype) if RELEASED else w
+        tau, w, temperature = _row_terms(d, right, valid, d_min, spread, inactive, constants_ptr, HAS_T_WRONG, WARMUP)
+        share = w_bar if RELEASED else w
         # 4. Both cross-entropies, from one set of registers.
         x = tl.where(inside, z - z_max, 0.0)
         x_label = z_label - z_max
@@ -232,40 +249,49 @@ def loss_kernel(
         # 5. Results, once.
         if NEED_GRAD:
             away = (f_dir + f_ce) * smoothing / classes
-            g = tl.where(c == label, g_p_label + g_q_label, p * g_p + q * g_q) - z * along - away
+            if RECOMPUTE:
+                # A 1 that the compiler cannot know to be 1: it would keep the exponentials it has seen, and spill.
+                unit = tl.load(constants_ptr + 5).to(dtype)
+                g = tl.exp(scale * unit * x) * g_p + tl.exp(unit * x) * g_q
+            else:
+                g = p * g_p + q * g_q
+            g = tl.where(c == label, g_p_label + g_q_label, g) - (x + z_max) * along - away
             g = tl.where(valid, tl.where(finite, g, float("nan")), 0.0)
             tl.store(grad_ptr + row * classes + c, g.to(grad_ptr.dtype.element_ty), mask=inside)
-        tl.store(typicalness_ptr + row, tau)
-        tl.store(weight_ptr + row, w)
-        tl.store(temperature_ptr + row, temperature)
-        tl.store(right_ptr + row, right)
-        tl.store(accepted_ptr + row, accepted)
+        tl.store(stats_ptr + row, tau)
+        tl.store(stats_ptr + rows + row, w)
+        tl.store(stats_ptr + 2 * rows + row, temperature)
+        tl.store(flags_ptr + row, right)
+        tl.store(flags_ptr + rows + row, accepted)
         row += tl.num_programs(0)
-    _finish(total, partials_ptr, ticket_ptr, loss_ptr, count, PROGRAMS)
+    _finish(total, partials_ptr, ticket_ptr, loss_ptr, count)
 
 
 @triton.jit
-def _scan_long_row(base, classes, stride, dtype: tl.constexpr, BLOCK: tl.constexpr):
-    """Largest logit, its first place, norm, whether all are finite, and the sum, in one pass over blocks."""
+def _scan_long_row(base, classes, stride, label, z_label, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """Largest logit, norm, whether all are finite, whether the label comes first, and the sum: one pass over blocks."""
     c = tl.arange(0, BLOCK)
     largest = tl.full((BLOCK,), float("-inf"), dtype)
-    place = tl.zeros((BLOCK,), tl.int64)
     squares = tl.zeros((BLOCK,), dtype)
-    infinite = tl.zeros((BLOCK,), tl.int32)
     plain = tl.zeros((BLOCK,), dtype)
+    infinite = tl.zeros((BLOCK,), tl.int32)
+    before = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, classes, BLOCK):
-        at = start + c.to(tl.int64)
+        at = start + c
         inside = at < classes
-        z = tl.load(base + at * stride, mask=inside, other=0.0).to(dtype)
-        key = tl.where(inside, tl.where(z == z, z, float("inf")), float("-inf"))
-        place = tl.where(key > largest, at, place)
-        largest = tl.maximum(largest, key)
+        z = tl.load(base + at.to(tl.int64) * stride, mask=inside, other=0.0).to(dtype)
+        largest = tl.maximum(largest, tl.where(inside, z, float("-inf")))
         squares += z * z
         plain += z
-        infinite = tl.where(inside & (tl.abs(z) < float("inf")), infinite, tl.where(inside, 1, infinite))
-    z_max = tl.max(largest, axis=0)
-    first = tl.min(tl.where(largest == z_max, place, classes), axis=0)
-    return z_max, first, sqrt_exact(tl.sum(squares, axis=0)), tl.max(infinite, axis=0) == 0, tl.sum(plain, axis=0)
+        infinite |= (inside & ~(tl.abs(z) < float("inf"))).to(tl.int32)
+        before |= (inside & (~(z <= z_label) | ((z == z_label) & (at < label)))).to(tl.int32)
+    return (
+        tl.max(largest, axis=0),
+        sqrt_exact(tl.sum(squares, axis=0)),
+        tl.sum(infinite, axis=0) == 0,
+        tl.sum(before, axis=0) == 0,
+        tl.sum(plain, axis=0),
+    )
 
 
 @triton.jit
@@ -279,11 +305,8 @@ def long_row_loss_kernel(
     partials_ptr,
     loss_ptr,
     grad_ptr,
-    typicalness_ptr,
-    weight_ptr,
-    temperature_ptr,
-    right_ptr,
-    accepted_ptr,
+    stats_ptr,
+    flags_ptr,
     rows,
     classes,
     logits_stride_b,
@@ -296,29 +319,28 @@ def long_row_loss_kernel(
     WARMUP: tl.constexpr,
     NEED_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
-    PROGRAMS: tl.constexpr,
 ):
-    dtype = typicalness_ptr.dtype.element_ty
-    d_min, d_max, count, w_bar, inactive = _batch_terms(batch_ptr, RELEASED, WARMUP)
+    dtype = stats_ptr.dtype.element_ty
+    d_min, spread, count, w_bar, inactive = _batch_terms(batch_ptr, dtype, RELEASED, WARMUP)
     threshold = tl.load(constants_ptr + 3).to(dtype)
     smoothing = tl.load(constants_ptr + 4).to(dtype)
-    inverse_count = (1.0 / count).to(dtype)
+    inverse_count = 1.0 / count
     c = tl.arange(0, BLOCK)
     total = tl.zeros((), tl.float64)
     row = tl.program_id(0).to(tl.int64)
-    while row < rows:
+    if row < rows:  # a program a row; the one program of no rows has none
         label = tl.load(labels_ptr + row * labels_stride)
         valid = label != ignore_index
         in_range = (label >= 0) & (label < classes)
         base = logits_ptr + row * logits_stride_b
         z_label = tl.load(base + label * logits_stride_c, mask=valid & in_range, other=0.0).to(dtype)
-        # First read: largest logit, norm.
-        z_max, prediction, norm, finite, plain = _scan_long_row(base, classes, logits_stride_c, dtype, BLOCK)
-        right = valid & (prediction == label)
+        # First read: largest logit, norm, right or not.
+        z_max, norm, finite, first, plain = _scan_long_row(base, classes, logits_stride_c, label, z_label, dtype, BLOCK)
+        right = valid & in_range & first
         accepted = right & finite & (z_max / (norm + NORM_EPS) > threshold)
         d = tl.load(distance_ptr + row).to(dtype)
-        tau, w, temperature = _row_terms(d, right, valid, d_min, d_max, inactive, constants_ptr, HAS_T_WRONG, WARMUP)
-        share = w_bar.to(dtype) if RELEASED else w
+        tau, w, temperature = _row_terms(d, right, valid, d_min, spread, inactive, constants_ptr, HAS_T_WRONG, WARMUP)
+        share = w_bar if RELEASED else w
         scale = temperature / (norm + NORM_EPS)
         x_label = z_label - z_max
         # Second read: the sums of both cross-entropies.
@@ -363,13 +385,12 @@ def long_row_loss_kernel(
                 g = tl.where(at == label, g_p_label + g_q_label, g) - z * along - away
                 g = tl.where(valid, tl.where(finite, g, float("nan")), 0.0)
                 tl.store(grad_ptr + row * classes + at, g.to(grad_ptr.dtype.element_ty), mask=inside)
-        tl.store(typicalness_ptr + row, tau)
-        tl.store(weight_ptr + row, w)
-        tl.store(temperature_ptr + row, temperature)
-        tl.store(right_ptr + row, right)
-        tl.store(accepted_ptr + row, accepted)
-        row += tl.num_programs(0)
-    _finish(total, partials_ptr, ticket_ptr, loss_ptr, count, PROGRAMS)
+        tl.store(stats_ptr + row, tau)
+        tl.store(stats_ptr + rows + row, w)
+        tl.store(stats_ptr + 2 * rows + row, temperature)
+        tl.store(flags_ptr + row, right)
+        tl.store(flags_ptr + rows + row, accepted)
+    _finish(total, partials_ptr, ticket_ptr, loss_ptr, count)
 
 
 @triton.jit
@@ -378,9 +399,9 @@ def batch_sums_kernel(
     labels_ptr,  # (B,) int64
     distance_ptr,  # (B,)
     batch_ptr,  # (6,) float64; the last three are written
-    constants_ptr,  # (5,) float64; the fourth is the confidence threshold
+    constants_ptr,  # (6,) float64; the fourth is the confidence threshold
     ticket_ptr,  # (1,) int32, 0 before and after
-    partials_ptr,  # (3, PROGRAMS) float64
+    partials_ptr,  # (3, programs) float64
     rows,
     classes,
     logits_stride_b,
@@ -389,7 +410,6 @@ def batch_sums_kernel(
     ignore_index,
     FLOAT64: tl.constexpr,
     BLOCK: tl.constexpr,
-    PROGRAMS: tl.constexpr,
 ):
     dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     threshold = tl.load(constants_ptr + 3).to(dtype)
@@ -400,9 +420,11 @@ def batch_sums_kernel(
     while row < rows:
         label = tl.load(labels_ptr + row * labels_stride)
         valid = label != ignore_index
+        in_range = (label >= 0) & (label < classes)
         base = logits_ptr + row * logits_stride_b
-        z_max, prediction, norm, finite, _ = _scan_long_row(base, classes, logits_stride_c, dtype, BLOCK)
-        right = valid & (prediction == label)
+        z_label = tl.load(base + label * logits_stride_c, mask=valid & in_range, other=0.0).to(dtype)
+        z_max, norm, finite, first, _ = _scan_long_row(base, classes, logits_stride_c, label, z_label, dtype, BLOCK)
+        right = valid & in_range & first
         accepted = right & finite & (z_max / (norm + NORM_EPS) > threshold)
         d = tl.load(distance_ptr + row).to(tl.float64)
         weighted = right & (tl.abs(d) < float("inf"))
@@ -413,13 +435,11 @@ def batch_sums_kernel(
     programs = tl.num_programs(0)
     pid = tl.program_id(0)
     tl.store(partials_ptr + pid, n_accepted)
-    tl.store(partials_ptr + PROGRAMS + pid, n_one)
-    tl.store(partials_ptr + 2 * PROGRAMS + pid, sum_distance)
+    tl.store(partials_ptr + programs + pid, n_one)
+    tl.store(partials_ptr + 2 * programs + pid, sum_distance)
     if is_last(ticket_ptr, programs):
-        i = tl.arange(0, PROGRAMS)
-        for k in tl.static_range(3):
-            parts = tl.load(partials_ptr + k * PROGRAMS + i, mask=i < programs, other=0.0, cache_modifier=".cg")
-            tl.store(batch_ptr + 3 + k, tl.sum(parts, axis=0))
+        for k in range(3):
+            tl.store(batch_ptr + 3 + k, _sum_in_order(partials_ptr + k * programs, programs))
 
 
 def programs_of(rows: int, num_warps: int, target: Target) -> int:
@@ -444,18 +464,18 @@ def plan_loss(
     warmup: bool,
     need_grad: bool,
     target: Target,
-) -> tuple[Launch, tuple[Tensor, ...]]:
-    """The launch and what it fills: loss, gradient, typicalness, weight, temperature, right, accepted."""
+) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The launch and what it fills: loss, gradient, (typicalness, weight, temperature), (right, accepted)."""
     rows, classes = logits.shape
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     # float16 would lose small gradients before a gradient scaler multiplies them: kept in float32.
     stored = wide if logits.dtype == torch.float16 else logits.dtype
     loss = logits.new_empty((), dtype=wide)
     grad = logits.new_empty((rows, classes) if need_grad else (0,), dtype=stored)
-    typicalness, weight, temperature = (logits.new_empty(rows, dtype=wide) for _ in range(3))
-    right, accepted = (logits.new_empty(rows, dtype=torch.bool) for _ in range(2))
+    stats = logits.new_empty((3, rows), dtype=wide)
+    flags = logits.new_empty((2, rows), dtype=torch.bool)
     config = loss_config(classes, logits.dtype, target)
-    programs = programs_of(rows, config.num_warps, target)
+    programs = programs_of(rows, config.num_warps, target) if config.in_one_block else max(1, rows)
     arguments: dict[str, Any] = {
         "logits_ptr": logits,
         "labels_ptr": labels,
@@ -466,11 +486,8 @@ def plan_loss(
         "partials_ptr": batch.new_empty(programs),
         "loss_ptr": loss,
         "grad_ptr": grad,
-        "typicalness_ptr": typicalness,
-        "weight_ptr": weight,
-        "temperature_ptr": temperature,
-        "right_ptr": right,
-        "accepted_ptr": accepted,
+        "stats_ptr": stats,
+        "flags_ptr": flags,
         "rows": rows,
         "classes": classes,
         "logits_stride_b": logits.stride(0),
@@ -485,11 +502,11 @@ def plan_loss(
         "WARMUP": warmup,
         "NEED_GRAD": need_grad,
         "BLOCK": config.block,
-        "PROGRAMS": triton.next_power_of_2(programs),
     }
+    if config.in_one_block:
+        constexprs["RECOMPUTE"] = config.recompute
     kernel = loss_kernel if config.in_one_block else long_row_loss_kernel
-    outputs = (loss, grad, typicalness, weight, temperature, right, accepted)
-    return Launch(kernel, (programs,), arguments, constexprs, config.num_warps), outputs
+    return Launch(kernel, (programs,), arguments, constexprs, config.num_warps), (loss, grad, stats, flags)
 
 
 def loss_forward(
@@ -508,7 +525,7 @@ def loss_forward(
     ignore_index: int,
     warmup: bool,
     need_grad: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The mean loss, its gradient, and the per-sample statistics.
 
     Args:
@@ -521,12 +538,11 @@ def loss_forward(
         need_grad: whether to compute the gradient.
 
     Returns:
-        loss (), gradient (B, C) in the logits' dtype (float32 for float16) or empty, typicalness, weight, temperature
-        (B,), right and accepted (B,) bool. Floats are float32, float64 for float64 logits.
+        loss (); gradient (B, C) in the logits' dtype (float32 for float16) or empty; typicalness, weight and
+        temperature (3, B); right and accepted (2, B) bool. Floats are float32, float64 for float64 logits.
     """
-    constants = constants_on(
-        logits.device, t_min, t_max - t_min, 0.0 if t_wrong is None else t_wrong, confidence_threshold, label_smoothing
-    )
+    wrong = 0.0 if t_wrong is None else t_wrong
+    constants = constants_on(logits.device, t_min, t_max - t_min, wrong, confidence_threshold, label_smoothing, 1.0)
     launch, outputs = plan_loss(
         logits,
         labels,
@@ -558,10 +574,9 @@ def plan_batch_sums(
 ) -> Launch:
     """The launch."""
     rows, classes = logits.shape
-    block = min(LONG_BLOCK, triton.next_power_of_2(classes))
-    num_warps = max(1, min(1024 // target.warp_size, block // (16 * target.warp_size)))
+    block = min(SUMS_BLOCK, triton.next_power_of_2(classes))
+    num_warps = warps_of(block, target)
     programs = programs_of(rows, num_warps, target)
-    padded = triton.next_power_of_2(programs)
     arguments = {
         "logits_ptr": logits,
         "labels_ptr": labels,
@@ -569,7 +584,7 @@ def plan_batch_sums(
         "batch_ptr": batch,
         "constants_ptr": constants,
         "ticket_ptr": ticket,
-        "partials_ptr": batch.new_empty(3 * padded),
+        "partials_ptr": batch.new_empty(3 * programs),
         "rows": rows,
         "classes": classes,
         "logits_stride_b": logits.stride(0),
@@ -577,7 +592,7 @@ def plan_batch_sums(
         "labels_stride": labels.stride(0),
         "ignore_index": ignore_index,
     }
-    constexprs = {"FLOAT64": logits.dtype == torch.float64, "BLOCK": block, "PROGRAMS": padded}
+    constexprs = {"FLOAT64": logits.dtype == torch.float64, "BLOCK": block}
     return Launch(batch_sums_kernel, (programs,), arguments, constexprs, num_warps)
 
 
@@ -592,7 +607,5 @@ def batch_sums(
     ignore_index: int,
 ) -> None:
     """Complete ``batch`` (6,) with the sums that variant ``released`` needs: see ``reference.batch_summary``."""
-    constants = constants_on(logits.device, 0.0, 0.0, 0.0, confidence_threshold, 0.0)
-    plan_batch_sums(
-        logits, labels, distance, batch, ticket, constants, ignore_index, target_of(logits.device)
-    ).run()
+    constants = constants_on(logits.device, 0.0, 0.0, 0.0, confidence_threshold, 0.0, 1.0)
+    plan_batch_sums(logits, labels, distance, batch, ticket, constants, ignore_index, target_of(logits.device)).run()

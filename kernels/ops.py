@@ -86,8 +86,8 @@ def loss_forward(
     ignore_index: int,
     warmup: bool,
     need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    results = loss.loss_forward(
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return loss.loss_forward(
         logits,
         labels,
         distance,
@@ -103,7 +103,6 @@ def loss_forward(
         warmup=warmup,
         need_grad=need_grad,
     )
-    return results  # type: ignore[return-value]  # seven of them
 
 
 @loss_forward.register_fake
@@ -122,14 +121,13 @@ def _(
     ignore_index: int,
     warmup: bool,
     need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     stored = wide if logits.dtype == torch.float16 else logits.dtype
-    rows = logits.shape[:1]
+    rows = logits.shape[0]
     grad = logits.new_empty(logits.shape if need_grad else (0,), dtype=stored)
-    typicalness, weight, temperature = (logits.new_empty(rows, dtype=wide) for _ in range(3))
-    right, accepted = (logits.new_empty(rows, dtype=torch.bool) for _ in range(2))
-    return logits.new_empty((), dtype=wide), grad, typicalness, weight, temperature, right, accepted
+    stats = logits.new_empty((3, rows), dtype=wide)
+    return logits.new_empty((), dtype=wide), grad, stats, logits.new_empty((2, rows), dtype=torch.bool)
 
 
 @torch.library.custom_op("tal_fast_triton::push", mutates_args={"queue_mean", "queue_std", "cursor"})

@@ -251,7 +251,7 @@ class Triton:
 
         assert batch is not None
         need_grad = logits.requires_grad and torch.is_grad_enabled()
-        loss, grad, *stats = kernels.loss_forward(
+        loss, grad, stats, flags = kernels.loss_forward(
             logits.detach(),
             labels,
             distance,
@@ -267,7 +267,7 @@ class Triton:
             warmup=warmup,
             need_grad=need_grad,
         )
-        return attach_gradient(logits, loss, grad, need_grad), TALStats(distance, *stats)
+        return attach_gradient(logits, loss, grad, need_grad), TALStats(distance, *stats.unbind(), *flags.unbind())
 
     def push(self, queue: FeatureQueue, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None:
         from tal_fast import kernels

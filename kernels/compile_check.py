@@ -1,0 +1,219 @@
+"""Compile every kernel for GPUs that are not here, and fail on spilled registers.
+
+``python -m tal_fast.kernels.compile_check [--quick]`` plans the same launches as the launchers would (from tensors
+without data), compiles each for A100, H100, B200 and MI300 and reads the resources from the binaries: the stack on
+NVIDIA (registers spill to it), the spill counts in the code object's metadata on AMD.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# What launch configurations depend on (launch.Target): multiprocessors, warp size, whether it holds wide rows.
+TARGETS = {
+    "cuda:80": (108, 32, True),
+    "cuda:90": (132, 32, True),
+    "cuda:100": (148, 32, False),
+    "hip:gfx942": (304, 64, False),
+}
+TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: registers a thread, bytes spilled, bytes of shared memory."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+def planned(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
+    """Every kernel at the shapes its launcher meets: (label, launch)."""
+    from tal_fast.kernels.launch import Target
+    from tal_fast.kernels.loss import plan_batch_sums, plan_loss
+    from tal_fast.kernels.ring import plan_push
+    from tal_fast.kernels.typicalness import plan_nearest, plan_statistics_distance
+
+    target = Target(*TARGETS[target_name])
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    rows = 256
+    labels, accepted = meta(rows, dtype=torch.int64), meta(rows, dtype=torch.bool)
+    cursor, ticket = meta(2, dtype=torch.int64), meta(1, dtype=torch.int32)
+    batch, constants = meta(6, dtype=torch.float64), meta(6, dtype=torch.float64)
+    for queue_dtype in (torch.float32, torch.float64):
+        ring = meta(880_880, dtype=queue_dtype)
+        entry = meta(rows, dtype=queue_dtype)
+        for dtype, width in ((torch.float32, 2048), (torch.bfloat16, 2048), (torch.float16, 63)):
+            if quick and (queue_dtype, dtype) not in ((torch.float32, torch.bfloat16), (torch.float64, torch.float32)):
+                continue
+            features = meta(rows, width, dtype=dtype)
+            plan, _ = plan_statistics_distance(features, labels, ring, ring, cursor, ticket, -100, target)
+            yield f"statistics_distance {short(dtype)} D={width}, queue {short(queue_dtype)}", plan
+        yield f"nearest, queue {short(queue_dtype)}", plan_nearest(ring, ring, cursor, entry, entry, target)[0]
+        for kept in (accepted, None):
+            yield (
+                f"push{'' if kept is None else ' accepted'}, queue {short(queue_dtype)}",
+                plan_push(ring, ring, cursor, entry, entry, kept),
+            )
+
+    # Widths at each change of the configuration: one warp, odd, the widest single block, the first long row.
+    widths = (10, 1003, 16384, 21841) if quick else (1, 100, 1000, 1003, 2048, 4096, 8192, 16384, 21841, 131072)
+    dtypes = (torch.bfloat16, torch.float32) if quick else (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    for classes, dtype in itertools.product(widths, dtypes):
+        logits, distance = meta(rows, classes, dtype=dtype), meta(rows)
+        # The largest body first: every branch that takes registers is on. The others only without it.
+        branches = [("released", True, True, False, True), ("paper", True, False, False, True)]
+        if not quick:
+            branches += [("paper", False, True, False, False), ("paper", True, False, True, True)]
+        for variant, has_t_wrong, smooth, warmup, need_grad in branches:
+            plan, _ = plan_loss(
+                logits, labels, distance, batch, ticket, constants,
+                variant=variant, has_t_wrong=has_t_wrong, smooth=smooth, ignore_index=-100, warmup=warmup,
+                need_grad=need_grad, target=target,
+            )  # fmt: skip
+            flags = [variant] + ["smoothing"] * smooth + ["warm-up"] * warmup + ["no gradient"] * (not need_grad)
+            yield f"{plan.kernel.__name__} {short(dtype)} C={classes} {' '.join(flags)}", plan
+        yield (
+            f"batch_sums {short(dtype)} C={classes}",
+            plan_batch_sums(logits, labels, distance, batch, ticket, constants, -100, target),
+        )
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def compile_launch(launch: Any, target_name: str) -> Resources:
+    """Compile as the launch would: the same types, the same specialisation of integers, the same warps."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = dict(launch.constants)
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    names = launch.kernel.arg_names
+    for i, name in enumerate(names):
+        if name in launch.constants:
+            signature[name] = "constexpr"
+            continue
+        value = launch.arguments[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]  # allocations are aligned
+        elif value == 1:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    kind, arch = target_name.split(":")
+    gpu = GPUTarget(kind, int(arch) if arch.isdigit() else arch, TARGETS[target_name][1])
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=gpu, options={"num_warps": launch.num_warps})
+    if kind == "hip":
+        return hip_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
+    return cuda_resources(compiled.asm["cubin"])
+
+
+def hip_resources(assembly: str, shared: int) -> Resources:
+    """From the metadata of the code object. Scalar registers that spill go to lanes of vector ones: no memory."""
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        if found is None:
+            raise RuntimeError(f"the AMD code object has no .{name}; its format has changed")
+        return int(found.group(1))
+
+    return Resources(field("vgpr_count"), field("vgpr_spill_count"), shared)
+
+
+def cuda_resources(cubin: bytes) -> Resources:
+    """From cuobjdump, which Triton ships."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", done.stdout)
+    if found is None:
+        raise RuntimeError(f"cuobjdump gave no resources: {done.stdout}{done.stderr}")
+    registers, stack, shared, local = map(int, found.groups())
+    return Resources(registers, stack + local, shared)
+
+
+def check_target(target_name: str, quick: bool, match: str) -> list[tuple[str, int, Resources | str]]:
+    """(label, warps, resources or what went wrong) of every kernel on one target."""
+    rows: list[tuple[str, int, Resources | str]] = []
+    for label, launch in planned(target_name, quick):
+        if match not in label:
+            continue
+        try:
+            outcome: Resources | str = compile_launch(launch, target_name)
+        except Exception as error:  # a kernel that does not compile must not hide the others
+            outcome = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        rows.append((label, launch.num_warps, outcome))
+    return rows
+
+
+def main() -> None:
+    """Print a table for each target; exit 1 if a kernel spills or does not compile."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, for every change")
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this one; may be repeated")
+    parser.add_argument("--match", default="", help="only kernels whose line contains this text")
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
+    targets = args.target or list(TARGETS)
+    bad = checked = 0
+    with ProcessPoolExecutor(min(len(targets), os.cpu_count() or 1)) as pool:
+        jobs = [pool.submit(check_target, target, args.quick, args.match) for target in targets]
+        for target, job in zip(targets, jobs, strict=True):
+            rows = job.result()
+            print(f"\n{target}\n  {'kernel':66} warps  registers  spilled  shared")
+            for label, warps, outcome in rows:
+                checked += 1
+                if isinstance(outcome, str):
+                    bad += 1
+                    print(f"  {label:66} {warps:5}  DOES NOT COMPILE: {outcome}")
+                else:
+                    bad += outcome.spilled > 0
+                    mark = "  SPILLS" if outcome.spilled else ""
+                    print(f"  {label:66} {warps:5} {outcome.registers:10} {outcome.spilled:8} {outcome.shared:7}{mark}")
+            sys.stdout.flush()
+    print(
+        f"\n{checked} kernels compiled for {', '.join(targets)}: {bad} bad" if bad else f"\n{checked} kernels: no spill"
+    )
+    raise SystemExit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
