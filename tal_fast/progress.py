@@ -26,8 +26,8 @@ COLUMNS = (
     "seconds",
     "data_wait",
 )
-"""Of metrics.csv, before the method's own. ``seconds`` are of training, ``data_wait`` is the share of them spent waiting
-for images; ``val_loss`` is cross-entropy for every method."""
+"""Of metrics.csv, before the method's own. ``seconds`` are of training, ``data_wait`` is the share of them spent
+waiting for images; ``val_loss`` is cross-entropy for every method."""
 
 
 class Progress:
@@ -68,8 +68,8 @@ def shows_bar(mode: str) -> bool:
     return mode == "auto" and sys.stderr.isatty()
 
 
-def epoch_line(row: Mapping[str, float], epochs: int) -> str:
-    """One line for a finished epoch."""
+def epoch_line(row: Mapping[str, float], epochs: int, seconds: float) -> str:
+    """One line for a finished epoch that took so many seconds, validation and saving included."""
     parts = [
         f"epoch {int(row['epoch']):>{len(str(epochs))}}/{epochs}",
         f"loss {row['train_loss']:.4f}",
@@ -80,7 +80,7 @@ def epoch_line(row: Mapping[str, float], epochs: int) -> str:
     if "typicalness" in row:
         parts.append(f"typicalness {row['typicalness']:.3f}")
         parts.append(f"queue {int(row['queue_length'])}")
-    remaining = timedelta(seconds=round(row["seconds"] * (epochs - row["epoch"])))
+    remaining = timedelta(seconds=round(seconds * (epochs - row["epoch"])))
     parts += [f"{row['images_per_s']:,.0f} images/s", f"data wait {row['data_wait']:.0%}", f"ETA {remaining}"]
     return "  ".join(parts)
 

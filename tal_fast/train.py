@@ -43,7 +43,9 @@ def _split_configs(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         if name != "--config":
-            others.append(word)
+            if name.startswith("--") and not name.startswith("--data.ood."):  # whose names are the user's own
+                name = "--" + name[2:].replace("-", "_")  # --batch-size is --batch_size
+            others.append(name + equals + value)
             continue
         if not equals:
             if not rest:

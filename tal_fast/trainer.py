@@ -149,9 +149,11 @@ class Trainer:
         )
         with StopRequest() as self._stop:
             for epoch in range(self.epoch, min(config.epochs, until or config.epochs)):
+                started = time.perf_counter()
                 row = self._train_epoch(epoch)
                 row |= self._validate()
                 self._finish_epoch(row)
+                self._say(epoch_line(row, config.epochs, time.perf_counter() - started))
                 if self.ranks.any(self._stop.number is not None):
                     self._end_early()
         if self.epoch == config.epochs:
@@ -284,7 +286,6 @@ class Trainer:
         if self.ranks.is_main:
             write_metrics(self.output / METRICS_FILE, self.history)
         self.save(best=better)
-        self._say(epoch_line(row, self.config.epochs))
 
     def save(self, best: bool = False) -> None:
         """Write checkpoints/last.pt, and best.pt as well if asked; all ranks must call it."""

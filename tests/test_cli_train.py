@@ -93,6 +93,7 @@ def test_options_win_over_files_and_later_files_over_earlier(tmp_path: Path) -> 
     config = parse(["--batch_size", "9", "--config", "digits-ce", f"--config={mine}"])
     assert (config.epochs, config.optim.lr, config.batch_size, config.method.name) == (7, 0.01, 9, "ce")
     assert parse(["--epochs", "3", "--config", str(mine)]).epochs == 3
+    assert parse(["--eval-batch-size=5", "--data.ood.my-set", "/x"]).data.ood == {"my-set": "/x"}
 
 
 def test_a_config_survives_its_file(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_a_config_survives_its_file(tmp_path: Path) -> None:
         ("--epochs 0", "epochs is 0 but must be at least 1"),
         ("--config folder-tal", "data.root is not set; name the folder that holds train/ and val/ with --data.root"),
         ("--config folder-tal --data.root /nowhere", "/nowhere is not a folder; name one that holds train/ and val/"),
-        ("--config digits-ce --batch_size 5000", "a step takes 5000 images"),
+        ("--config digits-ce --batch-size 5000", "a step takes 5000 images"),
         ("--config digits-ce --model.name resnet19", "no model 'resnet19': did you mean resnet18"),
         ("--config digits-tal --method.t_min 200", "t_min"),
     ],

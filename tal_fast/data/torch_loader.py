@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -61,6 +62,12 @@ class _Steps(Sampler):
         return len(self._plan)
 
 
+def _outlive_a_signal(worker: int) -> None:
+    """Let the training process finish its step: Ctrl-C and torchrun's SIGTERM reach its workers as well."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
 class TorchSource:
     """Image files, decoded by worker processes; see ``tal_fast.data.loaders.Source``.
 
@@ -115,6 +122,7 @@ class TorchSource:
             num_workers=self._workers,
             persistent_workers=self._workers > 0,
             pin_memory=self._device.type == "cuda",
+            worker_init_fn=_outlive_a_signal,
             # The DataLoader draws a seed for its workers; drawn from here, it leaves the global generator alone.
             generator=torch.Generator().manual_seed(0),
         )
