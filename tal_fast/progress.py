@@ -35,7 +35,7 @@ class Progress:
 
     Args:
         title: shown before the bar.
-        total: steps of the epoch; ``done`` of them are through already.
+        total: images of the epoch; ``done`` of them are through already.
         show: draw a bar.
     """
 
@@ -45,13 +45,15 @@ class Progress:
         if show:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=done, desc=title, leave=False, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total, initial=done, desc=title, leave=False, unit=" images", unit_scale=True, dynamic_ncols=True
+            )
 
-    def step(self, describe: Callable[[], str]) -> None:
-        """One step is through. ``describe``, which may wait for the GPU, is called once a second, if there is a bar."""
+    def step(self, images: int, describe: Callable[[], str]) -> None:
+        """A step of so many images is through. ``describe``, which may wait for the GPU, is called once a second."""
         if self._bar is None:
             return
-        self._bar.update()
+        self._bar.update(images)
         now = time.monotonic()
         if now >= self._next:
             self._bar.set_postfix_str(describe())

@@ -170,7 +170,9 @@ class Trainer:
         first = self.step
         self.train_loader.set_epoch(epoch, first)
         show = self.ranks.is_main and shows_bar(config.progress)
-        progress = Progress(f"epoch {epoch + 1}/{config.epochs}", steps, first, show)
+        progress = Progress(
+            f"epoch {epoch + 1}/{config.epochs}", steps * config.batch_size, first * config.batch_size, show
+        )
         started = time.perf_counter()
         waited = 0.0
         rate = 0.0
@@ -185,7 +187,7 @@ class Trainer:
                 rate = learning_rate(config.optim, config.epochs, epoch + (self.step + 0.5) / steps)
                 self._train_step(*batch[:2], epoch, rate)
                 self.step += 1
-                progress.step(self._describe)
+                progress.step(config.batch_size, self._describe)
                 if self.step < steps and self.ranks.any(self._stop.number is not None):
                     self._end_early()
         finally:
