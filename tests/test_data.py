@@ -6,6 +6,8 @@ import gzip
 import multiprocessing
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -564,3 +566,35 @@ def test_synthetic_is_repeatable_and_resizable() -> None:
         8,
         8,
     )
+
+
+def test_workers_are_forked_beside_dead_dali_pipelines(tmp_path: Path) -> None:
+    """A pipeline in a reference cycle is garbage that only the collector finds; found in a forked worker it hangs."""
+    pytest.importorskip("nvidia.dali")
+    make = """
+import gc, os, sys
+from pathlib import Path
+from tal_fast.config import DataConfig
+from tal_fast.data import build_data
+
+def first(loader_name):
+    config = DataConfig(dataset="folder", root=sys.argv[1], image_size=16, workers=2, loader=loader_name)
+    loader = build_data(config).loader("val", batch_size=2)
+    return [i for _, _, indices in loader for i in indices.tolist()], loader
+
+gc.disable()
+for _ in range(5):
+    seen, loader = first("dali")
+    cycle = [loader]
+    cycle.append(cycle)
+del loader, cycle
+os.register_at_fork(after_in_child=gc.collect)
+print(sorted(seen) == sorted(first("torch")[0]))
+"""
+    for split in ("train", "val"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(3):
+                Image.fromarray(np.full((20, 20, 3), 40 * i, np.uint8)).save(tmp_path / split / name / f"{i}.png")
+    done = subprocess.run([sys.executable, "-c", make, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "True", done.stderr

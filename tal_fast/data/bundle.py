@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ import torch
 from tal_fast.config import DataConfig
 from tal_fast.data import dali_loader, embedded, files
 from tal_fast.data.files import OOD_LABEL, ImageFiles
-from tal_fast.data.loaders import Loader, MemorySource, Source
+from tal_fast.data.loaders import ImageFormat, Loader, MemorySource, Source
 from tal_fast.data.plan import Augmentation, Plan
 from tal_fast.data.torch_loader import TorchSource
 
@@ -170,11 +169,12 @@ class DataBundle:
         return Loader(self._source(images, plan, device), plan, images.labels, device)
 
     def _source(self, images: Split, plan: Plan, device: torch.device) -> Source:
-        mean, std = self.config.normalization()
+        form = ImageFormat(self.image_size, self.channels, *self.config.normalization(), device)
         if isinstance(images, MemoryImages):
-            return MemorySource(plan, torch.from_numpy(images.pixels), self.image_size, mean, std, device)
-        kind: Any = dali_loader.DaliSource if self.loader_name == "dali" else TorchSource
-        return kind(plan, images, self.image_size, self.channels, mean, std, self.config.workers, device)
+            return MemorySource(plan, torch.from_numpy(images.pixels), form)
+        if self.loader_name == "dali":
+            return dali_loader.DaliSource(plan, images, form, self.config.workers)
+        return TorchSource(plan, images, form, self.config.workers)
 
 
 def build_data(config: DataConfig) -> DataBundle:

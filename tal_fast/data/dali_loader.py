@@ -12,10 +12,10 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tal_fast.data.files import ImageFiles, UnreadableImage, first_unreadable
+from tal_fast.data.loaders import ImageFormat
 from tal_fast.data.plan import Plan
 
 PREFETCH = 2
@@ -37,29 +37,15 @@ class DaliSource:
     Args:
         plan: the steps to make.
         files: the split.
-        image_size: side of the images made.
-        channels: 1 or 3.
-        mean, std: per channel.
+        form: of the batches.
         workers: decoding threads.
-        device: where the images end up; with a GPU they are decoded there.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        files: ImageFiles,
-        image_size: int,
-        channels: int,
-        mean: list[float],
-        std: list[float],
-        workers: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, plan: Plan, files: ImageFiles, form: ImageFormat, workers: int) -> None:
         self._plan = plan
         self._requests = _Requests(files.paths, plan)
-        self._options = (image_size, channels, mean, std)
+        self._form = form
         self._workers = max(1, workers)
-        self._device = device
         self._iterator: Any = None
 
     def images(self, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -85,13 +71,13 @@ class DaliSource:
         dali: Any = import_module("nvidia.dali")
         fn, types = dali.fn, dali.types
         torch_plugin: Any = import_module("nvidia.dali.plugin.pytorch")
-        image_size, channels, mean, std = self._options
-        on_gpu = self._device.type == "cuda"
+        form = self._form
+        on_gpu = form.device.type == "cuda"
 
         @dali.pipeline_def(
             batch_size=self._plan.batch_size,
             num_threads=self._workers,
-            device_id=(self._device.index or 0) if on_gpu else None,
+            device_id=(form.device.index or 0) if on_gpu else None,
             prefetch_queue_depth=PREFETCH,
         )
         def pipeline() -> tuple[Any, Any]:
@@ -111,19 +97,23 @@ class DaliSource:
                 axis_names="HW",
                 normalized_anchor=False,
                 normalized_shape=False,
-                output_type=types.RGB if channels == 3 else types.GRAY,
+                output_type=types.RGB if form.channels == 3 else types.GRAY,
                 adjust_orientation=False,  # as Pillow, and as the sizes the boxes were drawn for
             )
             images = fn.resize(
-                images, resize_x=image_size, resize_y=image_size, interp_type=types.INTERP_LINEAR, antialias=True
+                images,
+                resize_x=form.image_size,
+                resize_y=form.image_size,
+                interp_type=types.INTERP_LINEAR,
+                antialias=True,
             )
             images = fn.crop_mirror_normalize(
                 images,
                 mirror=mirror,
                 dtype=types.FLOAT,
                 output_layout="CHW",
-                mean=[255 * m for m in mean],
-                std=[255 * s for s in std],
+                mean=[255 * m for m in form.mean],
+                std=[255 * s for s in form.std],
             )
             return images, indices
 

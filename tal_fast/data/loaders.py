@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,24 @@ from tal_fast.data.plan import Batch, Plan
 
 Images = tuple[Tensor, Tensor, Tensor]
 """(images, labels, indices): (B, C, H, W) float32 normalised; (B,) int64, -1 for OOD; (B,) int64 line of the split."""
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What images are made into.
+
+    Attributes:
+        image_size: side in pixels.
+        channels: 1 or 3.
+        mean, std: per channel, of values scaled to [0, 1].
+        device: where they end up.
+    """
+
+    image_size: int
+    channels: int
+    mean: list[float]
+    std: list[float]
+    device: torch.device
 
 
 class Source(Protocol):
@@ -71,26 +90,14 @@ class MemorySource:
 
     Args:
         plan: the steps to make.
-        images: (N, H, W, C) uint8.
-        image_size: side to resize to; None: as they are.
-        mean, std: per channel.
-        device: where batches are made.
+        pixels: (N, H, W, C) uint8.
+        form: of the batches; they are resized if need be.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        images: Tensor,
-        image_size: int | None,
-        mean: list[float],
-        std: list[float],
-        device: torch.device,
-    ) -> None:
+    def __init__(self, plan: Plan, pixels: Tensor, form: ImageFormat) -> None:
         self._plan = plan
-        self._images = images.to(device)
-        self._image_size = image_size
-        self._mean, self._std = mean, std
-        self._device = device
+        self._pixels = pixels.to(form.device)
+        self._form = form
 
     def images(self, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See ``Source``."""
@@ -98,16 +105,17 @@ class MemorySource:
             yield self._make(batch), torch.from_numpy(batch.indices)
 
     def _make(self, batch: Batch) -> Tensor:
-        indices = torch.from_numpy(batch.indices).to(self._device)
-        pixels = self._images[indices]
+        form = self._form
+        pixels = self._pixels[torch.from_numpy(batch.indices).to(form.device)]
         if batch.mirror.any():
-            mirror = torch.from_numpy(batch.mirror).to(self._device).bool()
+            mirror = torch.from_numpy(batch.mirror).to(form.device).bool()
             pixels = torch.where(mirror[:, None, None, None], pixels.flip(2), pixels)
         if batch.shift.any():
-            pixels = _shift(pixels, torch.from_numpy(batch.shift).to(self._device))
-        images = normalize(pixels, self._mean, self._std)
-        if self._image_size is not None and images.shape[-2:] != (self._image_size, self._image_size):
-            images = F.interpolate(images, (self._image_size, self._image_size), mode="bilinear", antialias=True)
+            pixels = _shift(pixels, torch.from_numpy(batch.shift).to(form.device))
+        images = normalize(pixels, form.mean, form.std)
+        size = (form.image_size, form.image_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
         return images
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 
@@ -12,8 +13,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tal_fast.data.files import ImageFiles, UnreadableImage, first_unreadable
-from tal_fast.data.loaders import normalize
+from tal_fast.data.loaders import ImageFormat, normalize
 from tal_fast.data.plan import Batch, Plan
+
+
+def _fork_workers(loader: DataLoader) -> Iterator:
+    """``iter(loader)``, which forks the workers, with nothing left for their garbage collectors.
+
+    A DALI pipeline that waits in this process as garbage would be collected in a worker, whose copy of it has no
+    threads to shut down: the worker would wait for them for ever.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        return iter(loader)
+    finally:
+        gc.unfreeze()
 
 
 class _Reader(Dataset):
@@ -74,43 +89,36 @@ class TorchSource:
     Args:
         plan: the steps to make.
         files: the split.
-        image_size: side of the images made.
-        channels: 1 or 3.
-        mean, std: per channel.
+        form: of the batches.
         workers: processes; 0 decodes in this one.
-        device: where the images end up; they are normalised there, so that bytes travel, not floats.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        files: ImageFiles,
-        image_size: int,
-        channels: int,
-        mean: list[float],
-        std: list[float],
-        workers: int,
-        device: torch.device,
-    ) -> None:
-        self._mean, self._std = mean, std
-        self._device = device
+    def __init__(self, plan: Plan, files: ImageFiles, form: ImageFormat, workers: int) -> None:
+        self._form = form
         self._steps = _Steps(plan)
-        self._reader = _Reader(files, image_size, channels)
+        self._reader = _Reader(files, form.image_size, form.channels)
         self._workers = min(workers, len(plan))
         self._loader: DataLoader | None = None
 
     def images(self, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See ``Source``."""
+        form = self._form
         self._steps.epoch, self._steps.start_step = epoch, start_step
-        self._loader = self._loader or self._start()
+        if self._loader is None:
+            self._loader = self._start()
+            batches = _fork_workers(self._loader)
+        else:
+            batches = iter(self._loader)
         problem = None
-        for item in self._loader:
+        for item in batches:
             if isinstance(item, str):
                 problem = item
                 break
             pixels, indices = item
-            yield normalize(pixels.to(self._device, non_blocking=True), self._mean, self._std), indices
+            # On the device, so that bytes travel to it, not floats.
+            yield normalize(pixels.to(form.device, non_blocking=True), form.mean, form.std), indices
         if problem is not None:
+            del batches
             self._loader = None  # end the workers now: collected as garbage, they would be waited for in vain
             raise UnreadableImage(problem)
 
@@ -121,7 +129,7 @@ class TorchSource:
             sampler=self._steps,
             num_workers=self._workers,
             persistent_workers=self._workers > 0,
-            pin_memory=self._device.type == "cuda",
+            pin_memory=self._form.device.type == "cuda",
             worker_init_fn=_outlive_a_signal,
             # The DataLoader draws a seed for its workers; drawn from here, it leaves the global generator alone.
             generator=torch.Generator().manual_seed(0),
