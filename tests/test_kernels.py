@@ -24,7 +24,10 @@ USABLE, WHY = kernels.is_available(DEVICE)
 if not USABLE:
     pytest.skip(WHY, allow_module_level=True)
 
-from tal_fast.kernels import launch, loss, ops, ring, typicalness  # noqa: E402  (they import triton)
+import triton  # noqa: E402  (only where it is usable)
+import triton.language as tl  # noqa: E402
+
+from tal_fast.kernels import launch, loss, ops, ring, typicalness  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -589,6 +592,27 @@ def test_golden_trace_in_float32() -> None:
     mean, std = loss_fn.queue.contents()
     torch.testing.assert_close(mean.cpu().double(), t["queue_mean"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(std.cpu().double(), t["queue_std"], rtol=1e-6, atol=1e-6)
+
+
+# ---- The last program ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _arrivals_kernel(ticket_ptr, last_ptr):
+    last = typicalness.is_last(ticket_ptr, tl.num_programs(0))
+    tl.store(last_ptr + tl.program_id(0), last)
+
+
+@gpu_too
+@pytest.mark.parametrize("count", [1, 2, 300])
+def test_one_program_is_the_last(count: int) -> None:
+    ticket = new_ticket()
+    for _ in range(3):
+        last = torch.zeros(count, dtype=torch.bool, device=DEVICE)
+        _arrivals_kernel[(count,)](ticket, last)
+        assert last.sum() == 1
+        assert last[-1] or DEVICE.type == "cuda"  # the interpreter takes them in order
+        assert ticket.item() == 0
 
 
 # ---- What the launchers promise -------------------------------------------------------------------------------------
