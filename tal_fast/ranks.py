@@ -67,15 +67,15 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
-        self.any(False)
+        self.max(0)
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank's flag is up; does not wait for a GPU."""
+    def max(self, value: int) -> int:
+        """The largest of all ranks' values; waits for the other processes but not for a GPU."""
         if self.world_size == 1:
-            return flag
-        tensor = torch.tensor([int(flag)])
+            return value
+        tensor = torch.tensor([value])
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return bool(tensor)
+        return int(tensor)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place."""

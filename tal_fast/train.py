@@ -63,7 +63,11 @@ def _first_sentence(message: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train; exits with 2 after a mistake of the user's, with 128 + signal after a signal, and then is saved."""
+    """Train.
+
+    Exits with 2 after a mistake of the user's; when it was told to stop and is saved, with 75 (run me again) after
+    SIGTERM and SIGUSR1 and with 130 after Ctrl-C.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     try:
         config = parse(arguments)
@@ -75,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tal_fast.checkpoint import Damaged
     from tal_fast.data.files import UnreadableImage
     from tal_fast.ranks import Ranks
-    from tal_fast.trainer import Stopped, Trainer, TrainingFailed
+    from tal_fast.signals import Stopped
+    from tal_fast.trainer import Trainer, TrainingFailed
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -94,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Stopped as stopped:
         if ranks.is_main:
             print(stopped, file=sys.stderr)
-        raise SystemExit(128 + stopped.signal) from None
+        raise SystemExit(stopped.exit_code) from None
     ranks.stop()
 
 

@@ -19,7 +19,8 @@ from tal_fast.config import Config, DataConfig, MethodConfig, ModelConfig, Optim
 from tal_fast.methods import CrossEntropy, build_method
 from tal_fast.optim import build_optimizer, learning_rate
 from tal_fast.runs import load_run
-from tal_fast.trainer import Stopped, Trainer, TrainingFailed
+from tal_fast.signals import Stopped
+from tal_fast.trainer import Trainer, TrainingFailed
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +48,7 @@ def config(output: Path, method: str = "tal", **options: Any) -> Config:
             "batch_size": 32,
             "device": "cpu",
             "progress": "none",
+            "log": "none",
             "seed": 3,
             **options,
         },
@@ -325,7 +327,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
         ({"method_options": {"label_smoothing": 1.0}}, "label_smoothing is 1.0"),
         ({"method_options": {"t_min": 50.0, "t_max": 20.0}}, "t_min"),
         ({"optim": OptimConfig(lr=0.0)}, "optim.lr is 0.0"),
-        ({"optim": OptimConfig(schedule="step")}, "optim.step_epochs is empty"),
+        ({"optim": OptimConfig(schedule="multistep")}, "optim.step_epochs is empty"),
         ({"optim": OptimConfig(momentum=0.0)}, "nesterov needs momentum"),
         ({"optim": OptimConfig(clip_norm=0.0)}, "clip_norm is 0.0"),
         ({"seed": -1}, "seed is -1"),
@@ -344,11 +346,11 @@ def test_bad_options_are_refused_before_anything_is_written(
 
 def test_ce_is_cross_entropy() -> None:
     logits, features, labels = torch.randn(9, 4), torch.rand(9, 6), torch.randint(4, (9,))
-    loss, metrics = build_method(MethodConfig("ce", label_smoothing=0.1), 10)(logits, features, labels, 0)
+    loss, samples = build_method(MethodConfig("ce", label_smoothing=0.1), 10)(logits, features, labels)
     assert torch.equal(loss, F.cross_entropy(logits, labels, label_smoothing=0.1))
-    assert metrics == {}
+    assert samples == {}
     assert CrossEntropy.score == "msp"
-    half = build_method(MethodConfig("ce"), 10)(logits.bfloat16(), features, labels, 0).loss
+    half = build_method(MethodConfig("ce"), 10)(logits.bfloat16(), features, labels).loss
     assert half.dtype == torch.float32
 
 
@@ -358,8 +360,11 @@ def test_ce_is_cross_entropy() -> None:
 def test_tal_warms_up_for_a_twentieth_of_the_epochs(epochs: int, given: int | None, warmup: int) -> None:
     method = build_method(MethodConfig("tal", warmup_epochs=given), epochs)
     logits, features, labels = torch.eye(8)[:, :5] * 9, torch.rand(8, 6), torch.arange(8) % 5
-    method(logits, features, labels, 0)
-    typicalness = [float(method(logits, torch.rand(8, 6), labels, e).metrics["typicalness"]) for e in range(10)]
+    method(logits, features, labels)
+    typicalness = []
+    for epoch in range(10):
+        method.start_epoch(epoch)
+        typicalness.append(float(method(logits, torch.rand(8, 6), labels).samples["typicalness"].mean()))
     assert [value == 1.0 for value in typicalness] == [epoch < warmup for epoch in range(10)]
 
 
@@ -368,9 +373,9 @@ def test_tal_has_its_options_and_reports_its_queue() -> None:
     loss_fn = method.loss_fn
     assert (loss_fn.options.t_min, loss_fn.options.t_max, loss_fn.options.variant) == (2.0, 20.0, "released")
     labels = torch.arange(5)
-    method(torch.eye(5) * 9, torch.rand(5, 6), labels, 0)
+    method(torch.eye(5) * 9, torch.rand(5, 6), labels)
     assert method.epoch_metrics() == {"queue_length": 5}
-    method(torch.eye(5) * 9, torch.rand(5, 6), labels, 0)
+    method(torch.eye(5) * 9, torch.rand(5, 6), labels)
     assert method.epoch_metrics() == {"queue_length": 7}
 
 
@@ -379,7 +384,7 @@ def test_learning_rates() -> None:
     got = [learning_rate(cosine, 10, e) for e in (0.5, 1.0, 2.0, 4.0, 6.0, 10.0)]
     want = [0.1, 0.2, 0.4, 0.2 * (1 + math.sqrt(0.5)), 0.2, 0.0]
     assert got == pytest.approx(want, abs=1e-12)
-    step = OptimConfig(lr=1.0, schedule="step", step_epochs=[3, 6], step_factor=0.1)
+    step = OptimConfig(lr=1.0, schedule="multistep", step_epochs=[3, 6], step_factor=0.1)
     assert [learning_rate(step, 10, e) for e in (0.1, 2.99, 3.0, 5.9, 6.1)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
     assert learning_rate(OptimConfig(lr=0.3, schedule="constant"), 10, 9.9) == 0.3
 
@@ -388,5 +393,5 @@ def test_norms_and_biases_need_not_decay() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
     groups = build_optimizer(OptimConfig(weight_decay=0.5, decay_all=False), model).param_groups
     assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.5), (3, 0.0)]
-    (group,) = build_optimizer(OptimConfig(weight_decay=0.5), model).param_groups
+    (group,) = build_optimizer(OptimConfig(weight_decay=0.5, decay_all=True), model).param_groups
     assert (len(group["params"]), group["weight_decay"]) == (4, 0.5)

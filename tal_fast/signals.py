@@ -1,0 +1,57 @@
+"""Being told to stop: noted when it comes, acted on between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from types import FrameType
+from typing import Any
+
+REQUEUE = 75
+"""Exit code after SIGTERM and SIGUSR1: saved, run the same command again. (EX_TEMPFAIL of sysexits.h.)"""
+
+_STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+
+
+class Stopped(Exception):
+    """A signal ended the run early; it is saved.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = number
+
+    @property
+    def exit_code(self) -> int:
+        """Of the process: ``REQUEUE``, or 130 after Ctrl-C, which nobody wants run again by itself."""
+        return 128 + self.signal if self.signal == signal.SIGINT else REQUEUE
+
+
+class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
+    """Turns SIGTERM, SIGUSR1 and the first Ctrl-C into a note to stop; a second Ctrl-C stops at once.
+
+    Attributes:
+        number: of the signal that came, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        with contextlib.suppress(ValueError):  # not in the main thread: whoever called it decides
+            for number in _STOPPING:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.number:
+            raise KeyboardInterrupt
+        self.number = int(number)
