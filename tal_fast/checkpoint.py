@@ -96,10 +96,19 @@ class Writer:
         return None
 
     def _write(self, content: dict[str, Any], copies: list[str]) -> None:
-        last = self._folder / LAST
-        save(last, content, previous=self._folder / PREVIOUS)
-        for name in copies:
-            _link(last, self._folder / name)
+        last, previous = self._folder / LAST, self._folder / PREVIOUS
+        if not copies:
+            save(last, content, previous)
+            return
+        # last.pt comes after the copies: were it the first and the process killed in between, the resumed run would
+        # take best.pt for written.
+        first = self._folder / copies[0]
+        save(first, content)
+        for name in copies[1:]:
+            _link(first, self._folder / name)
+        if last.exists():
+            os.replace(last, previous)
+        _link(first, last)
 
 
 def _link(path: Path, other: Path) -> None:
@@ -194,9 +203,9 @@ def _newest_first(folder: Path) -> list[Path]:
     return [path for path in [*latest, *kept] if path.exists()]
 
 
-def clean(folder: Path) -> None:
-    """Remove what a run that was killed while writing left there."""
-    for path in folder.glob(".*.pt.*"):
+def clean(output: Path) -> None:
+    """Remove what a run that was killed while writing left in its folder."""
+    for path in [*(output / FOLDER).glob(".*.pt.*"), *output.glob(".metrics.csv.*"), *output.glob(".config.yaml.*")]:
         with contextlib.suppress(OSError):
             path.unlink()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -32,13 +33,13 @@ class TensorBoard:
 
     Args:
         folder: of the event files.
-        first_step: what an earlier part of the run logged from here on is void.
+        first_step: steps done; what an earlier part of the run logged of later ones is void.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """See ``Logger``."""
@@ -81,7 +82,7 @@ class WandB:
         identity = output / "wandb" / "run-id.txt"
         identity.parent.mkdir(parents=True, exist_ok=True)
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id())
+            identity.write_text(secrets.token_hex(4))
         self._wandb = wandb
         self._run = wandb.init(
             dir=str(output),

@@ -39,7 +39,13 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     fused = device.type in ("cpu", "cuda") and all(p.dtype == torch.float32 for _, p in named)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=rate, fused=fused)
-    return torch.optim.SGD(groups, lr=rate, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    sgd = torch.optim.SGD(groups, lr=rate, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    if config.momentum:
+        # The fused kernel takes uninitialised memory for momentum when a gradient scaler skips the very first step
+        # (torch 2.14). From zeros, the first step is what it would have been.
+        for _, p in named:
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd
 
 
 def _exempt(model: nn.Module) -> set[str]:

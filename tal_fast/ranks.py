@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,25 @@ class Ranks:
         values: list[Any] | None = [None] * self.world_size if self.is_main else None
         dist.gather_object(value, values)
         return values or []
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns on rank 0, which alone calls it, on every rank.
+
+        Raises:
+            ValueError: it raised one; on every rank.
+        """
+        if self.world_size == 1:
+            return function()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except ValueError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, 0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     def broadcast_buffers(self, module: nn.Module) -> None:
         """Give every rank rank 0's buffers, such as the running statistics of BatchNorm."""

@@ -53,13 +53,14 @@ class Trainer:
     Args:
         config: the run; paths of data in it become absolute.
         ranks: this process among the others.
+        stop: where a request to stop is noted; one of its own by default.
 
     Raises:
         ValueError: anything about the configuration, the data or a checkpoint to go on from that would not work,
             found before the first step.
     """
 
-    def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
+    def __init__(self, config: Config, ranks: Ranks | None = None, stop: StopRequest | None = None) -> None:
         self.config = config.check()
         self.ranks = ranks or Ranks(0, 1, torch.device("cuda" if _wants_gpu(config) else "cpu"))
         device, world = self.ranks.device, self.ranks.world_size
@@ -67,7 +68,8 @@ class Trainer:
         self._check_together()
         self.output = Path(config.output)
         self._make_paths_absolute()
-        resumed = find_checkpoint(config, self._say)
+        # One rank looks, for what the others would see may differ: only its folder need be there.
+        resumed = self.ranks.on_main(lambda: find_checkpoint(config, self._say))
 
         self.data = build_data(config.data)
         loader_args: dict[str, Any] = {"rank": self.ranks.rank, "world_size": world, "device": device}
@@ -113,8 +115,10 @@ class Trainer:
             torch.set_float32_matmul_precision("high")  # TF32 where the network is not under autocast
 
         self._writer = checkpoints.Writer(self.output / checkpoints.FOLDER)
-        self._stop = StopRequest()
+        self._stop = stop or StopRequest()
         self._loggers: Loggers | None = None
+        trace = self.output / "profile" / f"trace-rank{self.ranks.rank}.json"
+        self._profiler = Profiler(*config.profile_window(), trace)
 
     # ---- Training ---------------------------------------------------------------------------------------------
 
@@ -130,10 +134,9 @@ class Trainer:
             UnreadableImage: an image file does not decode; the steps before it are saved.
         """
         config = self.config
-        self.ranks.barrier()  # every rank has seen whether the output folder held a run
         if self.ranks.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
-            checkpoints.clean(self.output / checkpoints.FOLDER)
+            checkpoints.clean(self.output)
             config.save(self.output / CONFIG_FILE)
             if self.history:
                 write_metrics(self.output / METRICS_FILE, self.history)
@@ -149,10 +152,10 @@ class Trainer:
             self._loggers = Loggers(config, self.output, self._steps_done)
             for sentence in self._loggers.missing:
                 self._say(f"note: {sentence}")
-        trace = self.output / "profile" / f"trace-rank{self.ranks.rank}.json"
-        self._profiler = Profiler(*config.profile_window(), trace)
-        try:
-            with self._stop:
+        problem = None
+        with self._stop:
+            self._stop.training = True
+            try:
                 for epoch in range(self.epoch, min(config.epochs, until or config.epochs)):
                     started = time.perf_counter()
                     row = self._train_epoch(epoch)
@@ -160,14 +163,15 @@ class Trainer:
                     self._finish_epoch(row)
                     if self.ranks.is_main:  # which alone has all numbers
                         self._say(epoch_line(row, config.epochs, time.perf_counter() - started))
-                    self._end_early_if(self._stop.number)
-        finally:
-            self._profiler.close()
-            if self._loggers is not None:
-                self._loggers.close()
-            problem = self._writer.finish()
-            if problem:
-                self._say(f"warning: {problem}")
+                    self._end_early_if(self._stop.poll())
+            finally:
+                self._profiler.close()
+                if self._loggers is not None:
+                    self._loggers.close()
+                problem = self._writer.finish()
+                if problem:
+                    self._say(f"warning: {problem}")
+            self.ranks.barrier()  # a rank that left before all is written would make torchrun end the others
         if problem:
             raise TrainingFailed(f"{problem}; make room and go on with --resume auto")
         if self.epoch == config.epochs:
@@ -210,7 +214,7 @@ class Trainer:
                 waited += time.perf_counter() - asked
                 if batch is None and failure is None:
                     break  # on all ranks alike: they have equally many steps
-                self._end_early_if(_UNREADABLE if failure else self._stop.number, failure)
+                self._end_early_if(_UNREADABLE if failure else self._stop.poll(), failure)
                 assert batch is not None
                 rate = learning_rate(config.optim, config.epochs, epoch + (self.step + 0.5) / steps)
                 self._profiler.before_step()
@@ -443,6 +447,7 @@ class Trainer:
         if self.step:
             self.save()
         problem = self._writer.finish()
+        self.ranks.barrier()  # see fit
         state = f"saved after {self.epoch} epochs and {self.step} steps" if self._steps_done else "at its beginning"
         if problem:
             raise TrainingFailed(f"{problem}; make room and go on with --resume auto")
