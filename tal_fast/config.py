@@ -17,6 +17,8 @@ from typing import Any, Literal
 import yaml
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
 
 @dataclass
@@ -25,25 +27,34 @@ class DataConfig:
 
     Attributes:
         dataset: ``folder`` (``train/`` and ``val/`` with one folder a class), ``digits`` (scikit-learn's, as image
-            files), ``fashion-mnist`` (IDX files) or ``synthetic`` (made up, for measurements).
-        root: folder of the images or IDX files; digits and synthetic need none.
-        ood: out-of-distribution sets for the evaluation: name -> folder of images (for fashion-mnist: of IDX files).
+            files), ``cifar10``, ``cifar100`` (their binary files), ``fashion-mnist`` (IDX files) or ``synthetic`` (made
+            up, for measurements).
+        root: folder of the images, binary or IDX files; digits and synthetic need none. ``--data-dir`` is short for it.
+        ood: out-of-distribution sets for the evaluation: name -> folder of images (for fashion-mnist: of IDX files; for
+            CIFAR also of CIFAR's binary files).
+        file_list: of image files, the only ones to use: a text file with one path a line, relative to ``root``, as
+            ``python -m tal_fast.check_data`` writes; None: all.
+        max_unreadable: training ends when a rank has met more files than this that do not decode; None: 1% of the
+            split's files, but at least 10.
         loader: ``dali``, ``torch``, or ``auto``: DALI where it is installed. For datasets that are files.
         workers: decoding threads (DALI) or processes (torch; 0: in the training process) of each rank.
         image_size: side of the square images the model sees, in pixels; None: 224 for a folder, else the set's own.
         channels: 3 (RGB) or 1 (grayscale); images are converted.
-        mean, std: per channel, of pixel values scaled to [0, 1]; None: ImageNet's.
+        mean, std: per channel, of pixel values scaled to [0, 1]; None: CIFAR's for CIFAR, else ImageNet's.
         crop_fraction: validation takes the central square of this share of the shorter side.
         crop_area: training takes a random box of between these shares of the image's area; None: as validation.
         crop_ratio: range of the random box's width / height.
         flip: training mirrors every second image, at random.
         shift: training moves images of in-memory datasets by up to this many pixels each way, zeros move in.
         train_limit: use only this many training images, a fixed random choice; None: all.
+        synthetic_images, synthetic_classes: training images and classes of ``synthetic``; it validates on half as many.
     """
 
-    dataset: Literal["folder", "digits", "fashion-mnist", "synthetic"] = "folder"
+    dataset: Literal["folder", "digits", "cifar10", "cifar100", "fashion-mnist", "synthetic"] = "folder"
     root: str | None = None
     ood: dict[str, str] = field(default_factory=dict)
+    file_list: str | None = None
+    max_unreadable: int | None = None
     loader: Literal["auto", "dali", "torch"] = "auto"
     workers: int = 4
     image_size: int | None = None
@@ -56,14 +67,19 @@ class DataConfig:
     flip: bool = True
     shift: int = 0
     train_limit: int | None = None
+    synthetic_images: int = 2000
+    synthetic_classes: int = 10
 
     def normalization(self) -> tuple[list[float], list[float]]:
         """(mean, std), one value a channel, for pixel values scaled to [0, 1]."""
         if self.mean is not None and self.std is not None:
             return self.mean, self.std
+        mean, std = {"cifar10": (CIFAR10_MEAN, CIFAR10_STD), "cifar100": (CIFAR100_MEAN, CIFAR100_STD)}.get(
+            self.dataset, (IMAGENET_MEAN, IMAGENET_STD)
+        )
         if self.channels == 3:
-            return list(IMAGENET_MEAN), list(IMAGENET_STD)
-        return [sum(IMAGENET_MEAN) / 3], [sum(IMAGENET_STD) / 3]
+            return list(mean), list(std)
+        return [sum(mean) / 3], [sum(std) / 3]
 
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
@@ -78,6 +94,9 @@ class DataConfig:
         _at_least("data.shift", self.shift, 0)
         _at_least("data.image_size", self.image_size, 1)
         _at_least("data.train_limit", self.train_limit, 1)
+        _at_least("data.max_unreadable", self.max_unreadable, 0)
+        _at_least("data.synthetic_images", self.synthetic_images, 2)
+        _at_least("data.synthetic_classes", self.synthetic_classes, 2)
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"data.crop_fraction is {self.crop_fraction} but must be in (0, 1]")
         if self.crop_area is not None and not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
