@@ -29,6 +29,8 @@ MAY_DIFFER = {
     "data.ood",
     "data.loader",
     "data.workers",
+    "data.file_list",
+    "data.max_unreadable",
     "model.compile",
     "model.channels_last",
     "method.backend",

@@ -115,7 +115,7 @@ def _loader_alone(trainer: Trainer) -> float:
 def _endless(trainer: Trainer) -> Any:
     epoch = 0
     while True:
-        trainer.train_loader.set_epoch(epoch)
+        trainer.train_loader.set_epoch(epoch, image_size=trainer.config.image_size_at(0))
         yield from trainer.train_loader
         epoch += 1
 
