@@ -110,9 +110,9 @@ class ModelConfig:
     """The network.
 
     Attributes:
-        name: ``cifar_resnet8``, ``cifar_resnet20``, ``cifar_resnet18`` (for small images), or a classifier of
-            torchvision (``resnet18``, ``resnet50``, ...) or, where it is installed, of timm
-            (``timm:deit_small_patch16_224``).
+        name: ``cifar_resnet8``, ``cifar_resnet20``, ``cifar_resnet110``, ``cifar_resnet18`` (for small images), or a
+            classifier of torchvision (``resnet18``, ``resnet50``, ...) or, where it is installed, of timm
+            (``timm/deit_small_patch16_224``).
         width: channels of the first stage of a ``cifar_`` network; None: its paper's.
         compile: ``torch.compile`` the step: network, loss and all; None: on GPUs.
         channels_last: keep images and weights in channels-last memory order; None: on GPUs.

@@ -21,7 +21,19 @@ from tal_fast.runs import load_run
 from tal_fast.train import main, parse
 
 ROOT = Path(__file__).parents[1]
-PRESETS = ["digits-ce", "digits-tal", "fashion-mnist-ce", "fashion-mnist-tal", "folder-tal", "imagenet-tal"]
+PRESETS = [
+    "cifar100-resnet110-ce",
+    "cifar100-resnet110-tal",
+    "digits-ce",
+    "digits-tal",
+    "fashion-mnist-ce",
+    "fashion-mnist-tal",
+    "folder-tal",
+    "imagenet-deit-small",
+    "imagenet-resnet50-ce",
+    "imagenet-resnet50-tal",
+    "imagenet-resnet50-tal-fast",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +109,7 @@ def test_options_win_over_files_and_later_files_over_earlier(tmp_path: Path) -> 
 
 
 def test_a_config_survives_its_file(tmp_path: Path) -> None:
-    config = load_config("imagenet-tal")
+    config = load_config("imagenet-resnet50-tal")
     config.data.ood = {"textures": "/data/dtd"}
     config.save(tmp_path / "config.yaml")
     assert load_config(str(tmp_path / "config.yaml")) == config
@@ -108,7 +120,7 @@ def test_a_config_survives_its_file(tmp_path: Path) -> None:
     ("argv", "sentence"),
     [
         ("--config digits", f"no preset or file 'digits'; the presets are {', '.join(PRESETS)}"),
-        ("--config", "--config needs a preset or a file; the presets are digits-ce"),
+        ("--config", "--config needs a preset or a file; the presets are cifar100-resnet110-ce"),
         ("--epochs many", "epochs"),
         ("--data.loader fast", "data.loader"),
         ("--data.lodaer dali", "--data.lodaer"),
