@@ -122,14 +122,14 @@ class Loggers:
     def __init__(self, config: Config, output: Path, first_step: int) -> None:
         self.missing: list[str] = []
         self._loggers: list[Logger] = []
-        if config.log in ("tensorboard", "all"):
+        if config.logger in ("tensorboard", "all"):
             try:
                 self._loggers.append(TensorBoard(output / "tensorboard", first_step))
             except ImportError:
                 self.missing.append(
                     "TensorBoard is not installed (pip install tensorboard); logging to metrics.csv only"
                 )
-        if config.log in ("wandb", "all"):
+        if config.logger in ("wandb", "all"):
             self._loggers.append(WandB(output, config))
 
     def __bool__(self) -> bool:

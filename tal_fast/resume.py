@@ -21,7 +21,7 @@ MAY_DIFFER = {
     "progress",
     "checkpoint_every_steps",
     "keep_every_epochs",
-    "log",
+    "logger",
     "log_every_steps",
     "profile",
     "cuda_graphs",

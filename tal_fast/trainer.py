@@ -494,8 +494,10 @@ class Trainer:
             )
         if config.cuda_graphs and world > 1:
             raise ValueError(f"cuda_graphs is for one GPU but there are {world} ranks; set it to false")
-        if config.log in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
-            raise ValueError(f"log is {config.log!r} but wandb is not installed; pip install wandb, or log tensorboard")
+        if config.logger in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
+            raise ValueError(
+                f"logger is {config.logger!r} but wandb is not installed; pip install wandb, or set it to tensorboard"
+            )
 
     def _make_paths_absolute(self) -> None:
         data = self.config.data
