@@ -138,6 +138,7 @@ class TALLoss(nn.Module):
                 f"the queue is on {self.queue.device} but the logits are on {logits.device}; "
                 f"move the loss with .to({str(logits.device)!r})"
             )
+        self.queue.settle()
         backend = backends.for_loss(self.backend, logits.device)
         options = self.options
         spread = self.queue_scope == "global" and distributed.is_distributed(self.process_group)
@@ -154,9 +155,11 @@ class TALLoss(nn.Module):
         if push and self.training:
             with torch.no_grad():
                 accepted = stats.accepted
-                if spread:
-                    mean, std, accepted = distributed.gather_entries(mean, std, accepted, self.process_group)
-                backend.push(self.queue, mean, std, accepted)
+                if not spread:
+                    backend.push(self.queue, mean, std, accepted)
+                else:  # nothing needs the entries before the next step: they travel during backward
+                    entries = distributed.EntriesOfAll(mean, std, accepted, self.process_group)
+                    self.queue.push_later(lambda: backend.push(self.queue, *entries.wait()))
         return (loss, stats) if return_stats else loss
 
 

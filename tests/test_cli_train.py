@@ -65,7 +65,12 @@ def test_presets_hold_what_their_names_say() -> None:
         config = load_config(name).check()
         assert config.method.name == ("ce" if name.endswith("-ce") else "tal")
         assert parse(["--config", name]).to_dict() == config.to_dict()
-    for data in ("digits", "fashion-mnist", "cifar100-resnet110", "imagenet-resnet50"):  # compared with each other, they must differ in the method alone
+    for data in (
+        "digits",
+        "fashion-mnist",
+        "cifar100-resnet110",
+        "imagenet-resnet50",
+    ):  # compared with each other, they must differ in the method alone
         ce, tal = load_config(f"{data}-ce").to_dict(), load_config(f"{data}-tal").to_dict()
         del ce["method"], tal["method"]
         assert ce == tal
