@@ -1,8 +1,8 @@
 """What training makes of faults: ``python -m bench.faults [FAULT ...]``; without a name, all of them.
 
 Every fault is brought about for real, in runs of the digits on the CPU, and what came of it is checked and measured.
-``kills``: one run killed by SIGKILL at ``--kills`` random points (within steps, and at each phase of writing a file) and
-resumed each time ends as a run that was never disturbed: every number but the timings, and every tensor of the
+``kills``: one run killed by SIGKILL at ``--kills`` random points (within steps, and at each phase of writing a file)
+and resumed each time ends as a run that was never disturbed: every number but the timings, and every tensor of the
 checkpoints, bit for bit. ``--processes 2`` does so under torchrun. docs/reliability.md holds the outcomes.
 """
 
@@ -28,7 +28,6 @@ import torch
 from bench.fault_points import PHASES, children
 from bench.harness import environment, write_json
 from tal_fast import checkpoint
-from tal_fast.config import Config
 
 ROOT = Path(__file__).parents[1]
 REQUEUE = 75
@@ -39,9 +38,6 @@ STEPS_PER_EPOCH = 14
 
 TIMINGS = {"seconds", "images_per_s", "data_wait"}
 """Entries that differ from run to run."""
-
-IN_EPOCH = ["--checkpoint-every-steps", "5"] if hasattr(Config(), "checkpoint_every_steps") else []
-"""Options of runs that save inside epochs too."""
 
 PATHS = {"output", "resume"}
 """Entries of the configuration that differ between runs that must end alike."""
@@ -75,8 +71,11 @@ class Outcome:
 
 def options(output: Path, epochs: int, *more: str) -> list[str]:
     """A run of the digits, small and with all that is random: crops, shuffling, queues."""
-    words = f"--config digits-tal --epochs {epochs} --data.loader torch --data.workers 0 --device cpu"
-    return [*words.split(), "--output", str(output), *IN_EPOCH, *more]
+    config = output.with_suffix(".yaml")
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(f"epochs: {epochs}\ncheckpoint_every_steps: 5\ndevice: cpu\nlog: none\n")
+    words = f"--config digits-tal --config {config} --data.loader torch --data.workers 0 --output {output}"
+    return [*words.split(), *more]
 
 
 def command(processes: int, module: Sequence[str], *launcher: str) -> list[str]:
@@ -221,7 +220,7 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What differs between the ends of two runs: entries of the last and the best checkpoint, columns of metrics.csv."""
+    """What differs between the ends of two runs: entries of the last and the best checkpoint, metrics.csv."""
     found = []
     for name in (checkpoint.LAST, checkpoint.BEST):
         mine, yours = (dict(leaves(checkpoint.load(run / checkpoint.FOLDER / name))) for run in (one, other))
@@ -296,12 +295,12 @@ def damaged(folder: Path, epochs: int = 3) -> Outcome:
         expect("warning: " in done.stdout + done.stderr or kind == "lost", f"nothing is said of one {kind}", done)
         expect_same_end(undisturbed(folder, 1, epochs), output)
     for name in (checkpoint.LAST, checkpoint.PREVIOUS):
-        damage_all = [path for path in (output / checkpoint.FOLDER).iterdir() if path.name != checkpoint.BEST]
-        for path in damage_all:
-            path.write_bytes(b"")
+        (output / checkpoint.FOLDER / name).write_bytes(b"")
+    before = read_table(output / "metrics.csv")
     done = train(folder, words)
-    expect(done.returncode == 2 and "Traceback" not in done.stderr, "no whole checkpoint is not refused", done)
-    expect(name in done.stderr and bool(read_table(output / "metrics.csv")), "the refusal is unclear", done)
+    expect(done.returncode == 2 and done.stderr.count("\n") == 1, "no whole checkpoint is not refused clearly", done)
+    expect(checkpoint.LAST in done.stderr and checkpoint.PREVIOUS in done.stderr, "the refusal names no file", done)
+    expect(read_table(output / "metrics.csv") == before, "the refusal did not leave the run alone", done)
     return Outcome(
         "damaged",
         "the one before is taken, which is said, and the run ends as the undisturbed one, bit for bit; with none whole "
@@ -362,7 +361,7 @@ def full_disk(folder: Path, epochs: int = 12) -> Outcome:
         expect(done.returncode not in (0, -signal.SIGKILL), "a run whose end is not saved says it is well", done)
         expect("Traceback" not in done.stderr and "No space left" in done.stderr, "it is not said clearly", done)
         saved = steps_saved(for_good)
-        expect(saved >= STEPS_PER_EPOCH, "no whole checkpoint is left", done)
+        expect(saved > 0, "no whole checkpoint is left", done)
         ballast.unlink()
         resume_and_compare(folder, for_good, 1, epochs)
         shutil.rmtree(for_good)
