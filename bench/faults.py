@@ -360,7 +360,7 @@ def full_disk(folder: Path, epochs: int = 12) -> Outcome:
             done = job.end()
         expect(done.returncode not in (0, -signal.SIGKILL), "a run whose end is not saved says it is well", done)
         expect("Traceback" not in done.stderr and "No space left" in done.stderr, "it is not said clearly", done)
-        saved = steps_saved(for_good)
+        code, saved = done.returncode, steps_saved(for_good)
         expect(saved > 0, "no whole checkpoint is left", done)
         ballast.unlink()
         resume_and_compare(folder, for_good, 1, epochs)
@@ -377,7 +377,7 @@ def full_disk(folder: Path, epochs: int = 12) -> Outcome:
     return Outcome(
         "full-disk",
         "it is said in a sentence and training goes on; with space again by the next checkpoint the run ends well, "
-        f"else with exit code {done.returncode}, its last whole checkpoint loadable",
+        f"else with exit code {code}, its last whole checkpoint loadable",
         {"steps in the last whole checkpoint": saved},
     )
 
