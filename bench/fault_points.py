@@ -1,15 +1,15 @@
 """``python -m bench.fault_points POINT OPTIONS`` trains with these options and dies by SIGKILL at a chosen point.
 
-POINT is ``job`` or ``rank1`` (who dies), a colon, and either
+POINT is who dies (``job``, ``rank1`` or ``host1``), a colon, and either
 
 - ``step:N:SECONDS``: so many seconds after this process's N-th optimizer step, wherever training is by then;
 - ``PHASE:N:SKIP``: at a phase of writing a file, SKIP such moments after the N-th step. The phases are
   ``half-written`` (the temporary file lost its second half), ``written`` (it is whole, under its temporary name),
   ``renaming`` (just before a rename) and ``renamed`` (just after).
 
-``job`` takes all processes along, the launcher included, as a lost machine does; ``rank1`` only itself, and only where
-the launcher has not restarted it already. Nothing here knows how the trainer works: it hooks PyTorch's optimizers and
-the system calls that all safe writing of files rests on.
+``job`` is rank 0 and takes its launcher and the launcher's other ranks along, as a lost machine does, and ``host1`` is
+rank 1 and does likewise; ``rank1`` takes only itself. The last two do so only before the first restart. Nothing here
+knows how the trainer works: it hooks PyTorch's optimizers and the system calls that all safe writing of files rests on.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def children(pid: int) -> list[int]:
 
 
 def die(who: str) -> None:
-    """End this process at once, and with ``job`` the launcher and the other ranks before it."""
-    if who == "job" and "TORCHELASTIC_RUN_ID" in os.environ:
+    """End this process at once, and unless it is ``rank1`` its launcher and the launcher's other ranks before it."""
+    if who != "rank1" and "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = os.getppid()
         others = [pid for pid in children(launcher) if pid != os.getpid()]
         for pid in (launcher, *others):
@@ -49,9 +49,9 @@ def arm(point: str) -> None:
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     who, phase, step_text, extra = point.split(":")
-    if os.environ.get("RANK", "0") != ("1" if who == "rank1" else "0"):
+    if os.environ.get("RANK", "0") != ("0" if who == "job" else "1"):
         return
-    if who == "rank1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+    if who != "job" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
     last_step, steps, moments = int(step_text), 0, 0
 

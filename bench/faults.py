@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import os
 import random
 import shutil
@@ -24,15 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from bench.fault_points import PHASES, children
 from bench.harness import environment, write_json
 from tal_fast import checkpoint
+from tal_fast.signals import REQUEUE
 
 ROOT = Path(__file__).parents[1]
-REQUEUE = 75
-"""Exit code of a run that was told to stop and is saved (EX_TEMPFAIL)."""
-
 STEPS_PER_EPOCH = 14
 """901 training images in batches of 64."""
 
@@ -237,8 +237,6 @@ def differences(one: Path, other: Path) -> list[str]:
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """Rows of metrics.csv without the timings."""
-    import csv
-
     with path.open(newline="") as file:
         return [{k: v for k, v in row.items() if k not in TIMINGS} for row in csv.DictReader(file)]
 
@@ -382,6 +380,39 @@ def full_disk(folder: Path, epochs: int = 12) -> Outcome:
     )
 
 
+def corrupt_image(folder: Path, loader: str = "torch", epochs: int = 30) -> Outcome:
+    """An image file loses its second half while training."""
+    images, output = folder / "images", folder / "run"
+    for path in (images / split / name / f"{i}.jpg" for split in ("train", "val") for name in "ab" for i in range(32)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((48, 48), 60).convert("RGB").save(path)
+    words = (
+        f"--config folder-tal --data.root {images} --data.loader {loader} --data.workers 0 --data.image-size 32 "
+        f"--model.name cifar_resnet8 --model.width 4 --batch-size 16 --epochs {epochs} --device cpu --threads 1"
+    ).split()
+    words = [*command(1, ["tal_fast.train"]), *words, "--resume", "auto", "--output"]
+    straight = folder / "straight"
+    done = train(folder, [*words, str(straight)])
+    expect(done.returncode == 0, "the undisturbed run failed", done)
+    victim = images / "train" / "a" / "7.jpg"
+    whole = victim.read_bytes()
+    with Job(folder, [*words, str(output)]) as job:
+        wait_for("a checkpoint", last(output).exists)
+        victim.write_bytes(whole[: len(whole) // 2])
+        done = job.end()
+    expect(done.returncode == 2 and "Traceback" not in done.stderr, "it does not end with a sentence", done)
+    expect(str(victim) in done.stderr, "the file is not named", done)
+    victim.write_bytes(whole)
+    done = train(folder, [*words, str(output)])
+    expect(done.returncode == 0, "with the file mended it does not go on", done)
+    expect_same_end(straight, output)
+    return Outcome(
+        f"corrupt-image ({loader})",
+        "the file is named, the steps before are saved, exit code 2; with the file mended the run goes on and ends as "
+        "the undisturbed one, bit for bit",
+    )
+
+
 def lost_rank(folder: Path, epochs: int = 6) -> Outcome:
     """One of two ranks is killed; torchrun starts both again."""
     output = folder / "run"
@@ -502,6 +533,8 @@ FAULTS: dict[str, Callable[..., Outcome]] = {
     "kills": kills,
     "damaged": damaged,
     "full-disk": full_disk,
+    "corrupt-image": corrupt_image,
+    "corrupt-image-dali": lambda folder: corrupt_image(folder, "dali"),
     "lost-rank": lost_rank,
     "lost-launcher": lost_launcher,
     "sigterm": lambda folder: stop(folder, signal.SIGTERM, 1),

@@ -63,13 +63,15 @@ def hosts() -> Iterator[tuple[Host, Host]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def start(stack: ExitStack, hosts: tuple[Host, Host], folder: Path, module: list[str], train: list[str]) -> list[Job]:
-    """The recipe: the same command on each host, but for its own address."""
+def start(
+    stack: ExitStack, hosts: tuple[Host, Host], folder: Path, module: list[str], train: list[str], nodes: str = "2"
+) -> list[Job]:
+    """The recipe: the same command on each host, but for its own address and whether it is the first."""
     jobs = []
     for number, host in enumerate(hosts):
         rendezvous = f"--rdzv-backend=c10d --rdzv-endpoint={hosts[0].address}:29500 --rdzv-id=run1"
         own = f"--rdzv-conf=is_host={int(number == 0)} --local-addr={host.address}"
-        launcher = f"--nnodes=2 --nproc-per-node=1 --max-restarts=1 {rendezvous} {own}"
+        launcher = f"--nnodes={nodes} --nproc-per-node=1 --max-restarts=1 {rendezvous} {own}"
         words = host.command("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", *torchrun(*launcher.split()), "-m", *module)
         jobs.append(stack.enter_context(Job(folder / f"host{number}", [*words, *train])))
     return jobs
@@ -115,3 +117,18 @@ def test_a_rank_lost_on_another_host_is_started_again(hosts: tuple[Host, Host], 
     said = jobs[0].out + jobs[1].out
     assert "resuming from" in said
     assert differences(one_host, output) == []
+
+
+@pytest.mark.slow
+def test_without_a_host_that_is_lost_for_good_the_other_goes_on(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    with ExitStack() as stack:
+        train = options(output, EPOCHS, "--resume", "auto")
+        jobs = start(stack, hosts, tmp_path, ["bench.fault_points", "host1:step:33:0.0"], train, nodes="1:2")
+        wait_for("the loss of a host", lambda: any(job.process.poll() is not None for job in jobs))
+        (left,) = (job for job in jobs if job.process.poll() is None)
+        lost = time.monotonic()
+        wait_for("the other to go on", lambda: "warning: ranks 2 -> 1 since" in left.out)
+        print(f"went on after {time.monotonic() - lost:.0f} s")
+        ended_well(left)
+    assert f"epoch {EPOCHS}/{EPOCHS}" in left.out
