@@ -20,7 +20,7 @@ from tal_fast.config import DataConfig
 from tal_fast.data import build_data, dali_loader, embedded, files
 from tal_fast.data.cache import make_folder_once
 from tal_fast.data.files import UnreadableImage
-from tal_fast.data.loaders import ImageFormat, Normalizer
+from tal_fast.data.loaders import ImageFormat, Normalizer, prefetch
 from tal_fast.data.plan import Augmentation, Plan, central_boxes, random_boxes
 
 LOADERS = ["torch"] + (["dali"] if dali_loader.available() else [])
@@ -96,6 +96,25 @@ def test_training_shards_are_one_shuffled_order(world: int, num_samples: int) ->
         assert {part.indices.size for part in parts} == {batch}  # never a short or a padded batch
     seen = np.concatenate(whole)
     assert len(set(seen.tolist())) == len(seen)  # no image twice
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("over", [0, 1, 4])
+def test_ranks_take_equally_many_full_steps_of_different_images(world: int, over: int) -> None:
+    """With ``over`` images too many for all ranks: where padded shards would end in a batch of one repeated image."""
+    total, batch = 6 * world + min(over, world - 1), 3
+    epochs = []
+    for epoch in range(2):
+        ranks = [
+            [b.indices.tolist() for b in plan(total, batch, training=True, rank=r, world_size=world).batches(epoch)]
+            for r in range(world)
+        ]
+        assert [len(steps) for steps in ranks] == [2] * world
+        assert {len(step) for steps in ranks for step in steps} == {batch}
+        seen = [i for steps in ranks for step in steps for i in step]
+        assert len(set(seen)) == len(seen) == 6 * world
+        epochs.append(seen)
+    assert epochs[0] != epochs[1]
 
 
 def test_each_epoch_is_reshuffled_from_the_seed() -> None:
@@ -209,6 +228,38 @@ def test_dali_and_torch_read_the_same(tmp_path: Path, split: str, channels: Any)
     assert torch.equal(first, second) == (split != "train")  # only training varies, and it does
 
 
+@needs_dali
+@pytest.mark.parametrize(
+    ("mode", "channels", "mean_bound", "max_bound"), [("RGB", 3, 0.5, 12), ("L", 1, 0.5, 12), ("CMYK", 3, 0.5, 12)]
+)
+def test_photos_differ_by_little_between_the_loaders(
+    tmp_path: Path, mode: str, channels: Any, mean_bound: float, max_bound: float
+) -> None:
+    from sklearn.datasets import load_sample_images
+
+    for split in ("train", "val"):
+        for name, photo in zip("ab", load_sample_images().images, strict=True):
+            (tmp_path / split / name).mkdir(parents=True)
+            exif = Image.Exif()
+            exif[274] = 6  # to be turned by 90 degrees, which neither does
+            image = Image.fromarray(photo)
+            for number, size in enumerate(((500, 375), (333, 500), (640, 427))):
+                image.resize(size).convert(mode).save(tmp_path / split / name / f"{number}.jpg", quality=90, exif=exif)
+    for split in ("train", "val"):
+        got = {}
+        for loader in ("dali", "torch"):
+            options: dict[str, Any] = {"mean": [0.0] * channels, "std": [1 / 255] * channels, "image_size": 224}
+            data = build_data(config(tmp_path, loader=loader, channels=channels, **options))
+            reader = data.loader(split, batch_size=6, seed=5)
+            got[loader] = []
+            for epoch in range(2):
+                reader.set_epoch(epoch)
+                got[loader].append(collect(reader)[0])
+        error = (torch.cat(got["dali"]) - torch.cat(got["torch"])).abs()  # of 255
+        assert error.mean() < mean_bound
+        assert error.max() <= max_bound
+
+
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_labels_indices_and_files_belong_together(tmp_path: Path, loader: Any, workers: int) -> None:
@@ -234,7 +285,7 @@ def test_labels_indices_and_files_belong_together(tmp_path: Path, loader: Any, w
 @pytest.mark.parametrize("loader", LOADERS)
 def test_ranks_share_the_validation_images(tmp_path: Path, loader: Any) -> None:
     data = build_data(config(make_folder(tmp_path, val=7), loader=loader))
-    for world in (1, 2, 3, 9):
+    for world in (1, 2, 3, 5, 9):
         seen: list[int] = []
         for rank in range(world):
             reader = data.loader("val", batch_size=2, rank=rank, world_size=world)
@@ -399,6 +450,75 @@ def test_progressive_resizing(tmp_path: Path, loader: Any) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     with pytest.raises(ValueError, match="image_size is 0 but must be at least 1"):
         reader.set_epoch(0, image_size=0)
+
+
+def test_prefetch_works_a_step_ahead_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Stream:
+        def __init__(self, *_: Any) -> None:
+            self.count = 0
+
+        def __enter__(self) -> None:
+            done.append("enter")
+
+        def __exit__(self, *_: Any) -> None:
+            done.append("leave")
+
+        def record_event(self) -> str:
+            self.count += 1
+            return f"ready {self.count}"
+
+        def wait_event(self, event: str) -> None:
+            done.append(f"wait for {event}")
+
+    class Made:
+        def __init__(self, number: int) -> None:
+            done.append(f"make {number}")
+            self.number = number
+
+        def record_stream(self, stream: Any) -> None:
+            assert stream is current
+            done.append(f"record {self.number}")
+
+    current = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    for made in prefetch([1, 2, 3], Made, lambda made: [made], torch.device("cuda")):  # type: ignore[list-item, return-value]
+        done.append(f"use {made.number}")
+    steps = [d for d in done if d not in ("enter", "leave")]
+    assert steps == [
+        *("make 1", "make 2", "wait for ready 1", "record 1", "use 1"),
+        *("make 3", "wait for ready 2", "record 2", "use 2"),
+        *("wait for ready 3", "record 3", "use 3"),
+    ]
+    assert done[:6] == ["enter", "make 1", "leave", "enter", "make 2", "leave"]
+    assert list(prefetch([1, 2], str, lambda made: [], torch.device("cpu"))) == ["1", "2"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loader", ["memory", "torch"])
+def test_no_step_waits_for_the_gpu(tmp_path: Path, loader: Any) -> None:
+    if loader == "memory":
+        data = build_data(DataConfig(dataset="synthetic", crop_area=None, shift=2, synthetic_images=64))
+    else:
+        data = build_data(config(make_folder(tmp_path), loader="torch", workers=2))
+    want = list(data.loader("train", batch_size=4, seed=1))
+    reader = data.loader("train", batch_size=4, seed=1, device="cuda")
+    torch.cuda.synchronize()
+    got = []
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for batch in reader:
+            got.append(batch)
+            torch.randn(500, 500, device="cuda") @ torch.randn(500, 500, device="cuda")  # memory in use meanwhile
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for batch, expected in zip(got, want, strict=True):
+        for one, two in zip(batch, expected, strict=True):
+            assert one.device.type == "cuda"
+            torch.testing.assert_close(one.cpu(), two, atol=1e-5, rtol=1e-5)
 
 
 def test_normalize() -> None:
