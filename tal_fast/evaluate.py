@@ -2,8 +2,8 @@
 
 One pass over the validation split and each OOD set gives logits and features, which are kept under the run's
 ``eval-cache/``; every score, setting and metric comes from them. Writes ``report.json``, ``samples.npz`` (scores of
-every sample), ``risk_coverage.png`` and ``confidence_histogram.png`` and prints the report as tables. ``--npz``
-does the same for outputs of any model.
+every sample), ``risk_coverage.png``, ``confidence_histogram.png`` and ``report.html``, a page to look at, and prints
+the report as tables. ``--npz`` does the same for outputs of any model.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ import tal_fast
 from tal_fast import inference, plots, samples
 from tal_fast.calibration import calibration_metrics
 from tal_fast.feature_scores import FEATURE_SCORES, PLAIN, SIRC, FeatureScorer, Training
+from tal_fast.html_report import write_html
 from tal_fast.inference import Outputs
 from tal_fast.metrics import CONVENTIONS, Floats
 from tal_fast.models.features import FeatureLinear
 from tal_fast.report import UNITS, Report, format_report, make_report, write_report
-from tal_fast.samples import Samples, identity_of, write_samples
+from tal_fast.samples import Predictions, Samples, identity_of, write_samples
 from tal_fast.scores import SCORES
 from tal_fast.settings import Mix
 
@@ -260,7 +261,8 @@ def evaluate_outputs(
     identity = identity or {"val": identity_of(id_outputs.labels)} | {
         name: identity_of(outputs.labels) for name, outputs in ood_outputs.items()
     }
-    write_samples(Samples(id_outputs.right, id_scores, ood_scores, identity), output / samples.FILE)
+    predictions = {name: Predictions.of(outputs) for name, outputs in {"val": id_outputs, **ood_outputs}.items()}
+    write_samples(Samples(id_outputs.right, id_scores, ood_scores, identity, predictions), output / samples.FILE)
     plots.risk_coverage(output / "risk_coverage.png", id_outputs.right, id_scores, ood_scores, mix, seed, title)
     plots.confidence_histogram(output / "confidence_histogram.png", id_outputs.right, id_scores, ood_scores, title)
     return report
@@ -274,6 +276,7 @@ def evaluate_run(
     batch_size: int = 256,
     device: str = "cpu",
     scores: Sequence[str] = DEFAULT_SCORES,
+    typicalness: bool = True,
     **options: Any,
 ) -> Report:
     """Report on a run of ``python -m tal_fast.train``.
@@ -284,6 +287,7 @@ def evaluate_run(
         checkpoint: ``best`` or ``last``.
         batch_size, device: of the pass over the images.
         scores: names of scores; that by which the run's method is judged is added.
+        typicalness: see ``tal_fast.html_report.write_html``.
         options: ``mix``, ``seed``, ``convention``, ``resamples`` of ``evaluate_outputs``.
 
     Raises:
@@ -311,10 +315,11 @@ def evaluate_run(
         "method": run.method,
         "score": run.score,
     }
-    return evaluate_outputs(
+    output = run_dir if output is None else output
+    report = evaluate_outputs(
         splits["val"],
         {name: outputs for name, outputs in splits.items() if name != "val"},
-        run_dir if output is None else output,
+        output,
         scores=names,
         training=training,
         about=about,
@@ -322,6 +327,8 @@ def evaluate_run(
         title=f"{run.method} ({Path(run_dir).name})",
         **options,
     )
+    write_html(output, run=run, typicalness=typicalness, batch_size=batch_size, device=device)
+    return report
 
 
 def evaluate_npz(path: str | Path, output: str | Path | None = None, **options: Any) -> Report:
@@ -334,9 +341,11 @@ def evaluate_npz(path: str | Path, output: str | Path | None = None, **options: 
     path = Path(path)
     id_outputs, ood_outputs, training = read_npz(path)
     output = path.with_name(path.stem + "-report") if output is None else output
-    return evaluate_outputs(
+    report = evaluate_outputs(
         id_outputs, ood_outputs, output, training=training, about={"npz": str(path)}, title=path.name, **options
     )
+    write_html(output)
+    return report
 
 
 def _argument(check: Any) -> Any:
@@ -391,6 +400,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=_at_least(1), default=256, help="of the pass (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--units", choices=UNITS, default="natural", help="of the printed tables (%(default)s)")
+    parser.add_argument(
+        "--no-typicalness", dest="typicalness", action="store_false",
+        help="leave the most and least typical training images, which take a pass over all of them, out of report.html",
+    )  # fmt: skip
     parser.add_argument("--output", metavar="DIR", help="where to write (the run's folder; FILE-report for --npz)")
     return parser
 
@@ -424,7 +437,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             device = choose_device(args.device)
             report = evaluate_run(
-                args.run, args.output, checkpoint=args.checkpoint, batch_size=args.batch_size, device=device, **options
+                args.run,
+                args.output,
+                checkpoint=args.checkpoint,
+                batch_size=args.batch_size,
+                device=device,
+                typicalness=args.typicalness,
+                **options,
             )
     except (ValueError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
