@@ -17,6 +17,8 @@ from typing import Any, Literal
 import yaml
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
 
 @dataclass
@@ -25,25 +27,34 @@ class DataConfig:
 
     Attributes:
         dataset: ``folder`` (``train/`` and ``val/`` with one folder a class), ``digits`` (scikit-learn's, as image
-            files), ``fashion-mnist`` (IDX files) or ``synthetic`` (made up, for measurements).
-        root: folder of the images or IDX files; digits and synthetic need none.
-        ood: out-of-distribution sets for the evaluation: name -> folder of images (for fashion-mnist: of IDX files).
+            files), ``cifar10``, ``cifar100`` (their binary files), ``fashion-mnist`` (IDX files) or ``synthetic`` (made
+            up, for measurements).
+        root: folder of the images, binary or IDX files; digits and synthetic need none. ``--data-dir`` is short for it.
+        ood: out-of-distribution sets for the evaluation: name -> folder of images (for fashion-mnist: of IDX files; for
+            CIFAR also of CIFAR's binary files).
+        file_list: of image files, the only ones to use: a text file with one path a line, relative to ``root``, as
+            ``python -m tal_fast.check_data`` writes; None: all.
+        max_unreadable: training ends when a rank has met more files than this that do not decode; None: 1% of the
+            split's files, but at least 10.
         loader: ``dali``, ``torch``, or ``auto``: DALI where it is installed. For datasets that are files.
         workers: decoding threads (DALI) or processes (torch; 0: in the training process) of each rank.
         image_size: side of the square images the model sees, in pixels; None: 224 for a folder, else the set's own.
         channels: 3 (RGB) or 1 (grayscale); images are converted.
-        mean, std: per channel, of pixel values scaled to [0, 1]; None: ImageNet's.
+        mean, std: per channel, of pixel values scaled to [0, 1]; None: CIFAR's for CIFAR, else ImageNet's.
         crop_fraction: validation takes the central square of this share of the shorter side.
         crop_area: training takes a random box of between these shares of the image's area; None: as validation.
         crop_ratio: range of the random box's width / height.
         flip: training mirrors every second image, at random.
         shift: training moves images of in-memory datasets by up to this many pixels each way, zeros move in.
         train_limit: use only this many training images, a fixed random choice; None: all.
+        synthetic_images, synthetic_classes: training images and classes of ``synthetic``; it validates on half as many.
     """
 
-    dataset: Literal["folder", "digits", "fashion-mnist", "synthetic"] = "folder"
+    dataset: Literal["folder", "digits", "cifar10", "cifar100", "fashion-mnist", "synthetic"] = "folder"
     root: str | None = None
     ood: dict[str, str] = field(default_factory=dict)
+    file_list: str | None = None
+    max_unreadable: int | None = None
     loader: Literal["auto", "dali", "torch"] = "auto"
     workers: int = 4
     image_size: int | None = None
@@ -56,14 +67,19 @@ class DataConfig:
     flip: bool = True
     shift: int = 0
     train_limit: int | None = None
+    synthetic_images: int = 2000
+    synthetic_classes: int = 10
 
     def normalization(self) -> tuple[list[float], list[float]]:
         """(mean, std), one value a channel, for pixel values scaled to [0, 1]."""
         if self.mean is not None and self.std is not None:
             return self.mean, self.std
+        mean, std = {"cifar10": (CIFAR10_MEAN, CIFAR10_STD), "cifar100": (CIFAR100_MEAN, CIFAR100_STD)}.get(
+            self.dataset, (IMAGENET_MEAN, IMAGENET_STD)
+        )
         if self.channels == 3:
-            return list(IMAGENET_MEAN), list(IMAGENET_STD)
-        return [sum(IMAGENET_MEAN) / 3], [sum(IMAGENET_STD) / 3]
+            return list(mean), list(std)
+        return [sum(mean) / 3], [sum(std) / 3]
 
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
@@ -78,6 +94,9 @@ class DataConfig:
         _at_least("data.shift", self.shift, 0)
         _at_least("data.image_size", self.image_size, 1)
         _at_least("data.train_limit", self.train_limit, 1)
+        _at_least("data.max_unreadable", self.max_unreadable, 0)
+        _at_least("data.synthetic_images", self.synthetic_images, 2)
+        _at_least("data.synthetic_classes", self.synthetic_classes, 2)
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"data.crop_fraction is {self.crop_fraction} but must be in (0, 1]")
         if self.crop_area is not None and not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
@@ -92,16 +111,19 @@ class ModelConfig:
 
     Attributes:
         name: ``cifar_resnet8``, ``cifar_resnet20``, ``cifar_resnet18`` (for small images), or a classifier of
-            torchvision (``resnet18``, ``resnet50``, ...).
+            torchvision (``resnet18``, ``resnet50``, ...) or, where it is installed, of timm
+            (``timm:deit_small_patch16_224``).
         width: channels of the first stage of a ``cifar_`` network; None: its paper's.
-        compile: ``torch.compile`` the network.
-        channels_last: keep images and weights in channels-last memory order.
+        compile: ``torch.compile`` the step: network, loss and all; None: on GPUs.
+        channels_last: keep images and weights in channels-last memory order; None: on GPUs.
+        sync_batchnorm: statistics of BatchNorm over all ranks; on GPUs.
     """
 
     name: str = "resnet50"
     width: int | None = None
-    compile: bool = False
-    channels_last: bool = False
+    compile: bool | None = None
+    channels_last: bool | None = None
+    sync_batchnorm: bool = False
 
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
@@ -110,18 +132,22 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    """The optimizer and its learning rate.
+    """The optimizer, its learning rate, and what else is done with gradients and weights.
 
     Attributes:
         name: ``sgd`` (with ``momentum`` and ``nesterov``) or ``adamw``.
         lr: peak learning rate, for the whole batch of all ranks.
         momentum, nesterov: of sgd.
-        weight_decay: of all parameters; with ``decay_all`` off, not of biases and normalisation layers.
-        decay_all: see ``weight_decay``.
-        schedule: ``cosine`` to 0, ``step`` (times ``step_factor`` at each epoch of ``step_epochs``) or ``constant``.
-        step_epochs, step_factor: of ``step``.
+        weight_decay: of weights; biases and normalisation layers do not decay unless ``decay_all`` says so.
+        decay_all: see ``weight_decay``; the released TAL code decays all parameters.
+        schedule: ``cosine`` to 0, ``step`` (times ``step_factor`` after every ``step_size`` epochs), ``multistep``
+            (times ``step_factor`` at each epoch of ``step_epochs``) or ``constant``.
+        step_size, step_epochs, step_factor: of ``step`` and ``multistep``.
         warmup_epochs: the learning rate rises linearly over these first epochs; fractions are fine.
         clip_norm: largest norm of the gradient; None: no clipping.
+        accumulate: parts each rank's batch goes through the network in, one after the other; the optimizer steps once
+            for all. Each part is a batch of its own to BatchNorm and to TAL's typicalness.
+        ema_decay: validate and keep an exponential moving average of the weights, with this decay a step; None: none.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -129,12 +155,15 @@ class OptimConfig:
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
-    decay_all: bool = True
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    decay_all: bool = False
+    schedule: Literal["cosine", "step", "multistep", "constant"] = "cosine"
+    step_size: int = 30
     step_epochs: list[int] = field(default_factory=list)
     step_factor: float = 0.1
     warmup_epochs: float = 0.0
     clip_norm: float | None = None
+    accumulate: int = 1
+    ema_decay: float | None = None
 
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
@@ -146,10 +175,14 @@ class OptimConfig:
             raise ValueError("optim.nesterov needs momentum above 0; set optim.nesterov to false")
         _at_least("optim.weight_decay", self.weight_decay, 0)
         _at_least("optim.warmup_epochs", self.warmup_epochs, 0)
-        if self.schedule == "step" and not self.step_epochs:
-            raise ValueError("optim.schedule is 'step' but optim.step_epochs is empty; name the epochs to step at")
+        _at_least("optim.step_size", self.step_size, 1)
+        _at_least("optim.accumulate", self.accumulate, 1)
+        if self.schedule == "multistep" and not self.step_epochs:
+            raise ValueError("optim.schedule is 'multistep' but optim.step_epochs is empty; name the epochs to step at")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"optim.clip_norm is {self.clip_norm} but must be above 0, or null for no clipping")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"optim.ema_decay is {self.ema_decay} but must be in (0, 1), or null for no average")
 
 
 @dataclass
@@ -188,18 +221,28 @@ class Config:
     """A whole run.
 
     Attributes:
-        output: folder of the results: config.yaml, metrics.csv, checkpoints/.
+        output: folder of the results: config.yaml, metrics.csv, checkpoints/, tensorboard/.
         resume: ``never``: refuse to touch a folder that holds a run; ``auto``: go on with the run in ``output`` if
             there is one; a path: go on from that checkpoint.
         epochs: passes over the training images.
         batch_size: images of a training step over all ranks together.
         eval_batch_size: images of a validation step on each rank.
+        image_sizes: progressive resizing: pairs (epoch, side), ascending from epoch 0; from that epoch on, training
+            images have this side in pixels. Empty: ``data.image_size``, which validation has always.
         seed: of the initial weights, the order of the images and their augmentation.
         device: ``auto``: a GPU if there is one.
         threads: of PyTorch on the CPU; None: as many as PyTorch takes. Small networks are as fast with one, and then
             give the same numbers however many cores a machine has.
-        precision: ``float32``, or ``bfloat16`` for autocast of the network; the loss is in float32 or better in both.
+        precision: of the network under autocast: ``bfloat16``, ``float16`` (with a gradient scaler), or ``float32``
+            for none; ``auto``: bfloat16 on GPUs that have it, float16 on older ones, float32 on the CPU. Weights and
+            the loss are in float32 always.
+        cuda_graphs: replay forward, backward and update as one CUDA graph; for one GPU, not with float16.
+        checkpoint_every_steps: save inside an epoch too, after every so many steps; None: after each epoch only.
+        keep_every_epochs: keep the checkpoint of every so many epochs beside the last two and the best; None: none.
+        log: beside metrics.csv: ``tensorboard``, ``wandb``, ``all`` or ``none``.
+        log_every_steps: steps between two readings of the loss from the device for the logs.
         progress: ``auto`` shows a bar on a terminal and a line an epoch elsewhere; ``lines``; ``none``.
+        profile: ``start:stop``, steps of the first epoch trained to record as a Chrome trace under ``profile/``.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -211,11 +254,18 @@ class Config:
     epochs: int = 90
     batch_size: int = 256
     eval_batch_size: int = 256
+    image_sizes: list[tuple[int, int]] = field(default_factory=list)
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    cuda_graphs: bool = False
+    checkpoint_every_steps: int | None = None
+    keep_every_epochs: int | None = None
+    log: Literal["none", "tensorboard", "wandb", "all"] = "tensorboard"
+    log_every_steps: int = 50
     progress: Literal["auto", "lines", "none"] = "auto"
+    profile: str | None = None
 
     def check(self) -> Config:
         """Self, if all values are within their ranges.
@@ -225,10 +275,30 @@ class Config:
         """
         for part in (self.data, self.model, self.optim, self.method):
             part.check()
-        for name in ("epochs", "batch_size", "eval_batch_size", "threads"):
+        positive = ("epochs", "batch_size", "eval_batch_size", "threads", "checkpoint_every_steps", "keep_every_epochs")
+        for name in (*positive, "log_every_steps"):
             _at_least(name, getattr(self, name), 1)
         _at_least("seed", self.seed, 0)
+        starts = [epoch for epoch, _ in self.image_sizes]
+        if starts and (starts[0] != 0 or starts != sorted(set(starts)) or min(s for _, s in self.image_sizes) < 1):
+            raise ValueError(
+                f"image_sizes is {[list(pair) for pair in self.image_sizes]} but must be (epoch, side) pairs, the "
+                "epochs ascending from 0, such as [[0, 160], [8, 192]]"
+            )
+        if self.profile is not None:
+            self.profile_window()
         return self
+
+    def profile_window(self) -> tuple[int, int]:
+        """(first, last + 1) step to profile; (0, 0) for none."""
+        start, colon, stop = (self.profile or "0:0").partition(":")
+        if not (colon and start.isdecimal() and stop.isdecimal() and (self.profile is None or int(start) < int(stop))):
+            raise ValueError(f"profile is {self.profile!r} but must be START:STOP with START < STOP, such as 10:15")
+        return int(start), int(stop)
+
+    def image_size_at(self, epoch: int) -> int | None:
+        """Side of an epoch's training images where ``image_sizes`` says; epochs count from 0."""
+        return next((size for start, size in reversed(self.image_sizes) if epoch >= start), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts, lists and plain values, as in a YAML file."""

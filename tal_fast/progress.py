@@ -9,9 +9,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tal_fast.storage import write_atomically
+
+if TYPE_CHECKING:
+    import torch
 
 REFRESH_SECONDS = 1.0
 
@@ -22,12 +25,16 @@ COLUMNS = (
     "train_accuracy",
     "val_loss",
     "val_accuracy",
+    "aurc",
+    "auroc",
+    "fpr95",
     "images_per_s",
     "seconds",
     "data_wait",
 )
-"""Of metrics.csv, before the method's own. ``seconds`` are of training, ``data_wait`` is the share of them spent
-waiting for images; ``val_loss`` is cross-entropy for every method."""
+"""Of metrics.csv, before the method's own. ``val_loss`` is cross-entropy for every method; ``aurc``, ``auroc`` and
+``fpr95`` are of the method's score on the validation images (Old FD); ``seconds`` are of training, ``data_wait`` is the
+share of them spent waiting for images."""
 
 
 class Progress:
@@ -65,6 +72,18 @@ class Progress:
             self._bar.close()
 
 
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: of the GPU's memory that PyTorch holds, or of this process's at its largest."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+
+
 def shows_bar(mode: str) -> bool:
     """Whether a run with this ``Config.progress`` draws bars here."""
     return mode == "auto" and sys.stderr.isatty()
@@ -78,6 +97,7 @@ def epoch_line(row: Mapping[str, float], epochs: int, seconds: float) -> str:
         f"acc {row['train_accuracy']:.2%}",
         f"val loss {row['val_loss']:.4f}",
         f"val acc {row['val_accuracy']:.2%}",
+        f"AURC {row['aurc'] * 1000:.2f}e-3",
     ]
     if "typicalness" in row:
         parts.append(f"typicalness {row['typicalness']:.3f}")

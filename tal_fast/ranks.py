@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,15 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
-        self.any(False)
+        self.max(0)
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank's flag is up; does not wait for a GPU."""
+    def max(self, value: int) -> int:
+        """The largest of all ranks' values; waits for the other processes but not for a GPU."""
         if self.world_size == 1:
-            return flag
-        tensor = torch.tensor([int(flag)])
+            return value
+        tensor = torch.tensor([value])
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return bool(tensor)
+        return int(tensor)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
@@ -90,6 +93,25 @@ class Ranks:
         values: list[Any] | None = [None] * self.world_size if self.is_main else None
         dist.gather_object(value, values)
         return values or []
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns on rank 0, which alone calls it, on every rank.
+
+        Raises:
+            ValueError: it raised one; on every rank.
+        """
+        if self.world_size == 1:
+            return function()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except ValueError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, 0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     def broadcast_buffers(self, module: nn.Module) -> None:
         """Give every rank rank 0's buffers, such as the running statistics of BatchNorm."""

@@ -23,7 +23,8 @@ class Run:
 
     Attributes:
         config: the run's resolved configuration.
-        model: in eval mode; images (B, C, S, S) -> logits (B, classes), features (B, D), float32.
+        model: in eval mode, with the averaged weights if the run keeps an average (``optim.ema_decay``);
+            images (B, C, S, S) -> logits (B, classes), features (B, D), float32.
         epoch: epochs the weights were trained for.
         checkpoint: the file they come from.
         method: ``ce`` or ``tal``.
@@ -85,7 +86,7 @@ def load_run(
     config = Config.from_dict(content["config"])
     shape: dict[str, Any] = content["shape"]
     model = build_model(config.model, len(shape["class_names"]), shape["channels"], shape["image_size"])
-    model.load_state_dict(content["model"])
+    model.load_state_dict(content["model"] if content["average"] is None else content["average"])
     return Run(
         config=config,
         model=model.to(device).eval(),

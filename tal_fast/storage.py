@@ -8,6 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+# Read once: it can be read only by setting it, which threads would notice.
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
     """Write a file under another name, flush it to disk and rename it; any number of processes may do so at once.
@@ -24,7 +28,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any], keep: Path | 
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~_UMASK)
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
@@ -32,12 +36,6 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any], keep: Path | 
         Path(temporary).unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:

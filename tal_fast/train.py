@@ -1,12 +1,17 @@
-"""``python -m tal_fast.train --config digits-tal --output runs/digits``; under torchrun, on many processes."""
+"""``python -m tal_fast.train --config digits-tal --output runs/digits``; under torchrun, on many processes.
+
+With ``--bench``, measures the configuration instead and prints JSON.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from tal_fast.config import Config, find_config, parse_yaml, preset_names
+from tal_fast.signals import Stopped, StopRequest
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -25,6 +30,9 @@ def parse(argv: Sequence[str]) -> Config:
     )
     parser.add_argument("--config", action="config", help="a preset's name or a YAML file; may be given more than once")
     parser.add_class_arguments(Config)
+    parser.add_argument(
+        "--bench", action="store_true", help="measure this configuration's throughput instead of training"
+    )
     configs, others = _split_configs(argv)
     try:
         values = parser.parse_args([*configs, *others])
@@ -32,6 +40,7 @@ def parse(argv: Sequence[str]) -> Config:
         raise ValueError(_first_sentence(str(error))) from None
     plain: dict[str, Any] = values.as_dict()
     plain.pop("config", None)
+    plain.pop("bench")  # main's
     return Config.from_dict(plain).check()
 
 
@@ -45,6 +54,7 @@ def _split_configs(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         if name != "--config":
             if name.startswith("--") and not name.startswith("--data.ood."):  # whose names are the user's own
                 name = "--" + name[2:].replace("-", "_")  # --batch-size is --batch_size
+                name = "--data.root" if name == "--data_dir" else name
             others.append(name + equals + value)
             continue
         if not equals:
@@ -63,19 +73,28 @@ def _first_sentence(message: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train; exits with 2 after a mistake of the user's, with 128 + signal after a signal, and then is saved."""
+    """Train.
+
+    Exits with 2 after a mistake of the user's; when it was told to stop and is saved, with 75 (run me again) after
+    SIGTERM and SIGUSR1 and with 130 after Ctrl-C.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     try:
         config = parse(arguments)
     except ValueError as error:
         _refuse(error, 0)
+    with StopRequest() as stop:  # as early as can be: loading PyTorch and finding a million images take a while
+        _train(config, stop, bench="--bench" in arguments)
+
+
+def _train(config: Config, stop: StopRequest, bench: bool) -> None:
     # Imported when the options are known to be right: torch takes seconds.
     import torch
 
     from tal_fast.checkpoint import Damaged
     from tal_fast.data.files import UnreadableImage
     from tal_fast.ranks import Ranks
-    from tal_fast.trainer import Stopped, Trainer, TrainingFailed
+    from tal_fast.trainer import Trainer, TrainingFailed
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -84,7 +103,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         _refuse(error, 0)
     try:
-        trainer = Trainer(config, ranks)
+        if bench:
+            from tal_fast.throughput import measure
+
+            result = measure(config, ranks)
+            if ranks.is_main:
+                print(json.dumps(result, indent=1))
+            return
+        trainer = Trainer(config, ranks, stop)
     except ValueError as error:
         _refuse(error, ranks.rank)
     try:
@@ -94,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Stopped as stopped:
         if ranks.is_main:
             print(stopped, file=sys.stderr)
-        raise SystemExit(128 + stopped.signal) from None
+        raise SystemExit(stopped.exit_code) from None
     ranks.stop()
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -19,46 +20,31 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tal_fast import checkpoint as checkpoints
 from tal_fast.config import Config
+from tal_fast.cuda_graphs import GraphedStep
 from tal_fast.data import build_data
+from tal_fast.data.files import UnreadableImage
+from tal_fast.execution import Execution
+from tal_fast.loggers import Loggers
 from tal_fast.methods import build_method
+from tal_fast.metrics import failure_metrics
 from tal_fast.models import build_model
-from tal_fast.optim import build_optimizer, learning_rate
-from tal_fast.progress import Progress, epoch_line, shows_bar, write_metrics
+from tal_fast.optim import MovingAverage, build_optimizer, learning_rate, set_learning_rate
+from tal_fast.profiling import Profiler
+from tal_fast.progress import Progress, epoch_line, memory_in_use, shows_bar, write_metrics
 from tal_fast.ranks import Ranks
+from tal_fast.resume import CONFIG_FILE, METRICS_FILE, changes, find_checkpoint, refuse_other_data
+from tal_fast.signals import Stopped, StopRequest
+from tal_fast.step import EpochSums, TrainStep
 
-CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.csv"
+_UNREADABLE = 1 << 10
+"""What a rank tells the others instead of a signal's number when its loader has failed."""
 
-MAY_DIFFER = {
-    "output",
-    "resume",
-    "eval_batch_size",
-    "device",
-    "threads",
-    "progress",
-    "data.root",
-    "data.ood",
-    "data.loader",
-    "data.workers",
-    "model.compile",
-    "method.backend",
-}
-"""Options a resumed run may have otherwise than before: where and how fast it runs, not what it computes."""
+_FAILURE_METRICS = ("aurc", "auroc", "fpr95")
+"""Of the validation images (setting Old FD), measured after each epoch."""
 
 
 class TrainingFailed(ValueError):
     """Training cannot go on; what was saved is still there."""
-
-
-class Stopped(Exception):
-    """A signal ended the run early; it is saved.
-
-    Attributes:
-        signal: its number.
-    """
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.signal = number
 
 
 class Trainer:
@@ -67,24 +53,23 @@ class Trainer:
     Args:
         config: the run; paths of data in it become absolute.
         ranks: this process among the others.
+        stop: where a request to stop is noted; one of its own by default.
 
     Raises:
         ValueError: anything about the configuration, the data or a checkpoint to go on from that would not work,
             found before the first step.
     """
 
-    def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
+    def __init__(self, config: Config, ranks: Ranks | None = None, stop: StopRequest | None = None) -> None:
         self.config = config.check()
         self.ranks = ranks or Ranks(0, 1, torch.device("cuda" if _wants_gpu(config) else "cpu"))
         device, world = self.ranks.device, self.ranks.world_size
-        if config.batch_size % world:
-            raise ValueError(
-                f"batch_size {config.batch_size} is for all ranks together but does not divide among {world}; "
-                f"use {max(1, config.batch_size // world) * world}"
-            )
+        self.execution = Execution.of(config, device)
+        self._check_together()
         self.output = Path(config.output)
         self._make_paths_absolute()
-        resumed = self._find_checkpoint()
+        # One rank looks, for what the others would see may differ: only its folder need be there.
+        resumed = self.ranks.on_main(lambda: find_checkpoint(config, self._say))
 
         self.data = build_data(config.data)
         loader_args: dict[str, Any] = {"rank": self.ranks.rank, "world_size": world, "device": device}
@@ -95,29 +80,45 @@ class Trainer:
 
         _seed(config.seed)  # the same initial weights on all ranks
         network = build_model(config.model, self.data.num_classes, self.data.channels, self.data.image_size)
-        if config.model.channels_last:
+        if config.model.sync_batchnorm:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        if self.execution.channels_last:
             network = network.to(memory_format=torch.channels_last)
         self.network = network.to(device)
         self.optimizer = build_optimizer(config.optim, self.network)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.execution.scales_gradients)
+        decay = config.optim.ema_decay
+        self.average = None if decay is None else MovingAverage(self.network, decay)
         self.method = build_method(config.method, config.epochs).to(device)
         _seed(config.seed + 1 + self.ranks.rank)  # what is random within a network differs between ranks
 
         self.epoch, self.step = 0, 0
-        self.sums: dict[str, Tensor] = {}
+        self.sums = EpochSums(self.method, device)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {"epoch": 0, "val_accuracy": -1.0}
         if resumed is not None:
             self._restore(*resumed)
 
-        if config.model.compile:
-            self.network.compile()  # before DDP, and in place: the state's keys stay as they are
-        self.model: nn.Module = self.network
+        train_step = TrainStep(self.network, self.method, self.execution)
+        self._predict = _predict
+        if self.execution.compile:
+            train_step.compile()  # before DDP, and in place: the network's state has the keys it has without
+            self._predict = torch.compile(_predict)
+        self.model: nn.Module = train_step
         if world > 1:
             self.model = DistributedDataParallel(
-                self.network, device_ids=[device.index] if device.type == "cuda" else None
+                train_step, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
             )
+        self._graph = GraphedStep(self._update, self._free_gradients) if config.cuda_graphs else None
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True
+            torch.set_float32_matmul_precision("high")  # TF32 where the network is not under autocast
+
+        self._writer = checkpoints.Writer(self.output / checkpoints.FOLDER)
+        self._stop = stop or StopRequest()
+        self._loggers: Loggers | None = None
+        trace = self.output / "profile" / f"trace-rank{self.ranks.rank}.json"
+        self._profiler = Profiler(*config.profile_window(), trace)
 
     # ---- Training ---------------------------------------------------------------------------------------------
 
@@ -128,14 +129,14 @@ class Trainer:
             until: stop after this epoch of the run instead of the last.
 
         Raises:
-            Stopped: SIGTERM or Ctrl-C came; the step was finished and saved.
-            TrainingFailed: the loss is not finite.
-            UnreadableImage: an image file does not decode.
+            Stopped: SIGTERM, SIGUSR1 or Ctrl-C came; the step was finished and saved.
+            TrainingFailed: the loss is not finite, or the last checkpoint could not be written.
+            UnreadableImage: an image file does not decode; the steps before it are saved.
         """
         config = self.config
-        self.ranks.barrier()  # every rank has seen whether the output folder held a run
         if self.ranks.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
+            checkpoints.clean(self.output)
             config.save(self.output / CONFIG_FILE)
             if self.history:
                 write_metrics(self.output / METRICS_FILE, self.history)
@@ -145,29 +146,54 @@ class Trainer:
         self._say(
             f"{config.method.name} on {self.data.summary()}; {config.model.name}, "
             f"{sum(p.numel() for p in self.network.parameters()):,} parameters; {self.ranks.world_size} x "
-            f"{self.ranks.device.type}, loader {self.data.loader_name}"
+            f"{self.ranks.device.type}, {self.execution.summary()}, loader {self.data.loader_name}"
         )
-        with StopRequest() as self._stop:
-            for epoch in range(self.epoch, min(config.epochs, until or config.epochs)):
-                started = time.perf_counter()
-                row = self._train_epoch(epoch)
-                row |= self._validate()
-                self._finish_epoch(row)
-                self._say(epoch_line(row, config.epochs, time.perf_counter() - started))
-                if self.ranks.any(self._stop.number is not None):
-                    self._end_early()
+        if self.ranks.is_main:
+            self._loggers = Loggers(config, self.output, self._steps_done)
+            for sentence in self._loggers.missing:
+                self._say(f"note: {sentence}")
+        problem = None
+        with self._stop:
+            self._stop.training = True
+            try:
+                for epoch in range(self.epoch, min(config.epochs, until or config.epochs)):
+                    started = time.perf_counter()
+                    row = self._train_epoch(epoch)
+                    row |= self._validate()
+                    self._finish_epoch(row)
+                    if self.ranks.is_main:  # which alone has all numbers
+                        self._say(epoch_line(row, config.epochs, time.perf_counter() - started))
+                    self._end_early_if(self._stop.poll())
+            finally:
+                self._profiler.close()
+                if self._loggers is not None:
+                    self._loggers.close()
+                problem = self._writer.finish()
+                if problem:
+                    self._say(f"warning: {problem}")
+            self.ranks.barrier()  # a rank that left before all is written would make torchrun end the others
+        if problem:
+            raise TrainingFailed(f"{problem}; make room and go on with --resume auto")
         if self.epoch == config.epochs:
             best = self.best
             self._say(
                 f"done: best val acc {best['val_accuracy']:.2%} in epoch {best['epoch']}; results in {self.output}"
             )
 
+    @property
+    def _steps_done(self) -> int:
+        """Since the run began."""
+        return self.epoch * len(self.train_loader) + self.step
+
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         config = self.config
         self.model.train()
-        self.method.train()
+        self.method.start_epoch(epoch)
         steps = len(self.train_loader)
         first = self.step
+        if first == 0:
+            self.sums.reset()
+        self._logged = self.sums.total.clone()
         self.train_loader.set_epoch(epoch, first)
         show = self.ranks.is_main and shows_bar(config.progress)
         progress = Progress(
@@ -180,19 +206,32 @@ class Trainer:
         try:
             while True:
                 asked = time.perf_counter()
-                batch = next(batches, None)
+                batch, failure = None, None
+                try:
+                    batch = next(batches, None)
+                except UnreadableImage as error:
+                    failure = error
                 waited += time.perf_counter() - asked
-                if batch is None:
-                    break
+                if batch is None and failure is None:
+                    break  # on all ranks alike: they have equally many steps
+                self._end_early_if(_UNREADABLE if failure else self._stop.poll(), failure)
+                assert batch is not None
                 rate = learning_rate(config.optim, config.epochs, epoch + (self.step + 0.5) / steps)
-                self._train_step(*batch[:2], epoch, rate)
+                self._profiler.before_step()
+                self._train_step(*batch[:2], rate)
                 self.step += 1
-                progress.step(config.batch_size, self._describe)
-                if self.step < steps and self.ranks.any(self._stop.number is not None):
-                    self._end_early()
+                trace = self._profiler.after_step()
+                if trace is not None:
+                    self._say(f"profile: {trace} (chrome://tracing or ui.perfetto.dev show it)")
+                self._log_step(rate)
+                every = config.checkpoint_every_steps
+                if every is not None and self.step % every == 0 and self.step < steps:
+                    self.save()
+                progress.step(config.batch_size, partial(self._describe, waited, started))
         finally:
             progress.close()
-        means = self._means()
+        total = self.ranks.sum(self.sums.total.clone())
+        means, histograms = self.sums.means(total), self.sums.histograms(total)
         seconds = time.perf_counter() - started
         images = (self.step - first) * config.batch_size
         if not math.isfinite(means["train_loss"]):
@@ -200,78 +239,109 @@ class Trainer:
                 f"the training loss of epoch {epoch + 1} is {means['train_loss']}; lower optim.lr (now "
                 f"{config.optim.lr:g}) or set optim.clip_norm, and go on with --resume auto or start anew"
             )
-        self.epoch, self.step, self.sums = epoch + 1, 0, {}
+        self.epoch, self.step = epoch + 1, 0
+        if self._loggers:
+            self._loggers.histograms(histograms, self._steps_done)
+        spread = {
+            f"{name}_p{share}": histogram.quantile(share / 100)
+            for name, histogram in histograms.items()
+            for share in (10, 50, 90)
+        }
         return {
             "epoch": epoch + 1,
             "lr": rate,
             **means,
+            **spread,
             **self.method.epoch_metrics(),
             "images_per_s": images / seconds,
             "seconds": seconds,
             "data_wait": waited / seconds,
         }
 
-    def _train_step(self, images: Tensor, labels: Tensor, epoch: int, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with self._autocast():
-            logits, features = self.model(self._arrange(images))
-        loss, metrics = self.method(logits, features, labels, epoch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+    def _train_step(self, images: Tensor, labels: Tensor, rate: float) -> None:
+        """One step of the optimizer on this rank's images; nothing here waits for the device."""
+        set_learning_rate(self.optimizer, rate)
+        images = self.execution.arrange(images)
+        if self._graph is None:
+            self._update(images, labels)
+        else:
+            self._graph(images, labels, key=self.method.phase)
+
+    def _update(self, images: Tensor, labels: Tensor) -> None:
+        parts = self.config.optim.accumulate
+        self._free_gradients()
+        for part, (x, y) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
+            together = part == parts - 1 or not isinstance(self.model, DistributedDataParallel)
+            with contextlib.nullcontext() if together else self.model.no_sync():  # type: ignore[operator]
+                loss, sums = self.model(x, y)
+                self.scaler.scale(loss if parts == 1 else loss / parts).backward()
+            self.sums.add(sums)
         if self.config.optim.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optim.clip_norm)
-        self.optimizer.step()
-        with torch.no_grad():  # on the device: nothing here waits for it
-            right = (logits.argmax(1) == labels).sum()
-            self._add("images", torch.full_like(right, len(labels)))
-            self._add("train_accuracy", right)
-            for name, mean in {"train_loss": loss, **metrics}.items():
-                self._add(name, mean.detach().double() * len(labels))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.network)
+
+    def _free_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    # ---- Validation -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        self.ranks.broadcast_buffers(self.network)
-        self.network.eval()
+        """Over the validation images of all ranks, each once: cross-entropy, accuracy, failure detection."""
+        network = self.network if self.average is None else self.average.network
+        self.ranks.broadcast_buffers(network)
+        network.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
+        confidences, rights = [], []
         self.val_loader.set_epoch(0)
         for images, labels, _ in self.val_loader:
-            with self._autocast():
-                logits, _ = self.network(self._arrange(images))
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-            sums += torch.stack([loss.double(), (logits.argmax(1) == labels).sum(), (labels >= 0).sum()])
-        loss_sum, right, count = self.ranks.sum(sums).tolist()
-        return {"val_loss": loss_sum / count, "val_accuracy": right / count}
+            logits = self._logits(network, images)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            valid = labels >= 0
+            right = logits.argmax(1) == labels
+            sums += torch.stack([loss.double(), right.sum(), valid.sum()])
+            confidences.append(torch.where(valid, self.method.confidence(logits), torch.nan))
+            rights.append(right)
+        loss_sum, right_sum, count = self.ranks.sum(sums).tolist()
+        own = [torch.cat(parts).cpu() if parts else torch.zeros(0) for parts in (confidences, rights)]
+        every = self.ranks.gather(own)  # on rank 0, which alone writes metrics
+        row = {"val_loss": loss_sum / count, "val_accuracy": right_sum / count}
+        if self.ranks.is_main:
+            confidence, right = (torch.cat([part[i] for part in every]).double() for i in (0, 1))
+            kept = confidence.isfinite()  # not so after a step that went wrong; the loss will tell
+            row |= _failures(confidence[kept], right[kept])
+        return row
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self.config.precision == "bfloat16"
-        return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=enabled)
-
-    def _arrange(self, images: Tensor) -> Tensor:
-        if self.config.model.channels_last:
-            return images.contiguous(memory_format=torch.channels_last)
-        return images
+    def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
+        """(B, C) float32. A short last batch is filled up when compiled, so that it does not compile anew."""
+        rows, full = len(images), self.config.eval_batch_size
+        if self.execution.compile and rows < full:
+            short, images = images, images.new_zeros(full, *images.shape[1:])
+            images[:rows] = short
+        with self.execution.autocast():
+            return self._predict(network, self.execution.arrange(images))[:rows].float()
 
     # ---- Numbers ----------------------------------------------------------------------------------------------
 
-    def _add(self, name: str, value: Tensor) -> None:
-        if name in self.sums:
-            self.sums[name] += value
-        else:
-            self.sums[name] = value.double()
+    def _log_step(self, rate: float) -> None:
+        if not self._loggers or self.step % self.config.log_every_steps:
+            return
+        since = self.sums.means(self.sums.total - self._logged)
+        self._logged = self.sums.total.clone()
+        values = {f"step/{name.removeprefix('train_')}": value for name, value in since.items()}
+        self._loggers.scalars({**values, "step/lr": rate}, self._steps_done)
 
-    def _means(self) -> dict[str, float]:
-        """Means over the images of the epoch so far, of all ranks; waits for the device."""
-        names = sorted(self.sums, key=lambda name: (name != "train_loss", name != "train_accuracy"))
-        total = self.ranks.sum(torch.stack([self.sums[name] for name in names])).tolist()
-        sums = dict(zip(names, total, strict=True))
-        images = sums.pop("images")
-        return {name: value / images for name, value in sums.items()}
-
-    def _describe(self) -> str:
-        images = float(self.sums["images"])
-        loss, accuracy = (float(self.sums[name]) / images for name in ("train_loss", "train_accuracy"))
-        return f"loss {loss:.4f}, acc {accuracy:.2%}"
+    def _describe(self, waited: float, started: float) -> str:
+        means = self.sums.means(self.sums.total)
+        data_wait = waited / (time.perf_counter() - started)
+        return (
+            f"loss {means['train_loss']:.4f}, acc {means['train_accuracy']:.2%}, data wait {data_wait:.0%}, "
+            f"{memory_in_use(self.ranks.device) / 2**30:.1f} GiB"
+        )
 
     def _say(self, line: str) -> None:
         if self.ranks.is_main and self.config.progress != "none":
@@ -286,36 +356,48 @@ class Trainer:
         if better:
             self.best = {"epoch": row["epoch"], "val_accuracy": row["val_accuracy"]}
         if self.ranks.is_main:
-            write_metrics(self.output / METRICS_FILE, self.history)
+            try:
+                write_metrics(self.output / METRICS_FILE, self.history)
+            except OSError as error:  # written again after the next epoch
+                self._say(f"warning: {METRICS_FILE} could not be written ({error})")
+        if self._loggers:
+            self._loggers.scalars({f"epoch/{k}": v for k, v in row.items() if k != "epoch"}, self._steps_done)
         self.save(best=better)
 
     def save(self, best: bool = False) -> None:
-        """Write checkpoints/last.pt, and best.pt as well if asked; all ranks must call it."""
+        """Begin to write checkpoints/last.pt, and best.pt as well if asked; all ranks must call it.
+
+        The state is copied before this returns; a thread writes it while training goes on.
+        """
         ranks = self.ranks.gather(
-            {
-                "method": _to_cpu(self.method.state_dict()),
-                "rng": checkpoints.rng_state(),
-                "sums": _to_cpu(self.sums),
-            }
+            checkpoints.snapshot(
+                {"method": self.method.state_dict(), "rng": checkpoints.rng_state(), "sums": self.sums.total}
+            )
         )
         if not self.ranks.is_main:
             return
-        content = {
-            "config": self.config.to_dict(),
-            "shape": self._shape(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "world_size": self.ranks.world_size,
-            "model": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ranks": ranks,
-            "best": self.best,
-            "history": self.history,
-        }
-        folder = self.output / checkpoints.FOLDER
-        if best:
-            checkpoints.save(folder / checkpoints.BEST, content)
-        checkpoints.save(folder / checkpoints.LAST, content, previous=folder / checkpoints.PREVIOUS)
+        content = checkpoints.snapshot(
+            {
+                "config": self.config.to_dict(),
+                "shape": self._shape(),
+                "epoch": self.epoch,
+                "step": self.step,
+                "world_size": self.ranks.world_size,
+                "model": self.network.state_dict(),
+                "average": None if self.average is None else self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "best": self.best,
+                "history": list(self.history),
+            }
+        )
+        copies = [checkpoints.BEST] if best else []
+        every = self.config.keep_every_epochs
+        if every is not None and self.step == 0 and self.epoch % every == 0:
+            copies.append(checkpoints.epoch_name(self.epoch))
+        problem = self._writer.start({**content, "ranks": ranks}, copies)
+        if problem:
+            self._say(f"warning: {problem}; trying again now")
 
     def _shape(self) -> dict[str, Any]:
         """What a model is built from besides its configuration."""
@@ -326,124 +408,90 @@ class Trainer:
             "train_images": self.train_loader.num_samples,
         }
 
+    def _restore(self, content: dict[str, Any], path: Path) -> None:
+        shape = self._shape()
+        refuse_other_data(content["shape"], shape, path)
+        self.network.load_state_dict(content["model"])
+        if self.average is not None:
+            self.average.load_state_dict(content["average"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        for group in self.optimizer.param_groups:  # read onto the CPU with the rest
+            group["lr"] = group["lr"].to(self.ranks.device)
+        if content["scaler"]:  # empty when gradients were not scaled
+            self.scaler.load_state_dict(content["scaler"])
+        self.epoch, self.step = content["epoch"], content["step"]
+        self.history, self.best = content["history"], content["best"]
+        ranks = content["ranks"]
+        rank, world = self.ranks.rank, self.ranks.world_size
+        if len(ranks) == world:
+            self.method.load_state_dict(ranks[rank]["method"])
+            checkpoints.set_rng_state(ranks[rank]["rng"])
+        else:
+            self.method.load_state_dict(self.method.reshard([own["method"] for own in ranks], rank, world))
+        changed = changes(content, world, shape["train_images"])
+        if changed:
+            self._say(
+                f"warning: {', '.join(changed)} since {path}: the run goes on, but not bit for bit as it would have"
+                + (", from the start of the epoch" if self.step else "")
+            )
+            self.step = 0  # a step is no longer the same images
+        if self.step:
+            self.sums.total.copy_(ranks[rank]["sums"])
+        self._say(f"resuming from {path}: {self.epoch} epochs" + (f" and {self.step} steps" if self.step else ""))
+
+    def _end_early_if(self, reason: int, failure: UnreadableImage | None = None) -> None:
+        """Save and stop if any rank has a reason to; all ranks are between the same two steps here."""
+        reason = self.ranks.max(reason)
+        if not reason:
+            return
+        if self.step:
+            self.save()
+        problem = self._writer.finish()
+        self.ranks.barrier()  # see fit
+        state = f"saved after {self.epoch} epochs and {self.step} steps" if self._steps_done else "at its beginning"
+        if problem:
+            raise TrainingFailed(f"{problem}; make room and go on with --resume auto")
+        if failure is not None:
+            raise UnreadableImage(f"{failure} (the run is {state})") from failure
+        if reason == _UNREADABLE:
+            raise TrainingFailed(f"another rank met an image that does not decode; the run is {state}")
+        raise Stopped(reason, f"stopped by {signal.Signals(reason).name} and {state}; go on with --resume auto")
+
+    # ---- Checks -----------------------------------------------------------------------------------------------
+
+    def _check_together(self) -> None:
+        """Raise ValueError for options that do not fit each other or the number of ranks."""
+        config, world = self.config, self.ranks.world_size
+        if config.batch_size % world:
+            raise ValueError(
+                f"batch_size {config.batch_size} is for all ranks together but does not divide among {world}; "
+                f"use {max(1, config.batch_size // world) * world}"
+            )
+        own, parts = config.batch_size // world, config.optim.accumulate
+        if own % parts:
+            raise ValueError(
+                f"optim.accumulate is {parts} but a rank's {own} images do not divide into as many parts; "
+                f"use a divisor of {own}"
+            )
+        if config.cuda_graphs and world > 1:
+            raise ValueError(f"cuda_graphs is for one GPU but there are {world} ranks; set it to false")
+        if config.log in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
+            raise ValueError(f"log is {config.log!r} but wandb is not installed; pip install wandb, or log tensorboard")
+
     def _make_paths_absolute(self) -> None:
         data = self.config.data
         if data.root is not None:
             data.root = str(Path(data.root).absolute())
         data.ood = {name: str(Path(path).absolute()) for name, path in data.ood.items()}
 
-    def _find_checkpoint(self) -> tuple[dict[str, Any], Path] | None:
-        """The checkpoint to go on from, if any; refuses to run over another run."""
-        folder = self.output / checkpoints.FOLDER
-        resume = self.config.resume
-        holds_run = checkpoints.exists(folder) or any((self.output / f).exists() for f in (CONFIG_FILE, METRICS_FILE))
-        if self.output.exists() and not self.output.is_dir():
-            raise ValueError(f"output {self.output} is a file; name a folder")
-        if resume == "never":
-            if holds_run:
-                raise ValueError(
-                    f"{self.output} holds a run already; go on with it with --resume auto, or name another --output"
-                )
-            return None
-        if resume == "auto":
-            if not checkpoints.exists(folder):
-                return None
-            content, path, problems = checkpoints.load_newest(folder)
-            for problem in problems:
-                self._say(f"warning: {problem}; going on from {path} instead")
-        else:
-            path = Path(resume)
-            if holds_run and path.absolute().parent != folder.absolute():
-                raise ValueError(
-                    f"{self.output} holds a run already, which resuming from {path} would overwrite; "
-                    "name another --output"
-                )
-            content = checkpoints.load(path)
-        self._refuse_other_config(content["config"], path)
-        return content, path
 
-    def _refuse_other_config(self, saved: dict[str, Any], path: Path) -> None:
-        before, now = _flat(Config.from_dict(saved).to_dict()), _flat(self.config.to_dict())
-        differing = [name for name in now if before.get(name) != now[name] and name not in MAY_DIFFER]
-        if differing:
-            what = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in differing)
-            raise ValueError(
-                f"{path} was made by another configuration ({what}); set it back, or start anew in another --output"
-            )
-
-    def _restore(self, content: dict[str, Any], path: Path) -> None:
-        shape = self._shape()
-        for name, what in (("class_names", "the classes"), ("image_size", "the image size")):
-            if content["shape"][name] != shape[name]:
-                raise ValueError(
-                    f"{path} was made with {what} {content['shape'][name]} but the data have {shape[name]}; "
-                    "point data.root at the same data, or start anew in another --output"
-                )
-        self.network.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.epoch, self.step = content["epoch"], content["step"]
-        self.history, self.best = content["history"], content["best"]
-        ranks = content["ranks"]
-        rank, world = self.ranks.rank, self.ranks.world_size
-        # With other ranks than before, each takes on a queue of one that was; only the first is as if never stopped.
-        own = ranks[rank % len(ranks)]
-        self.method.load_state_dict(own["method"])
-        if len(ranks) == world:
-            checkpoints.set_rng_state(own["rng"])
-        if self.step:
-            self.sums = {name: value.to(self.ranks.device) for name, value in own["sums"].items()}
-        changed = [
-            f"{what} {before} -> {now}"
-            for what, before, now in (
-                ("ranks", len(ranks), world),
-                ("training images", content["shape"]["train_images"], shape["train_images"]),
-            )
-            if before != now
-        ]
-        if changed:
-            self._say(
-                f"warning: {', '.join(changed)} since {path}: the run goes on, but not bit for bit as it would have"
-            )
-            self.step, self.sums = 0, {}  # a step is no longer the same images: begin the epoch anew
-        self._say(f"resuming from {path}: {self.epoch} epochs" + (f" and {self.step} steps" if self.step else ""))
-
-    def _end_early(self) -> None:
-        """Save and stop; all ranks are at the same step here."""
-        if self.step:
-            self.save()
-        number = self._stop.number or signal.SIGTERM  # another rank may be the one that was told
-        raise Stopped(
-            number,
-            f"stopped by {signal.Signals(number).name} and saved after {self.epoch} epochs and {self.step} steps; "
-            "go on with --resume auto",
-        )
+def _predict(network: nn.Module, images: Tensor) -> Tensor:
+    return network(images)[0]
 
 
-class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
-    """Turns SIGTERM and the first Ctrl-C into a note to stop at the next step; a second Ctrl-C stops at once.
-
-    Attributes:
-        number: of the signal that came, or None.
-    """
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        with contextlib.suppress(ValueError):  # not in the main thread: whoever called it decides
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.number is not None:
-            raise KeyboardInterrupt
-        self.number = number
+def _failures(confidence: Tensor, right: Tensor) -> dict[str, float]:
+    values = failure_metrics(confidence.numpy(), right.numpy().astype(bool))
+    return {name: values[name] for name in _FAILURE_METRICS}
 
 
 def _wants_gpu(config: Config) -> bool:
@@ -454,17 +502,3 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - the global one, which a user's own model may draw from
     torch.manual_seed(seed)
-
-
-def _to_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.detach().cpu().clone() if isinstance(value, Tensor) else value for key, value in state.items()}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and key != "ood":
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

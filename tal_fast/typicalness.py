@@ -20,6 +20,7 @@ from tqdm import tqdm
 import tal_fast
 from tal_fast import checkpoint as checkpoints
 from tal_fast import inference
+from tal_fast.data.loaders import IGNORED_LABEL
 from tal_fast.files import replacing
 from tal_fast.metrics import Floats, Ints
 from tal_fast.queue import FeatureQueue
@@ -34,7 +35,8 @@ class TrainingTypicalness(NamedTuple):
     """Of each training image, without augmentation, in the order of the split ``train-eval``.
 
     Attributes:
-        distance: (n,) float64 to the nearest entry of the queue; not finite where the features are not.
+        distance: (n,) float64 to the nearest entry of the queue; not finite where the features are not, and NaN for a
+            file that does not decode.
         typicalness: (n,) float64, 1 for the nearest image and 0 for the farthest; 1 where the distance is not finite.
         prediction: (n,) int64, the model's.
         queue_length: entries that the images were compared with.
@@ -131,13 +133,15 @@ def training_typicalness(
 def _measure(run: Run, queue: FeatureQueue, n: int, batch_size: int, device: torch.device | str) -> tuple[Floats, Ints]:
     distance, prediction = np.full(n, np.nan), np.full(n, -1, dtype=np.int64)
     run.model.eval().to(device)
-    loader = run.data.loader("train-eval", batch_size=batch_size, device=device)
+    # Files that do not decode are left out here as they were in training.
+    loader = run.data.loader("train-eval", batch_size=batch_size, device=device, skip_unreadable=True)
     with torch.inference_mode():
-        for images, _, indices in tqdm(loader, desc="typicalness", disable=None, leave=False):
+        for images, labels, indices in tqdm(loader, desc="typicalness", disable=None, leave=False):
             logits, features = run.model(images.to(device, non_blocking=True))
             mean, std = feature_statistics(features, queue.dtype)
             rows = indices.cpu().numpy()
-            distance[rows] = queue.nearest(mean.cpu(), std.cpu()).double().numpy()
+            found = queue.nearest(mean.cpu(), std.cpu()).double()
+            distance[rows] = torch.where(labels.cpu() == IGNORED_LABEL, torch.nan, found).numpy()
             prediction[rows] = logits.argmax(dim=1).cpu().numpy()
     if (prediction < 0).any():
         raise ValueError(f"the loader left out {int((prediction < 0).sum())} of {n} training images")

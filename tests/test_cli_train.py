@@ -63,7 +63,7 @@ def test_every_field_can_be_set() -> None:
     words = (
         "--config digits-tal --data.loader torch --data.mean [0.1] --data.std=[0.2] --data.crop_area null "
         "--data.crop_ratio [1.0,1.0] --data.ood.x /y --model.width 3 --optim.lr 3e-2 --optim.step_epochs [1,2] "
-        "--optim.schedule step --method.t_wrong null --method.warmup_epochs 2 --epochs 5 --precision bfloat16 "
+        "--optim.schedule multistep --method.t_wrong null --method.warmup_epochs 2 --epochs 5 --precision bfloat16 "
         "--output o"
     )
     config = parse(words.split())
@@ -82,7 +82,7 @@ def test_every_field_can_be_set() -> None:
         ood={"x": "/y"},
     )
     assert (config.model.width, config.model.name) == (3, "cifar_resnet8")
-    assert (config.optim.lr, config.optim.step_epochs, config.optim.schedule) == (0.03, [1, 2], "step")
+    assert (config.optim.lr, config.optim.step_epochs, config.optim.schedule) == (0.03, [1, 2], "multistep")
     assert (config.method.t_wrong, config.method.warmup_epochs, config.method.queue_size) == (None, 2, 2000)
     assert (config.epochs, config.precision, config.output, config.batch_size) == (5, "bfloat16", "o", 64)
 

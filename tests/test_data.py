@@ -20,7 +20,7 @@ from tal_fast.config import DataConfig
 from tal_fast.data import build_data, dali_loader, embedded, files
 from tal_fast.data.cache import make_folder_once
 from tal_fast.data.files import UnreadableImage
-from tal_fast.data.loaders import normalize
+from tal_fast.data.loaders import ImageFormat, Normalizer
 from tal_fast.data.plan import Augmentation, Plan, central_boxes, random_boxes
 
 LOADERS = ["torch"] + (["dali"] if dali_loader.available() else [])
@@ -284,7 +284,7 @@ def test_a_file_that_does_not_decode_is_named(tmp_path: Path, loader: Any, worke
 
 def test_normalize() -> None:
     pixels = torch.tensor([[[[0, 51, 255], [255, 102, 0]]]], dtype=torch.uint8)  # (1, 1, 2, 3)
-    images = normalize(pixels, [0.5, 0.2, 0.0], [0.5, 0.1, 1.0])
+    images = Normalizer(ImageFormat(3, [0.5, 0.2, 0.0], [0.5, 0.1, 1.0], torch.device("cpu")))(pixels)
     torch.testing.assert_close(images, torch.tensor([[[[-1.0, 1.0]], [[0.0, 2.0]], [[1.0, 0.0]]]]))
     assert images.is_contiguous()
 

@@ -2,101 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from training import assert_same_end, config, final, one_thread, raise_signal_at, read_metrics  # noqa: F401
 
 from tal_fast import checkpoint
-from tal_fast.config import Config, DataConfig, MethodConfig, ModelConfig, OptimConfig
+from tal_fast.config import Config, MethodConfig, OptimConfig
 from tal_fast.methods import CrossEntropy, build_method
 from tal_fast.optim import build_optimizer, learning_rate
 from tal_fast.runs import load_run
-from tal_fast.trainer import Stopped, Trainer, TrainingFailed
-
-
-@pytest.fixture(autouse=True)
-def _own_cache_and_threads(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("TAL_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # networks this small are slower with more
-    yield
-    torch.set_num_threads(threads)
-
-
-def config(output: Path, method: str = "tal", **options: Any) -> Config:
-    """Digits, small and with all that is random: crops, shuffling, queue."""
-    method_options = options.pop("method_options", {})
-    return Config(
-        data=DataConfig(
-            dataset="digits", loader="torch", workers=0, image_size=8, channels=1, train_limit=200, crop_area=(0.5, 1.0)
-        ),
-        model=ModelConfig("cifar_resnet8", width=4),
-        method=MethodConfig(method, queue_size=150, **method_options),  # type: ignore[arg-type]
-        **{
-            "optim": OptimConfig(lr=0.05, warmup_epochs=1),
-            "output": str(output),
-            "epochs": 4,
-            "batch_size": 32,
-            "device": "cpu",
-            "progress": "none",
-            "seed": 3,
-            **options,
-        },
-    )
-
-
-def untimed(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s", "data_wait")} for row in rows]
-
-
-def final(output: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """All tensors of the last checkpoint by name, and its metrics."""
-    content = checkpoint.load(output / "checkpoints" / "last.pt")
-    tensors = {f"model.{k}": v for k, v in content["model"].items()}
-    for number, state in content["optimizer"]["state"].items():
-        tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    for rank, own in enumerate(content["ranks"]):
-        tensors |= {f"rank{rank}.{k}": v for k, v in own["method"].items()}
-        tensors |= {f"rank{rank}.rng": own["rng"]["torch"]}
-    return tensors, {"history": untimed(content["history"]), "best": content["best"], "epoch": content["epoch"]}
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    tensors, numbers = final(one)
-    others, other_numbers = final(other)
-    assert tensors.keys() == others.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(tensor, others[name]), name
-    assert numbers == other_numbers
-    assert untimed(read_metrics(one)) == untimed(read_metrics(other))  # type: ignore[arg-type]
-
-
-def read_metrics(output: Path) -> list[dict[str, Any]]:
-    with open(output / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def raise_signal_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
-    """As if the scheduler asked this process to end during the step-th step from now."""
-    original = Trainer._train_step
-    count = [0]
-
-    def train_step(self: Trainer, *args: Any) -> None:
-        original(self, *args)
-        count[0] += 1
-        if count[0] == step:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(Trainer, "_train_step", train_step)
-
+from tal_fast.signals import Stopped
+from tal_fast.trainer import Trainer, TrainingFailed
 
 # ---- Resume ---------------------------------------------------------------------------------------------------
 
@@ -325,7 +248,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
         ({"method_options": {"label_smoothing": 1.0}}, "label_smoothing is 1.0"),
         ({"method_options": {"t_min": 50.0, "t_max": 20.0}}, "t_min"),
         ({"optim": OptimConfig(lr=0.0)}, "optim.lr is 0.0"),
-        ({"optim": OptimConfig(schedule="step")}, "optim.step_epochs is empty"),
+        ({"optim": OptimConfig(schedule="multistep")}, "optim.step_epochs is empty"),
         ({"optim": OptimConfig(momentum=0.0)}, "nesterov needs momentum"),
         ({"optim": OptimConfig(clip_norm=0.0)}, "clip_norm is 0.0"),
         ({"seed": -1}, "seed is -1"),
@@ -344,11 +267,11 @@ def test_bad_options_are_refused_before_anything_is_written(
 
 def test_ce_is_cross_entropy() -> None:
     logits, features, labels = torch.randn(9, 4), torch.rand(9, 6), torch.randint(4, (9,))
-    loss, metrics = build_method(MethodConfig("ce", label_smoothing=0.1), 10)(logits, features, labels, 0)
+    loss, samples = build_method(MethodConfig("ce", label_smoothing=0.1), 10)(logits, features, labels)
     assert torch.equal(loss, F.cross_entropy(logits, labels, label_smoothing=0.1))
-    assert metrics == {}
+    assert samples == {}
     assert CrossEntropy.score == "msp"
-    half = build_method(MethodConfig("ce"), 10)(logits.bfloat16(), features, labels, 0).loss
+    half = build_method(MethodConfig("ce"), 10)(logits.bfloat16(), features, labels).loss
     assert half.dtype == torch.float32
 
 
@@ -358,8 +281,11 @@ def test_ce_is_cross_entropy() -> None:
 def test_tal_warms_up_for_a_twentieth_of_the_epochs(epochs: int, given: int | None, warmup: int) -> None:
     method = build_method(MethodConfig("tal", warmup_epochs=given), epochs)
     logits, features, labels = torch.eye(8)[:, :5] * 9, torch.rand(8, 6), torch.arange(8) % 5
-    method(logits, features, labels, 0)
-    typicalness = [float(method(logits, torch.rand(8, 6), labels, e).metrics["typicalness"]) for e in range(10)]
+    method(logits, features, labels)
+    typicalness = []
+    for epoch in range(10):
+        method.start_epoch(epoch)
+        typicalness.append(float(method(logits, torch.rand(8, 6), labels).samples["typicalness"].mean()))
     assert [value == 1.0 for value in typicalness] == [epoch < warmup for epoch in range(10)]
 
 
@@ -368,9 +294,9 @@ def test_tal_has_its_options_and_reports_its_queue() -> None:
     loss_fn = method.loss_fn
     assert (loss_fn.options.t_min, loss_fn.options.t_max, loss_fn.options.variant) == (2.0, 20.0, "released")
     labels = torch.arange(5)
-    method(torch.eye(5) * 9, torch.rand(5, 6), labels, 0)
+    method(torch.eye(5) * 9, torch.rand(5, 6), labels)
     assert method.epoch_metrics() == {"queue_length": 5}
-    method(torch.eye(5) * 9, torch.rand(5, 6), labels, 0)
+    method(torch.eye(5) * 9, torch.rand(5, 6), labels)
     assert method.epoch_metrics() == {"queue_length": 7}
 
 
@@ -379,7 +305,7 @@ def test_learning_rates() -> None:
     got = [learning_rate(cosine, 10, e) for e in (0.5, 1.0, 2.0, 4.0, 6.0, 10.0)]
     want = [0.1, 0.2, 0.4, 0.2 * (1 + math.sqrt(0.5)), 0.2, 0.0]
     assert got == pytest.approx(want, abs=1e-12)
-    step = OptimConfig(lr=1.0, schedule="step", step_epochs=[3, 6], step_factor=0.1)
+    step = OptimConfig(lr=1.0, schedule="multistep", step_epochs=[3, 6], step_factor=0.1)
     assert [learning_rate(step, 10, e) for e in (0.1, 2.99, 3.0, 5.9, 6.1)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
     assert learning_rate(OptimConfig(lr=0.3, schedule="constant"), 10, 9.9) == 0.3
 
@@ -388,5 +314,5 @@ def test_norms_and_biases_need_not_decay() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
     groups = build_optimizer(OptimConfig(weight_decay=0.5, decay_all=False), model).param_groups
     assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.5), (3, 0.0)]
-    (group,) = build_optimizer(OptimConfig(weight_decay=0.5), model).param_groups
+    (group,) = build_optimizer(OptimConfig(weight_decay=0.5, decay_all=True), model).param_groups
     assert (len(group["params"]), group["weight_decay"]) == (4, 0.5)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from tal_fast.config import DataConfig
-from tal_fast.data import dali_loader, embedded, files
+from tal_fast.data import cifar, dali_loader, embedded, files
 from tal_fast.data.files import OOD_LABEL, ImageFiles
 from tal_fast.data.loaders import ImageFormat, Loader, MemorySource, Source
 from tal_fast.data.plan import Augmentation, Plan
@@ -20,6 +21,10 @@ from tal_fast.data.torch_loader import TorchSource
 
 FOLDER_IMAGE_SIZE = 224
 SYNTHETIC_IMAGE_SIZE = 32
+SYNTHETIC_POOL_BYTES = 32 * 2**20
+"""Most that a split of ``synthetic`` holds: 222 images of 224 x 224 x 3, which take turns if more are asked for."""
+MIN_UNREADABLE, UNREADABLE_SHARE = 10, 0.01
+"""Files that a rank may fail to decode before training ends: a share of the split, but at least so many."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,14 @@ class MemoryImages:
     """A split in memory.
 
     Attributes:
-        pixels: (N, H, W, C) uint8.
+        pixels: (P, H, W, C) uint8.
         labels: (N,) int64.
+        rows: (N,) int64, where in ``pixels`` each image is; None: in order.
     """
 
     pixels: np.ndarray
     labels: np.ndarray
+    rows: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,6 +51,8 @@ class MemoryImages:
 
     def subset(self, indices: np.ndarray) -> MemoryImages:
         """The images at ``indices``."""
+        if self.rows is not None:
+            return MemoryImages(self.pixels, self.labels[indices], self.rows[indices])
         return MemoryImages(self.pixels[indices], self.labels[indices])
 
 
@@ -127,6 +136,7 @@ class DataBundle:
         world_size: int = 1,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        skip_unreadable: bool = False,
     ) -> Loader:
         """Iterable over (images, labels, indices) of one rank.
 
@@ -138,6 +148,8 @@ class DataBundle:
             rank, world_size: global rank and number of ranks; each rank gets its share.
             seed: of the order and augmentation of ``train``.
             device: where the images come out.
+            skip_unreadable: go on past a file that does not decode: a black image with label -100, which losses
+                ignore, takes its place, and ``Loader.unreadable`` names it.
 
         Returns:
             A loader of images (B, C, S, S) float32, normalised; labels (B,) int64; indices (B,) int64, the image's
@@ -145,7 +157,8 @@ class DataBundle:
 
         Raises:
             ValueError: no such split, or a training step larger than the split.
-            UnreadableImage: while iterating, a file that does not decode, by its name.
+            UnreadableImage: while iterating, a file that does not decode, by its name; with ``skip_unreadable``, the
+                one that is more than ``config.max_unreadable``.
         """
         images = self.split(split)
         config, device = self.config, torch.device(device)
@@ -166,12 +179,35 @@ class DataBundle:
                 shift=config.shift if in_memory else 0,
             ),
         )
-        return Loader(self._source(images, plan, device), plan, images.labels, device)
+        limit = config.max_unreadable
+        if limit is None:
+            limit = max(MIN_UNREADABLE, int(UNREADABLE_SHARE * len(images)))
+        return Loader(
+            self._source(images, plan, device),
+            plan,
+            images.labels,
+            device,
+            image_size=self.image_size,
+            paths=() if in_memory else images.paths,
+            max_unreadable=limit if skip_unreadable else 0,
+            check_command=self._check_command(split),
+        )
+
+    def _check_command(self, split: str) -> str:
+        """What to run when files of a split do not decode."""
+        if split in self._ood:
+            return f"find them with python -m tal_fast.check_data {shlex.quote(self.config.ood.get(split, split))}"
+        root = shlex.quote(self.config.root or "FOLDER")
+        return (
+            f"list the others with python -m tal_fast.check_data {root} --out list.txt, "
+            "then go on with --data.file_list list.txt --resume auto"
+        )
 
     def _source(self, images: Split, plan: Plan, device: torch.device) -> Source:
-        form = ImageFormat(self.image_size, self.channels, *self.config.normalization(), device)
+        form = ImageFormat(self.channels, *self.config.normalization(), device)
         if isinstance(images, MemoryImages):
-            return MemorySource(plan, torch.from_numpy(images.pixels), form)
+            rows = None if images.rows is None else torch.from_numpy(images.rows)
+            return MemorySource(plan, torch.from_numpy(images.pixels), rows, form)
         if self.loader_name == "dali":
             return dali_loader.DaliSource(plan, images, form, self.config.workers)
         return TorchSource(plan, images, form, self.config.workers)
@@ -192,12 +228,22 @@ def build_data(config: DataConfig) -> DataBundle:
         raise ValueError(
             "data.loader is 'dali' but DALI cannot be imported; install nvidia-dali-cuda130 or set data.loader to torch"
         )
-    make = {"folder": _folder, "digits": _digits, "fashion-mnist": _fashion_mnist, "synthetic": _synthetic}
+    if config.file_list is not None and config.dataset != "folder":
+        raise ValueError(f"data.file_list is for data.dataset folder, not {config.dataset}; set it to null")
+    make = {
+        "folder": _folder,
+        "digits": _digits,
+        "cifar10": _cifar,
+        "cifar100": _cifar,
+        "fashion-mnist": _fashion_mnist,
+        "synthetic": _synthetic,
+    }
     bundle = make[config.dataset](config)
     if config.train_limit is not None:
         train = bundle.split("train")
-        kept = np.sort(np.random.default_rng(0).permutation(len(train))[: config.train_limit])
-        bundle._splits["train"] = bundle._splits["train-eval"] = train.subset(kept)
+        if config.train_limit < len(train):
+            kept = np.sort(np.random.default_rng(0).permutation(len(train))[: config.train_limit])
+            bundle._splits["train"] = bundle._splits["train-eval"] = train.subset(kept)
     return bundle
 
 
@@ -210,8 +256,9 @@ def _folder(config: DataConfig) -> DataBundle:
     for split in ("train", "val"):
         files.class_folders(root, split)
     class_names = files.class_folders(root, "train")
-    train = files.read_split(root, "train", class_names)
-    val = files.read_split(root, "val", class_names)
+    listed = None if config.file_list is None else files.read_list(Path(config.file_list), root)
+    train = files.read_split(root, "train", class_names, listed)
+    val = files.read_split(root, "val", class_names, listed)
     ood = {name: files.read_flat(Path(path), name) for name, path in config.ood.items()}
     return DataBundle(
         config,
@@ -237,6 +284,30 @@ def _digits(config: DataConfig) -> DataBundle:
     return bundle
 
 
+def _cifar(config: DataConfig) -> DataBundle:
+    _refuse_crops(config)
+    splits = {}
+    for split in ("train", "val"):
+        images, labels = cifar.read(config.dataset, config.root, split)
+        splits[split] = MemoryImages(_rgb_with_channels(images, config.channels), labels)
+
+    def ood_set(name: str, path: str) -> Split:
+        for dataset in cifar.LAYOUTS:
+            if cifar.find_folder(dataset, path) is not None:
+                images, labels = cifar.read(dataset, path, "val")
+                return MemoryImages(_rgb_with_channels(images, config.channels), np.full(len(labels), OOD_LABEL))
+        return files.read_flat(Path(path), name)
+
+    return DataBundle(
+        config,
+        cifar.class_names(config.dataset, config.root),
+        config.image_size or cifar.SIDE,
+        splits["train"],
+        splits["val"],
+        {name: partial(ood_set, name, path) for name, path in config.ood.items()},
+    )
+
+
 def _fashion_mnist(config: DataConfig) -> DataBundle:
     _refuse_crops(config)
     splits = {
@@ -258,13 +329,24 @@ def _fashion_mnist(config: DataConfig) -> DataBundle:
 
 def _synthetic(config: DataConfig) -> DataBundle:
     _refuse_crops(config)
-    size, channels = config.image_size or SYNTHETIC_IMAGE_SIZE, config.channels
-    train, val = (MemoryImages(*embedded.synthetic(s, n, size, channels)) for s, n in (("train", 2000), ("val", 1000)))
+    size, channels, classes = config.image_size or SYNTHETIC_IMAGE_SIZE, config.channels, config.synthetic_classes
+    pool = max(1, SYNTHETIC_POOL_BYTES // (size * size * channels))
+    counts = {"train": config.synthetic_images, "val": config.synthetic_images // 2}
+
+    def images(split: str) -> Split:
+        count = counts[split]
+        pixels, labels = embedded.synthetic(split, min(count, pool), size, channels, classes)
+        if count <= pool:
+            return MemoryImages(pixels, labels)
+        rows = np.arange(count) % pool
+        return MemoryImages(pixels, labels[rows], rows)
 
     def noise() -> Split:
-        return MemoryImages(embedded.synthetic_noise(1000, size, channels), np.full(1000, OOD_LABEL, np.int64))
+        pixels = embedded.synthetic_noise(min(1000, pool), size, channels)
+        return MemoryImages(pixels, np.full(len(pixels), OOD_LABEL, np.int64))
 
-    return DataBundle(config, [f"bars-{c}" for c in range(10)], size, train, val, {"noise": noise})
+    names = [f"bars-{c}" for c in range(classes)]
+    return DataBundle(config, names, size, images("train"), images("val"), {"noise": noise})
 
 
 def _refuse_crops(config: DataConfig) -> None:
@@ -273,6 +355,14 @@ def _refuse_crops(config: DataConfig) -> None:
             f"data.crop_area is for image files, {config.dataset} is in memory; set data.crop_area to null and use "
             "data.shift"
         )
+
+
+def _rgb_with_channels(images: np.ndarray, channels: int) -> np.ndarray:
+    """(N, H, W, 3) uint8 to (N, H, W, channels); gray is ITU-R 601's luma, as the loaders of files make it."""
+    if channels == 3:
+        return images
+    luma = images @ np.array([0.299, 0.587, 0.114], np.float32)
+    return np.round(luma).astype(np.uint8)[..., None]
 
 
 def _with_channels(images: np.ndarray, channels: int) -> np.ndarray:

@@ -2,21 +2,26 @@
 
 DALI's file reader keeps its own order, shards and padding; here it gets the plan's paths, boxes and mirroring one step
 at a time instead. So it reads the same images as the PyTorch loader, no rank ever repeats one to fill a batch, and any
-step can be the first.
+step can be the first: also the one that a file which does not decode has ended the pipeline in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from PIL import Image
 
-from tal_fast.data.files import ImageFiles, UnreadableImage, first_unreadable
-from tal_fast.data.loaders import ImageFormat
-from tal_fast.data.plan import Plan
+from tal_fast.data.files import ImageFiles, undecodable
+from tal_fast.data.loaders import ImageFormat, Step
+from tal_fast.data.plan import Batch, Plan
 
 PREFETCH = 2
 """Steps made ahead."""
@@ -43,71 +48,134 @@ class DaliSource:
 
     def __init__(self, plan: Plan, files: ImageFiles, form: ImageFormat, workers: int) -> None:
         self._plan = plan
-        self._requests = _Requests(files.paths, plan)
+        self._files = files
         self._form = form
         self._workers = max(1, workers)
-        self._iterator: Any = None
+        self._requests = _Requests(files, plan)
+        self._ready: tuple[int, Any] | None = None  # the size of images and the iterator of an epoch that is through
 
-    def images(self, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[Step, None, None]:
         """See ``Source``."""
-        if start_step >= len(self._plan):
-            return
-        self._requests.epoch, self._requests.start_step = epoch, start_step
-        # Kept only once the epoch is through: an epoch left early leaves its next steps in the pipeline.
-        iterator, self._iterator = self._iterator or self._build(), None
-        try:
-            for (outputs,) in iterator:
-                yield outputs["images"], outputs["indices"]
-        except RuntimeError as error:
-            culprit = first_unreadable(self._requests.recent_paths())
-            if culprit is None:
-                raise
-            raise UnreadableImage(culprit) from error
-        iterator.reset()
-        self._iterator = iterator
+        requests, step = self._requests, start_step
+        while step < len(self._plan):
+            requests.epoch, requests.start_step = epoch, step
+            # Kept only once the epoch is through: an epoch left early leaves its next steps in the pipeline.
+            ready, self._ready = self._ready, None
+            if ready is not None and ready[0] == image_size:
+                iterator = ready[1]
+                iterator.reset()  # not before now: it asks for the first steps at once
+            else:
+                iterator = self._build(image_size)
+            del ready
+            try:
+                for (outputs,) in iterator:
+                    batch = requests.pending.popleft()
+                    yield Step(outputs["images"], torch.from_numpy(batch.indices), requests.unreadable_rows(batch))
+                    step += 1
+            except RuntimeError:  # ends the pipeline, and does not say which file it was
+                del iterator
+                if not self._find_unreadable(list(requests.pending)):
+                    raise
+                continue
+            self._ready = image_size, iterator
 
-    def _build(self) -> Any:
+    def close(self) -> None:
+        """See ``Source``."""
+        self._ready = None
+
+    def _find_unreadable(self, pending: list[Batch]) -> bool:
+        """Remember the files that do not decode in the first of the steps that has any; whether there is one."""
+        for find in (self._refused_by_pillow, self._refused_by_dali):  # the first is faster and says why
+            for batch in pending:
+                found = find(batch)
+                self._requests.unreadable.update(found)
+                if found:
+                    return True
+        return False
+
+    def _refused_by_pillow(self, batch: Batch) -> dict[int, str]:
+        indices = [int(i) for i in batch.indices if int(i) not in self._requests.unreadable]
+        with ThreadPoolExecutor(self._workers) as pool:
+            problems = pool.map(lambda i: undecodable(self._files.paths[i], self._files.sizes[i]), indices)
+            return {i: problem for i, problem in zip(indices, problems, strict=True) if problem is not None}
+
+    def _refused_by_dali(self, batch: Batch) -> dict[int, str]:
+        dali: Any = import_module("nvidia.dali")
+        request: list[Any] = []
+
+        @dali.pipeline_def(
+            batch_size=1,
+            num_threads=1,
+            device_id=self._device_id(),
+            prefetch_queue_depth=1,
+            exec_async=False,
+            exec_pipelined=False,
+        )
+        def pipeline() -> Any:
+            paths, corners, sizes = dali.fn.external_source(source=lambda: request, num_outputs=3, batch=True)
+            return self._decode(dali, paths, corners, sizes)
+
+        found, decoder = {}, None
+        for row, index in enumerate(batch.indices):
+            if int(index) in self._requests.unreadable:
+                continue
+            path, box = self._files.paths[index], batch.boxes[row]
+            request[:] = [[_encoded(path)], [box[:2]], [box[2:]]]
+            try:
+                decoder = decoder or pipeline()
+                decoder.run()
+            except RuntimeError as error:
+                decoder = None
+                found[int(index)] = f"{path} cannot be decoded (by DALI: {_gist(error)})"
+        return found
+
+    def _device_id(self) -> int | None:
+        device = self._form.device
+        return (device.index or 0) if device.type == "cuda" else None
+
+    def _decode(self, dali: Any, paths: Any, corners: Any, sizes: Any) -> Any:
+        return dali.fn.decoders.image_slice(
+            dali.fn.io.file.read(paths),
+            corners,
+            sizes,
+            device="mixed" if self._form.device.type == "cuda" else "cpu",
+            axis_names="HW",
+            normalized_anchor=False,
+            normalized_shape=False,
+            output_type=dali.types.RGB if self._form.channels == 3 else dali.types.GRAY,
+            adjust_orientation=False,  # as Pillow, and as the sizes the boxes were drawn for
+        )
+
+    def _build(self, image_size: int) -> Any:
         # Any: DALI makes its operators at import, out of sight of type checkers.
         dali: Any = import_module("nvidia.dali")
         fn, types = dali.fn, dali.types
         torch_plugin: Any = import_module("nvidia.dali.plugin.pytorch")
         form = self._form
-        on_gpu = form.device.type == "cuda"
 
         @dali.pipeline_def(
             batch_size=self._plan.batch_size,
             num_threads=self._workers,
-            device_id=(form.device.index or 0) if on_gpu else None,
+            device_id=self._device_id(),
             prefetch_queue_depth=PREFETCH,
         )
-        def pipeline() -> tuple[Any, Any]:
-            paths, corners, sizes, mirror, indices = fn.external_source(
+        def pipeline() -> Any:
+            paths, corners, sizes, mirror = fn.external_source(
                 source=self._requests,
-                num_outputs=5,
+                num_outputs=4,
                 batch=True,
                 cycle="raise",
-                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT64],
-                ndim=[1, 1, 1, 0, 0],
-            )
-            images = fn.decoders.image_slice(
-                fn.io.file.read(paths),
-                corners,
-                sizes,
-                device="mixed" if on_gpu else "cpu",
-                axis_names="HW",
-                normalized_anchor=False,
-                normalized_shape=False,
-                output_type=types.RGB if form.channels == 3 else types.GRAY,
-                adjust_orientation=False,  # as Pillow, and as the sizes the boxes were drawn for
+                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
+                ndim=[1, 1, 1, 0],
             )
             images = fn.resize(
-                images,
-                resize_x=form.image_size,
-                resize_y=form.image_size,
+                self._decode(dali, paths, corners, sizes),
+                resize_x=image_size,
+                resize_y=image_size,
                 interp_type=types.INTERP_LINEAR,
                 antialias=True,
             )
-            images = fn.crop_mirror_normalize(
+            return fn.crop_mirror_normalize(
                 images,
                 mirror=mirror,
                 dtype=types.FLOAT,
@@ -115,11 +183,10 @@ class DaliSource:
                 mean=[255 * m for m in form.mean],
                 std=[255 * s for s in form.std],
             )
-            return images, indices
 
         return torch_plugin.DALIGenericIterator(
             pipeline(),
-            ["images", "indices"],
+            ["images"],
             last_batch_policy=torch_plugin.LastBatchPolicy.PARTIAL,
             auto_reset=False,
             prepare_first_batch=False,
@@ -127,25 +194,61 @@ class DaliSource:
 
 
 class _Requests:
-    """What DALI's external source asks for: an epoch's steps as lists of arrays, one an image."""
+    """What DALI's external source asks for: an epoch's steps, from any on.
 
-    def __init__(self, paths: Any, plan: Plan) -> None:
-        self._paths = paths
+    Attributes:
+        epoch, start_step: where the next iteration starts.
+        pending: the steps that were asked for and have not come out of the pipeline yet, oldest first.
+        unreadable: index -> sentence, of files that do not decode; a black image is read in the place of each.
+    """
+
+    def __init__(self, files: ImageFiles, plan: Plan) -> None:
+        self._paths = files.paths
         self._plan = plan
-        self._recent: list[np.ndarray] = []
+        self._blank = _BlankFile()
         self.epoch, self.start_step = 0, 0
+        self.pending: deque[Batch] = deque()
+        self.unreadable: dict[int, str] = {}
 
-    def __iter__(self) -> Iterator[tuple[list[np.ndarray], ...]]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        self.pending.clear()
         for batch in self._plan.batches(self.epoch, self.start_step):
-            self._recent = [*self._recent[-2 * PREFETCH - 1 :], batch.indices]
-            yield (
-                [np.frombuffer(self._paths[i].encode(errors="surrogateescape"), np.uint8) for i in batch.indices],
-                list(np.ascontiguousarray(batch.boxes[:, :2])),
-                list(np.ascontiguousarray(batch.boxes[:, 2:])),
-                list(batch.mirror),
-                list(batch.indices),
-            )
+            self.pending.append(batch)
+            boxes = batch.boxes.copy()
+            paths = [_encoded(self._paths[i]) for i in batch.indices]
+            for row in self.unreadable_rows(batch):
+                paths[row], boxes[row] = _encoded(self._blank.path), (0, 0, 1, 1)
+            yield paths, np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:]), batch.mirror
 
-    def recent_paths(self) -> list[str]:
-        """Files of the steps that may be in the pipeline."""
-        return [self._paths[i] for indices in self._recent for i in indices]
+    def unreadable_rows(self, batch: Batch) -> dict[int, str]:
+        """Row -> sentence."""
+        if not self.unreadable:
+            return {}
+        return {row: self.unreadable[int(i)] for row, i in enumerate(batch.indices) if int(i) in self.unreadable}
+
+
+class _BlankFile:
+    """An image file of one black pixel, for as long as this object lives; made when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def path(self) -> str:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="tal-fast-")
+            Image.new("RGB", (1, 1)).save(Path(self._folder.name) / "black.png")
+        return str(Path(self._folder.name) / "black.png")
+
+
+def _encoded(path: str) -> np.ndarray:
+    """A path as DALI takes it: bytes in an array."""
+    return np.frombuffer(path.encode(errors="surrogateescape"), np.uint8)
+
+
+def _gist(error: Exception) -> str:
+    """The line of DALI's report that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next(
+        (line for line in lines if "rror" in line and not line.startswith("Critical")), lines[0] if lines else ""
+    )

@@ -85,21 +85,22 @@ def mnist(root: str | None) -> np.ndarray:
     return mnist_data()[0].astype(np.uint8).reshape(-1, 28, 28)
 
 
-def synthetic(split: str, num_samples: int, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Made-up images: (N, size, size, channels) uint8 and (N,) int64 labels of 10 classes.
+def synthetic(
+    split: str, num_samples: int, size: int, channels: int, num_classes: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
+    """Made-up images: (N, size, size, channels) uint8 and (N,) int64 labels.
 
     An image is its class's pattern of bars at random contrast, in noise; hard enough that some are misclassified.
     """
     random = np.random.default_rng([{"train": 0, "val": 1}[split], size, channels])
-    labels = random.integers(10, size=num_samples)
-    angle, rate = np.pi * np.arange(10) / 10, 2 * np.pi * (2 + np.arange(10) % 3) / size
+    labels = random.integers(num_classes, size=num_samples)
     y, x = np.mgrid[:size, :size]
-    wave = angle[:, None, None]
-    patterns = np.sin(rate[:, None, None] * (np.cos(wave) * x + np.sin(wave) * y))
     images = np.empty((num_samples, size, size, channels), np.uint8)
     for i, label in enumerate(labels):
+        angle, rate = np.pi * label / num_classes, 2 * np.pi * (2 + label % 3) / size
+        pattern = np.sin(rate * (np.cos(angle) * x + np.sin(angle) * y))
         noise = random.standard_normal((size, size, channels), dtype=np.float32)
-        pixels = 128 + 40 * (random.uniform(0.1, 1.0) * patterns[label][..., None] + noise)
+        pixels = 128 + 40 * (random.uniform(0.1, 1.0) * pattern[..., None] + noise)
         images[i] = np.clip(pixels, 0, 255)
     return images, labels
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,15 @@ from tal_fast.storage import write_atomically
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 """Endings, in any case, of the files that count as images; both loaders read all of them. Others are passed over."""
 
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
+"""Pillow's names of the formats that both loaders read, whatever the files' endings."""
+
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+"""Pillow's modes that both loaders make the same 8-bit pixels of; of 16-bit gray or floating point they do not."""
+
 OOD_LABEL = -1
+
+_THREADS = min(16, 2 * (os.cpu_count() or 1))
 
 
 class UnreadableImage(ValueError):
@@ -64,8 +72,41 @@ def class_folders(root: Path, split: str) -> list[str]:
     return names
 
 
-def read_split(root: Path, split: str, class_names: Sequence[str]) -> ImageFiles:
+def read_list(path: Path, root: Path) -> set[str]:
+    """Absolute paths of the files a list names: one a line, relative to ``root``; empty lines and ``#`` comments are
+    passed over.
+
+    Raises:
+        ValueError: the list is not there, is empty or names a file that is not there.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    except OSError as error:
+        raise ValueError(
+            f"data.file_list {path} cannot be read ({error.strerror}); "
+            f"write it with python -m tal_fast.check_data {root} --out {path}"
+        ) from None
+    names = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#")]
+    if not names:
+        raise ValueError(f"data.file_list {path} names no files; write it with python -m tal_fast.check_data {root}")
+    listed = [os.path.abspath(root / name) for name in names]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        missing = [name for name, there in zip(names, pool.map(os.path.isfile, listed), strict=True) if not there]
+    if missing:
+        raise ValueError(
+            f"data.file_list {path} names {len(missing)} files that are not in {root} ({_some(missing)}); "
+            f"write it anew with python -m tal_fast.check_data {root} --out {path}"
+        )
+    return set(listed)
+
+
+def read_split(root: Path, split: str, class_names: Sequence[str], listed: Set[str] | None = None) -> ImageFiles:
     """The images of ``root/split/CLASS/**``; labels are places in ``class_names``.
+
+    Args:
+        root, split: where.
+        class_names: folders, in the order of their labels.
+        listed: absolute paths of the files to use; None: all.
 
     Raises:
         ValueError: a class folder that ``class_names`` lacks, one without images, or a file that is no image.
@@ -84,10 +125,16 @@ def read_split(root: Path, split: str, class_names: Sequence[str]) -> ImageFiles
         found = _walk(str(folder))
         if not found:
             raise ValueError(f"{folder} holds no images ({', '.join(EXTENSIONS)}); fill or remove it")
+        if listed is not None:
+            found = [file for file in found if file[0] in listed]
+            if not found and split == "train":
+                raise ValueError(f"data.file_list names no image of {folder}; add one or remove the folder")
         for path, size, changed in found:
             paths.append(path)
             labels.append(label_of[name])
             stamps.append((size, changed))
+    if not paths:
+        raise ValueError(f"data.file_list names no image of {root / split}; add some")
     return ImageFiles(paths, np.array(labels, np.int64), _sizes(paths, stamps))
 
 
@@ -111,28 +158,44 @@ def image_size(path: str) -> tuple[int, int]:
     """(height, width) from the header.
 
     Raises:
-        UnreadableImage: the file is not an image, or cannot be read.
+        UnreadableImage: the file is not an image, cannot be read, or holds pixels the loaders do not agree on.
     """
     try:
         with Image.open(path) as image:
-            return image.height, image.width
+            problem = odd_pixels(image)
+            if problem is None:
+                return image.height, image.width
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = _reason(error, path)
-        raise UnreadableImage(f"{path} cannot be read as an image ({reason}); remove or replace it") from None
+        problem = why(error, path)
+    raise UnreadableImage(
+        f"{path} cannot be read as an image ({problem}); remove or replace it, or leave it out with "
+        "python -m tal_fast.check_data FOLDER --out list.txt and --data.file_list list.txt"
+    )
 
 
-def first_unreadable(paths: Sequence[str]) -> str | None:
-    """Which of the files does not decode, and why, as one sentence; None if all do."""
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                image.convert("RGB")
-        except Exception as error:
-            return f"{path} cannot be decoded ({_reason(error, path)}); remove or replace it"
+def odd_pixels(image: Image.Image) -> str | None:
+    """Why the loaders would not make the same 8-bit pixels of an opened image; None if they do."""
+    if image.format not in FORMATS:
+        return f"format {image.format}, which the loaders do not both read"
+    if image.mode not in MODES:
+        return f"pixels of mode {image.mode}, which have no one meaning in 8 bits"
     return None
 
 
-def _reason(error: Exception, path: str) -> str:
+def undecodable(path: str, size: np.ndarray) -> str | None:
+    """A sentence on why a file that was (height, width) pixels large does not decode; None if it does."""
+    try:
+        with Image.open(path) as image:
+            if (image.height, image.width) != tuple(size):
+                return f"{path} cannot be used (it was {size[0]} x {size[1]} and is {image.height} x {image.width} now)"
+            image.load()
+    except Exception as error:
+        return f"{path} cannot be decoded ({why(error, path)})"
+    return None
+
+
+def why(error: Exception, path: str) -> str:
+    """What an error of Pillow's says about a file, in a few words."""
     if isinstance(error, UnidentifiedImageError):
         return "it is empty" if os.path.exists(path) and os.path.getsize(path) == 0 else "no image format fits it"
     return " ".join(str(error).split()) or type(error).__name__
@@ -158,14 +221,14 @@ def _sizes(paths: Sequence[str], stamps: Sequence[tuple[int, int]]) -> np.ndarra
     digest = hashlib.sha256()
     for path, stamp in zip(paths, stamps, strict=True):
         digest.update(f"{path}\0{stamp}\n".encode(errors="surrogateescape"))
-    cached = cache_dir() / "image-sizes" / f"{digest.hexdigest()[:32]}.npy"
+    cached = cache_dir() / "image-sizes-2" / f"{digest.hexdigest()[:32]}.npy"
     try:
         sizes = np.load(cached, allow_pickle=False)
         if sizes.shape == (len(paths), 2) and sizes.dtype == np.int32:
             return sizes
     except (OSError, ValueError, EOFError):
         pass  # not there or damaged: read the headers
-    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         sizes = np.array(list(pool.map(image_size, paths, chunksize=64)), np.int32)
     write_atomically(cached, lambda file: np.save(file, sizes, allow_pickle=False))
     return sizes

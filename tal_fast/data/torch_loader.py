@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tal_fast.data.files import ImageFiles, UnreadableImage, first_unreadable
-from tal_fast.data.loaders import ImageFormat, normalize
+from tal_fast.data.files import ImageFiles, undecodable
+from tal_fast.data.loaders import ImageFormat, Normalizer, Step, prefetch, to_device
 from tal_fast.data.plan import Batch, Plan
 
 
@@ -31,47 +31,55 @@ def _fork_workers(loader: DataLoader) -> Iterator:
         gc.unfreeze()
 
 
-class _Reader(Dataset):
-    """One item is one batch: (B, S, S, C) uint8 and (B,) indices; or a sentence saying which file does not decode."""
+_Read = tuple[Tensor, Tensor, dict[int, str]]
+"""(B, S, S, C) uint8, (B,) indices, and row -> sentence where a file does not decode."""
 
-    def __init__(self, files: ImageFiles, image_size: int, channels: int) -> None:
+
+class _Reader(Dataset):
+    """One item is one batch at one size of images."""
+
+    def __init__(self, files: ImageFiles, channels: int) -> None:
         self._files = files
-        self._size = (image_size, image_size)
         self._channels = channels
 
-    def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor] | str:
-        pixels = np.empty((len(batch.indices), *self._size, self._channels), np.uint8)
+    def __getitem__(self, request: tuple[Batch, int]) -> _Read:
+        batch, size = request
+        pixels = np.empty((len(batch.indices), size, size, self._channels), np.uint8)
+        unreadable = {}
         for row, index in enumerate(batch.indices):
-            path = self._files.paths[index]
+            path, stored = self._files.paths[index], self._files.sizes[index]
             try:
-                pixels[row] = self._read(path, batch.boxes[row], bool(batch.mirror[row]))
+                pixels[row] = self._read(path, stored, batch.boxes[row], bool(batch.mirror[row]), size)
             except Exception:
-                # Not raised here: from a worker process it would arrive wrapped in that process's traceback.
-                problem = first_unreadable([path])
+                problem = undecodable(path, stored)
                 if problem is None:
                     raise
-                return problem
-        return torch.from_numpy(pixels), torch.from_numpy(batch.indices)
+                unreadable[row] = problem
+                pixels[row] = 0
+        return torch.from_numpy(pixels), torch.from_numpy(batch.indices), unreadable
 
-    def _read(self, path: str, box: np.ndarray, mirror: bool) -> np.ndarray:
+    def _read(self, path: str, stored: np.ndarray, box: np.ndarray, mirror: bool, size: int) -> np.ndarray:
         top, left, height, width = (int(v) for v in box)
         with Image.open(path) as file:
+            if (file.height, file.width) != tuple(stored):
+                raise ValueError(f"{path} is of another size than before")
             image = file.convert("RGB" if self._channels == 3 else "L")
-        image = image.crop((left, top, left + width, top + height)).resize(self._size, Image.Resampling.BILINEAR)
+        image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
         if mirror:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(image).reshape(*self._size, self._channels)
+        return np.asarray(image).reshape(size, size, self._channels)
 
 
-class _Steps(Sampler):
+class _Requests(Sampler):
     """What the DataLoader asks its dataset for: the steps of the epoch set last."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self.epoch, self.start_step = 0, 0
+        self.epoch, self.start_step, self.image_size = 0, 0, 1
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self._plan.batches(self.epoch, self.start_step)
+    def __iter__(self) -> Iterator[tuple[Batch, int]]:
+        for batch in self._plan.batches(self.epoch, self.start_step):
+            yield batch, self.image_size
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -94,42 +102,41 @@ class TorchSource:
     """
 
     def __init__(self, plan: Plan, files: ImageFiles, form: ImageFormat, workers: int) -> None:
-        self._form = form
-        self._steps = _Steps(plan)
-        self._reader = _Reader(files, form.image_size, form.channels)
+        self._device = form.device
+        self._requests = _Requests(plan)
+        self._reader = _Reader(files, form.channels)
+        self._normalize = Normalizer(form)
         self._workers = min(workers, len(plan))
         self._loader: DataLoader | None = None
 
-    def images(self, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[Step, None, None]:
         """See ``Source``."""
-        form = self._form
-        self._steps.epoch, self._steps.start_step = epoch, start_step
+        requests = self._requests
+        requests.epoch, requests.start_step, requests.image_size = epoch, start_step, image_size
         if self._loader is None:
             self._loader = self._start()
             batches = _fork_workers(self._loader)
         else:
             batches = iter(self._loader)
-        problem = None
-        for item in batches:
-            if isinstance(item, str):
-                problem = item
-                break
-            pixels, indices = item
-            # On the device, so that bytes travel to it, not floats.
-            yield normalize(pixels.to(form.device, non_blocking=True), form.mean, form.std), indices
-        if problem is not None:
-            del batches
-            self._loader = None  # end the workers now: collected as garbage, they would be waited for in vain
-            raise UnreadableImage(problem)
+        yield from prefetch(batches, self._make, lambda step: [step.images], self._device)
+
+    def close(self) -> None:
+        """See ``Source``."""
+        self._loader = None
+
+    def _make(self, read: _Read) -> Step:
+        pixels, indices, unreadable = read
+        # Normalised on the device, so that bytes travel to it, not floats.
+        return Step(self._normalize(to_device(pixels, self._device)), indices, unreadable)
 
     def _start(self) -> DataLoader:
         return DataLoader(
             self._reader,
             batch_size=None,
-            sampler=self._steps,
+            sampler=self._requests,
             num_workers=self._workers,
             persistent_workers=self._workers > 0,
-            pin_memory=self._form.device.type == "cuda",
+            pin_memory=self._device.type == "cuda",
             worker_init_fn=_outlive_a_signal,
             # The DataLoader draws a seed for its workers; drawn from here, it leaves the global generator alone.
             generator=torch.Generator().manual_seed(0),

@@ -143,7 +143,8 @@ class Images:
         try:
             if isinstance(images, MemoryImages):
                 name = f"{split} #{index}"
-                uri, width, height = copy_of(images.pixels[index], self._data.channels)
+                row = index if images.rows is None else images.rows[index]
+                uri, width, height = copy_of(images.pixels[row], self._data.channels)
             else:
                 path = Path(images.paths[index])
                 name = printable("/".join(path.parts[-2:]))
