@@ -62,7 +62,8 @@ def make_run(
         folder / "checkpoints" / "best.pt",
         {
             "config": config.to_dict(), "epoch": 7, "step": 0, "world_size": 1, "model": model.state_dict(),
-            "shape": {"class_names": classes, "channels": channels, "image_size": size}, "optimizer": {},
+            "shape": {"class_names": classes, "channels": channels, "image_size": size},
+            "average": None, "optimizer": {}, "scaler": None,
             "ranks": [queue_state(40)] if ranks is None else ranks, "best": 0.0, "history": [],
         },
     )  # fmt: skip
@@ -460,6 +461,26 @@ def test_npz_has_no_images_and_says_so(tmp_path: Path, extra: dict[str, Any]) ->
     assert len([svg for svg in page.all("svg") if svg.get("data-kind") == "risk"]) == (5 if extra else 1)
 
 
+def test_intervals_and_differences(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=300)
+    logits = rng.normal(size=(300, 3)) + 2 * np.eye(3)[labels]
+    np.savez(tmp_path / "x.npz", logits=logits, labels=labels, ood_a_logits=rng.normal(size=(80, 3)))
+    found = evaluate.evaluate_npz(tmp_path / "x.npz", scores=["msp", "max_logit"], resamples=50)
+    text = (tmp_path / "x-report" / FILE).read_text()
+    words = Page(tmp_path / "x-report" / FILE).text
+    for key in ("old_fd", "ood", "new_fd"):
+        low, high = found["intervals"][key]["max_logit"]["auroc"]
+        value = found["settings"][key]["max_logit"]["auroc"]
+        assert f"{value:.4f} {low:.4f} to {high:.4f}" in words.replace("  ", " ")
+        value, low, high = found["differences"][key]["max_logit"]["augrc"]
+        difference = f"{'+' * (value > 0)}{value:.5f}"
+        cell = f"<strong>{difference}</strong>" if low > 0 or high < 0 else difference
+        assert f"{cell}<small>{low:.5f} to {high:.5f}</small>" in text
+    assert "95%, bootstrap of 50 resamples" in words
+    assert "differences to msp" in words
+
+
 def test_no_samples_at_all(tmp_path: Path) -> None:
     np.savez(tmp_path / "none.npz", logits=np.zeros((0, 3)), labels=np.zeros(0, np.int64))
     evaluate.evaluate_npz(tmp_path / "none.npz")
@@ -523,12 +544,18 @@ def test_an_image_that_has_been_damaged_is_named(tmp_path: Path, monkeypatch: py
     run = make_run(tmp_path / "run", data, ["cat", "dog"])
     evaluate.evaluate_run(run)
     assert "data:image/jpeg" in (run / FILE).read_text()
+    damaged = tmp_path / "train" / "cat" / "0.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:3000])
+    evaluate.evaluate_run(run)
+    # Left out of typicalness as it was of training.
+    alts = [image["alt"] or "" for image in Page(run / FILE).all("img")]
+    assert [alt for alt in alts if "training" in alt] == ["training image of dog, typicalness 1.00: dog/0.jpg"] * 2
+    assert len(alts) == 2 + 2
     damaged = tmp_path / "val" / "cat" / "0.jpg"
     damaged.write_bytes(damaged.read_bytes()[:3000])
     page = Page(write_html(run))
     assert "cannot be read" in page.text
-    assert "val/dog" not in page.text
-    assert len(page.all("img")) == 1 + 4  # the other one, and both training images twice
+    assert len(page.all("img")) == 1 + 2
 
 
 @pytest.mark.parametrize("damage", ["report", "samples", "other"])

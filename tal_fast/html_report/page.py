@@ -73,6 +73,7 @@ class Table:
         bounds: floor and random AURC, in words.
         columns: titles of the metrics, each with whether larger is better (None: neither).
         rows: score -> its cells.
+        differences: score -> its cells minus the baseline's; empty without a bootstrap.
         notes: why a metric is undefined.
     """
 
@@ -82,6 +83,7 @@ class Table:
     bounds: str
     columns: list[tuple[str, bool | None]]
     rows: dict[str, list[Cell]]
+    differences: dict[str, list[Cell]]
     notes: list[str]
 
 
@@ -322,6 +324,14 @@ def _conventions(report: Report) -> list[tuple[str, str]]:
         ("units", "natural (fractions); papers print AURC, E-AURC and AUGRC times 1000, the rest in percent"),
         ("ties", "the column “tied” is the share of samples whose score equals another’s"),
     ]
+    if "bootstrap" in report:
+        how = report["bootstrap"]
+        found.append(
+            (
+                "intervals",
+                f"{how['level']:.0%}, bootstrap of {how['resamples']:,} resamples: {printable(how['method'])}",
+            )
+        )
     versions = report.get("versions", {})
     return [*found, ("versions", ", ".join(f"{printable(name)} {v}" for name, v in versions.items()))]
 
@@ -339,8 +349,9 @@ def _table(report: Report, key: str, by_score: Mapping[str, Mapping[str, float]]
     rows = {}
     for score, values in by_score.items():
         numbers = {metric: _number(values.get(metric)) for metric in METRICS}
+        intervals = report.get("intervals", {}).get(key, {}).get(score, {})
         cells = [
-            Cell(format_value(metric, value), len(by_score) > 1 and value == best[metric])
+            Cell(format_value(metric, value), len(by_score) > 1 and value == best[metric], _ends(metric, intervals))
             for metric, value in numbers.items()
         ]
         rows[score] = [*cells, Cell(_percent(_number(tied.get(score)), 1))]
@@ -362,8 +373,31 @@ def _table(report: Report, key: str, by_score: Mapping[str, Mapping[str, float]]
         f"AURC floor {format_value('aurc', floor)}, random score {format_value('aurc', chance)}",
         [*((TITLES[m], HIGHER_IS_BETTER[m]) for m in METRICS), ("tied", None)],
         rows,
+        _differences(report, key),
         notes,
     )
+
+
+def _ends(metric: str, intervals: Mapping[str, Sequence[float | None]]) -> str:
+    """``low to high`` of a metric's interval; nothing where there is none."""
+    if metric not in intervals:
+        return ""
+    low, high = (format_value(metric, _number(end)) for end in intervals[metric][-2:])
+    return f"{low} to {high}"
+
+
+def _differences(report: Report, key: str) -> dict[str, list[Cell]]:
+    """Each score minus the baseline, marked where the interval leaves zero out."""
+    rows = {}
+    for score, by_metric in report.get("differences", {}).get(key, {}).items():
+        cells = []
+        for metric in METRICS:
+            value, low, high = (_number(v) for v in by_metric.get(metric, (None, None, None)))
+            text = format_value(metric, value)
+            sign = "+" if value > 0 else ""
+            cells.append(Cell(sign + text, low > 0 or high < 0, _ends(metric, by_metric)))
+        rows[score] = cells
+    return rows
 
 
 def _best(values: Sequence[float], higher: bool) -> float:
