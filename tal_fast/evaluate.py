@@ -1,8 +1,9 @@
 """How well confidence tells right from wrong: ``python -m tal_fast.evaluate --run runs/digits-tal``.
 
 One pass over the validation split and each OOD set gives logits and features, which are kept under the run's
-``eval-cache/``; every score, setting and metric comes from them. Writes ``report.json``, ``risk_coverage.png`` and
-``confidence_histogram.png`` and prints the report as tables. ``--npz`` does the same for outputs of any model.
+``eval-cache/``; every score, setting and metric comes from them. Writes ``report.json``, ``samples.npz`` (scores of
+every sample), ``risk_coverage.png``, ``confidence_histogram.png`` and ``report.html``, a page to look at, and prints
+the report as tables. ``--npz`` does the same for outputs of any model.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ import torch
 from torch import nn
 
 import tal_fast
-from tal_fast import inference, plots
+from tal_fast import inference, plots, samples
 from tal_fast.calibration import calibration_metrics
 from tal_fast.feature_scores import FEATURE_SCORES, PLAIN, SIRC, FeatureScorer, Training
+from tal_fast.html_report import write_html
 from tal_fast.inference import Outputs
 from tal_fast.metrics import CONVENTIONS, Floats
 from tal_fast.models.features import FeatureLinear
 from tal_fast.report import UNITS, Report, format_report, make_report, write_report
+from tal_fast.samples import Predictions, Samples, identity_of, write_samples
 from tal_fast.scores import SCORES
 from tal_fast.settings import Mix
 
@@ -217,8 +220,10 @@ def evaluate_outputs(
     training: Training | None = None,
     about: Mapping[str, Any] | None = None,
     title: str = "",
+    resamples: int = 0,
+    identity: Mapping[str, str] | None = None,
 ) -> Report:
-    """Report on outputs: make it, write ``report.json`` and both pictures to ``output``, return it.
+    """Report on outputs: make it, write ``report.json``, ``samples.npz`` and both pictures to ``output``, return it.
 
     It is ``make_report``'s with ``calibration`` of the softmax on the ID samples.
 
@@ -231,6 +236,8 @@ def evaluate_outputs(
         training: what scores over features are fitted on; needed for these only.
         about: entries to put before the report's own, such as the run.
         title: of the pictures.
+        resamples: of the bootstrap; 0: no intervals. Differences are to the run's own score, else to the first.
+        identity: split -> hash of its samples, see ``tal_fast.samples``; of labels and sizes unless given.
 
     Raises:
         ValueError: an unknown score or convention, or a score over features that are not there.
@@ -241,13 +248,21 @@ def evaluate_outputs(
     ood_scores = {name: compute_scores(outputs, names, scorer, name) for name, outputs in ood_outputs.items()}
     report = {
         **(about or {}),
-        **make_report(id_outputs.right, id_scores, ood_scores, mix=mix, seed=seed, convention=convention),
-    }
+        **make_report(
+            id_outputs.right, id_scores, ood_scores, mix=mix, seed=seed, convention=convention, resamples=resamples,
+            baseline=(about or {}).get("score"), progress=True,
+        ),
+    }  # fmt: skip
     report["calibration"] = calibration_metrics(id_outputs.logits, id_outputs.labels)
     report["versions"]["torch"] = torch.__version__
     output = Path(output)
     # The numbers first: they stay if a picture fails.
     write_report(report, output / "report.json")
+    identity = identity or {"val": identity_of(id_outputs.labels)} | {
+        name: identity_of(outputs.labels) for name, outputs in ood_outputs.items()
+    }
+    predictions = {name: Predictions.of(outputs) for name, outputs in {"val": id_outputs, **ood_outputs}.items()}
+    write_samples(Samples(id_outputs.right, id_scores, ood_scores, identity, predictions), output / samples.FILE)
     plots.risk_coverage(output / "risk_coverage.png", id_outputs.right, id_scores, ood_scores, mix, seed, title)
     plots.confidence_histogram(output / "confidence_histogram.png", id_outputs.right, id_scores, ood_scores, title)
     return report
@@ -261,6 +276,7 @@ def evaluate_run(
     batch_size: int = 256,
     device: str = "cpu",
     scores: Sequence[str] = DEFAULT_SCORES,
+    typicalness: bool = True,
     **options: Any,
 ) -> Report:
     """Report on a run of ``python -m tal_fast.train``.
@@ -271,7 +287,8 @@ def evaluate_run(
         checkpoint: ``best`` or ``last``.
         batch_size, device: of the pass over the images.
         scores: names of scores; that by which the run's method is judged is added.
-        options: ``mix``, ``seed``, ``convention`` of ``evaluate_outputs``.
+        typicalness: see ``tal_fast.html_report.write_html``.
+        options: ``mix``, ``seed``, ``convention``, ``resamples`` of ``evaluate_outputs``.
 
     Raises:
         ValueError: no run or checkpoint there, its data gone, or outputs that are not finite.
@@ -298,16 +315,20 @@ def evaluate_run(
         "method": run.method,
         "score": run.score,
     }
-    return evaluate_outputs(
-        splits.pop("val"),
-        splits,
-        run_dir if output is None else output,
+    output = run_dir if output is None else output
+    report = evaluate_outputs(
+        splits["val"],
+        {name: outputs for name, outputs in splits.items() if name != "val"},
+        output,
         scores=names,
         training=training,
         about=about,
+        identity={name: inference.split_hash(run.data.split(name)) for name in splits},
         title=f"{run.method} ({Path(run_dir).name})",
         **options,
     )
+    write_html(output, run=run, typicalness=typicalness, batch_size=batch_size, device=device)
+    return report
 
 
 def evaluate_npz(path: str | Path, output: str | Path | None = None, **options: Any) -> Report:
@@ -320,9 +341,11 @@ def evaluate_npz(path: str | Path, output: str | Path | None = None, **options: 
     path = Path(path)
     id_outputs, ood_outputs, training = read_npz(path)
     output = path.with_name(path.stem + "-report") if output is None else output
-    return evaluate_outputs(
+    report = evaluate_outputs(
         id_outputs, ood_outputs, output, training=training, about={"npz": str(path)}, title=path.name, **options
     )
+    write_html(output)
+    return report
 
 
 def _argument(check: Any) -> Any:
@@ -370,9 +393,17 @@ def _parser() -> argparse.ArgumentParser:
         "first-n, or prior=P with P the share of OOD",
     )  # fmt: skip
     parser.add_argument("--seed", type=_at_least(0), default=0, help="of a random mix (%(default)s)")
+    parser.add_argument(
+        "--bootstrap", type=_at_least(0), default=0, metavar="N", help="resamples for confidence intervals of every "
+        "metric and of differences between scores; 10000 is usual (0: none)",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=_at_least(1), default=256, help="of the pass (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--units", choices=UNITS, default="natural", help="of the printed tables (%(default)s)")
+    parser.add_argument(
+        "--no-typicalness", dest="typicalness", action="store_false",
+        help="leave the most and least typical training images, which take a pass over all of them, out of report.html",
+    )  # fmt: skip
     parser.add_argument("--output", metavar="DIR", help="where to write (the run's folder; FILE-report for --npz)")
     return parser
 
@@ -396,14 +427,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 for bad input, said in one sentence."""
     args = _parser().parse_args(argv)
     scores = [name for group in args.scores for name in group.split(",") if name]
-    options: dict[str, Any] = {"mix": args.mix, "seed": args.seed, "convention": args.convention, "scores": scores}
+    options: dict[str, Any] = {
+        "mix": args.mix, "seed": args.seed, "convention": args.convention, "scores": scores,
+        "resamples": args.bootstrap,
+    }  # fmt: skip
     try:
         if args.npz is not None:
             report = evaluate_npz(args.npz, args.output, **options)
         else:
             device = choose_device(args.device)
             report = evaluate_run(
-                args.run, args.output, checkpoint=args.checkpoint, batch_size=args.batch_size, device=device, **options
+                args.run,
+                args.output,
+                checkpoint=args.checkpoint,
+                batch_size=args.batch_size,
+                device=device,
+                typicalness=args.typicalness,
+                **options,
             )
     except (ValueError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
