@@ -256,7 +256,7 @@ Tensor batch_sums_cpu(const Tensor& logits, const Tensor& labels, const Tensor& 
   return out;
 }
 
-// Mean weight of the batch from its sums: see reference._mean_weight.
+// Mean weight of the batch from its sums: see reference.mean_weight.
 double mean_weight(const double* batch, bool warmup) {
   const double n_valid = batch[2], n_weighted = n_valid - batch[4];
   if (warmup || batch[3] == n_valid || n_weighted <= 0) return 1;
