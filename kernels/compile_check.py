@@ -64,7 +64,7 @@ def planned(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
     rows = 256
     labels, accepted = meta(rows, dtype=torch.int64), meta(rows, dtype=torch.bool)
     cursor, ticket = meta(2, dtype=torch.int64), meta(1, dtype=torch.int32)
-    batch, constants = meta(6, dtype=torch.float64), meta(6, dtype=torch.float64)
+    batch, constants = meta(6, dtype=torch.float64), meta(9, dtype=torch.float64)
     for queue_dtype in (torch.float32, torch.float64):
         ring = meta(880_880, dtype=queue_dtype)
         entry = meta(rows, dtype=queue_dtype)
@@ -82,7 +82,7 @@ def planned(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
             )
 
     # Widths at each change of the configuration: one warp, odd, the widest single block, the first long row.
-    widths = (10, 1003, 16384, 21841) if quick else (1, 100, 1000, 1003, 2048, 4096, 8192, 16384, 21841, 131072)
+    widths = (10, 1003, 16384, 21841) if quick else (1, 100, 1000, 1003, 2048, 4096, 8192, 16384, 21841, 32768, 131072)
     dtypes = (torch.bfloat16, torch.float32) if quick else (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     for classes, dtype in itertools.product(widths, dtypes):
         logits, distance = meta(rows, classes, dtype=dtype), meta(rows)
@@ -135,7 +135,7 @@ def compile_launch(launch: Any, target_name: str) -> Resources:
     kind, arch = target_name.split(":")
     gpu = GPUTarget(kind, int(arch) if arch.isdigit() else arch, TARGETS[target_name][1])
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=gpu, options={"num_warps": launch.num_warps})
+    compiled = triton.compile(source, target=gpu, options=launch.options)
     if kind == "hip":
         return hip_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
     return cuda_resources(compiled.asm["cubin"])
