@@ -52,7 +52,7 @@ class Resources:
 def planned(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
     """Every kernel at the shapes its launcher meets: (label, launch)."""
     from tal_fast.kernels.launch import Target
-    from tal_fast.kernels.loss import plan_batch_sums, plan_loss
+    from tal_fast.kernels.loss import plan_batch_sums, plan_loss, plan_scale
     from tal_fast.kernels.ring import plan_push
     from tal_fast.kernels.typicalness import plan_nearest, plan_statistics_distance
 
@@ -90,6 +90,8 @@ def planned(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
         branches = [("released", True, True, False, True), ("paper", True, False, False, True)]
         if not quick:
             branches += [("paper", False, True, False, False), ("paper", True, False, True, True)]
+        if dtype != torch.float16:  # whose gradient is float32
+            yield f"scale {short(dtype)} C={classes}", plan_scale(logits, meta(1, dtype=torch.float32))
         for variant, has_t_wrong, smooth, warmup, need_grad in branches:
             plan, _ = plan_loss(
                 logits, labels, distance, batch, ticket, constants,

@@ -1,9 +1,9 @@
 """Logits to the TAL loss and its gradient (paper, equations 2 to 6).
 
 The fewest bytes: each logit read once and each gradient element written once. While a row fits on chip
-(``loss_config``), ``loss_kernel`` holds it in registers and does just that; wider rows go through
-``long_row_loss_kernel``, which reads a row three times in blocks (norm and maximum; both sums; gradient), the second
-and third time mostly from the L2 cache. Programs walk over rows; each leaves one partial sum, and the one that
+(``loss_config``), ``loss_kernel`` holds it in registers as float32, ``packed_row_loss_kernel`` as half-precision pairs,
+and both do just that; wider rows go through ``long_row_loss_kernel``, which reads a row three times in blocks (norm and
+maximum; both sums; gradient), the second and third time mostly from the L2 cache. Programs walk over rows; each leaves one partial sum, and the one that
 finishes last adds them in order, so that the loss needs no second launch and does not depend on timing.
 
 Variant ``released`` needs the mean weight of the batch before the loss of any row: ``batch_sums_kernel`` reads the
@@ -60,17 +60,15 @@ def loss_config(classes: int, dtype: torch.dtype, target: Target, contiguous: bo
     """
     block = triton.next_power_of_2(classes)
     if dtype.itemsize == 2 and target.holds_wide_rows and contiguous and 16384 < classes <= 32768:
-        return LossConfig("packed", *packed_layout(classes))
+        # 16 warps of 64 registers, two programs a multiprocessor, spill at 32,768 logits; 32 warps do not.
+        if classes <= 22528:
+            return LossConfig("packed", 2048, 16, max_registers=64)
+        return LossConfig("packed", 4096, 32)
     widest = 16384 if dtype.itemsize == 2 and target.holds_wide_rows else 8192
     if block > widest or dtype == torch.float64:
         block = min(block, LONG_BLOCK)
         return LossConfig("blocks", block, warps_of(block, target))
     return LossConfig("one block", block, warps_of(block, target), block > 8192)
-
-
-def packed_layout(classes: int) -> tuple[int, int]:
-    """Chunk and warps: 4 logits a thread and chunk."""
-    return 4096, 32
 
 
 def warps_of(block: int, target: Target) -> int:
@@ -643,6 +641,7 @@ def plan_loss(
     warmup: bool,
     need_grad: bool,
     target: Target,
+    inplace: bool = False,
 ) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The launch and what it fills: loss, gradient, (typicalness, weight, temperature), (right, accepted)."""
     rows, classes = logits.shape
@@ -650,7 +649,7 @@ def plan_loss(
     # float16 would lose small gradients before a gradient scaler multiplies them: kept in float32.
     stored = wide if logits.dtype == torch.float16 else logits.dtype
     loss = logits.new_empty((), dtype=wide)
-    grad = logits.new_empty((rows, classes) if need_grad else (0,), dtype=stored)
+    grad = logits if inplace else logits.new_empty((rows, classes) if need_grad else (0,), dtype=stored)
     stats = logits.new_empty((3, rows), dtype=wide)
     flags = logits.new_empty((2, rows), dtype=torch.bool)
     config = loss_config(classes, logits.dtype, target, logits.stride(1) == 1)
@@ -711,6 +710,7 @@ def loss_forward(
     ignore_index: int,
     warmup: bool,
     need_grad: bool,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The mean loss, its gradient, and the per-sample statistics.
 
@@ -722,6 +722,7 @@ def loss_forward(
         batch: (6,) float64, ``reference.batch_summary``; the last three are read in variant ``released`` only.
         ticket: (1,) int32, zero; zero again afterwards.
         need_grad: whether to compute the gradient.
+        inplace: write the gradient over the logits, which must be contiguous and not float16.
 
     Returns:
         loss (); gradient (B, C) in the logits' dtype (float32 for float16) or empty; typicalness, weight and
@@ -742,6 +743,7 @@ def loss_forward(
         warmup=warmup,
         need_grad=need_grad,
         target=target_of(logits.device),
+        inplace=inplace,
     )
     launch.run()
     return outputs
@@ -794,3 +796,36 @@ def batch_sums(
     """Complete ``batch`` (6,) with the sums that variant ``released`` needs: see ``reference.batch_summary``."""
     constants = loss_constants(logits.device, 0.0, 0.0, None, confidence_threshold, 0.0)
     plan_batch_sums(logits, labels, distance, batch, ticket, constants, ignore_index, target_of(logits.device)).run()
+
+
+SCALE_BLOCK = 4096
+
+
+@triton.jit
+def scale_kernel(
+    values_ptr,  # (size,) in and out
+    factor_ptr,  # () floating point
+    size,
+    BLOCK: tl.constexpr,
+):
+    factor = tl.load(factor_ptr)
+    if factor != 1:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < size
+        dtype = values_ptr.dtype.element_ty
+        wide = tl.float64 if dtype == tl.float64 else tl.float32
+        values = tl.load(values_ptr + at, mask=inside, other=0.0).to(wide)
+        tl.store(values_ptr + at, (values * factor.to(wide)).to(dtype), mask=inside)
+
+
+def plan_scale(values: Tensor, factor: Tensor) -> Launch:
+    """The launch."""
+    arguments = {"values_ptr": values, "factor_ptr": factor, "size": values.numel()}
+    return Launch(scale_kernel, (triton.cdiv(values.numel(), SCALE_BLOCK),), arguments, {"BLOCK": SCALE_BLOCK}, 8)
+
+
+def scale(values: Tensor, factor: Tensor) -> None:
+    """Multiply contiguous ``values`` by the scalar tensor ``factor``, in place; a factor of 1, which the device alone
+    knows, moves no memory."""
+    if values.numel():
+        plan_scale(values, factor).run()

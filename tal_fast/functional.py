@@ -35,6 +35,7 @@ def tal_loss(
     label_smoothing: float = 0.0,
     warmup: bool = False,
     class_group: dist.ProcessGroup | None = None,
+    inplace: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, TALStats]:
     """The mean TAL loss of a batch against a queue given as tensors; the queue is only read.
@@ -45,7 +46,7 @@ def tal_loss(
         labels: (B,) int64 in [0, C), or ``ignore_index``.
         queue_mean, queue_std: (N,) float32 or float64, in any order, N >= 0.
         variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing, warmup, class_group,
-            backend: as in ``TALLoss``.
+            inplace, backend: as in ``TALLoss``.
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 logits), and ``TALStats``. The samples to push are those
@@ -54,7 +55,7 @@ def tal_loss(
     Raises:
         ValueError, TypeError: as ``TALLoss``; also a queue whose tensors differ in shape or are not (N,).
     """
-    options = LossOptions(variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing)
+    options = LossOptions(variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing, inplace)
     check_inputs(logits, features, labels, ignore_index, in_columns=class_group is not None)
     if queue_mean.dim() != 1 or queue_mean.shape != queue_std.shape:
         raise ValueError(

@@ -45,6 +45,10 @@ class TALLoss(nn.Module):
             ``logits`` are then this rank's columns (B, C_r), C_r >= 0, in rank order, and labels and features the same
             on all of them. Loss, statistics and queue are equal on all ranks; the gradient is by this rank's columns.
             The ranks of ``"global"`` must then be named: those that hold the same columns of other rows.
+        inplace: the gradient may take the logits' memory, which saves a (B, C) tensor: the logits are destroyed, so use
+            nothing but the loss and its statistics afterwards (accuracy is ``stats.right``). What autograd had saved
+            of them raises in ``backward``. For contiguous logits in bfloat16, float32 or float64 that are not a leaf;
+            no effect in plain PyTorch, under ``torch.compile`` and with ``class_group``.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see ``tal_fast.backends``.
 
     Raises:
@@ -64,6 +68,7 @@ class TALLoss(nn.Module):
         queue_scope: Literal["local", "global"] = "local",
         process_group: dist.ProcessGroup | None = None,
         class_group: dist.ProcessGroup | None = None,
+        inplace: bool = False,
         backend: Literal["auto", "reference", "native", "triton"] = "auto",
     ) -> None:
         super().__init__()
@@ -75,6 +80,7 @@ class TALLoss(nn.Module):
             float(confidence_threshold),
             int(ignore_index),
             float(label_smoothing),
+            bool(inplace),
         )
         if queue_scope not in ("local", "global"):
             raise ValueError(f"queue_scope is {queue_scope!r}; use 'local' or 'global'")
