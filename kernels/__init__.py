@@ -3,6 +3,7 @@
 =====================  ================================================================================
 ``typicalness.py``     features -> mean, std, distance, the batch's smallest and largest distance
 ``loss.py``            logits -> loss and gradient; for variant ``released`` the batch's sums first
+``sharded.py``         the same where ranks hold some columns of each row: three passes
 ``ring.py``            the accepted rows into the ring
 ``launch.py``          grids, constants: what a launch is made of
 ``ops.py``             the same as torch operators, for torch.compile

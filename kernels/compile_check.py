@@ -54,6 +54,7 @@ def planned(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
     from tal_fast.kernels.launch import Target
     from tal_fast.kernels.loss import plan_batch_sums, plan_loss, plan_scale
     from tal_fast.kernels.ring import plan_push
+    from tal_fast.kernels.sharded import plan_exp_sums, plan_gradient, plan_scan
     from tal_fast.kernels.typicalness import plan_nearest, plan_statistics_distance
 
     target = Target(*TARGETS[target_name])
@@ -100,6 +101,15 @@ def planned(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
             )  # fmt: skip
             flags = [variant] + ["smoothing"] * smooth + ["warm-up"] * warmup + ["no gradient"] * (not need_grad)
             yield f"{plan.kernel.__name__} {short(dtype)} C={classes} {' '.join(flags)}", plan
+        if classes in (1003, 131072):
+            column = meta(rows, dtype=torch.float64)
+            terms = meta(rows, 7, dtype=torch.float64)
+            for plan in (
+                plan_scan(logits, target)[0],
+                plan_exp_sums(logits, labels, column, column, target)[0],
+                plan_gradient(logits, labels, accepted, terms, target)[0],
+            ):
+                yield f"sharded {plan.kernel.__name__} {short(dtype)} C={classes}", plan
         yield (
             f"batch_sums {short(dtype)} C={classes}",
             plan_batch_sums(logits, labels, distance, batch, ticket, constants, -100, target),

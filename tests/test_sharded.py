@@ -19,7 +19,7 @@ from tal_fast.backends import triton_problem
 ROWS, CLASSES = 12, 11
 SPLITS = {2: [7, 4], 3: [2, 0, 9]}  # uneven; one rank without a class
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-BACKENDS = ["reference"]
+BACKENDS = ["reference"] + (["triton"] if triton_problem(torch.device("cpu")) is None else [])
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"label_smoothing": 0.1},
@@ -214,3 +214,32 @@ def test_global_scope_must_name_its_ranks(tmp_path: Path) -> None:
         assert relative(alone, TALLoss(queue_size=5)(logits, features, labels)) <= 1e-6
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.skipif(triton_problem(torch.device("cpu")) is not None, reason=str(triton_problem(torch.device("cpu"))))
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("columns", [0, 1, 511, 512, 1100])
+def test_triton_passes_equal_the_plain_ones(columns: int, dtype: torch.dtype) -> None:
+    from tal_fast import sharded
+    from tal_fast.kernels import sharded as kernels
+
+    logits = torch.randn(5, 2 * columns + 2).to(dtype)[:, 1 : 1 + 2 * columns : 2]
+    assert logits.shape[1] == columns
+    if columns > 600:
+        logits[1, 40] = logits[1, 600] = 12.0  # ties across blocks
+        logits[2, 41] = logits[2, 553] = 12.0  # in one lane of two blocks
+        logits[3, columns - 1] = torch.inf
+    own_label = torch.tensor([-1, 0, columns - 1, columns // 2, -1]).clamp(max=columns - 1)
+    want = sharded._scan(logits)
+    torch.testing.assert_close(kernels.scan(logits), want, rtol=1e-6, atol=1e-5)
+    z_max, scale = torch.full((5,), 13.0).double(), torch.rand(5).double()
+    good = torch.tensor([0, 1, 2, 4])
+    sums = [f(logits, own_label, z_max, scale)[good] for f in (sharded._exp_sums, kernels.exp_sums)]
+    torch.testing.assert_close(*sums, rtol=1e-5, atol=1e-12)
+    valid, terms = torch.tensor([True, True, False, True, True]), torch.rand(5, 7).double()
+    terms[:, 0], terms[3, 6] = 13.0, torch.nan
+    grads = [f(logits, own_label, valid, terms) for f in (sharded._gradient, kernels.gradient)]
+    assert grads[0].dtype == grads[1].dtype
+    assert (grads[1][2] == 0).all()
+    assert grads[1][3].isnan().all()
+    torch.testing.assert_close(*grads, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6, equal_nan=True)
