@@ -187,7 +187,7 @@ def _add_setting(report: Report, key: str, setting: Setting, scores: Mapping[str
     }  # fmt: skip
     report["aurc_floor"][key] = aurc_floor(n, errors)
     report["aurc_random"][key] = aurc_random(n, errors)
-    report["undefined"][key] = undefined_reasons(success)
+    report["undefined"][key] = undefined_reasons(success, convention)
     report["tied_share"][key] = {s: tied_share(values) for s, values in scores.items()}
 
 
