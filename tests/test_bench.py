@@ -50,7 +50,9 @@ def test_side_by_side_runs_in_turns() -> None:
     assert times["a"]["repeats"] == 6
 
 
-@pytest.mark.parametrize("command", [["bench.loss_step", "--smoke"], ["bench.queue_cost", "--smoke"]])
+@pytest.mark.parametrize(
+    "command", [["bench.loss_step", "--smoke"], ["bench.queue_cost", "--smoke"], ["bench.metrics", "--smoke"]]
+)
 def test_benchmarks_run(command: list[str], tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     done = subprocess.run(
