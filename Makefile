@@ -54,6 +54,7 @@ bench: setup
 	$(BIN)/python -m bench.loss_step --out bench/results/loss_step_cpu.json
 	$(BIN)/python -m bench.queue_cost --out bench/results/queue_cost_cpu.json
 	$(BIN)/python -m bench.loaders --out bench/results/loaders_cpu.json
+	$(BIN)/python -m bench.metrics --out bench/results/metrics_cpu.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info tal_fast/_C*.so

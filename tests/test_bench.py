@@ -50,7 +50,7 @@ def test_side_by_side_runs_in_turns() -> None:
     assert times["a"]["repeats"] == 6
 
 
-@pytest.mark.parametrize("command", ["bench.loss_step", "bench.queue_cost", "bench.loaders"])
+@pytest.mark.parametrize("command", ["bench.loss_step", "bench.queue_cost", "bench.loaders", "bench.metrics"])
 def test_benchmarks_run(command: str, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     done = subprocess.run(
