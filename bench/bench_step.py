@@ -49,11 +49,16 @@ FULL = [
     *(Case(peer, *size, threads=threads) for size in (CIFAR, IMAGENET) for threads in (1, 2) for peer in PEERS),
     *(
         Case(peer, *size)
-        for size in ((32, 100, 64, 30_000), (1024, 100, 64, 30_000), (128, 10, 512, 1_000), (256, 1000, 2048, 10_000_000))
+        for size in (
+            (32, 100, 64, 30_000),
+            (1024, 100, 64, 30_000),
+            (128, 10, 512, 1_000),
+            (256, 1000, 2048, 10_000_000),
+        )
         for peer in ("released", "paper")
     ),
     *(Case(peer, 256, 1000, 2048, 20_000, dtype) for dtype in ("float32", "bfloat16") for peer in PEERS[1:]),
-]  # fmt: skip
+]
 SMOKE = [Case(peer, *CIFAR) for peer in ("list_queue", "reference", "released", "paper")]
 GPU = [
     Case(peer, *size)

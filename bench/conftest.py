@@ -1,10 +1,10 @@
 """pytest-benchmark, with what these benchmarks add: a floor timed in turns, the correctness gate, limits, a JSON file.
 
-    python -m pytest bench --benchmark-only --benchmark-json=OUT       everything, some 10 minutes on two cores
-    python -m pytest bench --benchmark-only --size smoke               seconds
-    python -m pytest bench/bench_loss.py --benchmark-only -k C1000     one part
-    python -m pytest bench --benchmark-disable                         only whether all agree with the reference
-    python -m pytest bench --benchmark-only --device cuda              by CUDA graph replay, on a GPU
+python -m pytest bench --benchmark-only --benchmark-json=OUT       everything, some 10 minutes on two cores
+python -m pytest bench --benchmark-only --size smoke               seconds
+python -m pytest bench/bench_loss.py --benchmark-only -k C1000     one part
+python -m pytest bench --benchmark-disable                         only whether all agree with the reference
+python -m pytest bench --benchmark-only --device cuda              by CUDA graph replay, on a GPU
 """
 
 from __future__ import annotations
