@@ -69,12 +69,12 @@ class Problem:
 
     @lru_cache(maxsize=3)  # noqa: B019 - problems are few and end with the process
     def expected(self, variant: str) -> tuple[Tensor, Tensor]:
-        """Loss and gradient by the definition, in float64."""
-        leaf = self.logits.double().requires_grad_()
+        """Loss and gradient by the definition, in float64 (float32 for logits that would need 10 GB and more)."""
+        leaf = self.logits.to(torch.float64 if self.logits.numel() <= 1 << 26 else torch.float32).requires_grad_()
         if variant == "cross_entropy":
             loss = F.cross_entropy(leaf, self.labels)
         else:
-            loss, _ = reference.tal_loss(leaf, self.labels, self.distance.double(), variant=variant)
+            loss, _ = reference.tal_loss(leaf, self.labels, self.distance.to(leaf.dtype), variant=variant)
         (grad,) = torch.autograd.grad(loss, leaf)
         return loss.detach(), grad.to(torch.promote_types(self.logits.dtype, torch.float32))
 

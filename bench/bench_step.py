@@ -66,8 +66,8 @@ GPU = [
 ]
 
 
-def make_step(case: Case, device: torch.device) -> Step:
-    """The peer, with a full queue that is the same for all."""
+def make_step(case: Case, device: torch.device, backend: str = "auto") -> Step:
+    """The peer, with a full queue that is the same for all; ``backend`` is this package's."""
     if case.peer.startswith("cross_entropy"):
 
         def cross_entropy(logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def make_step(case: Case, device: torch.device) -> Step:
     loss = TALLoss(
         "paper" if case.peer == "paper" else "released",
         queue_size=case.N,
-        backend="reference" if of_reference else "auto",
+        backend="reference" if of_reference else backend,  # type: ignore[arg-type]
     ).to(device)
     fill(loss.queue.push, case.N, device)
     return torch.compile(loss, dynamic=False) if case.peer.endswith("compiled") else loss
@@ -123,26 +123,35 @@ def gate(case: Case, step: Step, device: torch.device) -> tuple[Tensor, Tensor, 
     return batch
 
 
+def make_inputs(
+    case: Case, batch: tuple[Tensor, Tensor, Tensor], device: torch.device
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Callable[[], object]]:
+    """Sets of (leaf of logits, features), the labels, and what gives the first set's features new statistics."""
+    logits, _, labels = batch
+    fresh = [FreshFeatures(case.B, case.D, device) for _ in range(sets_beyond_cache(device, case.bytes))]
+    features = [f.features.to(logits.dtype) for f in fresh]
+
+    def renew() -> None:
+        fresh[0].renew()
+        if features[0] is not fresh[0].features:
+            features[0].copy_(fresh[0].features)
+
+    return [(logits.clone().requires_grad_(), f) for f in features], labels, renew
+
+
+def differentiated(step: Step, leaf: Tensor, features: Tensor, labels: Tensor) -> Callable[[], object]:
+    """One step: loss, push and gradient."""
+    return lambda: torch.autograd.grad(step(leaf, features, labels), leaf)
+
+
 @pytest.mark.cases(FULL, SMOKE, gpu=GPU)
 @pytest.mark.benchmark(group="step")
 def bench_step(case: Case, measure: Callable[..., None], device: torch.device) -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
     step = make_step(case, device)
-    logits, _, labels = gate(case, step, device)
-    dtype = logits.dtype
-    fresh = FreshFeatures(case.B, case.D, device)
-    features = fresh.features.to(dtype)
-
-    def prepare() -> None:
-        fresh.renew()
-        if features is not fresh.features:
-            features.copy_(fresh.features)
-
-    def call(leaf: Tensor, run: Step) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(run(leaf, features, labels), leaf)
-
-    leaves = [logits.clone().requires_grad_() for _ in range(sets_beyond_cache(device, case.bytes))]
-    floor = call(leaves[0], lambda z, f, y: F.cross_entropy(z.float(), y))
+    inputs, labels, prepare = make_inputs(case, gate(case, step, device), device)
+    calls = [differentiated(step, *each, labels) for each in inputs]
+    floor = differentiated(lambda z, f, y: F.cross_entropy(z.float(), y), *inputs[0], labels)
     facts = {**case.__dict__, "floor": "F.cross_entropy", "bytes": case.bytes}
-    measure([call(leaf, step) for leaf in leaves], floor, threads=case.threads, facts=facts, prepare=prepare)
+    measure(calls, floor, threads=case.threads, facts=facts, prepare=prepare)
