@@ -158,7 +158,7 @@ def bench_loss(case: Case, measure: Callable[..., None], device: torch.device) -
     p = problem(case.B, case.C, case.dtype, device)
     run, variant = make_peer(case.peer, p)
     gate(case, run, p, variant)
-    leaves = [p.logits.clone().requires_grad_() for _ in range(sets_beyond_cache(device, case.bytes))]
+    leaves = [p.logits.clone().requires_grad_() for _ in range(sets_beyond_cache(device, case.bytes // 2))]
     floor = cross_entropy(p)
     measure(
         [lambda z=leaf: run(z) for leaf in leaves],  # type: ignore[misc]

@@ -128,7 +128,8 @@ def make_inputs(
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Callable[[], object]]:
     """Sets of (leaf of logits, features), the labels, and what gives the first set's features new statistics."""
     logits, _, labels = batch
-    fresh = [FreshFeatures(case.B, case.D, device) for _ in range(sets_beyond_cache(device, case.bytes))]
+    read = logits.nbytes + case.B * case.D * logits.element_size()
+    fresh = [FreshFeatures(case.B, case.D, device) for _ in range(sets_beyond_cache(device, read))]
     features = [f.features.to(logits.dtype) for f in fresh]
 
     def renew() -> None:

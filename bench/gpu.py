@@ -58,8 +58,8 @@ class Bench:
         self.copy_rate = copy_bandwidth(self.device, **small)
         self.arithmetic = arithmetic_rate(self.device, 128 if smoke else 4096)
 
-    def sets(self, size: int) -> int:
-        return 2 if self.smoke else sets_beyond_cache(self.device, size)
+    def sets(self, bytes_read: int) -> int:
+        return 2 if self.smoke else sets_beyond_cache(self.device, bytes_read)
 
     def time(self, calls: list[Callable[[], object]]) -> dict[str, float]:
         """p20, p50 and p80 of one call."""
@@ -110,7 +110,7 @@ def loss_kernel(bench: Bench, rows: int, classes: int, dtype: torch.dtype) -> di
     """Loss and gradient: every peer on the same logits."""
     p = bench_loss.Problem(rows, classes, dtype, bench.device)
     size = 2 * p.logits.numel() * dtype.itemsize
-    leaves = [p.logits.clone().requires_grad_() for _ in range(bench.sets(size))]
+    leaves = [p.logits.clone().requires_grad_() for _ in range(bench.sets(p.logits.nbytes))]
     peers: dict[str, Any] = {}
     for name in LOSS_PEERS[:1] if bench.smoke else (*LOSS_PEERS, *FUSED_PEERS):
         torch._dynamo.reset()

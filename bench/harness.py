@@ -163,13 +163,13 @@ class GraphTimer:
         return taken
 
 
-def sets_beyond_cache(device: torch.device, bytes_per_set: int) -> int:
-    """How many sets of inputs together exceed three times a GPU's L2 cache; 1 on CPUs, where a step finds the logits
-    in the cache, for the last layer has just written them."""
+def sets_beyond_cache(device: torch.device, bytes_read: int) -> int:
+    """How many sets of inputs together exceed three times a GPU's L2 cache (at most 512); 1 on CPUs, where a step finds
+    the logits in the cache, for the last layer has just written them."""
     if device.type != "cuda":
         return 1
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, min(64, 1 + 3 * cache_bytes // max(1, bytes_per_set)))
+    return max(2, min(512, 1 + 3 * cache_bytes // max(1, bytes_read)))
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:

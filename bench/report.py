@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -72,13 +73,15 @@ def ms(value: float | None) -> str:
 
 def significant(value: float, digits: int = 3) -> str:
     """To so many significant digits, without an exponent."""
-    if value >= 10 ** (digits - 1):
-        return f"{round(value):,}"
-    return f"{value:.{digits - 1 if value >= 1 else digits}f}"[: digits + 1].rstrip(".")
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.{digits - 1}e}")
+    decimals = digits - 1 - math.floor(math.log10(abs(rounded)))
+    return f"{rounded:,.{max(0, decimals)}f}"
 
 
 def times(value: float) -> str:
-    return f"{significant(value, 2) if value < 10 else f'{round(value):,}'}x"
+    return f"{significant(value, 2 if value < 10 else 3)}x"
 
 
 def percent(value: float | None) -> str:
@@ -112,6 +115,31 @@ def limits_table(results: Results) -> str:
             for x in results.raw["limits"]
         ),
     )
+
+
+H100_COPY = 3.0e12  # bytes a second, read and write
+H100_ISSUE = 132 * 128 * 1.755e9  # operations a second, one issue slot each
+
+
+def floors_table(results: Results) -> str:
+    """The least time of each part: bytes over a copy's, comparisons over arithmetic's. Nothing here is a timing."""
+    one_thread = results.raw["limits"][0]
+    rows = []
+    for what, size, count in (
+        ("loss, 128 x 100, float32", 2 * 128 * 100 * 4, 0),
+        ("loss, 64 x 1,000, float32", 2 * 64 * 1000 * 4, 0),
+        ("loss, 16,384 x 1,000, bfloat16", 2 * 16_384 * 1000 * 2, 0),
+        ("loss, 4,096 x 21,841, bfloat16", 2 * 4096 * 21_841 * 2, 0),
+        ("loss, 4,096 x 131,072, bfloat16", 2 * 4096 * 131_072 * 2, 0),
+        ("statistics, 256 x 2,048, float32", 256 * 2048 * 4, 0),
+        ("brute force, 256 queries x 880,880 entries", 8 * 880_880, 6 * 256 * 880_880),
+    ):
+        cpu = max(size / one_thread["copy_bytes_per_s"], count / one_thread["flop_per_s"])
+        gpu = max(size / H100_COPY, count / H100_ISSUE)
+        rows.append(
+            (what, f"{size / 1e6:,.2f} MB", f"{count / 1e9:,.2f} G" if count else "–", ms(cpu * 1e3), ms(gpu * 1e3))
+        )
+    return table(("part", "bytes", "operations", "this CPU, 1 thread", "H100"), rows)
 
 
 def step_table(results: Results) -> str:
@@ -287,6 +315,7 @@ def gpu_table(result: dict[str, Any]) -> str:
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "source": source,
     "limits": limits_table,
+    "floors": floors_table,
     "step": step_table,
     "step-sweep": step_sweep_table,
     "loss": loss_table,

@@ -206,6 +206,19 @@ def test_a_changed_figure_changes_the_page_and_a_second_run_changes_nothing(cpu:
     assert report.fill_in(once, report.Results(raw), None) == once
 
 
+def test_gpu_table_shows_wins_losses_and_what_did_not_run(cpu: report.Results) -> None:
+    timed = {"p20_ms": 0.024, "GB_per_s": 2730.0, "share_of_copy": 0.91}
+    peers = {"paper": timed, "quack": {"skipped": "quack is not installed"}, "liger": {"failed": "RuntimeError: no"}}
+    found = {
+        "loss_kernel": [{"B": 16_384, "C": 1000, "dtype": "bfloat16", "peers": peers}, {"failed": "out of memory"}]
+    }
+    text = report.fill_in("<!-- bench:gpu -->\n<!-- /bench -->", cpu, found)
+    assert "| 16,384 x 1,000 | bfloat16 | tal_fast `paper` | 24.0 µs | 2,730 GB/s | 91% |" in text
+    assert "quack is not installed" in text
+    assert "RuntimeError: no" in text
+    assert "Not yet run" in report.fill_in("<!-- bench:gpu -->\n<!-- /bench -->", cpu, None)
+
+
 def test_unknown_tables_are_refused(cpu: report.Results) -> None:
     with pytest.raises(ValueError, match="there is no table 'nonsense'"):
         report.fill_in("<!-- bench:nonsense -->\n<!-- /bench -->", cpu, None)
@@ -213,8 +226,11 @@ def test_unknown_tables_are_refused(cpu: report.Results) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (0.0456, "45.6 µs"), (0.2, "200 µs"), (1.5, "1.50 ms"), (782.1, "782 ms"), (2345.0, "2.35 s")],
-)
+    [
+        (None, "–"), (0.0456, "45.6 µs"), (0.2, "200 µs"), (0.00123, "1.23 µs"), (1.5, "1.50 ms"), (99.96, "100 ms"),
+        (782.1, "782 ms"), (2345.0, "2.35 s"),
+    ],
+)  # fmt: skip
 def test_milliseconds_as_text(value: float | None, text: str) -> None:
     assert report.ms(value) == text
 
@@ -225,6 +241,17 @@ def test_plots_are_drawn(cpu: report.Results, tmp_path: Path) -> None:
         drawn = (tmp_path / f"{name}.svg").read_text()
         assert "tal_fast" in drawn
         assert (report.FIGURES / f"{name}.svg").exists()
+
+
+@pytest.mark.gpu
+def test_graph_timer_agrees_with_a_copys_bandwidth() -> None:
+    device = torch.device("cuda")
+    once, twice = harness.copy_bandwidth(device, 512), harness.copy_bandwidth(device, 1024)
+    assert 0.8 < once / twice < 1.25
+    assert 1e11 < twice < 2e13
+    assert (
+        harness.sets_beyond_cache(device, 1 << 20) * (1 << 20) > 2 * torch.cuda.get_device_properties(0).L2_cache_size
+    )
 
 
 # ---- The whole ------------------------------------------------------------------------------------------------------
