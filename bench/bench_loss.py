@@ -151,8 +151,7 @@ def gate(what: object, run: Run, p: Problem, variant: str) -> None:
     agree(f"the gradient of {what}", grad, want_grad, 1e-2 if half else 1e-4)
 
 
-@pytest.mark.cases(FULL, SMOKE, gpu=GPU)
-@pytest.mark.benchmark(group="loss")
+@pytest.mark.cases(FULL, SMOKE, gpu=GPU, group="loss")
 def bench_loss(case: Case, measure: Callable[..., None], device: torch.device) -> None:
     torch._dynamo.reset()
     p = problem(case.B, case.C, case.dtype, device)
@@ -163,6 +162,6 @@ def bench_loss(case: Case, measure: Callable[..., None], device: torch.device) -
     measure(
         [lambda z=leaf: run(z) for leaf in leaves],  # type: ignore[misc]
         lambda: floor(leaves[0]),
-        threads=case.threads,
-        facts={**case.__dict__, "floor": "F.cross_entropy", "bytes": case.bytes},
+        case=case,
+        facts={"floor": "F.cross_entropy", "bytes": case.bytes},
     )

@@ -44,8 +44,7 @@ def scikit_learn(scores: Any, correct: Any) -> dict[str, float]:
     }
 
 
-@pytest.mark.cases(FULL, SMOKE)
-@pytest.mark.benchmark(group="metrics")
+@pytest.mark.cases(FULL, SMOKE, group="metrics")
 def bench_metrics(case: Case, measure: Callable[..., None]) -> None:
     random = np.random.default_rng(0)
     correct = (random.random(case.n) < 0.8).astype(np.int64)
@@ -58,6 +57,6 @@ def bench_metrics(case: Case, measure: Callable[..., None]) -> None:
     measure(
         [lambda: run(scores, correct)],
         lambda: np.argsort(-scores, kind="stable"),
-        threads=1,
-        facts={**case.__dict__, "floor": "one stable sort"},
+        case=case,
+        facts={"floor": "one stable sort"},
     )

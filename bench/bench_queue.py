@@ -9,7 +9,6 @@ index.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -126,8 +125,7 @@ def make_peer(name: str, queue: FeatureQueue) -> Callable[[Tensor, Tensor], Tens
     return grow
 
 
-@pytest.mark.cases(FULL, SMOKE)
-@pytest.mark.benchmark(group="queue", timer=time.thread_time)
+@pytest.mark.cases(FULL, SMOKE, group="queue")
 def bench_queue(case: Case, measure: Callable[..., None]) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -159,9 +157,8 @@ def bench_queue(case: Case, measure: Callable[..., None]) -> None:
     measure(
         [lambda: step(*batch)],
         write,
-        threads=1,
-        facts={**case.__dict__, "floor": "B entries written by index", "clock": "CPU time of the thread"},
+        case=case,
+        facts={"floor": "B entries written by index"},
         prepare=prepare,
         rounds=max(1000, -(-case.N // (10 * case.B))) if amortised else None,
-        timer=time.thread_time,
     )

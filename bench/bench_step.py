@@ -145,8 +145,7 @@ def differentiated(step: Step, leaf: Tensor, features: Tensor, labels: Tensor) -
     return lambda: torch.autograd.grad(step(leaf, features, labels), leaf)
 
 
-@pytest.mark.cases(FULL, SMOKE, gpu=GPU)
-@pytest.mark.benchmark(group="step")
+@pytest.mark.cases(FULL, SMOKE, gpu=GPU, group="step")
 def bench_step(case: Case, measure: Callable[..., None], device: torch.device) -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -154,5 +153,5 @@ def bench_step(case: Case, measure: Callable[..., None], device: torch.device) -
     inputs, labels, prepare = make_inputs(case, gate(case, step, device), device)
     calls = [differentiated(step, *each, labels) for each in inputs]
     floor = differentiated(lambda z, f, y: F.cross_entropy(z.float(), y), *inputs[0], labels)
-    facts = {**case.__dict__, "floor": "F.cross_entropy", "bytes": case.bytes}
-    measure(calls, floor, threads=case.threads, facts=facts, prepare=prepare)
+    facts = {"floor": "F.cross_entropy", "bytes": case.bytes}
+    measure(calls, floor, case=case, facts=facts, prepare=prepare)

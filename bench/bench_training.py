@@ -72,13 +72,12 @@ def make_training(
     return step
 
 
-@pytest.mark.cases(FULL, SMOKE, gpu=GPU)
-@pytest.mark.benchmark(group="training")
+@pytest.mark.cases(FULL, SMOKE, gpu=GPU, group="training")
 def bench_training(case: Case, measure: Callable[..., None], device: torch.device) -> None:
     torch.set_num_threads(case.threads)
     tal = make_training(case, case.method, device)
     plain = make_training(case, case.method, device, backend="reference")
     agree(f"the loss of {case}", torch.stack([tal(), tal()]), torch.stack([plain(), plain()]), 1e-3)
     del plain
-    facts = {**case.__dict__, "floor": "the same step with cross-entropy"}
-    measure([tal], make_training(case, "ce", device), threads=case.threads, facts=facts, rounds=ROUNDS)
+    facts = {"floor": "the same step with cross-entropy"}
+    measure([tal], make_training(case, "ce", device), case=case, facts=facts, rounds=ROUNDS)

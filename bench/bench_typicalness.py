@@ -135,8 +135,7 @@ def gate(what: object, got: Tensor, p: Problem) -> None:
         raise AssertionError(f"the distance of {what} is off by {error:.1e} (limit 2e-06); not timed")
 
 
-@pytest.mark.cases(FULL, SMOKE, gpu=GPU)
-@pytest.mark.benchmark(group="typicalness")
+@pytest.mark.cases(FULL, SMOKE, gpu=GPU, group="typicalness")
 def bench_typicalness(case: Case, measure: Callable[..., None], device: torch.device) -> None:
     p = problem(case.B, case.D, case.N, case.dtype, device)
     torch.set_num_threads(case.threads)
@@ -144,12 +143,12 @@ def bench_typicalness(case: Case, measure: Callable[..., None], device: torch.de
     gate(case, run(p.features), p)
     read = case.B * case.D * p.features.element_size()
     sets = [p.features.clone() for _ in range(sets_beyond_cache(device, read))]
-    facts = {**case.__dict__, "floor": "torch.std_mean", "bytes": read}
+    facts = {"floor": "torch.std_mean", "bytes": read}
     if case.peer != "tal_fast" or p.queue.index is None:
         facts["operations"] = OPERATIONS_A_PAIR * case.B * case.N
     measure(
         [lambda f=features: run(f) for features in sets],  # type: ignore[misc]
         lambda: torch.std_mean(sets[0], dim=1),
-        threads=case.threads,
+        case=case,
         facts=facts,
     )

@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cases(full, smoke, gpu=None): the sizes a benchmark runs at")
+    config.addinivalue_line("markers", "cases(full, smoke, group, gpu=None): the sizes a benchmark runs at")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -51,9 +51,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     full, smoke = mark.args
     cases = smoke if metafunc.config.getoption("size") == "smoke" else full
-    if metafunc.config.getoption("device") == "cuda" and metafunc.config.getoption("size") == "full":
-        cases = mark.kwargs.get("gpu") or full
-    metafunc.parametrize("case", cases, ids=str)
+    on_gpu = metafunc.config.getoption("device") == "cuda"
+    if on_gpu and metafunc.config.getoption("size") == "full":
+        cases = mark.kwargs.get("gpu", ())
+    metafunc.parametrize(
+        "case",
+        [
+            pytest.param(case, marks=pytest.mark.benchmark(group=mark.kwargs["group"], timer=timer_of(case, on_gpu)))
+            for case in cases
+        ],
+        ids=str,
+    )
+
+
+def timer_of(case: Any, on_gpu: bool = False) -> Callable[[], float]:
+    """CPU time where one thread does the work: other processes do not lengthen it, and they would lengthen a slow
+    peer's runs, which they always interrupt, more than a fast one's. The wall clock elsewhere."""
+    return time.perf_counter if on_gpu or getattr(case, "threads", 1) > 1 else time.thread_time
 
 
 @pytest.fixture(scope="session")
@@ -78,33 +92,35 @@ class Measure:
         calls: list[Callable[[], object]],
         floor: Callable[[], object],
         *,
-        threads: int,
+        case: Any,
         facts: dict[str, Any],
         prepare: Callable[[], object] | None = None,
         rounds: int | None = None,
-        timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Time one peer.
 
         Args:
             calls: the same work on different sets of inputs. On the CPU there is one set.
             floor: the least that any implementation has to do, or what the peer is measured against.
-            threads: PyTorch's, for both.
-            facts: what describes the work, for the result file; ``bytes`` and ``operations`` of one call also as
+            case: what the benchmark was called with; its fields go into the result file, its ``threads`` (1 if it has
+                none) are PyTorch's.
+            facts: what else describes the work, for the result file; ``bytes`` and ``operations`` of one call also as
                 shares of what the machine can do.
             prepare: made before each run, untimed.
             rounds: exactly so many runs, instead of as many as fit into the time.
-            timer: the floor's clock; the peer's is ``pytest.mark.benchmark(timer=...)``.
         """
         if self.benchmark.disabled:
             return
+        threads, timer = getattr(case, "threads", 1), timer_of(case)
         with threads_set_to(threads):
             limit = limits(self.device, threads)
             if self.device.type == "cuda":
                 seconds, ratio = self._on_gpu(calls, floor), {}
             else:
                 seconds, ratio = self._on_cpu(calls[0], floor, prepare, rounds, timer)
-        info: dict[str, Any] = {**facts, "threads": threads, **percentiles(seconds), **ratio}
+        clock_name = "CPU time" if timer is time.thread_time else "wall"
+        info: dict[str, Any] = {**case.__dict__, **facts, "threads": threads, "clock": clock_name}
+        info |= {**percentiles(seconds), **ratio}
         info["mean_ms"] = sum(seconds) / len(seconds) * 1e3
         p20 = info["p20_ms"] / 1e3
         if "bytes" in facts:
@@ -124,7 +140,9 @@ class Measure:
     ) -> tuple[list[float], dict[str, float]]:
         prepare = prepare or (lambda: None)
         prepare()
-        once = clock(run, 1)[0]  # a first run is warm-up
+        once = clock(run, 1, timer)[0]
+        if once < 0.1:
+            once = min(clock(run, 5, timer))
         if rounds is None:
             rounds = min(1000, max(2 if once > 2 else BLOCK, math.ceil(self.seconds / once)))
         floors: list[list[float]] = []
