@@ -160,7 +160,7 @@ def bench_loss(case: Case, measure: Callable[..., None], device: torch.device) -
     leaves = [p.logits.clone().requires_grad_() for _ in range(sets_beyond_cache(device, case.bytes // 2))]
     floor = cross_entropy(p)
     measure(
-        [lambda z=leaf: run(z) for leaf in leaves],  # type: ignore[misc]
+        [lambda z=leaf: run(z) for leaf in leaves],
         lambda: floor(leaves[0]),
         case=case,
         facts={"floor": "F.cross_entropy", "bytes": case.bytes},

@@ -77,7 +77,12 @@ def make_step(case: Case, device: torch.device, backend: str = "auto") -> Step:
     torch.manual_seed(1)
     if case.peer == "list_queue":
         plain = ListQueueTAL(case.N)
-        fill(lambda mean, std: (plain.means.extend(mean.tolist()), plain.stds.extend(std.tolist())), case.N)
+
+        def push(mean: Tensor, std: Tensor) -> None:
+            plain.means += mean.tolist()
+            plain.stds += std.tolist()
+
+        fill(push, case.N)
         return plain
     of_reference = case.peer.startswith("reference")
     loss = TALLoss(

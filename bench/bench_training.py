@@ -19,7 +19,7 @@ from tal_fast.models import build_model
 
 @dataclass(frozen=True)
 class Case:
-    method: str
+    method: Literal["tal"]
     model: str
     B: int
     C: int
@@ -44,7 +44,7 @@ EPOCHS = 100  # of the run that the steps belong to; the step is one after warm-
 
 
 def make_training(
-    case: Case, method: str, device: torch.device, backend: Literal["auto", "reference"] = "auto"
+    case: Case, method: Literal["ce", "tal"], device: torch.device, backend: Literal["auto", "reference"] = "auto"
 ) -> Callable[[], Tensor]:
     """A step that returns its loss. All get the same weights, images and queue."""
     torch.manual_seed(0)

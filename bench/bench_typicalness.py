@@ -147,7 +147,7 @@ def bench_typicalness(case: Case, measure: Callable[..., None], device: torch.de
     if case.peer != "tal_fast" or p.queue.index is None:
         facts["operations"] = OPERATIONS_A_PAIR * case.B * case.N
     measure(
-        [lambda f=features: run(f) for features in sets],  # type: ignore[misc]
+        [lambda f=features: run(f) for features in sets],
         lambda: torch.std_mean(sets[0], dim=1),
         case=case,
         facts=facts,

@@ -114,8 +114,9 @@ class Measure:
         threads, timer = getattr(case, "threads", 1), timer_of(case)
         with threads_set_to(threads):
             limit = limits(self.device, threads)
+            ratio: dict[str, float] = {}
             if self.device.type == "cuda":
-                seconds, ratio = self._on_gpu(calls, floor), {}
+                seconds = self._on_gpu(calls, floor)
             else:
                 seconds, ratio = self._on_cpu(calls[0], floor, prepare, rounds, timer)
         clock_name = "CPU time" if timer is time.thread_time else "wall"

@@ -224,14 +224,15 @@ def graphed_training(bench: Bench) -> dict[str, Any]:
     from tal_fast.config import Config, load_config
     from tal_fast.trainer import Trainer
 
-    options = [field.name for field in dataclasses.fields(Config) if "graph" in field.name]
+    options: list[Any] = [field.name for field in dataclasses.fields(Config) if "graph" in field.name]
     if not options:
         return {"skipped": "the trainer has no CUDA-graph mode"}
     losses = []
     for on in (False, True):
         with tempfile.TemporaryDirectory() as folder:
             config = dataclasses.replace(load_config("digits-tal"), epochs=3, output=folder, progress="none")
-            trainer = Trainer(dataclasses.replace(config, **{options[0]: on}))
+            changed: dict[str, Any] = {options[0]: on}
+            trainer = Trainer(dataclasses.replace(config, **changed))
             trainer.fit()
             losses.append([row["train_loss"] for row in trainer.history])
     return {"option": options[0], "losses": losses, "same": losses[0] == losses[1]}

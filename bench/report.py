@@ -71,6 +71,10 @@ def ms(value: float | None) -> str:
     return f"{significant(value)} ms" if value < 1e3 else f"{significant(value / 1e3)} s"
 
 
+def p20(row: Row | None) -> str:
+    return ms(row["p20_ms"] if row else None)
+
+
 def significant(value: float, digits: int = 3) -> str:
     """To so many significant digits, without an exponent."""
     if value == 0:
@@ -153,7 +157,7 @@ def step_table(results: Results) -> str:
                 continue
             rows.append((
                 ", ".join(f"{n:,}" for n in size), str(threads),
-                *(ms(r and r["p20_ms"]) for r in found.values()),
+                *(p20(r) for r in found.values()),
                 ms(released["floor_p20_ms"]),
                 f"{times(slow['p20_ms'] / released['p20_ms'])} faster",
                 times(released["p20_ms"] / released["floor_p20_ms"]),
@@ -187,7 +191,7 @@ def loss_table(results: Results) -> str:
         if paper is None:
             continue
         rows.append((
-            f"{shape[0]:,} x {shape[1]:,}", shape[2], str(shape[3]), *(ms(r and r["p20_ms"]) for r in found.values()),
+            f"{shape[0]:,} x {shape[1]:,}", shape[2], str(shape[3]), *(p20(r) for r in found.values()),
             ms(paper["floor_p20_ms"]), times(paper["p20_ms"] / paper["floor_p20_ms"]), percent(paper["share_of_copy"]),
         ))  # fmt: skip
     head = ("B x C", "type", "threads", *(NAMES[p] for p in peers), "cross-entropy", "`paper` over it", "of copy")
@@ -199,9 +203,7 @@ def typicalness_table(results: Results) -> str:
     rows = []
     for n in sorted({r["N"] for r in results.find("typicalness", B=128, D=512)}):
         found = [results.one("typicalness", peer=p, B=128, D=512, N=n, dtype="float32") for p in peers]
-        rows.append(
-            (f"{n:,}", *(ms(r and r["p20_ms"]) for r in found), percent((found[1] or {}).get("share_of_arithmetic")))
-        )
+        rows.append((f"{n:,}", *(p20(r) for r in found), percent((found[1] or {}).get("share_of_arithmetic"))))
     return table(("N", *(NAMES[p] for p in peers), "brute force, of arithmetic"), rows)
 
 
@@ -216,7 +218,9 @@ def typicalness_sweep_table(results: Results) -> str:
 
 def queue_cost(row: Row | None) -> float | None:
     """Milliseconds a step: the mean where upkeep is rare and long, the median elsewhere."""
-    return row and row["mean_ms" if row["peer"] == "index" else "p50_ms"]
+    if row is None:
+        return None
+    return row["mean_ms" if row["peer"] == "index" else "p50_ms"]
 
 
 def queue_table(results: Results) -> str:
@@ -264,7 +268,7 @@ def training_table(results: Results) -> str:
 
 def metrics_table(results: Results) -> str:
     rows = [
-        (f"{r['n']:,}", NAMES.get(r["peer"], r["peer"]), ms(r["p20_ms"]), times(r["ratio"]))
+        (f"{r['n']:,}", str(NAMES.get(r["peer"], r["peer"])), p20(r), times(r["ratio"]))
         for r in results.find("metrics")
     ]
     return table(("samples", "what", "p20", "over one sort"), rows)
@@ -359,7 +363,13 @@ def plot(cpu: Results, folder: Path) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    style = {"svg.hashsalt": "tal-fast", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+    style: Any = {
+        "svg.hashsalt": "tal-fast",
+        "svg.fonttype": "none",
+        "font.size": 9,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(style):
         for name, draw in (("loss", draw_loss), ("typicalness", draw_typicalness), ("queue", draw_queue)):
