@@ -33,13 +33,12 @@ class Case:
 
 
 FULL = [
-    Case("tal", "cifar_resnet20", 128, 100, 32, 30_000, threads=1),
-    Case("tal", "cifar_resnet20", 128, 100, 32, 30_000, threads=2),
-    Case("tal", "resnet18", 16, 1000, 224, 880_880, threads=2),
+    *(Case("tal", "cifar_resnet20", 64, 100, 32, 30_000, threads=t) for t in (1, 2)),
+    Case("tal", "resnet18", 8, 1000, 224, 880_880, threads=2),
 ]
 SMOKE = [Case("tal", "cifar_resnet20", 16, 100, 32, 30_000)]
 GPU = [Case("tal", "resnet50", 256, 1000, 224, 880_880, dtype="bfloat16")]
-ROUNDS = 30
+ROUNDS = 20
 EPOCHS = 100  # of the run that the steps belong to; the step is one after warm-up
 
 

@@ -30,8 +30,11 @@ from bench.harness import (
     threads_set_to,
 )
 
-SECONDS = {"smoke": 0.5, "full": 1.0}
-"""Most time spent on the runs of one benchmark, but at least one block is made."""
+SECONDS = 0.5
+"""Spent on the runs of one benchmark, where it makes no more than 1,000 runs of it."""
+
+FEWEST = 3
+"""Runs of a benchmark, and of its floor in a turn, that take longer."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,22 +73,27 @@ def timer_of(case: Any, on_gpu: bool = False) -> Callable[[], float]:
     return time.perf_counter if on_gpu or getattr(case, "threads", 1) > 1 else time.thread_time
 
 
+def runs_in(seconds: float, once: float, most: int) -> int:
+    """How many runs fit, within ``FEWEST`` and ``most``."""
+    return max(FEWEST, min(most, math.ceil(seconds / once)))
+
+
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
     return torch.device(pytestconfig.getoption("device"))
 
 
 @pytest.fixture
-def measure(benchmark: Any, device: torch.device, pytestconfig: pytest.Config) -> Callable[..., None]:
+def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
     """Times a peer that has passed its gate; see ``Measure.__call__``."""
-    return Measure(benchmark, device, SECONDS[pytestconfig.getoption("size")])
+    return Measure(benchmark, device)
 
 
 class Measure:
     """One benchmark: the peer's runs, in turns with its floor's."""
 
-    def __init__(self, benchmark: Any, device: torch.device, seconds: float) -> None:
-        self.benchmark, self.device, self.seconds = benchmark, device, seconds
+    def __init__(self, benchmark: Any, device: torch.device) -> None:
+        self.benchmark, self.device = benchmark, device
 
     def __call__(
         self,
@@ -145,19 +153,20 @@ class Measure:
         if once < 0.1:
             once = min(clock(run, 5, timer))
         if rounds is None:
-            rounds = min(1000, max(2 if once > 2 else BLOCK, math.ceil(self.seconds / once)))
+            rounds = runs_in(SECONDS, once, 1000)
+        floor_runs = runs_in(SECONDS / 10, clock(floor, 1, timer)[0], BLOCK)
         floors: list[list[float]] = []
         count = 0
 
         def setup() -> None:
             nonlocal count
             if count % BLOCK == 0:
-                floors.append(clock(floor, BLOCK, timer))
+                floors.append(clock(floor, floor_runs, timer))
             count += 1
             prepare()
 
         self.benchmark.pedantic(run, setup=setup, rounds=rounds)
-        floors.append(clock(floor, BLOCK, timer))
+        floors.append(clock(floor, floor_runs, timer))
         seconds = list(self.benchmark.stats.stats.data)
         floor_times = percentiles([t for block in floors for t in block])
         return seconds, {"floor_p20_ms": floor_times["p20_ms"], **ratio_to_floor(seconds, floors)}
