@@ -43,7 +43,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
 
 
+ENVIRONMENT = pytest.StashKey[dict[str, Any]]()
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ENVIRONMENT] = environment()  # of the start: by the end the working tree may have changed
     config.addinivalue_line("markers", "cases(full, smoke, group, gpu=None): the sizes a benchmark runs at")
 
 
@@ -195,7 +199,7 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.clear()  # a host's name is nobody's business
-    machine_info.update(environment())
+    machine_info.update(config.stash[ENVIRONMENT])
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
