@@ -48,7 +48,6 @@ ENVIRONMENT = pytest.StashKey[dict[str, Any]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ENVIRONMENT] = environment()  # of the start: by the end the working tree may have changed
-    config.addinivalue_line("markers", "cases(full, smoke, group, gpu=None): the sizes a benchmark runs at")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
