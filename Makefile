@@ -9,6 +9,7 @@ CONSTRAINTS ?= -c constraints.txt
 EXTRAS := $(if $(filter Linux,$(shell uname -s)),dev$(comma)dali,dev)
 BIN := $(VENV)/bin
 RUNS ?= runs
+BENCHMARKS ?= step loss typicalness queue training metrics
 
 .PHONY: setup demo test lint kernels-check bench-smoke bench clean
 
@@ -54,7 +55,9 @@ bench-smoke: setup
 
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only --size smoke --benchmark-json=bench/results/cpu-smoke.json -q
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/cpu.json -q
+	for part in $(BENCHMARKS); do \
+	    $(BIN)/python -m pytest bench/bench_$$part.py --benchmark-only --benchmark-json=bench/results/cpu/$$part.json -q || exit 1; \
+	done
 	$(BIN)/python -m bench.report
 
 clean:

@@ -56,7 +56,7 @@ FULL = [
         for size in ((32, 100, 64, 30_000), (1024, 100, 64, 30_000), (128, 10, 512, 1_000))
         for peer in EAGER[2:]
     ),
-    Case("released", 128, 1000, 512, 10_000_000),
+    Case("released", 32, 1000, 512, 10_000_000),
 ]
 SMOKE = [Case(peer, *CIFAR) for peer in ("list_queue", "reference", "released", "paper")]
 GPU = [

@@ -1,10 +1,11 @@
-"""pytest-benchmark, with what these benchmarks add: a floor timed in turns, the correctness gate, limits, a JSON file.
+"""pytest-benchmark, with what these benchmarks add: a floor timed in turns, limits, and a result file small enough to keep.
 
-python -m pytest bench --benchmark-only --benchmark-json=OUT       everything, some 10 minutes on two cores
-python -m pytest bench --benchmark-only --size smoke               seconds
-python -m pytest bench/bench_loss.py --benchmark-only -k C1000     one part
-python -m pytest bench --benchmark-disable                         only whether all agree with the reference
-python -m pytest bench --benchmark-only --device cuda              by CUDA graph replay, on a GPU
+``make bench`` runs every part and writes bench/results/. By hand::
+
+    python -m pytest bench --benchmark-only --size smoke                              seconds
+    python -m pytest bench/bench_loss.py --benchmark-only --benchmark-json=FILE -k C1000     one part, or less
+    python -m pytest bench --benchmark-disable                                        only the gates
+    python -m pytest bench --benchmark-only --device cuda                             by CUDA graph replay, on a GPU
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from bench.harness import (
     CannotRun,
     GraphTimer,
     clock,
+    clock_of,
     environment,
     limits,
     percentiles,
@@ -60,20 +62,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     on_gpu = metafunc.config.getoption("device") == "cuda"
     if on_gpu and metafunc.config.getoption("size") == "full":
         cases = mark.kwargs.get("gpu", ())
-    metafunc.parametrize(
-        "case",
-        [
-            pytest.param(case, marks=pytest.mark.benchmark(group=mark.kwargs["group"], timer=timer_of(case, on_gpu)))
-            for case in cases
-        ],
-        ids=str,
-    )
+    parameters = []
+    for case in cases:
+        timer = time.perf_counter if on_gpu else clock_of(threads_of(case))
+        parameters.append(pytest.param(case, marks=pytest.mark.benchmark(group=mark.kwargs["group"], timer=timer)))
+    metafunc.parametrize("case", parameters, ids=str)
 
 
-def timer_of(case: Any, on_gpu: bool = False) -> Callable[[], float]:
-    """CPU time where one thread does the work: other processes do not lengthen it, and they would lengthen a slow
-    peer's runs, which they always interrupt, more than a fast one's. The wall clock elsewhere."""
-    return time.perf_counter if on_gpu or getattr(case, "threads", 1) > 1 else time.thread_time
+def threads_of(case: Any) -> int:
+    return getattr(case, "threads", 1)
 
 
 def runs_in(seconds: float, once: float, most: int) -> int:
@@ -122,7 +119,8 @@ class Measure:
         """
         if self.benchmark.disabled:
             return
-        threads, timer = getattr(case, "threads", 1), timer_of(case)
+        threads = threads_of(case)
+        timer = clock_of(threads)
         with threads_set_to(threads):
             limit = limits(self.device, threads)
             ratio: dict[str, float] = {}

@@ -72,7 +72,7 @@ def copy_bandwidth(device: torch.device, megabytes: int = 256) -> float:
     def copy() -> None:
         target.copy_(source)
 
-    taken = GraphTimer(device)([copy]) if device.type == "cuda" else clock(copy, 5)
+    taken = GraphTimer(device)([copy]) if device.type == "cuda" else clock(copy, 5, clock_of(torch.get_num_threads()))
     return 2 * source.numel() / float(np.percentile(taken, 20))
 
 
@@ -85,7 +85,10 @@ def arithmetic_rate(device: torch.device, size: int = 1024) -> float:
     def product() -> None:
         torch.mm(a, b, out=out)
 
-    taken = GraphTimer(device)([product] * 10) if device.type == "cuda" else clock(product, 10)
+    if device.type == "cuda":
+        taken = GraphTimer(device)([product] * 10)
+    else:
+        taken = clock(product, 10, clock_of(torch.get_num_threads()))
     return 2 * size**3 / float(np.percentile(taken, 20))
 
 
@@ -115,6 +118,12 @@ class threads_set_to:
 
 
 # ---- Clocks ---------------------------------------------------------------------------------------------------------
+
+
+def clock_of(threads: int) -> Callable[[], float]:
+    """CPU time where one thread does the work: other processes do not lengthen it, and they would lengthen a slow
+    peer's runs, which they always interrupt, more than a fast one's. The wall clock where more threads do."""
+    return time.perf_counter if threads > 1 else time.thread_time
 
 
 def clock(run: Callable[[], object], repeats: int, timer: Callable[[], float] = time.perf_counter) -> list[float]:

@@ -1,6 +1,6 @@
 """Tables and plots of the committed results: ``python -m bench.report``.
 
-Reads bench/results/cpu.json, and gpu.json where there is one; writes the tables of README.md and docs/performance.md
+Reads bench/results/cpu/*.json, and gpu.json where there is one; writes the tables of README.md and docs/performance.md
 between their markers, and docs/figures/*.svg. The same results always give the same text. ``--check`` writes nothing
 and exits with 1 where a table is not what the results say.
 """
@@ -45,11 +45,23 @@ Row = dict[str, Any]
 
 
 class Results:
-    """The benchmarks of one file, to be asked for by what they measured."""
+    """The benchmarks of some files, to be asked for by what they measured."""
 
-    def __init__(self, result: dict[str, Any]) -> None:
-        self.raw = result
-        self.rows: list[Row] = result["benchmarks"]
+    def __init__(self, files: list[dict[str, Any]]) -> None:
+        self.files = files
+        self.rows: list[Row] = [row for file in files for row in file["benchmarks"]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        """Every JSON file of a folder.
+
+        Raises:
+            ValueError: there is none, or one does not count (``bench.compare.load``).
+        """
+        paths = sorted(folder.glob("*.json"))
+        if not paths:
+            raise ValueError(f"{folder} holds no results; make bench measures them")
+        return cls([load(path) for path in paths])
 
     def find(self, group: str, **facts: Any) -> list[Row]:
         return [r for r in self.rows if r["group"] == group and all(r.get(k) == v for k, v in facts.items())]
@@ -98,12 +110,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def source(results: Results) -> str:
-    """Where the figures come from."""
-    m = results.raw["machine_info"]
-    machine = m["gpu"] or f"{m['cpu']} ({m['vectors']}), {m['cores']} cores"
-    loads = [r["load"] for r in results.rows if "load" in r]
-    load_text = f"; load of the machine {min(loads):.1f} to {max(loads):.1f}" if loads else ""
-    return f"{machine}; Python {m['python']}, torch {m['torch']}; commit {m['commit']}{load_text}"
+    """Where the figures come from, in a sentence."""
+    info = [file["machine_info"] for file in results.files]
+    loads = [row["load"] for row in results.rows]
+    machines = sorted({f"{m['cpu']} ({m['vectors']}), {m['cores']} cores" for m in info})
+    versions = sorted({f"Python {m['python']}, torch {m['torch']}" for m in info})
+    commits = sorted({str(m["commit"]) for m in info})
+    return (
+        f"{'; '.join(machines)}; {'; '.join(versions)}; commit {', '.join(commits)}. One thread: CPU time; two: wall "
+        f"clock. Load of the machine, the benchmarks' own included: {min(loads):.1f} to {max(loads):.1f}."
+    )
 
 
 # ---- Tables ---------------------------------------------------------------------------------------------------------
@@ -111,12 +127,21 @@ def source(results: Results) -> str:
 STEP_PEERS = ("list_queue", "reference", "reference_compiled", "released", "paper")
 
 
+def limits_of(results: Results) -> list[dict[str, float]]:
+    """For each number of threads the fastest that any file has seen."""
+    found: dict[float, dict[str, float]] = {}
+    for limit in (x for file in results.files for x in file["limits"]):
+        best = found.setdefault(limit["threads"], dict(limit))
+        best.update({key: max(value, best[key]) for key, value in limit.items()})
+    return [found[threads] for threads in sorted(found)]
+
+
 def limits_table(results: Results) -> str:
     return table(
         ("threads", "copy, read + write", "float32 arithmetic (matrix product)"),
         (
             (str(x["threads"]), f"{x['copy_bytes_per_s'] / 1e9:.1f} GB/s", f"{x['flop_per_s'] / 1e9:.0f} GFLOP/s")
-            for x in results.raw["limits"]
+            for x in limits_of(results)
         ),
     )
 
@@ -127,7 +152,7 @@ H100_ISSUE = 132 * 128 * 1.755e9  # operations a second, one issue slot each
 
 def floors_table(results: Results) -> str:
     """The least time of each part: bytes over a copy's, comparisons over arithmetic's. Nothing here is a timing."""
-    one_thread = results.raw["limits"][0]
+    one_thread = limits_of(results)[0]
     rows = []
     for what, size, count in (
         ("loss, 128 x 100, float32", 2 * 128 * 100 * 4, 0),
@@ -437,7 +462,7 @@ def main() -> None:
     args = parser.parse_args()
     gpu_file = RESULTS / "gpu.json"
     try:
-        cpu = Results(load(RESULTS / "cpu.json"))
+        cpu = Results.read(RESULTS / "cpu")
     except ValueError as error:
         parser.error(str(error))
     gpu = json.loads(gpu_file.read_text()) if gpu_file.exists() else None

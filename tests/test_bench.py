@@ -183,7 +183,7 @@ def test_compare_commands_exit_codes(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cpu() -> report.Results:
-    return report.Results(compare.load(report.RESULTS / "cpu.json"))
+    return report.Results.read(report.RESULTS / "cpu")
 
 
 @pytest.mark.parametrize("page", report.PAGES, ids=lambda p: p.name)
@@ -196,14 +196,13 @@ def test_pages_are_in_step_with_the_committed_results(page: Path, cpu: report.Re
 
 
 def test_a_changed_figure_changes_the_page_and_a_second_run_changes_nothing(cpu: report.Results) -> None:
-    raw = copy.deepcopy(cpu.raw)
-    for row in raw["benchmarks"]:
-        if row.get("peer") == "list_queue":
-            row["p20_ms"] *= 2
+    changed = copy.deepcopy(cpu)
+    for row in changed.find("step", peer="list_queue"):
+        row["p20_ms"] *= 2
     text = (ROOT / "README.md").read_text()
-    once = report.fill_in(text, report.Results(raw), None)
+    once = report.fill_in(text, changed, None)
     assert once != text
-    assert report.fill_in(once, report.Results(raw), None) == once
+    assert report.fill_in(once, changed, None) == once
 
 
 def test_gpu_table_shows_wins_losses_and_what_did_not_run(cpu: report.Results) -> None:
