@@ -1,4 +1,4 @@
-"""pytest-benchmark, with what these benchmarks add: a floor timed in turns, limits, and a result file small enough to keep.
+"""pytest-benchmark, with what these benchmarks add: a floor timed in turns, limits, a file small enough to keep.
 
 ``make bench`` runs every part and writes bench/results/. By hand::
 
