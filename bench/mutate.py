@@ -156,7 +156,9 @@ def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[bool, float]:
     start = time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
-        raise SystemExit(f"pytest {' '.join(tests)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise SystemExit(
+            f"pytest {' '.join(tests)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
     return done.returncode == 0, time.perf_counter() - start
 
 
@@ -183,7 +185,9 @@ def try_mutation(folder: Path, mutation: Mutation) -> dict[str, object]:
     path = folder / mutation.file
     whole = path.read_text()
     if whole.count(mutation.old) != 1:
-        raise SystemExit(f"{mutation.name}: its text stands {whole.count(mutation.old)} times in {mutation.file}, not once")
+        raise SystemExit(
+            f"{mutation.name}: its text stands {whole.count(mutation.old)} times in {mutation.file}, not once"
+        )
     path.write_text(whole.replace(mutation.old, mutation.new))
     try:
         if mutation.file.startswith("csrc/"):

@@ -339,7 +339,9 @@ def may_overwrite(logits: Tensor, options: LossOptions) -> bool:
     if not options.inplace or torch.compiler.is_compiling():
         return False
     if logits.is_leaf:
-        raise ValueError("inplace=True would overwrite logits that are a leaf; pass what a layer gave, or inplace=False")
+        raise ValueError(
+            "inplace=True would overwrite logits that are a leaf; pass what a layer gave, or inplace=False"
+        )
     if logits.dtype == torch.float16:
         raise ValueError(
             "inplace=True would keep the gradient in float16, which loses what a gradient scaler has not yet multiplied; "
