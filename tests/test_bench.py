@@ -50,38 +50,6 @@ def test_list_queue_matches_the_golden_trace() -> None:
 # ---- Inputs, clocks, gates ------------------------------------------------------------------------------------------
 
 
-        [*command, "--size", "smoke", "-k", "C100 or index", f"--benchmark-json={out}", "-p", "no:cacheprovider"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = compare.load(out)
-    assert {"cpu", "torch", "commit", "load"} <= set(found["machine_info"])
-    assert found["limits"][0]["copy_bytes_per_s"] > 1e8
-    row = next(b for b in found["benchmarks"] if b["name"].startswith("bench_loss[paper-B128-C100-"))
-    assert row["bytes"] == 2 * 128 * 100 * 4
-    assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
-    assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
-
-
-@pytest.mark.parametrize("command", ["bench.loaders", "bench.metrics"])
-def test_other_benchmarks_run(command: str, tmp_path: Path) -> None:
-    out = tmp_path / "result.json"
-    done = subprocess.run(
-        [sys.executable, "-m", command, "--smoke", "--out", str(out)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(out.read_text())
-    assert {"cpu", "torch", "commit"} <= set(result["environment"])
-    assert result["results"]
-
-
 def test_features_are_renewed_in_place_and_lie_where_the_queue_does() -> None:
     fresh = FreshFeatures(4096, 256, torch.device("cpu"))
     features, before = fresh.features, fresh.features.mean(1)
@@ -293,6 +261,22 @@ def test_suite_runs_and_writes_its_results(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     command = [sys.executable, "-m", "pytest", "bench/bench_loss.py", "bench/bench_queue.py", "--benchmark-only", "-q"]
     done = subprocess.run(
+        [*command, "--size", "smoke", "-k", "C100 or index", f"--benchmark-json={out}", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = compare.load(out)
+    assert {"cpu", "torch", "commit", "load"} <= set(found["machine_info"])
+    assert found["limits"][0]["copy_bytes_per_s"] > 1e8
+    row = next(b for b in found["benchmarks"] if b["name"].startswith("bench_loss[paper-B128-C100-"))
+    assert row["bytes"] == 2 * 128 * 100 * 4
+    assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+    assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+
+
 @pytest.mark.parametrize("command", ["bench.loaders", "bench.metrics"])
 def test_other_benchmarks_run(command: str, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
