@@ -42,7 +42,7 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
     Returns:
         Plain values for JSON; times in ms, rates in images/s.
     """
-    trainers = {}
+    trainers: dict[str, Trainer] = {}
     names: tuple[Literal["ce", "tal"], ...] = ("ce", "tal")
     for name in names:
         own = copy.deepcopy(config)
