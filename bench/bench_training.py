@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from bench.batches import fill
 from bench.harness import agree
-from tal_fast.config import MethodConfig, ModelConfig
+from tal_fast.config import MethodConfig, ModelConfig, OptimConfig
+from tal_fast.execution import Execution
 from tal_fast.methods import build_method
 from tal_fast.models import build_model
+from tal_fast.optim import build_optimizer
+from tal_fast.step import TrainStep
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,19 @@ def make_training(
     images = torch.randn(case.B, 3, case.side, case.side, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(case.C, (case.B,), device=device)
     loss_fn: Any = build_method(MethodConfig(method, queue_size=case.N, backend=backend), EPOCHS).to(device)
+    loss_fn.start_epoch(EPOCHS - 1)
     for part in loss_fn.modules():
         if hasattr(part, "queue"):
             fill(part.queue.push, case.N, device)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-    if device.type == "cuda":
-        network.compile()
+    optimizer = build_optimizer(OptimConfig(lr=0.01), network)
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if case.dtype == "bfloat16" else None
+    train_step = TrainStep(network, loss_fn, Execution(device, dtype, compile=on_gpu, channels_last=True))
+    if on_gpu:
+        train_step.compile()
 
     def step() -> Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=case.dtype == "bfloat16"):
-            logits, features = network(images)
-        loss = loss_fn(logits, features, labels, EPOCHS - 1).loss
+        loss, _ = train_step(images, labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
