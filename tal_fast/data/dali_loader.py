@@ -60,25 +60,27 @@ class DaliSource:
         requests, step = self._requests, start_step
         while step < len(self._plan):
             requests.epoch, requests.start_step = epoch, step
-            # Kept only once the epoch is through: an epoch left early leaves its next steps in the pipeline.
-            ready, self._ready = self._ready, None
-            if ready is not None and ready[0] == image_size:
-                iterator = ready[1]
-                iterator.reset()  # not before now: it asks for the first steps at once
-            else:
-                iterator = self._build(image_size)  # takes some 40 ms
-            del ready
+            iterator = None
             try:
+                iterator = self._iterator(image_size)
                 for (outputs,) in iterator:
                     batch, unreadable = requests.pending.popleft()
                     yield Step(outputs["images"], torch.from_numpy(batch.indices), unreadable)
                     step += 1
             except RuntimeError:  # ends the pipeline, and does not say which file it was
-                del iterator
+                iterator = None
                 if not self._find_suspects([batch for batch, _ in requests.pending]):
                     raise
                 continue
+            # Kept only once the epoch is through: an epoch left early leaves its next steps in the pipeline.
             self._ready = image_size, iterator
+
+    def _iterator(self, image_size: int) -> Any:
+        ready, self._ready = self._ready, None
+        if ready is None or ready[0] != image_size:
+            return self._build(image_size)  # takes some 40 ms
+        ready[1].reset()  # not before now: it asks for the first steps at once
+        return ready[1]
 
     def close(self) -> None:
         """See ``Source``."""
