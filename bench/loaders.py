@@ -1,8 +1,8 @@
 """Images a second of the loaders on JPEGs of ImageNet's size: ``python -m bench.loaders``.
 
 Training batches of 224 x 224 with random crops and mirroring, normalised float32, with the same number of workers: this
-package's DALI and torch loaders, and the pipeline DALI's documentation builds on its own file reader. They take turns,
-an epoch without the clock before each, which empties what was read ahead while others ran.
+package's DALI and torch loaders, the pipeline DALI's documentation builds on its own file reader, and images in memory.
+They take turns, an epoch without the clock before each, which empties what was read ahead while others ran.
 
 The images are cut out of scikit-learn's two sample photos, at random, and saved with quality 90.
 """
@@ -46,10 +46,9 @@ def make_images(root: Path, count: int) -> None:
         image.save(folder / f"{i:05}.jpg", quality=90)
 
 
-def own_loader(root: Path, name: Any, batch_size: int, workers: int) -> Callable[[int], Iterator[Tensor]]:
+def own_loader(batch_size: int, **options: Any) -> Callable[[int], Iterator[Tensor]]:
     """Epoch -> its images, by a loader of this package."""
-    data = build_data(DataConfig(root=str(root), loader=name, workers=workers, image_size=SIZE))
-    loader = data.loader("train", batch_size=batch_size)
+    loader = build_data(DataConfig(image_size=SIZE, **options)).loader("train", batch_size=batch_size)
 
     def images(epoch: int) -> Iterator[Tensor]:
         loader.set_epoch(epoch)
@@ -149,11 +148,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_images(root, args.images)
-        contenders = {"torch": own_loader(root, "torch", args.batch, args.workers)}
+        files: dict[str, Any] = {"root": str(root), "workers": args.workers}
+        contenders = {
+            "synthetic": own_loader(args.batch, dataset="synthetic", crop_area=None, synthetic_images=args.images),
+            "torch": own_loader(args.batch, loader="torch", **files),
+        }
         if dali_loader.available():
             result["environment"]["dali"] = import_module("nvidia.dali").__version__
             result["difference_of_255"] = check_same(root)
-            contenders["dali"] = own_loader(root, "dali", args.batch, args.workers)
+            contenders["dali"] = own_loader(args.batch, loader="dali", **files)
             contenders["dali, its own reader"] = dali_reader(root, args.batch, args.workers)
         else:
             print("DALI is not installed: the torch loader alone")

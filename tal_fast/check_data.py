@@ -184,9 +184,16 @@ def _walk(root: str, below: str) -> Iterator[str]:
                 yield path
 
 
+def _printable(path: str) -> str:
+    """A path that any terminal takes, though it holds line breaks or bytes that are no UTF-8."""
+    return (
+        path.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="backslashreplace").replace("\n", "\\n")
+    )
+
+
 def _print_report(report: Report, root: Path) -> None:
     for finding in report.findings:
-        print(f"{finding.kind}: {os.path.join(root, finding.path)!s} ({finding.detail})")
+        print(f"{finding.kind}: {_printable(os.path.join(root, finding.path))} ({finding.detail})")
     counts = Counter(f.kind for f in report.findings)
     others = f", {report.others:,} other files" if report.others else ""
     print(f"{len(report.usable):,} usable images{others}")

@@ -137,6 +137,19 @@ def test_a_line_break_in_a_name_keeps_a_file_off_the_list(tmp_path: Path) -> Non
     assert [f.kind for f in report.problems] == ["odd name"]
 
 
+def test_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = b"odd\xff.png".decode(errors="surrogateescape")
+    for split in ("train", "val"):
+        (tmp_path / "images" / split / "cat").mkdir(parents=True)
+        picture(1).convert("CMYK").save(tmp_path / "images" / split / "cat" / name, format="TIFF")
+    out = tmp_path / "list.txt"
+    assert main([str(tmp_path / "images"), "--workers", "1", "--out", str(out)]) == 0
+    assert "odd\\xff.png" in capsys.readouterr().out
+    assert b"train/cat/odd\xff.png\n" in out.read_bytes()
+    data = build_data(DataConfig(root=str(tmp_path / "images"), file_list=str(out), workers=0, image_size=8))
+    assert len(next(iter(data.loader("train", batch_size=1)))[0]) == 1
+
+
 def test_mistakes_end_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for argv, sentence in (
         ([str(tmp_path / "nowhere")], "is not a folder"),

@@ -295,7 +295,9 @@ def _cifar(config: DataConfig) -> DataBundle:
         for dataset in cifar.LAYOUTS:
             if cifar.find_folder(dataset, path) is not None:
                 images, labels = cifar.read(dataset, path, "val")
-                return MemoryImages(_rgb_with_channels(images, config.channels), np.full(len(labels), OOD_LABEL))
+                return MemoryImages(
+                    _rgb_with_channels(images, config.channels), np.full(len(labels), OOD_LABEL, np.int64)
+                )
         return files.read_flat(Path(path), name)
 
     return DataBundle(

@@ -51,7 +51,8 @@ class DaliSource:
         self._files = files
         self._form = form
         self._workers = max(1, workers)
-        self._requests = _Requests(files, plan)
+        self._prober = _Prober(form)
+        self._requests = _Requests(files, plan, self._prober)
         self._ready: tuple[int, Any] | None = None  # the size of images and the iterator of an epoch that is through
 
     def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[Step, None, None]:
@@ -59,92 +60,60 @@ class DaliSource:
         requests, step = self._requests, start_step
         while step < len(self._plan):
             requests.epoch, requests.start_step = epoch, step
-            # Kept only once the epoch is through: an epoch left early leaves its next steps in the pipeline.
-            ready, self._ready = self._ready, None
-            if ready is not None and ready[0] == image_size:
-                iterator = ready[1]
-                iterator.reset()  # not before now: it asks for the first steps at once
-            else:
-                iterator = self._build(image_size)
-            del ready
+            iterator = None
             try:
+                iterator = self._iterator(image_size)
                 for (outputs,) in iterator:
-                    batch = requests.pending.popleft()
-                    yield Step(outputs["images"], torch.from_numpy(batch.indices), requests.unreadable_rows(batch))
+                    batch, unreadable = requests.pending.popleft()
+                    yield Step(outputs["images"], torch.from_numpy(batch.indices), unreadable)
                     step += 1
             except RuntimeError:  # ends the pipeline, and does not say which file it was
-                del iterator
-                if not self._find_unreadable(list(requests.pending)):
+                iterator = None
+                if not self._find_suspects([batch for batch, _ in requests.pending]):
                     raise
                 continue
+            # Kept only once the epoch is through: an epoch left early leaves its next steps in the pipeline.
             self._ready = image_size, iterator
+
+    def _iterator(self, image_size: int) -> Any:
+        ready, self._ready = self._ready, None
+        if ready is None or ready[0] != image_size:
+            return self._build(image_size)  # takes some 40 ms
+        ready[1].reset()  # not before now: it asks for the first steps at once
+        return ready[1]
 
     def close(self) -> None:
         """See ``Source``."""
         self._ready = None
+        self._prober.close()
 
-    def _find_unreadable(self, pending: list[Batch]) -> bool:
-        """Remember the files that do not decode in the first of the steps that has any; whether there is one."""
+    def _find_suspects(self, pending: list[Batch]) -> bool:
+        """Find the files that do not decode in the first of the steps that has any; whether there is one."""
         for find in (self._refused_by_pillow, self._refused_by_dali):  # the first is faster and says why
             for batch in pending:
                 found = find(batch)
-                self._requests.unreadable.update(found)
+                self._requests.suspects.update(found)
                 if found:
                     return True
         return False
 
     def _refused_by_pillow(self, batch: Batch) -> dict[int, str]:
-        indices = [int(i) for i in batch.indices if int(i) not in self._requests.unreadable]
+        paths, sizes = self._files.paths, self._files.sizes
         with ThreadPoolExecutor(self._workers) as pool:
-            problems = pool.map(lambda i: undecodable(self._files.paths[i], self._files.sizes[i]), indices)
-            return {i: problem for i, problem in zip(indices, problems, strict=True) if problem is not None}
+            problems = list(pool.map(lambda i: undecodable(paths[i], sizes[i]), batch.indices))
+        return {
+            int(i): problem
+            for i, box, problem in zip(batch.indices, batch.boxes, problems, strict=True)
+            if problem is not None and int(i) not in self._requests.suspects and self._prober.refusal(paths[i], box)
+        }
 
     def _refused_by_dali(self, batch: Batch) -> dict[int, str]:
-        dali: Any = import_module("nvidia.dali")
-        request: list[Any] = []
-
-        @dali.pipeline_def(
-            batch_size=1,
-            num_threads=1,
-            device_id=self._device_id(),
-            prefetch_queue_depth=1,
-            exec_async=False,
-            exec_pipelined=False,
-        )
-        def pipeline() -> Any:
-            paths, corners, sizes = dali.fn.external_source(source=lambda: request, num_outputs=3, batch=True)
-            return self._decode(dali, paths, corners, sizes)
-
-        found, decoder = {}, None
-        for row, index in enumerate(batch.indices):
-            if int(index) in self._requests.unreadable:
-                continue
-            path, box = self._files.paths[index], batch.boxes[row]
-            request[:] = [[_encoded(path)], [box[:2]], [box[2:]]]
-            try:
-                decoder = decoder or pipeline()
-                decoder.run()
-            except RuntimeError as error:
-                decoder = None
-                found[int(index)] = f"{path} cannot be decoded (by DALI: {_gist(error)})"
+        found = {}
+        for i, box in zip(batch.indices, batch.boxes, strict=True):
+            path = self._files.paths[i]
+            if int(i) not in self._requests.suspects and (reason := self._prober.refusal(path, box)):
+                found[int(i)] = f"{path} cannot be decoded (by DALI: {reason})"
         return found
-
-    def _device_id(self) -> int | None:
-        device = self._form.device
-        return (device.index or 0) if device.type == "cuda" else None
-
-    def _decode(self, dali: Any, paths: Any, corners: Any, sizes: Any) -> Any:
-        return dali.fn.decoders.image_slice(
-            dali.fn.io.file.read(paths),
-            corners,
-            sizes,
-            device="mixed" if self._form.device.type == "cuda" else "cpu",
-            axis_names="HW",
-            normalized_anchor=False,
-            normalized_shape=False,
-            output_type=dali.types.RGB if self._form.channels == 3 else dali.types.GRAY,
-            adjust_orientation=False,  # as Pillow, and as the sizes the boxes were drawn for
-        )
 
     def _build(self, image_size: int) -> Any:
         # Any: DALI makes its operators at import, out of sight of type checkers.
@@ -156,7 +125,7 @@ class DaliSource:
         @dali.pipeline_def(
             batch_size=self._plan.batch_size,
             num_threads=self._workers,
-            device_id=self._device_id(),
+            device_id=_device_id(form),
             prefetch_queue_depth=PREFETCH,
         )
         def pipeline() -> Any:
@@ -169,7 +138,7 @@ class DaliSource:
                 ndim=[1, 1, 1, 0],
             )
             images = fn.resize(
-                self._decode(dali, paths, corners, sizes),
+                _decode(dali, form, paths, corners, sizes),
                 resize_x=image_size,
                 resize_y=image_size,
                 interp_type=types.INTERP_LINEAR,
@@ -193,38 +162,87 @@ class DaliSource:
         )
 
 
+class _Prober:
+    """Decodes one file at a time, to find the one that ended a pipeline."""
+
+    def __init__(self, form: ImageFormat) -> None:
+        self._form = form
+        self._request: list[Any] = []
+        self._pipeline: Any = None
+
+    def refusal(self, path: str, box: np.ndarray) -> str | None:
+        """Why DALI cannot cut a box out of a file; None if it can."""
+        self._request[:] = [[_encoded(path)], [box[:2]], [box[2:]]]
+        try:
+            self._pipeline = self._pipeline or self._build()
+            self._pipeline.run()
+        except RuntimeError as error:
+            self._pipeline = None
+            return _gist(error)
+        return None
+
+    def close(self) -> None:
+        """End its thread; the next file starts one anew."""
+        self._pipeline = None
+
+    def _build(self) -> Any:
+        dali: Any = import_module("nvidia.dali")
+        form, request = self._form, self._request
+
+        @dali.pipeline_def(
+            batch_size=1,
+            num_threads=1,
+            device_id=_device_id(form),
+            prefetch_queue_depth=1,
+            exec_async=False,
+            exec_pipelined=False,
+        )
+        def pipeline() -> Any:
+            paths, corners, sizes = dali.fn.external_source(source=lambda: request, num_outputs=3, batch=True)
+            return _decode(dali, form, paths, corners, sizes)
+
+        return pipeline()
+
+
 class _Requests:
     """What DALI's external source asks for: an epoch's steps, from any on.
 
     Attributes:
         epoch, start_step: where the next iteration starts.
-        pending: the steps that were asked for and have not come out of the pipeline yet, oldest first.
-        unreadable: index -> sentence, of files that do not decode; a black image is read in the place of each.
+        pending: the steps that were asked for and have not come out of the pipeline yet, oldest first, each with
+            row -> sentence for the files in whose place a black image is read.
+        suspects: index -> sentence, of files that did not decode before. A truncated file may hold the box of another
+            epoch whole, so that each time DALI is asked: what a run gets does not depend on what it met earlier.
     """
 
-    def __init__(self, files: ImageFiles, plan: Plan) -> None:
+    def __init__(self, files: ImageFiles, plan: Plan, prober: _Prober) -> None:
         self._paths = files.paths
         self._plan = plan
+        self._prober = prober
         self._blank = _BlankFile()
         self.epoch, self.start_step = 0, 0
-        self.pending: deque[Batch] = deque()
-        self.unreadable: dict[int, str] = {}
+        self.pending: deque[tuple[Batch, dict[int, str]]] = deque()
+        self.suspects: dict[int, str] = {}
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         self.pending.clear()
         for batch in self._plan.batches(self.epoch, self.start_step):
-            self.pending.append(batch)
             boxes = batch.boxes.copy()
             paths = [_encoded(self._paths[i]) for i in batch.indices]
-            for row in self.unreadable_rows(batch):
+            unreadable = self._unreadable(batch)
+            for row in unreadable:
                 paths[row], boxes[row] = _encoded(self._blank.path), (0, 0, 1, 1)
+            self.pending.append((batch, unreadable))
             yield paths, np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:]), batch.mirror
 
-    def unreadable_rows(self, batch: Batch) -> dict[int, str]:
-        """Row -> sentence."""
-        if not self.unreadable:
+    def _unreadable(self, batch: Batch) -> dict[int, str]:
+        if not self.suspects:
             return {}
-        return {row: self.unreadable[int(i)] for row, i in enumerate(batch.indices) if int(i) in self.unreadable}
+        return {
+            row: self.suspects[int(i)]
+            for row, i in enumerate(batch.indices)
+            if int(i) in self.suspects and self._prober.refusal(self._paths[i], batch.boxes[row])
+        }
 
 
 class _BlankFile:
@@ -239,6 +257,25 @@ class _BlankFile:
             self._folder = tempfile.TemporaryDirectory(prefix="tal-fast-")
             Image.new("RGB", (1, 1)).save(Path(self._folder.name) / "black.png")
         return str(Path(self._folder.name) / "black.png")
+
+
+def _device_id(form: ImageFormat) -> int | None:
+    return (form.device.index or 0) if form.device.type == "cuda" else None
+
+
+def _decode(dali: Any, form: ImageFormat, paths: Any, corners: Any, sizes: Any) -> Any:
+    """Boxes of files, (height, width, channels) uint8."""
+    return dali.fn.decoders.image_slice(
+        dali.fn.io.file.read(paths),
+        corners,
+        sizes,
+        device="mixed" if form.device.type == "cuda" else "cpu",
+        axis_names="HW",
+        normalized_anchor=False,
+        normalized_shape=False,
+        output_type=dali.types.RGB if form.channels == 3 else dali.types.GRAY,
+        adjust_orientation=False,  # as Pillow, and as the sizes the boxes were drawn for
+    )
 
 
 def _encoded(path: str) -> np.ndarray:
