@@ -471,13 +471,13 @@ def lost_launcher(folder: Path, epochs: int = 20) -> Outcome:
     )
 
 
-def stop(folder: Path, number: signal.Signals, processes: int, epochs: int = 20) -> Outcome:
-    """A signal that asks to end: to the process, to torchrun (SIGTERM), or to one of its two ranks (SIGUSR1)."""
+def stop(folder: Path, number: signal.Signals, processes: int = 1, one_rank: bool = False, epochs: int = 20) -> Outcome:
+    """A signal that asks to end: to the process, to torchrun, or to one of its two ranks."""
     output = folder / "run"
-    with Job(folder, [*command(processes, ["tal_fast.train"]), *options(output, epochs)]) as job:
+    handled = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # by default all but the last
+    with Job(folder, [*command(processes, ["tal_fast.train"], handled), *options(output, epochs)]) as job:
         wait_for("a checkpoint", last(output).exists)
         before = steps_saved(output)
-        one_rank = processes > 1 and number == signal.SIGUSR1
         os.kill(job.ranks()[-1] if one_rank else job.process.pid, number)
         sent = time.time()
         done = job.end()
@@ -551,10 +551,11 @@ FAULTS: dict[str, Callable[..., Outcome]] = {
     "corrupt-image-dali": lambda folder: corrupt_image(folder, "dali"),
     "lost-rank": lost_rank,
     "lost-launcher": lost_launcher,
-    "sigterm": lambda folder: stop(folder, signal.SIGTERM, 1),
-    "sigterm-torchrun": lambda folder: stop(folder, signal.SIGTERM, 2),
-    "sigusr1": lambda folder: stop(folder, signal.SIGUSR1, 1),
-    "sigusr1-rank": lambda folder: stop(folder, signal.SIGUSR1, 2),
+    "sigterm": lambda folder: stop(folder, signal.SIGTERM),
+    "sigterm-torchrun": lambda folder: stop(folder, signal.SIGTERM, processes=2),
+    "sigusr1": lambda folder: stop(folder, signal.SIGUSR1),
+    "sigusr1-torchrun": lambda folder: stop(folder, signal.SIGUSR1, processes=2),
+    "sigusr1-rank": lambda folder: stop(folder, signal.SIGUSR1, processes=2, one_rank=True),
 }
 
 if __name__ == "__main__":
