@@ -99,10 +99,10 @@ def lower_limit(errors: int, samples: int, delta: float) -> float:
 def candidate_ranks(samples: int, risk: float, delta: float) -> Ints:
     """How many samples each candidate accepts at most, rising; known before scores and errors are.
 
-    √n/4 of them (4 to 64), evenly spaced from the fewest samples that could qualify, all right, to all. More would be
-    spaced more finely but bounded more loosely.
+    2.5 √(n · risk) of them (4 to 64), evenly spaced from the fewest samples that could qualify, all right, to all. More
+    would be spaced more finely but bounded more loosely, and n · risk is how many errors there are to tell them apart.
     """
-    count = min(max(math.ceil(math.sqrt(samples) / 4), 4), 64)
+    count = min(max(math.ceil(2.5 * math.sqrt(samples * risk)), 4), 64)
     fewest = math.ceil(math.log(delta / count) / math.log1p(-risk))
     if fewest > samples:
         return np.zeros(0, dtype=np.int64)

@@ -51,9 +51,9 @@ def test_the_risk_holds_over_1000_draws(n: int, risk: float, discrete: bool) -> 
         coverage.append(found.coverage)
     # At most delta, but for what 1,000 draws can show: one in 10,000 correct methods would fail.
     assert violations <= scipy.stats.binom.ppf(0.9999, 1000, delta)
-    # And it is no empty promise: the largest threshold within the risk covers 0.62, 0.61 and 0.28.
+    # And it is no empty promise: the lowest thresholds within the risk cover 0.84, 0.84 and 0.43.
     assert len(coverage) > 800
-    assert np.mean(coverage) > {400: 0.4, 3000: 0.2}[n]
+    assert np.mean(coverage) > {400: 0.5, 3000: 0.24}[n]
 
 
 def test_all_candidates_hold_at_once_where_the_risk_sits_on_the_edge() -> None:
@@ -86,16 +86,21 @@ def test_limits_at_the_ends() -> None:
     assert float(upper_limit(0, 59, 0.05)) == pytest.approx(1 - 0.05 ** (1 / 59))
 
 
-def test_chosen_by_hand() -> None:
-    # 100 right, surest first, then 20 wrong. Four candidates; 20 errors of 120 are too many for 20%.
+def test_chosen_by_the_binomial_tail() -> None:
+    # 100 right, surest first, then 20 wrong, so that the first r accepted have max(0, r - 100) errors.
     scores, correct = np.arange(120, 0, -1), np.arange(120) < 100
     found = choose_threshold(scores, correct, risk=0.2, confidence=0.9)
     ranks = calibrate.candidate_ranks(120, 0.2, 0.1)
-    assert ranks.tolist() == [17, 51, 86, 120]
-    assert (found.accepted, found.errors, found.candidates) == (86, 0, 4)
-    assert (scores > found.threshold).sum() == 86
-    assert found.bound == pytest.approx(1 - 0.025 ** (1 / 86))
-    assert found.coverage == 86 / 120
+    assert (len(ranks), ranks[-1], found.candidates) == (13, 120, 13)
+    # The fewest that could qualify: 0.8^22 is the first power below 0.1 / 13.
+    assert ranks[0] == 22
+    tail = scipy.stats.binom.cdf(np.maximum(ranks - 100, 0), ranks, 0.2)
+    assert found.accepted == ranks[tail <= 0.1 / 13].max()
+    assert 100 <= found.accepted < 120
+    assert found.errors == found.accepted - 100
+    assert (scores > found.threshold).sum() == found.accepted
+    assert scipy.stats.binom.cdf(found.errors, found.accepted, found.bound) == pytest.approx(0.1 / 13)
+    assert found.coverage == found.accepted / 120
     everything = choose_threshold(scores, np.ones(120), risk=0.2)
     assert (everything.threshold, everything.coverage) == (-math.inf, 1)
 
