@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tal_fast.storage import write_atomically
 
-FORMAT = 2
+FORMAT = 1
 """Of the files; raised when older code could not read them."""
 
 FOLDER, LAST, PREVIOUS, BEST = "checkpoints", "last.pt", "previous.pt", "best.pt"

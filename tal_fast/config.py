@@ -110,9 +110,9 @@ class ModelConfig:
     """The network.
 
     Attributes:
-        name: ``cifar_resnet8``, ``cifar_resnet20``, ``cifar_resnet18`` (for small images), or a classifier of
-            torchvision (``resnet18``, ``resnet50``, ...) or, where it is installed, of timm
-            (``timm:deit_small_patch16_224``).
+        name: ``cifar_resnet8``, ``cifar_resnet20``, ``cifar_resnet110``, ``cifar_resnet18`` (for small images), or a
+            classifier of torchvision (``resnet18``, ``resnet50``, ...) or, where it is installed, of timm
+            (``timm/deit_small_patch16_224``).
         width: channels of the first stage of a ``cifar_`` network; None: its paper's.
         compile: ``torch.compile`` the step: network, loss and all; None: on GPUs.
         channels_last: keep images and weights in channels-last memory order; None: on GPUs.
@@ -239,7 +239,8 @@ class Config:
         cuda_graphs: replay forward, backward and update as one CUDA graph; for one GPU, not with float16.
         checkpoint_every_steps: save inside an epoch too, after every so many steps; None: after each epoch only.
         keep_every_epochs: keep the checkpoint of every so many epochs beside the last two and the best; None: none.
-        log: beside metrics.csv: ``tensorboard``, ``wandb``, ``all`` or ``none``.
+        logger: beside metrics.csv: ``tensorboard``, ``wandb``, ``all`` or ``none``. ``--log`` is short for it, but not
+            under torchrun, which takes that for an option of its own.
         log_every_steps: steps between two readings of the loss from the device for the logs.
         progress: ``auto`` shows a bar on a terminal and a line an epoch elsewhere; ``lines``; ``none``.
         profile: ``start:stop``, steps of the first epoch trained to record as a Chrome trace under ``profile/``.
@@ -262,7 +263,7 @@ class Config:
     cuda_graphs: bool = False
     checkpoint_every_steps: int | None = None
     keep_every_epochs: int | None = None
-    log: Literal["none", "tensorboard", "wandb", "all"] = "tensorboard"
+    logger: Literal["none", "tensorboard", "wandb", "all"] = "tensorboard"
     log_every_steps: int = 50
     progress: Literal["auto", "lines", "none"] = "auto"
     profile: str | None = None

@@ -30,10 +30,25 @@ def combine_summaries(batch: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return torch.cat([every[:, :1].amin(0), every[:, 1:2].amax(0), every[:, 2:].mean(0)])
 
 
-def gather_entries(
-    mean: Tensor, std: Tensor, accepted: Tensor, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The (mean, std, accepted) of all ranks, in rank order, in one collective."""
-    every = gather(torch.stack([mean, std, accepted.to(mean.dtype)]), group)  # (world, 3, B)
-    mean, std, flag = every.transpose(0, 1).reshape(3, -1)
-    return mean, std, flag > 0
+class EntriesOfAll:
+    """The queue entries of all ranks' batches, on their way while other work goes on.
+
+    Args:
+        mean, std: (B,) floating point, of this rank; B is the same on all ranks.
+        accepted: (B,) bool.
+        group: the ranks.
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor, accepted: Tensor, group: dist.ProcessGroup | None) -> None:
+        own = torch.stack([mean, std, accepted.to(mean.dtype)])
+        self._every = own.new_empty((dist.get_world_size(group) * 3, len(mean)))
+        # torch.compile orders collectives itself and knows only the blocking form.
+        apart = not torch.compiler.is_compiling()
+        self._work = dist.all_gather_into_tensor(self._every, own, group=group, async_op=apart)
+
+    def wait(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(mean, std, accepted) of all ranks' rows, in rank order, each (world · B,)."""
+        if self._work is not None:
+            self._work.wait()
+        mean, std, flag = self._every.view(-1, 3, self._every.shape[1]).transpose(0, 1).reshape(3, -1)
+        return mean, std, flag > 0

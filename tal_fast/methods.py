@@ -18,10 +18,6 @@ WARMUP_SHARE = 0.05
 """Of the epochs, while the queue fills and typicalness is 1 (paper, section 4; released code)."""
 
 
-IGNORE_INDEX = -100
-"""Label of a row that holds no image: cross-entropy and TALLoss pass over it."""
-
-
 class Step(NamedTuple):
     """What a method makes of a batch.
 
@@ -72,7 +68,7 @@ class Method(nn.Module):
         Args:
             logits: (B, C) floating point.
             features: (B, D) floating point, the input of the last Linear layer.
-            labels: (B,) int64; ``IGNORE_INDEX`` where there is no image to learn from.
+            labels: (B,) int64; ``tal_fast.data.loaders.IGNORED_LABEL`` where there is no image to learn from.
         """
         raise NotImplementedError
 

@@ -31,10 +31,11 @@ COLUMNS = (
     "images_per_s",
     "seconds",
     "data_wait",
+    "unreadable",
 )
 """Of metrics.csv, before the method's own. ``val_loss`` is cross-entropy for every method; ``aurc``, ``auroc`` and
 ``fpr95`` are of the method's score on the validation images (Old FD); ``seconds`` are of training, ``data_wait`` is the
-share of them spent waiting for images."""
+share of them spent waiting for images; ``unreadable`` counts the files that did not decode so far and were left out."""
 
 
 class Progress:

@@ -58,6 +58,7 @@ class FeatureQueue(nn.Module):
         # Counts the programs of a Triton launch that have finished; 0 between launches.
         self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
         self.index = self._new_index()
+        self._due: Callable[[], None] | None = None
 
     @property
     def capacity(self) -> int:
@@ -76,6 +77,7 @@ class FeatureQueue(nn.Module):
 
     def __len__(self) -> int:
         """Number of entries; waits for the device."""
+        self.settle()
         return int(self.cursor[1])
 
     def extra_repr(self) -> str:
@@ -97,6 +99,7 @@ class FeatureQueue(nn.Module):
             ValueError: shapes that differ, or another device than the queue's.
             TypeError: ``accepted`` is not bool.
         """
+        self.settle()
         mean, std = self._entries(mean, std)
         if accepted is not None:
             if accepted.dtype != torch.bool:
@@ -119,19 +122,43 @@ class FeatureQueue(nn.Module):
         Raises:
             ValueError: shapes that differ, or another device than the queue's.
         """
+        self.settle()
         mean, std = self._entries(mean, std)
         return backends.for_queue(self.backend, self.device).nearest(self, mean, std)
 
     def contents(self) -> tuple[Tensor, Tensor]:
         """Copies of (mean, std), each (len(self),), oldest first; waits for the device."""
+        self.settle()
         head, length = self.cursor.tolist()
         slots = (torch.arange(length, device=self.device) + head - length) % self.capacity
         return self.mean_ring[slots], self.std_ring[slots]
 
     def reset(self) -> None:
         """Empty the queue."""
+        self.settle()
         self.cursor.zero_()
         self._forget_index()
+
+    def push_later(self, push: Callable[[], None]) -> None:
+        """Have ``push``, which may wait for entries of other ranks, called before the queue is next read or written.
+
+        While ``torch.compile`` traces it is called at once.
+        """
+        if torch.compiler.is_compiling():
+            push()
+        else:
+            self._due = push
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Do what ``push_later`` put off; for those who read the rings themselves."""
+        due, self._due = self._due, None
+        if due is not None:
+            due()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        return self.__dict__.copy()
 
     def _entries(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         if mean.dim() != 1 or mean.shape != std.shape:
@@ -155,6 +182,7 @@ class FeatureQueue(nn.Module):
     # ---- State ------------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureQueue:
+        self.settle()
         super()._apply(fn, recurse)
         for name in ("mean_ring", "std_ring"):
             old = getattr(self, name)
@@ -166,6 +194,7 @@ class FeatureQueue(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.settle()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for key, value in zip(_KEYS, (self.mean_ring, self.std_ring, self.cursor), strict=True):
             destination[prefix + key] = value
@@ -192,6 +221,7 @@ class FeatureQueue(nn.Module):
         if problem:
             error_msgs.append(f"the queue in {prefix or 'the state'} cannot be loaded: {problem}")
             return
+        self.settle()
         self._forget_index()
         with torch.no_grad():
             if mean.numel() == self.capacity:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,28 +110,47 @@ def make_report(
         for kind in ("ood", "new_fd"):
             _add_mean(report, kind, [f"{kind}/{name}" for name in ood_scores])
     if resamples:
-        _add_intervals(report, settings, id_scores, ood_scores, resamples, baseline or next(iter(id_scores)), progress)
+        baseline = baseline or next(iter(id_scores))
+        report["bootstrap"] = {
+            "resamples": resamples, "level": LEVEL, "seed": seed, "baseline": baseline,
+            "method": "percentile; ID and OOD samples resampled separately; differences on the same resamples",
+            "undefined_share": {},
+        }  # fmt: skip
+        report["intervals"], report["differences"] = {}, {}
+        found = resample_settings(
+            right, id_scores, ood_scores, mix=mix, seed=seed, convention=convention, resamples=resamples,
+            progress=progress,
+        )  # fmt: skip
+        for key, values in found:
+            _add_interval(report, key, values, baseline)
     return report
 
 
-def _add_intervals(
-    report: Report,
-    settings: Mapping[str, tuple[Setting, str | None]],
+def resample_settings(
+    right: Any,
     id_scores: Mapping[str, Floats],
     ood_scores: Mapping[str, Mapping[str, Floats]],
+    *,
+    mix: Mix,
+    seed: int,
+    convention: str,
     resamples: int,
-    baseline: str,
-    progress: bool,
-) -> None:
+    progress: bool = False,
+) -> Iterator[tuple[str, dict[str, Floats]]]:
+    """Every metric of every score on the resamples of each setting; the same seed and sizes give the same resamples.
+
+    Args: as ``make_report``.
+
+    Yields:
+        A setting's key and score -> (resamples, len(METRICS)) float64, as ``tal_fast.intervals.bootstrap`` gives them.
+        With several OOD sets, at the end, ``ood`` and ``new_fd``: the mean over the sets of each resample, in which
+        they share the ID draws.
+    """
     from tqdm import tqdm
 
     names = list(ood_scores)
-    report["bootstrap"] = {
-        "resamples": resamples, "level": LEVEL, "seed": report["seed"], "baseline": baseline,
-        "method": "percentile; ID and OOD samples resampled separately; differences on the same resamples",
-        "undefined_share": {},
-    }  # fmt: skip
-    report["intervals"], report["differences"] = {}, {}
+    sizes = {name: len(next(iter(scores.values()))) for name, scores in ood_scores.items()}
+    settings = all_settings(right, sizes, mix, seed)
     sums: dict[str, dict[str, Floats]] = {}
     with tqdm(
         total=resamples * len(settings), desc="bootstrap", unit=" resamples", disable=None if progress else True,
@@ -144,20 +163,19 @@ def _add_intervals(
                 setting.success,
                 setting.ood_index.size,
                 resamples=resamples,
-                seed=report["seed"],
+                seed=seed,
                 stream=0 if name is None else names.index(name),
-                convention=report["convention"],
+                convention=convention,
                 progress=bar.update,
             )
-            _add_interval(report, key, values, baseline)
+            yield key, values
             kind, _, of_several = key.partition("/")
             if of_several:
-                # The mean over OOD sets, resample by resample: the sets share their ID draws.
                 total = sums.setdefault(kind, {score: np.zeros_like(own) for score, own in values.items()})
                 for score, own in values.items():
                     total[score] += own
     for kind, total in sums.items():
-        _add_interval(report, kind, {score: own / len(names) for score, own in total.items()}, baseline)
+        yield kind, {score: own / len(names) for score, own in total.items()}
 
 
 def _add_interval(report: Report, key: str, values: Mapping[str, Floats], baseline: str) -> None:
@@ -187,7 +205,7 @@ def _add_setting(report: Report, key: str, setting: Setting, scores: Mapping[str
     }  # fmt: skip
     report["aurc_floor"][key] = aurc_floor(n, errors)
     report["aurc_random"][key] = aurc_random(n, errors)
-    report["undefined"][key] = undefined_reasons(success)
+    report["undefined"][key] = undefined_reasons(success, convention)
     report["tied_share"][key] = {s: tied_share(values) for s, values in scores.items()}
 
 

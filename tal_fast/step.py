@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tal_fast.data.loaders import IGNORED_LABEL
 from tal_fast.execution import Execution
-from tal_fast.methods import IGNORE_INDEX, Method
+from tal_fast.methods import Method
 
 BINS = 50
 """Of the histograms of per-sample values."""
@@ -32,7 +33,7 @@ class TrainStep(nn.Module):
 
         Args:
             images: (B, C, H, W) float32.
-            labels: (B,) int64, ``IGNORE_INDEX`` where there is no image.
+            labels: (B,) int64, ``IGNORED_LABEL`` where there is no image.
 
         Returns:
             loss, a scalar; and (K,) float64, no gradient: what ``EpochSums`` adds up.
@@ -41,7 +42,7 @@ class TrainStep(nn.Module):
             logits, features = self.network(images)
         loss, samples = self.method(logits, features, labels)
         with torch.no_grad():
-            valid = labels != IGNORE_INDEX
+            valid = labels != IGNORED_LABEL
             weight = valid.double()
             count = weight.sum()
             right = (logits.argmax(1) == labels).sum().double()

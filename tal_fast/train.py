@@ -54,7 +54,7 @@ def _split_configs(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         if name != "--config":
             if name.startswith("--") and not name.startswith("--data.ood."):  # whose names are the user's own
                 name = "--" + name[2:].replace("-", "_")  # --batch-size is --batch_size
-                name = "--data.root" if name == "--data_dir" else name
+                name = {"--data_dir": "--data.root", "--log": "--logger"}.get(name, name)
             others.append(name + equals + value)
             continue
         if not equals:

@@ -7,6 +7,7 @@ import importlib.util
 import math
 import random
 import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -72,7 +73,12 @@ class Trainer:
         resumed = self.ranks.on_main(lambda: find_checkpoint(config, self._say))
 
         self.data = build_data(config.data)
-        loader_args: dict[str, Any] = {"rank": self.ranks.rank, "world_size": world, "device": device}
+        loader_args: dict[str, Any] = {
+            "rank": self.ranks.rank,
+            "world_size": world,
+            "device": device,
+            "skip_unreadable": True,
+        }
         self.train_loader = self.data.loader(
             "train", batch_size=config.batch_size // world, seed=config.seed, **loader_args
         )
@@ -94,6 +100,7 @@ class Trainer:
 
         self.epoch, self.step = 0, 0
         self.sums = EpochSums(self.method, device)
+        self._unreadable: set[str] = set()  # those that were said
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {"epoch": 0, "val_accuracy": -1.0}
         if resumed is not None:
@@ -194,7 +201,7 @@ class Trainer:
         if first == 0:
             self.sums.reset()
         self._logged = self.sums.total.clone()
-        self.train_loader.set_epoch(epoch, first)
+        self.train_loader.set_epoch(epoch, first, config.image_size_at(epoch))
         show = self.ranks.is_main and shows_bar(config.progress)
         progress = Progress(
             f"epoch {epoch + 1}/{config.epochs}", steps * config.batch_size, first * config.batch_size, show
@@ -214,6 +221,7 @@ class Trainer:
                 waited += time.perf_counter() - asked
                 if batch is None and failure is None:
                     break  # on all ranks alike: they have equally many steps
+                self._report_unreadable()
                 self._end_early_if(_UNREADABLE if failure else self._stop.poll(), failure)
                 assert batch is not None
                 rate = learning_rate(config.optim, config.epochs, epoch + (self.step + 0.5) / steps)
@@ -232,6 +240,7 @@ class Trainer:
             progress.close()
         total = self.ranks.sum(self.sums.total.clone())
         means, histograms = self.sums.means(total), self.sums.histograms(total)
+        unreadable = int(self.ranks.sum(torch.tensor(len(self._unreadable))))
         seconds = time.perf_counter() - started
         images = (self.step - first) * config.batch_size
         if not math.isfinite(means["train_loss"]):
@@ -256,6 +265,7 @@ class Trainer:
             "images_per_s": images / seconds,
             "seconds": seconds,
             "data_wait": waited / seconds,
+            "unreadable": unreadable,
         }
 
     def _train_step(self, images: Tensor, labels: Tensor, rate: float) -> None:
@@ -306,6 +316,7 @@ class Trainer:
             sums += torch.stack([loss.double(), right.sum(), valid.sum()])
             confidences.append(torch.where(valid, self.method.confidence(logits), torch.nan))
             rights.append(right)
+        self._report_unreadable()
         loss_sum, right_sum, count = self.ranks.sum(sums).tolist()
         own = [torch.cat(parts).cpu() if parts else torch.zeros(0) for parts in (confidences, rights)]
         every = self.ranks.gather(own)  # on rank 0, which alone writes metrics
@@ -342,6 +353,14 @@ class Trainer:
             f"loss {means['train_loss']:.4f}, acc {means['train_accuracy']:.2%}, data wait {data_wait:.0%}, "
             f"{memory_in_use(self.ranks.device) / 2**30:.1f} GiB"
         )
+
+    def _report_unreadable(self) -> None:
+        """Name each file that was passed over, once, on whichever rank met it."""
+        found = {**self.train_loader.unreadable, **self.val_loader.unreadable}
+        for path in found.keys() - self._unreadable:
+            self._unreadable.add(path)
+            with contextlib.suppress(OSError):
+                sys.stderr.write(f"warning: {found[path]}; training goes on without it\n")
 
     def _say(self, line: str) -> None:
         if self.ranks.is_main and self.config.progress != "none":
@@ -475,8 +494,10 @@ class Trainer:
             )
         if config.cuda_graphs and world > 1:
             raise ValueError(f"cuda_graphs is for one GPU but there are {world} ranks; set it to false")
-        if config.log in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
-            raise ValueError(f"log is {config.log!r} but wandb is not installed; pip install wandb, or log tensorboard")
+        if config.logger in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
+            raise ValueError(
+                f"logger is {config.logger!r} but wandb is not installed; pip install wandb, or set it to tensorboard"
+            )
 
     def _make_paths_absolute(self) -> None:
         data = self.config.data

@@ -21,7 +21,19 @@ from tal_fast.runs import load_run
 from tal_fast.train import main, parse
 
 ROOT = Path(__file__).parents[1]
-PRESETS = ["digits-ce", "digits-tal", "fashion-mnist-ce", "fashion-mnist-tal", "folder-tal", "imagenet-tal"]
+PRESETS = [
+    "cifar100-resnet110-ce",
+    "cifar100-resnet110-tal",
+    "digits-ce",
+    "digits-tal",
+    "fashion-mnist-ce",
+    "fashion-mnist-tal",
+    "folder-tal",
+    "imagenet-deit-small",
+    "imagenet-resnet50-ce",
+    "imagenet-resnet50-tal",
+    "imagenet-resnet50-tal-fast",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -47,13 +59,23 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 # ---- Options --------------------------------------------------------------------------------------------------
 
 
+def test_data_dir_is_short_for_data_root() -> None:
+    for argv in (["--data-dir", "images"], ["--data-dir=images"], ["--data_dir", "images"]):
+        assert parse(["--config", "folder-tal", *argv]).data.root == "images"
+
+
 def test_presets_hold_what_their_names_say() -> None:
     assert preset_names() == PRESETS
     for name in PRESETS:
         config = load_config(name).check()
-        assert config.method.name == name.rpartition("-")[2]
+        assert config.method.name == ("ce" if name.endswith("-ce") else "tal")
         assert parse(["--config", name]).to_dict() == config.to_dict()
-    for data in ("digits", "fashion-mnist"):  # compared with each other, they must differ in the method alone
+    for data in (
+        "digits",
+        "fashion-mnist",
+        "cifar100-resnet110",
+        "imagenet-resnet50",
+    ):  # compared with each other, they must differ in the method alone
         ce, tal = load_config(f"{data}-ce").to_dict(), load_config(f"{data}-tal").to_dict()
         del ce["method"], tal["method"]
         assert ce == tal
@@ -97,7 +119,7 @@ def test_options_win_over_files_and_later_files_over_earlier(tmp_path: Path) -> 
 
 
 def test_a_config_survives_its_file(tmp_path: Path) -> None:
-    config = load_config("imagenet-tal")
+    config = load_config("imagenet-resnet50-tal")
     config.data.ood = {"textures": "/data/dtd"}
     config.save(tmp_path / "config.yaml")
     assert load_config(str(tmp_path / "config.yaml")) == config
@@ -108,7 +130,7 @@ def test_a_config_survives_its_file(tmp_path: Path) -> None:
     ("argv", "sentence"),
     [
         ("--config digits", f"no preset or file 'digits'; the presets are {', '.join(PRESETS)}"),
-        ("--config", "--config needs a preset or a file; the presets are digits-ce"),
+        ("--config", "--config needs a preset or a file; the presets are cifar100-resnet110-ce"),
         ("--epochs many", "epochs"),
         ("--data.loader fast", "data.loader"),
         ("--data.lodaer dali", "--data.lodaer"),

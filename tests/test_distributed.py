@@ -99,6 +99,47 @@ def test_global_scope_equals_one_process(tmp_path: Path) -> None:
                 torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
 
 
+def deferring_worker(rank: int, folder: str) -> None:
+    start(rank, folder)
+    torch.manual_seed(0)
+    net = Net()
+    loss_fn = TALLoss(queue_size=50, queue_scope="global", confidence_threshold=-1.0)
+    x, y = steps(torch.float32)[0]
+    part = slice(rank * 6, rank * 6 + 6)
+    logits, features = net(x[part])
+    y = logits.argmax(1)  # all right, so that all are accepted
+
+    def rings() -> int:
+        return int(loss_fn.queue.cursor[1])
+
+    seen = []
+    for read in (
+        lambda: len(loss_fn.queue),
+        lambda: loss_fn.queue.contents(),
+        lambda: loss_fn.queue.nearest(torch.rand(2), torch.rand(2)),
+        lambda: loss_fn.queue.push(torch.rand(0), torch.rand(0)),
+        lambda: loss_fn.state_dict(),
+        lambda: copy.deepcopy(loss_fn),
+        lambda: loss_fn.queue.double().float(),
+        lambda: loss_fn(logits, features, torch.full_like(y, -100)),
+    ):
+        before = rings()
+        loss_fn(logits, features, y)
+        late = rings() - before
+        read()
+        seen.append((late, rings() - before))
+        loss_fn.queue.reset()
+    torch.save(seen, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_global_push_is_put_off_until_the_queue_is_used(tmp_path: Path) -> None:
+    mp.spawn(deferring_worker, args=(str(tmp_path),), nprocs=WORLD)
+    for rank in range(WORLD):
+        # Nothing was pushed when the step was over, and 2 x 6 entries once somebody looked.
+        assert torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) == [(0, 12)] * 8
+
+
 class Combined(nn.Module):
     def __init__(self, loss_fn: TALLoss) -> None:
         super().__init__()

@@ -346,8 +346,8 @@ def test_failure_detection_after_each_epoch_is_the_evaluators(tmp_path: Path, me
 
 def test_tensorboard_has_steps_epochs_and_distributions(tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    Trainer(config(tmp_path, epochs=2, log="tensorboard", log_every_steps=2)).fit(until=1)
-    Trainer(config(tmp_path, epochs=2, log="tensorboard", log_every_steps=2, resume="auto")).fit()
+    Trainer(config(tmp_path, epochs=2, logger="tensorboard", log_every_steps=2)).fit(until=1)
+    Trainer(config(tmp_path, epochs=2, logger="tensorboard", log_every_steps=2, resume="auto")).fit()
     events = reader.EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0, "histograms": 0})
     events.Reload()
     assert [e.step for e in events.Scalars("step/loss")] == [2, 4, 6, 8, 10, 12]
@@ -366,9 +366,9 @@ def test_wandb_offline_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    Trainer(config(tmp_path, epochs=2, log="wandb")).fit(until=1)
+    Trainer(config(tmp_path, epochs=2, logger="wandb")).fit(until=1)
     identity = (tmp_path / "wandb" / "run-id.txt").read_text()
-    Trainer(config(tmp_path, epochs=2, log="wandb", resume="auto")).fit()
+    Trainer(config(tmp_path, epochs=2, logger="wandb", resume="auto")).fit()
     folders = list((tmp_path / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
     assert all(identity in folder.name for folder in folders)
@@ -379,8 +379,8 @@ def test_a_logger_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.
 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else found(name, *a))
-    with pytest.raises(ValueError, match="log is 'all' but wandb is not installed; pip install wandb"):
-        Trainer(config(tmp_path, log="all"))
+    with pytest.raises(ValueError, match="logger is 'all' but wandb is not installed; pip install wandb"):
+        Trainer(config(tmp_path, logger="all"))
 
 
 def test_the_profile_is_a_chrome_trace_of_the_window(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def config(output: Path, method: str = "tal", **options: Any) -> Config:
             "batch_size": 32,
             "device": "cpu",
             "progress": "none",
-            "log": "none",
+            "logger": "none",
             "seed": 3,
             **options,
         },

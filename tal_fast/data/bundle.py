@@ -188,7 +188,7 @@ class DataBundle:
             images.labels,
             device,
             image_size=self.image_size,
-            paths=() if in_memory else images.paths,
+            paths=() if isinstance(images, MemoryImages) else images.paths,
             max_unreadable=limit if skip_unreadable else 0,
             check_command=self._check_command(split),
         )

@@ -73,5 +73,6 @@ class CifarResNet(nn.Module):
 CIFAR_RESNETS = {
     "cifar_resnet8": ((1, 1, 1), 16),
     "cifar_resnet20": ((3, 3, 3), 16),
+    "cifar_resnet110": ((18, 18, 18), 16),
     "cifar_resnet18": ((2, 2, 2, 2), 64),
 }
