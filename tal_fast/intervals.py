@@ -9,7 +9,7 @@ sums are the numbers of successes and errors accepted at each threshold, from wh
 is drawn twice ties with itself, and the expectation over orders of tied scores takes care of that too: the values are
 those of ``tal_fast.metrics.failure_metrics`` on the resampled arrays. The other conventions, which depend on the order
 of the input or on which thresholds are left, are computed by that function itself, one resample after the other (in
-the order of the samples, copies side by side), and take about a hundred times as long.
+the order of the samples, copies side by side), and take several times as long.
 
 Intervals are percentile intervals (Efron and Tibshirani, 1993, chapter 13) over the samples at hand: they say how much
 of a difference may be due to which test samples were drawn, not to the seed of training or of the mix.

@@ -200,6 +200,21 @@ def test_report_carries_intervals(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert part in printed
 
 
+def test_one_class_is_always_right_and_undefined_is_null(tmp_path: Path) -> None:
+    np.savez(tmp_path / "o.npz", logits=np.arange(30.0)[:, None], labels=np.zeros(30, int))
+    assert evaluate.main(["--npz", str(tmp_path / "o.npz"), "--scores", "logits", "--bootstrap", "20"]) == 0
+    text = (tmp_path / "o-report" / "report.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert found["id_accuracy"] == 1
+    assert found["undefined"]["old_fd"]["auroc"] == "there are no errors among the 30 samples"
+    for score, share in found["tied_share"]["old_fd"].items():
+        # The softmax of one class is 1 whatever its logit.
+        assert share == (score in ("msp", "neg_entropy", "doctor")), score
+        assert found["intervals"]["old_fd"][score]["aurc"] == [0, 0]
+        assert found["intervals"]["old_fd"][score]["auroc"] == [None, None]
+    assert found["bootstrap"]["undefined_share"]["old_fd"]["auroc"] == 1
+
+
 def test_no_intervals_unless_asked_for() -> None:
     found = report.make_report([1, 0], {"s": np.array([1.0, 2.0])}, {})
     assert "bootstrap" not in found

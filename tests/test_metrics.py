@@ -259,6 +259,16 @@ def test_defined_metrics_are_fractions_and_the_rest_have_reasons(case: list[tupl
                 assert np.isnan(value) or 0 <= value <= 1, key
 
 
+@settings(deadline=None)
+@given(cases)
+def test_augrc_is_the_trapezoid_under_the_generalised_risk(case: list[tuple[int, bool]]) -> None:
+    scores, correct = split(case)
+    # Errors among the accepted over all samples, at each distinct threshold, from (0, 0).
+    kept = [scores >= threshold for threshold in np.unique(scores)[::-1]]
+    risk, coverage = ([0, *values] for values in ([np.mean(k & ~correct) for k in kept], [k.mean() for k in kept]))
+    assert failure_metrics(scores, correct)["augrc"] == pytest.approx(trapezoid(risk, coverage), abs=1e-12)
+
+
 def test_a_random_score_has_the_error_rate_as_aurc() -> None:
     correct = np.arange(12) % 3 > 0
     rng = np.random.default_rng(0)
