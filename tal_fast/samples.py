@@ -1,8 +1,8 @@
 """The scores of every sample beside a report, for comparisons and pictures that need no model.
 
 ``samples.npz`` holds ``right`` (n,), ``id/SCORE`` (n,) and ``ood/SET/SCORE`` (m,); for each split (``val`` and the OOD
-sets) ``label/SPLIT``, ``prediction/SPLIT`` and ``probability/SPLIT``; all in the order of the data. ``identity`` is for
-each split a hash of its samples, by which two files are known to be about the same ones.
+sets) ``label/SPLIT``, ``prediction/SPLIT``, ``probability/SPLIT`` and ``index/SPLIT``; all in the order of the data.
+``identity`` is for each split a hash of its samples, by which two files are known to be about the same ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tal_fast.metrics import Floats, Ints
 from tal_fast.scores import msp
 
 FILE = "samples.npz"
-_PREDICTIONS = ("label", "prediction", "probability")
+_PREDICTIONS = ("label", "prediction", "probability", "index")
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,21 @@ class Predictions:
         label: (n,) int64; −1 in OOD sets.
         prediction: (n,) int64, the class of the largest logit (the first on ties).
         probability: (n,) float64, its softmax probability.
+        index: (n,) int64, each sample's place in the split.
     """
 
     label: Ints
     prediction: Ints
     probability: Floats
+    index: Ints
 
     @classmethod
     def of(cls, outputs: Outputs) -> Predictions:
         """From the outputs of a split."""
         # The softmax of a single logit may exceed 1 by a rounding.
         probability = np.minimum(msp(outputs.logits), 1)
-        return cls(outputs.labels, outputs.logits.argmax(axis=1).astype(np.int64), probability)
+        prediction = outputs.logits.argmax(axis=1).astype(np.int64)
+        return cls(outputs.labels, prediction, probability, np.arange(len(prediction)))
 
     def __len__(self) -> int:
         return len(self.label)

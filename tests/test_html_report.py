@@ -235,7 +235,7 @@ def test_ticks_are_round(low: float, high: float, want: list[float]) -> None:
 def test_predictions_come_back(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     splits = {
-        name: Predictions(*rng.integers(3, size=(2, n)), rng.random(n))
+        name: Predictions(*rng.integers(3, size=(2, n)), rng.random(n), rng.permutation(n))
         for name, n in (("val", 7), ("a/b", 2), ("é", 3))
     }
     ood_scores = {name: {"msp": rng.random(len(splits[name]))} for name in ("a/b", "é")}
@@ -246,7 +246,7 @@ def test_predictions_come_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.right, right)
     assert list(found.predictions) == list(splits)
     for name, split in splits.items():
-        for what in ("label", "prediction", "probability", "right"):
+        for what in ("label", "prediction", "probability", "index", "right"):
             np.testing.assert_array_equal(getattr(split, what), getattr(found.predictions[name], what))
 
 
@@ -456,7 +456,7 @@ def test_npz_has_no_images_and_says_so(tmp_path: Path, extra: dict[str, Any]) ->
     evaluate.evaluate_npz(tmp_path / "x.npz")
     page = Page(tmp_path / "x-report" / FILE)
     assert not page.all("img")
-    assert "No images: this report was made from logits alone" in page.text
+    assert "No images: what was evaluated is no run" in page.text
     assert ("OOD: mean over 2 OOD sets" in page.text) == bool(extra)
     assert len([svg for svg in page.all("svg") if svg.get("data-kind") == "risk"]) == (5 if extra else 1)
 

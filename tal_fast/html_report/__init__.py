@@ -4,6 +4,7 @@ Tables, curves, histograms and images in a single file without any outside resou
 saved (``report.json``, ``samples.npz``), and from the run's images and checkpoint for the galleries.
 """
 
+from tal_fast.html_report.gallery import Images
 from tal_fast.html_report.page import FILE, write_html
 
-__all__ = ["FILE", "write_html"]
+__all__ = ["FILE", "Images", "write_html"]

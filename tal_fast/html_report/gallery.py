@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from tal_fast.data.bundle import DataBundle, MemoryImages
+from tal_fast.data.bundle import MemoryImages, Split
 from tal_fast.metrics import Floats
 from tal_fast.samples import Predictions, Samples
 from tal_fast.typicalness import TrainingTypicalness
@@ -119,12 +120,15 @@ class Images:
     """Small copies of a data set's images.
 
     Args:
-        data: the splits.
+        splits: by name: ``val``, OOD sets, and ``train-eval`` where training images are to be shown.
+        class_names: a name for each label.
+        channels: 1 or 3, as the model sees image files.
     """
 
-    def __init__(self, data: DataBundle) -> None:
-        self._data = data
-        self._classes = [printable(name) for name in data.class_names]
+    def __init__(self, splits: Mapping[str, Split], class_names: Sequence[str], channels: int) -> None:
+        self.splits = splits
+        self._classes = [printable(name) for name in class_names]
+        self._channels = channels
 
     def class_name(self, label: int) -> str:
         """Of a label or prediction."""
@@ -134,21 +138,21 @@ class Images:
         """The image at a place of a split; one that does not decode is named, not raised.
 
         Args:
-            split: as in ``DataBundle.split``.
+            split: its name.
             index: place in it.
             what: the image in a few words, for its alternative text.
             lines: to go below it.
         """
-        images = self._data.split(split)
+        images = self.splits[split]
         try:
             if isinstance(images, MemoryImages):
                 name = f"{split} #{index}"
                 row = index if images.rows is None else images.rows[index]
-                uri, width, height = copy_of(images.pixels[row], self._data.channels)
+                uri, width, height = copy_of(images.pixels[row], self._channels)
             else:
                 path = Path(images.paths[index])
                 name = printable("/".join(path.parts[-2:]))
-                uri, width, height = copy_of(path, self._data.channels)
+                uri, width, height = copy_of(path, self._channels)
         except Exception as problem:  # a damaged file can fail in any decoder
             reason = printable(str(problem)) or type(problem).__name__
             return Tile("", SIDE, SIDE, f"{what} (cannot be read)", lines, name, reason)
@@ -172,11 +176,13 @@ def confidence_galleries(images: Images, samples: Samples, score: str) -> list[G
 
     def mistake(i: int) -> Tile:
         said, is_ = images.class_name(ids.prediction[i]), images.class_name(ids.label[i])
-        return images.tile("val", i, f"{is_} taken for {said}", (f"said: {said}", f"is: {is_}", *lines(ids, values, i)))
+        return images.tile(
+            "val", ids.index[i], f"{is_} taken for {said}", (f"said: {said}", f"is: {is_}", *lines(ids, values, i))
+        )
 
     def hit(i: int) -> Tile:
         said = images.class_name(ids.prediction[i])
-        return images.tile("val", i, f"{said}, rightly recognised", (f"is: {said}", *lines(ids, values, i)))
+        return images.tile("val", ids.index[i], f"{said}, rightly recognised", (f"is: {said}", *lines(ids, values, i)))
 
     errors, hits = int(wrong.sum()), int((~wrong).sum())
     galleries = [
@@ -193,13 +199,15 @@ def confidence_galleries(images: Images, samples: Samples, score: str) -> list[G
     ]
     per_set = max(1, min(OOD_TILES, _ALL_OOD_TILES // max(1, len(samples.ood_scores))))
     for name, scores in samples.ood_scores.items():
+        if name not in images.splits:
+            continue
         split, confidence = samples.predictions[name], scores[score]
         chosen = surest(confidence, np.ones(len(split), dtype=bool), per_set)
         tiles = []
         for i in map(int, chosen):
             said = images.class_name(split.prediction[i])
             what = f"out-of-distribution image taken for {said}"
-            tiles.append(images.tile(name, i, what, (f"said: {said}", *lines(split, confidence, i))))
+            tiles.append(images.tile(name, split.index[i], what, (f"said: {said}", *lines(split, confidence, i))))
         note = f"Of the {len(split):,} images of {printable(name)}, those of the largest {score} first."
         galleries.append(Gallery(f"Most confident out-of-distribution: {printable(name)}", note, tiles))
     return galleries

@@ -53,7 +53,7 @@ class Cell:
 
     Attributes:
         text: as it is shown.
-        best: whether no other in its column is better.
+        best: whether no other in its column is better; of a difference, whether it is none by chance. In bold.
         detail: in small print below it.
     """
 
@@ -91,6 +91,7 @@ def write_html(
     folder: str | Path,
     *,
     run: Run | None = None,
+    images: Images | None = None,
     typicalness: bool = True,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
@@ -99,8 +100,9 @@ def write_html(
 
     Args:
         folder: where they are.
-        run: the run evaluated; found by what the report says unless given. Without it, or when its images have gone,
-            the galleries are left out and the page says why.
+        run: the run evaluated; found by what the report says unless given.
+        images: what was evaluated; the run's unless given. Without images, or when they have gone, the galleries are
+            left out and the page says why.
         typicalness: whether to show the most and least typical training images of a TAL run, which takes a pass over
             all training images, kept in the run's cache.
         batch_size, device: of that pass.
@@ -117,7 +119,7 @@ def write_html(
     if samples is None:
         raise ValueError(f"there is no {folder / SAMPLES}; evaluate again to have it")
     _check_same(report, samples, folder)
-    galleries, notes = _galleries(report, samples, folder, run, typicalness, batch_size, device)
+    galleries, notes = _galleries(report, samples, folder, run, images, typicalness, batch_size, device)
     text = render(report, samples, galleries, notes)
     with replacing(folder / FILE) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -138,6 +140,7 @@ def _galleries(
     samples: Samples,
     folder: Path,
     run: Run | None,
+    images: Images | None,
     typicalness: bool,
     batch_size: int,
     device: torch.device | str,
@@ -146,30 +149,42 @@ def _galleries(
     from tal_fast.evaluate import CACHE
     from tal_fast.runs import load_run
 
-    if run is None and "run" not in report:
-        what = "logits" if "npz" in report else "outputs"
-        return [], [f"No images: this report was made from {what} alone, which do not say where their images are."]
+    if images is None and run is None and "run" not in report:
+        return [], ["No images: what was evaluated is no run, whose images can be found again."]
     try:
-        if run is None:
+        if run is None and "run" in report:
             own = (folder / checkpoints.FOLDER).is_dir()
             run = load_run(folder if own else report["run"], report["checkpoint"], device)
-        images = Images(run.data)
-        for name, split in samples.predictions.items():
-            if len(run.data.split(name)) != len(split):
-                raise ValueError(f"{name} has {len(run.data.split(name))} images now and had {len(split)}")
+        if images is None:
+            assert run is not None
+            there = [name for name in samples.predictions if name in ("val", *run.data.ood_names)]
+            images = Images({name: run.data.split(name) for name in there}, run.data.class_names, run.data.channels)
+        held_out = report.get("temperature", {}).get("held_out", 0)
+        for name, split in images.splits.items():
+            had = len(samples.predictions[name]) + (held_out if name == "val" else 0)
+            if len(split) != had:
+                raise ValueError(f"{name} has {len(split)} images now and had {had}")
         found = confidence_galleries(images, samples, _primary(report))
     except (ValueError, OSError) as problem:
         return [], [f"No images: {problem}."]
+    notes = [
+        f"No images of {printable(name)}: only the evaluation itself knows where they are."
+        for name in samples.ood_scores
+        if name not in images.splits
+    ]
+    if run is None:
+        return found, notes
     if run.method != "tal":
-        return found, ["No typicalness: only runs trained by TAL keep the queue that it is measured by."]
+        return found, [*notes, "No typicalness: only runs trained by TAL keep the queue that it is measured by."]
     if not typicalness:
-        return found, ["No typicalness: the pass over the training images was left out."]
+        return found, [*notes, "No typicalness: the pass over the training images was left out."]
     try:
         cache_folder = run.checkpoint.parents[1] / CACHE / run.checkpoint.stem
         typical = training_typicalness(run, cache_folder, batch_size=batch_size, device=device)
-        return found + typicalness_galleries(images, run.data.split("train-eval").labels, typical), []
+        training = Images({"train-eval": run.data.split("train-eval")}, run.data.class_names, run.data.channels)
+        return found + typicalness_galleries(training, run.data.split("train-eval").labels, typical), notes
     except (ValueError, OSError) as problem:
-        return found, [f"No typicalness: {problem}."]
+        return found, [*notes, f"No typicalness: {problem}."]
 
 
 def _primary(report: Report) -> str:
@@ -264,13 +279,13 @@ def _policy(css: str, javascript: str) -> str:
 def _title(report: Report) -> str:
     if "run" in report:
         return printable(Path(report["run"]).resolve().name)
-    return printable(Path(str(report.get("npz", "evaluation"))).name)
+    return printable(Path(str(report.get("npz") or report.get("weights") or "evaluation")).name)
 
 
 def _model(report: Report) -> str:
     """What was evaluated, as the beginning of a sentence."""
     if "method" not in report:
-        return "The outputs of a model."
+        return f"The model {printable(str(report['model']))}." if "model" in report else "The outputs of a model."
     return f"A model trained by {report['method'].upper()}, {report['checkpoint']} checkpoint, epoch {report['epoch']}."
 
 
@@ -280,11 +295,15 @@ def _named(groups: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _setting_title(key: str, report: Report) -> str:
     kind, _, name = key.partition("/")
-    if not name and kind in ("ood", "new_fd"):
-        if len(report["ood_names"]) > 1:
-            return f"{SETTING_TITLES[kind]}: mean over {len(report['ood_names'])} OOD sets"
-        name = "".join(report["ood_names"])
-    return SETTING_TITLES.get(kind, printable(kind)) + (f" against {printable(name)}" if name else "")
+    title = SETTING_TITLES.get(kind, printable(kind))
+    sets, what, link = (report["ood_names"], "OOD sets", "against")
+    if kind == "shift":
+        sets, what, link = (report.get("shift_names", []), "shifted sets", "to")
+    if not name and kind != "old_fd":
+        if len(sets) > 1:
+            return f"{title}: mean over {len(sets)} {what}"
+        name = "".join(sets)
+    return title + (f" {link} {printable(name)}" if name else "")
 
 
 def _number(value: float | None) -> float:
@@ -324,6 +343,17 @@ def _conventions(report: Report) -> list[tuple[str, str]]:
         ("units", "natural (fractions); papers print AURC, E-AURC and AUGRC times 1000, the rest in percent"),
         ("ties", "the column “tied” is the share of samples whose score equals another’s"),
     ]
+    if "temperature" in report:
+        scaling = report["temperature"]
+        found.append(
+            (
+                "temperature",
+                f"{scaling['value']:.4g}, fitted on {scaling['held_out']:,} ID samples, which are judged nowhere else",
+            )
+        )
+    if report.get("left_out"):
+        left_out = "; ".join(f"{score}: {printable(why)}" for score, why in report["left_out"].items())
+        found.append(("scores left out", left_out))
     if "bootstrap" in report:
         how = report["bootstrap"]
         found.append(
