@@ -33,14 +33,15 @@ class Mutation:
     tests: tuple[str, ...]
 
 
-PATHS = ("tests/test_kernels.py", "-k", "every_path and (63 or 130) and bfloat16")
-STATISTICS = ("tests/test_kernels.py", "-k", "any_split or float64s")
+PATHS = ("tests/test_kernels.py", "-k", "every_path and 65 and bfloat16")
+TIES = ("tests/test_kernels.py", "-k", "ties and packed")
+STATISTICS = ("tests/test_kernels.py", "-k", "any_split and (17 or 16) and 129 or float64s and 65")
 PUSH = ("tests/test_kernels.py", "-k", "test_push")
-SUMS = ("tests/test_kernels.py", "-k", "test_batch_sums")
-NATIVE = ("tests/test_loss.py", "-k", "native and (golden or bounds and not 21841)")
+SUMS = ("tests/test_kernels.py", "-k", "test_batch_sums and (260 or 33) and float32")
+NATIVE = ("tests/test_loss.py", "-k", "native and (golden or confident)")
 QUEUE = ("tests/test_queue.py",)
-SHARDED = ("tests/test_sharded.py", "-k", "unsharded")
-INPLACE = ("tests/test_loss.py", "-k", "inplace or overwritten or neither")
+SHARDED = ("tests/test_sharded.py", "-k", "at_once")
+INPLACE = ("tests/test_loss.py", "-k", "native and (inplace or overwritten or neither)")
 
 MUTATIONS = [
     Mutation(
@@ -67,7 +68,7 @@ MUTATIONS = [
     Mutation(
         "packed rows: ties go to the last class", "kernels/loss.py",
         "(at < column + unknown)))", "(at > column + unknown)))",
-        ("tests/test_kernels.py", "-k", "ties and packed or (strides and packed)"),
+        TIES,
     ),
     Mutation(
         "long rows: the second block overlaps the first by one", "kernels/loss.py",

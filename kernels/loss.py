@@ -17,6 +17,7 @@ which p - 1 would round away.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tal_fast.kernels.launch import Launch, Target, constants_on, target_of
+from tal_fast.kernels.launch import Launch, Target, cdiv, constants_on, target_of
 from tal_fast.kernels.typicalness import is_last, sqrt_exact
 
 NORM_EPS = tl.constexpr(1e-7)
@@ -45,6 +46,7 @@ class LossConfig:
     max_registers: int | None = None  # a thread may have
 
 
+@cache
 def loss_config(classes: int, dtype: torch.dtype, target: Target, contiguous: bool) -> LossConfig:
     """One block for rows of up to 8,192 logits (half precision: 16,384 where that does not spill), packed pairs for
     half-precision rows of up to 32,768 there, blocks beyond and for float64, which is for checks.
@@ -686,7 +688,7 @@ def plan_loss(
         constexprs |= {"RECOMPUTE": config.recompute, "BLOCK": config.block}
     elif config.path == "packed":
         kernel = packed_row_loss_kernel
-        constexprs |= {"CHUNKS": triton.cdiv(classes, config.block), "HALF": config.block // 2}
+        constexprs |= {"CHUNKS": cdiv(classes, config.block), "HALF": config.block // 2}
     else:
         kernel = long_row_loss_kernel
         constexprs["BLOCK"] = config.block
@@ -821,7 +823,7 @@ def scale_kernel(
 def plan_scale(values: Tensor, factor: Tensor) -> Launch:
     """The launch."""
     arguments = {"values_ptr": values, "factor_ptr": factor, "size": values.numel()}
-    return Launch(scale_kernel, (triton.cdiv(values.numel(), SCALE_BLOCK),), arguments, {"BLOCK": SCALE_BLOCK}, 8)
+    return Launch(scale_kernel, (cdiv(values.numel(), SCALE_BLOCK),), arguments, {"BLOCK": SCALE_BLOCK}, 8)
 
 
 def scale(values: Tensor, factor: Tensor) -> None:
