@@ -25,7 +25,6 @@ class Launch:
         """Put it on the current stream of the current device."""
         self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
-
     @property
     def options(self) -> dict[str, int]:
         """The compiler's, as keyword arguments."""

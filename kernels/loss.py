@@ -3,8 +3,9 @@
 The fewest bytes: each logit read once and each gradient element written once. While a row fits on chip
 (``loss_config``), ``loss_kernel`` holds it in registers as float32, ``packed_row_loss_kernel`` as half-precision pairs,
 and both do just that; wider rows go through ``long_row_loss_kernel``, which reads a row three times in blocks (norm and
-maximum; both sums; gradient), the second and third time mostly from the L2 cache. Programs walk over rows; each leaves one partial sum, and the one that
-finishes last adds them in order, so that the loss needs no second launch and does not depend on timing.
+maximum; both sums; gradient), the second and third time mostly from the L2 cache. Programs walk over rows; each leaves
+one partial sum, and the one that finishes last adds them in order, so that the loss needs no second launch and does not
+depend on timing.
 
 Variant ``released`` needs the mean weight of the batch before the loss of any row: ``batch_sums_kernel`` reads the
 logits once more for it. A batch is described by six numbers (``reference.batch_summary``), so that they may as well
@@ -366,7 +367,9 @@ def packed_row_loss_kernel(
                 low = tl.load(base + at, mask=at < classes, other=0.0)
                 high = tl.load(base + at + HALF, mask=at + HALF < classes, other=0.0)
             low_bits = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-            held = held + (low_bits | (high.to(tl.int16, bitcast=True).to(tl.int32) << 16),)
+            held = held + (  # noqa: RUF005 (Triton has no unpacking)
+                low_bits | (high.to(tl.int16, bitcast=True).to(tl.int32) << 16),
+            )
         z_label = tl.load(base + label, mask=valid & in_range, other=0.0).to(dtype)
         column = tl.where(in_range, label, -1).to(tl.int32)
         # 2. Largest logit, norm, right or not. Zeros from memory: see _unpacked; the masks' too would be kept.
@@ -530,7 +533,6 @@ def long_row_loss_kernel(
 ):
     dtype = stats_ptr.dtype.element_ty
     d_min, spread, count, w_bar, inactive = _batch_terms(batch_ptr, dtype, RELEASED, WARMUP)
-    c = tl.arange(0, BLOCK)
     total = tl.zeros((), tl.float64)
     row = tl.program_id(0).to(tl.int64)
     if row < rows:  # a program a row; the one program of no rows has none

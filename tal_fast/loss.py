@@ -185,9 +185,7 @@ class TALLoss(nn.Module):
         return (loss, stats) if return_stats else loss
 
 
-def check_inputs(
-    logits: Tensor, features: Tensor, labels: Tensor, ignore_index: int, in_columns: bool = False
-) -> None:
+def check_inputs(logits: Tensor, features: Tensor, labels: Tensor, ignore_index: int, in_columns: bool = False) -> None:
     """Refuse what no backend could compute, before anything is computed or pushed; see ``TALLoss.forward``.
 
     ``in_columns``: the logits are some columns of rows whose width only all ranks know together, so that the labels'

@@ -376,9 +376,7 @@ def layer(logits: Tensor) -> Tensor:
 @pytest.mark.parametrize("classes", [7, 1003])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-def test_inplace_gradient_takes_the_logits_memory(
-    backend: str, dtype: torch.dtype, classes: int, variant: str
-) -> None:
+def test_inplace_gradient_takes_the_logits_memory(backend: str, dtype: torch.dtype, classes: int, variant: str) -> None:
     device = device_of(backend)
     logits, features, labels = (t.to(device) for t in random_batch(6, classes))
     logits, labels[2] = logits.to(dtype), -100
@@ -421,7 +419,7 @@ def test_inplace_refuses_what_cannot_hold_the_gradient(backend: str) -> None:
     logits, features, labels = (t.to(device) for t in random_batch(6, 9))
     loss_fn = TALLoss(queue_size=9, inplace=True, backend=backend).to(device)
     for bad, message in (
-        (logits.clone().requires_grad_(), "are a leaf"),
+        (logits.clone().requires_grad_(), "overwrite a leaf"),
         (layer(logits.half()), "float16"),
         (layer(logits.t().contiguous()).t(), "needs contiguous logits"),
     ):
