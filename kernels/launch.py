@@ -41,6 +41,11 @@ class Target:
     holds_wide_rows: bool  # whether a row of 16,384 logits fits in a program's registers; see loss.loss_config
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (Triton's own, made for kernels too, takes microseconds on the host.)"""
+    return -(-a // b)
+
+
 @cache
 def target_of(device: torch.device) -> Target:
     """Of a GPU; on other devices (the interpreter, the compile check's meta tensors) a small stand-in, so that few

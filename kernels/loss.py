@@ -3,8 +3,9 @@
 The fewest bytes: each logit read once and each gradient element written once. While a row fits on chip
 (``loss_config``), ``loss_kernel`` holds it in registers as float32, ``packed_row_loss_kernel`` as half-precision pairs,
 and both do just that; wider rows go through ``long_row_loss_kernel``, which reads a row three times in blocks (norm and
-maximum; both sums; gradient), the second and third time mostly from the L2 cache. Programs walk over rows; each leaves one partial sum, and the one that
-finishes last adds them in order, so that the loss needs no second launch and does not depend on timing.
+maximum; both sums; gradient), the second and third time mostly from the L2 cache. Programs walk over rows; each leaves
+one partial sum, and the one that finishes last adds them in order, so that the loss needs no second launch and does not
+depend on timing.
 
 Variant ``released`` needs the mean weight of the batch before the loss of any row: ``batch_sums_kernel`` reads the
 logits once more for it. A batch is described by six numbers (``reference.batch_summary``), so that they may as well
@@ -17,6 +18,7 @@ which p - 1 would round away.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -24,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tal_fast.kernels.launch import Launch, Target, constants_on, target_of
+from tal_fast.kernels.launch import Launch, Target, cdiv, constants_on, target_of
 from tal_fast.kernels.typicalness import is_last, sqrt_exact
 
 NORM_EPS = tl.constexpr(1e-7)
@@ -45,6 +47,7 @@ class LossConfig:
     max_registers: int | None = None  # a thread may have
 
 
+@cache
 def loss_config(classes: int, dtype: torch.dtype, target: Target, contiguous: bool) -> LossConfig:
     """One block for rows of up to 8,192 logits (half precision: 16,384 where that does not spill), packed pairs for
     half-precision rows of up to 32,768 there, blocks beyond and for float64, which is for checks.
@@ -364,7 +367,9 @@ def packed_row_loss_kernel(
                 low = tl.load(base + at, mask=at < classes, other=0.0)
                 high = tl.load(base + at + HALF, mask=at + HALF < classes, other=0.0)
             low_bits = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-            held = held + (low_bits | (high.to(tl.int16, bitcast=True).to(tl.int32) << 16),)
+            held = held + (  # noqa: RUF005 (Triton has no unpacking)
+                low_bits | (high.to(tl.int16, bitcast=True).to(tl.int32) << 16),
+            )
         z_label = tl.load(base + label, mask=valid & in_range, other=0.0).to(dtype)
         column = tl.where(in_range, label, -1).to(tl.int32)
         # 2. Largest logit, norm, right or not. Zeros from memory: see _unpacked; the masks' too would be kept.
@@ -528,7 +533,6 @@ def long_row_loss_kernel(
 ):
     dtype = stats_ptr.dtype.element_ty
     d_min, spread, count, w_bar, inactive = _batch_terms(batch_ptr, dtype, RELEASED, WARMUP)
-    c = tl.arange(0, BLOCK)
     total = tl.zeros((), tl.float64)
     row = tl.program_id(0).to(tl.int64)
     if row < rows:  # a program a row; the one program of no rows has none
@@ -686,7 +690,7 @@ def plan_loss(
         constexprs |= {"RECOMPUTE": config.recompute, "BLOCK": config.block}
     elif config.path == "packed":
         kernel = packed_row_loss_kernel
-        constexprs |= {"CHUNKS": triton.cdiv(classes, config.block), "HALF": config.block // 2}
+        constexprs |= {"CHUNKS": cdiv(classes, config.block), "HALF": config.block // 2}
     else:
         kernel = long_row_loss_kernel
         constexprs["BLOCK"] = config.block
@@ -821,7 +825,7 @@ def scale_kernel(
 def plan_scale(values: Tensor, factor: Tensor) -> Launch:
     """The launch."""
     arguments = {"values_ptr": values, "factor_ptr": factor, "size": values.numel()}
-    return Launch(scale_kernel, (triton.cdiv(values.numel(), SCALE_BLOCK),), arguments, {"BLOCK": SCALE_BLOCK}, 8)
+    return Launch(scale_kernel, (cdiv(values.numel(), SCALE_BLOCK),), arguments, {"BLOCK": SCALE_BLOCK}, 8)
 
 
 def scale(values: Tensor, factor: Tensor) -> None:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tal_fast.kernels.launch import Launch, Target, target_of
+from tal_fast.kernels.launch import Launch, Target, cdiv, target_of
 
 QUERIES = 16  # a program's queries: each queue entry loaded serves all of them
 ENTRIES = 128  # queue entries at a time: a 16 x 128 tile of minima is 16 float32 registers a thread at 4 warps
@@ -185,8 +185,8 @@ def nearest_kernel(
 def shares_of(rows: int, capacity: int, target: Target) -> int:
     """Shares of the queue such that there are about two programs a multiprocessor, and none without entries. The
     queue's length is on the device, so its capacity decides. (Not yet tuned on a GPU.)"""
-    blocks = triton.cdiv(max(rows, 1), QUERIES)
-    return max(1, min(triton.cdiv(2 * target.multiprocessors, blocks), triton.cdiv(capacity, 4 * ENTRIES)))
+    blocks = cdiv(max(rows, 1), QUERIES)
+    return max(1, min(cdiv(2 * target.multiprocessors, blocks), cdiv(capacity, 4 * ENTRIES)))
 
 
 def plan_statistics_distance(
@@ -224,7 +224,7 @@ def plan_statistics_distance(
         "ignore_index": ignore_index,
     }
     constants = {"QUERIES": QUERIES, "ENTRIES": ENTRIES, "FEATURES": FEATURES, "ROWS": ROWS}
-    grid = (max(1, triton.cdiv(rows, QUERIES)), shares)  # one program at least: it fills the summary of no rows
+    grid = (max(1, cdiv(rows, QUERIES)), shares)  # one program at least: it fills the summary of no rows
     return Launch(statistics_distance_kernel, grid, arguments, constants, NUM_WARPS), (mean, std, distance, batch)
 
 
@@ -274,7 +274,7 @@ def plan_nearest(
         "rows": rows,
     }
     constants = {"QUERIES": QUERIES, "ENTRIES": ENTRIES}
-    return Launch(nearest_kernel, (triton.cdiv(rows, QUERIES), shares), arguments, constants, NUM_WARPS), squared
+    return Launch(nearest_kernel, (cdiv(rows, QUERIES), shares), arguments, constants, NUM_WARPS), squared
 
 
 def nearest(queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor, std: Tensor) -> Tensor:

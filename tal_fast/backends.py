@@ -339,12 +339,10 @@ def may_overwrite(logits: Tensor, options: LossOptions) -> bool:
     if not options.inplace or torch.compiler.is_compiling():
         return False
     if logits.is_leaf:
-        raise ValueError(
-            "inplace=True would overwrite logits that are a leaf; pass what a layer gave, or inplace=False"
-        )
+        raise ValueError("inplace=True would overwrite a leaf's values; pass the logits a layer gave, or inplace=False")
     if logits.dtype == torch.float16:
         raise ValueError(
-            "inplace=True would keep the gradient in float16, which loses what a gradient scaler has not yet multiplied; "
+            "inplace=True would round the gradient to float16 before a gradient scaler multiplies it; "
             "use bfloat16 or inplace=False"
         )
     if not logits.is_contiguous():

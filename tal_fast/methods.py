@@ -98,7 +98,9 @@ class CrossEntropy(Method):
 
     def forward(self, logits: Tensor, features: Tensor, labels: Tensor) -> Step:
         """See ``Method``."""
-        return Step(F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing), {})
+        total = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing, reduction="sum")
+        # Not its mean, which is NaN for a batch without an image to learn from.
+        return Step(total / (labels != F_IGNORE).sum().clamp(min=1), {})
 
 
 class TAL(Method):

@@ -131,8 +131,10 @@ def tal_loss(
         terms = torch.stack([largest, scale, g_p, g_q, g_p_label + g_q_label, along, away], dim=1)
         grad = gradient(z, own_label, valid, terms)
         loss = backends.attach_gradient(logits, loss, grad, need_grad)
-    stats = (t.to(wide) for t in (typicalness, weight, temperature))
-    return loss, TALStats(distance.detach(), *stats, right, accepted)
+    stats = TALStats(
+        distance.detach(), typicalness.to(wide), weight.to(wide), temperature.to(wide), right, accepted
+    )  # fmt: skip
+    return loss, stats
 
 
 def _scan(logits: Tensor) -> Tensor:

@@ -503,6 +503,8 @@ class Trainer:
         data = self.config.data
         if data.root is not None:
             data.root = str(Path(data.root).absolute())
+        if data.file_list is not None:
+            data.file_list = str(Path(data.file_list).absolute())
         data.ood = {name: str(Path(path).absolute()) for name, path in data.ood.items()}
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from support import CASES, exact, golden, options, random_batch, random_queue, relative, trace
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tal_fast import TALLoss, kernels, reference
 
@@ -636,6 +637,60 @@ def test_no_number_that_a_user_chooses_is_compiled_in(monkeypatch: pytest.Monkey
     for one, other in ((seen[0], seen[2]), (seen[1], seen[3])):
         assert one.constants == other.constants
         assert not any(isinstance(v, float) for v in (*one.arguments.values(), *one.constants.values()))
+
+
+@pytest.mark.parametrize(("variant", "expected"), [("paper", 3), ("released", 4)])
+def test_launches_of_a_step_and_the_memory_it_takes(
+    variant: Literal["paper", "released"], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics and distance, loss and gradient, push, and for ``released`` the batch's sums; backward adds the one
+    that looks at the upstream factor. Nothing of B x N is allocated, and of B x C the gradient alone."""
+    rows, classes, entries = 40, 50, 3000
+    launched: list[str] = []
+    run = launch.Launch.run
+
+    def counted(planned: launch.Launch) -> None:
+        launched.append(planned.kernel.__name__)
+        with _disable_current_modes():  # the interpreter copies arguments
+            run(planned)
+
+    class Allocations(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes: dict[int, int] = {}
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                self.sizes[out.untyped_storage().data_ptr()] = out.untyped_storage().nbytes() // out.element_size()
+            return out
+
+    loss_fn = TALLoss(variant, queue_size=entries, backend="triton").to(DEVICE)
+    loss_fn.queue.push(*on_device(*random_queue(entries)))
+    logits, features, labels = on_device(*random_batch(rows, classes, width=4))
+    z = logits.requires_grad_() * 1.0
+    loss_fn(z, features, labels)
+    monkeypatch.setattr(launch.Launch, "run", counted)
+    with Allocations() as seen:
+        value = loss_fn(z, features, labels)
+    assert len(launched) == expected
+    own = [size for pointer, size in seen.sizes.items() if pointer != z.data_ptr()]
+    assert sum(size >= rows * classes for size in own) == 1
+    assert max(own) == rows * classes
+    value.backward()
+    # The interpreter's CPU looks at the factor without a launch.
+    assert len(launched) == expected + (DEVICE.type == "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [0, 1, 4095, 4097])
+def test_scale(size: int, dtype: torch.dtype) -> None:
+    for factor in (1.0, -2.5, 0.0):
+        values = torch.randn(size).to(dtype)
+        want = (values.double() * factor).to(dtype)
+        (moved,) = on_device(values.clone())
+        kernels.scale(moved, torch.tensor(factor, device=DEVICE))
+        torch.testing.assert_close(moved.cpu(), want)
 
 
 @pytest.mark.parametrize("need_grad", [True, False])

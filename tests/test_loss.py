@@ -419,7 +419,7 @@ def test_inplace_refuses_what_cannot_hold_the_gradient(backend: str) -> None:
     logits, features, labels = (t.to(device) for t in random_batch(6, 9))
     loss_fn = TALLoss(queue_size=9, inplace=True, backend=backend).to(device)
     for bad, message in (
-        (logits.clone().requires_grad_(), "are a leaf"),
+        (logits.clone().requires_grad_(), "overwrite a leaf"),
         (layer(logits.half()), "float16"),
         (layer(logits.t().contiguous()).t(), "needs contiguous logits"),
     ):

@@ -47,12 +47,13 @@ def cases(world: int) -> list[Case]:
                     labels[6] = 10
                     logits[7, int(labels[7])] += 40  # p > 0.999
                     features[9, 0] = torch.nan  # no statistics
+                    wide = torch.float64 if dtype == torch.float64 else torch.float32
                     found.append(
                         {
                             "options": {"variant": variant, **options},
                             "dtype": dtype,
-                            "batch": (logits.to(dtype), features, labels),
-                            "queue": random_queue(50),
+                            "batch": (logits.to(dtype), features.to(wide), labels),
+                            "queue": tuple(q.to(wide) for q in random_queue(50)),
                         }
                     )
     return found
