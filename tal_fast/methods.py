@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tal_fast.config import MethodConfig
+from tal_fast.data.loaders import IGNORED_LABEL
 from tal_fast.loss import TALLoss
 from tal_fast.resharding import reshard
 from tal_fast.scores import NORM_EPS
@@ -100,7 +101,7 @@ class CrossEntropy(Method):
         """See ``Method``."""
         total = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing, reduction="sum")
         # Not its mean, which is NaN for a batch without an image to learn from.
-        return Step(total / (labels != F_IGNORE).sum().clamp(min=1), {})
+        return Step(total / (labels != IGNORED_LABEL).sum().clamp(min=1), {})
 
 
 class TAL(Method):

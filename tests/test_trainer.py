@@ -268,7 +268,12 @@ def test_bad_options_are_refused_before_anything_is_written(
 def test_ce_is_cross_entropy() -> None:
     logits, features, labels = torch.randn(9, 4), torch.rand(9, 6), torch.randint(4, (9,))
     loss, samples = build_method(MethodConfig("ce", label_smoothing=0.1), 10)(logits, features, labels)
-    assert torch.equal(loss, F.cross_entropy(logits, labels, label_smoothing=0.1))
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels, label_smoothing=0.1))
+    nothing = build_method(MethodConfig("ce"), 10)(
+        logits.requires_grad_(), features, torch.full_like(labels, -100)
+    ).loss
+    nothing.backward()
+    assert float(nothing) == float(logits.grad.abs().sum()) == 0
     assert samples == {}
     assert CrossEntropy.score == "msp"
     half = build_method(MethodConfig("ce"), 10)(logits.bfloat16(), features, labels).loss
