@@ -218,6 +218,19 @@ def test_gpu_table_shows_wins_losses_and_what_did_not_run(cpu: report.Results) -
     assert "Not yet run" in report.fill_in("<!-- bench:gpu -->\n<!-- /bench -->", cpu, None)
 
 
+def test_wall_clock_figures_of_a_busy_machine_are_withheld(cpu: report.Results) -> None:
+    files = copy.deepcopy(cpu.files)
+    for file in files:
+        for row in file["benchmarks"]:
+            row["load"] = 50.0 if row["clock"] == "wall" else row["load"]
+    busy = report.Results(files)
+    assert busy.withheld > 0
+    assert not busy.find("step", threads=2)
+    assert busy.find("step", threads=1) == cpu.find("step", threads=1)
+    assert "withheld" in report.source(busy)
+    assert "not measured" in report.targets_table(busy)
+
+
 def test_unknown_tables_are_refused(cpu: report.Results) -> None:
     with pytest.raises(ValueError, match="there is no table 'nonsense'"):
         report.fill_in("<!-- bench:nonsense -->\n<!-- /bench -->", cpu, None)
