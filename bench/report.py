@@ -117,6 +117,9 @@ def percent(value: float | None) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rows = list(rows)
+    if not rows:
+        return "Not measured yet; `make bench` does."
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
@@ -419,6 +422,8 @@ def plot(cpu: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(style):
         for name, draw in (("loss", draw_loss), ("typicalness", draw_typicalness), ("queue", draw_queue)):
+            if not cpu.find(name):
+                continue
             figure = draw(cpu, plt)
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
             plt.close(figure)
