@@ -397,7 +397,7 @@ def fill_in(text: str, cpu: Results, gpu: dict[str, Any] | None) -> str:
             body = BLOCKS[name](cpu)
         else:
             raise ValueError(f"there is no table {name!r}; there are {', '.join(BLOCKS)} and gpu")
-        return f"<!-- bench:{name} -->\n{body}\n<!-- /bench -->"
+        return f"<!-- bench:{name} -->\n\n{body}\n\n<!-- /bench -->"  # Markdown needs the empty lines
 
     return re.sub(r"<!-- bench:([\w-]+) -->\n.*?<!-- /bench -->", block, text, flags=re.DOTALL)
 
