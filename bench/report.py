@@ -41,6 +41,10 @@ NAMES = {
     "sklearn": "scikit-learn, 3 of the 9 metrics",
 }
 
+MOST_LOAD = 1.5
+"""Processes a core up to which a wall-clock figure is published. Two threads wait for each other: with more processes
+than cores a slow peer takes ten times as long and a fast one as long as ever, which would flatter the fast one."""
+
 Row = dict[str, Any]
 
 
@@ -49,7 +53,15 @@ class Results:
 
     def __init__(self, files: list[dict[str, Any]]) -> None:
         self.files = files
-        self.rows: list[Row] = [row for file in files for row in file["benchmarks"]]
+        self.withheld = 0
+        self.rows: list[Row] = []
+        for file in files:
+            busy = MOST_LOAD * file["machine_info"]["cores"]
+            for row in file["benchmarks"]:
+                if row["clock"] == "wall" and row["load"] > busy:
+                    self.withheld += 1
+                else:
+                    self.rows.append(row)
 
     @classmethod
     def read(cls, folder: Path) -> Results:
@@ -105,6 +117,9 @@ def percent(value: float | None) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rows = list(rows)
+    if not rows:
+        return "Not measured yet; `make bench` does."
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
@@ -116,9 +131,14 @@ def source(results: Results) -> str:
     machines = sorted({f"{m['cpu']} ({m['vectors']}), {m['cores']} cores" for m in info})
     versions = sorted({f"Python {m['python']}, torch {m['torch']}" for m in info})
     commits = sorted({str(m["commit"]) for m in info})
+    withheld = (
+        f" {results.withheld} wall-clock figures taken at a load above {MOST_LOAD} a core are withheld (–)."
+        if results.withheld
+        else ""
+    )
     return (
         f"{'; '.join(machines)}; {'; '.join(versions)}; commit {', '.join(commits)}. One thread: CPU time; two: wall "
-        f"clock. Load of the machine, the benchmarks' own included: {min(loads):.1f} to {max(loads):.1f}."
+        f"clock. Load of the machine, the benchmarks' own included: {min(loads):.1f} to {max(loads):.1f}.{withheld}"
     )
 
 
@@ -130,7 +150,8 @@ STEP_PEERS = ("list_queue", "reference", "reference_compiled", "released", "pape
 def limits_of(results: Results) -> list[dict[str, float]]:
     """For each number of threads the fastest that any file has seen."""
     found: dict[float, dict[str, float]] = {}
-    for limit in (x for file in results.files for x in file["limits"]):
+    published = {row["threads"] for row in results.rows}
+    for limit in (x for file in results.files for x in file["limits"] if x["threads"] in published):
         best = found.setdefault(limit["threads"], dict(limit))
         best.update({key: max(value, best[key]) for key, value in limit.items()})
     return [found[threads] for threads in sorted(found)]
@@ -178,10 +199,12 @@ def step_table(results: Results) -> str:
             facts = {**dict(zip("BCDN", size, strict=True)), "threads": threads}
             found = {p: results.one("step", peer=p, **facts) for p in STEP_PEERS}
             released, slow = found["released"], found["list_queue"]
+            size_text = ", ".join(f"{n:,}" for n in size)
             if released is None or slow is None:
+                rows.append((size_text, str(threads), *["–"] * (len(STEP_PEERS) + 3)))
                 continue
             rows.append((
-                ", ".join(f"{n:,}" for n in size), str(threads),
+                size_text, str(threads),
                 *(p20(r) for r in found.values()),
                 ms(released["floor_p20_ms"]),
                 f"{times(slow['p20_ms'] / released['p20_ms'])} faster",
@@ -303,17 +326,18 @@ def targets_table(results: Results) -> str:
     """What was to be reached on CPUs, and whether it is."""
     rows: list[tuple[str, ...]] = []
 
-    def judge(what: str, limit: str, got: str, met: bool) -> None:
-        rows.append((what, limit, got, "yes" if met else "**no**"))
+    def judge(what: str, limit: str, got: str, met: bool | None) -> None:
+        rows.append((what, limit, got, "not measured" if met is None else "yes" if met else "**no**"))
 
     for size, factor in (((128, 100, 64, 30_000), 100), ((64, 1000, 2048, 880_880), 300)):
         for threads in (1, 2):
             facts = {**dict(zip("BCDN", size, strict=True)), "threads": threads}
             slow, fast = (results.one("step", peer=p, **facts) for p in ("list_queue", "released"))
+            where = f"step at {', '.join(f'{n:,}' for n in size)}, threads {threads}"
             if slow is None or fast is None:
+                judge(where, f"{factor}x the list queue", "–", None)
                 continue
             gain = slow["p20_ms"] / fast["p20_ms"]
-            where = f"step at {', '.join(f'{n:,}' for n in size)}, threads {threads}"
             judge(where, f"{factor}x the list queue", times(gain), gain >= factor)
             if factor == 100:
                 limit = 3 * fast["floor_p20_ms"] + 0.3
@@ -373,7 +397,7 @@ def fill_in(text: str, cpu: Results, gpu: dict[str, Any] | None) -> str:
             body = BLOCKS[name](cpu)
         else:
             raise ValueError(f"there is no table {name!r}; there are {', '.join(BLOCKS)} and gpu")
-        return f"<!-- bench:{name} -->\n{body}\n<!-- /bench -->"
+        return f"<!-- bench:{name} -->\n\n{body}\n\n<!-- /bench -->"  # Markdown needs the empty lines
 
     return re.sub(r"<!-- bench:([\w-]+) -->\n.*?<!-- /bench -->", block, text, flags=re.DOTALL)
 
@@ -398,6 +422,8 @@ def plot(cpu: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(style):
         for name, draw in (("loss", draw_loss), ("typicalness", draw_typicalness), ("queue", draw_queue)):
+            if not cpu.find(name):
+                continue
             figure = draw(cpu, plt)
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
             plt.close(figure)
