@@ -87,7 +87,7 @@ def comparison(
         ValueError: see ``check_comparable`` and ``judged_by``.
     """
     check_comparable(reports, names)
-    settings = [key for key in SETTING_TITLES if key in reports[0]["settings"]]
+    settings = [key for key in SETTING_TITLES if all(key in report["settings"] for report in reports)]
     columns = [(key, metric) for key in settings for metric in metrics]
     chosen = [judged_by(report, name, score) for report, name in zip(reports, names, strict=True)]
     accuracy = [math.nan if r["id_accuracy"] is None else r["id_accuracy"] for r in reports]

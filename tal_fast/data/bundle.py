@@ -129,7 +129,7 @@ class DataBundle:
 
     def loader(
         self,
-        split: str,
+        split: str | Split,
         *,
         batch_size: int,
         rank: int = 0,
@@ -143,7 +143,7 @@ class DataBundle:
         Args:
             split: ``train`` (shuffled and augmented anew each epoch; what does not fill a step of all ranks is left
                 out), ``train-eval`` (the same images in order, each once, not augmented), ``val`` or one of
-                ``ood_names`` (as ``train-eval``; labels are -1).
+                ``ood_names`` (as ``train-eval``; labels are -1). Or images from elsewhere, read as ``val``'s.
             batch_size: images of a step on this rank.
             rank, world_size: global rank and number of ranks; each rank gets its share.
             seed: of the order and augmentation of ``train``.
@@ -160,9 +160,9 @@ class DataBundle:
             UnreadableImage: while iterating, a file that does not decode, by its name; with ``skip_unreadable``, the
                 one that is more than ``config.max_unreadable``.
         """
-        images = self.split(split)
+        images = self.split(split) if isinstance(split, str) else split
         config, device = self.config, torch.device(device)
-        training = split == "train"
+        training = isinstance(split, str) and split == "train"
         in_memory = isinstance(images, MemoryImages)
         plan = Plan(
             sizes=images.sizes,
