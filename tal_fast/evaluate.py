@@ -496,7 +496,8 @@ def _parser() -> argparse.ArgumentParser:
         "Old FD under shift. docs/evaluation.md tells more.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", metavar="DIR", help="folder of a run of tal_fast.train")
+    # torchrun stumbles over --run, which could be the start of an option of its own.
+    source.add_argument("--run", "--run-dir", metavar="DIR", help="folder of a run of tal_fast.train")
     source.add_argument(
         "--weights", metavar="FILE", help="weights of --model: .pt, .pth, .safetensors, or 'pretrained'"
     )
