@@ -50,7 +50,7 @@ def fit_temperature(logits: Any, labels: Any) -> float:
     if not len(matrix) or classes.shape != (len(matrix),):
         raise ValueError(f"a temperature needs samples: logits are {matrix.shape}, labels {classes.shape}")
     of_label = matrix[np.arange(len(matrix)), classes].astype(np.float64)
-    scale = max(float(np.abs(matrix).max()), np.finfo(np.float64).tiny)
+    scale = float(np.abs(matrix).max()) or 1.0
 
     def slope(log_temperature: float) -> float:
         """Of the cross-entropy over 1/T."""
@@ -62,14 +62,14 @@ def fit_temperature(logits: Any, labels: Any) -> float:
         return float(np.mean(by_blocks(expected, matrix) - of_label)) / scale
 
     low, high = np.log(LOWEST * scale), np.log(HIGHEST * scale)
-    if (matrix.argmax(axis=1) == classes).all() or slope(low) <= 0:
-        raise ValueError(
-            f"no temperature fits: all {len(matrix)} held-out samples are classified right, and cross-entropy falls "
-            f"down to T = 0; hold out more samples"
-        )
     if slope(high) >= 0:
         raise ValueError(
             f"no temperature fits: on the {len(matrix)} held-out samples the logits say no more than chance about the "
             f"labels, and cross-entropy falls up to T = infinity"
+        )
+    if (matrix.argmax(axis=1) == classes).all() or slope(low) <= 0:
+        raise ValueError(
+            f"no temperature fits: all {len(matrix)} held-out samples are classified right, and cross-entropy falls "
+            f"down to T = 0; hold out more samples"
         )
     return float(np.exp(brentq(slope, low, high, xtol=1e-12, rtol=1e-10)))

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -301,7 +302,10 @@ def test_scores_over_features_of_a_run(run_dir: Path, tmp_path: Path) -> None:
     assert found["settings"]["old_fd"]["mahalanobis"] == failure_metrics(want, val.right)
 
 
-def test_scores_over_features_of_an_npz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_over_features_of_an_npz(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "plots", MagicMock())  # a dozen reports whose pictures nobody looks at
     rng = np.random.default_rng(2)
     arrays = {
         "features": rng.normal(size=(200, 8)), "ood_noise_features": rng.normal(size=(90, 8)) + 3,
@@ -352,6 +356,28 @@ def test_several_ood_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     printed = capsys.readouterr().out
     assert "mix prior=0.25, seed 0" in printed
     assert "New FD: mean over 2 OOD sets" in printed
+
+
+def test_shifted_sets_of_an_npz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(7)
+    arrays = {"shift_fog_logits": rng.normal(size=(60, 5)), "shift_fog_labels": rng.integers(5, size=60)}
+    features = {"features": rng.normal(size=(200, 4)), "ood_noise_features": rng.normal(size=(90, 4))}
+    path = write_npz(tmp_path / "outputs.npz", **arrays, **features, fc_wieght=np.zeros(3))
+    assert evaluate.main(["--npz", str(path), "--scores", "msp", "feature_norm"]) == 0
+    said = capsys.readouterr()
+    assert "has arrays of names that mean nothing here: fc_wieght\n" in said.err
+    assert "left out: feature_norm: it needs the features of every set, and there are no shift_fog_features" in said.out
+    found = read(tmp_path / "outputs-report")
+    right = arrays["shift_fog_logits"].argmax(1) == arrays["shift_fog_labels"]
+    assert found["settings"]["shift"]["msp"] == failure_metrics(SCORES["msp"](arrays["shift_fog_logits"]), right)
+    errors = int(60 - right.sum())
+    assert found["samples"]["shift"] == {"n": 60, "id": 60, "ood": 0, "errors": errors}
+    assert found["aurc_random"]["shift"] == errors / 60
+    arrays["shift_fog_features"] = rng.normal(size=(60, 4))
+    write_npz(path, **arrays, **features)
+    assert evaluate.main(["--npz", str(path), "--scores", "feature_norm"]) == 0
+    norms = np.abs(arrays["shift_fog_features"]).sum(1)
+    assert read(tmp_path / "outputs-report")["settings"]["shift"]["feature_norm"] == failure_metrics(norms, right)
 
 
 def test_order_of_samples_does_not_matter(tmp_path: Path) -> None:
@@ -414,6 +440,12 @@ def test_conventions_differ_where_scores_tie(tmp_path: Path) -> None:
         ({"logits": np.full((200, 5), np.nan)}, "the logits of sample 0 of 'logits' are not finite"),
         ({"ood_noise_logits": np.zeros((90, 4))}, "ood_noise_logits has 4 columns but logits has 5"),
         ({"features": np.zeros((7, 3))}, "features has 7 samples but its logits have 200"),
+        ({"shift_fog_logits": np.zeros((4, 5))}, "has 'shift_fog_logits' but no 'shift_fog_labels'"),
+        (
+            {"shift_fog_logits": np.zeros((4, 5)), "shift_fog_labels": np.arange(3)},
+            "shift_fog_logits has 4 samples but shift_fog_labels has 3",
+        ),
+        ({"shift_fog_logits": np.zeros((4, 6)), "shift_fog_labels": np.arange(4)}, "has 6 columns but logits has 5"),
         ({"logits": np.array([{}, {}])}, "cannot be read as .npz without pickle"),
     ],
 )

@@ -161,7 +161,18 @@ def test_a_killed_evaluation_goes_on_from_its_cache(tmp_path: Path, monkeypatch:
 
 def test_ranks_share_a_pass_and_finish_one_anothers(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    args = ["--run-dir", str(run), "--device", "cpu", "--batch-size", "33", "--scores", "msp,mahalanobis", "--mix", "all"]
+    args = [
+        "--run-dir",
+        str(run),
+        "--device",
+        "cpu",
+        "--batch-size",
+        "33",
+        "--scores",
+        "msp,mahalanobis",
+        "--mix",
+        "all",
+    ]
     assert evaluate.main([*args, "--output", str(tmp_path / "one"), "--cache", str(tmp_path / "one-cache")]) == 0
     # What one process left behind is no matter for two: here every second shard's worth of samples.
     cache = tmp_path / "two-cache"

@@ -28,6 +28,8 @@ text                              images
 ``KIND[:SEVERITY]``               the validation images with a corruption of ``tal_fast.corruptions`` (severity 3)
 ================================  ===================================================================================
 
+A folder that is called like a word above is ``./WORD``.
+
 Sizes and channels become those of the data set: images in memory are resized whole, image files as in validation, and
 colour becomes grey by ITU-R 601's luma, as in Pillow.
 """
@@ -225,7 +227,8 @@ def _cifar_c(text: str, classes: int, channels: int) -> MemoryImages:
         )
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
-            f"{path.with_name('labels.npy')} has labels up to {labels.max()} but there are {classes} classes"
+            f"{path.with_name('labels.npy')} has labels {labels.min()} to {labels.max()} but there are {classes} "
+            f"classes"
         )
     rows = slice(None)
     if severity is not None:
