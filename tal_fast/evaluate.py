@@ -126,13 +126,13 @@ def inference_of(run: Run, cache: str | Path, **options: Any) -> Inference:
 
 def _sets_beside(
     data: DataBundle, ood: Mapping[str, str], shifts: Mapping[str, str]
-) -> tuple[dict[str, Split | None], dict[str, tuple[Split, Corruption | None]]]:
-    """OOD sets by name, None for the data set's own, and shifted sets.
+) -> tuple[dict[str, Split], dict[str, tuple[Split, Corruption | None]]]:
+    """OOD sets by name, the data set's own first, and shifted sets.
 
     Raises:
         ValueError: a name that is taken, or a set that cannot be read.
     """
-    found: dict[str, Split | None] = dict.fromkeys(data.ood_names)
+    found = {name: data.split(name) for name in data.ood_names}
     for name, spec in ood.items():
         if name in found:
             raise ValueError(f"there is an OOD set {name!r} already, the data set's own; choose another name")
@@ -155,12 +155,9 @@ def _evaluate_model(
     """Run a model over all it is evaluated on, and report on it; None on ranks other than 0."""
     data = inference.data
     oods, shifted = _sets_beside(data, ood or {}, shifts or {})
-    # The prefixes keep a set that is called val from meeting the validation split.
     id_store = inference.store("val")
-    ood_stores = {
-        name: inference.store(name) if images is None else inference.store(f"ood-{name}", images)
-        for name, images in oods.items()
-    }
+    # The prefixes keep a set that is called val from meeting the validation split.
+    ood_stores = {name: inference.store(f"ood-{name}", images) for name, images in oods.items()}
     shift_stores = {
         name: inference.store(f"shift-{name}", images, corruption) for name, (images, corruption) in shifted.items()
     }

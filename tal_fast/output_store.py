@@ -125,8 +125,12 @@ class OutputStore:
         """The arrays of each shard by name, as far as they are there; a sample comes once, shards in no set order.
 
         Raises:
-            ValueError: a shard is damaged.
+            ValueError: a shard is damaged, or another evaluation has taken the folder.
         """
+        if self._about().get("key") != self.key:
+            raise ValueError(
+                f"{self.folder} holds outputs of other weights or images by now; give each evaluation its own --cache"
+            )
         seen = np.zeros(self.samples, dtype=bool)
         for path in self._paths():
             try:

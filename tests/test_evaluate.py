@@ -155,12 +155,12 @@ def test_one_pass_serves_until_the_weights_change(tmp_path: Path, monkeypatch: p
     passes = counted(monkeypatch)
     folder = make_run(tmp_path / "run", "ce")
     first = evaluate.evaluate_run(folder)
-    assert passes == ["val", "noise"]
+    assert passes == ["val", "ood-noise"]
     assert evaluate.evaluate_run(folder, scores=["energy", "msp"], mix=Mix("all"))["mix"] == "all"
-    assert passes == ["val", "noise"]
+    assert passes == ["val", "ood-noise"]
     make_run(folder, "ce", seed=1)
     second = evaluate.evaluate_run(folder)
-    assert passes == ["val", "noise"] * 2
+    assert passes == ["val", "ood-noise"] * 2
     assert second["settings"] != first["settings"]
 
 
@@ -180,14 +180,14 @@ def test_one_pass_serves_until_an_image_changes(tmp_path: Path, monkeypatch: pyt
     first = evaluate.evaluate_run(run)
     assert evaluate.evaluate_run(run)["settings"] == first["settings"]
     assert first["counts"] == {"id": 6, "id_right": first["counts"]["id_right"], "ood": {"other": 3}}
-    assert passes == ["val", "other"]
+    assert passes == ["val", "ood-other"]
     Image.new("RGB", (16, 16), "red").save(tmp_path / "ood" / "1.png")
     evaluate.evaluate_run(run)
-    assert passes == ["val", "other", "other"]
+    assert passes == ["val", "ood-other", "ood-other"]
     # Another image of the same size shows in the time of change.
     os.utime(tmp_path / "val" / "cat" / "2.png", (1, 1))
     evaluate.evaluate_run(run)
-    assert passes == ["val", "other", "other", "val"]
+    assert passes == ["val", "ood-other", "ood-other", "val"]
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(
@@ -198,7 +198,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
     passes = counted(monkeypatch)
     for _ in range(2):
         evaluate.evaluate_run(run, tmp_path / "out")
-    assert passes == ["val", "noise"] * 2
+    assert passes == ["val", "ood-noise"] * 2
     assert "outputs cannot be kept" in capsys.readouterr().err
     assert (tmp_path / "out" / "report.json").is_file()
 

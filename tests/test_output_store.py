@@ -69,8 +69,10 @@ def test_a_sample_written_twice_comes_once(tmp_path: Path) -> None:
 
 def test_another_key_empties_the_store(tmp_path: Path) -> None:
     filled(tmp_path / "val", list(range(10)))
-    store = OutputStore(tmp_path / "val", "another key", 10)
+    before, store = OutputStore(tmp_path / "val", "key", 10), OutputStore(tmp_path / "val", "another key", 10)
     store.prepare(True)
+    with pytest.raises(ValueError, match="holds outputs of other weights or images by now"):
+        before.load()
     assert store.missing().size == 10
     assert not list(tmp_path.glob("val/*.npz"))
 
@@ -150,7 +152,7 @@ def test_a_killed_evaluation_goes_on_from_its_cache(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(inference, "run_model", counting)
     found = evaluate.evaluate_run(run, **options)
     # Six batches of 64 of the validation split were there; the rest of all splits was not.
-    wanted = [("val", i) for i in range(6 * 64, 1000)] + [("noise", i) for i in range(1000)]
+    wanted = [("val", i) for i in range(6 * 64, 1000)] + [("ood-noise", i) for i in range(1000)]
     assert sorted(computed) == sorted(wanted + [("train-eval", i) for i in range(2000)])
     want = evaluate.evaluate_run(whole, **options)
     assert found is not None
@@ -190,7 +192,7 @@ def test_ranks_share_a_pass_and_finish_one_anothers(tmp_path: Path) -> None:
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("ID accuracy") == 1
-    for name in ("val", "noise", "train-eval"):
+    for name in ("val", "ood-noise", "train-eval"):
         one, two = (OutputStore(tmp_path / f"{n}-cache" / name, "", k) for n, k in (("one", 0), ("two", 0)))
         indices = [
             np.sort(np.concatenate([np.load(path)["indices"] for path in store.folder.glob("[0-9]*.npz")]))
@@ -222,7 +224,7 @@ def test_fast_keeps_no_features(tmp_path: Path, capsys: pytest.CaptureFixture[st
     found = json.loads((run / "report.json").read_text())
     assert list(found["settings"]["old_fd"]) == list(evaluate.SCORES)
     shards = list(run.glob("eval-cache/best/*/*.npz"))
-    assert {path.parent.name for path in shards} == {"val", "noise"}
+    assert {path.parent.name for path in shards} == {"val", "ood-noise"}
     assert all("features" not in np.load(path) for path in shards)
     capsys.readouterr()
     assert evaluate.main(["--npz", "x.npz", "--fast"]) == 2
