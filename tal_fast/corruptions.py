@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from tal_fast.data.loaders import normalize
+from tal_fast.data.loaders import ImageFormat, Normalizer
 
 Pixels = NDArray[np.uint8]
 
@@ -117,9 +117,10 @@ class Corruption:
             loader: yields images (B, C, S, S) float32, normalised.
             mean, std: of the normalisation, per channel.
         """
+        normalize = Normalizer(ImageFormat(3 if len(mean) == 3 else 1, mean, std, torch.device("cpu")))
         scale, offset = (torch.tensor(v).view(1, -1, 1, 1) for v in (std, mean))
         for images, labels, indices in loader:
             shown: Tensor = (images.cpu() * scale + offset) * 255
             pixels = shown.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
             changed = np.stack([self.image(p, int(i)) for p, i in zip(pixels, indices, strict=True)])
-            yield normalize(torch.from_numpy(changed), mean, std).to(images.device), labels, indices
+            yield normalize(torch.from_numpy(changed)).to(images.device), labels, indices

@@ -122,6 +122,8 @@ def split_hash(split: Split) -> str:
     if isinstance(split, MemoryImages):
         digest.update(str(split.pixels.shape).encode())
         digest.update(np.ascontiguousarray(split.pixels).data)
+        if split.rows is not None:
+            digest.update(np.ascontiguousarray(split.rows).data)
         return digest.hexdigest()
     for path in split.paths:
         try:
@@ -211,20 +213,23 @@ class Inference:
 
     def _prepared(self, name: str, key: str, samples: int) -> OutputStore:
         store = OutputStore(cache_path(self._temporary.name if self._temporary else self.cache, name), key, samples)
-        problem: OSError | None = None
-        if self.ranks.is_main:
-            try:
-                store.prepare(self.features)
-            except OSError as error:
-                problem = error
-        if self.ranks.any(problem is not None):
+        try:
+            self.ranks.on_main(lambda: self._prepare(store))
+        except ValueError as problem:
             if self.ranks.world_size > 1 or self._temporary is not None:
-                why = "" if problem is None else f" ({problem})"
-                raise ValueError(f"the cache {store.folder} cannot be written{why}; name another folder with --cache")
-            print(f"note: outputs cannot be kept in {store.folder} ({problem})", file=sys.stderr)
+                raise
+            print(f"note: {problem}; outputs go to a temporary folder", file=sys.stderr)
             self._temporary = tempfile.TemporaryDirectory(prefix="tal-fast-")
             return self._prepared(name, key, samples)
         return store
+
+    def _prepare(self, store: OutputStore) -> None:
+        try:
+            store.prepare(self.features)
+        except OSError as problem:
+            raise ValueError(
+                f"outputs cannot be kept in {store.folder} ({problem}); name another folder with --cache"
+            ) from None
 
     def _run(self, store: OutputStore, name: str, images: Split, missing: Ints, corruption: Corruption | None) -> None:
         loader = self.data.loader(

@@ -46,7 +46,7 @@ def make_run(folder: Path, method: str = "tal", seed: int = 0, data: dict[str, A
         {
             "config": config.to_dict(), "epoch": 7, "step": 0, "world_size": 1, "model": model.state_dict(),
             "shape": {"class_names": classes, "channels": channels, "image_size": size},
-            "optimizer": {}, "ranks": [], "best": 0.0, "history": [],
+            "average": None, "optimizer": {}, "scaler": None, "ranks": [], "best": 0.0, "history": [],
         },
     )  # fmt: skip
     return folder

@@ -16,9 +16,10 @@ from PIL import Image
 from tal_fast import evaluate
 from tal_fast.corruptions import CORRUPTIONS, Corruption
 from tal_fast.data.bundle import MemoryImages
-from tal_fast.data.evaluation_sets import as_channels, ood_set, parse_named, shift_set
+from tal_fast.data.evaluation_sets import ood_set, parse_named, shift_set
 from tal_fast.data.files import ImageFiles
-from tal_fast.data.loaders import normalize
+from tal_fast.data.loaders import ImageFormat, Normalizer
+from tal_fast.data.pixels import as_channels
 
 RNG = np.random.default_rng(0)
 
@@ -261,10 +262,11 @@ def test_batches_are_corrupted_as_their_images_are(channels: int) -> None:
     pixels = RNG.integers(256, size=(5, 16, 16, channels), dtype=np.uint8)
     corruption = Corruption("jpeg", 4)
     indices = torch.tensor([3, 0, 4, 1, 2])
-    batch = (normalize(torch.from_numpy(pixels), mean, std), torch.arange(5), indices)
+    normalize = Normalizer(ImageFormat(1 if channels == 1 else 3, mean, std, torch.device("cpu")))
+    batch = (normalize(torch.from_numpy(pixels)), torch.arange(5), indices)
     ((images, labels, same),) = corruption.of_batches([batch], mean, std)
     want = np.stack([corruption.image(p, int(i)) for p, i in zip(pixels, indices, strict=True)])
-    torch.testing.assert_close(images, normalize(torch.from_numpy(want), mean, std))
+    torch.testing.assert_close(images, normalize(torch.from_numpy(want)))
     assert labels.tolist() == list(range(5))
     assert same is indices
 

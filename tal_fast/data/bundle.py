@@ -16,6 +16,7 @@ from tal_fast.config import DataConfig
 from tal_fast.data import cifar, dali_loader, embedded, files
 from tal_fast.data.files import OOD_LABEL, ImageFiles
 from tal_fast.data.loaders import ImageFormat, Loader, MemorySource, Source
+from tal_fast.data.pixels import as_channels
 from tal_fast.data.plan import Augmentation, Plan
 from tal_fast.data.torch_loader import TorchSource
 
@@ -188,13 +189,15 @@ class DataBundle:
             images.labels,
             device,
             image_size=self.image_size,
-            paths=() if in_memory else images.paths,
+            paths=images.paths if isinstance(images, ImageFiles) else (),
             max_unreadable=limit if skip_unreadable else 0,
             check_command=self._check_command(split),
         )
 
-    def _check_command(self, split: str) -> str:
+    def _check_command(self, split: str | Split) -> str:
         """What to run when files of a split do not decode."""
+        if not isinstance(split, str):
+            return "find the others with python -m tal_fast.check_data FOLDER"
         if split in self._ood:
             return f"find them with python -m tal_fast.check_data {shlex.quote(self.config.ood.get(split, split))}"
         root = shlex.quote(self.config.root or "FOLDER")
@@ -289,13 +292,13 @@ def _cifar(config: DataConfig) -> DataBundle:
     splits = {}
     for split in ("train", "val"):
         images, labels = cifar.read(config.dataset, config.root, split)
-        splits[split] = MemoryImages(_rgb_with_channels(images, config.channels), labels)
+        splits[split] = MemoryImages(as_channels(images, config.channels), labels)
 
     def ood_set(name: str, path: str) -> Split:
         for dataset in cifar.LAYOUTS:
             if cifar.find_folder(dataset, path) is not None:
                 images, labels = cifar.read(dataset, path, "val")
-                return MemoryImages(_rgb_with_channels(images, config.channels), np.full(len(labels), OOD_LABEL))
+                return MemoryImages(as_channels(images, config.channels), np.full(len(labels), OOD_LABEL))
         return files.read_flat(Path(path), name)
 
     return DataBundle(
@@ -311,7 +314,7 @@ def _cifar(config: DataConfig) -> DataBundle:
 def _fashion_mnist(config: DataConfig) -> DataBundle:
     _refuse_crops(config)
     splits = {
-        split: MemoryImages(_with_channels(images, config.channels), labels)
+        split: MemoryImages(as_channels(images, config.channels), labels)
         for split, (images, labels) in embedded.fashion_mnist(config.root).items()
     }
     unknown = [name for name in config.ood if name != "mnist"]
@@ -321,7 +324,7 @@ def _fashion_mnist(config: DataConfig) -> DataBundle:
 
     def mnist() -> Split:
         images = embedded.mnist(root)
-        return MemoryImages(_with_channels(images, config.channels), np.full(len(images), OOD_LABEL, np.int64))
+        return MemoryImages(as_channels(images, config.channels), np.full(len(images), OOD_LABEL, np.int64))
 
     ood: dict[str, Callable[[], Split]] = {"mnist": mnist} if embedded.mnist_available(root) else {}
     return DataBundle(config, embedded.FASHION_CLASSES, config.image_size or 28, splits["train"], splits["val"], ood)
@@ -355,16 +358,3 @@ def _refuse_crops(config: DataConfig) -> None:
             f"data.crop_area is for image files, {config.dataset} is in memory; set data.crop_area to null and use "
             "data.shift"
         )
-
-
-def _rgb_with_channels(images: np.ndarray, channels: int) -> np.ndarray:
-    """(N, H, W, 3) uint8 to (N, H, W, channels); gray is ITU-R 601's luma, as the loaders of files make it."""
-    if channels == 3:
-        return images
-    luma = images @ np.array([0.299, 0.587, 0.114], np.float32)
-    return np.round(luma).astype(np.uint8)[..., None]
-
-
-def _with_channels(images: np.ndarray, channels: int) -> np.ndarray:
-    """(N, H, W) uint8 to (N, H, W, channels)."""
-    return np.repeat(images[..., None], channels, axis=3)

