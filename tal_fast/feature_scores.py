@@ -20,7 +20,7 @@ Fitting reads the training features a block at a time, in float64, so they may b
 
 1. One pass gives the class means, the tied scatter about them and the moments of ‖f‖₁, merged block by block (Chan et
    al., 1979). The scatter about u follows from these: Σ(f − u)(f − u)ᵀ = within + Σ_c n_c (μ_c − u)(μ_c − u)ᵀ. Memory:
-   a few D × D and C × D matrices, under 200 MB for D = 2048.
+   a few D × D, C × D and 4096 × D matrices: with pass 2, 390 MB at the peak for D = 2048 and C = 1000.
 2. R is known only after that, so α and the moments of the residual take a second pass over the same features (from
    disk, not through the network), for the scores that need them.
 3. ``knn`` keeps at most ``knn_samples`` training features, chosen at random, in memory; ``None`` compares with all of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -585,3 +586,13 @@ def test_compare_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFi
         said = capsys.readouterr().err
         assert message in said
         assert said.count("\n") == 1
+
+
+def test_commands_in_the_docs_are_understood() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text().replace("\\\n", " ")
+    lines = [line.split("tal_fast.evaluate ", 1)[1] for line in text.splitlines() if "-m tal_fast.evaluate --" in line]
+    assert len(lines) == 6
+    for line in lines:
+        args = evaluate._parser().parse_args(shlex.split(line))
+        evaluate._check_source(args)
+        evaluate.check_scores(args.scores)
