@@ -9,6 +9,7 @@ CONSTRAINTS ?= -c constraints.txt
 EXTRAS := $(if $(filter Linux,$(shell uname -s)),dev$(comma)dali,dev)
 BIN := $(VENV)/bin
 RUNS ?= runs
+BENCHMARKS ?= step loss typicalness queue training metrics
 
 .PHONY: setup demo test lint kernels-check bench-smoke bench clean
 
@@ -46,13 +47,20 @@ lint: setup
 kernels-check: setup
 	$(BIN)/python -m tal_fast.kernels.compile_check --quick
 
+# Ratios to a floor that runs in turns, against the committed ones: half as slow again, beyond the noise, is a failure.
 bench-smoke: setup
-	$(BIN)/python -m bench.loss_step --smoke
+	$(BIN)/python -m pytest bench --benchmark-only --size smoke --benchmark-json=build/bench/cpu-smoke.json -q
+	$(BIN)/python -m bench.compare bench/results/cpu-smoke.json build/bench/cpu-smoke.json --tolerance 0.5
 	PYTHON=$(BIN)/python OUT=build/bench bench/gpu.sh --smoke
 
 bench: setup
-	$(BIN)/python -m bench.loss_step --out bench/results/loss_step_cpu.json
-	$(BIN)/python -m bench.queue_cost --out bench/results/queue_cost_cpu.json
+	$(BIN)/python -m pytest bench --benchmark-only --size smoke --benchmark-json=bench/results/cpu-smoke.json -q
+	for part in $(BENCHMARKS); do \
+	    $(BIN)/python -m pytest bench/bench_$$part.py --benchmark-only --benchmark-json=bench/results/cpu/$$part.json -q || exit 1; \
+	done
+	$(BIN)/python -m bench.loaders --out bench/results/loaders_cpu.json
+	$(BIN)/python -m bench.metrics --out bench/results/metrics_cpu.json
+	$(BIN)/python -m bench.report
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info tal_fast/_C*.so

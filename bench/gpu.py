@@ -1,98 +1,92 @@
-"""Kernels, whole loss steps and training steps on a GPU, as JSON: ``python -m bench.gpu --out FILE``.
+"""Kernels, loss steps and training steps on a GPU, as JSON: ``python -m bench.gpu --out FILE``.
 
-Kernels are timed by replaying a CUDA graph that runs them over several sets of inputs, together at least three times
-the L2 cache, so that every launch reads its inputs from device memory as it does in training. Every time is a p20, p50
-and p80 over replays. Nothing is timed before its result agrees with the reference. ``--smoke`` runs tiny shapes on the
-CPU (the Triton kernels in the interpreter) with the same code, timed by the clock.
+The same work, peers and gates as the suite that pytest runs (``bench_loss``, ``bench_typicalness``, ``bench_step``,
+``bench_training``), without pytest, the most telling parts first. Device time is a CUDA graph's replay over inputs that
+together exceed three times the L2 cache (``harness.GraphTimer``). A part that fails or finds no time left is recorded
+as such and costs no other; the file is written after each. ``--smoke`` runs tiny shapes on the CPU with the same code,
+the Triton kernels in the interpreter, timed by the clock.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from bench.harness import environment, percentiles, time_side_by_side, write_json
-from tal_fast import TALLoss, reference
+from bench import bench_loss, bench_step, bench_training, bench_typicalness
+from bench.harness import (
+    BLOCK,
+    CannotRun,
+    GraphTimer,
+    arithmetic_rate,
+    clock,
+    copy_bandwidth,
+    environment,
+    percentiles,
+    ratio_to_floor,
+    sets_beyond_cache,
+    write_json,
+)
 from tal_fast.backends import triton_problem
 
-LOSS_SHAPES = [(256, 1000), (16384, 1000), (4096, 21841), (4096, 131072)]  # B, C
-QUEUE_SHAPES = [(256, 2048, 20_000), (256, 2048, 880_880), (1024, 512, 880_880)]  # B, D, N
-STEP_SHAPES = [(128, 100, 64, 30_000), (256, 1000, 2048, 880_880)]  # B, C, D, N
+LOSS_SHAPES = [(16_384, 1000), (4096, 21_841), (4096, 131_072), (256, 1000)]  # B, C
+LOSS_PEERS = ("kernel", "paper", "released", "cross_entropy", "cross_entropy_compiled", "reference_compiled")
+FUSED_PEERS = ("liger", "quack")
+DISTANCE_SHAPES = [(256, 2048, 880_880), (256, 2048, 20_000), (1024, 512, 880_880)]  # B, D, N
+STEP_SHAPES = [(256, 1000, 2048, 880_880), (128, 100, 64, 30_000)]  # B, C, D, N
 
 
-class Timer:
-    """Times functions over rotating inputs, on the GPU by graph replay and on the CPU by the clock."""
+class Bench:
+    """Where and how to time.
 
-    def __init__(self, device: torch.device, smoke: bool) -> None:
-        self.device, self.smoke = device, smoke
-        self.l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    Args:
+        smoke: tiny shapes on the CPU.
+    """
 
-    def sets(self, bytes_per_set: int) -> int:
-        """How many sets of inputs together exceed three times the L2 cache."""
-        return 2 if self.smoke else max(2, min(64, 1 + 3 * self.l2 // max(1, bytes_per_set)))
+    def __init__(self, smoke: bool) -> None:
+        self.smoke = smoke
+        self.device = torch.device("cpu" if smoke else "cuda")
+        small = {"megabytes": 8} if smoke else {"megabytes": 1024}
+        self.copy_rate = copy_bandwidth(self.device, **small)
+        self.arithmetic = arithmetic_rate(self.device, 128 if smoke else 4096)
 
-    def __call__(self, calls: list[Callable[[], object]], replays: int = 30) -> dict[str, float]:
-        """Time of one call, the calls being the same work on different inputs."""
-        if self.device.type == "cpu":
-            taken = [time_side_by_side({"": call}, 3, 1.0)[""]["p20_ms"] / 1e3 for call in calls]
-            return percentiles(taken)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for call in calls[:2] * 2:
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = [call() for call in calls]  # outputs stay alive, so that no launch reuses another's memory
-        graph.replay()
-        taken = []
-        for _ in range(replays):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            taken.append(start.elapsed_time(end) / 1e3 / len(calls))
-        del kept, graph
-        return percentiles(taken)
+    def sets(self, bytes_read: int) -> int:
+        return 2 if self.smoke else sets_beyond_cache(self.device, bytes_read)
+
+    def time(self, calls: list[Callable[[], object]]) -> dict[str, float]:
+        """p20, p50 and p80 of one call."""
+        if self.smoke:
+            return percentiles(clock(calls[0], 2))
+        return percentiles(GraphTimer(self.device)(calls))
+
+    def synchronized(self, run: Callable[[], object]) -> Callable[[], None]:
+        """The call and its end on the device: what a step costs with the launches from Python."""
+
+        def call() -> None:
+            run()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+
+        return call
 
 
-def copy_bandwidth(timer: Timer) -> float:
-    """Bytes read and written a second by a large copy on the device."""
-    size = 1 << (16 if timer.smoke else 30)
-    source = torch.empty(size, dtype=torch.uint8, device=timer.device)
-    target = torch.empty_like(source)
-    return 2 * size / (timer([lambda: target.copy_(source)])["p20_ms"] / 1e3)
+# ---- Parts ----------------------------------------------------------------------------------------------------------
 
 
-def agree(what: str, got: Tensor, want: Tensor, tolerance: float) -> None:
-    """The correctness gate."""
-    error = float((got.double() - want.double()).norm() / want.double().norm())
-    if not error <= tolerance:
-        raise AssertionError(f"{what} is off by {error:.2e} (limit {tolerance:.0e}); not timed")
+def loss_kernel_alone(p: bench_loss.Problem) -> bench_loss.Run:
+    """The Triton kernel without autograd around it: what its bandwidth is judged by."""
+    from tal_fast import kernels, reference
 
-
-def loss_kernel(timer: Timer, rows: int, classes: int, dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
-    """Loss and gradient in one pass, beside cross-entropy forward and backward."""
-    from tal_fast import kernels
-
-    device = timer.device
-    size = rows * classes * dtype.itemsize
-    logits = [torch.randn(rows, classes, device=device).mul_(3).to(dtype) for _ in range(timer.sets(2 * size))]
-    labels = logits[0].argmax(1)
-    labels[::3] = 0
-    distance = torch.rand(rows, device=device)
-    batch = torch.zeros(6, dtype=torch.float64, device=device)
-    batch[0], batch[1], batch[2] = distance.min(), distance.max(), rows
-    ticket = torch.zeros(1, dtype=torch.int32, device=device)
+    batch = reference.batch_summary(p.logits, p.labels, p.distance)
+    ticket = torch.zeros(1, dtype=torch.int32, device=p.device)
     options: dict[str, Any] = {
         "variant": "paper",
         "t_min": 10.0,
@@ -105,168 +99,210 @@ def loss_kernel(timer: Timer, rows: int, classes: int, dtype: torch.dtype, bandw
         "need_grad": True,
     }
 
-    def tal(z: Tensor) -> Any:
-        return kernels.loss_forward(z, labels, distance, batch, ticket, **options)
+    def run(z: Tensor) -> tuple[Tensor, Tensor]:
+        loss, grad = kernels.loss_forward(z.detach(), p.labels, p.distance, batch, ticket, **options)[:2]
+        return loss, grad
 
-    leaf = logits[0].float().requires_grad_()
-    want, _ = reference.tal_loss(leaf, labels, distance)
-    want.backward()
-    loss, grad = tal(logits[0])[:2]
-    assert leaf.grad is not None
-    agree("the loss", loss, want.detach(), 1e-4)
-    agree("the gradient", grad, leaf.grad, 1e-2)
-    del leaf, grad
+    return run
 
-    def cross_entropy(z: Tensor) -> Tensor:
-        z = z.detach().requires_grad_()
-        return torch.autograd.grad(F.cross_entropy(z.float(), labels), z)[0]
 
-    compiled = torch.compile(cross_entropy) if not timer.smoke else cross_entropy
-    result: dict[str, Any] = {"B": rows, "C": classes, "dtype": str(dtype), "bytes": 2 * size}
-    for name, run in (("tal", tal), ("cross_entropy_eager", cross_entropy), ("cross_entropy_compiled", compiled)):
+def loss_kernel(bench: Bench, rows: int, classes: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Loss and gradient: every peer on the same logits."""
+    p = bench_loss.Problem(rows, classes, dtype, bench.device)
+    size = 2 * p.logits.numel() * dtype.itemsize
+    leaves = [p.logits.clone().requires_grad_() for _ in range(bench.sets(p.logits.nbytes))]
+    peers: dict[str, Any] = {}
+    for name in LOSS_PEERS[:1] if bench.smoke else (*LOSS_PEERS, *FUSED_PEERS):
+        torch._dynamo.reset()
         try:
-            t = timer([lambda z=z, run=run: run(z) for z in logits])
-            rate = 2 * size / (t["p20_ms"] / 1e3)
-            result[name] = {**t, "GB_per_s": rate / 1e9, "share_of_copy": rate / bandwidth}
-        except Exception as error:
-            result[name] = {"failed": str(error).splitlines()[0][:200]}
-    return result
+            if name == "kernel":
+                run, variant = loss_kernel_alone(p), "paper"
+            elif name == "cross_entropy":
+                run, variant = bench_loss.cross_entropy(p), "cross_entropy"
+            else:
+                run, variant = bench_loss.make_peer(name, p)
+            bench_loss.gate(name, run, p, variant)
+            t = bench.time([lambda z=leaf, run=run: run(z) for leaf in leaves])  # type: ignore[misc]
+            rate = size / (t["p20_ms"] / 1e3)
+            peers[name] = {**t, "GB_per_s": rate / 1e9, "share_of_copy": rate / bench.copy_rate}
+        except CannotRun as error:
+            peers[name] = {"skipped": str(error)}
+        except Exception as error:  # a peer that does not run must not cost the others
+            peers[name] = {"failed": first_line(error)}
+    return {"B": rows, "C": classes, "dtype": str(dtype).removeprefix("torch."), "bytes": size, "peers": peers}
 
 
-def distance_kernel(timer: Timer, rows: int, width: int, entries: int) -> dict[str, Any]:
-    """Statistics and nearest distance."""
+def distance_kernel(bench: Bench, rows: int, width: int, entries: int) -> dict[str, Any]:
+    """Statistics and nearest distance by brute force."""
     from tal_fast import kernels
 
-    device = timer.device
-    features = [torch.rand(rows, width, device=device) for _ in range(timer.sets(rows * width * 4))]
-    labels = torch.zeros(rows, dtype=torch.int64, device=device)
-    mean, std = 0.4 + 0.2 * torch.rand(entries, device=device), 0.2 + 0.2 * torch.rand(entries, device=device)
-    cursor = torch.tensor([0, entries], device=device)
-    ticket = torch.zeros(1, dtype=torch.int32, device=device)
+    p = bench_typicalness.Problem(rows, width, entries, torch.float32, bench.device)
 
-    def run(f: Tensor) -> Any:
-        return kernels.statistics_distance(f, labels, mean, std, cursor, ticket, ignore_index=-100)
+    def run(f: Tensor) -> Tensor:
+        q = p.queue
+        return kernels.statistics_distance(f, p.labels, q.mean_ring, q.std_ring, q.cursor, q.ticket, ignore_index=-100)[
+            2
+        ]
 
-    m, s, d, _ = run(features[0])
-    agree("the mean", m, features[0].double().mean(1), 1e-6)
-    agree("the distance", d, reference.nearest_distance(m, s, mean, std), 1e-5)
-    t = timer([lambda f=f: run(f) for f in features])
-    pairs = rows * entries
-    return {"B": rows, "D": width, "N": entries, **t, "pairs_per_s": pairs / (t["p20_ms"] / 1e3)}
+    bench_typicalness.gate("the distance kernel", run(p.features), p)
+    sets = [p.features.clone() for _ in range(bench.sets(p.features.nbytes))]
+    t = bench.time([lambda f=f: run(f) for f in sets])  # type: ignore[misc]
+    seconds, pairs = t["p20_ms"] / 1e3, rows * entries
+    return {
+        "B": rows, "D": width, "N": entries, **t,
+        "pairs_per_s": pairs / seconds,
+        "share_of_arithmetic": pairs * bench_typicalness.OPERATIONS_A_PAIR / seconds / bench.arithmetic,
+    }  # fmt: skip
 
 
-def loss_step(timer: Timer, variant: str, shape: tuple[int, int, int, int]) -> dict[str, Any]:
-    """Statistics, distance, loss, gradient and push, as a training step runs them."""
-    rows, classes, width, entries = shape
-    device = timer.device
-    loss_fn = TALLoss(variant, queue_size=entries, backend="triton").to(device)  # type: ignore[arg-type]
-    loss_fn.queue.push(0.4 + 0.2 * torch.rand(entries, device=device), 0.2 + 0.2 * torch.rand(entries, device=device))
-    logits = torch.randn(rows, classes, device=device)
-    labels = logits.argmax(1)
-    labels[::3] = 0
-    features = torch.rand(rows, width, device=device)
-    leaf = logits.clone().requires_grad_()
-
-    def run() -> Any:
-        return torch.autograd.grad(loss_fn(leaf, features, labels), leaf)
-
-    def floor() -> Any:
-        return torch.autograd.grad(F.cross_entropy(leaf, labels), leaf)
-
-    eager = time_side_by_side({"tal": lambda: sync(run), "cross_entropy": lambda: sync(floor)}, 200, 2.0)
-    result: dict[str, Any] = {"variant": variant, "B, C, D, N": shape, "eager": eager}
-    result["graph"] = {"tal": timer([run] * 10), "cross_entropy": timer([floor] * 10)}
+def loss_step(bench: Bench, peer: str, shape: tuple[int, int, int, int]) -> dict[str, Any]:
+    """The whole step in graph replay, beside cross-entropy; and with its launches from Python."""
+    case = bench_step.Case(peer, *shape)
+    step = bench_step.make_step(case, bench.device, backend="triton")
+    floor = bench_step.make_step(dataclasses.replace(case, peer="cross_entropy"), bench.device)
+    inputs, labels, _ = bench_step.make_inputs(case, bench_step.gate(case, step, bench.device), bench.device)
+    calls = [bench_step.differentiated(step, *each, labels) for each in inputs]
+    floors = [bench_step.differentiated(floor, *each, labels) for each in inputs]
+    result: dict[str, Any] = {**case.__dict__, "graph": bench.time(calls), "cross_entropy_graph": bench.time(floors)}
+    repeats = 2 if bench.smoke else 100
+    result["eager"] = percentiles(clock(bench.synchronized(calls[0]), repeats))
+    result["cross_entropy_eager"] = percentiles(clock(bench.synchronized(floors[0]), repeats))
+    if bench.device.type == "cuda":
+        result["extra_memory_bytes"] = extra_memory(calls[0])
+        result["waits_for_the_device"] = waits(calls[0])
     return result
 
 
-def sync(run: Callable[[], Any]) -> None:
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def extra_memory(call: Callable[[], object]) -> int:
+    """Most device memory a call holds beyond what was held before it."""
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
-def training_step(timer: Timer, smoke: bool) -> dict[str, Any]:
-    """ResNet-50, batch 256, bf16, channels_last, synthetic images in memory: CE and TAL in turns."""
-    from torchvision.models import resnet18, resnet50
+def waits(call: Callable[[], object]) -> str | None:
+    """The host synchronisation a call makes; None if it makes none."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        return first_line(error)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None
 
-    from tal_fast.models import expose_features
 
-    device = timer.device
-    rows, side, entries = (4, 32, 100) if smoke else (256, 224, 880_880)
-    images = torch.randn(rows, 3, side, side, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(1000, (rows,), device=device)
-
-    def make(tal: bool) -> Callable[[], None]:
-        model: nn.Module = expose_features((resnet18 if smoke else resnet50)())
-        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=device.type == "cuda")
-        loss_fn = TALLoss(queue_size=entries).to(device)
-        loss_fn.queue.push(torch.rand(entries, device=device), torch.rand(entries, device=device))
-        if not smoke:
-            model.compile()
-
-        def step() -> None:
-            with torch.autocast(device.type, dtype=torch.bfloat16):
-                logits, features = model(images)
-                loss = loss_fn(logits, features, labels) if tal else F.cross_entropy(logits, labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return lambda: sync(step)
-
-    times = time_side_by_side({"ce": make(False), "tal": make(True)}, 5 if smoke else 60, 60.0)
-    for t in times.values():
-        t["images_per_s"] = rows / (t["p50_ms"] / 1e3)
+def training_step(bench: Bench) -> dict[str, Any]:
+    """Images a second with cross-entropy and TAL, in turns: ResNet-50, batch 256, bfloat16, channels_last, compiled."""
+    if bench.smoke:
+        case = bench_training.Case("tal", "cifar_resnet8", 4, 10, 32, 100)
+    else:
+        (case,) = bench_training.GPU
+    tal = bench.synchronized(bench_training.make_training(case, "tal", bench.device))
+    floor = bench.synchronized(bench_training.make_training(case, "ce", bench.device))
+    for _ in range(1 if bench.smoke else 5):  # compilation, cuDNN's choice of algorithms
+        tal()
+        floor()
+    floors, seconds = [clock(floor, 2 if bench.smoke else BLOCK)], []
+    for _ in range(1 if bench.smoke else 6):
+        seconds += clock(tal, BLOCK)
+        floors.append(clock(floor, 2 if bench.smoke else BLOCK))
+    ours, theirs = percentiles(seconds), percentiles([t for block in floors for t in block])
     return {
-        "model": "resnet18" if smoke else "resnet50",
-        "batch": rows,
-        "queue": entries,
-        **times,
-        "tal_over_ce": times["tal"]["p50_ms"] / times["ce"]["p50_ms"] - 1,
-    }
+        **case.__dict__, "tal": ours, "cross_entropy": theirs, **ratio_to_floor(seconds, floors),
+        "images_per_s": {"tal": case.B / ours["p50_ms"] * 1e3, "cross_entropy": case.B / theirs["p50_ms"] * 1e3},
+    }  # fmt: skip
+
+
+def graphed_training(bench: Bench) -> dict[str, Any]:
+    """Whether the trainer's CUDA-graph mode gives the losses it gives without."""
+    from tal_fast.config import load_config
+    from tal_fast.trainer import Trainer
+
+    losses = []
+    for on in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            config = dataclasses.replace(load_config("digits-tal"), epochs=3, output=folder, progress="none")
+            config.model.compile = False  # whose first steps would be most of the time
+            trainer = Trainer(dataclasses.replace(config, precision="float32", cuda_graphs=on, logger="none"))
+            trainer.fit()
+            losses.append([row["train_loss"] for row in trainer.history])
+    apart = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
+    return {"losses": losses, "same_bits": losses[0] == losses[1], "relative_difference": apart}
+
+
+# ---- All of them ----------------------------------------------------------------------------------------------------
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def parts(bench: Bench) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Name and work of every part, in order."""
+    found: list[tuple[str, Callable[[], dict[str, Any]]]] = []
+    if bench.smoke:
+        for classes in (10, 1003):
+            found.append(("loss_kernel", lambda c=classes: loss_kernel(bench, 2, c, torch.bfloat16)))  # type: ignore[misc]
+        found.append(("distance_kernel", lambda: distance_kernel(bench, 4, 16, 100)))
+        found.append(("loss_step", lambda: loss_step(bench, "released", (4, 10, 16, 100))))
+        found.append(("training_step", lambda: training_step(bench)))
+        return found
+    for rows, classes in LOSS_SHAPES:
+        found.append(("loss_kernel", lambda r=rows, c=classes: loss_kernel(bench, r, c, torch.bfloat16)))  # type: ignore[misc]
+    for peer in ("paper", "released"):
+        for shape in STEP_SHAPES:
+            found.append(("loss_step", lambda p=peer, s=shape: loss_step(bench, p, s)))  # type: ignore[misc]
+    for distance_shape in DISTANCE_SHAPES:
+        found.append(("distance_kernel", lambda s=distance_shape: distance_kernel(bench, *s)))  # type: ignore[misc]
+    found.append(("training_step", lambda: training_step(bench)))
+    found.append(("graphed_training", lambda: graphed_training(bench)))
+    for rows, classes in LOSS_SHAPES:
+        found.append(("loss_kernel", lambda r=rows, c=classes: loss_kernel(bench, r, c, torch.float32)))  # type: ignore[misc]
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--seconds", type=float, default=240, help="start no part after this long (default 240)")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    device = torch.device("cpu" if args.smoke or not torch.cuda.is_available() else "cuda")
-    if device.type == "cpu" and not args.smoke:
+    started = time.monotonic()
+    if not args.smoke and not torch.cuda.is_available():
         parser.error("no CUDA GPU is here; use --smoke to see that it runs")
-    problem = triton_problem(device)
+    problem = triton_problem(torch.device("cpu" if args.smoke else "cuda"))
     if problem:
         parser.error(f"the Triton kernels do not run here: {problem}")
     torch.manual_seed(0)
-    timer = Timer(device, args.smoke)
-    bandwidth = copy_bandwidth(timer)
+    bench = Bench(args.smoke)
     result: dict[str, Any] = {
-        "what": "tal_fast on a GPU" if not args.smoke else "smoke run on the CPU: the times mean nothing",
-        "environment": environment(),
-        "copy_GB_per_s": bandwidth / 1e9,
+        "what": "smoke run on the CPU: the times mean nothing" if args.smoke else "tal_fast on a GPU",
+        "machine_info": environment(),
+        "copy_GB_per_s": bench.copy_rate / 1e9,
+        "float32_GFLOP_per_s": bench.arithmetic / 1e9,
     }
-    jobs: list[tuple[str, Callable[[], dict[str, Any]]]] = []
-    for rows, classes in [(4, 10), (2, 1003)] if args.smoke else LOSS_SHAPES:
-        for dtype in (torch.bfloat16, torch.float32):
-            jobs.append(("loss_kernel", lambda r=rows, c=classes, t=dtype: loss_kernel(timer, r, c, t, bandwidth)))  # type: ignore[misc]
-    for shape in [(4, 16, 100)] if args.smoke else QUEUE_SHAPES:
-        jobs.append(("distance_kernel", lambda s=shape: distance_kernel(timer, *s)))  # type: ignore[misc]
-    for step_shape in [(4, 10, 16, 100)] if args.smoke else STEP_SHAPES:
-        for variant in ("paper", "released"):
-            jobs.append(("loss_step", lambda v=variant, s=step_shape: loss_step(timer, v, s)))  # type: ignore[misc]
-    jobs.append(("training_step", lambda: training_step(timer, args.smoke)))
     failures = 0
-    for name, job in jobs:
-        try:
-            outcome = job()
-        except Exception as error:  # one figure that cannot be had must not cost the others
-            outcome, failures = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}, failures + 1
+    for name, part in parts(bench):
+        before = time.monotonic()
+        if before - started > args.seconds:
+            outcome: dict[str, Any] = {"skipped": f"no time left of {args.seconds:.0f} seconds"}
+        else:
+            try:
+                outcome = part()
+            except Exception as error:
+                outcome, failures = {"failed": first_line(error)}, failures + 1
+            outcome["seconds"] = round(time.monotonic() - before, 1)
         print(name, outcome, flush=True)
         result.setdefault(name, []).append(outcome)
         write_json(args.out, result)
         gc.collect()
-        if device.type == "cuda":
+        if bench.device.type == "cuda":
             torch.cuda.empty_cache()
     raise SystemExit(1 if failures else 0)
 

@@ -31,6 +31,11 @@ TORCH_LIBRARY(tal_fast, m) {
       "loss_forward(Tensor logits, Tensor labels, Tensor distance, Tensor batch, bool released, float t_min, "
       "float t_max, float? t_wrong, float confidence_threshold, float label_smoothing, int ignore_index, bool warmup, "
       "bool need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The same, the gradient in place of the logits.
+  m.def(
+      "loss_inplace_(Tensor(a!) logits, Tensor labels, Tensor distance, Tensor batch, bool released, float t_min, "
+      "float t_max, float? t_wrong, float confidence_threshold, float label_smoothing, int ignore_index, bool warmup) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Bytes of the `index` (uint8) of a queue on the CPU; 0 where brute force is as fast.
   m.def("index_bytes(int capacity, bool double_precision) -> int", &tal_fast::index_bytes);
   m.def("cpu_isa() -> str", [] { return std::string(tal_fast::cpu_isa()); });

@@ -58,6 +58,37 @@ class Rows {
   bool direct_;
 };
 
+// Where a row of the gradient is computed: in place if its tensor holds contiguous values of type T, else in a buffer
+// that is converted at the end of the row.
+template <typename T>
+class GradientRow {
+ public:
+  explicit GradientRow(const Tensor& grad) : tensor_(grad), direct_(false) {
+    if (!grad.defined()) return;
+    direct_ = grad.scalar_type() == c10::CppTypeToScalarType<T>::value;
+    if (!direct_) buffer_.resize(static_cast<size_t>(grad.size(1)));
+  }
+
+  // Null where no gradient is wanted.
+  T* start(int64_t i) {
+    if (!tensor_.defined()) return nullptr;
+    return direct_ ? tensor_.mutable_data_ptr<T>() + i * tensor_.stride(0) : buffer_.data();
+  }
+
+  void finish(int64_t i) {
+    if (!tensor_.defined() || direct_) return;
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tensor_.scalar_type(), "tal_fast", [&] {
+      scalar_t* p = tensor_.mutable_data_ptr<scalar_t>() + i * tensor_.stride(0);
+      for (size_t c = 0; c < buffer_.size(); ++c) p[c] = static_cast<scalar_t>(buffer_[c]);
+    });
+  }
+
+ private:
+  const Tensor& tensor_;
+  bool direct_;
+  std::vector<T> buffer_;
+};
+
 // Rows per task such that a task is worth a thread: 65,536 values, 20 (statistics) to 100 (loss) microseconds of work.
 // Waking threads costs some 10 microseconds, and milliseconds where data-loading processes hold the other cores.
 int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, columns)); }
@@ -256,17 +287,18 @@ Tensor batch_sums_cpu(const Tensor& logits, const Tensor& labels, const Tensor& 
   return out;
 }
 
-// Mean weight of the batch from its sums: see reference._mean_weight.
+// Mean weight of the batch from its sums: see reference.mean_weight.
 double mean_weight(const double* batch, bool warmup) {
   const double n_valid = batch[2], n_weighted = n_valid - batch[4];
   if (warmup || batch[3] == n_valid || n_weighted <= 0) return 1;
   return (batch[4] + n_weighted - (batch[5] - n_weighted * batch[0]) / (batch[1] - batch[0] + kRangeEps)) / n_valid;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward_cpu(
+// `grad` (B, C), in any of the dtypes, gets the gradient if it is defined; it may be `logits` itself.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_into(
     const Tensor& logits, const Tensor& labels, const Tensor& distance, const Tensor& batch, bool released,
     double t_min, double t_max, std::optional<double> t_wrong, double confidence_threshold, double label_smoothing,
-    int64_t ignore_index, bool warmup, bool need_grad) {
+    int64_t ignore_index, bool warmup, const Tensor& grad) {
   check_loss_inputs(logits, labels, distance, batch);
   const int64_t batch_size = logits.size(0), classes = logits.size(1);
   const Tensor y = labels.contiguous();
@@ -282,9 +314,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward_
   Tensor loss = at::empty({}, options), typicalness = at::empty({batch_size}, options),
          weight = at::empty({batch_size}, options), temperature = at::empty({batch_size}, options),
          right = at::empty({batch_size}, flags), accepted = at::empty({batch_size}, flags);
-  // Written in the compute type; bfloat16 logits get it rounded once at the end. For float16 it stays float32: small
-  // gradients would be lost before a gradient scaler multiplies them.
-  Tensor grad = need_grad ? at::empty({batch_size, classes}, options) : at::empty({0}, options);
   const double* summary = batch.const_data_ptr<double>();
   const double count = summary[2] > 0 ? summary[2] : 1;
   const double w_bar = released ? mean_weight(summary, warmup) : 0;
@@ -296,18 +325,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward_
     const Tensor d = distance.to(type).contiguous();
     const T* pd = d.const_data_ptr<T>();
     T *tau = typicalness.mutable_data_ptr<T>(), *w = weight.mutable_data_ptr<T>(),
-      *temp = temperature.mutable_data_ptr<T>(), *g = need_grad ? grad.mutable_data_ptr<T>() : nullptr;
+      *temp = temperature.mutable_data_ptr<T>();
     bool *hit = right.mutable_data_ptr<bool>(), *accept = accepted.mutable_data_ptr<bool>();
     const T d_min = static_cast<T>(summary[0]), range = static_cast<T>(summary[1]) - d_min + static_cast<T>(kRangeEps);
     const auto& kernels = cpu_kernels<T>();
     std::vector<T> row_losses(static_cast<size_t>(batch_size));
     at::parallel_for(0, batch_size, rows_per_task(classes), [&](int64_t begin, int64_t end) {
       std::vector<T> buffer(static_cast<size_t>(classes)), work(static_cast<size_t>(row_work_size(classes)));
+      GradientRow<T> gradient(grad);
       for (int64_t b = begin; b < end; ++b) {
-        T* row_grad = g ? g + b * classes : nullptr;
+        T* row_grad = gradient.start(b);
         if (label[b] == ignore_index) {
           tau[b] = 1, w[b] = 0, temp[b] = static_cast<T>(t_min), hit[b] = accept[b] = false, row_losses[b] = 0;
           if (row_grad) std::fill_n(row_grad, classes, T(0));
+          gradient.finish(b);
           continue;
         }
         const T* z = rows.row(b, buffer.data());
@@ -327,14 +358,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward_
           row_losses[b] = std::numeric_limits<T>::quiet_NaN();
           if (row_grad) std::fill_n(row_grad, classes, std::numeric_limits<T>::quiet_NaN());
         }
+        gradient.finish(b);
       }
     });
     double sum = 0;
     for (const T row : row_losses) sum += row;
     *loss.mutable_data_ptr<T>() = static_cast<T>(sum / count);
   });
-  if (logits.scalar_type() == at::kBFloat16) grad = grad.to(at::kBFloat16);
-  return {loss, grad, typicalness, weight, temperature, right, accepted};
+  return {loss, typicalness, weight, temperature, right, accepted};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward_cpu(
+    const Tensor& logits, const Tensor& labels, const Tensor& distance, const Tensor& batch, bool released,
+    double t_min, double t_max, std::optional<double> t_wrong, double confidence_threshold, double label_smoothing,
+    int64_t ignore_index, bool warmup, bool need_grad) {
+  // For float16 it stays float32: small gradients would be lost before a gradient scaler multiplies them.
+  const auto type = logits.scalar_type() == at::kHalf ? at::kFloat : logits.scalar_type();
+  const Tensor grad = need_grad ? at::empty(logits.sizes(), logits.options().dtype(type)) : Tensor();
+  auto [loss, typicalness, weight, temperature, right, accepted] =
+      loss_into(logits, labels, distance, batch, released, t_min, t_max, t_wrong, confidence_threshold,
+                label_smoothing, ignore_index, warmup, grad);
+  return {loss, need_grad ? grad : at::empty({0}, logits.options().dtype(type)), typicalness, weight, temperature,
+          right, accepted};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_inplace_cpu(
+    Tensor& logits, const Tensor& labels, const Tensor& distance, const Tensor& batch, bool released, double t_min,
+    double t_max, std::optional<double> t_wrong, double confidence_threshold, double label_smoothing,
+    int64_t ignore_index, bool warmup) {
+  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.is_non_overlapping_and_dense() && logits.stride(1) == 1,
+                    "logits must be (B, C) with contiguous rows to be overwritten");
+  return loss_into(logits, labels, distance, batch, released, t_min, t_max, t_wrong, confidence_threshold,
+                   label_smoothing, ignore_index, warmup, logits);
 }
 
 }  // namespace
@@ -352,4 +407,5 @@ TORCH_LIBRARY_IMPL(tal_fast, CPU, m) {
   m.impl("statistics_distance", &tal_fast::statistics_distance_cpu);
   m.impl("batch_sums", &tal_fast::batch_sums_cpu);
   m.impl("loss_forward", &tal_fast::loss_forward_cpu);
+  m.impl("loss_inplace_", &tal_fast::loss_inplace_cpu);
 }

@@ -3,6 +3,7 @@
 =====================  ================================================================================
 ``typicalness.py``     features -> mean, std, distance, the batch's smallest and largest distance
 ``loss.py``            logits -> loss and gradient; for variant ``released`` the batch's sums first
+``sharded.py``         the same where ranks hold some columns of each row: three passes
 ``ring.py``            the accepted rows into the ring
 ``launch.py``          grids, constants: what a launch is made of
 ``ops.py``             the same as torch operators, for torch.compile
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["batch_sums", "is_available", "loss_forward", "nearest", "push", "statistics_distance"]
+__all__ = ["batch_sums", "is_available", "loss_forward", "nearest", "push", "scale", "statistics_distance"]
 
 
 def is_available(device: torch.device) -> tuple[bool, str]:
@@ -63,8 +64,16 @@ def loss_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Ten
     from tal_fast.kernels import loss, ops
 
     if torch.compiler.is_compiling():
+        kwargs.pop("inplace", None)  # never asked for there: backends.may_overwrite
         return ops.loss_forward(*args, **kwargs)
     return loss.loss_forward(*args, **kwargs)
+
+
+def scale(values: Tensor, factor: Tensor) -> None:
+    """See ``loss.scale``; in eager mode only."""
+    from tal_fast.kernels import loss
+
+    loss.scale(values, factor)
 
 
 def push(*args: Any) -> None:

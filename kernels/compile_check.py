@@ -52,8 +52,9 @@ class Resources:
 def planned(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
     """Every kernel at the shapes its launcher meets: (label, launch)."""
     from tal_fast.kernels.launch import Target
-    from tal_fast.kernels.loss import plan_batch_sums, plan_loss
+    from tal_fast.kernels.loss import plan_batch_sums, plan_loss, plan_scale
     from tal_fast.kernels.ring import plan_push
+    from tal_fast.kernels.sharded import plan_exp_sums, plan_gradient, plan_scan
     from tal_fast.kernels.typicalness import plan_nearest, plan_statistics_distance
 
     target = Target(*TARGETS[target_name])
@@ -64,7 +65,7 @@ def planned(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
     rows = 256
     labels, accepted = meta(rows, dtype=torch.int64), meta(rows, dtype=torch.bool)
     cursor, ticket = meta(2, dtype=torch.int64), meta(1, dtype=torch.int32)
-    batch, constants = meta(6, dtype=torch.float64), meta(6, dtype=torch.float64)
+    batch, constants = meta(6, dtype=torch.float64), meta(9, dtype=torch.float64)
     for queue_dtype in (torch.float32, torch.float64):
         ring = meta(880_880, dtype=queue_dtype)
         entry = meta(rows, dtype=queue_dtype)
@@ -82,7 +83,7 @@ def planned(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
             )
 
     # Widths at each change of the configuration: one warp, odd, the widest single block, the first long row.
-    widths = (10, 1003, 16384, 21841) if quick else (1, 100, 1000, 1003, 2048, 4096, 8192, 16384, 21841, 131072)
+    widths = (10, 1003, 16384, 21841) if quick else (1, 100, 1000, 1003, 2048, 4096, 8192, 16384, 21841, 32768, 131072)
     dtypes = (torch.bfloat16, torch.float32) if quick else (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     for classes, dtype in itertools.product(widths, dtypes):
         logits, distance = meta(rows, classes, dtype=dtype), meta(rows)
@@ -90,6 +91,8 @@ def planned(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
         branches = [("released", True, True, False, True), ("paper", True, False, False, True)]
         if not quick:
             branches += [("paper", False, True, False, False), ("paper", True, False, True, True)]
+        if dtype != torch.float16:  # whose gradient is float32
+            yield f"scale {short(dtype)} C={classes}", plan_scale(logits, meta(1, dtype=torch.float32))
         for variant, has_t_wrong, smooth, warmup, need_grad in branches:
             plan, _ = plan_loss(
                 logits, labels, distance, batch, ticket, constants,
@@ -98,6 +101,15 @@ def planned(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
             )  # fmt: skip
             flags = [variant] + ["smoothing"] * smooth + ["warm-up"] * warmup + ["no gradient"] * (not need_grad)
             yield f"{plan.kernel.__name__} {short(dtype)} C={classes} {' '.join(flags)}", plan
+        if classes in (1003, 131072):
+            column = meta(rows, dtype=torch.float64)
+            terms = meta(rows, 7, dtype=torch.float64)
+            for plan in (
+                plan_scan(logits, target)[0],
+                plan_exp_sums(logits, labels, column, column, target)[0],
+                plan_gradient(logits, labels, accepted, terms, target)[0],
+            ):
+                yield f"sharded {plan.kernel.__name__} {short(dtype)} C={classes}", plan
         yield (
             f"batch_sums {short(dtype)} C={classes}",
             plan_batch_sums(logits, labels, distance, batch, ticket, constants, -100, target),
@@ -135,7 +147,7 @@ def compile_launch(launch: Any, target_name: str) -> Resources:
     kind, arch = target_name.split(":")
     gpu = GPUTarget(kind, int(arch) if arch.isdigit() else arch, TARGETS[target_name][1])
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=gpu, options={"num_warps": launch.num_warps})
+    compiled = triton.compile(source, target=gpu, options=launch.options)
     if kind == "hip":
         return hip_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
     return cuda_resources(compiled.asm["cubin"])

@@ -19,10 +19,17 @@ class Launch:
     arguments: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int
+    max_registers: int | None = None  # a thread may have, on NVIDIA's GPUs
 
     def run(self) -> None:
         """Put it on the current stream of the current device."""
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps)
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The compiler's, as keyword arguments."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, **limit}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Logits to the TAL loss and its gradient (paper, equations 2 to 6).
 
 The fewest bytes: each logit read once and each gradient element written once. While a row fits on chip
-(``loss_config``), ``loss_kernel`` holds it in registers and does just that; wider rows go through
-``long_row_loss_kernel``, which reads a row three times in blocks (norm and maximum; both sums; gradient), the second
-and third time mostly from the L2 cache. Programs walk over rows; each leaves one partial sum, and the one that
+(``loss_config``), ``loss_kernel`` holds it in registers as float32, ``packed_row_loss_kernel`` as half-precision pairs,
+and both do just that; wider rows go through ``long_row_loss_kernel``, which reads a row three times in blocks (norm and
+maximum; both sums; gradient), the second and third time mostly from the L2 cache. Programs walk over rows; each leaves one partial sum, and the one that
 finishes last adds them in order, so that the loss needs no second launch and does not depend on timing.
 
 Variant ``released`` needs the mean weight of the batch before the loss of any row: ``batch_sums_kernel`` reads the
@@ -17,7 +17,7 @@ which p - 1 would round away.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -38,29 +38,37 @@ SUMS_BLOCK = 1024
 class LossConfig:
     """How a row of ``classes`` logits is laid out."""
 
-    block: int  # logits held at a time
+    path: Literal["one block", "packed", "blocks"]
+    block: int  # logits held at a time; on path "packed", of a chunk
     num_warps: int
-    in_one_block: bool
-    recompute: bool  # exponentials again for the gradient, instead of keeping them in registers
+    recompute: bool = False  # on path "one block": exponentials again for the gradient, instead of in registers
+    max_registers: int | None = None  # a thread may have
 
 
-def loss_config(classes: int, dtype: torch.dtype, target: Target) -> LossConfig:
-    """One block for rows of up to 8,192 logits (half precision: 16,384 where that does not spill), blocks beyond and
-    for float64, which is for checks.
+def loss_config(classes: int, dtype: torch.dtype, target: Target, contiguous: bool) -> LossConfig:
+    """One block for rows of up to 8,192 logits (half precision: 16,384 where that does not spill), packed pairs for
+    half-precision rows of up to 32,768 there, blocks beyond and for float64, which is for checks.
 
-    A logit costs three registers (x and both exponentials); addresses, masks and scalars some 30
-    a thread whatever the block, which favours few threads with many logits. The figures are from the compile check,
-    for the largest body (``released``, smoothing). Rows of 16,384 need their exponentials computed twice instead of
-    kept: without spills on sm_80 and sm_90, with 4 to 40 bytes on sm_100 and gfx942, which therefore take blocks. Four
-    exponentials a logit still keep pace with the copy bandwidth, at 16 a clock and multiprocessor. Not yet tuned on a
-    GPU.
+    On the first path a logit costs three registers (x and both exponentials); addresses, masks and scalars some 30 a
+    thread whatever the block, which favours few threads with many logits. The figures are from the compile check, for
+    the largest body (``released``, smoothing). Rows of 16,384 need their exponentials computed twice instead of
+    kept: without spills on sm_80 and sm_90, with 4 to 40 bytes on sm_100 and gfx942, which therefore take blocks; so
+    do packed rows there (16 to 32 bytes). A packed logit costs half a register. Four exponentials a logit still keep
+    pace with the copy bandwidth, at 16 a clock and multiprocessor. Not yet tuned on a GPU.
+
+    ``contiguous``: whether a row's logits lie side by side, which packed rows need.
     """
     block = triton.next_power_of_2(classes)
+    if dtype.itemsize == 2 and target.holds_wide_rows and contiguous and 16384 < classes <= 32768:
+        # 16 warps of 64 registers, two programs a multiprocessor, spill at 32,768 logits; 32 warps do not.
+        if classes <= 22528:
+            return LossConfig("packed", 2048, 16, max_registers=64)
+        return LossConfig("packed", 4096, 32)
     widest = 16384 if dtype.itemsize == 2 and target.holds_wide_rows else 8192
     if block > widest or dtype == torch.float64:
         block = min(block, LONG_BLOCK)
-        return LossConfig(block, warps_of(block, target), False, True)
-    return LossConfig(block, warps_of(block, target), True, block > 8192)
+        return LossConfig("blocks", block, warps_of(block, target))
+    return LossConfig("one block", block, warps_of(block, target), block > 8192)
 
 
 def warps_of(block: int, target: Target) -> int:
@@ -166,16 +174,66 @@ def _finish(total, partials_ptr, ticket_ptr, loss_ptr, count):
 
 
 @triton.jit
+def _row_scale(
+    d, z_max, norm, finite, right, valid, d_min, spread, w_bar, inactive, constants_ptr,
+    RELEASED: tl.constexpr, HAS_T_WRONG: tl.constexpr, WARMUP: tl.constexpr,
+):  # fmt: skip
+    """What a row's sums need of its first look: accepted, typicalness, weight, temperature, share of the direction
+    loss, and the factor of its exponents."""
+    dtype = d.dtype
+    accepted = right & finite & (z_max / (norm + NORM_EPS) > tl.load(constants_ptr + 3).to(dtype))
+    tau, w, temperature = _row_terms(d, right, valid, d_min, spread, inactive, constants_ptr, HAS_T_WRONG, WARMUP)
+    share = w_bar if RELEASED else w
+    return accepted, tau, w, temperature, share, temperature / (norm + NORM_EPS)
+
+
+@triton.jit
+def _row_gradient(
+    p_sum, p_weighted, q_sum, x_label, mean_x, scale, share, norm, finite, valid, count, constants_ptr, classes,
+    SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """From a row's sums its loss, and the terms of its gradient: g_p exp(scale x) + g_q exp(x) - along z - away, and
+    g_label in place of the first two at the label."""
+    dtype = scale.dtype
+    smoothing = tl.load(constants_ptr + 4).to(dtype)
+    target_x = x_label
+    if SMOOTH:
+        target_x = (1.0 - smoothing) * x_label + smoothing * mean_x
+    inverse_count = 1.0 / count
+    f_dir = share * scale * inverse_count
+    f_ce = (1.0 - share) * inverse_count
+    one = tl.full((), 1.0, dtype)
+    l_dir, g_p, g_p_label, along = _losses(
+        p_sum, p_weighted, tl.exp(scale * x_label), x_label, target_x, scale, f_dir, share, norm, smoothing, True
+    )
+    l_ce, g_q, g_q_label, _ = _losses(
+        q_sum, q_sum, tl.exp(x_label), x_label, target_x, one, f_ce, 1.0 - share, norm, smoothing, False
+    )
+    # Not finite: so is plain cross-entropy, or a logit is -inf and the direction is undefined.
+    row_loss = tl.where(valid, tl.where(finite, l_dir + l_ce, float("nan")), 0.0)
+    return row_loss.to(tl.float64), g_p, g_q, g_p_label + g_q_label, along, (f_dir + f_ce) * smoothing / classes
+
+
+@triton.jit
+def _store_row(row, rows, tau, w, temperature, right, accepted, stats_ptr, flags_ptr):
+    tl.store(stats_ptr + row, tau)
+    tl.store(stats_ptr + rows + row, w)
+    tl.store(stats_ptr + 2 * rows + row, temperature)
+    tl.store(flags_ptr + row, right)
+    tl.store(flags_ptr + rows + row, accepted)
+
+
+@triton.jit
 def loss_kernel(
     logits_ptr,  # (B, C)
     labels_ptr,  # (B,) int64
     distance_ptr,  # (B,)
     batch_ptr,  # (6,) float64
-    constants_ptr,  # (6,) float64: t_min, t_max - t_min, t_wrong, confidence threshold, label smoothing, 1
+    constants_ptr,  # (9,) float64: loss_constants
     ticket_ptr,  # (1,) int32, 0 before and after
     partials_ptr,  # (programs,) float64
     loss_ptr,  # () out
-    grad_ptr,  # (B, C) contiguous, out
+    grad_ptr,  # (B, C), rows contiguous, out; may be logits_ptr
     stats_ptr,  # (3, B) out: typicalness, weight, temperature
     flags_ptr,  # (2, B) bool out: right, accepted
     rows,
@@ -183,6 +241,7 @@ def loss_kernel(
     logits_stride_b,
     logits_stride_c,
     labels_stride,
+    grad_stride_b,
     ignore_index,
     RELEASED: tl.constexpr,
     HAS_T_WRONG: tl.constexpr,
@@ -194,9 +253,6 @@ def loss_kernel(
 ):
     dtype = stats_ptr.dtype.element_ty  # float32, or float64 for float64 logits
     d_min, spread, count, w_bar, inactive = _batch_terms(batch_ptr, dtype, RELEASED, WARMUP)
-    threshold = tl.load(constants_ptr + 3).to(dtype)
-    smoothing = tl.load(constants_ptr + 4).to(dtype)
-    inverse_count = 1.0 / count
     c = tl.arange(0, BLOCK)
     inside = c < classes
     total = tl.zeros((), tl.float64)
@@ -216,53 +272,164 @@ def loss_kernel(
         finite = tl.sum((inside & ~(tl.abs(z) < float("inf"))).to(tl.int32), axis=0) == 0
         first = inside & (~(z <= z_label) | ((z == z_label) & (c < label)))
         right = valid & in_range & (tl.sum(first.to(tl.int32), axis=0) == 0)
-        accepted = right & finite & (z_max / (norm + NORM_EPS) > threshold)
         # 3. Typicalness, weight, temperature.
         d = tl.load(distance_ptr + row).to(dtype)
-        tau, w, temperature = _row_terms(d, right, valid, d_min, spread, inactive, constants_ptr, HAS_T_WRONG, WARMUP)
-        share = w_bar if RELEASED else w
+        accepted, tau, w, temperature, share, scale = _row_scale(
+            d, z_max, norm, finite, right, valid, d_min, spread, w_bar, inactive, constants_ptr,
+            RELEASED, HAS_T_WRONG, WARMUP,
+        )  # fmt: skip
         # 4. Both cross-entropies, from one set of registers.
         x = tl.where(inside, z - z_max, 0.0)
-        x_label = z_label - z_max
         other = inside & (c != label)
-        scale = temperature / (norm + NORM_EPS)
         p = tl.where(other, tl.exp(scale * x), 0.0)
         q = tl.where(other, tl.exp(x), 0.0)
-        target_x = x_label
-        if SMOOTH:
-            target_x = (1.0 - smoothing) * x_label + smoothing * (tl.sum(x, axis=0) / classes)
-        f_dir = share * scale * inverse_count
-        f_ce = (1.0 - share) * inverse_count
-        one = tl.full((), 1.0, dtype)
-        l_dir, g_p, g_p_label, along = _losses(
-            tl.sum(p, axis=0), tl.sum(x * p, axis=0), tl.exp(scale * x_label), x_label, target_x, scale, f_dir, share,
-            norm, smoothing, True,
+        mean_x = tl.sum(x, axis=0) / classes if SMOOTH else z_max
+        row_loss, g_p, g_q, g_label, along, away = _row_gradient(
+            tl.sum(p, axis=0), tl.sum(x * p, axis=0), tl.sum(q, axis=0), z_label - z_max, mean_x, scale, share, norm,
+            finite, valid, count, constants_ptr, classes, SMOOTH,
         )  # fmt: skip
-        l_ce, g_q, g_q_label, _ = _losses(
-            tl.sum(q, axis=0), tl.sum(q, axis=0), tl.exp(x_label), x_label, target_x, one, f_ce, 1.0 - share,
-            norm, smoothing, False,
-        )  # fmt: skip
-        # Not finite: so is plain cross-entropy, or a logit is -inf and the direction is undefined.
-        row_loss = tl.where(finite, l_dir + l_ce, float("nan"))
-        row_loss = tl.where(valid, row_loss, 0.0)
-        total += row_loss.to(tl.float64)
+        total += row_loss
         # 5. Results, once.
         if NEED_GRAD:
-            away = (f_dir + f_ce) * smoothing / classes
             if RECOMPUTE:
                 # A 1 that the compiler cannot know to be 1: it would keep the exponentials it has seen, and spill.
                 unit = tl.load(constants_ptr + 5).to(dtype)
                 g = tl.exp(scale * unit * x) * g_p + tl.exp(unit * x) * g_q
             else:
                 g = p * g_p + q * g_q
-            g = tl.where(c == label, g_p_label + g_q_label, g) - (x + z_max) * along - away
+            g = tl.where(c == label, g_label, g) - (x + z_max) * along - away
             g = tl.where(valid, tl.where(finite, g, float("nan")), 0.0)
-            tl.store(grad_ptr + row * classes + c, g.to(grad_ptr.dtype.element_ty), mask=inside)
-        tl.store(stats_ptr + row, tau)
-        tl.store(stats_ptr + rows + row, w)
-        tl.store(stats_ptr + 2 * rows + row, temperature)
-        tl.store(flags_ptr + row, right)
-        tl.store(flags_ptr + rows + row, accepted)
+            tl.store(grad_ptr + row * grad_stride_b + c, g.to(grad_ptr.dtype.element_ty), mask=inside)
+        _store_row(row, rows, tau, w, temperature, right, accepted, stats_ptr, flags_ptr)
+        row += tl.num_programs(0)
+    _finish(total, partials_ptr, ticket_ptr, loss_ptr, count)
+
+
+@triton.jit
+def _unpacked(words, half: tl.constexpr, unknown, dtype: tl.constexpr):
+    """One half of a packed pair, as float32. ``unknown`` is 0, which the compiler cannot know: else it would keep the
+    float32 values of the first use in registers for the later ones, twice as many as the packed ones."""
+    bits = (words ^ unknown) >> (16 * half)
+    return bits.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def packed_row_loss_kernel(
+    logits_ptr,  # arguments as those of loss_kernel
+    labels_ptr,
+    distance_ptr,
+    batch_ptr,
+    constants_ptr,
+    ticket_ptr,
+    partials_ptr,
+    loss_ptr,
+    grad_ptr,
+    stats_ptr,
+    flags_ptr,
+    rows,
+    classes,
+    logits_stride_b,
+    logits_stride_c,
+    labels_stride,
+    grad_stride_b,
+    ignore_index,
+    RELEASED: tl.constexpr,
+    HAS_T_WRONG: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    WARMUP: tl.constexpr,
+    NEED_GRAD: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """A row of half-precision logits held in registers as pairs, in chunks of 2 HALF. logits_stride_c is 1."""
+    dtype = stats_ptr.dtype.element_ty
+    stored = logits_ptr.dtype.element_ty
+    d_min, spread, count, w_bar, inactive = _batch_terms(batch_ptr, dtype, RELEASED, WARMUP)
+    c = tl.arange(0, HALF)
+    total = tl.zeros((), tl.float64)
+    row = tl.program_id(0).to(tl.int64)
+    while row < rows:
+        label = tl.load(labels_ptr + row * labels_stride)
+        valid = label != ignore_index
+        in_range = (label >= 0) & (label < classes)
+        # 1. The row, once. All chunks but the last are full; `at` counts from 0 and is an int32.
+        base = logits_ptr + row * logits_stride_b
+        held = ()
+        for i in tl.static_range(CHUNKS):
+            at = 2 * i * HALF + c
+            if i + 1 < CHUNKS:
+                low = tl.load(base + at)
+                high = tl.load(base + at + HALF)
+            else:
+                low = tl.load(base + at, mask=at < classes, other=0.0)
+                high = tl.load(base + at + HALF, mask=at + HALF < classes, other=0.0)
+            low_bits = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+            held = held + (low_bits | (high.to(tl.int16, bitcast=True).to(tl.int32) << 16),)
+        z_label = tl.load(base + label, mask=valid & in_range, other=0.0).to(dtype)
+        column = tl.where(in_range, label, -1).to(tl.int32)
+        # 2. Largest logit, norm, right or not. Zeros from memory: see _unpacked; the masks' too would be kept.
+        unknown = tl.load(constants_ptr + 6).to(tl.int32)
+        largest = tl.full((HALF,), float("-inf"), dtype)
+        squares = tl.zeros((HALF,), dtype)
+        plain = tl.zeros((HALF,), dtype)
+        infinite = tl.zeros((HALF,), tl.int32)
+        before = tl.zeros((HALF,), tl.int32)
+        for i in tl.static_range(CHUNKS):
+            for half in tl.static_range(2):
+                z = _unpacked(held[i], half, unknown, stored)
+                at = (2 * i + half) * HALF + c
+                inside = (at < classes + unknown) if i + 1 == CHUNKS else tl.full((HALF,), True, tl.int1)
+                largest = tl.maximum(largest, tl.where(inside, z, float("-inf")))
+                squares += z * z
+                plain += z
+                infinite |= (inside & ~(tl.abs(z) < float("inf"))).to(tl.int32)
+                before |= (inside & (~(z <= z_label) | ((z == z_label) & (at < column + unknown)))).to(tl.int32)
+        z_max = tl.max(largest, axis=0)
+        norm = sqrt_exact(tl.sum(squares, axis=0))
+        finite = tl.sum(infinite, axis=0) == 0
+        right = valid & in_range & (tl.sum(before, axis=0) == 0)
+        d = tl.load(distance_ptr + row).to(dtype)
+        accepted, tau, w, temperature, share, scale = _row_scale(
+            d, z_max, norm, finite, right, valid, d_min, spread, w_bar, inactive, constants_ptr,
+            RELEASED, HAS_T_WRONG, WARMUP,
+        )  # fmt: skip
+        # 3. The sums of both cross-entropies.
+        unknown = tl.load(constants_ptr + 7).to(tl.int32)
+        p_sum = tl.zeros((HALF,), dtype)
+        p_weighted = tl.zeros((HALF,), dtype)
+        q_sum = tl.zeros((HALF,), dtype)
+        for i in tl.static_range(CHUNKS):
+            for half in tl.static_range(2):
+                z = _unpacked(held[i], half, unknown, stored)
+                at = (2 * i + half) * HALF + c
+                inside = (at < classes + unknown) if i + 1 == CHUNKS else tl.full((HALF,), True, tl.int1)
+                other = inside & (at != column + unknown)
+                x = tl.where(inside, z - z_max, 0.0)
+                p = tl.where(other, tl.exp(scale * x), 0.0)
+                p_sum += p
+                p_weighted += x * p
+                q_sum += tl.where(other, tl.exp(x), 0.0)
+        row_loss, g_p, g_q, g_label, along, away = _row_gradient(
+            tl.sum(p_sum, axis=0), tl.sum(p_weighted, axis=0), tl.sum(q_sum, axis=0), z_label - z_max,
+            tl.sum(plain, axis=0) / classes - z_max, scale, share, norm, finite, valid, count, constants_ptr, classes,
+            SMOOTH,
+        )  # fmt: skip
+        total += row_loss
+        # 4. The gradient, once.
+        if NEED_GRAD:
+            unknown = tl.load(constants_ptr + 8).to(tl.int32)
+            out = grad_ptr + row * grad_stride_b
+            for i in tl.static_range(CHUNKS):
+                for half in tl.static_range(2):
+                    z = _unpacked(held[i], half, unknown, stored)
+                    at = (2 * i + half) * HALF + c
+                    inside = (at < classes + unknown) if i + 1 == CHUNKS else tl.full((HALF,), True, tl.int1)
+                    x = tl.where(inside, z - z_max, 0.0)
+                    g = tl.exp(scale * x) * g_p + tl.exp(x) * g_q
+                    g = tl.where(at == column + unknown, g_label, g) - z * along - away
+                    g = tl.where(valid, tl.where(finite, g, float("nan")), 0.0)
+                    tl.store(out + at, g.to(grad_ptr.dtype.element_ty), mask=inside)
+        _store_row(row, rows, tau, w, temperature, right, accepted, stats_ptr, flags_ptr)
         row += tl.num_programs(0)
     _finish(total, partials_ptr, ticket_ptr, loss_ptr, count)
 
@@ -295,6 +462,44 @@ def _scan_long_row(base, classes, stride, label, z_label, dtype: tl.constexpr, B
 
 
 @triton.jit
+def _sum_long_row(base, classes, stride, label, z_max, scale, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums over the other classes of exp(scale x), x exp(scale x) and exp(x), with x = z - z_max: one pass."""
+    c = tl.arange(0, BLOCK)
+    p_sum = tl.zeros((BLOCK,), dtype)
+    p_weighted = tl.zeros((BLOCK,), dtype)
+    q_sum = tl.zeros((BLOCK,), dtype)
+    for start in range(0, classes, BLOCK):
+        at = start + c.to(tl.int64)
+        inside = at < classes
+        z = tl.load(base + at * stride, mask=inside, other=0.0).to(dtype)
+        other = inside & (at != label)
+        x = tl.where(inside, z - z_max, 0.0)
+        p = tl.where(other, tl.exp(scale * x), 0.0)
+        p_sum += p
+        p_weighted += x * p
+        q_sum += tl.where(other, tl.exp(x), 0.0)
+    return tl.sum(p_sum, axis=0), tl.sum(p_weighted, axis=0), tl.sum(q_sum, axis=0)
+
+
+@triton.jit
+def _store_long_gradient(
+    base, out, classes, stride, label, valid, finite, z_max, scale, g_p, g_q, g_label, along, away,
+    dtype: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one row, one pass; see _row_gradient for its terms."""
+    c = tl.arange(0, BLOCK)
+    for start in range(0, classes, BLOCK):
+        at = start + c.to(tl.int64)
+        inside = at < classes
+        z = tl.load(base + at * stride, mask=inside, other=0.0).to(dtype)
+        x = tl.where(inside, z - z_max, 0.0)
+        g = tl.exp(scale * x) * g_p + tl.exp(x) * g_q
+        g = tl.where(at == label, g_label, g) - z * along - away
+        g = tl.where(valid, tl.where(finite, g, float("nan")), 0.0)
+        tl.store(out + at, g.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def long_row_loss_kernel(
     logits_ptr,  # arguments as those of loss_kernel
     labels_ptr,
@@ -312,6 +517,7 @@ def long_row_loss_kernel(
     logits_stride_b,
     logits_stride_c,
     labels_stride,
+    grad_stride_b,
     ignore_index,
     RELEASED: tl.constexpr,
     HAS_T_WRONG: tl.constexpr,
@@ -322,9 +528,6 @@ def long_row_loss_kernel(
 ):
     dtype = stats_ptr.dtype.element_ty
     d_min, spread, count, w_bar, inactive = _batch_terms(batch_ptr, dtype, RELEASED, WARMUP)
-    threshold = tl.load(constants_ptr + 3).to(dtype)
-    smoothing = tl.load(constants_ptr + 4).to(dtype)
-    inverse_count = 1.0 / count
     c = tl.arange(0, BLOCK)
     total = tl.zeros((), tl.float64)
     row = tl.program_id(0).to(tl.int64)
@@ -337,59 +540,25 @@ def long_row_loss_kernel(
         # First read: largest logit, norm, right or not.
         z_max, norm, finite, first, plain = _scan_long_row(base, classes, logits_stride_c, label, z_label, dtype, BLOCK)
         right = valid & in_range & first
-        accepted = right & finite & (z_max / (norm + NORM_EPS) > threshold)
         d = tl.load(distance_ptr + row).to(dtype)
-        tau, w, temperature = _row_terms(d, right, valid, d_min, spread, inactive, constants_ptr, HAS_T_WRONG, WARMUP)
-        share = w_bar if RELEASED else w
-        scale = temperature / (norm + NORM_EPS)
-        x_label = z_label - z_max
+        accepted, tau, w, temperature, share, scale = _row_scale(
+            d, z_max, norm, finite, right, valid, d_min, spread, w_bar, inactive, constants_ptr,
+            RELEASED, HAS_T_WRONG, WARMUP,
+        )  # fmt: skip
         # Second read: the sums of both cross-entropies.
-        p_sum = tl.zeros((BLOCK,), dtype)
-        p_weighted = tl.zeros((BLOCK,), dtype)
-        q_sum = tl.zeros((BLOCK,), dtype)
-        for start in range(0, classes, BLOCK):
-            at = start + c.to(tl.int64)
-            inside = at < classes
-            z = tl.load(base + at * logits_stride_c, mask=inside, other=0.0).to(dtype)
-            other = inside & (at != label)
-            x = tl.where(inside, z - z_max, 0.0)
-            p = tl.where(other, tl.exp(scale * x), 0.0)
-            p_sum += p
-            p_weighted += x * p
-            q_sum += tl.where(other, tl.exp(x), 0.0)
-        target_x = x_label
-        if SMOOTH:
-            target_x = (1.0 - smoothing) * x_label + smoothing * (plain / classes - z_max)
-        f_dir = share * scale * inverse_count
-        f_ce = (1.0 - share) * inverse_count
-        one = tl.full((), 1.0, dtype)
-        l_dir, g_p, g_p_label, along = _losses(
-            tl.sum(p_sum, axis=0), tl.sum(p_weighted, axis=0), tl.exp(scale * x_label), x_label, target_x, scale, f_dir,
-            share, norm, smoothing, True,
+        p_sum, p_weighted, q_sum = _sum_long_row(base, classes, logits_stride_c, label, z_max, scale, dtype, BLOCK)
+        row_loss, g_p, g_q, g_label, along, away = _row_gradient(
+            p_sum, p_weighted, q_sum, z_label - z_max, plain / classes - z_max, scale, share, norm, finite, valid,
+            count, constants_ptr, classes, SMOOTH,
         )  # fmt: skip
-        l_ce, g_q, g_q_label, _ = _losses(
-            tl.sum(q_sum, axis=0), tl.sum(q_sum, axis=0), tl.exp(x_label), x_label, target_x, one, f_ce, 1.0 - share,
-            norm, smoothing, False,
-        )  # fmt: skip
-        row_loss = tl.where(finite, l_dir + l_ce, float("nan"))
-        total += tl.where(valid, row_loss, 0.0).to(tl.float64)
+        total += row_loss
         # Third read: the gradient.
         if NEED_GRAD:
-            away = (f_dir + f_ce) * smoothing / classes
-            for start in range(0, classes, BLOCK):
-                at = start + c.to(tl.int64)
-                inside = at < classes
-                z = tl.load(base + at * logits_stride_c, mask=inside, other=0.0).to(dtype)
-                x = tl.where(inside, z - z_max, 0.0)
-                g = tl.exp(scale * x) * g_p + tl.exp(x) * g_q
-                g = tl.where(at == label, g_p_label + g_q_label, g) - z * along - away
-                g = tl.where(valid, tl.where(finite, g, float("nan")), 0.0)
-                tl.store(grad_ptr + row * classes + at, g.to(grad_ptr.dtype.element_ty), mask=inside)
-        tl.store(stats_ptr + row, tau)
-        tl.store(stats_ptr + rows + row, w)
-        tl.store(stats_ptr + 2 * rows + row, temperature)
-        tl.store(flags_ptr + row, right)
-        tl.store(flags_ptr + rows + row, accepted)
+            _store_long_gradient(
+                base, grad_ptr + row * grad_stride_b, classes, logits_stride_c, label, valid, finite, z_max, scale,
+                g_p, g_q, g_label, along, away, dtype, BLOCK,
+            )  # fmt: skip
+        _store_row(row, rows, tau, w, temperature, right, accepted, stats_ptr, flags_ptr)
     _finish(total, partials_ptr, ticket_ptr, loss_ptr, count)
 
 
@@ -399,7 +568,7 @@ def batch_sums_kernel(
     labels_ptr,  # (B,) int64
     distance_ptr,  # (B,)
     batch_ptr,  # (6,) float64; the last three are written
-    constants_ptr,  # (6,) float64; the fourth is the confidence threshold
+    constants_ptr,  # (9,) float64: loss_constants
     ticket_ptr,  # (1,) int32, 0 before and after
     partials_ptr,  # (3, programs) float64
     rows,
@@ -449,6 +618,14 @@ def programs_of(rows: int, num_warps: int, target: Target) -> int:
     return max(1, min(rows, at_once * target.multiprocessors))
 
 
+def loss_constants(
+    device: torch.device, t_min: float, t_max: float, t_wrong: float | None, threshold: float, smoothing: float
+) -> Tensor:
+    """(9,) float64: the numbers a user chooses, then a 1 and three 0s that the compiler must not know."""
+    wrong = 0.0 if t_wrong is None else t_wrong
+    return constants_on(device, t_min, t_max - t_min, wrong, threshold, smoothing, 1.0, 0.0, 0.0, 0.0)
+
+
 def plan_loss(
     logits: Tensor,
     labels: Tensor,
@@ -464,6 +641,7 @@ def plan_loss(
     warmup: bool,
     need_grad: bool,
     target: Target,
+    inplace: bool = False,
 ) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The launch and what it fills: loss, gradient, (typicalness, weight, temperature), (right, accepted)."""
     rows, classes = logits.shape
@@ -471,11 +649,11 @@ def plan_loss(
     # float16 would lose small gradients before a gradient scaler multiplies them: kept in float32.
     stored = wide if logits.dtype == torch.float16 else logits.dtype
     loss = logits.new_empty((), dtype=wide)
-    grad = logits.new_empty((rows, classes) if need_grad else (0,), dtype=stored)
+    grad = logits if inplace else logits.new_empty((rows, classes) if need_grad else (0,), dtype=stored)
     stats = logits.new_empty((3, rows), dtype=wide)
     flags = logits.new_empty((2, rows), dtype=torch.bool)
-    config = loss_config(classes, logits.dtype, target)
-    programs = programs_of(rows, config.num_warps, target) if config.in_one_block else max(1, rows)
+    config = loss_config(classes, logits.dtype, target, logits.stride(1) == 1)
+    programs = max(1, rows) if config.path == "blocks" else programs_of(rows, config.num_warps, target)
     arguments: dict[str, Any] = {
         "logits_ptr": logits,
         "labels_ptr": labels,
@@ -493,20 +671,27 @@ def plan_loss(
         "logits_stride_b": logits.stride(0),
         "logits_stride_c": logits.stride(1),
         "labels_stride": labels.stride(0),
+        "grad_stride_b": grad.stride(0),
         "ignore_index": ignore_index,
     }
-    constexprs = {
+    constexprs: dict[str, Any] = {
         "RELEASED": variant == "released",
         "HAS_T_WRONG": has_t_wrong,
         "SMOOTH": smooth,
         "WARMUP": warmup,
         "NEED_GRAD": need_grad,
-        "BLOCK": config.block,
     }
-    if config.in_one_block:
-        constexprs["RECOMPUTE"] = config.recompute
-    kernel = loss_kernel if config.in_one_block else long_row_loss_kernel
-    return Launch(kernel, (programs,), arguments, constexprs, config.num_warps), (loss, grad, stats, flags)
+    if config.path == "one block":
+        kernel = loss_kernel
+        constexprs |= {"RECOMPUTE": config.recompute, "BLOCK": config.block}
+    elif config.path == "packed":
+        kernel = packed_row_loss_kernel
+        constexprs |= {"CHUNKS": triton.cdiv(classes, config.block), "HALF": config.block // 2}
+    else:
+        kernel = long_row_loss_kernel
+        constexprs["BLOCK"] = config.block
+    launch = Launch(kernel, (programs,), arguments, constexprs, config.num_warps, config.max_registers)
+    return launch, (loss, grad, stats, flags)
 
 
 def loss_forward(
@@ -525,6 +710,7 @@ def loss_forward(
     ignore_index: int,
     warmup: bool,
     need_grad: bool,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The mean loss, its gradient, and the per-sample statistics.
 
@@ -536,13 +722,13 @@ def loss_forward(
         batch: (6,) float64, ``reference.batch_summary``; the last three are read in variant ``released`` only.
         ticket: (1,) int32, zero; zero again afterwards.
         need_grad: whether to compute the gradient.
+        inplace: write the gradient over the logits, which must be contiguous and not float16.
 
     Returns:
         loss (); gradient (B, C) in the logits' dtype (float32 for float16) or empty; typicalness, weight and
         temperature (3, B); right and accepted (2, B) bool. Floats are float32, float64 for float64 logits.
     """
-    wrong = 0.0 if t_wrong is None else t_wrong
-    constants = constants_on(logits.device, t_min, t_max - t_min, wrong, confidence_threshold, label_smoothing, 1.0)
+    constants = loss_constants(logits.device, t_min, t_max, t_wrong, confidence_threshold, label_smoothing)
     launch, outputs = plan_loss(
         logits,
         labels,
@@ -557,6 +743,7 @@ def loss_forward(
         warmup=warmup,
         need_grad=need_grad,
         target=target_of(logits.device),
+        inplace=inplace,
     )
     launch.run()
     return outputs
@@ -607,5 +794,38 @@ def batch_sums(
     ignore_index: int,
 ) -> None:
     """Complete ``batch`` (6,) with the sums that variant ``released`` needs: see ``reference.batch_summary``."""
-    constants = constants_on(logits.device, 0.0, 0.0, 0.0, confidence_threshold, 0.0, 1.0)
+    constants = loss_constants(logits.device, 0.0, 0.0, None, confidence_threshold, 0.0)
     plan_batch_sums(logits, labels, distance, batch, ticket, constants, ignore_index, target_of(logits.device)).run()
+
+
+SCALE_BLOCK = 4096
+
+
+@triton.jit
+def scale_kernel(
+    values_ptr,  # (size,) in and out
+    factor_ptr,  # () floating point
+    size,
+    BLOCK: tl.constexpr,
+):
+    factor = tl.load(factor_ptr)
+    if factor != 1:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < size
+        dtype = values_ptr.dtype.element_ty
+        wide = tl.float64 if dtype == tl.float64 else tl.float32
+        values = tl.load(values_ptr + at, mask=inside, other=0.0).to(wide)
+        tl.store(values_ptr + at, (values * factor.to(wide)).to(dtype), mask=inside)
+
+
+def plan_scale(values: Tensor, factor: Tensor) -> Launch:
+    """The launch."""
+    arguments = {"values_ptr": values, "factor_ptr": factor, "size": values.numel()}
+    return Launch(scale_kernel, (triton.cdiv(values.numel(), SCALE_BLOCK),), arguments, {"BLOCK": SCALE_BLOCK}, 8)
+
+
+def scale(values: Tensor, factor: Tensor) -> None:
+    """Multiply contiguous ``values`` by the scalar tensor ``factor``, in place; a factor of 1, which the device alone
+    knows, moves no memory."""
+    if values.numel():
+        plan_scale(values, factor).run()

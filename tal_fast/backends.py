@@ -39,6 +39,7 @@ class LossOptions:
     confidence_threshold: float = 0.0
     ignore_index: int = -100
     label_smoothing: float = 0.0
+    inplace: bool = False
 
     def __post_init__(self) -> None:
         if self.variant not in ("paper", "released"):
@@ -181,7 +182,7 @@ class Native:
             return REFERENCE.loss(logits, labels, distance, batch, queue, options, warmup)
         assert batch is not None
         need_grad = logits.requires_grad and torch.is_grad_enabled()
-        loss, grad, *stats = torch.ops.tal_fast.loss_forward(
+        arguments = (
             logits.detach(),
             labels,
             distance,
@@ -194,8 +195,12 @@ class Native:
             options.label_smoothing,
             options.ignore_index,
             warmup,
-            need_grad,
         )
+        if need_grad and may_overwrite(logits, options):
+            loss, *stats = torch.ops.tal_fast.loss_inplace_(*arguments)
+            grad = overwritten(arguments[0])
+        else:
+            loss, grad, *stats = torch.ops.tal_fast.loss_forward(*arguments, need_grad)
         return attach_gradient(logits, loss, grad, need_grad), TALStats(distance, *stats)
 
     def push(self, queue: FeatureQueue, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None:
@@ -251,6 +256,7 @@ class Triton:
 
         assert batch is not None
         need_grad = logits.requires_grad and torch.is_grad_enabled()
+        inplace = need_grad and may_overwrite(logits, options)
         loss, grad, stats, flags = kernels.loss_forward(
             logits.detach(),
             labels,
@@ -266,7 +272,9 @@ class Triton:
             ignore_index=options.ignore_index,
             warmup=warmup,
             need_grad=need_grad,
+            inplace=inplace,
         )
+        grad = overwritten(grad) if inplace else grad
         return attach_gradient(logits, loss, grad, need_grad), TALStats(distance, *stats.unbind(), *flags.unbind())
 
     def push(self, queue: FeatureQueue, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None:
@@ -294,12 +302,62 @@ class _AttachGradient(torch.autograd.Function):
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
         # Multiplied before the cast: under a gradient scaler a float16 product keeps what float16 factors lose.
-        return (grad * upstream.to(grad.dtype)).to(ctx.logits_dtype), None, None
+        if torch.compiler.is_compiling() or grad.dtype != ctx.logits_dtype or _graph_is_kept():
+            return (grad * upstream.to(grad.dtype)).to(ctx.logits_dtype), None, None
+        return scaled_(grad, upstream), None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass that is running leaves its saved tensors to a later one (``retain_graph``)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def scaled_(grad: Tensor, upstream: Tensor) -> Tensor:
+    """``grad`` times a scalar tensor, in its own memory. A factor of 1, which is what ``loss.backward()`` gives, costs
+    no pass over memory: on CPUs it is looked at here, on GPUs by the kernel."""
+    if grad.device.type == "cpu":
+        return grad if upstream.item() == 1 else grad.mul_(upstream.to(grad.dtype))
+    if triton_problem(grad.device) is None and grad.is_contiguous():
+        from tal_fast import kernels
+
+        kernels.scale(grad, upstream)
+        return grad
+    return grad.mul_(upstream.to(grad.dtype))
 
 
 def attach_gradient(logits: Tensor, loss: Tensor, grad: Tensor, need_grad: bool) -> Tensor:
     """The scalar ``loss`` with ``grad`` (B, C) as its gradient with respect to ``logits``, times the upstream one."""
     return _AttachGradient.apply(logits, loss, grad) if need_grad else loss
+
+
+def may_overwrite(logits: Tensor, options: LossOptions) -> bool:
+    """Whether the gradient goes where the logits are. torch.compile plans memory itself and must not see it.
+
+    Raises:
+        ValueError: ``inplace`` for logits whose memory cannot hold their gradient.
+    """
+    if not options.inplace or torch.compiler.is_compiling():
+        return False
+    if logits.is_leaf:
+        raise ValueError(
+            "inplace=True would overwrite logits that are a leaf; pass what a layer gave, or inplace=False"
+        )
+    if logits.dtype == torch.float16:
+        raise ValueError(
+            "inplace=True would keep the gradient in float16, which loses what a gradient scaler has not yet multiplied; "
+            "use bfloat16 or inplace=False"
+        )
+    if not logits.is_contiguous():
+        raise ValueError(
+            f"inplace=True needs contiguous logits, not strides {logits.stride()}; use .contiguous() or inplace=False"
+        )
+    return True
+
+
+def overwritten(logits: Tensor) -> Tensor:
+    """Says so to autograd: what it has saved of these logits raises when it is used."""
+    torch.autograd.graph.increment_version(logits)
+    return logits
 
 
 REFERENCE = Reference()

@@ -1,4 +1,10 @@
-"""Reports side by side, best of each column marked: ``python -m tal_fast.compare runs/digits-ce runs/digits-tal``.
+"""Reports side by side: ``python -m tal_fast.compare runs/digits-ce runs/digits-tal``.
+
+Runs that differ in nothing but their seed make one row, with the mean and the standard deviation over them; the best of
+each column is marked. Below, each row's difference to the baseline with a 95% interval: over the test images, on the
+same resamples for all runs (``tal_fast.intervals``), where the ``samples.npz`` beside the reports are about the same
+images; over seeds otherwise (Welch's t), where both have two runs or more. The first says what other test images may
+change for these very models, the second what training them again may.
 
 Each run is judged by its method's own score (TAL by cosine, CE by the maximum softmax probability) unless ``--score``
 says otherwise.
@@ -7,15 +13,99 @@ says otherwise.
 from __future__ import annotations
 
 import argparse
+import csv
+import io
+import json
 import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from tal_fast.metrics import HIGHER_IS_BETTER, METRICS
-from tal_fast.report import SETTING_TITLES, TITLES, UNITS, Report, format_table, format_value, mix_and_seed, read_report
+import numpy as np
+
+from tal_fast.config import parse_yaml
+from tal_fast.files import replacing
+from tal_fast.intervals import LEVEL, interval
+from tal_fast.metrics import HIGHER_IS_BETTER, METRICS, Floats
+from tal_fast.report import (
+    SETTING_TITLES,
+    TITLES,
+    UNITS,
+    Report,
+    format_table,
+    format_value,
+    mix_and_seed,
+    read_report,
+    resample_settings,
+)
+from tal_fast.samples import Samples, read_samples
+from tal_fast.settings import Mix
 
 DEFAULT_METRICS = ("aurc", "auroc", "fpr95")
+FORMATS = ("table", "markdown", "latex", "csv")
+# What runs of one group may differ in: none of it changes what is trained, but for the seed.
+_NOT_THE_METHOD = ("seed", "output", "resume", "device", "threads", "progress", "eval_batch_size")
+
+Column = tuple[str, str]  # setting, metric
+
+
+class Summary(NamedTuple):
+    """Of one metric over the runs of a group: NaN where undefined in one of them; std NaN for a single run."""
+
+    mean: float
+    std: float
+    runs: int
+
+
+class Difference(NamedTuple):
+    """A group's mean minus the baseline's, with its interval over ``images`` or ``seeds``; ``over`` is empty: none."""
+
+    value: float
+    low: float
+    high: float
+    over: str
+
+
+@dataclass
+class Group:
+    """Runs that differ in nothing but their seed.
+
+    Attributes:
+        name: of the row.
+        runs: their names.
+        reports: of the runs.
+        samples: of the runs, None where there are none.
+        score: they are judged by.
+        differences: by column, for every group but the baseline.
+    """
+
+    name: str
+    runs: list[str]
+    reports: list[Report]
+    samples: list[Samples | None]
+    score: str
+    differences: dict[Column, Difference] = field(default_factory=dict)
+
+    def values(self, column: Column) -> list[float]:
+        """One for each run."""
+        setting, metric = column
+        return [report["settings"][setting][self.score][metric] for report in self.reports]
+
+    def summary(self, column: Column) -> Summary:
+        """Of one metric."""
+        return _summary(self.values(column))
+
+    @property
+    def accuracy(self) -> Summary:
+        """Of the runs on ID samples."""
+        return _summary([math.nan if r["id_accuracy"] is None else r["id_accuracy"] for r in self.reports])
+
+
+def _summary(values: Sequence[float]) -> Summary:
+    return Summary(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan, len(values))
 
 
 def check_comparable(reports: Sequence[Report], names: Sequence[str]) -> None:
@@ -66,6 +156,169 @@ def judged_by(report: Report, name: str, score: str | None = None) -> str:
     return chosen
 
 
+def method_of(run: str | Path) -> str | None:
+    """What a run's ``config.yaml`` says but for its seed and where and how it ran; None where there is none.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        config = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ValueError(f"{path} cannot be read ({problem})") from None
+    return json.dumps({key: value for key, value in config.items() if key not in _NOT_THE_METHOD}, sort_keys=True)
+
+
+def group_runs(
+    reports: Sequence[Report],
+    names: Sequence[str],
+    methods: Sequence[str | None] | None = None,
+    samples: Sequence[Samples | None] | None = None,
+    score: str | None = None,
+) -> list[Group]:
+    """Runs of the same method in one group, in the order of their first; a run without a method is on its own.
+
+    Args:
+        reports: from ``tal_fast.report.read_report``.
+        names: of the runs.
+        methods: from ``method_of``.
+        samples: from ``tal_fast.samples.read_samples``.
+        score: judge all by this one; None: each by its own.
+
+    Raises:
+        ValueError: see ``check_comparable`` and ``judged_by``.
+    """
+    check_comparable(reports, names)
+    methods = methods or [None] * len(reports)
+    samples = samples or [None] * len(reports)
+    found: dict[tuple[str, str], list[int]] = {}
+    for i, (report, name, method) in enumerate(zip(reports, names, methods, strict=True)):
+        found.setdefault((method or f"\0{i}", judged_by(report, name, score)), []).append(i)
+    groups = [
+        Group(
+            _common_name([names[i] for i in members]),
+            [names[i] for i in members],
+            [reports[i] for i in members],
+            [samples[i] for i in members],
+            chosen,
+        )
+        for (_, chosen), members in found.items()
+    ]
+    for group in groups:
+        if sum(other.name == group.name for other in groups) > 1:
+            group.name = ", ".join(group.runs)
+    return groups
+
+
+def _common_name(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    # By characters: runs/ce-1 and runs/ce-2 are runs/ce.
+    common = os.path.commonprefix(list(names)).rstrip("-_. /")  # noqa: RUF071
+    for ending in ("seed", "-s", "_s"):
+        if common.endswith(ending):
+            common = common.removesuffix(ending).rstrip("-_. /")
+    return common or names[0]
+
+
+def add_differences(
+    groups: Sequence[Group], baseline: Group, columns: Sequence[Column], resamples: int, progress: bool = False
+) -> None:
+    """Fill in every other group's differences to the baseline; see the module's docstring.
+
+    Args:
+        groups, baseline: from ``group_runs``; the baseline is one of them.
+        columns: settings and metrics.
+        resamples: of the bootstrap over images; 0: intervals over seeds only.
+        progress: draw bars.
+    """
+    same_images = resamples > 0 and _same_images(groups)
+    on_resamples: dict[int, dict[str, Floats]] = {}
+    if same_images:
+        on_resamples = {id(group): _mean_on_resamples(group, resamples, progress) for group in groups}
+    for group in groups:
+        if group is baseline:
+            continue
+        for column in columns:
+            setting, metric = column
+            value = group.summary(column).mean - baseline.summary(column).mean
+            low, high, over = math.nan, math.nan, ""
+            if same_images:
+                own, other = (on_resamples[id(g)][setting][:, METRICS.index(metric)] for g in (group, baseline))
+                low, high, _ = interval(own - other)
+                over = "images"
+            elif min(len(group.runs), len(baseline.runs)) > 1:
+                low, high = _welch(group.values(column), baseline.values(column))
+                over = "seeds"
+            group.differences[column] = Difference(value, low, high, over)
+
+
+def _same_images(groups: Sequence[Group]) -> bool:
+    found = []
+    for group in groups:
+        for report, samples in zip(group.reports, group.samples, strict=True):
+            if samples is None or group.score not in samples.id_scores:
+                return False
+            # Beside a report that was moved may lie another's samples.
+            if (report["counts"]["id"], report["counts"]["id_right"]) != (samples.right.size, samples.right.sum()):
+                return False
+            found.append(samples.identity)
+    return all(identity == found[0] for identity in found)
+
+
+def _mean_on_resamples(group: Group, resamples: int, progress: bool) -> dict[str, Floats]:
+    """Setting -> (resamples, len(METRICS)), the mean over a group's runs on each resample of the images."""
+    total: dict[str, Floats] = {}
+    for report, samples in zip(group.reports, group.samples, strict=True):
+        assert samples is not None
+        for key, values in resample_settings(
+            samples.right,
+            {group.score: samples.id_scores[group.score]},
+            {name: {group.score: scores[group.score]} for name, scores in samples.ood_scores.items()},
+            mix=Mix.parse(report["mix"]),
+            seed=report["seed"],
+            convention=report["convention"],
+            resamples=resamples,
+            progress=progress,
+        ):
+            total[key] = total.get(key, 0) + values[group.score] / len(group.runs)
+    return total
+
+
+def _welch(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Welch's t interval of the difference of two means; of no width where neither varies."""
+    from scipy import stats
+
+    parts = [np.var(v, ddof=1) / len(v) for v in (values, others)]
+    middle = float(np.mean(values) - np.mean(others))
+    if not sum(parts) > 0:
+        return (middle, middle) if sum(parts) == 0 else (math.nan, math.nan)
+    freedom = sum(parts) ** 2 / sum(p**2 / (len(v) - 1) for p, v in zip(parts, (values, others), strict=True))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(sum(parts))
+    return middle - half, middle + half
+
+
+def find_group(groups: Sequence[Group], name: str) -> Group:
+    """The group of this name, or in which a run of this name is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for group in groups:
+        if name == group.name or name in group.runs or Path(name).name in group.runs:
+            return group
+    raise ValueError(f"there is no row {name!r} to be the baseline; there are {', '.join(g.name for g in groups)}")
+
+
+def columns_of(groups: Sequence[Group], metrics: Sequence[str]) -> list[Column]:
+    """Each metric of Old FD, OOD and New FD, as far as they are there."""
+    there = groups[0].reports[0]["settings"]
+    return [(key, metric) for key in SETTING_TITLES if key in there for metric in metrics]
+
+
 def comparison(
     reports: Sequence[Report],
     names: Sequence[str],
@@ -86,30 +339,161 @@ def comparison(
     Raises:
         ValueError: see ``check_comparable`` and ``judged_by``.
     """
-    check_comparable(reports, names)
-    settings = [key for key in SETTING_TITLES if all(key in report["settings"] for report in reports)]
-    columns = [(key, metric) for key in settings for metric in metrics]
-    chosen = [judged_by(report, name, score) for report, name in zip(reports, names, strict=True)]
-    accuracy = [math.nan if r["id_accuracy"] is None else r["id_accuracy"] for r in reports]
-    cells = [_marked(accuracy, [f"{a:.2%}" for a in accuracy], True)]
-    for key, metric in columns:
-        values = [r["settings"][key][s][metric] for r, s in zip(reports, chosen, strict=True)]
-        cells.append(_marked(values, [format_value(metric, v, units) for v in values], HIGHER_IS_BETTER[metric]))
-    header = [
-        "\nrun",
-        "\nscore",
-        "\naccuracy ",
-        *(f"{SETTING_TITLES[key]} \n{TITLES[metric]} " for key, metric in columns),
+    groups = group_runs(reports, names, score=score)
+    return format_groups(groups, columns_of(groups, metrics), "table", units)
+
+
+def _plain(text: str) -> str:
+    return text
+
+
+def _markdown(text: str) -> str:
+    for special in "\\`*_{}[]<>#|":
+        text = text.replace(special, "\\" + special)
+    return " ".join(text.split())
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "<": "$<$", ">": "$>$",
+}  # fmt: skip
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+
+
+# How a format escapes text, and how it marks the best.
+_STYLES: dict[str, tuple[Callable[[str], str], Callable[[str, bool], str]]] = {
+    "table": (_plain, lambda text, best: text + ("*" if best else " ")),
+    "markdown": (_markdown, lambda text, best: f"**{text}**" if best else text),
+    "latex": (_latex, lambda text, best: rf"\textbf{{{text}}}" if best else text),
+}
+
+
+def format_groups(groups: Sequence[Group], columns: Sequence[Column], style: str, units: str = "natural") -> str:
+    """The groups as a table, and their differences to the baseline, if they have any, as a second.
+
+    Args:
+        groups: from ``group_runs``.
+        columns: settings and metrics.
+        style: one of ``FORMATS``. ``csv`` is one long table instead, a line a group and column, in natural units and
+            with all digits. ``latex`` needs the package ``booktabs``.
+        units: ``natural`` or ``paper``.
+    """
+    if style == "csv":
+        return _csv(groups, columns)
+    escape, mark = _STYLES[style]
+    several = any(len(group.runs) > 1 for group in groups)
+    cells = [
+        [
+            mark(escape(_percent(group.accuracy)), best)
+            for group, best in zip(groups, _best([g.accuracy.mean for g in groups], True), strict=True)
+        ]
     ]
-    rows = [[name, s, *row] for name, s, row in zip(names, chosen, zip(*cells, strict=True), strict=True)]
-    return format_table(header, rows)
+    for column in columns:
+        summaries = [group.summary(column) for group in groups]
+        cells.append(
+            [
+                mark(escape(_with_std(column[1], s, units)), best)
+                for s, best in zip(
+                    summaries, _best([s.mean for s in summaries], HIGHER_IS_BETTER[column[1]]), strict=True
+                )
+            ]
+        )
+    titles = [(SETTING_TITLES[key], TITLES[metric]) for key, metric in columns]
+    head = [("", "run"), ("", "score"), *([("", "runs")] if several else []), ("", "accuracy"), *titles]
+    rows = [
+        [escape(g.name), escape(g.score), *([str(len(g.runs))] if several else []), *row]
+        for g, row in zip(groups, zip(*cells, strict=True), strict=True)
+    ]
+    tables = [_table(head, rows, style)]
+    compared = [group for group in groups if group.differences]
+    if compared:
+        (baseline,) = (group for group in groups if not group.differences)
+        rows = [
+            [escape(f"{g.name} - {baseline.name}"), *(escape(_difference(c, g.differences[c], units)) for c in columns)]
+            for g in compared
+        ]
+        tables.append(_table([("", "difference"), *titles], rows, style))
+    return "\n\n".join(tables)
 
 
-def _marked(values: Sequence[float], texts: Sequence[str], higher: bool) -> list[str]:
-    """Texts with ``*`` after the best; a space after the others keeps the digits in line."""
+def _best(values: Sequence[float], higher: bool) -> list[bool]:
     known = [v for v in values if not math.isnan(v)]
     best = (max if higher else min)(known) if known else math.nan
-    return [text + ("*" if value == best else " ") for text, value in zip(texts, values, strict=True)]
+    return [value == best for value in values]
+
+
+def _percent(accuracy: Summary) -> str:
+    return f"{accuracy.mean:.2%}" + (f" ± {100 * accuracy.std:.2f}" if accuracy.runs > 1 else "")
+
+
+def _with_std(metric: str, summary: Summary, units: str) -> str:
+    text = format_value(metric, summary.mean, units)
+    return text if summary.runs == 1 else f"{text} ± {format_value(metric, summary.std, units)}"
+
+
+def _difference(column: Column, difference: Difference, units: str) -> str:
+    value, low, high = (_signed(format_value(column[1], v, units)) for v in difference[:3])
+    return f"{value} [{low}, {high}]" if difference.over else value
+
+
+def _signed(text: str) -> str:
+    return text if text[0] in "-+" else f"+{text}"
+
+
+def _table(head: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], style: str) -> str:
+    if style == "table":
+        # A space under the mark of the best keeps the digits in line.
+        first = [f"{above} \n{title} " if above or title == "accuracy" else f"\n{title}" for above, title in head]
+        return format_table(first, rows)
+    titles = [f"{above} {title}".strip() for above, title in head]
+    if style == "markdown":
+        lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    body = [rf"{' & '.join(row)} \\" for row in rows]
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{l{'r' * (len(titles) - 1)}}}", r"\toprule", rf"{' & '.join(map(_latex, titles))} \\",
+            r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
+        ]
+    )  # fmt: skip
+
+
+def _csv(groups: Sequence[Group], columns: Sequence[Column]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["run", "score", "runs", "setting", "metric", "mean", "std", "best", "difference", "low", "high", "over"]
+    )
+    for setting, metric in columns:
+        summaries = [group.summary((setting, metric)) for group in groups]
+        marks = _best([s.mean for s in summaries], HIGHER_IS_BETTER[metric])
+        for group, summary, best in zip(groups, summaries, marks, strict=True):
+            difference = group.differences.get((setting, metric), Difference(math.nan, math.nan, math.nan, ""))
+            numbers = [summary.mean, summary.std, int(best), *difference[:3]]
+            writer.writerow(
+                [group.name, group.score, summary.runs, setting, metric]
+                + ["" if math.isnan(v) else v for v in numbers]
+                + [difference.over]
+            )
+    return text.getvalue().rstrip("\n")
+
+
+def describe(groups: Sequence[Group], units: str, resamples: int) -> str:
+    """What the numbers are, in a sentence or two."""
+    first = groups[0].reports[0]
+    scale = "natural units" if units == "natural" else "AURC times 1000, the rest in percent"
+    text = f"convention {first['convention']}; ID:OOD mix {mix_and_seed(first)}; {scale}; * best"
+    if any(len(group.runs) > 1 for group in groups):
+        text += "; mean ± standard deviation over runs"
+    over = {d.over for group in groups for d in group.differences.values()}
+    if "images" in over:
+        text += f"\n{LEVEL:.0%} intervals of differences: paired bootstrap over the test images, {resamples} resamples"
+    elif "seeds" in over:
+        text += f"\n{LEVEL:.0%} intervals of differences: Welch's t over seeds"
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,7 +506,14 @@ def _parser() -> argparse.ArgumentParser:
         help=f"columns of each setting: {', '.join(METRICS)} ({' '.join(DEFAULT_METRICS)})",
     )  # fmt: skip
     parser.add_argument("--score", help="judge every run by this score (each by its method's own)")
+    parser.add_argument("--baseline", metavar="NAME", help="row that differences are taken to (the first)")
+    parser.add_argument(
+        "--bootstrap", type=int, default=2000, metavar="N",
+        help="resamples for intervals of differences over the test images; 0: none (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--units", choices=UNITS, default="natural", help="of the table (%(default)s)")
+    parser.add_argument("--format", choices=FORMATS, default="table", help="(%(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="write there instead of printing")
     return parser
 
 
@@ -133,16 +524,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(set(names)) < len(names):
         names = [str(run) for run in args.runs]
     try:
+        if args.bootstrap < 0:
+            raise ValueError(f"--bootstrap must be at least 0, not {args.bootstrap}")
         reports = [read_report(run) for run in args.runs]
-        table = comparison(reports, names, metrics=args.metrics, score=args.score, units=args.units)
-    except ValueError as problem:
+        samples = [read_samples(run) for run in args.runs]
+        groups = group_runs(reports, names, [method_of(run) for run in args.runs], samples, args.score)
+        columns = columns_of(groups, args.metrics)
+        baseline = groups[0] if args.baseline is None else find_group(groups, args.baseline)
+        if len(groups) > 1:
+            add_differences(groups, baseline, columns, args.bootstrap, progress=True)
+        text = format_groups(groups, columns, args.format, args.units)
+        if args.format != "csv":
+            about = describe(groups, args.units, args.bootstrap)
+            text = _as_comment(about, args.format) + text
+        if args.out is not None:
+            with replacing(args.out) as temporary:
+                temporary.write_text(text + "\n", encoding="utf-8")
+            return 0
+    except (ValueError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    first = reports[0]
-    scale = "natural units" if args.units == "natural" else "AURC times 1000, the rest in percent"
-    print(f"convention {first['convention']}; ID:OOD mix {mix_and_seed(first)}; {scale}; * best")
-    print(table)
+    print(text)
     return 0
+
+
+def _as_comment(about: str, style: str) -> str:
+    if style == "latex":
+        return "".join(f"% {line}\n" for line in about.replace("* best", "bold: best").splitlines())
+    if style == "markdown":
+        return _markdown(about.replace("* best", "bold: best")) + "\n\n"
+    return about + "\n"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """How well confidence tells right from wrong: ``python -m tal_fast.evaluate --run runs/digits-tal``.
 
 One pass over the validation split and each OOD or shifted set gives logits and features, which are kept in a cache;
-every score, setting and metric comes from them. Writes ``report.json``, ``risk_coverage.png`` and
-``confidence_histogram.png`` and prints the report as tables. ``--weights`` does the same for a network's weights from
+every score, setting and metric comes from them. Writes ``report.json``, ``samples.npz`` (scores of
+every sample), ``risk_coverage.png``, ``confidence_histogram.png`` and ``report.html``, a page to look at, and prints
+the report as tables. ``--weights`` does the same for a network's weights from
 anywhere, ``--npz`` for outputs of any model. ``torchrun -m tal_fast.evaluate`` shares the passes among processes.
 """
 
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from tal_fast import plots
+from tal_fast import plots, samples
 from tal_fast.calibration import calibration_metrics
 from tal_fast.config import Config, DataConfig, ModelConfig
 from tal_fast.corruptions import CORRUPTIONS, Corruption
@@ -34,13 +35,15 @@ from tal_fast.feature_scores import (
     Training,
     training_needed,
 )
-from tal_fast.inference import AMP, Inference
+from tal_fast.html_report import write_html
+from tal_fast.inference import AMP, Inference, split_hash
 from tal_fast.metrics import CONVENTIONS, Floats
 from tal_fast.models.features import FeatureLinear
 from tal_fast.npz import read_npz
 from tal_fast.output_store import Outputs
 from tal_fast.ranks import Ranks
 from tal_fast.report import UNITS, Report, format_report, make_report, write_report
+from tal_fast.samples import Predictions, Samples, identity_of, write_samples
 from tal_fast.scores import SCORES
 from tal_fast.settings import Mix
 from tal_fast.temperature import HELD_OUT, fit_temperature, held_out
@@ -124,6 +127,15 @@ def inference_of(run: Run, cache: str | Path, **options: Any) -> Inference:
     return Inference(run.model, run.data, cache, **options)
 
 
+def collect_outputs(
+    run: Run, split: str, cache: str | Path, *, batch_size: int = 256, device: torch.device | str = "cpu"
+) -> Outputs:
+    """Outputs of a run's model on ``train-eval``, ``val`` or an OOD set, in memory; from the cache where it has them."""
+    ranks = Ranks(0, 1, torch.device(device))
+    name = f"ood-{split}" if split in run.data.ood_names else split
+    return inference_of(run, cache, ranks=ranks, batch_size=batch_size).store(name, run.data.split(split)).load()
+
+
 def _sets_beside(
     data: DataBundle, ood: Mapping[str, str], shifts: Mapping[str, str]
 ) -> tuple[dict[str, Split], dict[str, tuple[Split, Corruption | None]]]:
@@ -176,6 +188,7 @@ def _evaluate_model(
         shift_outputs={name: store.load() for name, store in shift_stores.items()},
         scores=names,
         training=training,
+        identity={"val": split_hash(data.split("val"))} | {name: split_hash(images) for name, images in oods.items()},
         **options,
     )
 
@@ -195,8 +208,10 @@ def evaluate_outputs(
     temperature: float | None = None,
     about: Mapping[str, Any] | None = None,
     title: str = "",
+    resamples: int = 0,
+    identity: Mapping[str, str] | None = None,
 ) -> Report:
-    """Report on outputs: make it, write ``report.json`` and both pictures to ``output``, return it.
+    """Report on outputs: make it, write ``report.json``, ``samples.npz`` and both pictures to ``output``, return it.
 
     It is ``make_report``'s with ``calibration`` of the softmax on the ID samples, ``left_out`` (score -> why it could
     not be computed), ``fitted`` (on how many training features) and, with a temperature, ``temperature``.
@@ -215,6 +230,8 @@ def evaluate_outputs(
             logits are divided by it.
         about: entries to put before the report's own, such as the run.
         title: of the pictures.
+        resamples: of the bootstrap; 0: no intervals. Differences are to the run's own score, else to the first.
+        identity: split -> hash of its samples, see ``tal_fast.samples``; of labels and sizes unless given.
 
     Raises:
         ValueError: an unknown score or convention, no score that can be computed, or no temperature that fits.
@@ -242,9 +259,10 @@ def evaluate_outputs(
     report = {
         **(about or {}),
         **make_report(
-            id_outputs.right, id_scores, ood_scores, shifts=shift_scores, mix=mix, seed=seed, convention=convention
+            id_outputs.right, id_scores, ood_scores, shifts=shift_scores, mix=mix, seed=seed, convention=convention,
+            resamples=resamples, baseline=(about or {}).get("score"), progress=True,
         ),
-    }
+    }  # fmt: skip
     report["calibration"] = calibration_metrics(id_outputs.logits, id_outputs.labels)
     if scaling is not None:
         report["temperature"] = scaling
@@ -255,6 +273,14 @@ def evaluate_outputs(
     output = Path(output)
     # The numbers first: they stay if a picture fails.
     write_report(report, output / "report.json")
+    identity = identity or {"val": identity_of(id_outputs.labels)} | {
+        name: identity_of(outputs.labels) for name, outputs in ood_outputs.items()
+    }
+    if scaling is not None:
+        # Another seed or share leaves other samples.
+        identity = {**identity, "val": f"{identity['val']} without {scaling['held_out']}, seed {seed}"}
+    predictions = {name: Predictions.of(outputs) for name, outputs in {"val": id_outputs, **ood_outputs}.items()}
+    write_samples(Samples(id_outputs.right, id_scores, ood_scores, identity, predictions), output / samples.FILE)
     plots.risk_coverage(output / "risk_coverage.png", id_outputs.right, id_scores, ood_scores, mix, seed, title)
     plots.confidence_histogram(output / "confidence_histogram.png", id_outputs.right, id_scores, ood_scores, title)
     return report
@@ -289,6 +315,7 @@ def evaluate_run(
     scores: Sequence[str] = DEFAULT_SCORES,
     ood: Mapping[str, str] | None = None,
     shifts: Mapping[str, str] | None = None,
+    typicalness: bool = True,
     **options: Any,
 ) -> Report | None:
     """Report on a run of ``python -m tal_fast.train``.
@@ -305,7 +332,9 @@ def evaluate_run(
         scores: names of scores; that by which the run's method is judged is added.
         ood: OOD sets beside the data set's own, name -> text as in ``tal_fast.data.evaluation_sets``.
         shifts: shifted sets, likewise.
-        options: ``mix``, ``seed``, ``convention``, ``knn_samples``, ``temperature`` of ``evaluate_outputs``.
+        typicalness: see ``tal_fast.html_report.write_html``.
+        options: ``mix``, ``seed``, ``convention``, ``knn_samples``, ``temperature``, ``resamples`` of
+            ``evaluate_outputs``.
 
     Returns:
         The report; None on ranks other than 0.
@@ -329,9 +358,10 @@ def evaluate_run(
         "score": run.score,
         **_how(amp),
     }
-    return _evaluate_model(
+    output = run_dir if output is None else output
+    report = _evaluate_model(
         inference,
-        run_dir if output is None else output,
+        output,
         _logit_scores(names) if fast else names,
         ood=ood,
         shifts=shifts,
@@ -339,6 +369,9 @@ def evaluate_run(
         title=f"{run.method} ({Path(run_dir).name})",
         **options,
     )
+    if report is not None:
+        write_html(output, run=run, typicalness=typicalness, batch_size=batch_size, device=ranks.device)
+    return report
 
 
 def evaluate_weights(
@@ -394,7 +427,7 @@ def evaluate_weights(
         amp=amp,
         features=not fast,
     )
-    return _evaluate_model(
+    report = _evaluate_model(
         inference,
         output,
         _logit_scores(names) if fast else names,
@@ -404,6 +437,9 @@ def evaluate_weights(
         title=f"{model.name} ({Path(weights).name})",
         **options,
     )
+    if report is not None:
+        write_html(output)
+    return report
 
 
 def _how(amp: str | None) -> dict[str, str]:
@@ -432,7 +468,7 @@ def evaluate_npz(path: str | Path, output: str | Path | None = None, **options: 
     path = Path(path)
     content = read_npz(path)
     output = path.with_name(path.stem + "-report") if output is None else output
-    return evaluate_outputs(
+    report = evaluate_outputs(
         content.id,
         content.ood,
         output,
@@ -442,6 +478,8 @@ def evaluate_npz(path: str | Path, output: str | Path | None = None, **options: 
         title=path.name,
         **options,
     )
+    write_html(output)
+    return report
 
 
 def _argument(check: Any) -> Any:
@@ -503,6 +541,10 @@ def _parser() -> argparse.ArgumentParser:
 
     run = parser.add_argument_group("with --run")
     run.add_argument("--checkpoint", choices=("best", "last"), help="of the run (best)")
+    run.add_argument(
+        "--no-typicalness", action="store_true", help="leave the most and least typical training images, which take a "
+        "pass over all of them, out of report.html",
+    )  # fmt: skip
 
     weights = parser.add_argument_group("with --weights")
     weights.add_argument("--model", metavar="NAME", help="of torchvision, timm/NAME, or cifar_resnet8, -20 or -18")
@@ -551,12 +593,16 @@ def _parser() -> argparse.ArgumentParser:
         "first-n, or prior=P with P the share of OOD",
     )  # fmt: skip
     parser.add_argument("--seed", type=_at_least(0), default=0, help="of a random mix or choice (%(default)s)")
+    parser.add_argument(
+        "--bootstrap", type=_at_least(0), default=0, metavar="N", help="resamples for confidence intervals of every "
+        "metric and of differences between scores; 10000 is usual (0: none)",
+    )  # fmt: skip
     parser.add_argument("--units", choices=UNITS, default="natural", help="of the printed tables (%(default)s)")
     return parser
 
 
 # Options that only some sources know, by the name argparse gives them.
-_OF_RUN = ("checkpoint",)
+_OF_RUN = ("checkpoint", "no_typicalness")
 _OF_WEIGHTS = (
     "model", "width", "data_dir", "dataset", "image_size", "crop_fraction", "mean", "std", "channels", "loader",
     "workers",
@@ -636,6 +682,7 @@ def _report_for(args: argparse.Namespace) -> Report | None:
         "scores": [name for group in args.scores for name in group.split(",") if name],
         "knn_samples": args.knn_samples,
         "temperature": args.temperature,
+        "resamples": args.bootstrap,
     }
     if args.npz is not None:
         return evaluate_npz(args.npz, args.output, **options)
@@ -650,7 +697,8 @@ def _report_for(args: argparse.Namespace) -> Report | None:
     ranks = _start_ranks(args.device or "auto")
     try:
         if args.run is not None:
-            return evaluate_run(args.run, args.output, checkpoint=args.checkpoint or "best", ranks=ranks, **options)
+            options |= {"checkpoint": args.checkpoint or "best", "typicalness": not args.no_typicalness}
+            return evaluate_run(args.run, args.output, ranks=ranks, **options)
         model = ModelConfig(name=args.model, width=args.width)
         return evaluate_weights(args.weights, model, _data_config(args), args.output, ranks=ranks, **options)
     finally:

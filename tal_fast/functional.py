@@ -7,11 +7,12 @@ the logits' device.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from tal_fast import backends
+from tal_fast import backends, sharded
 from tal_fast.backends import LossOptions
-from tal_fast.loss import check_inputs
+from tal_fast.loss import check_inputs, labels_are_checked
 from tal_fast.queue import FeatureQueue
 from tal_fast.reference import TALStats, feature_statistics, nearest_distance
 
@@ -33,6 +34,8 @@ def tal_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     warmup: bool = False,
+    class_group: dist.ProcessGroup | None = None,
+    inplace: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, TALStats]:
     """The mean TAL loss of a batch against a queue given as tensors; the queue is only read.
@@ -42,8 +45,8 @@ def tal_loss(
         features: (B, D) floating point, D >= 2.
         labels: (B,) int64 in [0, C), or ``ignore_index``.
         queue_mean, queue_std: (N,) float32 or float64, in any order, N >= 0.
-        variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing, warmup, backend: as in
-            ``TALLoss``.
+        variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing, warmup, class_group,
+            inplace, backend: as in ``TALLoss``.
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 logits), and ``TALStats``. The samples to push are those
@@ -52,8 +55,8 @@ def tal_loss(
     Raises:
         ValueError, TypeError: as ``TALLoss``; also a queue whose tensors differ in shape or are not (N,).
     """
-    options = LossOptions(variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing)
-    check_inputs(logits, features, labels, ignore_index)
+    options = LossOptions(variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing, inplace)
+    check_inputs(logits, features, labels, ignore_index, in_columns=class_group is not None)
     if queue_mean.dim() != 1 or queue_mean.shape != queue_std.shape:
         raise ValueError(
             f"queue_mean and queue_std must both be (N,), not {tuple(queue_mean.shape)} and {tuple(queue_std.shape)}"
@@ -66,6 +69,11 @@ def tal_loss(
     chosen = backends.for_loss(backends.check_name(backend), logits.device)
     with torch.no_grad():
         _, _, distance, batch = chosen.statistics_distance(features, labels, queue, ignore_index)
-        if variant == "released" and batch is not None:
+        if variant == "released" and batch is not None and class_group is None:
             batch = chosen.summary(logits, labels, distance, batch, queue, options)
+    if class_group is not None:
+        return sharded.tal_loss(
+            logits, labels, distance, options, warmup, class_group,
+            rows_group=None, backend=chosen.name, check_labels=labels_are_checked(labels),
+        )  # fmt: skip
     return chosen.loss(logits, labels, distance, batch, queue, options, warmup)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from tal_fast.config import Config
 from tal_fast.step import Histogram
 
@@ -99,7 +101,10 @@ class WandB:
 
     def histograms(self, values: Mapping[str, Histogram], step: int) -> None:
         """See ``Logger``."""
-        made = {name: self._wandb.Histogram(np_histogram=(h.counts, h.edges)) for name, h in values.items()}
+        made = {
+            name: self._wandb.Histogram(np_histogram=(np.array(h.counts), np.array(h.edges)))
+            for name, h in values.items()
+        }
         self._run.log({**made, "step": step})
 
     def close(self) -> None:

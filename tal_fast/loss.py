@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tal_fast import backends, distributed
+from tal_fast import backends, distributed, sharded
 from tal_fast.backends import LossOptions
 from tal_fast.queue import FeatureQueue
 from tal_fast.reference import TALStats
@@ -41,6 +41,14 @@ class TALLoss(nn.Module):
             ``"global"``: all ranks share one queue and act as one rank with the whole batch. Every rank then needs
             the same number of rows (fill up with ``ignore_index``).
         process_group: the ranks of ``"global"``; the default group when None.
+        class_group: the ranks that share a row's classes (tensor parallelism, or more classes than one device holds):
+            ``logits`` are then this rank's columns (B, C_r), C_r >= 0, in rank order, and labels and features the same
+            on all of them. Loss, statistics and queue are equal on all ranks; the gradient is by this rank's columns.
+            The ranks of ``"global"`` must then be named: those that hold the same columns of other rows.
+        inplace: the gradient may take the logits' memory, which saves a (B, C) tensor: the logits are destroyed, so use
+            nothing but the loss and its statistics afterwards (accuracy is ``stats.right``). What autograd had saved
+            of them raises in ``backward``. For contiguous logits in bfloat16, float32 or float64 that are not a leaf;
+            no effect in plain PyTorch, under ``torch.compile`` and with ``class_group``.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see ``tal_fast.backends``.
 
     Raises:
@@ -59,6 +67,8 @@ class TALLoss(nn.Module):
         label_smoothing: float = 0.0,
         queue_scope: Literal["local", "global"] = "local",
         process_group: dist.ProcessGroup | None = None,
+        class_group: dist.ProcessGroup | None = None,
+        inplace: bool = False,
         backend: Literal["auto", "reference", "native", "triton"] = "auto",
     ) -> None:
         super().__init__()
@@ -70,10 +80,17 @@ class TALLoss(nn.Module):
             float(confidence_threshold),
             int(ignore_index),
             float(label_smoothing),
+            bool(inplace),
         )
         if queue_scope not in ("local", "global"):
             raise ValueError(f"queue_scope is {queue_scope!r}; use 'local' or 'global'")
+        if class_group is not None and queue_scope == "global" and process_group is None:
+            raise ValueError(
+                "queue_scope='global' beside class_group needs process_group, "
+                "the ranks that hold the same classes of other rows"
+            )
         self.queue_scope = queue_scope
+        self.class_group = class_group
         self.process_group = process_group
         self.backend = backends.check_name(backend)
         self.queue = FeatureQueue(queue_size, backend=backend)
@@ -132,7 +149,7 @@ class TALLoss(nn.Module):
                 TAL_FAST_DEBUG=1) labels out of range.
             TypeError: labels are not int64, or logits or features are not floating point.
         """
-        check_inputs(logits, features, labels, self.options.ignore_index)
+        check_inputs(logits, features, labels, self.options.ignore_index, in_columns=self.class_group is not None)
         if self.queue.device != logits.device:
             raise ValueError(
                 f"the queue is on {self.queue.device} but the logits are on {logits.device}; "
@@ -145,12 +162,20 @@ class TALLoss(nn.Module):
 
         with torch.no_grad():
             mean, std, distance, batch = backend.statistics_distance(features, labels, self.queue, options.ignore_index)
-            if spread or (options.variant == "released" and batch is not None):
-                batch = backend.summary(logits, labels, distance, batch, self.queue, options)
-            if spread:
-                assert batch is not None
-                batch = distributed.combine_summaries(batch, self.process_group)
-        loss, stats = backend.loss(logits, labels, distance, batch, self.queue, options, warmup)
+        if self.class_group is not None:
+            loss, stats = sharded.tal_loss(
+                logits, labels, distance, options, warmup, self.class_group,
+                rows_group=self.process_group if spread else None, backend=backend.name,
+                check_labels=labels_are_checked(labels),
+            )  # fmt: skip
+        else:
+            with torch.no_grad():
+                if spread or (options.variant == "released" and batch is not None):
+                    batch = backend.summary(logits, labels, distance, batch, self.queue, options)
+                if spread:
+                    assert batch is not None
+                    batch = distributed.combine_summaries(batch, self.process_group)
+            loss, stats = backend.loss(logits, labels, distance, batch, self.queue, options, warmup)
 
         if push and self.training:
             with torch.no_grad():
@@ -163,9 +188,13 @@ class TALLoss(nn.Module):
         return (loss, stats) if return_stats else loss
 
 
-def check_inputs(logits: Tensor, features: Tensor, labels: Tensor, ignore_index: int) -> None:
-    """Refuse what no backend could compute, before anything is computed or pushed; see ``TALLoss.forward``."""
-    if logits.dim() != 2 or logits.shape[1] < 1:
+def check_inputs(logits: Tensor, features: Tensor, labels: Tensor, ignore_index: int, in_columns: bool = False) -> None:
+    """Refuse what no backend could compute, before anything is computed or pushed; see ``TALLoss.forward``.
+
+    ``in_columns``: the logits are some columns of rows whose width only all ranks know together, so that the labels'
+    range is not checked here.
+    """
+    if logits.dim() != 2 or (logits.shape[1] < 1 and not in_columns):
         raise ValueError(f"logits are {tuple(logits.shape)} but must be (B, C) with C >= 1")
     if features.dim() != 2 or features.shape[0] != logits.shape[0]:
         raise ValueError(
@@ -188,9 +217,7 @@ def check_inputs(logits: Tensor, features: Tensor, labels: Tensor, ignore_index:
             f"logits are on {logits.device}, features on {features.device} and labels on {labels.device}; "
             "move them to one device"
         )
-    if torch.compiler.is_compiling() or labels.numel() == 0:
-        return
-    if labels.device.type == "cpu" or CHECK_LABELS_ON_GPU:
+    if not in_columns and labels.numel() and labels_are_checked(labels):
         outside = (labels != ignore_index) & ((labels < 0) | (labels >= logits.shape[1]))
         if outside.any():
             row = int(outside.nonzero()[0])
@@ -198,3 +225,8 @@ def check_inputs(logits: Tensor, features: Tensor, labels: Tensor, ignore_index:
                 f"label {int(labels[row])} in row {row} is outside [0, {logits.shape[1]}); "
                 f"give it a class or ignore_index = {ignore_index}"
             )
+
+
+def labels_are_checked(labels: Tensor) -> bool:
+    """Whether to look at the labels' values: not where that waits for a GPU, nor while compiling."""
+    return not torch.compiler.is_compiling() and (labels.device.type == "cpu" or CHECK_LABELS_ON_GPU)

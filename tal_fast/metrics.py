@@ -5,7 +5,7 @@ surer) and whether it was a success. All values are fractions in natural units; 
 1000 and the rest in percent. Which samples count and what a success is decides the setting: see
 ``tal_fast.settings``. Only NumPy is needed; PyTorch tensors are accepted too.
 
-Three conventions (``docs/metrics.md`` works through an example of each difference):
+Six conventions (``docs/metrics.md`` works through an example of each difference):
 
 ``tal_fast``
     The default. AURC is the expectation over all orders of tied scores, so the order of the input never matters;
@@ -17,6 +17,15 @@ Three conventions (``docs/metrics.md`` works through an example of each differen
 ``tal-test``
     The released test script: as ``tal``, but FPR95 is read where the recall is nearest 0.95 on the full
     precision-recall curve, and TNR95 = 1 − FPR95.
+``fd-shifts``
+    Jaeger et al., 2023: AURC is a trapezoid over the distinct thresholds, with the surest group's risk held down to
+    coverage 0; FPR95 is read at the first corner of the ROC curve whose true-positive rate reaches 0.9495.
+``openood``
+    Zhang et al., 2023: FPR95 has errors (OOD samples) as the positive class: the share of *successes* rejected where
+    95% of the errors are; both AUPRs are trapezoids. OpenOOD has no AURC; those here are ``tal_fast``'s.
+``torch-uncertainty``
+    Its AURC and AUGRC are trapezoids over i = 1..n, scaled by n/(n − 1), of a sort that ties leave to chance (here
+    stable); FPR95 has errors as the positive class and is read where their recall is nearest 0.95.
 """
 
 from __future__ import annotations
@@ -26,7 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-CONVENTIONS = ("tal_fast", "tal", "tal-test")
+CONVENTIONS = ("tal_fast", "tal", "tal-test", "fd-shifts", "openood", "torch-uncertainty")
 METRICS = (
     "aurc", "eaurc", "eaurc_exact", "augrc", "auroc", "fpr95", "tnr95", "aupr_success", "aupr_error",
 )  # fmt: skip
@@ -183,10 +192,10 @@ def _average_precision(tp: Ints, end: Ints) -> float:
     return float(np.sum(np.diff(tp, prepend=0) / tp[-1] * (tp / end)))
 
 
-def _trapezoid_precision(sweep: _Sweep) -> float:
+def _trapezoid_precision(tp: Ints, end: Ints) -> float:
     """The area under the precision-recall curve by straight lines, from (recall 0, precision 1)."""
-    recall = np.concatenate(([0.0], sweep.tp / sweep.tp[-1]))
-    precision = np.concatenate(([1.0], sweep.tp / sweep.end))
+    recall = np.concatenate(([0.0], tp / tp[-1]))
+    precision = np.concatenate(([1.0], tp / end))
     return float(np.sum(np.diff(recall) * (precision[1:] + precision[:-1])) / 2)
 
 
@@ -198,25 +207,58 @@ def _error_first(sweep: _Sweep) -> tuple[Ints, Ints]:
     return found, seen
 
 
+def _corners(tp: Ints, fp: Ints) -> tuple[Ints, Ints]:
+    """An ROC curve without the points inside straight runs, which scikit-learn's drops unless told not to."""
+    if len(tp) <= 2:
+        return tp, fp
+    corner = np.ones(len(tp), dtype=bool)
+    corner[1:-1] = (np.diff(fp, 2) != 0) | (np.diff(tp, 2) != 0)
+    return tp[corner], fp[corner]
+
+
 def _fpr_tnr(sweep: _Sweep, convention: str) -> tuple[float, float]:
     tp, fp = sweep.tp, sweep.fp
-    if convention == "tal_fast":
+    if convention in ("openood", "torch-uncertainty"):
+        # Errors are positive: found from the least sure up, while successes are flagged by mistake.
+        tp, seen = _error_first(sweep)
+        fp = seen - tp
+    if convention in ("openood", "fd-shifts"):
+        tp, fp = _corners(tp, fp)
+    if convention in ("tal_fast", "openood"):
         # In integers, so that 19 of 20 reaches 0.95 whatever the rounding.
-        first = int(np.argmax(20 * tp >= 19 * tp[-1]))
-        return float(fp[first] / fp[-1]), float((fp[-1] - fp[first]) / fp[-1])
-    if convention == "tal-test":
-        # From the lowest threshold up, as the precision-recall curve is listed: of two equally near recalls the
-        # larger wins.
-        nearest = len(tp) - 1 - int(np.argmin(np.abs((tp / tp[-1])[::-1] - 0.95)))
-        return float(fp[nearest] / fp[-1]), float((fp[-1] - fp[nearest]) / fp[-1])
-    if len(tp) > 2:
-        # scikit-learn's roc_curve drops the points inside straight runs unless told not to.
-        corner = np.ones(len(tp), dtype=bool)
-        corner[1:-1] = (np.diff(fp, 2) != 0) | (np.diff(tp, 2) != 0)
-        tp, fp = tp[corner], fp[corner]
-    tpr = np.concatenate(([0.0], tp / tp[-1]))
-    fpr = np.concatenate(([0.0], fp / fp[-1]))
-    return float(fpr[np.argmin(np.abs(tpr - 0.95))]), float(1 - fpr[np.argmax(tpr >= 0.95)])
+        at = int(np.argmax(20 * tp >= 19 * tp[-1]))
+    elif convention == "fd-shifts":
+        at = int(np.argmax(tp / tp[-1] >= 0.9495))
+    elif convention in ("tal-test", "torch-uncertainty"):
+        # Of two equally near recalls the larger wins; of the thresholds that find all, the lowest in the released
+        # test, as its precision-recall curve is listed, and the highest in torch-uncertainty.
+        last = len(tp) if convention == "tal-test" else int(np.searchsorted(tp, tp[-1])) + 1
+        at = last - 1 - int(np.argmin(np.abs((tp[:last] / tp[-1])[::-1] - 0.95)))
+    else:
+        tp, fp = _corners(tp, fp)
+        tpr = np.concatenate(([0.0], tp / tp[-1]))
+        fpr = np.concatenate(([0.0], fp / fp[-1]))
+        return float(fpr[np.argmin(np.abs(tpr - 0.95))]), float(1 - fpr[np.argmax(tpr >= 0.95)])
+    return float(fp[at] / fp[-1]), float((fp[-1] - fp[at]) / fp[-1])
+
+
+def _aurc(sweep: _Sweep, convention: str) -> float:
+    n = sweep.scores.size
+    if convention == "fd-shifts":
+        coverage = np.concatenate(([0.0], sweep.end / n))
+        risk = sweep.fp / sweep.end
+        risk = np.concatenate((risk[:1], risk))
+        return float(np.sum(np.diff(coverage) * (risk[1:] + risk[:-1])) / 2)
+    expected = convention in ("tal_fast", "openood")
+    wrong = _expected_errors(sweep) if expected else np.cumsum(1 - sweep.correct)
+    risk = wrong / np.arange(1, n + 1)
+    return _open_trapezoid(risk) if convention == "torch-uncertainty" else float(np.mean(risk))
+
+
+def _open_trapezoid(heights: Floats) -> float:
+    """The mean height of straight lines through n evenly spaced points; NaN for fewer than two."""
+    n = heights.size
+    return float((heights.sum() - (heights[0] + heights[-1]) / 2) / (n - 1)) if n > 1 else float("nan")
 
 
 def failure_metrics(confidence: Any, correct: Any, convention: str = "tal_fast") -> dict[str, float]:
@@ -226,17 +268,18 @@ def failure_metrics(confidence: Any, correct: Any, convention: str = "tal_fast")
         confidence: (n,) scores, higher = surer; any float or integer type, array, tensor or list. They go through
             float64.
         correct: (n,) 0/1 or bool; 1 = success.
-        convention: ``tal_fast``, ``tal`` or ``tal-test``, see the module's docstring.
+        convention: one of ``CONVENTIONS``, see the module's docstring.
 
     Returns:
         A float in natural units (a fraction) for each name in ``METRICS``:
 
         - ``aurc``: mean over i of R_i, the error rate among the i surest.
         - ``eaurc``: AURC − (r + (1 − r) ln(1 − r)), r the error rate. ``eaurc_exact``: AURC − ``aurc_floor``.
-        - ``augrc``: r(1 − r)(1 − AUROC) + r²/2, the area under the generalised risk (Traub et al., 2024); the
-          released code has none, so it is the same in every convention.
-        - ``auroc``: successes positive, ties half.
-        - ``fpr95``, ``tnr95``: errors accepted, or rejected, where 95% of the successes are accepted.
+        - ``augrc``: r(1 − r)(1 − AUROC) + r²/2, the area under the generalised risk (Traub et al., 2024); the same
+          in every convention but ``torch-uncertainty``.
+        - ``auroc``: successes positive, ties half; errors as positives would give the same.
+        - ``fpr95``, ``tnr95``: errors accepted, or rejected, where 95% of the successes are accepted; with errors
+          positive, successes rejected, or accepted, where 95% of the errors are rejected.
         - ``aupr_success``, ``aupr_error``: average precision with successes, or errors, as the positive class.
 
         NaN where a metric is undefined; ``undefined_reasons`` says why.
@@ -254,49 +297,59 @@ def failure_metrics(confidence: Any, correct: Any, convention: str = "tal_fast")
     sweep = _sweep(scores, outcomes)
     successes, errors = int(sweep.tp[-1]), int(sweep.fp[-1])
     r = errors / n
-    wrong = _expected_errors(sweep) if convention == "tal_fast" else np.cumsum(1 - sweep.correct)
-    aurc = float(np.mean(wrong / np.arange(1, n + 1)))
+    aurc = _aurc(sweep, convention)
     values.update(aurc=aurc, eaurc=aurc - _oracle_closed_form(r), eaurc_exact=aurc - aurc_floor(n, errors))
     values["augrc"] = r * r / 2
     if successes and errors:
         values["auroc"] = _auroc(sweep)
         values["augrc"] += r * (1 - r) * (1 - values["auroc"])
         values["fpr95"], values["tnr95"] = _fpr_tnr(sweep, convention)
+    if convention == "torch-uncertainty":
+        values["augrc"] = _open_trapezoid(np.cumsum(1 - sweep.correct) / n)
     if successes:
-        plain = convention == "tal_fast"
-        values["aupr_success"] = _average_precision(sweep.tp, sweep.end) if plain else _trapezoid_precision(sweep)
+        plain = convention in ("tal_fast", "fd-shifts", "torch-uncertainty")
+        values["aupr_success"] = (_average_precision if plain else _trapezoid_precision)(sweep.tp, sweep.end)
     if errors:
-        values["aupr_error"] = _average_precision(*_error_first(sweep))
+        plain = convention != "openood"
+        values["aupr_error"] = (_average_precision if plain else _trapezoid_precision)(*_error_first(sweep))
     return values
 
 
-def undefined_reasons(correct: Any) -> dict[str, str]:
+def undefined_reasons(correct: Any, convention: str = "tal_fast") -> dict[str, str]:
     """For each metric that ``failure_metrics`` gives as NaN for these outcomes, why; empty when all are defined.
 
     Args:
         correct: (n,) 0/1 or bool.
+        convention: as for ``failure_metrics``.
 
     Raises:
         ValueError: as ``failure_metrics``.
     """
+    check_convention(convention)
     outcomes = as_correct(correct)
-    if outcomes.size == 0:
+    n = outcomes.size
+    if n == 0:
         return dict.fromkeys(METRICS, "there are no samples")
+    reasons: dict[str, str] = {}
+    if convention == "torch-uncertainty" and n == 1:
+        reasons |= dict.fromkeys(
+            ("aurc", "eaurc", "eaurc_exact", "augrc"), "the areas of torch-uncertainty need two samples; there is one"
+        )
     if outcomes.all():
-        return dict.fromkeys(
-            ("auroc", "fpr95", "tnr95", "aupr_error"), f"there are no errors among the {outcomes.size} samples"
+        reasons |= dict.fromkeys(
+            ("auroc", "fpr95", "tnr95", "aupr_error"), f"there are no errors among the {n} samples"
         )
-    if not outcomes.any():
-        return dict.fromkeys(
-            ("auroc", "fpr95", "tnr95", "aupr_success"), f"there are no successes among the {outcomes.size} samples"
+    elif not outcomes.any():
+        reasons |= dict.fromkeys(
+            ("auroc", "fpr95", "tnr95", "aupr_success"), f"there are no successes among the {n} samples"
         )
-    return {}
+    return reasons
 
 
 def tied_share(confidence: Any) -> float:
     """The share of samples whose score equals that of another; NaN for no samples.
 
-    Where it is not small, the order of the input moves AURC in the conventions ``tal`` and ``tal-test``.
+    Where it is not small, the order of the input moves AURC in ``tal``, ``tal-test`` and ``torch-uncertainty``.
     """
     scores = as_scores(confidence)
     if scores.size == 0:

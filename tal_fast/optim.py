@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +55,8 @@ def _exempt(model: nn.Module) -> set[str]:
     for path, module in model.named_modules():
         if isinstance(module, _NORMS):
             names |= {f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}
-    if hasattr(model, "no_weight_decay"):
-        names |= set(model.no_weight_decay())
-    return names
+    exempted: Callable[[], Iterable[str]] | None = getattr(model, "no_weight_decay", None)
+    return names | set(exempted() if exempted is not None else ())
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from tal_fast.curves import histograms, kinds, oracle_risk
 from tal_fast.files import replacing
-from tal_fast.metrics import Floats, Ints, as_correct, risk_coverage_curve
+from tal_fast.metrics import Floats, as_correct, risk_coverage_curve
 from tal_fast.report import setting_title
 from tal_fast.settings import Mix, all_settings
 
 # Okabe and Ito's colours, told apart with any colour vision; line styles tell them apart without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
-BINS = 40
 # Coverage (%) from which on the risk sets the height of its panel.
 STEADY = 2
 
@@ -49,11 +49,6 @@ def _save(figure: Any, handles: Mapping[str, Any], title: str, path: str | Path)
 
 def _line(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)]}
-
-
-def _oracle_risk(n: int, errors: int) -> Floats:
-    i = np.arange(1, n + 1)
-    return np.maximum(0, i - n + errors) / i
 
 
 def risk_coverage(
@@ -102,7 +97,7 @@ def risk_coverage(
             curve = risk_coverage_curve(setting.confidence(values, of_ood), setting.success)
             (handles[score],) = axis.plot(coverage, 100 * curve.risk, linewidth=1.8, **_line(i))
             top = max(top, 100 * float(curve.risk[coverage >= STEADY].max()))
-        (handles["floor"],) = axis.plot(coverage, 100 * _oracle_risk(n, errors), color="0.45", linestyle="--", lw=1)
+        (handles["floor"],) = axis.plot(coverage, 100 * oracle_risk(n, errors), color="0.45", linestyle="--", lw=1)
         (handles["random score"],) = axis.plot([0, 100], [100 * errors / n] * 2, color="0.45", linestyle=":", lw=1.2)
         axis.set_ylim(0, 1.05 * top if top else 1)
     _save(figure, handles, f"Risk against coverage{title and ': ' + title}", path)
@@ -119,7 +114,6 @@ def confidence_histogram(
 
     Arguments as for ``risk_coverage``; all samples are drawn, whatever the mix.
     """
-    correct: Ints = as_correct(right, "right")
     columns = min(3, len(id_scores))
     rows = -(-len(id_scores) // columns)
     figure, axes = _figure(rows, columns, 5 if columns > 1 else 6.5, 3.8)
@@ -127,20 +121,13 @@ def confidence_histogram(
     for axis in axes.flat[len(id_scores) :]:
         axis.set_visible(False)
     for axis, (score, values) in zip(axes.flat, id_scores.items(), strict=False):
-        groups = {"ID, right": values[correct == 1], "ID, wrong": values[correct == 0]}
-        groups |= {f"OOD: {name}": scores[score] for name, scores in ood_scores.items()}
-        everything = np.concatenate(list(groups.values()))
-        everything = everything[np.isfinite(everything)]
+        groups = kinds(right, values, ood_scores, score)
+        edges, shares = histograms(list(groups.values()))
         axis.set(title=score, xlabel=f"confidence ({score})", ylabel="share of the kind's samples (%)")
         axis.grid(alpha=0.3)
-        if not everything.size:
-            continue
-        edges = np.histogram_bin_edges(everything, bins=BINS)
-        for i, (kind, of_kind) in enumerate(groups.items()):
-            inside = of_kind[np.isfinite(of_kind)]
-            if not inside.size:
+        for i, ((kind, of_kind), share) in enumerate(zip(groups.items(), shares, strict=True)):
+            if not share.any():
                 continue
-            share = np.histogram(inside, edges)[0] / len(of_kind) * 100
-            handles[f"{kind} ({len(of_kind)})"] = axis.stairs(share, edges, linewidth=1.8, **_line(i))
+            handles[f"{kind} ({len(of_kind)})"] = axis.stairs(100 * share, edges, linewidth=1.8, **_line(i))
         axis.set_ylim(bottom=0)
     _save(figure, handles, f"Confidence of each kind of sample{title and ': ' + title}", path)

@@ -60,7 +60,8 @@ class Ranks:
             torch.cuda.set_device(own)
         if world_size > 1 and not dist.is_initialized():
             # gloo on GPUs too: stop flags and states travel from CPU to CPU without waiting for the GPU.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+            dist.init_process_group(backend, **_fresh_store(rank, world_size))
         return Ranks(rank, world_size, own)
 
     def stop(self) -> None:
@@ -118,3 +119,16 @@ class Ranks:
         if self.world_size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
+
+
+def _fresh_store(rank: int, world_size: int) -> dict[str, Any]:
+    """What ``init_process_group`` needs to know when torchrun has restarted its processes.
+
+    The store in which they leave each other their addresses outlives them with torchrun, and the processes of a second
+    attempt would look for those of the first (pytorch issue 135712); names of their own keep them apart.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return {"store": dist.PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": world_size}

@@ -119,6 +119,12 @@ def batch_summary(
     """
     z, valid = _valid_rows(logits, labels, ignore_index)
     right, accepted = _right_and_accepted(z, labels, valid, confidence_threshold)
+    return summary_of(distance, valid, right, accepted)
+
+
+def summary_of(distance: Tensor, valid: Tensor, right: Tensor, accepted: Tensor) -> Tensor:
+    """``batch_summary`` from what it needs to know of each row, all (B,): distance, and whether the row is valid,
+    right and accepted."""
     d = distance.double()
     measured = valid & d.isfinite()
     weighted = measured & right
@@ -169,10 +175,45 @@ def tal_loss(
     z, valid = _valid_rows(logits, labels, ignore_index)
     right, accepted = _right_and_accepted(z, labels, valid, confidence_threshold)
 
+    typicalness, weight, temperature = sample_terms(
+        distance.detach().to(z.dtype), valid, right, accepted,
+        variant=variant, t_min=t_min, t_max=t_max, t_wrong=t_wrong, warmup=warmup, batch=batch,
+    )  # fmt: skip
+
+    # Direction loss on the unit-length logits, magnitude loss on the logits as they are (equations 2 and 6).
+    u = z / (torch.linalg.vector_norm(z, dim=1, keepdim=True) + NORM_EPS)
+    target = labels.masked_fill(~valid, 0)
+    l_dir = F.cross_entropy(temperature[:, None] * u, target, reduction="none", label_smoothing=label_smoothing)
+    l_ce = F.cross_entropy(z, target, reduction="none", label_smoothing=label_smoothing)
+    if variant == "released":
+        w_bar = mean_weight(weight, valid, batch, warmup)
+        per_sample = w_bar * l_dir + (1 - w_bar) * l_ce
+    else:
+        per_sample = weight * l_dir + (1 - weight) * l_ce
+    count = valid.sum().to(z.dtype) if batch is None else batch[2].to(z.dtype)
+    loss = torch.where(valid, per_sample, 0.0).sum() / torch.where(count > 0, count, 1.0)
+    return loss, TALStats(distance.detach(), typicalness, weight, temperature, right, accepted)
+
+
+def sample_terms(
+    distance: Tensor,
+    valid: Tensor,
+    right: Tensor,
+    accepted: Tensor,
+    *,
+    variant: str,
+    t_min: float,
+    t_max: float,
+    t_wrong: float | None,
+    warmup: bool,
+    batch: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Typicalness, weight and temperature of each row from its distance and its three flags; all (B,), the results in
+    the distance's dtype. ``batch`` as in ``tal_loss``."""
     # Typicalness (equation 3): distances rescaled to [0, 1] within the batch, 1 for the nearest.
-    d = distance.detach().to(z.dtype)
+    d = distance
     measured = valid & d.isfinite()
-    d_min, d_max = (_min(d, measured), _max(d, measured)) if batch is None else batch[:2].to(z.dtype)
+    d_min, d_max = (_min(d, measured), _max(d, measured)) if batch is None else batch[:2].to(d.dtype)
     typicalness = torch.where(measured, 1 - (d - d_min) / (d_max - d_min + RANGE_EPS), 1.0)
     if warmup:
         typicalness = torch.ones_like(d)
@@ -185,20 +226,21 @@ def tal_loss(
     if t_wrong is not None:
         temperature = torch.where(right | ~valid, temperature, t_wrong)
     weight = torch.where(right, typicalness, 1.0).masked_fill(~valid, 0.0)
+    return typicalness, weight, temperature
 
-    # Direction loss on the unit-length logits, magnitude loss on the logits as they are (equations 2 and 6).
-    u = z / (torch.linalg.vector_norm(z, dim=1, keepdim=True) + NORM_EPS)
-    target = labels.masked_fill(~valid, 0)
-    l_dir = F.cross_entropy(temperature[:, None] * u, target, reduction="none", label_smoothing=label_smoothing)
-    l_ce = F.cross_entropy(z, target, reduction="none", label_smoothing=label_smoothing)
-    if variant == "released":
-        w_bar = _mean_weight(weight, valid, batch, warmup)
-        per_sample = w_bar * l_dir + (1 - w_bar) * l_ce
-    else:
-        per_sample = weight * l_dir + (1 - weight) * l_ce
-    count = valid.sum().to(z.dtype) if batch is None else batch[2].to(z.dtype)
-    loss = torch.where(valid, per_sample, 0.0).sum() / torch.where(count > 0, count, 1.0)
-    return loss, TALStats(distance.detach(), typicalness, weight, temperature, right, accepted)
+
+def mean_weight(weight: Tensor, valid: Tensor, batch: Tensor | None, warmup: bool) -> Tensor:
+    """Mean weight of the batch: the plain mean, or the same number from the sums of a larger batch."""
+    if batch is None:
+        return weight.sum() / valid.sum().clamp(min=1)
+    d_min, d_max, n_valid, n_accepted, n_one, sum_distance = batch.double()
+    n_weighted = n_valid - n_one
+    # No weighted row at all leaves d_min infinite; 0 * inf would make the sum NaN.
+    nearest = torch.where(n_weighted > 0, d_min, 0.0)
+    spread = torch.where(n_weighted > 0, d_max - d_min, 0.0) + RANGE_EPS
+    w_bar = (n_one + n_weighted - (sum_distance - n_weighted * nearest) / spread) / n_valid
+    inactive = (n_accepted == n_valid) | warmup
+    return torch.where(inactive, 1.0, w_bar).to(weight.dtype)
 
 
 def push(
@@ -231,20 +273,6 @@ def _right_and_accepted(z: Tensor, labels: Tensor, valid: Tensor, confidence_thr
     cosine = largest / (torch.linalg.vector_norm(z, dim=1) + NORM_EPS)
     right = valid & (prediction == labels)
     return right, right & (cosine > confidence_threshold) & z.isfinite().all(dim=1)
-
-
-def _mean_weight(weight: Tensor, valid: Tensor, batch: Tensor | None, warmup: bool) -> Tensor:
-    """Mean weight of the batch: the plain mean, or the same number from the sums of a larger batch."""
-    if batch is None:
-        return weight.sum() / valid.sum().clamp(min=1)
-    d_min, d_max, n_valid, n_accepted, n_one, sum_distance = batch.double()
-    n_weighted = n_valid - n_one
-    # No weighted row at all leaves d_min infinite; 0 * inf would make the sum NaN.
-    nearest = torch.where(n_weighted > 0, d_min, 0.0)
-    spread = torch.where(n_weighted > 0, d_max - d_min, 0.0) + RANGE_EPS
-    w_bar = (n_one + n_weighted - (sum_distance - n_weighted * nearest) / spread) / n_valid
-    inactive = (n_accepted == n_valid) | warmup
-    return torch.where(inactive, 1.0, w_bar).to(weight.dtype)
 
 
 def _min(x: Tensor, mask: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import tal_fast
 from tal_fast.calibration import BINS, CALIBRATION
 from tal_fast.files import replacing
+from tal_fast.intervals import LEVEL, bootstrap, interval, paired_differences
 from tal_fast.metrics import (
     METRICS,
     Floats,
@@ -59,6 +60,9 @@ def make_report(
     mix: Mix | None = None,
     seed: int = 0,
     convention: str = "tal_fast",
+    resamples: int = 0,
+    baseline: str | None = None,
+    progress: bool = False,
 ) -> Report:
     """All metrics of all scores in all settings.
 
@@ -69,6 +73,9 @@ def make_report(
         shifts: shifted set -> which of its samples are classified right, and score name -> their scores.
         mix, seed: which ID and OOD samples meet, see ``tal_fast.settings``.
         convention: of the metrics, see ``tal_fast.metrics``.
+        resamples: of the bootstrap (``tal_fast.intervals``), drawn from ``seed``; 0: no intervals.
+        baseline: the score that paired differences are taken to; the first unless given.
+        progress: draw a bar while resampling.
 
     Returns:
         ``settings[key][score][metric]`` for the keys ``old_fd``, ``ood``, ``new_fd``. With several OOD sets there are
@@ -76,7 +83,8 @@ def make_report(
         of a shifted set is ``shift``; of several ``shift/NAME`` for each, and ``shift`` is their plain mean.
         Beside it, by setting: ``samples``, ``aurc_floor``, ``aurc_random``, ``undefined`` (metric -> reason) and
         ``tied_share`` (score -> share). And ``id_accuracy``, ``counts`` (of all samples, before the mix), ``mix``,
-        ``seed``, ``convention``, ``ood_names``, ``shift_names``, ``versions``.
+        ``seed``, ``convention``, ``ood_names``, ``shift_names``, ``versions``. With resamples,
+        ``intervals[key][score][metric]`` = [low, high], ``differences[key][score][metric]`` = [score − baseline, low, high] and ``bootstrap``: how.
     """
     right = as_correct(right, "right")
     mix = mix or Mix()
@@ -109,7 +117,90 @@ def make_report(
     for kind, names in (("ood", ood_scores), ("new_fd", ood_scores), ("shift", shifts or {})):
         if len(names) > 1:
             _add_mean(report, kind, [f"{kind}/{name}" for name in names])
+    if resamples:
+        baseline = baseline or next(iter(id_scores))
+        report["bootstrap"] = {
+            "resamples": resamples, "level": LEVEL, "seed": seed, "baseline": baseline,
+            "method": "percentile; ID and OOD samples resampled separately; differences on the same resamples",
+            "undefined_share": {},
+        }  # fmt: skip
+        report["intervals"], report["differences"] = {}, {}
+        found = resample_settings(
+            right, id_scores, ood_scores, mix=mix, seed=seed, convention=convention, resamples=resamples,
+            progress=progress,
+        )  # fmt: skip
+        for key, values in found:
+            _add_interval(report, key, values, baseline)
     return report
+
+
+def resample_settings(
+    right: Any,
+    id_scores: Mapping[str, Floats],
+    ood_scores: Mapping[str, Mapping[str, Floats]],
+    *,
+    mix: Mix,
+    seed: int,
+    convention: str,
+    resamples: int,
+    progress: bool = False,
+) -> Iterator[tuple[str, dict[str, Floats]]]:
+    """Every metric of every score on the resamples of each setting; the same seed and sizes give the same resamples.
+
+    Args: as ``make_report``.
+
+    Yields:
+        A setting's key and score -> (resamples, len(METRICS)) float64, as ``tal_fast.intervals.bootstrap`` gives them.
+        With several OOD sets, at the end, ``ood`` and ``new_fd``: the mean over the sets of each resample, in which
+        they share the ID draws.
+    """
+    from tqdm import tqdm
+
+    names = list(ood_scores)
+    sizes = {name: len(next(iter(scores.values()))) for name, scores in ood_scores.items()}
+    settings = all_settings(right, sizes, mix, seed)
+    sums: dict[str, dict[str, Floats]] = {}
+    with tqdm(
+        total=resamples * len(settings), desc="bootstrap", unit=" resamples", disable=None if progress else True,
+        leave=False, dynamic_ncols=True,
+    ) as bar:  # fmt: skip
+        for key, (setting, name) in settings.items():
+            of_ood = ood_scores[name] if name is not None else {}
+            values = bootstrap(
+                {score: setting.confidence(own, of_ood.get(score)) for score, own in id_scores.items()},
+                setting.success,
+                setting.ood_index.size,
+                resamples=resamples,
+                seed=seed,
+                stream=0 if name is None else names.index(name),
+                convention=convention,
+                progress=bar.update,
+            )
+            yield key, values
+            kind, _, of_several = key.partition("/")
+            if of_several:
+                total = sums.setdefault(kind, {score: np.zeros_like(own) for score, own in values.items()})
+                for score, own in values.items():
+                    total[score] += own
+    for kind, total in sums.items():
+        yield kind, {score: own / len(names) for score, own in total.items()}
+
+
+def _add_interval(report: Report, key: str, values: Mapping[str, Floats], baseline: str) -> None:
+    """Intervals of one setting from its values on the resamples, (resamples, len(METRICS)) for each score."""
+    point = report["settings"][key]
+    found = {s: [interval(own[:, j]) for j in range(len(METRICS))] for s, own in values.items()}
+    report["intervals"][key] = {
+        s: {m: [i.low, i.high] for m, i in zip(METRICS, of, strict=True)} for s, of in found.items()
+    }
+    report["differences"][key] = {
+        s: {m: [point[s][m] - point[baseline][m], i.low, i.high] for m, i in by_metric.items()}
+        for s, by_metric in paired_differences(values, baseline)
+    }
+    # Whether a metric is defined depends on the outcomes alone, so it is the same for all scores.
+    report["bootstrap"]["undefined_share"][key] = {
+        m: i.undefined for m, i in zip(METRICS, found[baseline], strict=True) if i.undefined
+    }
 
 
 def _add_setting(report: Report, key: str, setting: Setting, scores: Mapping[str, Floats]) -> None:
@@ -122,7 +213,7 @@ def _add_setting(report: Report, key: str, setting: Setting, scores: Mapping[str
     }  # fmt: skip
     report["aurc_floor"][key] = aurc_floor(n, errors)
     report["aurc_random"][key] = aurc_random(n, errors)
-    report["undefined"][key] = undefined_reasons(success)
+    report["undefined"][key] = undefined_reasons(success, convention)
     report["tied_share"][key] = {s: tied_share(values) for s, values in scores.items()}
 
 
@@ -217,6 +308,12 @@ def format_report(report: Report, units: str = "natural") -> str:
         f"ID accuracy {accuracy} ({counts['id_right']} of {counts['id']}); convention {report['convention']}; "
         f"ID:OOD mix {mix_and_seed(report)}; {scale}"
     ]
+    if "bootstrap" in report:
+        how = report["bootstrap"]
+        blocks[0] += (
+            f"\nintervals: {how['level']:.0%}, percentile bootstrap, {how['resamples']} resamples, seed {how['seed']}; "
+            f"differences are paired"
+        )
     if "calibration" in report:
         ece, nll, brier = (_or_nan(report["calibration"][key]) for key in CALIBRATION)
         blocks[0] += f"\nsoftmax on ID: ECE {ece:.4f} ({BINS} bins), NLL {nll:.4f} nats, Brier {brier:.4f}"
@@ -245,20 +342,36 @@ def _format_setting(report: Report, key: str, by_score: Mapping[str, Mapping[str
     else:
         head = f"{title}: {n['id']} ID" + (f" + {n['ood']} OOD" if n["ood"] else "") + f", {n['errors']} errors"
     floor, chance = (_or_nan(report[name][key]) for name in ("aurc_floor", "aurc_random"))
+    rows = []
+    for score, values in by_score.items():
+        rows.append(
+            [score, *(format_value(m, values[m], units) for m in SHOWN), _percent(report["tied_share"][key][score])]
+        )
+        if "intervals" in report:
+            rows += _ends(report, report["intervals"][key][score], units)
+    if "differences" in report:
+        baseline = report["bootstrap"]["baseline"]
+        for score, values in report["differences"][key].items():
+            differences = {m: _or_nan(values[m][0]) for m in SHOWN}
+            rows.append([f"{score} - {baseline}", *(format_value(m, differences[m], units) for m in SHOWN), ""])
+            rows += _ends(report, {m: values[m][1:] for m in SHOWN}, units)
     lines = [
         f"{head}; AURC floor {format_value('aurc', floor, units)}, random {format_value('aurc', chance, units)}",
-        format_table(
-            ["score", *(TITLES[m] for m in SHOWN), "tied"],
-            [
-                [score, *(format_value(m, values[m], units) for m in SHOWN), _percent(report["tied_share"][key][score])]
-                for score, values in by_score.items()
-            ],
-        ),
+        format_table(["score", *(TITLES[m] for m in SHOWN), "tied"], rows),
     ]
     reasons = report["undefined"][key]
     for why in sorted(set(reasons.values())):
         lines.append(f"- undefined ({', '.join(TITLES[m] for m in SHOWN if reasons.get(m) == why)}): {why}")
     return "\n".join(lines)
+
+
+def _ends(report: Report, intervals: Mapping[str, Sequence[float | None]], units: str) -> list[list[str]]:
+    """The rows of the lower and the upper ends of intervals."""
+    level = report["bootstrap"]["level"]
+    return [
+        [f"  {p:.3g}%", *(format_value(m, _or_nan(intervals[m][end]), units) for m in SHOWN), ""]
+        for end, p in enumerate((50 * (1 - level), 50 * (1 + level)))
+    ]
 
 
 def _or_nan(value: float | None) -> float:

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,10 +42,11 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
     Returns:
         Plain values for JSON; times in ms, rates in images/s.
     """
-    trainers = {}
-    for name in ("ce", "tal"):
+    trainers: dict[str, Trainer] = {}
+    names: tuple[Literal["ce", "tal"], ...] = ("ce", "tal")
+    for name in names:
         own = copy.deepcopy(config)
-        own.method.name, own.resume, own.output = name, "never", str(Path(config.output) / "bench")  # type: ignore[assignment]
+        own.method.name, own.resume, own.output = name, "never", str(Path(config.output) / "bench")
         trainers[name] = Trainer(own, ranks)
     tal = trainers["tal"].method
     assert isinstance(tal, TAL)
@@ -161,7 +162,8 @@ def _training(trainer: Trainer, ranks: Ranks) -> dict[str, float]:
     """Steps on images from the loader, as a run makes them."""
     batches = _endless(trainer)
     for _ in range(WARM_UP_STEPS):
-        trainer._train_step(*next(batches)[:2], 1e-4)
+        images, labels, _ = next(batches)
+        trainer._train_step(images, labels, 1e-4)
     _finish(ranks)
     started = time.perf_counter()
     waited, steps = 0.0, 0

@@ -59,6 +59,11 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 # ---- Options --------------------------------------------------------------------------------------------------
 
 
+def test_data_dir_is_short_for_data_root() -> None:
+    for argv in (["--data-dir", "images"], ["--data-dir=images"], ["--data_dir", "images"]):
+        assert parse(["--config", "folder-tal", *argv]).data.root == "images"
+
+
 def test_presets_hold_what_their_names_say() -> None:
     assert preset_names() == PRESETS
     for name in PRESETS:

@@ -20,7 +20,7 @@ from tal_fast.config import DataConfig
 from tal_fast.data import build_data, dali_loader, embedded, files
 from tal_fast.data.cache import make_folder_once
 from tal_fast.data.files import UnreadableImage
-from tal_fast.data.loaders import ImageFormat, Normalizer
+from tal_fast.data.loaders import ImageFormat, Normalizer, prefetch
 from tal_fast.data.plan import Augmentation, Plan, central_boxes, random_boxes
 
 LOADERS = ["torch"] + (["dali"] if dali_loader.available() else [])
@@ -96,6 +96,25 @@ def test_training_shards_are_one_shuffled_order(world: int, num_samples: int) ->
         assert {part.indices.size for part in parts} == {batch}  # never a short or a padded batch
     seen = np.concatenate(whole)
     assert len(set(seen.tolist())) == len(seen)  # no image twice
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("over", [0, 1, 4])
+def test_ranks_take_equally_many_full_steps_of_different_images(world: int, over: int) -> None:
+    """With ``over`` images too many for all ranks: where padded shards would end in a batch of one repeated image."""
+    total, batch = 6 * world + min(over, world - 1), 3
+    epochs = []
+    for epoch in range(2):
+        ranks = [
+            [b.indices.tolist() for b in plan(total, batch, training=True, rank=r, world_size=world).batches(epoch)]
+            for r in range(world)
+        ]
+        assert [len(steps) for steps in ranks] == [2] * world
+        assert {len(step) for steps in ranks for step in steps} == {batch}
+        seen = [i for steps in ranks for step in steps for i in step]
+        assert len(set(seen)) == len(seen) == 6 * world
+        epochs.append(seen)
+    assert epochs[0] != epochs[1]
 
 
 def test_each_epoch_is_reshuffled_from_the_seed() -> None:
@@ -209,6 +228,38 @@ def test_dali_and_torch_read_the_same(tmp_path: Path, split: str, channels: Any)
     assert torch.equal(first, second) == (split != "train")  # only training varies, and it does
 
 
+@needs_dali
+@pytest.mark.parametrize(
+    ("mode", "channels", "mean_bound", "max_bound"), [("RGB", 3, 0.5, 12), ("L", 1, 0.5, 12), ("CMYK", 3, 0.5, 12)]
+)
+def test_photos_differ_by_little_between_the_loaders(
+    tmp_path: Path, mode: str, channels: Any, mean_bound: float, max_bound: float
+) -> None:
+    from sklearn.datasets import load_sample_images
+
+    for split in ("train", "val"):
+        for name, photo in zip("ab", load_sample_images().images, strict=True):
+            (tmp_path / split / name).mkdir(parents=True)
+            exif = Image.Exif()
+            exif[274] = 6  # to be turned by 90 degrees, which neither does
+            image = Image.fromarray(photo)
+            for number, size in enumerate(((500, 375), (333, 500), (640, 427))):
+                image.resize(size).convert(mode).save(tmp_path / split / name / f"{number}.jpg", quality=90, exif=exif)
+    for split in ("train", "val"):
+        got = {}
+        for loader in ("dali", "torch"):
+            options: dict[str, Any] = {"mean": [0.0] * channels, "std": [1 / 255] * channels, "image_size": 224}
+            data = build_data(config(tmp_path, loader=loader, channels=channels, **options))
+            reader = data.loader(split, batch_size=6, seed=5)
+            got[loader] = []
+            for epoch in range(2):
+                reader.set_epoch(epoch)
+                got[loader].append(collect(reader)[0])
+        error = (torch.cat(got["dali"]) - torch.cat(got["torch"])).abs()  # of 255
+        assert error.mean() < mean_bound
+        assert error.max() <= max_bound
+
+
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_labels_indices_and_files_belong_together(tmp_path: Path, loader: Any, workers: int) -> None:
@@ -234,7 +285,7 @@ def test_labels_indices_and_files_belong_together(tmp_path: Path, loader: Any, w
 @pytest.mark.parametrize("loader", LOADERS)
 def test_ranks_share_the_validation_images(tmp_path: Path, loader: Any) -> None:
     data = build_data(config(make_folder(tmp_path, val=7), loader=loader))
-    for world in (1, 2, 3, 9):
+    for world in (1, 2, 3, 5, 9):
         seen: list[int] = []
         for rank in range(world):
             reader = data.loader("val", batch_size=2, rank=rank, world_size=world)
@@ -268,18 +319,206 @@ def test_reading_leaves_the_global_generator_alone(tmp_path: Path, loader: Any) 
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def cut_short(path: Path, seed: int = 0) -> None:
+    """A JPEG of 80 x 80 whose header is whole, so that only decoding fails."""
+    picture(80, 80, seed).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_does_not_decode_is_named(tmp_path: Path, loader: Any, workers: int) -> None:
     root = make_folder(tmp_path / "images", train=6)
-    victim = root / "train" / "emu" / "cut.jpg"
-    picture(80, 80, 0).save(victim)
-    data_bytes = victim.read_bytes()
-    victim.write_bytes(data_bytes[: len(data_bytes) // 2])  # the header is whole, so that only decoding fails
+    cut_short(root / "train" / "emu" / "cut.jpg")
     data = build_data(config(root, loader=loader, workers=workers))
     with pytest.raises(UnreadableImage, match="cut.jpg cannot be decoded .* remove or replace it") as caught:
         collect(data.loader("train-eval", batch_size=2))
     assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_files_that_do_not_decode_are_skipped_and_all_else_is_as_before(
+    tmp_path: Path, loader: Any, workers: int, split: str
+) -> None:
+    root = make_folder(tmp_path / "images", train=26, val=26)
+    options: dict[str, Any] = {"mean": [0.0] * 3, "std": [1 / 255] * 3}
+    data = build_data(config(root, loader=loader, workers=workers, **options))
+    whole_reader = data.loader(split, batch_size=4, seed=3)
+    whole = []
+    for epoch in range(2):
+        whole_reader.set_epoch(epoch)
+        whole.append(list(whole_reader))
+    bad = []
+    for number, path in enumerate(map(Path, data.split(split).paths)):  # type: ignore[union-attr]
+        if number == 3:
+            path.write_bytes(path.read_bytes()[:90])  # after build_data has seen it whole
+        elif number == 4:
+            path.unlink()
+        elif number == 17:
+            picture(7, 9, 0).save(path)  # smaller than the boxes that were to be cut out of it
+        else:
+            continue
+        bad.append(number)
+    reader = data.loader(split, batch_size=4, seed=3, skip_unreadable=True)
+    assert reader.unreadable == {}
+    for epoch in range(2):
+        reader.set_epoch(epoch)
+        got = list(reader)
+        assert len(got) == len(whole[epoch]) == len(reader)
+        met = set()
+        for (images, labels, indices), (images0, labels0, indices0) in zip(got, whole[epoch], strict=True):
+            assert torch.equal(indices, indices0)
+            lost = torch.isin(indices, torch.tensor(bad))
+            met |= set(indices[lost].tolist())
+            assert torch.equal(labels, torch.where(lost, -100, labels0))
+            assert torch.equal(images[~lost], images0[~lost])
+            assert (images[lost] == 0).all()
+        assert met == set(bad) & set(torch.cat([i for _, _, i in whole[epoch]]).tolist())
+    paths = data.split(split).paths  # type: ignore[union-attr]
+    assert set(reader.unreadable) <= {paths[i] for i in bad}
+    assert len(reader.unreadable) >= 2
+    for path, reason in reader.unreadable.items():
+        assert reason.startswith(path)
+    resumed = data.loader(split, batch_size=4, seed=3, skip_unreadable=True)
+    resumed.set_epoch(1, start_step=2)
+    for (images, labels, _), (images0, labels0, _) in zip(resumed, got[2:], strict=True):
+        assert torch.equal(images, images0)
+        assert torch.equal(labels, labels0)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_too_many_files_that_do_not_decode_end_it(tmp_path: Path, loader: Any) -> None:
+    root = make_folder(tmp_path / "my images", train=6)
+    for i in range(3):
+        cut_short(root / "train" / "cat" / f"cut{i}.jpg", i)
+
+    def read(**options: Any) -> Any:
+        reader = build_data(config(root, loader=loader, workers=1, **options)).loader(
+            "train-eval", batch_size=2, skip_unreadable=True
+        )
+        collect(reader)
+        return reader
+
+    with pytest.raises(UnreadableImage, match="cut2.jpg cannot be decoded") as caught:
+        read(max_unreadable=2)
+    assert "it is file number 3 that does not decode, and data.max_unreadable is 2" in str(caught.value)
+    assert f"python -m tal_fast.check_data '{root}' --out list.txt" in str(caught.value)
+    assert "--data.file_list list.txt --resume auto" in str(caught.value)
+    assert len(read(max_unreadable=3).unreadable) == 3
+    assert len(read().unreadable) == 3  # 10 files are always let pass
+
+
+@needs_dali
+def test_what_dali_alone_cannot_decode_is_found(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images", train=6)
+    victim = root / "train" / "emu" / "bits.tif"
+    picture(50, 60, 0).convert("1").save(victim)  # Pillow reads it
+    reader = build_data(config(root, loader="dali")).loader("train-eval", batch_size=2, skip_unreadable=True)
+    images, labels, _ = collect(reader)
+    assert len(images) == 7
+    assert (labels == -100).sum() == 1
+    assert list(reader.unreadable) == [str(victim)]
+    assert "cannot be decoded (by DALI: " in reader.unreadable[str(victim)]
+
+
+@pytest.mark.parametrize("loader", [*LOADERS, "memory"])
+def test_progressive_resizing(tmp_path: Path, loader: Any) -> None:
+    if loader == "memory":
+        data = build_data(DataConfig(dataset="synthetic", crop_area=None, image_size=24, synthetic_images=20))
+    else:
+        data = build_data(config(make_folder(tmp_path), loader=loader, workers=1))
+    reader = data.loader("train", batch_size=4, seed=1)
+    full = list(reader)
+    epochs = []
+    for epoch, size in enumerate((12, 12, 18, None)):
+        reader.set_epoch(epoch, image_size=size)
+        epochs.append(list(reader))
+        assert {images.shape[2:] for images, _, _ in epochs[-1]} == {(size or 24, size or 24)}
+    reader.set_epoch(0)
+    assert all(torch.equal(a, b) for one, two in zip(full, reader, strict=True) for a, b in zip(one, two, strict=True))
+    small, _, indices = epochs[0][0]
+    assert torch.equal(indices, full[0][2])
+    # The same crops, only smaller: averaged 2 x 2 the large ones are close to them.
+    halved = torch.nn.functional.avg_pool2d(full[0][0], 2)
+    assert (small - halved).abs().mean() < 0.5 * halved.std()
+    fresh = data.loader("train", batch_size=4, seed=1)
+    fresh.set_epoch(2, start_step=1, image_size=18)
+    for one, two in zip(fresh, epochs[2][1:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    with pytest.raises(ValueError, match="image_size is 0 but must be at least 1"):
+        reader.set_epoch(0, image_size=0)
+
+
+def test_prefetch_works_a_step_ahead_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Stream:
+        def __init__(self, *_: Any) -> None:
+            self.count = 0
+
+        def __enter__(self) -> None:
+            done.append("enter")
+
+        def __exit__(self, *_: Any) -> None:
+            done.append("leave")
+
+        def record_event(self) -> str:
+            self.count += 1
+            return f"ready {self.count}"
+
+        def wait_event(self, event: str) -> None:
+            done.append(f"wait for {event}")
+
+    class Made:
+        def __init__(self, number: int) -> None:
+            done.append(f"make {number}")
+            self.number = number
+
+        def record_stream(self, stream: Any) -> None:
+            assert stream is current
+            done.append(f"record {self.number}")
+
+    current = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    for made in prefetch([1, 2, 3], Made, lambda made: [made], torch.device("cuda")):  # type: ignore[list-item, return-value]
+        done.append(f"use {made.number}")
+    steps = [d for d in done if d not in ("enter", "leave")]
+    assert steps == [
+        *("make 1", "make 2", "wait for ready 1", "record 1", "use 1"),
+        *("make 3", "wait for ready 2", "record 2", "use 2"),
+        *("wait for ready 3", "record 3", "use 3"),
+    ]
+    assert done[:6] == ["enter", "make 1", "leave", "enter", "make 2", "leave"]
+    assert list(prefetch([1, 2], str, lambda made: [], torch.device("cpu"))) == ["1", "2"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loader", ["memory", "torch"])
+def test_no_step_waits_for_the_gpu(tmp_path: Path, loader: Any) -> None:
+    if loader == "memory":
+        data = build_data(DataConfig(dataset="synthetic", crop_area=None, shift=2, synthetic_images=64))
+    else:
+        data = build_data(config(make_folder(tmp_path), loader="torch", workers=2))
+    want = list(data.loader("train", batch_size=4, seed=1))
+    reader = data.loader("train", batch_size=4, seed=1, device="cuda")
+    torch.cuda.synchronize()
+    got = []
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for batch in reader:
+            got.append(batch)
+            torch.randn(500, 500, device="cuda") @ torch.randn(500, 500, device="cuda")  # memory in use meanwhile
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for batch, expected in zip(got, want, strict=True):
+        for one, two in zip(batch, expected, strict=True):
+            assert one.device.type == "cuda"
+            torch.testing.assert_close(one.cpu(), two, atol=1e-5, rtol=1e-5)
 
 
 def test_normalize() -> None:
@@ -552,6 +791,121 @@ def test_missing_idx_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "f" / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(3, np.uint8)))
     with pytest.raises(ValueError, match="20 t10k images but 3 labels"):
         embedded.fashion_mnist(str(tmp_path / "f"))
+
+
+def write_cifar(folder: Path, dataset: str, records: int = 7) -> np.ndarray:
+    """The binary files, small; returns all records of training and then of testing, (N, labels + 3072)."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(1)
+    classes, label_bytes = (10, 1) if dataset == "cifar10" else (100, 2)
+    files = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    files, names = (files, "batches.meta.txt") if classes == 10 else (["train.bin", "test.bin"], "fine_label_names.txt")
+    written = []
+    for name in files:
+        pixels = random.integers(256, size=(records, 3072), dtype=np.uint8)
+        labels = random.integers(classes, size=(records, label_bytes), dtype=np.uint8)
+        written.append(np.concatenate([labels, pixels], axis=1))
+        written[-1].tofile(folder / name)
+    (folder / names).write_text("".join(f"name{i}\n" for i in range(classes)) + "\n")
+    return np.concatenate(written)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("channels", [3, 1])
+def test_cifar_from_its_binary_files(tmp_path: Path, dataset: Any, channels: Any) -> None:
+    folder = tmp_path / {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}[dataset]
+    records = write_cifar(folder, dataset)
+    for root in (tmp_path, folder):
+        data = build_data(
+            DataConfig(
+                dataset=dataset, root=str(root), channels=channels, crop_area=None, shift=4, ood={"own": str(root)}
+            )
+        )
+        assert data.loader_name == "memory"
+        assert data.class_names[3] == "name3"
+        assert (len(data.split("train")), len(data.split("val"))) == (len(records) - 7, 7)
+        images, labels, _ = collect(data.loader("val", batch_size=4))
+        skip = records.shape[1] - 3072
+        assert labels.tolist() == records[-7:, skip - 1].tolist()  # the class, not the superclass before it
+        rgb = torch.from_numpy(records[-7:, skip:].reshape(7, 3, 32, 32)).float()
+        if channels == 1:
+            rgb = (rgb * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True).round()
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in data.config.normalization())
+        torch.testing.assert_close(images, (rgb / 255 - mean) / std, atol=0.02, rtol=0)
+        assert data.loader("train", batch_size=5).num_samples == len(records) - 7
+        ood, ood_labels, _ = collect(data.loader("own", batch_size=7))
+        assert torch.equal(ood, images)
+        assert set(ood_labels.tolist()) == {-1}
+    assert DataConfig(dataset="cifar100").normalization()[0] == [0.5071, 0.4865, 0.4409]
+
+
+def test_cifar_beside_a_folder_of_images(tmp_path: Path) -> None:
+    write_cifar(tmp_path / "cifar", "cifar10")
+    (tmp_path / "other").mkdir()
+    picture(50, 40, 1).save(tmp_path / "other" / "a.png")
+    ood = {"things": str(tmp_path / "other")}
+    data = build_data(DataConfig(dataset="cifar10", root=str(tmp_path / "cifar"), crop_area=None, ood=ood, workers=0))
+    images, labels, _ = collect(data.loader("things", batch_size=2))
+    assert images.shape == (1, 3, 32, 32)
+    assert labels.tolist() == [-1]
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("no root", "data.root is not set; name the folder of test.bin, as cifar-100-binary.tar.gz unpacks"),
+        ("empty", "has no test.bin; name the folder"),
+        ("pickles", "version for Python, pickles, .* get the binary version, cifar-100-binary.tar.gz"),
+        ("cut", "train.bin has 21,5.. bytes, which is not a whole number of records of 3,074"),
+        ("no train", "has no train.bin; unpack cifar-100-binary.tar.gz anew"),
+        ("label", "train.bin has a label 100 but there are 100 classes"),
+        ("no names", "has no fine_label_names.txt"),
+        ("few names", "has 2 names but must have 100"),
+        ("crop", "data.crop_area is for image files, cifar100 is in memory"),
+    ],
+)
+def test_bad_cifar_files_are_refused(tmp_path: Path, what: str, sentence: str) -> None:
+    folder = tmp_path / "c"
+    if what in ("empty", "pickles"):
+        folder.mkdir()
+    else:
+        write_cifar(folder, "cifar100")
+    train = folder / "train.bin"
+    if what == "pickles":
+        (folder / "meta").write_bytes(b"\x80")
+    elif what == "cut":
+        train.write_bytes(train.read_bytes()[:-10])
+    elif what == "no train":
+        train.unlink()
+    elif what == "label":
+        train.write_bytes(b"\0\x64" + train.read_bytes()[2:])
+    elif what == "no names":
+        (folder / "fine_label_names.txt").unlink()
+    elif what == "few names":
+        (folder / "fine_label_names.txt").write_text("a\nb\n")
+    root = None if what == "no root" else str(folder)
+    crop_area = (0.5, 1.0) if what == "crop" else None
+    with pytest.raises(ValueError, match=sentence):
+        build_data(DataConfig(dataset="cifar100", root=root, crop_area=crop_area))
+
+
+def test_large_synthetic_images_take_turns() -> None:
+    options: dict[str, Any] = {"dataset": "synthetic", "crop_area": None, "image_size": 224, "flip": False}
+    data = build_data(DataConfig(synthetic_images=5000, synthetic_classes=1000, **options))
+    assert (data.num_classes, len(data.split("train")), len(data.split("val"))) == (1000, 5000, 2500)
+    assert data.split("train").pixels.nbytes <= 32 * 2**20  # type: ignore[union-attr]
+    reader = data.loader("train-eval", batch_size=4)
+    images = next(iter(reader))[0]
+    assert images.shape == (4, 3, 224, 224)
+    period = len(data.split("train").pixels)  # type: ignore[union-attr]
+    assert np.array_equal(data.split("train").labels[:100], data.split("train").labels[period : period + 100])
+    reader.set_epoch(0, start_step=period // 4)
+    again = next(iter(reader))
+    offset = 4 * (period // 4) - period  # the pool is no multiple of the batch
+    assert torch.equal(again[0][-offset:], images[: 4 + offset])
+    limited = build_data(DataConfig(synthetic_images=5000, train_limit=300, **options)).split("train")
+    assert len(limited) == 300
+    assert limited.pixels.nbytes <= 32 * 2**20  # type: ignore[union-attr]
 
 
 def test_synthetic_is_repeatable_and_resizable() -> None:

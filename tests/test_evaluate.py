@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tal_fast import checkpoint, compare, evaluate, inference, report
+from tal_fast import checkpoint, evaluate, inference, report
 from tal_fast.calibration import calibration_metrics
 from tal_fast.config import Config
 from tal_fast.feature_scores import FEATURE_SCORES, FeatureScorer, Training
@@ -516,76 +516,6 @@ def test_as_a_command(run_dir: Path, tmp_path: Path) -> None:
         assert part in found.stdout
     side = subprocess.run([*command, "tal_fast.compare", str(run_dir), str(tmp_path)], **options)
     assert side.returncode == 0, side.stderr
-
-
-# --- side by side ---------------------------------------------------------------------------------------------------
-
-
-def one_report(score: str | None, aurc: float, auroc: float, **changes: Any) -> report.Report:
-    values = {**dict.fromkeys(METRICS, 0.5), "aurc": aurc, "auroc": auroc}
-    return {
-        "format": 1, "id_accuracy": 0.9, "convention": "tal_fast", "mix": "all", "seed": 0, "ood_names": [],
-        "counts": {"id": 10, "id_right": 9, "ood": {}}, "score": score,
-        "settings": {"old_fd": {"msp": values, "cosine": {**values, "aurc": 0.01}}}, **changes,
-    }  # fmt: skip
-
-
-def test_compare_marks_the_best_of_each_column() -> None:
-    reports = [one_report("msp", 0.2, 0.8), one_report("msp", 0.1, math.nan), one_report("msp", 0.3, 0.7)]
-    lines = compare.comparison(reports, ["a", "b", "c"], metrics=["aurc", "auroc"]).splitlines()
-    assert lines[1].split() == ["run", "score", "accuracy", "AURC", "AUROC"]
-    assert [line.split() for line in lines[2:]] == [
-        ["a", "msp", "90.00%*", "0.20000", "0.8000*"],
-        ["b", "msp", "90.00%*", "0.10000*", "-"],
-        ["c", "msp", "90.00%*", "0.30000", "0.7000"],
-    ]
-
-
-def test_compare_judges_each_by_its_own_score() -> None:
-    reports = [one_report("msp", 0.2, 0.8), one_report("cosine", 0.1, 0.7)]
-    assert "0.01000*" in compare.comparison(reports, ["ce", "tal"], metrics=["aurc"])
-    assert "0.10000*" in compare.comparison(reports, ["ce", "tal"], metrics=["aurc"], score="msp")
-    assert "100.00*" in compare.comparison(reports, ["ce", "tal"], metrics=["aurc"], score="msp", units="paper")
-    with pytest.raises(ValueError, match="tal has no score 'energy'; it has msp, cosine"):
-        compare.comparison(reports[1:], ["tal"], score="energy")
-    with pytest.raises(ValueError, match="names no score of its own; choose one with --score: msp, cosine"):
-        compare.comparison([one_report(None, 0.2, 0.8)], ["npz"])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"convention": "tal"}, "convention is tal_fast in one and tal in the other"),
-        ({"mix": "first-n"}, "mix is all in one and first-n in the other"),
-        ({"mix": "prior=0.5", "seed": 1}, "mix is all in one and prior=0.5, seed 1 in the other"),
-        ({"ood_names": ["svhn"]}, "set of OOD data is none in one and svhn in the other"),
-        ({"counts": {"id": 11, "id_right": 9, "ood": {}}}, "evaluated on 10 ID samples and on 11 ID samples"),
-    ],
-)
-def test_compare_refuses_numbers_that_mean_different_things(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match="a and b cannot be compared") as refusal:
-        compare.comparison([one_report("msp", 0.2, 0.8), one_report("msp", 0.2, 0.8, **changes)], ["a", "b"])
-    assert message in str(refusal.value)
-
-
-def test_compare_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = make_run(tmp_path / "synthetic-ce", "ce", seed=1)
-    evaluate.evaluate_run(other, mix=Mix("all"))
-    assert compare.main([str(run_dir), str(other)]) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in printed[3:]] == [["synthetic-tal", "cosine"], ["synthetic-ce", "msp"]]
-    assert "*" in printed[3] + printed[4]
-    (tmp_path / "broken.json").write_text("{")
-    (tmp_path / "list.json").write_text("[]")
-    for path, message in (
-        (tmp_path / "gone", "there is no"),
-        (tmp_path / "broken.json", "cannot be read as JSON"),
-        (tmp_path / "list.json", "is not a report of format 1"),
-    ):
-        assert compare.main([str(run_dir), str(path)]) == 2
-        said = capsys.readouterr().err
-        assert message in said
-        assert said.count("\n") == 1
 
 
 def test_commands_in_the_docs_are_understood() -> None:

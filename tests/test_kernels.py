@@ -126,22 +126,22 @@ def check_loss(logits: Tensor, labels: Tensor, distance: Tensor, **changes: Any)
 
 # ---- Loss: each launch path -----------------------------------------------------------------------------------------
 
-# Name: (block or None for a row at once, exponentials computed twice)
-PATHS: dict[str, tuple[int | None, bool]] = {
-    "one block": (None, False),
-    "one block, recomputed": (None, True),
-    "blocks of 64": (64, True),
-}
+PATHS = ["one block", "one block, recomputed", "packed in chunks of 32", "blocks of 64"]
 
 
 @pytest.fixture(params=PATHS, ids=str)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every path of ``loss_forward`` at widths that a test can afford."""
-    block, recompute = PATHS[request.param]
+    name = request.param
 
-    def config(classes: int, dtype: torch.dtype, target: launch.Target) -> loss.LossConfig:
-        whole = max(1, 1 << (classes - 1).bit_length())
-        return loss.LossConfig(block or whole, 4 // (target.warp_size // 32), block is None, recompute)
+    def config(classes: int, dtype: torch.dtype, target: launch.Target, contiguous: bool) -> loss.LossConfig:
+        warps = 4 // (target.warp_size // 32)
+        if name.startswith("one block"):
+            whole = max(1, 1 << (classes - 1).bit_length())
+            return loss.LossConfig("one block", whole, warps, name.endswith("recomputed"))
+        if name.startswith("packed") and dtype.itemsize == 2 and contiguous:
+            return loss.LossConfig("packed", 32, warps)
+        return loss.LossConfig("blocks", 64, warps)
 
     monkeypatch.setattr(loss, "loss_config", config)
     return request.param

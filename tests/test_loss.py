@@ -364,6 +364,89 @@ def test_one_row_is_typical(backend: str) -> None:
     assert stats.typicalness.item() == 1
 
 
+# ---- The gradient in place of the logits -----------------------------------------------------------------------------
+
+
+def layer(logits: Tensor) -> Tensor:
+    """Logits as a layer gives them: not a leaf."""
+    return logits.detach().clone().requires_grad_() * 1.0
+
+
+@every_variant
+@pytest.mark.parametrize("classes", [7, 1003])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_inplace_gradient_takes_the_logits_memory(backend: str, dtype: torch.dtype, classes: int, variant: str) -> None:
+    device = device_of(backend)
+    logits, features, labels = (t.to(device) for t in random_batch(6, classes))
+    logits, labels[2] = logits.to(dtype), -100
+    queue = [q.to(device) for q in random_queue(30)]
+    given = {"variant": variant, "label_smoothing": 0.1, "backend": backend}
+    for upstream in (1.0, -2.5):
+        plain, overwritten = layer(logits), layer(logits)
+        memory = overwritten.data_ptr()
+        want, want_stats = functional.tal_loss(plain, features, labels, *queue, **given)
+        loss, stats = functional.tal_loss(overwritten, features, labels, *queue, inplace=True, **given)
+        (want_grad,) = torch.autograd.grad(want * upstream, plain)
+        (grad,) = torch.autograd.grad(loss * upstream, overwritten)
+        assert grad.data_ptr() == memory
+        assert torch.equal(loss, want)
+        assert torch.equal(grad, want_grad)
+        assert all(torch.equal(a, b) for a, b in zip(stats, want_stats, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_what_autograd_saved_of_overwritten_logits_raises(backend: str) -> None:
+    device = device_of(backend)
+    logits, features, labels = (t.to(device) for t in random_batch(6, 9))
+    loss_fn = TALLoss(queue_size=9, inplace=True, backend=backend).to(device)
+    z = layer(logits)
+    saved = z.square().sum()
+    total = loss_fn(z, features, labels) + saved
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+    z = layer(logits)
+    loss = loss_fn(z, features, labels)
+    with torch.no_grad():
+        z += 1  # the gradient itself
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_inplace_refuses_what_cannot_hold_the_gradient(backend: str) -> None:
+    device = device_of(backend)
+    logits, features, labels = (t.to(device) for t in random_batch(6, 9))
+    loss_fn = TALLoss(queue_size=9, inplace=True, backend=backend).to(device)
+    for bad, message in (
+        (logits.clone().requires_grad_(), "are a leaf"),
+        (layer(logits.half()), "float16"),
+        (layer(logits.t().contiguous()).t(), "needs contiguous logits"),
+    ):
+        before = bad.detach().clone()
+        with pytest.raises(ValueError, match=message):
+            loss_fn(bad, features, labels)
+        assert torch.equal(bad, before)
+    assert len(loss_fn.queue) == 0
+    with torch.no_grad():  # no gradient, nothing overwritten
+        kept = logits.clone()
+        loss_fn(kept, features, labels)
+        assert torch.equal(kept, logits)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_backward_neither_copies_the_gradient_nor_spoils_a_kept_graph(backend: str) -> None:
+    device = device_of(backend)
+    logits, features, labels = (t.to(device) for t in random_batch(6, 9))
+    queue = [q.to(device) for q in random_queue(30)]
+    z = logits.requires_grad_()
+    loss, _ = functional.tal_loss(z, features, labels, *queue, backend=backend)
+    first, second = (torch.autograd.grad(loss, z, torch.tensor(u, device=device), retain_graph=True)[0] for u in (3, 1))
+    last = torch.autograd.grad(loss * 2, z)[0]
+    assert relative(first.cpu(), 3 * second.detach().cpu()) <= 1e-6
+    assert relative(last.cpu(), 2 * second.detach().cpu()) <= 1e-6
+
+
 # ---- Life inside PyTorch --------------------------------------------------------------------------------------------
 
 

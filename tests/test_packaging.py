@@ -52,6 +52,7 @@ def test_sdist_and_wheel_contents(artifacts: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {"tal_fast/py.typed", "tal_fast/kernels/__init__.py", "tal_fast/loss.py"} <= names
+    assert {f"tal_fast/html_report/page.{kind}" for kind in ("html.j2", "css", "js")} <= names
     assert any(name.startswith("tal_fast/configs/") and name.endswith(".yaml") for name in names)
     assert not any(name.startswith("kernels/") for name in names)  # never a top-level import name
     if shutil.which("g++"):

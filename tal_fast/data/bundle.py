@@ -189,7 +189,7 @@ class DataBundle:
             images.labels,
             device,
             image_size=self.image_size,
-            paths=images.paths if isinstance(images, ImageFiles) else (),
+            paths=() if isinstance(images, MemoryImages) else images.paths,
             max_unreadable=limit if skip_unreadable else 0,
             check_command=self._check_command(split),
         )

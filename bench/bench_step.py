@@ -1,0 +1,162 @@
+"""The whole loss step: statistics, search, loss, gradient and push (``tal_fast.loss.TALLoss``).
+
+Peers: the released algorithm's list queue, the plain PyTorch reference as it is and compiled, F.cross_entropy as it is
+(the floor) and compiled. The gate is the reference in float64 for the released variant's three, and for ``paper``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.batches import FreshFeatures, fill, make_logits
+from bench.harness import agree, sets_beyond_cache
+from bench.list_queue import ListQueueTAL
+from tal_fast import TALLoss
+
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits, features, labels -> loss
+
+
+@dataclass(frozen=True)
+class Case:
+    peer: str
+    B: int
+    C: int
+    D: int
+    N: int
+    dtype: str = "float32"
+    threads: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.peer}-B{self.B}-C{self.C}-D{self.D}-N{self.N}-{self.dtype}-{self.threads}t"
+
+    @property
+    def bytes(self) -> int:
+        """Logits read and their gradient written once, features read once; the queue's share is the search's affair."""
+        size = getattr(torch, self.dtype).itemsize
+        return 2 * self.B * self.C * size + self.B * self.D * size
+
+
+CIFAR, IMAGENET = (128, 100, 64, 30_000), (64, 1000, 2048, 880_880)
+EAGER = ("list_queue", "reference", "released", "paper")
+COMPILED = ("reference_compiled", "cross_entropy_compiled")  # tens of seconds to compile: at two sizes
+FULL = [
+    *(Case(peer, *size, threads=threads) for size in (CIFAR, IMAGENET) for threads in (1, 2) for peer in EAGER),
+    *(Case(peer, *CIFAR) for peer in COMPILED),
+    *(Case(peer, 256, 1000, 2048, 20_000) for peer in (*EAGER[1:], *COMPILED)),
+    *(Case(peer, 256, 1000, 2048, 20_000, "bfloat16") for peer in EAGER[1:]),
+    *(
+        Case(peer, *size)
+        for size in ((32, 100, 64, 30_000), (1024, 100, 64, 30_000), (128, 10, 512, 1_000))
+        for peer in EAGER[2:]
+    ),
+    Case("released", 32, 1000, 512, 10_000_000),
+]
+SMOKE = [Case(peer, *CIFAR) for peer in ("list_queue", "reference", "released", "paper")]
+GPU = [
+    Case(peer, *size)
+    for size in (CIFAR, (256, 1000, 2048, 880_880))
+    for peer in (*EAGER[1:], *COMPILED)  # the list queue waits for the device and cannot be captured in a graph
+]
+
+
+def make_step(case: Case, device: torch.device, backend: str = "auto") -> Step:
+    """The peer, with a full queue that is the same for all; ``backend`` is this package's."""
+    if case.peer.startswith("cross_entropy"):
+
+        def cross_entropy(logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(logits.float(), labels)  # as under autocast
+
+        return torch.compile(cross_entropy, dynamic=False) if case.peer.endswith("compiled") else cross_entropy
+    torch.manual_seed(1)
+    if case.peer == "list_queue":
+        plain = ListQueueTAL(case.N)
+
+        def push(mean: Tensor, std: Tensor) -> None:
+            plain.means += mean.tolist()
+            plain.stds += std.tolist()
+
+        fill(push, case.N)
+        return plain
+    of_reference = case.peer.startswith("reference")
+    loss = TALLoss(
+        "paper" if case.peer == "paper" else "released",
+        queue_size=case.N,
+        backend="reference" if of_reference else backend,  # type: ignore[arg-type]
+    ).to(device)
+    fill(loss.queue.push, case.N, device)
+    return torch.compile(loss, dynamic=False) if case.peer.endswith("compiled") else loss
+
+
+@lru_cache(maxsize=4)
+def expected(
+    variant: str, B: int, C: int, D: int, N: int, dtype: str, device: torch.device
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """A batch, and its loss and gradient by the definition in float64."""
+    torch.manual_seed(0)
+    logits, labels = make_logits(B, C, getattr(torch, dtype), device)
+    features = FreshFeatures(B, D, device).features.to(getattr(torch, dtype))
+    leaf = logits.double().requires_grad_()
+    if variant == "cross_entropy":
+        loss = F.cross_entropy(leaf, labels)
+    else:
+        judge = TALLoss(variant, queue_size=N, backend="reference").to(device).double()  # type: ignore[arg-type]
+        torch.manual_seed(1)
+        fill(judge.queue.push, N, device)
+        loss = judge(leaf, features.double(), labels)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    return (logits, features, labels), loss.detach(), grad
+
+
+def gate(case: Case, step: Step, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The batch, if the peer's loss and gradient on it are right."""
+    released = case.peer in ("list_queue", "reference", "reference_compiled", "released")
+    variant = "released" if released else "paper" if case.peer == "paper" else "cross_entropy"
+    batch, loss, grad = expected(variant, case.B, case.C, case.D, case.N, case.dtype, device)
+    leaf = batch[0].clone().requires_grad_()
+    got = step(leaf, *batch[1:])
+    (got_grad,) = torch.autograd.grad(got, leaf)
+    # Eager float32 itself is 1e-4 to 3e-3 off where the queue is dense: typicalness amplifies rounding.
+    agree(f"the loss of {case}", got.detach(), loss, 1e-2)
+    agree(f"the gradient of {case}", got_grad, grad, 2e-2)
+    return batch
+
+
+def make_inputs(
+    case: Case, batch: tuple[Tensor, Tensor, Tensor], device: torch.device
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Callable[[], object]]:
+    """Sets of (leaf of logits, features), the labels, and what gives the first set's features new statistics."""
+    logits, _, labels = batch
+    read = logits.nbytes + case.B * case.D * logits.element_size()
+    fresh = [FreshFeatures(case.B, case.D, device) for _ in range(sets_beyond_cache(device, read))]
+    features = [f.features.to(logits.dtype) for f in fresh]
+
+    def renew() -> None:
+        fresh[0].renew()
+        if features[0] is not fresh[0].features:
+            features[0].copy_(fresh[0].features)
+
+    return [(logits.clone().requires_grad_(), f) for f in features], labels, renew
+
+
+def differentiated(step: Step, leaf: Tensor, features: Tensor, labels: Tensor) -> Callable[[], object]:
+    """One step: loss, push and gradient."""
+    return lambda: torch.autograd.grad(step(leaf, features, labels), leaf)
+
+
+@pytest.mark.cases(FULL, SMOKE, gpu=GPU, group="step")
+def bench_step(case: Case, measure: Callable[..., None], device: torch.device) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    step = make_step(case, device)
+    inputs, labels, prepare = make_inputs(case, gate(case, step, device), device)
+    calls = [differentiated(step, *each, labels) for each in inputs]
+    floor = differentiated(lambda z, f, y: F.cross_entropy(z.float(), y), *inputs[0], labels)
+    facts = {"floor": "F.cross_entropy", "bytes": case.bytes}
+    measure(calls, floor, case=case, facts=facts, prepare=prepare)

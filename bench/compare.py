@@ -1,0 +1,94 @@
+"""Whether this package got slower between two result files: ``python -m bench.compare OLD NEW``.
+
+What is compared is each benchmark's ratio to the floor that ran in turns with it, never seconds, which are the
+machine's. A benchmark has got slower when its ratio rose by more than the tolerance and the two 95% intervals do not
+overlap. Exits with 1 when one has, with 2 when nothing can be compared. Peers are not judged: their speed is not ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+OURS = {"released", "paper", "tal_fast", "index", "tal"}
+"""The peers that are this package."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One benchmark, then and now: ratios to the floor."""
+
+    name: str
+    old: float
+    new: float
+    slower: bool
+    faster: bool
+
+    def __str__(self) -> str:
+        verdict = "SLOWER" if self.slower else "faster" if self.faster else ""
+        return f"{self.name:72} {self.old:9.2f} {self.new:9.2f} {self.new / self.old:7.2f}x  {verdict}".rstrip()
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result file of the benchmarks.
+
+    Raises:
+        ValueError: it is none, or one of its benchmarks failed its gate.
+    """
+    try:
+        result = json.loads(path.read_text())
+        failed, benchmarks = result["failed"], result["benchmarks"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a result of these benchmarks ({type(error).__name__}: {error})") from None
+    if failed:
+        raise ValueError(f"{path} has {failed} failed benchmarks, so that none of its figures counts; run it again")
+    if not benchmarks:
+        raise ValueError(f"{path} holds no benchmark")
+    return result
+
+
+def changes(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> list[Change]:
+    """Every benchmark of this package that both results have.
+
+    Args:
+        old, new: as ``load`` gives them.
+        tolerance: how much a ratio may rise or fall before it counts, as a share of the old one.
+    """
+    before = {b["name"]: b for b in old["benchmarks"] if "ratio" in b}
+    found = []
+    for b in new["benchmarks"]:
+        a = before.get(b["name"])
+        if a is None or "ratio" not in b or (b.get("peer") or b.get("method")) not in OURS:
+            continue
+        slower = b["ratio"] > a["ratio"] * (1 + tolerance) and b["ratio_low"] > a["ratio_high"]
+        faster = a["ratio"] > b["ratio"] * (1 + tolerance) and a["ratio_low"] > b["ratio_high"]
+        found.append(Change(b["name"], a["ratio"], b["ratio"], slower, faster))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--tolerance", type=float, default=0.1, help="share a ratio may rise by (default 0.1)")
+    args = parser.parse_args()
+    try:
+        old, new = load(args.old), load(args.new)
+    except ValueError as error:
+        parser.error(str(error))
+    found = changes(old, new, args.tolerance)
+    if not found:
+        parser.error(f"{args.old} and {args.new} have no benchmark in common")
+    print(f"{'ratio to the floor':72} {'old':>9} {'new':>9}")
+    for change in found:
+        print(change)
+    slower = sum(change.slower for change in found)
+    print(f"{slower} of {len(found)} slower beyond {args.tolerance:.0%} and the noise")
+    raise SystemExit(1 if slower else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""``python -m bench.fault_points POINT OPTIONS`` trains with these options and dies by SIGKILL at a chosen point.
+
+POINT is who dies (``job``, ``rank1`` or ``host1``), a colon, and either
+
+- ``step:N:SECONDS``: so many seconds after this process's N-th optimizer step, wherever training is by then;
+- ``PHASE:N:SKIP``: at a phase of writing a file, SKIP such moments after the N-th step. The phases are
+  ``half-written`` (the temporary file lost its second half), ``written`` (it is whole, under its temporary name),
+  ``renaming`` (just before a rename) and ``renamed`` (just after).
+
+``job`` is rank 0 and takes its launcher and the launcher's other ranks along, as a lost machine does, and ``host1`` is
+rank 1 and does likewise; ``rank1`` takes only itself. The last two do so only before the first restart. Nothing here
+knows how the trainer works: it hooks PyTorch's optimizers and the system calls that all safe writing of files rests on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PHASES = ("half-written", "written", "renaming", "renamed")
+
+
+def children(pid: int) -> list[int]:
+    """Processes started by a process."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += map(int, task.read_text().split())
+    return found
+
+
+def die(who: str) -> None:
+    """End this process at once, and unless it is ``rank1`` its launcher and the launcher's other ranks before it."""
+    if who != "rank1" and "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = os.getppid()
+        others = [pid for pid in children(launcher) if pid != os.getpid()]
+        for pid in (launcher, *others):
+            os.kill(pid, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(point: str) -> None:
+    """Set the hooks."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    who, phase, step_text, extra = point.split(":")
+    if os.environ.get("RANK", "0") != ("0" if who == "job" else "1"):
+        return
+    if who != "job" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return
+    last_step, steps, moments = int(step_text), 0, 0
+
+    def after_step(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if phase == "step" and steps == last_step:
+            timer = threading.Timer(float(extra), die, [who])
+            timer.daemon = True
+            timer.start()
+
+    def moment() -> bool:
+        nonlocal moments
+        if steps < last_step:
+            return False
+        moments += 1
+        return moments > int(extra)
+
+    def fsync(handle: int, real: Callable[[int], None] = os.fsync) -> None:
+        is_file = stat.S_ISREG(os.fstat(handle).st_mode)
+        if phase == "half-written" and is_file and moment():
+            os.ftruncate(handle, os.fstat(handle).st_size // 2)
+            die(who)
+        real(handle)
+        if phase == "written" and is_file and moment():
+            die(who)
+
+    def replace(*args: Any, real: Callable[..., None] = os.replace, **kwargs: Any) -> None:
+        if phase == "renaming" and moment():
+            die(who)
+        real(*args, **kwargs)
+        if phase == "renamed" and moment():
+            die(who)
+
+    register_optimizer_step_post_hook(after_step)
+    os.fsync, os.replace = fsync, replace  # type: ignore[assignment]
+
+
+def main() -> None:
+    from tal_fast.train import main as train
+
+    arm(sys.argv[1])
+    train(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Do the tests notice a fault in the kernels? ``python -m bench.mutate [--only NAME] [--output FILE]``.
+
+Each mutation below replaces one piece of text in a copy of the source tree; the tests that concern it must then fail.
+The same tests are first run on the unchanged copy, where they must pass. C++ mutations rebuild the extension (without
+CUDA), about a minute each. Needs no GPU: the Triton kernels run in the interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("tal_fast", "kernels", "csrc", "tests", "bench", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One fault: ``old`` (which must stand in ``file`` exactly once) becomes ``new``; ``tests`` are pytest's arguments."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+PATHS = ("tests/test_kernels.py", "-k", "every_path and (63 or 130) and bfloat16")
+STATISTICS = ("tests/test_kernels.py", "-k", "any_split or float64s")
+PUSH = ("tests/test_kernels.py", "-k", "test_push")
+SUMS = ("tests/test_kernels.py", "-k", "test_batch_sums")
+NATIVE = ("tests/test_loss.py", "-k", "native and (golden or bounds and not 21841)")
+QUEUE = ("tests/test_queue.py",)
+SHARDED = ("tests/test_sharded.py", "-k", "unsharded")
+INPLACE = ("tests/test_loss.py", "-k", "inplace or overwritten or neither")
+
+MUTATIONS = [
+    Mutation(
+        "loss: wrong sign of the part of the gradient along z", "kernels/loss.py",
+        "g = tl.where(c == label, g_label, g) - (x + z_max) * along - away",
+        "g = tl.where(c == label, g_label, g) + (x + z_max) * along - away", PATHS,
+    ),
+    Mutation(
+        "loss: columns beyond the row count as logits of 0", "kernels/loss.py",
+        "        other = inside & (c != label)\n        p = ", "        other = c != label\n        p = ", PATHS,
+    ),
+    Mutation(
+        "loss: the label's exponential left in the sums", "kernels/loss.py",
+        "        other = inside & (c != label)\n        p = ", "        other = inside\n        p = ", PATHS,
+    ),
+    Mutation(
+        "packed rows: the two halves swapped", "kernels/loss.py",
+        "bits = (words ^ unknown) >> (16 * half)", "bits = (words ^ unknown) >> (16 * (1 - half))", PATHS,
+    ),
+    Mutation(
+        "packed rows: the low half's sign spills into the high one", "kernels/loss.py",
+        "low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF", "low.to(tl.int16, bitcast=True).to(tl.int32)", PATHS,
+    ),
+    Mutation(
+        "packed rows: ties go to the last class", "kernels/loss.py",
+        "(at < column + unknown)))", "(at > column + unknown)))",
+        ("tests/test_kernels.py", "-k", "ties and packed or (strides and packed)"),
+    ),
+    Mutation(
+        "long rows: the second block overlaps the first by one", "kernels/loss.py",
+        "    q_sum = tl.zeros((BLOCK,), dtype)\n    for start in range(0, classes, BLOCK):",
+        "    q_sum = tl.zeros((BLOCK,), dtype)\n    for start in range(0, classes, BLOCK - 1):", PATHS,
+    ),
+    Mutation(
+        "both losses: T without the norm", "kernels/loss.py",
+        "share, temperature / (norm + NORM_EPS)", "share, temperature", PATHS,
+    ),
+    Mutation(
+        "released: the guard looks at the number right instead of accepted", "kernels/loss.py",
+        "n_accepted += tl.where(accepted, 1.0, 0.0)", "n_accepted += tl.where(right, 1.0, 0.0)", SUMS,
+    ),
+    Mutation(
+        "the last program forgets the others' partial sums", "kernels/loss.py",
+        "    for start in range(0, count, 256):", "    for start in range(0, 1, 256):", SUMS,
+    ),
+    Mutation(
+        "statistics: biased standard deviation", "kernels/typicalness.py",
+        "/ (width - 1)", "/ width", STATISTICS,
+    ),
+    Mutation(
+        "distance: the queue's last tile read beyond its length", "kernels/typicalness.py",
+        "        inside = j < length", "        inside = j < length + 1", STATISTICS,
+    ),
+    Mutation(
+        "distance: a share is left out", "kernels/typicalness.py",
+        "    start = tl.program_id(1).to(tl.int64) * ENTRIES", "    start = (tl.program_id(1).to(tl.int64) + 1) * ENTRIES",
+        STATISTICS,
+    ),
+    Mutation(
+        "ring: off by one in the slot", "kernels/ring.py",
+        "slot = (head + rank) % capacity", "slot = (head + rank + 1) % capacity", PUSH,
+    ),
+    Mutation(
+        "ring: of more rows than slots the first get in", "kernels/ring.py",
+        "gets_in = keep & (rank >= kept - capacity)", "gets_in = keep & (rank < capacity)", PUSH,
+    ),
+    Mutation(
+        "ring: the length grows beyond the capacity", "kernels/ring.py",
+        "tl.minimum(length + kept, capacity)", "length + kept", PUSH,
+    ),
+    Mutation(
+        "sharded: each rank takes its own classes for the first", "tal_fast/sharded.py",
+        "own_label = labels - before[dist.get_rank(class_group)].long()", "own_label = labels - 0", SHARDED,
+    ),
+    Mutation(
+        "sharded: the maximum is each rank's own", "tal_fast/sharded.py",
+        "exp_sums(z, own_label, largest, scale)", "exp_sums(z, own_label, seen[:, LARGEST], scale)", SHARDED,
+    ),
+    Mutation(
+        "in place: autograd is not told", "tal_fast/backends.py",
+        "    torch.autograd.graph.increment_version(logits)\n", "", INPLACE,
+    ),
+    Mutation(
+        "backward: a kept graph's gradient is scaled in its memory", "tal_fast/backends.py",
+        " or _graph_is_kept():", ":", INPLACE,
+    ),
+    Mutation(
+        "C++ row: wrong sign of the smoothing at the label", "csrc/kernels_cpu.inc",
+        "direction_at_label = factor * (-others / sum + smoothing)",
+        "direction_at_label = factor * (-others / sum - smoothing)", NATIVE,
+    ),
+    Mutation(
+        "C++ row in place: the label's logit read after it is overwritten", "csrc/kernels_cpu.inc",
+        "magnitude_at_label - z_label * along_z", "magnitude_at_label - z[label] * along_z", INPLACE,
+    ),
+    Mutation(
+        "C++ push: the ring wraps one slot early", "csrc/ops_cpu.cpp",
+        "state[0] = state[0] + 1 == capacity ? 0 : state[0] + 1;", "state[0] = state[0] + 2 >= capacity ? 0 : state[0] + 1;",
+        QUEUE,
+    ),
+    Mutation(
+        "C++ index: dead entries of a run are found", "csrc/index.h",
+        "const int32_t dead = static_cast<int32_t>(std::max<int64_t>(0, oldest - run.first));", "const int32_t dead = 0;",
+        QUEUE,
+    ),
+]  # fmt: skip
+
+
+def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[bool, float]:
+    """Whether they pass in the copy, and seconds taken. No test collected is an error."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:warnings", *tests]
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise SystemExit(
+            f"pytest {' '.join(tests)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    return done.returncode == 0, time.perf_counter() - start
+
+
+def build(folder: Path) -> None:
+    """The extension of the copy, without CUDA."""
+    environment = {**os.environ, "CUDA_HOME": str(folder / "none")}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the extension does not build:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+def copy_tree(folder: Path) -> None:
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(source, folder / name)
+    (folder / "tal_fast" / "kernels").symlink_to("../kernels")  # as an installed package has it
+
+
+def try_mutation(folder: Path, mutation: Mutation) -> dict[str, object]:
+    path = folder / mutation.file
+    whole = path.read_text()
+    if whole.count(mutation.old) != 1:
+        raise SystemExit(
+            f"{mutation.name}: its text stands {whole.count(mutation.old)} times in {mutation.file}, not once"
+        )
+    path.write_text(whole.replace(mutation.old, mutation.new))
+    try:
+        if mutation.file.startswith("csrc/"):
+            build(folder)
+        passed, seconds = run_tests(folder, mutation.tests)
+    finally:
+        path.write_text(whole)
+    result = "SURVIVED" if passed else "caught"
+    print(f"{result:9} {seconds:6.1f} s  {mutation.name}", flush=True)
+    return {
+        "mutation": mutation.name, "file": mutation.file, "old": mutation.old, "new": mutation.new,
+        "tests": " ".join(mutation.tests), "caught": not passed,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run the mutations; exit 1 if one survives."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="mutations whose name contains this")
+    parser.add_argument("--no-build", action="store_true", help="leave out those of the C++ sources")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    args = parser.parse_args()
+    chosen = [
+        m for m in MUTATIONS if args.only in m.name and not (args.no_build and m.file.startswith("csrc/"))
+    ]  # fmt: skip
+    if not chosen:
+        parser.error(f"no mutation's name contains {args.only!r}")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    results: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_tree(folder)
+        for tests in dict.fromkeys(m.tests for m in chosen):
+            passed, seconds = run_tests(folder, tests)
+            print(f"{'passes' if passed else 'FAILS':9} {seconds:6.1f} s  unchanged: {' '.join(tests)}", flush=True)
+            if not passed:
+                raise SystemExit("these tests fail without a mutation; nothing can be learnt from them")
+        for mutation in chosen:
+            results.append(try_mutation(folder, mutation))
+            if args.output:
+                record = {"commit": commit.stdout.strip(), "results": results}
+                args.output.write_text(json.dumps(record, indent=1) + "\n")
+    survived = sum(not r["caught"] for r in results)
+    print(f"{len(results)} mutations, {survived} survived")
+    raise SystemExit(1 if survived else 0)
+
+
+if __name__ == "__main__":
+    main()

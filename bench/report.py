@@ -1,0 +1,486 @@
+"""Tables and plots of the committed results: ``python -m bench.report``.
+
+Reads bench/results/cpu/*.json, and gpu.json where there is one; writes the tables of README.md and docs/performance.md
+between their markers, and docs/figures/*.svg. The same results always give the same text. ``--check`` writes nothing
+and exits with 1 where a table is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.compare import load
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+FIGURES = ROOT / "docs" / "figures"
+
+NAMES = {
+    "list_queue": "list queue",
+    "reference": "reference",
+    "reference_compiled": "reference, compiled",
+    "released": "tal_fast `released`",
+    "paper": "tal_fast `paper`",
+    "cross_entropy": "cross-entropy",
+    "cross_entropy_compiled": "cross-entropy, compiled",
+    "tal_fast": "tal_fast",
+    "index": "tal_fast's index",
+    "brute_force": "brute force, C++",
+    "cdist": "torch.cdist",
+    "faiss_flat": "faiss flat",
+    "ckdtree": "SciPy k-d tree",
+    "liger": "Liger cross-entropy",
+    "quack": "quack cross-entropy",
+    "sklearn": "scikit-learn, 3 of the 9 metrics",
+}
+
+Row = dict[str, Any]
+
+
+class Results:
+    """The benchmarks of some files, to be asked for by what they measured."""
+
+    def __init__(self, files: list[dict[str, Any]]) -> None:
+        self.files = files
+        self.rows: list[Row] = [row for file in files for row in file["benchmarks"]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        """Every JSON file of a folder.
+
+        Raises:
+            ValueError: there is none, or one does not count (``bench.compare.load``).
+        """
+        paths = sorted(folder.glob("*.json"))
+        if not paths:
+            raise ValueError(f"{folder} holds no results; make bench measures them")
+        return cls([load(path) for path in paths])
+
+    def find(self, group: str, **facts: Any) -> list[Row]:
+        return [r for r in self.rows if r["group"] == group and all(r.get(k) == v for k, v in facts.items())]
+
+    def one(self, group: str, **facts: Any) -> Row | None:
+        found = self.find(group, **facts)
+        return found[0] if found else None
+
+
+# ---- Text -----------------------------------------------------------------------------------------------------------
+
+
+def ms(value: float | None) -> str:
+    """Milliseconds, to three digits, as what they are easiest to read."""
+    if value is None:
+        return "–"
+    if value < 1:
+        return f"{significant(value * 1e3)} µs"
+    return f"{significant(value)} ms" if value < 1e3 else f"{significant(value / 1e3)} s"
+
+
+def p20(row: Row | None) -> str:
+    return ms(row["p20_ms"] if row else None)
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """To so many significant digits, without an exponent."""
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.{digits - 1}e}")
+    decimals = digits - 1 - math.floor(math.log10(abs(rounded)))
+    return f"{rounded:,.{max(0, decimals)}f}"
+
+
+def times(value: float) -> str:
+    return f"{significant(value, 2 if value < 10 else 3)}x"
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}" if value >= 0.01 else f"{value:.1%}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def source(results: Results) -> str:
+    """Where the figures come from, in a sentence."""
+    info = [file["machine_info"] for file in results.files]
+    loads = [row["load"] for row in results.rows]
+    machines = sorted({f"{m['cpu']} ({m['vectors']}), {m['cores']} cores" for m in info})
+    versions = sorted({f"Python {m['python']}, torch {m['torch']}" for m in info})
+    commits = sorted({str(m["commit"]) for m in info})
+    return (
+        f"{'; '.join(machines)}; {'; '.join(versions)}; commit {', '.join(commits)}. One thread: CPU time; two: wall "
+        f"clock. Load of the machine, the benchmarks' own included: {min(loads):.1f} to {max(loads):.1f}."
+    )
+
+
+# ---- Tables ---------------------------------------------------------------------------------------------------------
+
+STEP_PEERS = ("list_queue", "reference", "reference_compiled", "released", "paper")
+
+
+def limits_of(results: Results) -> list[dict[str, float]]:
+    """For each number of threads the fastest that any file has seen."""
+    found: dict[float, dict[str, float]] = {}
+    for limit in (x for file in results.files for x in file["limits"]):
+        best = found.setdefault(limit["threads"], dict(limit))
+        best.update({key: max(value, best[key]) for key, value in limit.items()})
+    return [found[threads] for threads in sorted(found)]
+
+
+def limits_table(results: Results) -> str:
+    return table(
+        ("threads", "copy, read + write", "float32 arithmetic (matrix product)"),
+        (
+            (str(x["threads"]), f"{x['copy_bytes_per_s'] / 1e9:.1f} GB/s", f"{x['flop_per_s'] / 1e9:.0f} GFLOP/s")
+            for x in limits_of(results)
+        ),
+    )
+
+
+H100_COPY = 3.0e12  # bytes a second, read and write
+H100_ISSUE = 132 * 128 * 1.755e9  # operations a second, one issue slot each
+
+
+def floors_table(results: Results) -> str:
+    """The least time of each part: bytes over a copy's, comparisons over arithmetic's. Nothing here is a timing."""
+    one_thread = limits_of(results)[0]
+    rows = []
+    for what, size, count in (
+        ("loss, 128 x 100, float32", 2 * 128 * 100 * 4, 0),
+        ("loss, 64 x 1,000, float32", 2 * 64 * 1000 * 4, 0),
+        ("loss, 16,384 x 1,000, bfloat16", 2 * 16_384 * 1000 * 2, 0),
+        ("loss, 4,096 x 21,841, bfloat16", 2 * 4096 * 21_841 * 2, 0),
+        ("loss, 4,096 x 131,072, bfloat16", 2 * 4096 * 131_072 * 2, 0),
+        ("statistics, 256 x 2,048, float32", 256 * 2048 * 4, 0),
+        ("brute force, 256 queries x 880,880 entries", 8 * 880_880, 6 * 256 * 880_880),
+    ):
+        cpu = max(size / one_thread["copy_bytes_per_s"], count / one_thread["flop_per_s"])
+        gpu = max(size / H100_COPY, count / H100_ISSUE)
+        rows.append(
+            (what, f"{size / 1e6:,.2f} MB", f"{count / 1e9:,.2f} G" if count else "–", ms(cpu * 1e3), ms(gpu * 1e3))
+        )
+    return table(("part", "bytes", "operations", "this CPU, 1 thread", "H100"), rows)
+
+
+def step_table(results: Results) -> str:
+    rows = []
+    for size in ((128, 100, 64, 30_000), (64, 1000, 2048, 880_880)):
+        for threads in (1, 2):
+            facts = {**dict(zip("BCDN", size, strict=True)), "threads": threads}
+            found = {p: results.one("step", peer=p, **facts) for p in STEP_PEERS}
+            released, slow = found["released"], found["list_queue"]
+            if released is None or slow is None:
+                continue
+            rows.append((
+                ", ".join(f"{n:,}" for n in size), str(threads),
+                *(p20(r) for r in found.values()),
+                ms(released["floor_p20_ms"]),
+                f"{times(slow['p20_ms'] / released['p20_ms'])} faster",
+                times(released["p20_ms"] / released["floor_p20_ms"]),
+            ))  # fmt: skip
+    head = ("B, C, D, N", "threads", *(NAMES[p] for p in STEP_PEERS), "cross-entropy")
+    return table((*head, "`released` over list queue", "over cross-entropy"), rows)
+
+
+def step_sweep_table(results: Results) -> str:
+    rows = []
+    for r in results.find("step"):
+        if r["peer"] not in ("released", "paper"):
+            continue
+        size = f"{r['B']:,}, {r['C']:,}, {r['D']:,}, {r['N']:,}"
+        rows.append((
+            size, r["dtype"], str(r["threads"]), r["peer"], ms(r["p20_ms"]), ms(r["p50_ms"]), ms(r["p80_ms"]),
+            f"{times(r['ratio'])} ({times(r['ratio_low'])} to {times(r['ratio_high'])})", percent(r["share_of_copy"]),
+        ))  # fmt: skip
+    head = ("B, C, D, N", "type", "threads", "variant", "p20", "p50", "p80", "over cross-entropy (95%)", "of copy")
+    return table(head, rows)
+
+
+def loss_table(results: Results) -> str:
+    peers = ("paper", "released", "reference", "reference_compiled", "cross_entropy_compiled")
+    shapes = dict.fromkeys((r["B"], r["C"], r["dtype"], r["threads"]) for r in results.find("loss"))
+    rows = []
+    for shape in shapes:
+        facts = dict(zip(("B", "C", "dtype", "threads"), shape, strict=True))
+        found = {p: results.one("loss", peer=p, **facts) for p in peers}
+        paper = found["paper"]
+        if paper is None:
+            continue
+        rows.append((
+            f"{shape[0]:,} x {shape[1]:,}", shape[2], str(shape[3]), *(p20(r) for r in found.values()),
+            ms(paper["floor_p20_ms"]), times(paper["p20_ms"] / paper["floor_p20_ms"]), percent(paper["share_of_copy"]),
+        ))  # fmt: skip
+    head = ("B x C", "type", "threads", *(NAMES[p] for p in peers), "cross-entropy", "`paper` over it", "of copy")
+    return table(head, rows)
+
+
+def typicalness_table(results: Results) -> str:
+    peers = ("tal_fast", "brute_force", "reference", "cdist", "faiss_flat", "ckdtree")
+    rows = []
+    for n in sorted({r["N"] for r in results.find("typicalness", B=128, D=512)}):
+        found = [results.one("typicalness", peer=p, B=128, D=512, N=n, dtype="float32") for p in peers]
+        rows.append((f"{n:,}", *(p20(r) for r in found), percent((found[1] or {}).get("share_of_arithmetic"))))
+    return table(("N", *(NAMES[p] for p in peers), "brute force, of arithmetic"), rows)
+
+
+def typicalness_sweep_table(results: Results) -> str:
+    rows = [
+        (f"{r['B']:,}", f"{r['D']:,}", f"{r['N']:,}", r["dtype"], str(r["threads"]), ms(r["p20_ms"]),
+         ms(r["floor_p20_ms"]), percent(r["share_of_copy"]))
+        for r in results.find("typicalness", peer="tal_fast")
+    ]  # fmt: skip
+    return table(("B", "D", "N", "type", "threads", "tal_fast", "torch.std_mean alone", "of copy"), rows)
+
+
+def queue_cost(row: Row | None) -> float | None:
+    """Milliseconds a step: the mean where upkeep is rare and long, the median elsewhere."""
+    if row is None:
+        return None
+    return row["mean_ms" if row["peer"] == "index" else "p50_ms"]
+
+
+def queue_table(results: Results) -> str:
+    rows = []
+    smallest = results.one("queue", peer="index", N=20_000, distribution="spread")
+    for n in sorted({r["N"] for r in results.find("queue", distribution="spread")}):
+        found = {p: results.one("queue", peer=p, N=n, distribution="spread") for p in QUEUE_PEERS}
+        index = found["index"]
+        growth = times(index["mean_ms"] / smallest["mean_ms"]) if index and smallest else "–"
+        rows.append(
+            (f"{n:,}", *(ms(r and r["mean_ms" if p == "index" else "p50_ms"]) for p, r in found.items()), growth)
+        )
+    return table(("N", *(NAMES[p] for p in QUEUE_PEERS), "index, against N = 20,000"), rows)
+
+
+QUEUE_PEERS = ("index", "brute_force", "faiss_flat", "ckdtree")
+DISTRIBUTIONS = {
+    "spread": "spread over the plane",
+    "equal": "all equal",
+    "outlier": "one far outlier",
+    "collinear": "collinear",
+    "equal_means": "collinear, all means equal",
+    "drifting": "drifting scale",
+}
+
+
+def distribution_table(results: Results) -> str:
+    rows = []
+    for name, text in DISTRIBUTIONS.items():
+        found = {
+            p: results.one("queue", peer=p, N=880_880, distribution=name) for p in ("index", "brute_force", "ckdtree")
+        }
+        rows.append((text, *(ms(r and r["mean_ms" if p == "index" else "p50_ms"]) for p, r in found.items())))
+    return table(("points, N = 880,880", NAMES["index"], NAMES["brute_force"], "SciPy k-d tree, built anew"), rows)
+
+
+def training_table(results: Results) -> str:
+    rows = [
+        (r["model"], f"{r['B']:,}", f"{r['C']:,}", f"{r['N']:,}", str(r["threads"]), ms(r["floor_p20_ms"]),
+         ms(r["p20_ms"]), f"{r['ratio']:.3f} ({r['ratio_low']:.3f} to {r['ratio_high']:.3f})")
+        for r in results.find("training")
+    ]  # fmt: skip
+    return table(("network", "B", "C", "N", "threads", "cross-entropy", "TAL", "TAL over cross-entropy (95%)"), rows)
+
+
+def metrics_table(results: Results) -> str:
+    rows = [
+        (f"{r['n']:,}", str(NAMES.get(r["peer"], r["peer"])), p20(r), times(r["ratio"]))
+        for r in results.find("metrics")
+    ]
+    return table(("samples", "what", "p20", "over one sort"), rows)
+
+
+def targets_table(results: Results) -> str:
+    """What was to be reached on CPUs, and whether it is."""
+    rows: list[tuple[str, ...]] = []
+
+    def judge(what: str, limit: str, got: str, met: bool) -> None:
+        rows.append((what, limit, got, "yes" if met else "**no**"))
+
+    for size, factor in (((128, 100, 64, 30_000), 100), ((64, 1000, 2048, 880_880), 300)):
+        for threads in (1, 2):
+            facts = {**dict(zip("BCDN", size, strict=True)), "threads": threads}
+            slow, fast = (results.one("step", peer=p, **facts) for p in ("list_queue", "released"))
+            if slow is None or fast is None:
+                continue
+            gain = slow["p20_ms"] / fast["p20_ms"]
+            where = f"step at {', '.join(f'{n:,}' for n in size)}, threads {threads}"
+            judge(where, f"{factor}x the list queue", times(gain), gain >= factor)
+            if factor == 100:
+                limit = 3 * fast["floor_p20_ms"] + 0.3
+                judge(where, f"3 cross-entropy + 0.3 ms = {ms(limit)}", ms(fast["p20_ms"]), fast["p20_ms"] <= limit)
+    small, large = (results.one("queue", peer="index", N=n, distribution="spread") for n in (20_000, 10_000_000))
+    if small and large:
+        growth = large["mean_ms"] / small["mean_ms"]
+        judge("queue at N = 10,000,000", "4x its cost at 20,000", times(growth), growth <= 4)
+    return table(("what", "limit", "measured", "met"), rows)
+
+
+def gpu_table(result: dict[str, Any]) -> str:
+    """The loss kernel of bench.gpu's file."""
+    rows = []
+    for r in result.get("loss_kernel", []):
+        if "failed" in r:
+            continue
+        shape = f"{r['B']:,} x {r['C']:,}"
+        for name, t in r["peers"].items():
+            if "p20_ms" not in t:
+                rows.append((shape, r["dtype"], NAMES.get(name, name), "–", "–", t.get("skipped") or t["failed"]))
+                continue
+            rate = f"{t['GB_per_s']:,.0f} GB/s"
+            rows.append((shape, r["dtype"], NAMES.get(name, name), ms(t["p20_ms"]), rate, percent(t["share_of_copy"])))
+    return table(("B x C", "type", "what", "p20", "rate", "of copy"), rows)
+
+
+BLOCKS: dict[str, Callable[[Results], str]] = {
+    "source": source,
+    "limits": limits_table,
+    "floors": floors_table,
+    "step": step_table,
+    "step-sweep": step_sweep_table,
+    "loss": loss_table,
+    "typicalness": typicalness_table,
+    "typicalness-sweep": typicalness_sweep_table,
+    "queue": queue_table,
+    "distributions": distribution_table,
+    "training": training_table,
+    "metrics": metrics_table,
+    "targets": targets_table,
+}
+
+
+def fill_in(text: str, cpu: Results, gpu: dict[str, Any] | None) -> str:
+    """The page with each ``<!-- bench:NAME -->`` ... ``<!-- /bench -->`` block written anew.
+
+    Raises:
+        ValueError: a block that there is no table for.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        name = match[1]
+        if name == "gpu":
+            body = gpu_table(gpu) if gpu else "Not yet run on a GPU."
+        elif name in BLOCKS:
+            body = BLOCKS[name](cpu)
+        else:
+            raise ValueError(f"there is no table {name!r}; there are {', '.join(BLOCKS)} and gpu")
+        return f"<!-- bench:{name} -->\n{body}\n<!-- /bench -->"
+
+    return re.sub(r"<!-- bench:([\w-]+) -->\n.*?<!-- /bench -->", block, text, flags=re.DOTALL)
+
+
+# ---- Plots ----------------------------------------------------------------------------------------------------------
+
+
+def plot(cpu: Results, folder: Path) -> None:
+    """Draw every figure; each is the same file for the same results and matplotlib."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    style: Any = {
+        "svg.hashsalt": "tal-fast",
+        "svg.fonttype": "none",
+        "font.size": 9,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(style):
+        for name, draw in (("loss", draw_loss), ("typicalness", draw_typicalness), ("queue", draw_queue)):
+            figure = draw(cpu, plt)
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
+            plt.close(figure)
+
+
+def lines(axes: Any, rows: list[Row], x: str, peers: Sequence[str], y: str = "p20_ms") -> None:
+    """One line a peer, on logarithmic axes, with p20 to p80 shaded."""
+    for peer in peers:
+        points = sorted((r for r in rows if r["peer"] == peer), key=lambda r: r[x])
+        if not points:
+            continue
+        at = [r[x] for r in points]
+        own = peer in ("tal_fast", "index", "paper", "released")
+        label = NAMES[peer].replace("`", "")
+        (line,) = axes.plot(at, [r[y] for r in points], "o-", label=label, lw=2 if own else 1, ms=3)
+        if y == "p20_ms":
+            low, high = [r["p20_ms"] for r in points], [r["p80_ms"] for r in points]
+            axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, lw=0)
+    axes.set(xscale="log", yscale="log", ylabel="ms")
+
+
+def draw_loss(cpu: Results, plt: Any) -> Any:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axes, x, fixed, label in (
+        (left, "C", {"B": 128}, "classes, B = 128"),
+        (right, "B", {"C": 1000}, "batch, C = 1,000"),
+    ):
+        rows = cpu.find("loss", dtype="float32", threads=1, **fixed)
+        lines(axes, rows, x, ("reference", "paper", "released"))
+        floor = sorted((r for r in rows if r["peer"] == "paper"), key=lambda r: r[x])
+        at = [r[x] for r in floor]
+        axes.plot(at, [r["floor_p20_ms"] for r in floor], "k--", lw=1, label="cross-entropy")
+        axes.plot(at, [r["p20_ms"] * r["share_of_copy"] for r in floor], "k:", lw=1, label="one read, one write")
+        axes.set_xlabel(label)
+    right.set_ylabel("")
+    left.legend(fontsize=8)
+    figure.suptitle("Loss and gradient, float32, one thread")
+    return figure
+
+
+def draw_typicalness(cpu: Results, plt: Any) -> Any:
+    figure, axes = plt.subplots(figsize=(5.5, 3.6))
+    rows = cpu.find("typicalness", B=128, D=512, dtype="float32", threads=1)
+    lines(axes, rows, "N", ("reference", "cdist", "faiss_flat", "brute_force", "ckdtree", "tal_fast"))
+    axes.set(xlabel="queue entries", title="Statistics and nearest distance, B = 128, D = 512, one thread")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def draw_queue(cpu: Results, plt: Any) -> Any:
+    figure, axes = plt.subplots(figsize=(5.5, 3.6))
+    rows = cpu.find("queue", distribution="spread")
+    lines(axes, rows, "N", ("ckdtree", "faiss_flat", "brute_force", "index"), y="mean_ms")
+    axes.set(xlabel="queue entries", title="Search and push of a batch of 128, upkeep included")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is out of step")
+    args = parser.parse_args()
+    gpu_file = RESULTS / "gpu.json"
+    try:
+        cpu = Results.read(RESULTS / "cpu")
+    except ValueError as error:
+        parser.error(str(error))
+    gpu = json.loads(gpu_file.read_text()) if gpu_file.exists() else None
+    stale = []
+    for page in PAGES:
+        before = page.read_text()
+        after = fill_in(before, cpu, gpu)
+        if after != before:
+            stale.append(page.name)
+            if not args.check:
+                page.write_text(after)
+    if args.check:
+        if stale:
+            raise SystemExit(f"out of step with bench/results: {', '.join(stale)}; run python -m bench.report")
+        return
+    plot(cpu, FIGURES)
+    print(f"wrote {', '.join(stale) or 'no page anew'} and {FIGURES.relative_to(ROOT)}/*.svg")
+
+
+if __name__ == "__main__":
+    main()
