@@ -130,7 +130,7 @@ def inference_of(run: Run, cache: str | Path, **options: Any) -> Inference:
 def collect_outputs(
     run: Run, split: str, cache: str | Path, *, batch_size: int = 256, device: torch.device | str = "cpu"
 ) -> Outputs:
-    """Outputs of a run's model on ``train-eval``, ``val`` or an OOD set, in memory; from the cache where it has them."""
+    """A run's outputs on ``train-eval``, ``val`` or an OOD set, in memory; from the cache if they are there."""
     ranks = Ranks(0, 1, torch.device(device))
     name = f"ood-{split}" if split in run.data.ood_names else split
     return inference_of(run, cache, ranks=ranks, batch_size=batch_size).store(name, run.data.split(split)).load()

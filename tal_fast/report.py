@@ -84,7 +84,8 @@ def make_report(
         Beside it, by setting: ``samples``, ``aurc_floor``, ``aurc_random``, ``undefined`` (metric -> reason) and
         ``tied_share`` (score -> share). And ``id_accuracy``, ``counts`` (of all samples, before the mix), ``mix``,
         ``seed``, ``convention``, ``ood_names``, ``shift_names``, ``versions``. With resamples,
-        ``intervals[key][score][metric]`` = [low, high], ``differences[key][score][metric]`` = [score − baseline, low, high] and ``bootstrap``: how.
+        ``intervals[key][score][metric]`` = [low, high], ``differences[key][score][metric]`` = [score − baseline, low,
+        high] and ``bootstrap``: how.
     """
     right = as_correct(right, "right")
     mix = mix or Mix()
