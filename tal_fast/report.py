@@ -28,7 +28,7 @@ from tal_fast.metrics import (
     tied_share,
     undefined_reasons,
 )
-from tal_fast.settings import Mix, Setting, all_settings
+from tal_fast.settings import Mix, Setting, all_settings, old_fd
 
 FORMAT = 1
 Report = dict[str, Any]
@@ -37,7 +37,7 @@ TITLES = {
     "aurc": "AURC", "eaurc": "E-AURC", "eaurc_exact": "E-AURC exact", "augrc": "AUGRC", "auroc": "AUROC",
     "fpr95": "FPR95", "tnr95": "TNR95", "aupr_success": "AUPR-success", "aupr_error": "AUPR-error",
 }  # fmt: skip
-SETTING_TITLES = {"old_fd": "Old FD", "ood": "OOD", "new_fd": "New FD"}
+SETTING_TITLES = {"old_fd": "Old FD", "ood": "OOD", "new_fd": "New FD", "shift": "Old FD under shift"}
 SHOWN = ("aurc", "eaurc", "augrc", "auroc", "fpr95", "tnr95", "aupr_success", "aupr_error")
 # What the papers multiply a metric by when they print it.
 PAPER_SCALE = {key: 1000.0 if "aurc" in key or key == "augrc" else 100.0 for key in METRICS}
@@ -45,9 +45,10 @@ UNITS = ("natural", "paper")
 
 
 def setting_title(key: str) -> str:
-    """``new_fd/svhn`` -> ``New FD against svhn``."""
+    """``new_fd/svhn`` -> ``New FD against svhn``; ``shift/fog`` -> ``Old FD under shift fog``."""
     kind, _, name = key.partition("/")
-    return SETTING_TITLES[kind] + (f" against {name}" if name else "")
+    against = "" if kind == "shift" else "against "
+    return SETTING_TITLES[kind] + (f" {against}{name}" if name else "")
 
 
 def make_report(
@@ -55,6 +56,7 @@ def make_report(
     id_scores: Mapping[str, Floats],
     ood_scores: Mapping[str, Mapping[str, Floats]],
     *,
+    shifts: Mapping[str, tuple[Any, Mapping[str, Floats]]] | None = None,
     mix: Mix | None = None,
     seed: int = 0,
     convention: str = "tal_fast",
@@ -68,6 +70,7 @@ def make_report(
         right: (n,) 0/1 or bool, whether each ID sample is classified right.
         id_scores: score name -> (n,) scores of the ID samples.
         ood_scores: OOD set -> score name -> scores of its samples.
+        shifts: shifted set -> which of its samples are classified right, and score name -> their scores.
         mix, seed: which ID and OOD samples meet, see ``tal_fast.settings``.
         convention: of the metrics, see ``tal_fast.metrics``.
         resamples: of the bootstrap (``tal_fast.intervals``), drawn from ``seed``; 0: no intervals.
@@ -76,11 +79,13 @@ def make_report(
 
     Returns:
         ``settings[key][score][metric]`` for the keys ``old_fd``, ``ood``, ``new_fd``. With several OOD sets there are
-        ``ood/NAME`` and ``new_fd/NAME`` for each, and ``ood`` and ``new_fd`` are the plain mean over the sets.
+        ``ood/NAME`` and ``new_fd/NAME`` for each, and ``ood`` and ``new_fd`` are the plain mean over the sets. Old FD
+        of a shifted set is ``shift``; of several ``shift/NAME`` for each, and ``shift`` is their plain mean.
         Beside it, by setting: ``samples``, ``aurc_floor``, ``aurc_random``, ``undefined`` (metric -> reason) and
         ``tied_share`` (score -> share). And ``id_accuracy``, ``counts`` (of all samples, before the mix), ``mix``,
-        ``seed``, ``convention``, ``ood_names``, ``versions``. With resamples, ``intervals[key][score][metric]`` =
-        [low, high], ``differences[key][score][metric]`` = [score − baseline, low, high] and ``bootstrap``: how.
+        ``seed``, ``convention``, ``ood_names``, ``shift_names``, ``versions``. With resamples,
+        ``intervals[key][score][metric]`` = [low, high], ``differences[key][score][metric]`` = [score − baseline, low,
+        high] and ``bootstrap``: how.
     """
     right = as_correct(right, "right")
     mix = mix or Mix()
@@ -93,6 +98,7 @@ def make_report(
         "mix": str(mix),
         "seed": seed,
         "ood_names": list(ood_scores),
+        "shift_names": list(shifts or {}),
         "counts": {"id": int(right.size), "id_right": int(right.sum()), "ood": sizes},
         "samples": {},
         "settings": {},
@@ -106,9 +112,12 @@ def make_report(
         of_ood = ood_scores[name] if name is not None else {}
         scores = {score: setting.confidence(values, of_ood.get(score)) for score, values in id_scores.items()}
         _add_setting(report, key, setting, scores)
-    if len(ood_scores) > 1:
-        for kind in ("ood", "new_fd"):
-            _add_mean(report, kind, [f"{kind}/{name}" for name in ood_scores])
+    for name, (of_shift, shift_scores) in (shifts or {}).items():
+        key = f"shift/{name}" if len(report["shift_names"]) > 1 else "shift"
+        _add_setting(report, key, old_fd(of_shift), shift_scores)
+    for kind, names in (("ood", ood_scores), ("new_fd", ood_scores), ("shift", shifts or {})):
+        if len(names) > 1:
+            _add_mean(report, kind, [f"{kind}/{name}" for name in names])
     if resamples:
         baseline = baseline or next(iter(id_scores))
         report["bootstrap"] = {
@@ -210,7 +219,7 @@ def _add_setting(report: Report, key: str, setting: Setting, scores: Mapping[str
 
 
 def _add_mean(report: Report, kind: str, keys: Sequence[str]) -> None:
-    """The plain mean over OOD sets: a large set counts no more than a small one."""
+    """The plain mean over OOD or shifted sets: a large set counts no more than a small one."""
     scores = report["settings"][keys[0]]
     for section in ("aurc_floor", "aurc_random"):
         report[section][kind] = float(np.mean([report[section][key] for key in keys]))
@@ -309,6 +318,14 @@ def format_report(report: Report, units: str = "natural") -> str:
     if "calibration" in report:
         ece, nll, brier = (_or_nan(report["calibration"][key]) for key in CALIBRATION)
         blocks[0] += f"\nsoftmax on ID: ECE {ece:.4f} ({BINS} bins), NLL {nll:.4f} nats, Brier {brier:.4f}"
+    if "temperature" in report:
+        scaling = report["temperature"]
+        blocks[0] += (
+            f"\nlogits divided by T = {scaling['value']:.4f}, fitted on {scaling['held_out']} held-out samples "
+            f"(ECE before {_or_nan(scaling['calibration_before']['ece']):.4f})"
+        )
+    for score, why in report.get("left_out", {}).items():
+        blocks[0] += f"\nleft out: {score}: {why}"
     for key, by_score in report["settings"].items():
         blocks.append(_format_setting(report, key, by_score, units))
     return "\n\n".join(blocks)
@@ -317,10 +334,12 @@ def format_report(report: Report, units: str = "natural") -> str:
 def _format_setting(report: Report, key: str, by_score: Mapping[str, Mapping[str, float]], units: str) -> str:
     n = report["samples"].get(key)
     title = setting_title(key)
-    if key in ("ood", "new_fd") and len(report["ood_names"]) == 1:
-        title += f" against {report['ood_names'][0]}"
+    of_shift = key.partition("/")[0] == "shift"
+    sets = report.get("shift_names", []) if of_shift else report["ood_names"]
+    if key in ("ood", "new_fd", "shift") and len(sets) == 1:
+        title = setting_title(f"{key}/{sets[0]}")
     if n is None:
-        head = f"{title}: mean over {len(report['ood_names'])} OOD sets"
+        head = f"{title}: mean over {len(sets)} {'shifted' if of_shift else 'OOD'} sets"
     else:
         head = f"{title}: {n['id']} ID" + (f" + {n['ood']} OOD" if n["ood"] else "") + f", {n['errors']} errors"
     floor, chance = (_or_nan(report[name][key]) for name in ("aurc_floor", "aurc_random"))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -45,7 +47,7 @@ def make_run(folder: Path, method: str = "tal", seed: int = 0, data: dict[str, A
         {
             "config": config.to_dict(), "epoch": 7, "step": 0, "world_size": 1, "model": model.state_dict(),
             "shape": {"class_names": classes, "channels": channels, "image_size": size},
-            "optimizer": {}, "ranks": [], "best": 0.0, "history": [],
+            "average": None, "optimizer": {}, "scaler": None, "ranks": [], "best": 0.0, "history": [],
         },
     )  # fmt: skip
     return folder
@@ -91,32 +93,20 @@ def batches(indices: list[list[int]], dtype: torch.dtype = torch.float32) -> Ite
 # --- one pass -------------------------------------------------------------------------------------------------------
 
 
-def test_outputs_come_in_the_order_of_indices() -> None:
-    outputs = inference.run_model(Pairs(), batches([[2, 0], [4, 1], [3]]))
-    np.testing.assert_array_equal(outputs.logits[:, 0], np.arange(5))
-    np.testing.assert_array_equal(outputs.features, 2 * np.arange(5)[:, None])
-    np.testing.assert_array_equal(outputs.labels, np.arange(5) % 2)
-
-
 @pytest.mark.parametrize(("dtype", "kept"), [(torch.bfloat16, "float32"), (torch.float64, "float64")])
 def test_narrow_outputs_are_widened(dtype: torch.dtype, kept: str) -> None:
-    outputs = inference.run_model(Pairs(), batches([[0, 1]], dtype))
+    ((indices, outputs),) = inference.run_model(Pairs(), batches([[4, 1]], dtype))
     assert outputs.features is not None
     assert (outputs.logits.dtype, outputs.features.dtype) == (kept, kept)
+    np.testing.assert_array_equal(indices, [4, 1])
+    np.testing.assert_array_equal(outputs.logits[:, 0], [4, 1])
+    np.testing.assert_array_equal(outputs.labels, [0, 1])
 
 
-@pytest.mark.parametrize("indices", [[[0, 1], [1, 2]], [[0, 2]], [[1, 2]]])
-def test_a_sample_missing_or_twice_is_refused(indices: list[list[int]]) -> None:
-    with pytest.raises(ValueError, match=r"each of 0\.\.n-1 must come once"):
-        inference.run_model(Pairs(), batches(indices), name="val")
-
-
-def test_empty_and_diverged_are_refused() -> None:
-    with pytest.raises(ValueError, match="'val' has no samples"):
-        inference.run_model(Pairs(), [], name="val")
-    broken = [(torch.tensor([[1.0], [float("nan")]]), torch.zeros(2), torch.arange(2))]
-    with pytest.raises(ValueError, match="logits of 1 of 2 samples of 'val' are not finite \\(the first is sample 1"):
-        inference.run_model(Pairs(), broken, name="val")
+def test_diverged_is_refused() -> None:
+    broken = [(torch.tensor([[1.0], [float("nan")]]), torch.zeros(2), torch.tensor([7, 3]))]
+    with pytest.raises(ValueError, match="the logits of sample 3 of 'val' are not finite"):
+        list(inference.run_model(Pairs(), broken, name="val"))
 
 
 def test_right_takes_the_first_of_equal_logits() -> None:
@@ -125,22 +115,6 @@ def test_right_takes_the_first_of_equal_logits() -> None:
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------
-
-
-def test_cache_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    outputs = Outputs(np.ones((3, 2), np.float32), np.zeros((3, 4), np.float32), np.array([0, 1, 1]))
-    path = inference.cache_path(tmp_path, "val")
-    assert inference.load_outputs(path, "key") is None
-    inference.save_outputs(path, outputs, "key")
-    kept = inference.load_outputs(path, "key")
-    assert kept is not None
-    for name in ("logits", "features", "labels"):
-        np.testing.assert_array_equal(getattr(kept, name), getattr(outputs, name))
-    assert inference.load_outputs(path, "another key") is None
-    assert capsys.readouterr().err == ""
-    path.write_bytes(path.read_bytes()[:200])
-    assert inference.load_outputs(path, "key") is None
-    assert "cannot be read" in capsys.readouterr().err
 
 
 def test_cache_names_never_meet(tmp_path: Path) -> None:
@@ -170,9 +144,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     run_model = inference.run_model
 
-    def count(model: nn.Module, loader: Any, device: Any, name: str) -> Outputs:
+    def count(model: nn.Module, loader: Any, device: Any, name: str, *rest: Any) -> Any:
         names.append(name)
-        return run_model(model, loader, device, name)
+        return run_model(model, loader, device, name, *rest)
 
     monkeypatch.setattr(inference, "run_model", count)
     return names
@@ -182,12 +156,12 @@ def test_one_pass_serves_until_the_weights_change(tmp_path: Path, monkeypatch: p
     passes = counted(monkeypatch)
     folder = make_run(tmp_path / "run", "ce")
     first = evaluate.evaluate_run(folder)
-    assert passes == ["val", "noise"]
+    assert passes == ["val", "ood-noise"]
     assert evaluate.evaluate_run(folder, scores=["energy", "msp"], mix=Mix("all"))["mix"] == "all"
-    assert passes == ["val", "noise"]
+    assert passes == ["val", "ood-noise"]
     make_run(folder, "ce", seed=1)
     second = evaluate.evaluate_run(folder)
-    assert passes == ["val", "noise"] * 2
+    assert passes == ["val", "ood-noise"] * 2
     assert second["settings"] != first["settings"]
 
 
@@ -207,14 +181,14 @@ def test_one_pass_serves_until_an_image_changes(tmp_path: Path, monkeypatch: pyt
     first = evaluate.evaluate_run(run)
     assert evaluate.evaluate_run(run)["settings"] == first["settings"]
     assert first["counts"] == {"id": 6, "id_right": first["counts"]["id_right"], "ood": {"other": 3}}
-    assert passes == ["val", "other"]
+    assert passes == ["val", "ood-other"]
     Image.new("RGB", (16, 16), "red").save(tmp_path / "ood" / "1.png")
     evaluate.evaluate_run(run)
-    assert passes == ["val", "other", "other"]
+    assert passes == ["val", "ood-other", "ood-other"]
     # Another image of the same size shows in the time of change.
     os.utime(tmp_path / "val" / "cat" / "2.png", (1, 1))
     evaluate.evaluate_run(run)
-    assert passes == ["val", "other", "other", "val"]
+    assert passes == ["val", "ood-other", "ood-other", "val"]
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(
@@ -225,8 +199,8 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
     passes = counted(monkeypatch)
     for _ in range(2):
         evaluate.evaluate_run(run, tmp_path / "out")
-    assert passes == ["val", "noise"] * 2
-    assert "could not be kept" in capsys.readouterr().err
+    assert passes == ["val", "ood-noise"] * 2
+    assert "outputs cannot be kept" in capsys.readouterr().err
     assert (tmp_path / "out" / "report.json").is_file()
 
 
@@ -267,7 +241,7 @@ def test_report_of_a_run(run_dir: Path) -> None:
 def test_calibration_is_of_the_id_samples(run_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert evaluate.main(["--run", str(run_dir), "--output", str(tmp_path)]) == 0
     run = load_run(run_dir)
-    val = evaluate.collect_outputs(run, "val", run_dir / evaluate.CACHE / "best")
+    val = evaluate.inference_of(run, run_dir / evaluate.CACHE / "best").store("val").load()
     want = calibration_metrics(val.logits, val.labels)
     assert read(tmp_path)["calibration"] == want
     assert f"ECE {want['ece']:.4f} (15 bins), NLL {want['nll']:.4f} nats" in capsys.readouterr().out
@@ -316,7 +290,8 @@ def test_scores_over_features_of_a_run(run_dir: Path, tmp_path: Path) -> None:
     found = evaluate.evaluate_run(run_dir, tmp_path, scores=["all"])
     assert list(found["settings"]["new_fd"]) == [*SCORES, *FEATURE_SCORES]
     run = load_run(run_dir)
-    outputs = {s: evaluate.collect_outputs(run, s, run_dir / evaluate.CACHE / "best") for s in ("train-eval", "val")}
+    passes = evaluate.inference_of(run, run_dir / evaluate.CACHE / "best")
+    outputs = {split: passes.store(split).load() for split in ("train-eval", "val")}
     train, val = outputs["train-eval"], outputs["val"]
     weight, bias = evaluate.last_layer(run.model)
     assert train.features is not None
@@ -328,12 +303,15 @@ def test_scores_over_features_of_a_run(run_dir: Path, tmp_path: Path) -> None:
     assert found["settings"]["old_fd"]["mahalanobis"] == failure_metrics(want, val.right)
 
 
-def test_scores_over_features_of_an_npz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_over_features_of_an_npz(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "plots", MagicMock())  # a dozen reports whose pictures nobody looks at
     rng = np.random.default_rng(2)
     arrays = {
         "features": rng.normal(size=(200, 8)), "ood_noise_features": rng.normal(size=(90, 8)) + 3,
         "train_features": rng.normal(size=(300, 8)), "train_labels": rng.integers(5, size=300),
-        "weight": rng.normal(size=(5, 8)), "bias": rng.normal(size=5),
+        "fc_weight": rng.normal(size=(5, 8)), "fc_bias": rng.normal(size=5),
     }  # fmt: skip
     path = write_npz(tmp_path / "outputs.npz", **arrays)
     assert evaluate.main(["--npz", str(path), "--scores", "features", "sirc"]) == 0
@@ -342,15 +320,25 @@ def test_scores_over_features_of_an_npz(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["ood"]["mahalanobis"]["auroc"] > 0.9
     capsys.readouterr()
     for missing, score, message in (
-        ("train_features", "knn", "the score knn needs training features ('train_features' in an .npz)"),
-        ("features", "knn", "the score knn needs the features of 'val' ('features' in an .npz)"),
-        ("ood_noise_features", "knn", "needs the features of 'noise' ('ood_noise_features' in an .npz)"),
+        ("train_features", "knn", "knn: it needs training features, and there are none"),
+        ("features", "knn", "knn: it needs the features of every set, and there are no features"),
+        ("ood_noise_features", "feature_norm", "of every set, and there are no ood_noise_features"),
         ("train_labels", "mahalanobis", "mahalanobis needs training labels"),
-        ("weight", "feature_norm", "the last layer's bias must be (C,) and come with its weight"),
+        ("fc_bias", "vim", None),
+        ("train_features", "feature_norm", None),
     ):
         write_npz(path, **{**arrays, missing: None})
-        assert evaluate.main(["--npz", str(path), "--scores", score]) == 2
-        assert message in capsys.readouterr().err
+        assert evaluate.main(["--npz", str(path), "--scores", score, "msp"]) == 0
+        assert read(tmp_path / "outputs-report")["left_out"].keys() == ({score} if message else set())
+        printed = capsys.readouterr().out
+        assert message is None or f"left out: {score}: " in printed
+        assert message is None or message in printed
+        if message is not None:
+            assert evaluate.main(["--npz", str(path), "--scores", score]) == 2
+            assert message in capsys.readouterr().err
+    write_npz(path, **{**arrays, "fc_weight": None})
+    assert evaluate.main(["--npz", str(path), "--scores", "vim"]) == 2
+    assert "the last layer's bias must be (C,) and come with its weight" in capsys.readouterr().err
 
 
 def test_several_ood_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,6 +357,28 @@ def test_several_ood_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     printed = capsys.readouterr().out
     assert "mix prior=0.25, seed 0" in printed
     assert "New FD: mean over 2 OOD sets" in printed
+
+
+def test_shifted_sets_of_an_npz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(7)
+    arrays = {"shift_fog_logits": rng.normal(size=(60, 5)), "shift_fog_labels": rng.integers(5, size=60)}
+    features = {"features": rng.normal(size=(200, 4)), "ood_noise_features": rng.normal(size=(90, 4))}
+    path = write_npz(tmp_path / "outputs.npz", **arrays, **features, fc_wieght=np.zeros(3))
+    assert evaluate.main(["--npz", str(path), "--scores", "msp", "feature_norm"]) == 0
+    said = capsys.readouterr()
+    assert "has arrays of names that mean nothing here: fc_wieght\n" in said.err
+    assert "left out: feature_norm: it needs the features of every set, and there are no shift_fog_features" in said.out
+    found = read(tmp_path / "outputs-report")
+    right = arrays["shift_fog_logits"].argmax(1) == arrays["shift_fog_labels"]
+    assert found["settings"]["shift"]["msp"] == failure_metrics(SCORES["msp"](arrays["shift_fog_logits"]), right)
+    errors = int(60 - right.sum())
+    assert found["samples"]["shift"] == {"n": 60, "id": 60, "ood": 0, "errors": errors}
+    assert found["aurc_random"]["shift"] == errors / 60
+    arrays["shift_fog_features"] = rng.normal(size=(60, 4))
+    write_npz(path, **arrays, **features)
+    assert evaluate.main(["--npz", str(path), "--scores", "feature_norm"]) == 0
+    norms = np.abs(arrays["shift_fog_features"]).sum(1)
+    assert read(tmp_path / "outputs-report")["settings"]["shift"]["feature_norm"] == failure_metrics(norms, right)
 
 
 def test_order_of_samples_does_not_matter(tmp_path: Path) -> None:
@@ -428,9 +438,15 @@ def test_conventions_differ_where_scores_tie(tmp_path: Path) -> None:
         ({"labels": np.arange(200) - 1}, "-1 (index 0) does not"),
         ({"labels": np.zeros(200)}, "labels must be (n,) integers, not float64"),
         ({"logits": np.zeros(200)}, "logits must be an (n, C) array"),
-        ({"logits": np.full((200, 5), np.nan)}, "the logits of 200 of 200 samples of 'logits' are not finite"),
+        ({"logits": np.full((200, 5), np.nan)}, "the logits of sample 0 of 'logits' are not finite"),
         ({"ood_noise_logits": np.zeros((90, 4))}, "ood_noise_logits has 4 columns but logits has 5"),
         ({"features": np.zeros((7, 3))}, "features has 7 samples but its logits have 200"),
+        ({"shift_fog_logits": np.zeros((4, 5))}, "has 'shift_fog_logits' but no 'shift_fog_labels'"),
+        (
+            {"shift_fog_logits": np.zeros((4, 5)), "shift_fog_labels": np.arange(3)},
+            "shift_fog_logits has 4 samples but shift_fog_labels has 3",
+        ),
+        ({"shift_fog_logits": np.zeros((4, 6)), "shift_fog_labels": np.arange(4)}, "has 6 columns but logits has 5"),
         ({"logits": np.array([{}, {}])}, "cannot be read as .npz without pickle"),
     ],
 )
@@ -500,3 +516,13 @@ def test_as_a_command(run_dir: Path, tmp_path: Path) -> None:
         assert part in found.stdout
     side = subprocess.run([*command, "tal_fast.compare", str(run_dir), str(tmp_path)], **options)
     assert side.returncode == 0, side.stderr
+
+
+def test_commands_in_the_docs_are_understood() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text().replace("\\\n", " ")
+    lines = [line.split("tal_fast.evaluate ", 1)[1] for line in text.splitlines() if "-m tal_fast.evaluate --" in line]
+    assert len(lines) == 6
+    for line in lines:
+        args = evaluate._parser().parse_args(shlex.split(line))
+        evaluate._check_source(args)
+        evaluate.check_scores(args.scores)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import mpmath  # type: ignore[import-untyped]
@@ -214,6 +216,167 @@ def test_principal_dimensions() -> None:
     assert [principal_dimensions(d) for d in (2048, 4096, 2047, 768, 767, 64, 3, 1)] == [
         1000, 1000, 512, 512, 383, 32, 1, 0,
     ]  # fmt: skip
+
+
+# --- fitted as the features stream by --------------------------------------------------------------------------------
+
+
+class Streamed:
+    """The training features of the case in blocks of uneven size, in no order, as from disk."""
+
+    def __init__(self, features: np.ndarray, size: int = 37) -> None:
+        self.features, self.size, self.passes = features, size, 0
+        self.shape = features.shape
+
+    def blocks(self) -> Any:
+        self.passes += 1
+        order = np.random.default_rng(self.passes).permutation(len(self.features))
+        for i in range(0, len(order), self.size):
+            yield order[i : i + self.size], self.features[order[i : i + self.size]]
+
+
+@pytest.mark.parametrize("name", FEATURE_SCORES)
+def test_a_stream_gives_what_an_array_gives(name: str) -> None:
+    streamed = Training(Streamed(CASE.train), CASE.labels, CASE.weight, CASE.bias)
+    got = FeatureScorer(streamed).scores([name], CASE.logits, CASE.features)[name]
+    np.testing.assert_allclose(got, CASE.score(name), rtol=1e-9, atol=1e-9)
+
+
+def test_passes_over_the_training_features() -> None:
+    for names, passes in (
+        (["mahalanobis", "residual", "sirc_msp_feature_norm"], 1),
+        (["mahalanobis", "vim", "sirc_msp_residual", "sirc_msp_feature_norm"], 2),
+        (["knn"], 1),
+        (["feature_norm", "gradnorm"], 0),
+    ):
+        stream = Streamed(CASE.train)
+        scorer = FeatureScorer(Training(stream, CASE.labels, CASE.weight, CASE.bias))
+        assert scorer.undefined(names) == {}
+        for _ in range(2):
+            scorer.scores(names, CASE.logits, CASE.features)
+        assert stream.passes == passes, names
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_scatter_of_blocks_is_that_of_the_whole(offset: float) -> None:
+    rng = np.random.default_rng(4)
+    features, labels = offset + rng.normal(size=(300, 6)), rng.integers(20, size=300) * 3
+    scatter = feature_scores.ClassScatter(6)
+    for size in (1, 2, 97, 200):
+        part, features_left = features[:size], features[size:]
+        scatter.update(part, labels[:size])
+        features, labels = features_left, labels[size:]
+    rng = np.random.default_rng(4)
+    features, labels = offset + rng.normal(size=(300, 6)), rng.integers(20, size=300) * 3
+    classes = np.unique(labels)
+    means = np.stack([features[labels == c].mean(0) for c in classes])
+    centred = features - means[np.searchsorted(classes, labels)]
+    assert scatter.classes.tolist() == classes.tolist()
+    assert scatter.counts.tolist() == [np.sum(labels == c) for c in classes]
+    # At an offset of a million, sums of squares would keep four digits; merged moments keep ten.
+    np.testing.assert_allclose(scatter.means, means, rtol=1e-12)
+    np.testing.assert_allclose(scatter.within, centred.T @ centred, rtol=1e-9, atol=1e-7)
+    origin = features.mean(0) + 1
+    np.testing.assert_allclose(scatter.about(origin), (features - origin).T @ (features - origin), rtol=1e-9, atol=1e-6)
+
+
+def test_moments_of_blocks_are_those_of_the_whole() -> None:
+    values = 1e8 + np.random.default_rng(5).normal(size=1000)
+    moments = feature_scores.Moments()
+    for part in np.split(values, [0, 1, 7, 500]):
+        moments.update(part)
+    assert moments.count == 1000
+    assert moments.mean == pytest.approx(values.mean(), rel=1e-15)
+    assert moments.std == pytest.approx(values.std(), rel=1e-7)
+
+
+def test_training_logits_give_alpha() -> None:
+    logits = 3 * (CASE.train @ CASE.weight.T + CASE.bias)
+    vims = [
+        FeatureScorer(Training(CASE.train, None, CASE.weight, CASE.bias, given)).scores(
+            ["vim", "residual"], CASE.logits, CASE.features
+        )
+        for given in (None, logits)
+    ]
+    energy = scores.energy(CASE.logits)
+    np.testing.assert_allclose(vims[1]["vim"] - energy, 3 * (vims[0]["vim"] - energy), rtol=1e-9)
+    with pytest.raises(ValueError, match=r"400 samples but training logits are of shape \(3, 5\)"):
+        Training(CASE.train, logits=logits[:3])
+
+
+def test_knn_among_a_random_choice() -> None:
+    for features in (CASE.train, Streamed(CASE.train)):
+        scorer = FeatureScorer(Training(features), knn_samples=50, seed=3)
+        got = scorer.scores(["knn"], CASE.logits, CASE.features)["knn"]
+        chosen = CASE.train[np.sort(np.random.default_rng(3).permutation(400)[:50])]
+        want = FeatureScorer(Training(chosen)).scores(["knn"], CASE.logits, CASE.features)["knn"]
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+        assert scorer.about() == {
+            "training_samples": 400, "knn_samples": 50, "knn_search": scorer._neighbours.method,
+        }  # fmt: skip
+    with pytest.raises(ValueError, match="knn_samples is 9 but knn takes the 10th neighbour; keep more"):
+        FeatureScorer(Training(CASE.train), knn_samples=9)
+
+
+def test_knn_among_all_reads_the_stream() -> None:
+    stream = Streamed(CASE.train)
+    scorer = FeatureScorer(Training(stream), knn_samples=None)
+    got = scorer.scores(["knn"], CASE.logits, CASE.features)["knn"]
+    np.testing.assert_allclose(got, CASE.score("knn"), rtol=1e-9)
+    assert scorer.about() == {"training_samples": 400, "knn_samples": 400, "knn_search": "exact"}
+
+
+def test_faiss_gives_what_blocks_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    rng = np.random.default_rng(6)
+    # Crowded: many distances that float32 does not tell apart.
+    train = (rng.normal(size=(5, 64))[rng.integers(5, size=3000)] + 1e-4 * rng.normal(size=(3000, 64))).astype("f4")
+    features = train[:300] + 1e-4 * rng.normal(size=(300, 64))
+    fast = FeatureScorer(Training(train)).scores(["knn"], features, features)["knn"]
+    monkeypatch.setattr(feature_scores._Neighbours, "_build", staticmethod(lambda bank: None))
+    scorer = FeatureScorer(Training(train))
+    exact = scorer.scores(["knn"], features, features)["knn"]
+    assert scorer.about()["knn_search"] == "exact"
+    np.testing.assert_allclose(fast, exact, rtol=0.02)
+    spread = FeatureScorer(Training(CASE.train)).scores(["knn"], CASE.logits, CASE.features)["knn"]
+    np.testing.assert_allclose(spread, CASE.score("knn"), rtol=1e-9)
+
+
+PEAK = """
+import sys
+import numpy as np
+from tal_fast import feature_scores
+from tal_fast.feature_scores import FeatureScorer, Training
+
+n, width = int(sys.argv[1]), 64
+rng = np.random.default_rng(0)
+weight, labels = rng.normal(size=(10, width)), np.zeros(n, np.int8)
+
+class Disk:
+    shape = (n, width)
+    def blocks(self):
+        for i in range(0, n, 5000):
+            block = np.random.default_rng(i).normal(size=(5000, width)).astype(np.float32)
+            yield np.arange(i, i + 5000), block
+
+import tracemalloc
+tracemalloc.start()
+scorer = FeatureScorer(Training(Disk(), labels, weight), knn_samples=2000)
+names = ["mahalanobis", "vim", "knn", "sirc_msp_residual", "sirc_msp_feature_norm"]
+assert scorer.undefined(names) == {}
+print(tracemalloc.get_traced_memory()[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_training_set() -> None:
+    peaks = []
+    for samples in (50_000, 400_000):
+        found = subprocess.run([sys.executable, "-c", PEAK, str(samples)], capture_output=True, text=True, timeout=200)
+        assert found.returncode == 0, found.stderr
+        peaks.append(int(found.stdout))
+    # In float64 the features would be 205 MB; what grows is the permutation that chooses neighbours, 16 bytes a sample.
+    assert peaks[1] - peaks[0] < 16 * 350_000 + 1e6
+    assert peaks[1] < 40e6
 
 
 def refused(training: Training, name: str, logits: Any = CASE.logits, features: Any = CASE.features) -> str:

@@ -16,6 +16,7 @@ from tal_fast.config import DataConfig
 from tal_fast.data import cifar, dali_loader, embedded, files
 from tal_fast.data.files import OOD_LABEL, ImageFiles
 from tal_fast.data.loaders import ImageFormat, Loader, MemorySource, Source
+from tal_fast.data.pixels import as_channels
 from tal_fast.data.plan import Augmentation, Plan
 from tal_fast.data.torch_loader import TorchSource
 
@@ -129,7 +130,7 @@ class DataBundle:
 
     def loader(
         self,
-        split: str,
+        split: str | Split,
         *,
         batch_size: int,
         rank: int = 0,
@@ -143,7 +144,7 @@ class DataBundle:
         Args:
             split: ``train`` (shuffled and augmented anew each epoch; what does not fill a step of all ranks is left
                 out), ``train-eval`` (the same images in order, each once, not augmented), ``val`` or one of
-                ``ood_names`` (as ``train-eval``; labels are -1).
+                ``ood_names`` (as ``train-eval``; labels are -1). Or images from elsewhere, read as ``val``'s.
             batch_size: images of a step on this rank.
             rank, world_size: global rank and number of ranks; each rank gets its share.
             seed: of the order and augmentation of ``train``.
@@ -160,9 +161,9 @@ class DataBundle:
             UnreadableImage: while iterating, a file that does not decode, by its name; with ``skip_unreadable``, the
                 one that is more than ``config.max_unreadable``.
         """
-        images = self.split(split)
+        images = self.split(split) if isinstance(split, str) else split
         config, device = self.config, torch.device(device)
-        training = split == "train"
+        training = isinstance(split, str) and split == "train"
         in_memory = isinstance(images, MemoryImages)
         plan = Plan(
             sizes=images.sizes,
@@ -193,8 +194,10 @@ class DataBundle:
             check_command=self._check_command(split),
         )
 
-    def _check_command(self, split: str) -> str:
+    def _check_command(self, split: str | Split) -> str:
         """What to run when files of a split do not decode."""
+        if not isinstance(split, str):
+            return "find the others with python -m tal_fast.check_data FOLDER"
         if split in self._ood:
             return f"find them with python -m tal_fast.check_data {shlex.quote(self.config.ood.get(split, split))}"
         root = shlex.quote(self.config.root or "FOLDER")
@@ -289,15 +292,14 @@ def _cifar(config: DataConfig) -> DataBundle:
     splits = {}
     for split in ("train", "val"):
         images, labels = cifar.read(config.dataset, config.root, split)
-        splits[split] = MemoryImages(_rgb_with_channels(images, config.channels), labels)
+        splits[split] = MemoryImages(as_channels(images, config.channels), labels)
 
     def ood_set(name: str, path: str) -> Split:
         for dataset in cifar.LAYOUTS:
             if cifar.find_folder(dataset, path) is not None:
                 images, labels = cifar.read(dataset, path, "val")
-                return MemoryImages(
-                    _rgb_with_channels(images, config.channels), np.full(len(labels), OOD_LABEL, np.int64)
-                )
+                ood_labels = np.full(len(labels), OOD_LABEL, np.int64)
+                return MemoryImages(as_channels(images, config.channels), ood_labels)
         return files.read_flat(Path(path), name)
 
     return DataBundle(
@@ -313,7 +315,7 @@ def _cifar(config: DataConfig) -> DataBundle:
 def _fashion_mnist(config: DataConfig) -> DataBundle:
     _refuse_crops(config)
     splits = {
-        split: MemoryImages(_with_channels(images, config.channels), labels)
+        split: MemoryImages(as_channels(images, config.channels), labels)
         for split, (images, labels) in embedded.fashion_mnist(config.root).items()
     }
     unknown = [name for name in config.ood if name != "mnist"]
@@ -323,7 +325,7 @@ def _fashion_mnist(config: DataConfig) -> DataBundle:
 
     def mnist() -> Split:
         images = embedded.mnist(root)
-        return MemoryImages(_with_channels(images, config.channels), np.full(len(images), OOD_LABEL, np.int64))
+        return MemoryImages(as_channels(images, config.channels), np.full(len(images), OOD_LABEL, np.int64))
 
     ood: dict[str, Callable[[], Split]] = {"mnist": mnist} if embedded.mnist_available(root) else {}
     return DataBundle(config, embedded.FASHION_CLASSES, config.image_size or 28, splits["train"], splits["val"], ood)
@@ -357,16 +359,3 @@ def _refuse_crops(config: DataConfig) -> None:
             f"data.crop_area is for image files, {config.dataset} is in memory; set data.crop_area to null and use "
             "data.shift"
         )
-
-
-def _rgb_with_channels(images: np.ndarray, channels: int) -> np.ndarray:
-    """(N, H, W, 3) uint8 to (N, H, W, channels); gray is ITU-R 601's luma, as the loaders of files make it."""
-    if channels == 3:
-        return images
-    luma = images @ np.array([0.299, 0.587, 0.114], np.float32)
-    return np.round(luma).astype(np.uint8)[..., None]
-
-
-def _with_channels(images: np.ndarray, channels: int) -> np.ndarray:
-    """(N, H, W) uint8 to (N, H, W, channels)."""
-    return np.repeat(images[..., None], channels, axis=3)

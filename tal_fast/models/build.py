@@ -17,7 +17,8 @@ def build_model(config: ModelConfig, num_classes: int, in_channels: int = 3, ima
     """A network with fresh weights that returns ``(logits, features)``.
 
     Args:
-        config: its name and width.
+        config: its name and width. A name is looked for among the project's networks, torchvision's and timm's;
+            ``timm/NAME`` means timm's.
         num_classes: number of logits.
         in_channels: of the images; a network of torchvision gets a new first convolution when it is not 3.
         image_size: side of the images in pixels, for networks that need to know.
@@ -31,11 +32,52 @@ def build_model(config: ModelConfig, num_classes: int, in_channels: int = 3, ima
     if config.name in CIFAR_RESNETS:
         blocks, width = CIFAR_RESNETS[config.name]
         model: nn.Module = CifarResNet(blocks, config.width or width, num_classes, in_channels)
+    elif (name := timm_name(config.name)) is not None:
+        model = _timm(config, name, num_classes, in_channels, image_size)
     else:
         model = _torchvision(config, num_classes, image_size)
         if in_channels != 3:
             _replace_stem(model, in_channels)
     return expose_features(model, torch.zeros(2, in_channels, image_size, image_size))
+
+
+def timm_name(name: str) -> str | None:
+    """What timm calls the network ``timm/NAME``, or NAME that only timm has; None where that is not timm's.
+
+    Raises:
+        ValueError: ``timm/NAME`` where timm is not installed or has no NAME.
+    """
+    asked = name.startswith("timm/")
+    name = name.removeprefix("timm/")
+    if not asked:
+        from torchvision import models
+
+        if name in models.list_models(module=models):
+            return None
+    try:
+        import timm
+    except ImportError:
+        if asked:
+            raise ValueError(f"the model timm/{name} needs timm; install it with: pip install timm") from None
+        return None
+    if timm.is_model(name):
+        return name
+    if asked:
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+    return None
+
+
+def _timm(config: ModelConfig, name: str, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+    import timm
+
+    if config.width is not None:
+        raise ValueError(f"model.width is {config.width} but {config.name} has a fixed width; leave it out")
+    options: dict[str, Any] = {"pretrained": False, "num_classes": num_classes, "in_chans": in_channels}
+    try:
+        return timm.create_model(name, img_size=image_size, **options)
+    except TypeError:  # networks of convolutions take any size and refuse to be told one
+        return timm.create_model(name, **options)
 
 
 def _torchvision(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
