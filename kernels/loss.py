@@ -367,7 +367,7 @@ def packed_row_loss_kernel(
                 low = tl.load(base + at, mask=at < classes, other=0.0)
                 high = tl.load(base + at + HALF, mask=at + HALF < classes, other=0.0)
             low_bits = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-            held = held + (  # noqa: RUF005 (Triton has no unpacking)
+            held = held + (  # type: ignore[assignment]  # noqa: RUF005 (Triton has no unpacking)
                 low_bits | (high.to(tl.int16, bitcast=True).to(tl.int32) << 16),
             )
         z_label = tl.load(base + label, mask=valid & in_range, other=0.0).to(dtype)

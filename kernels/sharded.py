@@ -155,13 +155,13 @@ def scan(logits: Tensor) -> Tensor:
 
 def exp_sums(logits: Tensor, own_label: Tensor, z_max: Tensor, scale: Tensor) -> Tensor:
     """See ``tal_fast.sharded._exp_sums``."""
-    vectors = (t.contiguous() for t in (own_label, z_max, scale))
+    vectors = own_label.contiguous(), z_max.contiguous(), scale.contiguous()
     return _run(*plan_exp_sums(logits, *vectors, target_of(logits.device)))
 
 
 def gradient(logits: Tensor, own_label: Tensor, valid: Tensor, terms: Tensor) -> Tensor:
     """See ``tal_fast.sharded._gradient``."""
-    vectors = (t.contiguous() for t in (own_label, valid, terms))
+    vectors = own_label.contiguous(), valid.contiguous(), terms.contiguous()
     return _run(*plan_gradient(logits, *vectors, target_of(logits.device)))
 
 
