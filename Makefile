@@ -49,6 +49,7 @@ kernels-check: setup
 
 # Ratios to a floor that runs in turns, against the committed ones: half as slow again, beyond the noise, is a failure.
 bench-smoke: setup
+	mkdir -p build/bench
 	$(BIN)/python -m pytest bench --benchmark-only --size smoke --benchmark-json=build/bench/cpu-smoke.json -q
 	$(BIN)/python -m bench.compare bench/results/cpu-smoke.json build/bench/cpu-smoke.json --tolerance 0.5
 	PYTHON=$(BIN)/python OUT=build/bench bench/gpu.sh --smoke
