@@ -214,7 +214,7 @@ def evaluation_data(config: DataConfig) -> DataBundle:
     if config.dataset != "folder" or config.root is None or (root / "train").is_dir() or not root.is_dir():
         return build_data(config)
     config.check()
-    class_names = files.class_folders(root, "val")
+    class_names = list(files.files_by_class(root, "val"))
     none = files.ImageFiles([], np.zeros(0, np.int64), np.zeros((0, 2), np.int32))
     val = files.read_split(root, "val", class_names)
     return DataBundle(config, class_names, config.image_size or FOLDER_IMAGE_SIZE, none, val, {})

@@ -256,9 +256,9 @@ def _folder(config: DataConfig) -> DataBundle:
     if config.shift:
         raise ValueError("data.shift is for in-memory data sets; set it to 0 and use data.crop_area for image files")
     root = Path(config.root)
-    for split in ("train", "val"):
-        files.class_folders(root, split)
     class_names = files.class_folders(root, "train")
+    if not (root / "val").is_dir():
+        files.class_folders(root, "val")  # which says so
     listed = None if config.file_list is None else files.read_list(Path(config.file_list), root)
     train = files.read_split(root, "train", class_names, listed)
     val = files.read_split(root, "val", class_names, listed)

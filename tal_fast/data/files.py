@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from tal_fast.data import imagenet
 from tal_fast.data.cache import cache_dir
 from tal_fast.storage import write_atomically
 
@@ -100,8 +101,36 @@ def read_list(path: Path, root: Path) -> set[str]:
     return set(listed)
 
 
+def files_by_class(root: Path, split: str) -> dict[str, list[tuple[str, int, int]]]:
+    """The image files of each class of ``root/split``, as ``_walk`` lists them, by the class's name in order.
+
+    A class is a folder; but ``val`` may also be ImageNet's as it unpacks, see ``tal_fast.data.imagenet``.
+
+    Raises:
+        ValueError: the folder is missing, has neither, or holds an image that no file gives a class.
+    """
+    folder = root / split
+    if (
+        split != "val"
+        or not folder.is_dir()
+        or any(e.is_dir() and not e.name.startswith(".") for e in folder.iterdir())
+    ):
+        return {name: _walk(str(folder / name)) for name in class_folders(root, split)}
+    images = _walk(str(folder))
+    if not images:
+        return {name: [] for name in class_folders(root, split)}  # which says that it is empty
+    classes = imagenet.validation_classes(root)
+    found: dict[str, list[tuple[str, int, int]]] = {}
+    for image in images:
+        name = classes.get(Path(image[0]).stem)
+        if name is None:
+            raise ValueError(f"{image[0]} is none of ImageNet's validation images; remove it, or sort by class folders")
+        found.setdefault(name, []).append(image)
+    return dict(sorted(found.items()))
+
+
 def read_split(root: Path, split: str, class_names: Sequence[str], listed: Set[str] | None = None) -> ImageFiles:
-    """The images of ``root/split/CLASS/**``; labels are places in ``class_names``.
+    """The images of ``root/split/CLASS/**`` (see ``files_by_class``); labels are places in ``class_names``.
 
     Args:
         root, split: where.
@@ -115,14 +144,13 @@ def read_split(root: Path, split: str, class_names: Sequence[str], listed: Set[s
     paths: list[str] = []
     labels: list[int] = []
     stamps: list[tuple[int, int]] = []
-    for name in class_folders(root, split):
+    for name, found in files_by_class(root, split).items():
         folder = root / split / name
         if name not in label_of:
             raise ValueError(
                 f"{folder} has no counterpart among the training classes ({_some(class_names)}); "
                 f"rename it, or move a test set of other classes to data.ood"
             )
-        found = _walk(str(folder))
         if not found:
             raise ValueError(f"{folder} holds no images ({', '.join(EXTENSIONS)}); fill or remove it")
         if listed is not None:
