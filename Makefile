@@ -9,6 +9,7 @@ CONSTRAINTS ?= -c constraints.txt
 EXTRAS := $(if $(filter Linux,$(shell uname -s)),dev$(comma)dali,dev)
 BIN := $(VENV)/bin
 RUNS ?= runs
+JOBS ?= 2
 BENCHMARKS ?= step loss typicalness queue training metrics
 
 .PHONY: setup demo test lint kernels-check bench-smoke bench clean
@@ -33,8 +34,9 @@ demo: setup
 	$(BIN)/python -m tal_fast.evaluate --run $(RUNS)/digits-tal
 	$(BIN)/python -m tal_fast.compare $(RUNS)/digits-ce $(RUNS)/digits-tal
 
+# A file's tests stay in one process, which makes their shared runs once.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
