@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tal_fast.storage import write_atomically
+from tal_fast.files import replacing
 
 
 class Profiler:
@@ -46,7 +46,6 @@ class Profiler:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         profile.__exit__(None, None, None)
-        # The profiler writes to a name of its own choosing only by path: an empty file first makes the folder.
-        write_atomically(self._path, lambda file: None)
-        profile.export_chrome_trace(str(self._path))
+        with replacing(self._path) as temporary:
+            profile.export_chrome_trace(str(temporary))
         return self._path

@@ -129,9 +129,7 @@ class FeatureQueue(nn.Module):
     def contents(self) -> tuple[Tensor, Tensor]:
         """Copies of (mean, std), each (len(self),), oldest first; waits for the device."""
         self.settle()
-        head, length = self.cursor.tolist()
-        slots = (torch.arange(length, device=self.device) + head - length) % self.capacity
-        return self.mean_ring[slots], self.std_ring[slots]
+        return newest_entries(self.mean_ring, self.std_ring, self.cursor)
 
     def reset(self) -> None:
         """Empty the queue."""
@@ -229,12 +227,24 @@ class FeatureQueue(nn.Module):
                 self.std_ring.copy_(std)
                 self.cursor.copy_(cursor)
                 return
-            head, length = cursor.tolist()
-            kept = min(length, self.capacity)
-            slots = (torch.arange(kept, device=mean.device) + head - kept) % mean.numel()
-            self.mean_ring[:kept] = mean[slots].to(self.mean_ring)
-            self.std_ring[:kept] = std[slots].to(self.std_ring)
+            mean, std = newest_entries(mean, std, cursor, self.capacity)
+            kept = mean.numel()
+            self.mean_ring[:kept] = mean.to(self.mean_ring)
+            self.std_ring[:kept] = std.to(self.std_ring)
             self.cursor.copy_(torch.tensor([kept % self.capacity, kept]))
+
+
+def newest_entries(mean: Tensor, std: Tensor, cursor: Tensor, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Copies of the entries of a ring, oldest first, ``limit`` at most; waits for the device.
+
+    Args:
+        mean, std, cursor: of a queue's state.
+        limit: the newest so many; None: all.
+    """
+    head, length = cursor.tolist()
+    kept = length if limit is None else min(length, limit)
+    slots = (torch.arange(kept, device=mean.device) + head - kept) % mean.numel()
+    return mean[slots], std[slots]
 
 
 def _problem_of_state(mean: Any, std: Any, cursor: Any) -> str | None:

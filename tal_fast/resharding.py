@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from tal_fast.queue import newest_entries
 
 
 def reshard(states: list[dict[str, Any]], rank: int, world_size: int, shared: bool) -> dict[str, Any]:
@@ -28,7 +29,8 @@ def reshard(states: list[dict[str, Any]], rank: int, world_size: int, shared: bo
     if shared:
         return states[0]
     capacity = states[0]["mean"].numel()
-    entries = [_oldest_first(state) for state in states]  # (2, n) each
+    keys = ("mean", "std", "cursor")
+    entries = [torch.stack(newest_entries(*(state[key].cpu() for key in keys))) for state in states]  # (2, n) each
     age = torch.cat([torch.arange(e.shape[1] - 1, -1, -1) for e in entries])
     line = torch.cat(entries, dim=1)[:, torch.argsort(-age, stable=True)]
     # Counted from the newest, so that what a rank holds of it does not depend on how far back the line goes.
@@ -37,11 +39,3 @@ def reshard(states: list[dict[str, Any]], rank: int, world_size: int, shared: bo
     rings = torch.zeros(2, capacity, dtype=line.dtype)
     rings[:, :length] = own
     return {"mean": rings[0], "std": rings[1], "cursor": torch.tensor([length % capacity, length])}
-
-
-def _oldest_first(state: dict[str, Any]) -> Tensor:
-    """(2, n): means and standard deviations."""
-    mean, std, cursor = (state[key].cpu() for key in ("mean", "std", "cursor"))
-    head, length = cursor.tolist()
-    slots = (torch.arange(length) + head - length) % mean.numel()
-    return torch.stack([mean[slots], std[slots]])

@@ -82,10 +82,6 @@ class EpochSums:
         """Begin an epoch."""
         self.total.zero_()
 
-    def images(self) -> float:
-        """Images so far; waits for the device."""
-        return float(self.total[0])
-
     def means(self, total: Tensor) -> dict[str, float]:
         """Loss, accuracy and the samples' mean values from sums, this rank's or those of all; waits for the device."""
         values = total.tolist()

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 # Read once: it can be read only by setting it, which threads would notice.
-_UMASK = os.umask(0o022)
-os.umask(_UMASK)
+UMASK = os.umask(0o022)
+os.umask(UMASK)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
@@ -28,7 +28,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any], keep: Path | 
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK)
+        os.chmod(temporary, 0o666 & ~UMASK)
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)

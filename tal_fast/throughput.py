@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,16 +84,6 @@ def _fill(method: TAL) -> None:
     queue.push(mean.to(queue.device), std.to(queue.device))
 
 
-def _run_for(step: Callable[[], object]) -> int:
-    """Call ``step`` until the limits; how often."""
-    ends = time.perf_counter() + MAX_SECONDS
-    count = 0
-    while count < MAX_STEPS and (count < 3 or time.perf_counter() < ends):
-        step()
-        count += 1
-    return count
-
-
 def _loader_alone(trainer: Trainer) -> float:
     """Images a second on this rank."""
     batches = _endless(trainer)
@@ -102,13 +91,10 @@ def _loader_alone(trainer: Trainer) -> float:
         next(batches)
     _finish(trainer.ranks)
     started = time.perf_counter()
-    images = 0
-
-    def step() -> None:
-        nonlocal images
+    images = steps = 0
+    while steps < MAX_STEPS and (steps < 3 or time.perf_counter() - started < MAX_SECONDS):
         images += len(next(batches)[0])
-
-    _run_for(step)
+        steps += 1
     _finish(trainer.ranks)
     return images / (time.perf_counter() - started)
 
