@@ -46,6 +46,8 @@ class DataConfig:
         crop_ratio: range of the random box's width / height.
         flip: training mirrors every second image, at random.
         shift: training moves images of in-memory datasets by up to this many pixels each way, zeros move in.
+        holdout: keep this many training images, a fixed random choice, out of training and validate on them instead of
+            on the validation images, which then nobody sees: for choosing hyper-parameters. None: none.
         train_limit: use only this many training images, a fixed random choice; None: all.
         synthetic_images, synthetic_classes: training images and classes of ``synthetic``; it validates on half as many.
     """
@@ -66,6 +68,7 @@ class DataConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
     shift: int = 0
+    holdout: int | None = None
     train_limit: int | None = None
     synthetic_images: int = 2000
     synthetic_classes: int = 10
@@ -93,6 +96,7 @@ class DataConfig:
         _at_least("data.workers", self.workers, 0)
         _at_least("data.shift", self.shift, 0)
         _at_least("data.image_size", self.image_size, 1)
+        _at_least("data.holdout", self.holdout, 1)
         _at_least("data.train_limit", self.train_limit, 1)
         _at_least("data.max_unreadable", self.max_unreadable, 0)
         _at_least("data.synthetic_images", self.synthetic_images, 2)

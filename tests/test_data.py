@@ -573,6 +573,24 @@ def test_train_limit_keeps_a_fixed_choice(tmp_path: Path) -> None:
     assert len(build_data(config(root, loader="torch", train_limit=500)).split("train")) == 13
 
 
+def test_a_holdout_is_validated_on_and_not_trained_on(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    whole = build_data(config(root, loader="torch"))
+    data = build_data(config(root, loader="torch", holdout=4, train_limit=6))
+    train, val, everything = (
+        set(part.paths) for part in (data.split("train"), data.split("val"), whole.split("train"))
+    )  # type: ignore[union-attr]
+    assert (len(train), len(val), len(everything)) == (6, 4, 13)
+    assert train | val <= everything
+    assert not train & val
+    assert data.split("train-eval") is data.split("train")
+    again = build_data(config(root, loader="torch", holdout=4))
+    assert set(again.split("val").paths) == val  # type: ignore[union-attr]
+    assert len(again.split("train")) == 9
+    with pytest.raises(ValueError, match="data.holdout is 13 but there are 13 training images; leave some to train on"):
+        build_data(config(root, loader="torch", holdout=13))
+
+
 def test_auto_falls_back_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_folder(tmp_path)
     monkeypatch.setattr(dali_loader, "available", lambda: False)

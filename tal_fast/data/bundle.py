@@ -128,6 +128,13 @@ class DataBundle:
             self._splits[name] = self._ood[name]()
         return self._splits[name]
 
+    def replace(self, *, train: Split | None = None, val: Split | None = None) -> None:
+        """Put other images of the same classes in a split's place."""
+        if train is not None:
+            self._splits["train"] = self._splits["train-eval"] = train
+        if val is not None:
+            self._splits["val"] = val
+
     def loader(
         self,
         split: str | Split,
@@ -242,11 +249,19 @@ def build_data(config: DataConfig) -> DataBundle:
         "synthetic": _synthetic,
     }
     bundle = make[config.dataset](config)
-    if config.train_limit is not None:
+    train = bundle.split("train")
+    if config.holdout is not None:
+        if config.holdout >= len(train):
+            raise ValueError(
+                f"data.holdout is {config.holdout} but there are {len(train)} training images; leave some to train on"
+            )
+        order = np.random.default_rng(1).permutation(len(train))
+        held_out, rest = (np.sort(part) for part in np.split(order, [config.holdout]))
+        bundle.replace(train=train.subset(rest), val=train.subset(held_out))
         train = bundle.split("train")
-        if config.train_limit < len(train):
-            kept = np.sort(np.random.default_rng(0).permutation(len(train))[: config.train_limit])
-            bundle._splits["train"] = bundle._splits["train-eval"] = train.subset(kept)
+    if config.train_limit is not None and config.train_limit < len(train):
+        kept = np.sort(np.random.default_rng(0).permutation(len(train))[: config.train_limit])
+        bundle.replace(train=train.subset(kept))
     return bundle
 
 
