@@ -14,7 +14,7 @@ from bench.batches import fill
 from bench.harness import agree
 from tal_fast.config import MethodConfig, ModelConfig, OptimConfig
 from tal_fast.execution import Execution
-from tal_fast.methods import build_method
+from tal_fast.methods import Task, build_method
 from tal_fast.models import build_model
 from tal_fast.optim import build_optimizer
 from tal_fast.step import TrainStep
@@ -54,7 +54,10 @@ def make_training(
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(case.B, 3, case.side, case.side, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(case.C, (case.B,), device=device)
-    loss_fn: Any = build_method(MethodConfig(method, queue_size=case.N, backend=backend), EPOCHS).to(device)
+    indices = torch.arange(case.B, device=device)
+    loss_fn: Any = build_method(
+        MethodConfig(method, queue_size=case.N, backend=backend), Task(EPOCHS, case.C, case.N, learning_rate=0.01)
+    ).to(device)
     loss_fn.start_epoch(EPOCHS - 1)
     for part in loss_fn.modules():
         if hasattr(part, "queue"):
@@ -67,7 +70,7 @@ def make_training(
         train_step.compile()
 
     def step() -> Tensor:
-        loss, _ = train_step(images, labels)
+        loss, _ = train_step(images, labels, indices)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
+_NO_METHODS = ("__init__.py", "base.py")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
@@ -119,7 +120,9 @@ class ModelConfig:
             (``timm/deit_small_patch16_224``).
         width: channels of the first stage of a ``cifar_`` network; None: its paper's.
         compile: ``torch.compile`` the step: network, loss and all; None: on GPUs.
-        channels_last: keep images and weights in channels-last memory order; None: on GPUs.
+        channels_last: keep images and weights in channels-last memory order; None: on GPUs. A quarter faster for the
+            small ResNets on CPUs too, but on those without AVX-512, convolutions of stride 2 with fewer than 7 channels
+            write out of bounds in that order (oneDNN of torch 2.14).
         sync_batchnorm: statistics of BatchNorm over all ranks; on GPUs.
     """
 
@@ -191,18 +194,20 @@ class OptimConfig:
 
 @dataclass
 class MethodConfig:
-    """The loss a run trains with; all but the first two belong to ``tal`` and are those of ``tal_fast.TALLoss``.
+    """What a run trains with; all but the first three belong to ``tal`` and ``fmfp-tal``, as in ``tal_fast.TALLoss``.
 
     Attributes:
-        name: ``ce`` (cross-entropy, judged by the maximum softmax probability) or ``tal`` (Typicalness-Aware
-            Learning, judged by the cosine score).
-        label_smoothing: in [0, 1), for ``ce`` and for both losses of ``tal``.
+        name: ``ce`` (cross-entropy), ``tal`` (Typicalness-Aware Learning), ``logitnorm``, ``crl``, ``openmix``,
+            ``fmfp`` or ``fmfp-tal``; each is a module of ``tal_fast.methods``, and docs/methods.md compares them.
+        label_smoothing: in [0, 1), of every method's cross-entropy.
+        options: of the method's own, such as ``tau`` of ``logitnorm``; its module's ``Options`` documents them.
         warmup_epochs: epochs with typicalness 1 while the queue fills; None: the first 5% of the epochs, rounded down.
         variant, queue_size, t_min, t_max, t_wrong, confidence_threshold, queue_scope, backend: see ``TALLoss``.
     """
 
-    name: Literal["ce", "tal"] = "tal"
+    name: str = "tal"
     label_smoothing: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
     warmup_epochs: int | None = None
     variant: Literal["paper", "released"] = "paper"
     queue_size: int = 20000
@@ -215,6 +220,8 @@ class MethodConfig:
 
     def check(self) -> None:
         """Raise ValueError for a value outside its range; ``TALLoss`` checks its own."""
+        if self.name not in method_names():
+            raise ValueError(f"method.name is {self.name!r}; use {' or '.join(map(repr, method_names()))}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"method.label_smoothing is {self.label_smoothing} but must be in [0, 1)")
         _at_least("method.warmup_epochs", self.warmup_epochs, 0)
@@ -316,7 +323,7 @@ class Config:
         Raises:
             ValueError: an unknown name or a value of the wrong type.
         """
-        return _read(Config, values, "")
+        return read(Config, values, "")
 
     def save(self, path: Path) -> None:
         """Write YAML."""
@@ -327,6 +334,12 @@ def preset_names() -> list[str]:
     """Of the presets that come with the package."""
     folder = resources.files("tal_fast") / "configs"
     return sorted(f.name[: -len(".yaml")] for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def method_names() -> list[str]:
+    """Of the methods that come with the package: the modules of ``tal_fast.methods``, which are not imported here."""
+    names = (f.name for f in (resources.files("tal_fast") / "methods").iterdir())
+    return sorted(n[: -len(".py")].replace("_", "-") for n in names if n.endswith(".py") and n not in _NO_METHODS)
 
 
 def find_config(name_or_path: str) -> str:
@@ -376,8 +389,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _read(kind: Any, value: Any, name: str) -> Any:
-    """``value``, as YAML gives it, as the annotated type ``kind``."""
+def read(kind: Any, value: Any, name: str) -> Any:
+    """``value``, as YAML gives it, as the annotated type ``kind``.
+
+    Raises:
+        ValueError: an unknown name or a value of the wrong type; the sentence begins with ``name``.
+    """
+    if kind is Any:
+        return value
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{name or 'the configuration'} is {value!r} but must be a mapping")
@@ -386,23 +405,23 @@ def _read(kind: Any, value: Any, name: str) -> Any:
         unknown = [key for key in value if key not in hints]
         if unknown:
             raise ValueError(f"{prefix}{unknown[0]} is not an option; there are {', '.join(prefix + h for h in hints)}")
-        return typing.cast(Any, kind)(**{key: _read(hints[key], v, prefix + key) for key, v in value.items()})
+        return typing.cast(Any, kind)(**{key: read(hints[key], v, prefix + key) for key, v in value.items()})
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         (kind,) = (a for a in args if a is not type(None))
-        return _read(kind, value, name)
+        return read(kind, value, name)
     if origin is Literal:
         if value not in args or type(value) not in {type(a) for a in args}:
             raise ValueError(f"{name} is {value!r}; use {' or '.join(map(repr, args))}")
         return value
     if origin is list and isinstance(value, (list, tuple)):
-        return [_read(args[0], v, name) for v in value]
+        return [read(args[0], v, name) for v in value]
     if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(args):
-        return tuple(_read(a, v, name) for a, v in zip(args, value, strict=True))
+        return tuple(read(a, v, name) for a, v in zip(args, value, strict=True))
     if origin is dict and isinstance(value, dict):
-        return {_read(args[0], k, name): _read(args[1], v, name) for k, v in value.items()}
+        return {read(args[0], k, name): read(args[1], v, name) for k, v in value.items()}
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)  # PyYAML reads 1e-3 as text

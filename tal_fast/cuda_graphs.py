@@ -15,44 +15,43 @@ class GraphedStep:
     """Runs a step eagerly at first, then captures it, then replays it; every call trains.
 
     Args:
-        step: (images, labels) -> None; forward, backward and update in place, without waiting for the device. It must
-            leave gradients None or overwrite them.
+        step: the tensors of a batch, images first, -> None; forward, backward and update in place, without waiting for
+            the device. It must leave gradients None or overwrite them.
         before_capture: called once before the capture; frees the gradients, so that the graph owns theirs.
     """
 
-    def __init__(self, step: Callable[[Tensor, Tensor], None], before_capture: Callable[[], None]) -> None:
+    def __init__(self, step: Callable[..., None], before_capture: Callable[[], None]) -> None:
         self._step = step
         self._before_capture = before_capture
         self._key: Hashable = None
         self._seen = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: tuple[Tensor, Tensor] | None = None
+        self._inputs: list[Tensor] = []
         self._stream = torch.cuda.Stream()
 
-    def __call__(self, images: Tensor, labels: Tensor, key: Hashable = None) -> None:
+    def __call__(self, *batch: Tensor, key: Hashable = None) -> None:
         """Train on a batch.
 
         Args:
-            images, labels: of the step.
+            batch: of the step.
             key: whatever the step depends on besides; a change of it, or of the images' shape, captures anew.
         """
-        key = (key, images.shape, images.dtype)
+        key = (key, batch[0].shape, batch[0].dtype)
         if key != self._key:
-            self._key, self._seen, self._graph, self._inputs = key, 0, None, None
+            self._key, self._seen, self._graph, self._inputs = key, 0, None, []
         if self._graph is None and self._seen < WARM_UP:
             self._seen += 1
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                self._step(images, labels)
+                self._step(*batch)
             torch.cuda.current_stream().wait_stream(self._stream)
             return
         if self._graph is None:
-            self._inputs = (images.clone(), labels.clone())
+            self._inputs = [tensor.clone() for tensor in batch]
             self._before_capture()
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
                 self._step(*self._inputs)
-        assert self._inputs is not None
-        self._inputs[0].copy_(images)
-        self._inputs[1].copy_(labels)
+        for mine, given in zip(self._inputs, batch, strict=True):
+            mine.copy_(given)
         self._graph.replay()

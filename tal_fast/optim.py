@@ -1,13 +1,12 @@
-"""Optimizers, the learning rate as a function of the step alone, and a moving average of the weights."""
+"""Optimizers, and the learning rate as a function of the step alone."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tal_fast.config import OptimConfig
 
@@ -83,37 +82,3 @@ def learning_rate(config: OptimConfig, epochs: int, epoch: float) -> float:
     if config.schedule == "multistep":
         return config.lr * config.step_factor ** sum(epoch >= at for at in config.step_epochs)
     return config.lr
-
-
-class MovingAverage:
-    """Exponential moving average of a network's parameters: ``average += (1 - decay) · (weights - average)``.
-
-    Buffers, such as BatchNorm's statistics, are averages already and are copied. ``torch.optim.swa_utils`` has this
-    too, but reads a counter from the device at every step.
-
-    Args:
-        network: to follow; the average starts from its weights.
-        decay: in (0, 1).
-
-    Attributes:
-        network: a copy with the averaged weights.
-    """
-
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.network = copy.deepcopy(network).requires_grad_(False)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        """Follow a step of the optimizer; does not wait for the device."""
-        torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), 1 - self.decay)
-        for mine, current in zip(self.network.buffers(), network.buffers(), strict=True):
-            mine.copy_(current)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Of the averaged network."""
-        return self.network.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore ``state_dict``."""
-        self.network.load_state_dict(state)

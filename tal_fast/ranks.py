@@ -120,6 +120,12 @@ class Ranks:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
 
+    def average_buffers(self, module: nn.Module) -> None:
+        """Give every rank the mean of all ranks' floating-point buffers, such as BatchNorm's statistics."""
+        if self.world_size > 1:
+            for buffer in filter(torch.is_floating_point, module.buffers()):
+                self.sum(buffer).div_(self.world_size)
+
 
 def _fresh_store(rank: int, world_size: int) -> dict[str, Any]:
     """What ``init_process_group`` needs to know when torchrun has restarted its processes.

@@ -13,8 +13,8 @@ from torch import nn
 from tal_fast import checkpoint as checkpoints
 from tal_fast.config import Config
 from tal_fast.data import DataBundle, build_data
-from tal_fast.methods import SCORE_OF
-from tal_fast.models import build_model
+from tal_fast.methods import method_class
+from tal_fast.models import build_model, keep_classes
 
 
 @dataclass
@@ -23,11 +23,11 @@ class Run:
 
     Attributes:
         config: the run's resolved configuration.
-        model: in eval mode, with the averaged weights if the run keeps an average (``optim.ema_decay``);
+        model: in eval mode, with the averaged weights if the run keeps an average (``optim.ema_decay``, FMFP's);
             images (B, C, S, S) -> logits (B, classes), features (B, D), float32.
         epoch: epochs the weights were trained for.
         checkpoint: the file they come from.
-        method: ``ce`` or ``tal``.
+        method: what it was trained with.
         score: confidence score the method is judged by; a key of ``tal_fast.scores.SCORES``.
         class_names: a name for each logit.
         history: a row of metrics.csv for each finished epoch.
@@ -85,15 +85,17 @@ def load_run(
         raise ValueError(f"checkpoint is {checkpoint!r}; use 'best' or 'last'")
     config = Config.from_dict(content["config"])
     shape: dict[str, Any] = content["shape"]
-    model = build_model(config.model, len(shape["class_names"]), shape["channels"], shape["image_size"])
+    method, classes = method_class(config.method.name), len(shape["class_names"])
+    model = build_model(config.model, classes + method.extra_classes, shape["channels"], shape["image_size"])
     model.load_state_dict(content["model"] if content["average"] is None else content["average"])
+    keep_classes(model, classes)
     return Run(
         config=config,
         model=model.to(device).eval(),
         epoch=content["epoch"],
         checkpoint=path,
         method=config.method.name,
-        score=SCORE_OF[config.method.name],
+        score=method.score,
         class_names=tuple(shape["class_names"]),
         history=content["history"],
     )

@@ -28,24 +28,28 @@ class TrainStep(nn.Module):
         self.method = method
         self._execution = execution
 
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, labels: Tensor, indices: Tensor, outliers: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The loss of a batch; nothing here waits for the device.
 
         Args:
             images: (B, C, H, W) float32.
             labels: (B,) int64, ``IGNORED_LABEL`` where there is no image.
+            indices: (B,) int64, places of the images among the training images.
+            outliers: (B, C, H, W) float32, for a method that has some.
 
         Returns:
             loss, a scalar; and (K,) float64, no gradient: what ``EpochSums`` adds up.
         """
         with self._execution.autocast():
-            logits, features = self.network(images)
-        loss, samples = self.method(logits, features, labels)
+            logits, features = self.network(self.method.inputs(images, outliers))
+        loss, samples = self.method(logits, features, labels, indices)
         with torch.no_grad():
             valid = labels != IGNORED_LABEL
             weight = valid.double()
             count = weight.sum()
-            right = (logits.argmax(1) == labels).sum().double()
+            right = (logits[: len(labels)].argmax(1) == labels).sum().double()
             parts = [torch.stack([count, torch.where(count > 0, loss.detach().double() * count, 0.0), right])]
             for name in self.method.sample_names:
                 value = samples[name].double()

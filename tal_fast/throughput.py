@@ -1,24 +1,25 @@
 """``python -m tal_fast.train --bench``: where a run's time goes, as JSON.
 
 Four rates of the configuration at hand: images from the loader alone; training steps on images that are on the device
-already, by cross-entropy and by TAL; training from the loader. The two kinds of step take turns, so that whatever else
-slows the machine slows both; what TAL costs over cross-entropy is the median of the differences within a turn.
+already, by cross-entropy and by the run's method (TAL, if that is cross-entropy); training from the loader. The two
+kinds of step take turns, so that whatever else slows the machine slows both; what the method costs over cross-entropy
+is the median of the differences within a turn.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from tal_fast.config import Config
 from tal_fast.info import environment
-from tal_fast.methods import TAL
+from tal_fast.methods.tal import TAL
 from tal_fast.progress import memory_in_use
 from tal_fast.ranks import Ranks
 from tal_fast.trainer import Trainer
@@ -42,21 +43,23 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
         Plain values for JSON; times in ms, rates in images/s.
     """
     trainers: dict[str, Trainer] = {}
-    names: tuple[Literal["ce", "tal"], ...] = ("ce", "tal")
-    for name in names:
+    other = "tal" if config.method.name == "ce" else config.method.name
+    for name in ("ce", other):
         own = copy.deepcopy(config)
-        own.method.name, own.resume, own.output = name, "never", str(Path(config.output) / "bench")
+        own.resume, own.output = "never", str(Path(config.output) / "bench")
+        if name != config.method.name:
+            own.method = dataclasses.replace(config.method, name=name, options={})
         trainers[name] = Trainer(own, ranks)
-    tal = trainers["tal"].method
-    assert isinstance(tal, TAL)
-    _fill(tal)
+    method = trainers[other].method
+    if isinstance(method, TAL):
+        _fill(method)
     for trainer in trainers.values():
         trainer.model.train()
         trainer.method.start_epoch(max(0, config.epochs - 1))  # past any warm-up
     loader = _loader_alone(trainers["ce"])
     steps = _steps_in_turns(trainers, ranks)
     both = _training(trainers[config.method.name], ranks)
-    ce, difference = statistics.median(steps["ce"]), _median_difference(steps)
+    ce, difference = statistics.median(steps["ce"]), _median_difference(steps["ce"], steps[other])
     batch = config.batch_size
     return {
         "what": "training throughput",
@@ -71,7 +74,7 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
         "compute_alone_images_per_s": {name: batch / statistics.median(times) for name, times in steps.items()},
         "training_images_per_s": both["images_per_s"],
         "training_data_wait": both["data_wait"],
-        "tal_over_ce_percent": 100 * difference / ce,
+        f"{other}_over_ce_percent": 100 * difference / ce,
         "memory_GiB": memory_in_use(ranks.device) / 2**30,
     }
 
@@ -102,34 +105,35 @@ def _loader_alone(trainer: Trainer) -> float:
 def _endless(trainer: Trainer) -> Any:
     epoch = 0
     while True:
-        trainer.train_loader.set_epoch(epoch, image_size=trainer.config.image_size_at(0))
-        yield from trainer.train_loader
+        yield from trainer.batches(epoch)
         epoch += 1
 
 
 def _steps_in_turns(trainers: dict[str, Trainer], ranks: Ranks) -> dict[str, list[float]]:
     """Seconds of each step, CE's and TAL's in turns, each turn on images of its own."""
-    first = trainers["ce"]
-    batches = _endless(first)
-    kept = [[t.clone() for t in next(batches)[:2]] for _ in range(4)]
+    kept = {}
+    for name, trainer in trainers.items():
+        batches = _endless(trainer)
+        kept[name] = [tuple(t.clone() for t in next(batches)) for _ in range(4)]
     times: dict[str, list[float]] = {name: [] for name in trainers}
 
-    def step(name: str, images: Tensor, labels: Tensor) -> float:
+    def step(name: str, turn: int) -> float:
+        batch = kept[name][turn % 4]
         _finish(ranks)
         started = time.perf_counter()
-        trainers[name]._train_step(images, labels, 1e-4)
+        trainers[name]._train_step(batch, 1e-4)
         _finish(ranks)
         return time.perf_counter() - started
 
     for turn in range(WARM_UP_STEPS):
         for name in trainers:
-            step(name, *kept[turn % len(kept)])
+            step(name, turn)
 
     def turn_of_both() -> None:
         turn = len(times["ce"])
         order = list(trainers) if turn % 2 else list(trainers)[::-1]
         for name in order:
-            times[name].append(step(name, *kept[turn % len(kept)]))
+            times[name].append(step(name, turn))
 
     ends = time.perf_counter() + 2 * MAX_SECONDS
     while len(times["ce"]) < MAX_STEPS:
@@ -140,24 +144,23 @@ def _steps_in_turns(trainers: dict[str, Trainer], ranks: Ranks) -> dict[str, lis
     return times
 
 
-def _median_difference(times: dict[str, list[float]]) -> float:
-    return statistics.median(tal - ce for ce, tal in zip(times["ce"], times["tal"], strict=True))
+def _median_difference(ce: list[float], other: list[float]) -> float:
+    return statistics.median(b - a for a, b in zip(ce, other, strict=True))
 
 
 def _training(trainer: Trainer, ranks: Ranks) -> dict[str, float]:
     """Steps on images from the loader, as a run makes them."""
     batches = _endless(trainer)
     for _ in range(WARM_UP_STEPS):
-        images, labels, _ = next(batches)
-        trainer._train_step(images, labels, 1e-4)
+        trainer._train_step(next(batches), 1e-4)
     _finish(ranks)
     started = time.perf_counter()
     waited, steps = 0.0, 0
     while steps < MAX_STEPS:
         asked = time.perf_counter()
-        images, labels, _ = next(batches)
+        batch = next(batches)
         waited += time.perf_counter() - asked
-        trainer._train_step(images, labels, 1e-4)
+        trainer._train_step(batch, 1e-4)
         steps += 1
         if steps >= 3 and ranks.max(int(time.perf_counter() - started > MAX_SECONDS)):
             break

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import math
 import random
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,20 +22,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tal_fast import checkpoint as checkpoints
+from tal_fast.averaging import STATISTICS_IMAGES, MovingAverage, StochasticAverage
 from tal_fast.config import Config
 from tal_fast.cuda_graphs import GraphedStep
 from tal_fast.data import build_data
+from tal_fast.data.evaluation_sets import ood_set
 from tal_fast.data.files import UnreadableImage
+from tal_fast.data.loaders import Images, Loader
 from tal_fast.execution import Execution
 from tal_fast.loggers import Loggers
-from tal_fast.methods import build_method
+from tal_fast.methods import Task, build_method, method_class
 from tal_fast.metrics import failure_metrics
 from tal_fast.models import build_model
-from tal_fast.optim import MovingAverage, build_optimizer, learning_rate, set_learning_rate
+from tal_fast.optim import build_optimizer, learning_rate, set_learning_rate
 from tal_fast.profiling import Profiler
 from tal_fast.progress import Progress, epoch_line, memory_in_use, shows_bar, write_metrics
 from tal_fast.ranks import Ranks
 from tal_fast.resume import CONFIG_FILE, METRICS_FILE, changes, find_checkpoint, refuse_other_data
+from tal_fast.sharpness import Ascent
 from tal_fast.signals import Stopped, StopRequest
 from tal_fast.step import EpochSums, TrainStep
 
@@ -85,7 +91,8 @@ class Trainer:
         self.val_loader = self.data.loader("val", batch_size=config.eval_batch_size, **loader_args)
 
         _seed(config.seed)  # the same initial weights on all ranks
-        network = build_model(config.model, self.data.num_classes, self.data.channels, self.data.image_size)
+        outputs = self.data.num_classes + method_class(config.method.name).extra_classes
+        network = build_model(config.model, outputs, self.data.channels, self.data.image_size)
         if config.model.sync_batchnorm:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         if self.execution.channels_last:
@@ -93,9 +100,17 @@ class Trainer:
         self.network = network.to(device)
         self.optimizer = build_optimizer(config.optim, self.network)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.execution.scales_gradients)
-        decay = config.optim.ema_decay
-        self.average = None if decay is None else MovingAverage(self.network, decay)
-        self.method = build_method(config.method, config.epochs).to(device)
+        task = Task(config.epochs, self.data.num_classes, len(self.data.split("train")), config.optim.lr)
+        self.method = build_method(config.method, task).to(device)
+        self._ascent = None if self.method.radius is None else Ascent(self.network.parameters(), self.method.radius)
+        self.average = self._make_average()
+        self._outliers = None
+        if self.method.outliers is not None:
+            outliers = ood_set(self.method.outliers, self.data.image_size, self.data.channels)
+            # Of another seed, or pairs of a place in both orders would meet in every epoch.
+            self._outliers = self.data.loader(
+                outliers, batch_size=config.batch_size // world, seed=config.seed + 1, training=True, **loader_args
+            )
         _seed(config.seed + 1 + self.ranks.rank)  # what is random within a network differs between ranks
 
         self.epoch, self.step = 0, 0
@@ -166,6 +181,9 @@ class Trainer:
                 for epoch in range(self.epoch, min(config.epochs, until or config.epochs)):
                     started = time.perf_counter()
                     row = self._train_epoch(epoch)
+                    if isinstance(self.average, StochasticAverage):
+                        self.average.update(self.network, self.epoch, self._images_for_statistics(epoch))
+                        self.ranks.average_buffers(self.average.network)
                     row |= self._validate()
                     self._finish_epoch(row)
                     if self.ranks.is_main:  # which alone has all numbers
@@ -201,7 +219,6 @@ class Trainer:
         if first == 0:
             self.sums.reset()
         self._logged = self.sums.total.clone()
-        self.train_loader.set_epoch(epoch, first, config.image_size_at(epoch))
         show = self.ranks.is_main and shows_bar(config.progress)
         progress = Progress(
             f"epoch {epoch + 1}/{config.epochs}", steps * config.batch_size, first * config.batch_size, show
@@ -209,7 +226,7 @@ class Trainer:
         started = time.perf_counter()
         waited = 0.0
         rate = 0.0
-        batches = iter(self.train_loader)
+        batches = self.batches(epoch, first)
         try:
             while True:
                 asked = time.perf_counter()
@@ -224,9 +241,10 @@ class Trainer:
                 self._report_unreadable()
                 self._end_early_if(_UNREADABLE if failure else self._stop.poll(), failure)
                 assert batch is not None
-                rate = learning_rate(config.optim, config.epochs, epoch + (self.step + 0.5) / steps)
+                now = epoch + (self.step + 0.5) / steps
+                rate = self.method.learning_rate(learning_rate(config.optim, config.epochs, now), now)
                 self._profiler.before_step()
-                self._train_step(*batch[:2], rate)
+                self._train_step(batch, rate)
                 self.step += 1
                 trace = self._profiler.after_step()
                 if trace is not None:
@@ -248,6 +266,7 @@ class Trainer:
                 f"the training loss of epoch {epoch + 1} is {means['train_loss']}; lower optim.lr (now "
                 f"{config.optim.lr:g}) or set optim.clip_norm, and go on with --resume auto or start anew"
             )
+        self.method.finish_epoch()
         self.epoch, self.step = epoch + 1, 0
         if self._loggers:
             self._loggers.histograms(histograms, self._steps_done)
@@ -268,31 +287,60 @@ class Trainer:
             "unreadable": unreadable,
         }
 
-    def _train_step(self, images: Tensor, labels: Tensor, rate: float) -> None:
-        """One step of the optimizer on this rank's images; nothing here waits for the device."""
-        set_learning_rate(self.optimizer, rate)
-        images = self.execution.arrange(images)
-        if self._graph is None:
-            self._update(images, labels)
-        else:
-            self._graph(images, labels, key=self.method.phase)
+    def batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """(images, labels, indices) of this rank's steps of an epoch from ``first`` on, and outliers if the method has
+        any, whose order goes on from epoch to epoch.
+        """
+        size = self.config.image_size_at(epoch)
+        self.train_loader.set_epoch(epoch, first, size)
+        if self._outliers is None:
+            yield from self.train_loader
+            return
+        others = _endless(self._outliers, epoch * len(self.train_loader) + first, size)
+        for batch, (outliers, _, _) in zip(self.train_loader, others, strict=False):
+            yield *batch, outliers
 
-    def _update(self, images: Tensor, labels: Tensor) -> None:
-        parts = self.config.optim.accumulate
+    def _train_step(self, batch: tuple[Tensor, ...], rate: float) -> None:
+        """One step of the optimizer on a batch of ``batches``; nothing here waits for the device."""
+        set_learning_rate(self.optimizer, rate)
+        images, labels, indices, *outliers = batch
+        batch = (self.execution.arrange(images), labels, indices, *map(self.execution.arrange, outliers))
+        if self._graph is None:
+            self._update(*batch)
+        else:
+            self._graph(*batch, key=self.method.phase)
+
+    def _update(self, *batch: Tensor) -> None:
         self._free_gradients()
-        for part, (x, y) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
-            together = part == parts - 1 or not isinstance(self.model, DistributedDataParallel)
-            with contextlib.nullcontext() if together else self.model.no_sync():  # type: ignore[operator]
-                loss, sums = self.model(x, y)
-                self.scaler.scale(loss if parts == 1 else loss / parts).backward()
-            self.sums.add(sums)
+        if self._ascent is None:
+            self.sums.add(self._backward(batch))
+        else:
+            self.method.ascends = True
+            self.sums.add(self._backward(batch))
+            self.method.ascends = False
+            self._ascent.climb()
+            self._free_gradients()
+            self._backward(batch)
+            self._ascent.back()
         if self.config.optim.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optim.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.average is not None:
+        if isinstance(self.average, MovingAverage):
             self.average.update(self.network)
+
+    def _backward(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Add the gradients of a batch to the parameters'; its sums for ``EpochSums``."""
+        count = self.config.optim.accumulate
+        sums = []
+        for number, part in enumerate(zip(*(tensor.chunk(count) for tensor in batch), strict=True)):
+            together = number == count - 1 or not isinstance(self.model, DistributedDataParallel)
+            with contextlib.nullcontext() if together else self.model.no_sync():  # type: ignore[operator]
+                loss, own = self.model(*part)
+                self.scaler.scale(loss if count == 1 else loss / count).backward()
+            sums.append(own)
+        return sums[0] if count == 1 else torch.stack(sums).sum(0)
 
     def _free_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -302,7 +350,7 @@ class Trainer:
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         """Over the validation images of all ranks, each once: cross-entropy, accuracy, failure detection."""
-        network = self.network if self.average is None else self.average.network
+        network = self.average.network if self.average is not None and self._is_averaged else self.network
         self.ranks.broadcast_buffers(network)
         network.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
@@ -334,7 +382,30 @@ class Trainer:
             short, images = images, images.new_zeros(full, *images.shape[1:])
             images[:rows] = short
         with self.execution.autocast():
-            return self._predict(network, self.execution.arrange(images))[:rows].float()
+            return self._predict(network, self.execution.arrange(images))[:rows, : self.data.num_classes].float()
+
+    @property
+    def _is_averaged(self) -> bool:
+        """Whether ``average`` holds what is to be used in the network's place."""
+        return not isinstance(self.average, StochasticAverage) or self.average.epochs_averaged(self.epoch) > 0
+
+    def _make_average(self) -> MovingAverage | StochasticAverage | None:
+        decay, share = self.config.optim.ema_decay, self.method.averages_from
+        if share is None:
+            return None if decay is None else MovingAverage(self.network, decay)
+        if decay is not None:
+            raise ValueError(
+                f"optim.ema_decay is {decay} but {self.method.name} averages the weights itself; set it to null"
+            )
+        return StochasticAverage(self.network, int(share * self.config.epochs))
+
+    def _images_for_statistics(self, epoch: int) -> Iterator[Tensor]:
+        """An epoch's training images, not more than ``STATISTICS_IMAGES``."""
+        steps = -(-STATISTICS_IMAGES // self.config.batch_size)
+        self.train_loader.set_epoch(epoch, 0, self.config.image_size_at(epoch))
+        with self.execution.autocast(), contextlib.closing(iter(self.train_loader)) as batches:
+            for images, _, _ in itertools.islice(batches, steps):
+                yield self.execution.arrange(images)
 
     # ---- Numbers ----------------------------------------------------------------------------------------------
 
@@ -371,7 +442,9 @@ class Trainer:
 
     def _finish_epoch(self, row: dict[str, float]) -> None:
         self.history.append(row)
-        better = row["val_accuracy"] > self.best["val_accuracy"]
+        first_averaged = isinstance(self.average, StochasticAverage) and self.average.epochs_averaged(self.epoch) == 1
+        # The networks before the first average are none that the method stands for.
+        better = first_averaged or row["val_accuracy"] > self.best["val_accuracy"]
         if better:
             self.best = {"epoch": row["epoch"], "val_accuracy": row["val_accuracy"]}
         if self.ranks.is_main:
@@ -403,7 +476,9 @@ class Trainer:
                 "step": self.step,
                 "world_size": self.ranks.world_size,
                 "model": self.network.state_dict(),
-                "average": None if self.average is None else self.average.state_dict(),
+                "average": self.average.network.state_dict()
+                if self.average is not None and self._is_averaged
+                else None,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "best": self.best,
@@ -431,8 +506,8 @@ class Trainer:
         shape = self._shape()
         refuse_other_data(content["shape"], shape, path)
         self.network.load_state_dict(content["model"])
-        if self.average is not None:
-            self.average.load_state_dict(content["average"])
+        if self.average is not None and content["average"] is not None:
+            self.average.network.load_state_dict(content["average"])
         self.optimizer.load_state_dict(content["optimizer"])
         for group in self.optimizer.param_groups:  # read onto the CPU with the rest
             group["lr"] = group["lr"].to(self.ranks.device)
@@ -506,6 +581,15 @@ class Trainer:
         if data.file_list is not None:
             data.file_list = str(Path(data.file_list).absolute())
         data.ood = {name: str(Path(path).absolute()) for name, path in data.ood.items()}
+
+
+def _endless(loader: Loader, step: int, image_size: int | None) -> Iterator[Images]:
+    """A loader's batches from its ``step``-th on, epoch after epoch."""
+    while True:
+        epoch, first = divmod(step, len(loader))
+        loader.set_epoch(epoch, first, image_size)
+        yield from loader
+        step += len(loader) - first
 
 
 def _predict(network: nn.Module, images: Tensor) -> Tensor:

@@ -547,6 +547,8 @@ def test_normalize() -> None:
     images = Normalizer(ImageFormat(3, [0.5, 0.2, 0.0], [0.5, 0.1, 1.0], torch.device("cpu")))(pixels)
     torch.testing.assert_close(images, torch.tensor([[[[-1.0, 1.0]], [[0.0, 2.0]], [[1.0, 0.0]]]]))
     assert images.is_contiguous()
+    gray = Normalizer(ImageFormat(1, [0.5], [0.5], torch.device("cpu")))(torch.zeros(2, 3, 5, 1, dtype=torch.uint8))
+    assert gray.stride() == (15, 15, 5, 1)  # not channels-last's, which for one channel are as good
 
 
 def test_out_of_distribution_folders_are_flat_and_unlabelled(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from training import assert_same_end, config, final, one_thread, raise_signal_at, read_metrics  # noqa: F401
+from training import assert_same_end, config, final, one_thread, raise_signal_at, read_metrics, step_of  # noqa: F401
+from training import method as make_method
 
 from tal_fast import checkpoint
 from tal_fast.config import Config, MethodConfig, OptimConfig
-from tal_fast.methods import CrossEntropy, build_method
 from tal_fast.optim import build_optimizer, learning_rate
 from tal_fast.runs import load_run
 from tal_fast.signals import Stopped
@@ -265,43 +265,28 @@ def test_bad_options_are_refused_before_anything_is_written(
 # ---- Parts ----------------------------------------------------------------------------------------------------
 
 
-def test_ce_is_cross_entropy() -> None:
-    logits, features, labels = torch.randn(9, 4), torch.rand(9, 6), torch.randint(4, (9,))
-    loss, samples = build_method(MethodConfig("ce", label_smoothing=0.1), 10)(logits, features, labels)
-    torch.testing.assert_close(loss, F.cross_entropy(logits, labels, label_smoothing=0.1))
-    nothing = build_method(MethodConfig("ce"), 10)(
-        logits.requires_grad_(), features, torch.full_like(labels, -100)
-    ).loss
-    nothing.backward()
-    assert float(nothing.detach()) == float(logits.grad.abs().sum()) == 0
-    assert samples == {}
-    assert CrossEntropy.score == "msp"
-    half = build_method(MethodConfig("ce"), 10)(logits.bfloat16(), features, labels).loss
-    assert half.dtype == torch.float32
-
-
 @pytest.mark.parametrize(
     ("epochs", "given", "warmup"), [(19, None, 0), (20, None, 1), (24, None, 1), (90, None, 4), (90, 7, 7), (90, 0, 0)]
 )
 def test_tal_warms_up_for_a_twentieth_of_the_epochs(epochs: int, given: int | None, warmup: int) -> None:
-    method = build_method(MethodConfig("tal", warmup_epochs=given), epochs)
+    method = make_method(MethodConfig("tal", warmup_epochs=given), epochs)
     logits, features, labels = torch.eye(8)[:, :5] * 9, torch.rand(8, 6), torch.arange(8) % 5
-    method(logits, features, labels)
+    step_of(method, logits, features, labels)
     typicalness = []
     for epoch in range(10):
         method.start_epoch(epoch)
-        typicalness.append(float(method(logits, torch.rand(8, 6), labels).samples["typicalness"].mean()))
+        typicalness.append(float(step_of(method, logits, torch.rand(8, 6), labels).samples["typicalness"].mean()))
     assert [value == 1.0 for value in typicalness] == [epoch < warmup for epoch in range(10)]
 
 
 def test_tal_has_its_options_and_reports_its_queue() -> None:
-    method = build_method(MethodConfig("tal", t_min=2.0, t_max=20.0, variant="released", queue_size=7), 10)
+    method = make_method(MethodConfig("tal", t_min=2.0, t_max=20.0, variant="released", queue_size=7))
     loss_fn = method.loss_fn
     assert (loss_fn.options.t_min, loss_fn.options.t_max, loss_fn.options.variant) == (2.0, 20.0, "released")
     labels = torch.arange(5)
-    method(torch.eye(5) * 9, torch.rand(5, 6), labels)
+    step_of(method, torch.eye(5) * 9, torch.rand(5, 6), labels)
     assert method.epoch_metrics() == {"queue_length": 5}
-    method(torch.eye(5) * 9, torch.rand(5, 6), labels)
+    step_of(method, torch.eye(5) * 9, torch.rand(5, 6), labels)
     assert method.epoch_metrics() == {"queue_length": 7}
 
 

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 from training import assert_same_end, config, one_thread, raise_signal_at, read_metrics  # noqa: F401
+from training import method as make_method
 
 from tal_fast import checkpoint, storage
+from tal_fast.averaging import MovingAverage
 from tal_fast.config import Config, MethodConfig, OptimConfig
 from tal_fast.execution import Execution
-from tal_fast.methods import build_method
 from tal_fast.metrics import failure_metrics
-from tal_fast.optim import MovingAverage, build_optimizer, learning_rate, set_learning_rate
+from tal_fast.optim import build_optimizer, learning_rate, set_learning_rate
 from tal_fast.queue import FeatureQueue
 from tal_fast.resharding import reshard
 from tal_fast.runs import load_run
@@ -63,14 +64,14 @@ def test_sums_leave_out_rows_without_an_image() -> None:
         def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return images[:, 0, 0], images[:, 0, 0].abs()
 
-    method = build_method(MethodConfig("tal", t_min=2.0, t_max=20.0, t_wrong=30.0), 10)
+    method = make_method(MethodConfig("tal", t_min=2.0, t_max=20.0, t_wrong=30.0))
     method.loss_fn.queue.push(torch.rand(20), torch.rand(20))
     step = TrainStep(Fixed(), method, Execution.of(Config(device="cpu"), CPU))
     images, labels = torch.randn(9, 1, 1, 5), torch.randint(5, (9,))
     labels[[2, 7]] = -100
     logits = images[:, 0, 0]
     want, stats = copy.deepcopy(method.loss_fn)(logits, logits.abs(), labels, return_stats=True)
-    loss, sums = step(images, labels)
+    loss, sums = step(images, labels, torch.arange(9))
     assert loss == want
     epoch = EpochSums(method, CPU)
     epoch.add(sums)
@@ -134,7 +135,7 @@ def test_the_moving_average_is_the_formula_and_what_a_run_is_judged_by(tmp_path:
     run = load_run(tmp_path, "last")
     assert trainer.average is not None
     for name, tensor in run.model.state_dict().items():
-        assert torch.equal(tensor, trainer.average.state_dict()[name])
+        assert torch.equal(tensor, trainer.average.network.state_dict()[name])
     assert not torch.equal(run.model.fc.weight, trainer.network.fc.weight)  # type: ignore[arg-type,union-attr]
     with torch.no_grad():
         right = sum(int((run.model(x)[0].argmax(1) == y).sum()) for x, y, _ in run.data.loader("val", batch_size=128))
@@ -269,8 +270,8 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path: Path, monkeypa
     trainer = Trainer(config(tmp_path))
     trainer.save()
     before = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
-    for images, labels, _ in trainer.train_loader:
-        trainer._train_step(images, labels, 0.1)
+    for batch in trainer.batches(0):
+        trainer._train_step(batch, 0.1)
     go.set()
     assert trainer._writer.finish() is None
     content = checkpoint.load(tmp_path / "checkpoints" / "last.pt")
@@ -432,14 +433,14 @@ def test_a_step_never_waits_for_the_gpu(tmp_path: Path, method: str) -> None:
     made = config(tmp_path, method, device="cuda", optim=OptimConfig(clip_norm=1.0, ema_decay=0.9))
     trainer = Trainer(made)
     trainer.model.train()
-    batches = list(trainer.train_loader)
-    for images, labels, _ in batches[:3]:
-        trainer._train_step(images, labels, 0.1)
+    batches = list(trainer.batches(0))
+    for batch in batches[:3]:
+        trainer._train_step(batch, 0.1)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for images, labels, _ in batches[3:]:
-            trainer._train_step(images, labels, 0.1)
+        for batch in batches[3:]:
+            trainer._train_step(batch, 0.1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

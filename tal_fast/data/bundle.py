@@ -145,6 +145,7 @@ class DataBundle:
         seed: int = 0,
         device: torch.device | str = "cpu",
         skip_unreadable: bool = False,
+        training: bool | None = None,
     ) -> Loader:
         """Iterable over (images, labels, indices) of one rank.
 
@@ -158,6 +159,7 @@ class DataBundle:
             device: where the images come out.
             skip_unreadable: go on past a file that does not decode: a black image with label -100, which losses
                 ignore, takes its place, and ``Loader.unreadable`` names it.
+            training: shuffle, augment and leave out as for ``train``; None: for ``train`` alone.
 
         Returns:
             A loader of images (B, C, S, S) float32, normalised; labels (B,) int64; indices (B,) int64, the image's
@@ -170,7 +172,8 @@ class DataBundle:
         """
         images = self.split(split) if isinstance(split, str) else split
         config, device = self.config, torch.device(device)
-        training = isinstance(split, str) and split == "train"
+        if training is None:
+            training = isinstance(split, str) and split == "train"
         in_memory = isinstance(images, MemoryImages)
         plan = Plan(
             sizes=images.sizes,

@@ -1,6 +1,6 @@
 """Networks that return (logits, features)."""
 
 from tal_fast.models.build import build_model
-from tal_fast.models.features import FeatureLinear, expose_features
+from tal_fast.models.features import FeatureLinear, expose_features, keep_classes
 
-__all__ = ["FeatureLinear", "build_model", "expose_features"]
+__all__ = ["FeatureLinear", "build_model", "expose_features", "keep_classes"]

@@ -65,6 +65,21 @@ def expose_features(model: Model, images: Tensor | None = None) -> Model:
     return model
 
 
+def keep_classes(model: nn.Module, num_classes: int) -> None:
+    """Cut the last layer of a model whose features are exposed down to its first logits, in place.
+
+    Args:
+        model: from ``expose_features``.
+        num_classes: logits to keep; nothing is done where there are no more.
+    """
+    last = next(m for m in reversed(list(model.modules())) if isinstance(m, FeatureLinear))
+    if num_classes < last.out_features:
+        last.weight = nn.Parameter(last.weight.detach()[:num_classes].clone())
+        if last.bias is not None:
+            last.bias = nn.Parameter(last.bias.detach()[:num_classes].clone())
+        last.out_features = num_classes
+
+
 def _problem(model: nn.Module, last: FeatureLinear, images: Tensor) -> str | None:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -1,0 +1,32 @@
+"""Cross-entropy, the baseline."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tal_fast.data.loaders import IGNORED_LABEL
+from tal_fast.methods.base import Method, Step
+
+
+def mean_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy in float32 over the rows that have a label; 0, not NaN, where none has.
+
+    Args:
+        logits: (B, C) floating point.
+        labels: (B,) int64, ``IGNORED_LABEL`` where there is no image to learn from.
+        label_smoothing: in [0, 1).
+    """
+    total = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing, reduction="sum")
+    return total / (labels != IGNORED_LABEL).sum().clamp(min=1)
+
+
+class CrossEntropy(Method):
+    """Cross-entropy, judged by the maximum softmax probability (Hendrycks and Gimpel, 2017)."""
+
+    name = "ce"
+    score = "msp"
+
+    def forward(self, logits: Tensor, features: Tensor, labels: Tensor, indices: Tensor) -> Step:
+        """See ``Method``."""
+        return Step(mean_cross_entropy(logits, labels, self.label_smoothing), {})
