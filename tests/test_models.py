@@ -231,8 +231,8 @@ def torchvision_densenet() -> nn.Module:
 
 
 def torchvision_vgg() -> nn.Module:
-    plain = torchvision.models.vgg16_bn()
-    return nn.Sequential(plain.features, nn.Flatten(), nn.Linear(512, 10))
+    features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"], batch_norm=True)
+    return nn.Sequential(features, nn.Flatten(), nn.Linear(512, 10))
 
 
 def timm_convmixer(depth: int, kernel: int, patch: int) -> nn.Module:
