@@ -115,10 +115,12 @@ class ModelConfig:
     """The network.
 
     Attributes:
-        name: ``cifar_resnet8``, ``cifar_resnet20``, ``cifar_resnet110``, ``cifar_resnet18`` (for small images), or a
-            classifier of torchvision (``resnet18``, ``resnet50``, ...) or, where it is installed, of timm
-            (``timm/deit_small_patch16_224``).
-        width: channels of the first stage of a ``cifar_`` network; None: its paper's.
+        name: one of the project's, for small images: ``cifar_resnet8``, ``cifar_resnet20``, ``cifar_resnet110``,
+            ``cifar_resnet18``, ``cifar_preact_resnet110``, ``cifar_wrn28_10``, ``cifar_densenet_bc_100_12``,
+            ``cifar_vgg16_bn``, ``cifar_convmixer``, ``cifar_convmixer_256_16``; or a classifier of torchvision
+            (``resnet18``, ``resnet50``, ...) or, where it is installed, of timm (``timm/deit_small_patch16_224``).
+        width: of a ``cifar_`` network: channels of the first stage, of ConvMixer's blocks, or a DenseNet's growth rate;
+            None: its paper's.
         compile: ``torch.compile`` the step: network, loss and all; None: on GPUs.
         channels_last: keep images and weights in channels-last memory order; None: on GPUs. A quarter faster for the
             small ResNets on CPUs too, but on those without AVX-512, convolutions of stride 2 with fewer than 7 channels

@@ -547,7 +547,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     weights = parser.add_argument_group("with --weights")
-    weights.add_argument("--model", metavar="NAME", help="of torchvision, timm/NAME, or cifar_resnet8, -20 or -18")
+    weights.add_argument("--model", metavar="NAME", help="of torchvision, timm/NAME, or cifar_resnet18, ...")
     weights.add_argument("--width", type=_at_least(1), help="of a cifar_ network's first stage (its paper's)")
     weights.add_argument("--data-dir", metavar="DIR", help="holds val/CLASS/*, and train/CLASS/* for feature scores")
     weights.add_argument("--dataset", help="instead of a folder: digits, fashion-mnist, ... (folder)")

@@ -20,8 +20,8 @@ from tal_fast.config import DataConfig, ModelConfig
 from tal_fast.data import files
 from tal_fast.data.bundle import FOLDER_IMAGE_SIZE, DataBundle, build_data
 from tal_fast.models.build import build_model, timm_name
-from tal_fast.models.cifar import CIFAR_RESNETS
 from tal_fast.models.features import FeatureLinear
+from tal_fast.models.registry import NETWORKS
 
 PRETRAINED = "pretrained"
 """Instead of a file: torchvision's own weights, where its cache holds them."""
@@ -86,11 +86,14 @@ def _plain(name: str) -> str:
 
 
 def _as_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of a ``cifar_resnet`` as most public code for CIFAR names its layers, FMFP's and OpenMix's among it."""
+    """Of a ``cifar_`` network as most public code for CIFAR names its layers, FMFP's and OpenMix's among it; names that
+    are the project's already stay."""
     renamed = {}
     for name, value in state.items():
-        name = re.sub(r"^layer(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.", name)
-        name = re.sub(r"^linear\.", "fc.", name.replace(".downsample.", ".shortcut."))
+        name = re.sub(r"^(?:layer(\d)|block(\d)\.layer)\.", lambda m: f"stages.{int(m[1] or m[2]) - 1}.", name)
+        name = re.sub(r"^trans(\d)\.", lambda m: f"transitions.{int(m[1]) - 1}.", name)
+        name = name.replace(".downsample.", ".shortcut.").replace(".convShortcut.", ".shortcut.0.")
+        name = re.sub(r"^(?:linear|classifier)\.", "fc.", re.sub(r"^bn\.(?=[^.]+$)", "bn1.", name))
         renamed[name] = value
     return renamed
 
@@ -153,7 +156,7 @@ def load_weights(file: str | Path, model: ModelConfig, data: DataBundle) -> nn.M
         file = _pretrained(model.name)
     state = read_state(file)
     network = build_model(model, data.num_classes, data.channels, data.image_size)
-    if model.name in CIFAR_RESNETS and not any(name.startswith("stages.") for name in state):
+    if model.name in NETWORKS:
         state = _as_ours(state)
     where = data.config.root or data.config.dataset
     load_into(network, state, str(file), where)
@@ -161,7 +164,7 @@ def load_weights(file: str | Path, model: ModelConfig, data: DataBundle) -> nn.M
 
 
 def _pretrained(name: str) -> Path:
-    if name in CIFAR_RESNETS or timm_name(name) is not None:
+    if name in NETWORKS or timm_name(name) is not None:
         raise ValueError(f"--weights pretrained is for networks of torchvision, not {name}; name a file")
     from torchvision import models
 
@@ -184,7 +187,7 @@ def preprocessing(model: str, given: Mapping[str, Any]) -> dict[str, Any]:
         given: ``image_size``, ``mean``, ``std``, ``crop_fraction``, ``channels``; None where not given.
     """
     found: dict[str, Any] = {}
-    name = None if model in CIFAR_RESNETS else timm_name(model)
+    name = None if model in NETWORKS else timm_name(model)
     if name is not None:
         import timm
 

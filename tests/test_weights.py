@@ -16,6 +16,7 @@ from tal_fast import evaluate, weights
 from tal_fast.config import DataConfig, ModelConfig
 from tal_fast.inference import weights_hash
 from tal_fast.models import build_model
+from tal_fast.models.registry import NETWORKS
 from tal_fast.weights import evaluation_data, load_weights, preprocessing, read_state
 
 SMALL = ModelConfig("cifar_resnet8", width=4)
@@ -78,6 +79,54 @@ def test_layers_as_public_cifar_code_names_them(tmp_path: Path) -> None:
     torch.save({"state_dict": prefixed(foreign, "module.")}, tmp_path / "released.pth")
     loaded = load_weights(tmp_path / "released.pth", config, evaluation_data(DIGITS))
     assert weights_hash(loaded) == weights_hash(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        (
+            "cifar_preact_resnet110",
+            {
+                "layer2.0.bn1.weight": "stages.1.0.bn1.weight",
+                "layer2.0.downsample.0.weight": "stages.1.0.shortcut.0.weight",
+                "layer3.17.conv2.weight": "stages.2.17.conv2.weight",
+                "bn.running_var": "bn1.running_var",
+                "fc.bias": "fc.bias",
+            },
+        ),
+        (
+            "cifar_wrn28_10",
+            {
+                "block1.layer.0.convShortcut.weight": "stages.0.0.shortcut.0.weight",
+                "block3.layer.3.bn2.bias": "stages.2.3.bn2.bias",
+                "bn1.weight": "bn1.weight",
+            },
+        ),
+        (
+            "cifar_densenet_bc_100_12",
+            {
+                "conv1.weight": "conv1.weight",
+                "block2.layer.15.conv2.weight": "stages.1.15.conv2.weight",
+                "trans2.bn1.running_mean": "transitions.1.bn1.running_mean",
+                "trans1.conv1.weight": "transitions.0.conv1.weight",
+            },
+        ),
+        ("cifar_vgg16_bn", {"features.40.weight": "features.40.weight", "classifier.weight": "fc.weight"}),
+    ],
+)
+def test_layers_as_failure_detections_public_code_names_them(name: str, theirs: dict[str, str]) -> None:
+    with torch.device("meta"):
+        ours = NETWORKS[name](num_classes=10, in_channels=3).state_dict()
+    for public, own in theirs.items():
+        assert own in ours
+        assert list(weights._as_ours({public: torch.zeros(1)})) == [own]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_projects_own_names_stay(name: str) -> None:
+    with torch.device("meta"):
+        ours = NETWORKS[name](num_classes=10, in_channels=3).state_dict()
+    assert list(weights._as_ours(ours)) == list(ours)
 
 
 def test_a_network_of_torchvision_and_one_of_timm(tmp_path: Path) -> None:

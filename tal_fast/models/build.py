@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from tal_fast.config import ModelConfig
-from tal_fast.models.cifar import CIFAR_RESNETS, CifarResNet
 from tal_fast.models.features import expose_features
+from tal_fast.models.registry import NETWORKS
 
 
 def build_model(config: ModelConfig, num_classes: int, in_channels: int = 3, image_size: int = 64) -> nn.Module:
@@ -29,9 +29,9 @@ def build_model(config: ModelConfig, num_classes: int, in_channels: int = 3, ima
     Raises:
         ValueError: no network of that name, or one that does not expose its features.
     """
-    if config.name in CIFAR_RESNETS:
-        blocks, width = CIFAR_RESNETS[config.name]
-        model: nn.Module = CifarResNet(blocks, config.width or width, num_classes, in_channels)
+    if config.name in NETWORKS:
+        width = {} if config.width is None else {"width": config.width}
+        model = NETWORKS[config.name](num_classes=num_classes, in_channels=in_channels, **width)
     elif (name := timm_name(config.name)) is not None:
         model = _timm(config, name, num_classes, in_channels, image_size)
     else:
@@ -85,9 +85,9 @@ def _torchvision(config: ModelConfig, num_classes: int, image_size: int) -> nn.M
 
     known = models.list_models(module=models)
     if config.name not in known:
-        close = difflib.get_close_matches(config.name, [*CIFAR_RESNETS, *known], n=3)
+        close = difflib.get_close_matches(config.name, [*NETWORKS, *known], n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "names are torchvision's."
-        raise ValueError(f"no model {config.name!r}: {hint} There are also {', '.join(CIFAR_RESNETS)}.")
+        raise ValueError(f"no model {config.name!r}: {hint} There are also {', '.join(NETWORKS)}.")
     if config.width is not None:
         raise ValueError(f"model.width is {config.width} but {config.name} has a fixed width; leave it out")
     extra: dict[str, Any] = {}

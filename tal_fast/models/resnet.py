@@ -8,24 +8,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tal_fast.models.initialize import he_initialize
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2016, figure 2)."""
+
+class PaddedShortcut(nn.Module):
+    """A shortcut without parameters: every ``stride``-th pixel, zeros for the new channels (He et al. 2016, option A).
+
+    Half of the new channels come before the old ones and half after, as in most public code, so that its weights fit.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        new = channels - in_channels
+        self.padding = (0, 0, 0, 0, new // 2, new - new // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, channels, ceil(H / stride), ceil(W / stride))."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], self.padding)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016, figure 2).
+
+    Args:
+        in_channels, channels, stride: of the block; its first convolution has the stride.
+        projection: a shortcut that changes the shape is a 1x1 convolution with BatchNorm (option B) instead of a
+            ``PaddedShortcut`` (option A).
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int, projection: bool) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != channels:
+        if stride == 1 and in_channels == channels:
+            return
+        if projection:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
+        else:
+            self.shortcut = PaddedShortcut(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, channels, H / stride, W / stride)."""
+        """(B, in_channels, H, W) to (B, channels, ceil(H / stride), ceil(W / stride))."""
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
@@ -38,9 +67,12 @@ class CifarResNet(nn.Module):
         width: channels of the first stage.
         num_classes: number of logits.
         in_channels: of the images.
+        projection: see ``BasicBlock``.
     """
 
-    def __init__(self, blocks: Sequence[int], width: int, num_classes: int, in_channels: int = 3) -> None:
+    def __init__(
+        self, blocks: Sequence[int], width: int, num_classes: int, in_channels: int = 3, projection: bool = True
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -51,7 +83,7 @@ class CifarResNet(nn.Module):
             stages.append(
                 nn.Sequential(
                     *(
-                        BasicBlock(channels if i == 0 else out, out, 2 if i == 0 and stage > 0 else 1)
+                        BasicBlock(channels if i == 0 else out, out, 2 if i == 0 and stage > 0 else 1, projection)
                         for i in range(count)
                     )
                 )
@@ -59,20 +91,9 @@ class CifarResNet(nn.Module):
             channels = out
         self.stages = nn.Sequential(*stages)
         self.fc = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        he_initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, num_classes) logits; H, W >= 1."""
         x = F.relu(self.bn1(self.conv1(images)))
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(self.stages(x), 1), 1))
-
-
-# name -> (blocks of each stage, channels of the first)
-CIFAR_RESNETS = {
-    "cifar_resnet8": ((1, 1, 1), 16),
-    "cifar_resnet20": ((3, 3, 3), 16),
-    "cifar_resnet110": ((18, 18, 18), 16),
-    "cifar_resnet18": ((2, 2, 2, 2), 64),
-}
