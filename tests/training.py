@@ -78,10 +78,13 @@ def final(output: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """All tensors of the last checkpoint by name, and its metrics."""
     content = checkpoint.load(output / "checkpoints" / "last.pt")
     tensors = {f"model.{k}": v for k, v in content["model"].items()}
+    tensors |= {f"average.{k}": v for k, v in (content["average"] or {}).items()}
     for number, state in content["optimizer"]["state"].items():
         tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items() if isinstance(v, torch.Tensor)}
     for rank, own in enumerate(content["ranks"]):
-        tensors |= {f"rank{rank}.{k}": v for k, v in own["method"].items()}
+        state = dict(own["method"])
+        extra = state.pop("_extra_state", {})
+        tensors |= {f"rank{rank}.{k}": torch.as_tensor(v) for k, v in {**state, **extra}.items()}
         tensors |= {f"rank{rank}.rng": own["rng"]["torch"]}
     return tensors, {"history": untimed(content["history"]), "best": content["best"], "epoch": content["epoch"]}
 
