@@ -195,7 +195,11 @@ def prefetch(
 
 
 class Normalizer:
-    """``(x / 255 - mean) / std`` from (B, H, W, C) uint8 to (B, C, H, W) float32; the constants stay on the device."""
+    """``(x / 255 - mean) / std`` from (B, H, W, C) uint8 to (B, C, H, W) float32; the constants stay on the device.
+
+    The memory order is channels first, in the strides too: with one channel both orders are the same memory, PyTorch
+    would go by the strides, and the network would run in channels-last order whatever ``model.channels_last`` says.
+    """
 
     def __init__(self, form: ImageFormat) -> None:
         mean, std = torch.tensor(form.mean), torch.tensor(form.std)
@@ -203,7 +207,8 @@ class Normalizer:
         self._offset = (mean / std).to(form.device)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        return (pixels.float() * self._scale - self._offset).permute(0, 3, 1, 2).contiguous()
+        images = (pixels.float() * self._scale - self._offset).permute(0, 3, 1, 2).contiguous()
+        return images.flatten(1).view(images.shape)
 
 
 class MemorySource:
