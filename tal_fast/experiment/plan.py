@@ -340,10 +340,11 @@ def _jobs(experiment: Experiment) -> tuple[Job, ...]:
 
 
 def label_of(method: str, point: Values, config: Config) -> str:
-    """``tal-t_max=20-lr=0.1``: depends on nothing but method and values, whatever the file's other keys."""
-    lasts = [key.rpartition(".")[2] for key in point]
+    """``tal-t_max=20-lr=0.1``: of nothing but method and values, whatever else the file has, and in what order."""
+    keys = sorted(point)
+    lasts = [key.rpartition(".")[2] for key in keys]
     parts = [method]
-    for key, last in zip(point, lasts, strict=True):
+    for key, last in zip(keys, lasts, strict=True):
         value: Any = config.to_dict()
         for part in key.split("."):
             value = value[part]  # as the configuration reads it: 1e-3 may come as text

@@ -101,7 +101,6 @@ def _run(folder: Folder, environments: list[Any]) -> Values:
     if record["environment"] not in environments:
         environments.append(record["environment"])
     attempts = record["attempts"]
-    report["checkpoint"] = Path(str(report.get("checkpoint", ""))).name
     return {
         "name": job.name,
         "label": job.label,
@@ -163,8 +162,8 @@ def groups_of(results: Results) -> list[Group]:
     for found in results["differences"]:
         group = by_name[found["label"]]
         group.baseline = found["baseline"]
-        numbers = (math.nan if found[key] is None else found[key] for key in ("value", "low", "high"))
-        group.differences[found["setting"], found["metric"]] = Difference(*numbers, found["over"])
+        value, low, high = (math.nan if found[key] is None else found[key] for key in ("value", "low", "high"))
+        group.differences[found["setting"], found["metric"]] = Difference(value, low, high, found["over"])
     return groups
 
 

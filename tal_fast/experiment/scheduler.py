@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -162,11 +163,7 @@ class Scheduler:
 
     def _start(self, running: _Running, stage: str) -> None:
         folder = running.folder
-        if stage == "train":
-            words = ["tal_fast.train", "--config", str(folder.path / ASKED)]
-        else:
-            words = ["tal_fast.evaluate", "--run", str(folder.path), *self.experiment.evaluate]
-        command = [sys.executable, "-m", *words]
+        words = command(stage, folder.path, self.experiment.evaluate)
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(self.experiment.threads),
@@ -181,11 +178,11 @@ class Scheduler:
         folder.update(attempts=[*record["attempts"], attempt], failed=None, environment=self._environment)
         with open(folder.path / LOG, "ab") as log:
             running.log_start = log.tell()
-            log.write(f"$ {' '.join(command)}\n".encode())
+            log.write(f"$ {shlex.join(words)}\n".encode())
             log.flush()
             # Its own session: Ctrl-C is the runner's to pass on. It keeps the lock for as long as it lives.
             running.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
                 start_new_session=True, pass_fds=(running.lock,), preexec_fn=_end_with_parent(),
             )  # fmt: skip
 
@@ -232,6 +229,13 @@ class Scheduler:
         # Of the running ones half is still to come, on the average.
         turns = (len(self._waiting) + 0.5 * len(self._running)) / len(self._slots)
         return f"{done}, about {duration(turns * sum(self._seconds) / len(self._seconds))} left"
+
+
+def command(stage: str, run: Path, evaluate: Sequence[str]) -> list[str]:
+    """Of a job's process: ``train``, which goes on where it was, or ``evaluate``."""
+    if stage == "train":
+        return [sys.executable, "-m", "tal_fast.train", "--config", str(run / ASKED)]
+    return [sys.executable, "-m", "tal_fast.evaluate", "--run", str(run), *evaluate]
 
 
 def duration(seconds: float) -> str:

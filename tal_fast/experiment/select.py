@@ -1,9 +1,9 @@
 """Each method's best grid point.
 
 The criterion is one number: the geometric mean, over the metrics named, of the metric's mean over seeds, where a metric
-of which more is better counts as its distance to 1 (1 − AUROC). Lower is better. A ratio in one metric weighs as much as
-the same ratio in another, whatever their scales, and points that are added or left out do not change the order of the
-others. A point has to have all its seeds, and a mean accuracy no further below the baseline's best point than
+of which more is better counts as its distance to 1 (1 − AUROC). Lower is better. A ratio in one metric weighs as much
+as the same ratio in another, whatever their scales, and points that are added or left out do not change the order of
+the others. A point has to have all its seeds, and a mean accuracy no further below the baseline's best point than
 ``accuracy_loss``. Of points that are equal, the first in the file's order is taken.
 """
 

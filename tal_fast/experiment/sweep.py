@@ -40,8 +40,8 @@ def write_sweep(experiment: Experiment, path: Path, nproc: int | None = None) ->
         for point in points(own, method):
             config = resolve(experiment, method, point)
             values = config.to_dict()
-            for key in ("seed", "output", "resume"):  # the command's
-                del values[key]
+            for name in ("seed", "output", "resume"):  # the command's
+                del values[name]
             values["logger"] = "all" if config.logger in ("tensorboard", "all") else "wandb"
             configs[folder / f"{label_of(method, point, config)}.yaml"] = values
     parameters: dict[str, Any] = {"config": {"values": [str(config) for config in configs]}}
