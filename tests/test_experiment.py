@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -103,6 +104,16 @@ def test_base_and_methods_may_be_files_beside_it(tmp_path: Path) -> None:
     path = write(tmp_path / "e.yaml", base="mine.yaml", methods="selected.yaml", overrides=None)
     job = read_experiment(path).jobs[0]
     assert (job.config.epochs, job.config.method.t_max, job.config.seed, job.name) == (3, 40, 0, "tal-seed0")
+
+
+def test_the_files_in_docs_and_examples_are_read(tmp_path: Path) -> None:
+    (block,) = re.findall(
+        r"^```yaml\n(.*?)^```", (ROOT / "docs" / "experiments.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    (tmp_path / "e.yaml").write_text(block)
+    assert len(read_experiment(tmp_path / "e.yaml").jobs) == 5 * (2 + 4)
+    for path in (ROOT / "examples" / "experiments").glob("*.yaml"):
+        assert len(read_experiment(path).jobs) > 1
 
 
 def test_nested_and_dotted_keys_meet() -> None:
@@ -555,7 +566,7 @@ def agent_commands(path: Path) -> Iterator[tuple[list[str], dict[str, Any]]]:
     parameters = {name: entry["values"] for name, entry in content["parameters"].items()}
     for values in itertools.product(*parameters.values()):
         arguments = dict(zip(parameters, values, strict=True))
-        assert None not in values  # which the agent refuses
+        assert None not in values  # of which the agent would make None, or nothing
         macros = {
             "${env}": ["/usr/bin/env"],
             "${interpreter}": ["python"],

@@ -69,7 +69,7 @@ def _command(nproc: int | None) -> Sequence[str]:
 
 
 def _word(value: Any) -> Any:
-    """A value that the agent makes the right word of: it refuses null, and writes Python where it should be YAML."""
+    """A value that the agent, which writes Python's ``str``, makes a word of that the trainer reads as YAML."""
     if value is None or isinstance(value, (list, dict)):
         return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()
     return value
