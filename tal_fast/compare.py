@@ -1,10 +1,13 @@
 """Reports side by side: ``python -m tal_fast.compare runs/digits-ce runs/digits-tal``.
 
 Runs that differ in nothing but their seed make one row, with the mean and the standard deviation over them; the best of
-each column is marked. Below, each row's difference to the baseline with a 95% interval: over the test images, on the
-same resamples for all runs (``tal_fast.intervals``), where the ``samples.npz`` beside the reports are about the same
-images; over seeds otherwise (Welch's t), where both have two runs or more. The first says what other test images may
-change for these very models, the second what training them again may.
+each column is marked. Below, each row's difference to the baseline with a 95% interval:
+
+- over the test images, on the same resamples for all runs (``tal_fast.intervals``), where the ``samples.npz`` beside
+  the reports are about the same images: what other test images may change for these very models;
+- over seeds, where both have two runs or more: what training them again may change. Student's t of the differences of
+  runs of the same seed where both rows have the same seeds, Welch's t otherwise;
+- over both (``--over both``): what another laboratory may find.
 
 Each run is judged by its method's own score (TAL by cosine, CE by the maximum softmax probability) unless ``--score``
 says otherwise.
@@ -22,7 +25,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,6 +49,7 @@ from tal_fast.settings import Mix
 
 DEFAULT_METRICS = ("aurc", "auroc", "fpr95")
 FORMATS = ("table", "markdown", "latex", "csv")
+OVER = ("images", "seeds", "both")
 # What runs of one group may differ in: none of it changes what is trained, but for the seed.
 _NOT_THE_METHOD = ("seed", "output", "resume", "device", "threads", "progress", "eval_batch_size")
 
@@ -61,7 +65,7 @@ class Summary(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A group's mean minus the baseline's, with its interval over ``images`` or ``seeds``; ``over`` is empty: none."""
+    """A group's mean minus the baseline's, with its interval; ``over`` is one of ``OVER``, or empty: no interval."""
 
     value: float
     low: float
@@ -79,6 +83,8 @@ class Group:
         reports: of the runs.
         samples: of the runs, None where there are none.
         score: they are judged by.
+        seeds: of the runs, None where it is not known.
+        baseline: name of the group that the differences are taken to; empty: none.
         differences: by column, for every group but the baseline.
     """
 
@@ -87,6 +93,8 @@ class Group:
     reports: list[Report]
     samples: list[Samples | None]
     score: str
+    seeds: list[int | None]
+    baseline: str = ""
     differences: dict[Column, Difference] = field(default_factory=dict)
 
     def values(self, column: Column) -> list[float]:
@@ -162,14 +170,29 @@ def method_of(run: str | Path) -> str | None:
     Raises:
         ValueError: the file cannot be read.
     """
+    config = _config_of(run)
+    if config is None:
+        return None
+    return json.dumps({key: value for key, value in config.items() if key not in _NOT_THE_METHOD}, sort_keys=True)
+
+
+def seed_of(run: str | Path) -> int | None:
+    """The seed in a run's ``config.yaml``; None where there is none.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    return (_config_of(run) or {}).get("seed")
+
+
+def _config_of(run: str | Path) -> dict[str, Any] | None:
     path = Path(run) / "config.yaml"
     if not path.is_file():
         return None
     try:
-        config = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(f"{path} cannot be read ({problem})") from None
-    return json.dumps({key: value for key, value in config.items() if key not in _NOT_THE_METHOD}, sort_keys=True)
 
 
 def group_runs(
@@ -178,6 +201,7 @@ def group_runs(
     methods: Sequence[str | None] | None = None,
     samples: Sequence[Samples | None] | None = None,
     score: str | None = None,
+    seeds: Sequence[int | None] | None = None,
 ) -> list[Group]:
     """Runs of the same method in one group, in the order of their first; a run without a method is on its own.
 
@@ -187,11 +211,13 @@ def group_runs(
         methods: from ``method_of``.
         samples: from ``tal_fast.samples.read_samples``.
         score: judge all by this one; None: each by its own.
+        seeds: of the runs, from ``seed_of``.
 
     Raises:
         ValueError: see ``check_comparable`` and ``judged_by``.
     """
     check_comparable(reports, names)
+    seeds = seeds or [None] * len(reports)
     methods = methods or [None] * len(reports)
     samples = samples or [None] * len(reports)
     found: dict[tuple[str, str], list[int]] = {}
@@ -204,6 +230,7 @@ def group_runs(
             [reports[i] for i in members],
             [samples[i] for i in members],
             chosen,
+            [seeds[i] for i in members],
         )
         for (_, chosen), members in found.items()
     ]
@@ -225,7 +252,12 @@ def _common_name(names: Sequence[str]) -> str:
 
 
 def add_differences(
-    groups: Sequence[Group], baseline: Group, columns: Sequence[Column], resamples: int, progress: bool = False
+    groups: Sequence[Group],
+    baseline: Group,
+    columns: Sequence[Column],
+    resamples: int,
+    over: str = "images",
+    progress: bool = False,
 ) -> None:
     """Fill in every other group's differences to the baseline; see the module's docstring.
 
@@ -233,27 +265,51 @@ def add_differences(
         groups, baseline: from ``group_runs``; the baseline is one of them.
         columns: settings and metrics.
         resamples: of the bootstrap over images; 0: intervals over seeds only.
+        over: of ``OVER``, what the intervals are over as far as the runs allow it: seeds alone where the images are
+            not the same, images alone for single runs.
         progress: draw bars.
     """
-    same_images = resamples > 0 and _same_images(groups)
-    on_resamples: dict[int, dict[str, Floats]] = {}
+    same_images = resamples > 0 and over != "seeds" and _same_images(groups)
+    on_resamples: dict[int, list[dict[str, Floats]]] = {}
     if same_images:
-        on_resamples = {id(group): _mean_on_resamples(group, resamples, progress) for group in groups}
+        on_resamples = {id(group): _on_resamples(group, resamples, progress) for group in groups}
     for group in groups:
         if group is baseline:
             continue
+        group.baseline = baseline.name
+        several = min(len(group.runs), len(baseline.runs)) > 1
         for column in columns:
             setting, metric = column
             value = group.summary(column).mean - baseline.summary(column).mean
-            low, high, over = math.nan, math.nan, ""
+            sides = [np.array(g.values(column)) for g in (group, baseline)]
+            resampled = []
             if same_images:
-                own, other = (on_resamples[id(g)][setting][:, METRICS.index(metric)] for g in (group, baseline))
-                low, high, _ = interval(own - other)
-                over = "images"
-            elif min(len(group.runs), len(baseline.runs)) > 1:
-                low, high = _welch(group.values(column), baseline.values(column))
-                over = "seeds"
-            group.differences[column] = Difference(value, low, high, over)
+                of_metric = METRICS.index(metric)
+                resampled = [
+                    np.stack([run[setting][:, of_metric] for run in on_resamples[id(g)]]) for g in (group, baseline)
+                ]
+            low, high, kind = math.nan, math.nan, ""
+            if same_images and not (over == "both" and several):
+                low, high, _ = interval(resampled[0].mean(0) - resampled[1].mean(0))
+                kind = "images"
+            elif several:
+                pairs = _pairs(group, baseline)
+                if pairs is not None:  # differences of runs of the same seed are one sample
+                    own, other = pairs
+                    sides = [sides[0][own] - sides[1][other]]
+                    resampled = [resampled[0][own] - resampled[1][other]] if same_images else []
+                low, high = _over_seeds(sides, resampled)
+                kind = "both" if same_images else "seeds"
+            group.differences[column] = Difference(value, low, high, kind)
+
+
+def _pairs(group: Group, baseline: Group) -> tuple[list[int], list[int]] | None:
+    """Places of the runs of both groups, in the order of their seeds; None unless they have the same."""
+    seeds = [[(-1 if seed is None else seed) for seed in g.seeds] for g in (group, baseline)]
+    if -1 in seeds[0] or sorted(seeds[0]) != sorted(seeds[1]) or len(set(seeds[0])) < len(seeds[0]):
+        return None
+    own, other = ([of.index(seed) for seed in sorted(of)] for of in seeds)
+    return own, other
 
 
 def _same_images(groups: Sequence[Group]) -> bool:
@@ -269,12 +325,12 @@ def _same_images(groups: Sequence[Group]) -> bool:
     return all(identity == found[0] for identity in found)
 
 
-def _mean_on_resamples(group: Group, resamples: int, progress: bool) -> dict[str, Floats]:
-    """Setting -> (resamples, len(METRICS)), the mean over a group's runs on each resample of the images."""
-    total: dict[str, Floats] = {}
+def _on_resamples(group: Group, resamples: int, progress: bool) -> list[dict[str, Floats]]:
+    """For each run, setting -> (resamples, len(METRICS)) on the same resamples of the images."""
+    found = []
     for report, samples in zip(group.reports, group.samples, strict=True):
         assert samples is not None
-        for key, values in resample_settings(
+        of_run = resample_settings(
             samples.right,
             {group.score: samples.id_scores[group.score]},
             {name: {group.score: scores[group.score]} for name, scores in samples.ood_scores.items()},
@@ -283,21 +339,47 @@ def _mean_on_resamples(group: Group, resamples: int, progress: bool) -> dict[str
             convention=report["convention"],
             resamples=resamples,
             progress=progress,
-        ):
-            total[key] = total.get(key, 0) + values[group.score] / len(group.runs)
-    return total
+        )
+        found.append({key: values[group.score] for key, values in of_run})
+    return found
 
 
-def _welch(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """Welch's t interval of the difference of two means; of no width where neither varies."""
+def _over_seeds(sides: Sequence[Floats], resampled: Sequence[Floats]) -> tuple[float, float]:
+    """Student's t interval of a mean, or of the difference of two, over seeds and, with resamples, over images too.
+
+    With s² the variance over n runs, s²/n is what the seeds do to the mean. The variance of the mean over the
+    resamples is what the images do. What a run owes to how *its* errors fall on *these* images (the interaction of seed
+    and image) is in both: on resampled images the runs' variance grows by as much once more, which tells how much it
+    is, and it is taken off once. Degrees of freedom by Welch and Satterthwaite, the seeds being the few.
+
+    Args:
+        sides: one or two of (runs,): the differences of paired runs, or the values of each side.
+        resampled: as ``sides``, (runs, resamples); empty: over seeds alone.
+
+    Returns:
+        The interval's ends; of no width where nothing varies, NaN where a value is undefined.
+    """
     from scipy import stats
 
-    parts = [np.var(v, ddof=1) / len(v) for v in (values, others)]
-    middle = float(np.mean(values) - np.mean(others))
-    if not sum(parts) > 0:
-        return (middle, middle) if sum(parts) == 0 else (math.nan, math.nan)
-    freedom = sum(parts) ** 2 / sum(p**2 / (len(v) - 1) for p, v in zip(parts, (values, others), strict=True))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(sum(parts))
+    middle = float(sides[0].mean() - (sides[1].mean() if len(sides) > 1 else 0.0))
+    of_seeds = [side.var(ddof=1) / side.size for side in sides]
+    total = sum(of_seeds)
+    if resampled:
+        defined = ~np.isnan(np.concatenate(resampled)).any(0)
+        kept = [values[:, defined] for values in resampled]
+        if defined.sum() < 2:
+            return math.nan, math.nan
+        of_images = float(np.var(kept[0].mean(0) - (kept[1].mean(0) if len(kept) > 1 else 0.0), ddof=1))
+        both = sum(
+            max(float(values.var(0, ddof=1).mean() - side.var(ddof=1)), 0.0) / side.size
+            for values, side in zip(kept, sides, strict=True)
+        )
+        total = max(total, of_images, total + of_images - both)
+    if not total > 0:
+        return (middle, middle) if total == 0 else (math.nan, math.nan)
+    few = sum(part**2 / (side.size - 1) for part, side in zip(of_seeds, sides, strict=True))
+    freedom = total**2 / few if few > 0 else math.inf
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(total)
     return middle - half, middle + half
 
 
@@ -376,7 +458,7 @@ def format_groups(groups: Sequence[Group], columns: Sequence[Column], style: str
 
     Args:
         groups: from ``group_runs``.
-        columns: settings and metrics.
+        columns: settings and metrics; of those against single OOD sets, the head names only the kind.
         style: one of ``FORMATS``. ``csv`` is one long table instead, a line a group and column, in natural units and
             with all digits. ``latex`` needs the package ``booktabs``.
         units: ``natural`` or ``paper``.
@@ -401,7 +483,7 @@ def format_groups(groups: Sequence[Group], columns: Sequence[Column], style: str
                 )
             ]
         )
-    titles = [(SETTING_TITLES[key], TITLES[metric]) for key, metric in columns]
+    titles = [(SETTING_TITLES[key.partition("/")[0]], TITLES[metric]) for key, metric in columns]
     head = [("", "run"), ("", "score"), *([("", "runs")] if several else []), ("", "accuracy"), *titles]
     rows = [
         [escape(g.name), escape(g.score), *([str(len(g.runs))] if several else []), *row]
@@ -410,9 +492,8 @@ def format_groups(groups: Sequence[Group], columns: Sequence[Column], style: str
     tables = [_table(head, rows, style)]
     compared = [group for group in groups if group.differences]
     if compared:
-        (baseline,) = (group for group in groups if not group.differences)
         rows = [
-            [escape(f"{g.name} - {baseline.name}"), *(escape(_difference(c, g.differences[c], units)) for c in columns)]
+            [escape(f"{g.name} - {g.baseline}"), *(escape(_difference(c, g.differences[c], units)) for c in columns)]
             for g in compared
         ]
         tables.append(_table([("", "difference"), *titles], rows, style))
@@ -464,9 +545,8 @@ def _table(head: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], style
 def _csv(groups: Sequence[Group], columns: Sequence[Column]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["run", "score", "runs", "setting", "metric", "mean", "std", "best", "difference", "low", "high", "over"]
-    )
+    head = "run score runs setting metric mean std best difference low high over baseline"
+    writer.writerow(head.split())
     for setting, metric in columns:
         summaries = [group.summary((setting, metric)) for group in groups]
         marks = _best([s.mean for s in summaries], HIGHER_IS_BETTER[metric])
@@ -476,7 +556,7 @@ def _csv(groups: Sequence[Group], columns: Sequence[Column]) -> str:
             writer.writerow(
                 [group.name, group.score, summary.runs, setting, metric]
                 + ["" if math.isnan(v) else v for v in numbers]
-                + [difference.over]
+                + [difference.over, group.baseline]
             )
     return text.getvalue().rstrip("\n")
 
@@ -489,11 +569,26 @@ def describe(groups: Sequence[Group], units: str, resamples: int) -> str:
     if any(len(group.runs) > 1 for group in groups):
         text += "; mean ± standard deviation over runs"
     over = {d.over for group in groups for d in group.differences.values()}
-    if "images" in over:
-        text += f"\n{LEVEL:.0%} intervals of differences: paired bootstrap over the test images, {resamples} resamples"
-    elif "seeds" in over:
-        text += f"\n{LEVEL:.0%} intervals of differences: Welch's t over seeds"
+    for kind in OVER:
+        if kind in over:
+            text += f"\n{LEVEL:.0%} intervals of differences: {_how(kind, groups, resamples)}"
     return text
+
+
+def _how(over: str, groups: Sequence[Group], resamples: int) -> str:
+    """How intervals over something come about."""
+    bootstrap = f"paired bootstrap over the test images, {resamples} resamples"
+    if over == "images":
+        return bootstrap
+    compared = [
+        (g, find_group(groups, g.baseline)) for g in groups if any(d.over == over for d in g.differences.values())
+    ]
+    paired = {_pairs(group, baseline) is not None for group, baseline in compared}
+    of_seeds = " or ".join(
+        name for name, is_so in (("Student's t over pairs of the same seed", True), ("Welch's t over seeds", False))
+        if is_so in paired
+    )  # fmt: skip
+    return of_seeds if over == "seeds" else f"over seeds and test images together: {of_seeds}, and {bootstrap}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -511,6 +606,9 @@ def _parser() -> argparse.ArgumentParser:
         "--bootstrap", type=int, default=2000, metavar="N",
         help="resamples for intervals of differences over the test images; 0: none (%(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--over", choices=OVER, default="images", help="what intervals are over, as far as the runs allow (%(default)s)"
+    )
     parser.add_argument("--units", choices=UNITS, default="natural", help="of the table (%(default)s)")
     parser.add_argument("--format", choices=FORMATS, default="table", help="(%(default)s)")
     parser.add_argument("--out", metavar="FILE", help="write there instead of printing")
@@ -528,11 +626,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--bootstrap must be at least 0, not {args.bootstrap}")
         reports = [read_report(run) for run in args.runs]
         samples = [read_samples(run) for run in args.runs]
-        groups = group_runs(reports, names, [method_of(run) for run in args.runs], samples, args.score)
+        methods, seeds = [method_of(run) for run in args.runs], [seed_of(run) for run in args.runs]
+        groups = group_runs(reports, names, methods, samples, args.score, seeds)
         columns = columns_of(groups, args.metrics)
         baseline = groups[0] if args.baseline is None else find_group(groups, args.baseline)
         if len(groups) > 1:
-            add_differences(groups, baseline, columns, args.bootstrap, progress=True)
+            add_differences(groups, baseline, columns, args.bootstrap, args.over, progress=True)
         text = format_groups(groups, columns, args.format, args.units)
         if args.format != "csv":
             about = describe(groups, args.units, args.bootstrap)

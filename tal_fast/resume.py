@@ -85,13 +85,22 @@ def _restarted_by_torchrun() -> bool:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
-def _refuse_other_config(saved: dict[str, Any], config: Config, path: Path) -> None:
+def differences(saved: dict[str, Any], config: Config) -> list[str]:
+    """What a configuration computes otherwise than a saved one, such as ``epochs was 4 and is 5``."""
     before, now = _flat(Config.from_dict(saved).to_dict()), _flat(config.to_dict())
-    differing = [name for name in now if before.get(name) != now[name] and name not in MAY_DIFFER]
+    return [
+        f"{name} was {before.get(name)!r} and is {now[name]!r}"
+        for name in now
+        if before.get(name) != now[name] and name not in MAY_DIFFER
+    ]
+
+
+def _refuse_other_config(saved: dict[str, Any], config: Config, path: Path) -> None:
+    differing = differences(saved, config)
     if differing:
-        what = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in differing)
         raise ValueError(
-            f"{path} was made by another configuration ({what}); set it back, or start anew in another --output"
+            f"{path} was made by another configuration ({', '.join(differing)}); set it back, or start anew in another "
+            "--output"
         )
 
 

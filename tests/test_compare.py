@@ -139,10 +139,15 @@ def test_over_seeds_where_the_images_differ(tmp_path: Path, capsys: pytest.Captu
             values[method].append(failure_metrics(*made)["aurc"])
     runs = sorted(str(path) for path in tmp_path.iterdir())
     row = csv_of(runs, capsys)["tal", "old_fd", "aurc"]
-    test = scipy.stats.ttest_ind(values["tal"], values["ce"], equal_var=False).confidence_interval(0.95)
+    paired = scipy.stats.ttest_rel(values["tal"], values["ce"]).confidence_interval(0.95)
     assert row["over"] == "seeds"
+    assert (float(row["low"]), float(row["high"])) == pytest.approx((paired.low, paired.high))
+    assert "Student's t over pairs of the same seed" in table_of(runs, capsys)[1]
+    # Two runs of three seeds do not pair.
+    row = csv_of(runs[1:], capsys)["tal", "old_fd", "aurc"]
+    test = scipy.stats.ttest_ind(values["tal"], values["ce"][1:], equal_var=False).confidence_interval(0.95)
     assert (float(row["low"]), float(row["high"])) == pytest.approx((test.low, test.high))
-    assert "Welch's t over seeds" in table_of(runs, capsys)[1]
+    assert "Welch's t over seeds" in table_of(runs[1:], capsys)[1]
     # One run a method, and nothing to pair by: a difference without an interval.
     single = csv_of([runs[0], runs[3]], capsys)["tal-0", "old_fd", "aurc"]
     assert single["over"] == single["low"] == ""
@@ -156,9 +161,46 @@ def test_over_seeds_where_the_images_differ(tmp_path: Path, capsys: pytest.Captu
     assert csv_of(runs, capsys)["tal", "old_fd", "aurc"]["over"] == "seeds"
 
 
-def test_welch_of_values_that_do_not_vary() -> None:
-    assert compare._welch([1, 1], [3, 3]) == (-2, -2)
-    assert all(math.isnan(v) for v in compare._welch([1, math.nan], [3, 3]))
+def test_intervals_over_seeds_of_values_that_do_not_vary() -> None:
+    one, three, undefined = np.array([1.0, 1.0]), np.array([3.0, 3.0]), np.array([1, math.nan])
+    assert compare._over_seeds([one, three], []) == (-2, -2)
+    assert all(math.isnan(v) for v in compare._over_seeds([undefined, three], []))
+    assert compare._over_seeds([one - three], []) == (-2, -2)
+    images = np.array([[0.0, 1.0, 2.0]] * 2)  # seeds agree, images do not: the normal interval of the images
+    low, high = compare._over_seeds([one], [images])
+    assert (low, high) == pytest.approx((1 - 1.96, 1 + 1.96), abs=1e-3)
+
+
+def test_intervals_over_seeds_and_images_hold_what_they_promise() -> None:
+    """The mean over seeds and images of made-up scores lies inside in 95 of 100 experiments, whatever varies most."""
+    rng = np.random.default_rng(0)
+    n_seeds, n_images, resamples = 4, 50, 200
+    for of_seed, of_image, of_both in ((1, 0, 1), (0.05, 8, 1), (0, 0, 8), (0.3, 2, 2)):
+        inside = 0
+        for _ in range(400):
+            values = of_seed * rng.normal(size=(n_seeds, 1)) + of_image * rng.normal(size=(1, n_images))
+            values = values + of_both * rng.normal(size=(n_seeds, n_images))
+            drawn = rng.integers(n_images, size=(resamples, n_images))
+            low, high = compare._over_seeds([values.mean(1)], [values[:, drawn].mean(2)])
+            inside += low < 0 < high
+        assert 0.91 <= inside / 400 <= 0.99, (of_seed, of_image, of_both, inside / 400)
+
+
+def test_intervals_over_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for method, quality in (("ce", 1.0), ("tal", 1.5)):
+        for seed in range(3):
+            judged(tmp_path / f"{method}-{seed}", method, seed, quality)
+    runs = sorted(str(path) for path in tmp_path.iterdir())
+    widths = {}
+    for over in compare.OVER:
+        row = csv_of([*runs, "--over", over, "--bootstrap", "300"], capsys)["tal", "old_fd", "auroc"]
+        assert (row["over"], row["baseline"]) == (over, "ce")
+        widths[over] = float(row["high"]) - float(row["low"])
+    assert widths["both"] > widths["images"] > 0
+    assert "over seeds and test images together" in table_of([*runs, "--over", "both"], capsys)[1]
+    single = [runs[0], runs[3], "--over"]  # as far as single runs allow
+    assert csv_of([*single, "both"], capsys)["tal-0", "old_fd", "auroc"]["over"] == "images"
+    assert csv_of([*single, "seeds"], capsys)["tal-0", "old_fd", "auroc"]["over"] == ""
 
 
 def test_other_settings_are_other_methods(tmp_path: Path) -> None:
