@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -375,3 +378,25 @@ def test_crl_of_other_ranks_forgets_the_unfinished_epoch() -> None:
     method.load_state_dict(method.reshard([state, state], 0, 1))
     extra = method.get_extra_state()
     assert (extra["times_right"].tolist(), extra["right_now"].tolist()) == ([1, 1, 1], [0, 0, 0])
+
+
+def test_the_documented_method_takes_one_file_and_one_test(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    text = (root / "docs" / "adding-a-method.md").read_text()
+    method, test = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    (command,) = re.findall(r"^```sh\npython (.*?)\n```", text, re.DOTALL | re.MULTILINE)
+    shutil.copytree(root / "tal_fast", tmp_path / "tal_fast")
+    shutil.copytree(root / "kernels", tmp_path / "tal_fast" / "kernels")
+    (tmp_path / "tal_fast" / "methods" / "focal.py").write_text(method)
+    (tmp_path / "test_focal.py").write_text(test)
+    small = "--epochs 1 --data.train_limit 128 --data.loader torch --data.workers 0 --logger none --device cpu"
+    for words in (f"-m pytest -q -p no:cacheprovider {tmp_path / 'test_focal.py'}", f"{command} {small}"):
+        done = subprocess.run(
+            [sys.executable, *words.split()],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "runs" / "focal" / "checkpoints" / "last.pt").exists()
