@@ -461,6 +461,29 @@ def test_npz_has_no_images_and_says_so(tmp_path: Path, extra: dict[str, Any]) ->
     assert len([svg for svg in page.all("svg") if svg.get("data-kind") == "risk"]) == (5 if extra else 1)
 
 
+@pytest.mark.parametrize("names", [["fog"], ["fog", "<b>snow"]])
+def test_shifted_sets_have_curves_and_operating_points(tmp_path: Path, names: list[str]) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {"logits": rng.normal(size=(30, 2)), "labels": rng.integers(2, size=30)}
+    for name in names:
+        arrays |= {f"shift_{name}_logits": rng.normal(size=(20, 2)), f"shift_{name}_labels": rng.integers(2, size=20)}
+    np.savez(tmp_path / "x.npz", **arrays)
+    evaluate.evaluate_npz(tmp_path / "x.npz")
+    page = Page(tmp_path / "x-report" / FILE)
+    risk = [svg["aria-label"] for svg in page.all("svg") if svg.get("data-kind") == "risk"]
+    assert len(risk) == 1 + len(names)
+    right = {
+        name: int((arrays[f"shift_{name}_logits"].argmax(1) == arrays[f"shift_{name}_labels"]).sum()) for name in names
+    }
+    for name, label in zip(names, risk[1:], strict=True):
+        assert label is not None
+        assert label.startswith(
+            f"Risk against coverage, Old FD under shift to {name}: 20 samples, {20 - right[name]} err"
+        )
+    # A table of metrics, a picture and a table of operating points each.
+    assert page.text.count(f"Old FD under shift to {names[0]}") == 3
+
+
 def test_intervals_and_differences(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(3, size=300)

@@ -189,7 +189,9 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert evaluate.main(args) == 0
     found = json.loads((tmp_path / "tal-report" / "report.json").read_text())
     assert found["model"] == "cifar_resnet8"
-    assert found["counts"] == {"id": 12, "id_right": found["counts"]["id_right"], "ood": {"noise": 20}}
+    assert found["counts"] == {
+        "id": 12, "id_right": found["counts"]["id_right"], "ood": {"noise": 20}, "shift": {"foggy": 12},
+    }  # fmt: skip
     assert found["shift_names"] == ["foggy"]
     assert found["samples"]["shift"] == {**found["samples"]["old_fd"], "errors": found["samples"]["shift"]["errors"]}
     assert found["fitted"]["training_samples"] == 12
