@@ -183,6 +183,7 @@ class Inference:
             weights_hash(self.model),
             json.dumps(config, sort_keys=True),
             self.data.loader_name,
+            self.data.interpolation,
             str(self.amp),
         )
 

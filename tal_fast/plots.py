@@ -17,8 +17,9 @@ from tal_fast.metrics import Floats, risk_coverage_curve
 from tal_fast.report import setting_title
 from tal_fast.settings import Judged
 
-# Okabe and Ito's colours, told apart with any colour vision; line styles tell them apart without colour.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's colours, told apart with any colour vision; line styles tell them apart without colour. Of 20
+# lines no two blue ones have the same style.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 STYLES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 # Coverage (%) from which on the risk sets the height of its panel.
 STEADY = 2

@@ -13,6 +13,7 @@ import torch
 from tal_fast.config import Config, DataConfig, ModelConfig
 from tal_fast.corruptions import CORRUPTIONS
 from tal_fast.data.evaluation_sets import parse_named
+from tal_fast.data.loaders import INTERPOLATIONS
 from tal_fast.evaluate.sources import evaluate_npz, evaluate_run, evaluate_weights
 from tal_fast.evaluate.wanted import DEFAULT_SCORES, GROUPS
 from tal_fast.feature_scores import KNN_SAMPLES
@@ -70,7 +71,9 @@ def _report_for(args: argparse.Namespace) -> Report | None:
             options |= {"checkpoint": args.checkpoint or "best", "typicalness": not args.no_typicalness}
             return evaluate_run(args.run, args.output, ranks=ranks, **options)
         model = ModelConfig(name=args.model, width=args.width)
-        return evaluate_weights(args.weights, model, _data_config(args), args.output, ranks=ranks, **options)
+        data, interpolation = _data_config(args)
+        options |= {"interpolation": interpolation}
+        return evaluate_weights(args.weights, model, data, args.output, ranks=ranks, **options)
     finally:
         ranks.stop()
 
@@ -112,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
     weights.add_argument("--dataset", help="instead of a folder: digits, fashion-mnist, ... (folder)")
     weights.add_argument("--image-size", type=_at_least(1), help="side in pixels (timm's for the model, else 224)")
     weights.add_argument("--crop-fraction", type=float, help="central share of the shorter side (timm's, else 0.875)")
+    weights.add_argument("--interpolation", choices=INTERPOLATIONS, help="of the resizing (timm's, else bilinear)")
     weights.add_argument("--mean", type=float, nargs="+", help="a channel, of [0, 1] (timm's, else ImageNet's)")
     weights.add_argument("--std", type=float, nargs="+", help="a channel, likewise")
     weights.add_argument("--channels", type=int, choices=(1, 3), help="of the images (3)")
@@ -163,8 +167,8 @@ def parser() -> argparse.ArgumentParser:
 # Options that only some sources know, by the name argparse gives them.
 _OF_RUN = ("checkpoint", "no_typicalness")
 _OF_WEIGHTS = (
-    "model", "width", "data_dir", "dataset", "image_size", "crop_fraction", "mean", "std", "channels", "loader",
-    "workers",
+    "model", "width", "data_dir", "dataset", "image_size", "crop_fraction", "interpolation", "mean", "std", "channels",
+    "loader", "workers",
 )  # fmt: skip
 _OF_PASSES = ("ood", "shift", "batch_size", "device", "amp", "fast", "cache")
 
@@ -187,16 +191,19 @@ def check_source(args: argparse.Namespace) -> None:
             raise ValueError("--weights needs --data-dir DIR, which holds val/CLASS/*, or --dataset")
 
 
-def _data_config(args: argparse.Namespace) -> DataConfig:
-    from tal_fast.weights import preprocessing
+def _data_config(args: argparse.Namespace) -> tuple[DataConfig, str]:
+    """What weights are evaluated on, and the interpolation of its images."""
+    from tal_fast.weights import PRETRAINED, preprocessing
 
     dataset = args.dataset or "folder"
-    given = {key: getattr(args, key) for key in ("image_size", "mean", "std", "crop_fraction", "channels")}
-    fields = preprocessing(args.model, given)
+    asked = ("image_size", "mean", "std", "crop_fraction", "channels", "interpolation")
+    given = {key: getattr(args, key) for key in asked}
+    fields = preprocessing(args.model, given, args.weights == PRETRAINED)
+    interpolation = fields.pop("interpolation")
     fields |= {key: getattr(args, key) for key in ("loader", "workers") if getattr(args, key) is not None}
     # Training's random boxes are for image files only; an evaluation makes none.
     config = Config.from_dict({"data": {"dataset": dataset, "root": args.data_dir, "crop_area": None, **fields}})
-    return config.data
+    return config.data, interpolation
 
 
 def _argument(check: Any) -> Any:

@@ -111,6 +111,7 @@ def evaluate_weights(
     scores: Sequence[str] = DEFAULT_SCORES,
     ood: Mapping[str, str] | None = None,
     shifts: Mapping[str, str] | None = None,
+    interpolation: str = "bilinear",
     **options: Any,
 ) -> Report | None:
     """Report on a network's weights from anywhere.
@@ -122,6 +123,7 @@ def evaluate_weights(
             training features only.
         output: where to write; a folder named after the file, beside it, unless given.
         cache: folder of the outputs; ``eval-cache`` in ``output`` unless given.
+        interpolation: that images are resized with: ``bilinear`` or ``bicubic``.
         batch_size, device, ranks, amp, fast, scores, ood, shifts, options: as for ``evaluate_run``.
 
     Returns:
@@ -134,7 +136,7 @@ def evaluate_weights(
 
     ranks = ranks or Ranks(0, 1, torch.device(device))
     names = check_scores(scores)
-    bundle = evaluation_data(data)
+    bundle = evaluation_data(data, interpolation)
     network = load_weights(weights, model, bundle)
     if output is None:
         is_file = str(weights) != PRETRAINED
@@ -155,13 +157,21 @@ def evaluate_weights(
         logit_scores(names) if fast else names,
         ood=ood,
         shifts=shifts,
-        about={"weights": str(weights), "model": model.name, **_how(amp)},
+        about={"weights": str(weights), "model": model.name, "images": _images(bundle), **_how(amp)},
         title=f"{model.name} ({Path(weights).name})",
         **options,
     )
     if report is not None:
         write_html(output)
     return report
+
+
+def _images(data: DataBundle) -> dict[str, Any]:
+    """How images are made ready, for the report."""
+    mean, std = data.config.normalization()
+    found = {"image_size": data.image_size, "interpolation": data.interpolation, "mean": mean, "std": std}
+    # Images in memory are resized whole.
+    return found if data.loader_name == "memory" else {**found, "crop_fraction": data.config.crop_fraction}
 
 
 def _how(amp: str | None) -> dict[str, str]:

@@ -344,6 +344,14 @@ def _conventions(report: Report) -> list[tuple[str, str]]:
         ("units", "natural (fractions); papers print AURC, E-AURC and AUGRC times 1000, the rest in percent"),
         ("ties", "the column “tied” is the share of samples whose score equals another’s"),
     ]
+    if "images" in report:
+        how = report["images"]
+        part = f"the central {how['crop_fraction']:.4g} of the shorter side" if "crop_fraction" in how else "all of it"
+        numbers = ("(" + ", ".join(f"{v:.4g}" for v in how[what]) + ")" for what in ("mean", "std"))
+        size = f"{how['image_size']} × {how['image_size']} pixels"
+        found.append(
+            ("images", f"{part}, resized to {size} ({how['interpolation']}); normalised by {' and '.join(numbers)}")
+        )
     if "temperature" in report:
         scaling = report["temperature"]
         found.append(
