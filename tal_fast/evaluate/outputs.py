@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from tal_fast import plots, samples
 from tal_fast.calibration import calibration_metrics
 from tal_fast.evaluate.wanted import DEFAULT_SCORES, check_scores, compute_scores, unavailable
 from tal_fast.feature_scores import FEATURE_SCORES, KNN_SAMPLES, FeatureScorer, Training
+from tal_fast.metrics import Ints
 from tal_fast.output_store import Outputs
 from tal_fast.report import Report, make_report, write_report
 from tal_fast.samples import Predictions, Samples, identity_of, write_samples
@@ -20,7 +21,7 @@ from tal_fast.settings import Mix, judged_settings
 from tal_fast.temperature import fit_temperature, held_out
 
 
-def check_names(ood: Iterable[str]) -> None:
+def check_names(ood: Collection[str]) -> None:
     """Refuse the name of an OOD set that means another split.
 
     Raises:
@@ -47,6 +48,7 @@ def evaluate_outputs(
     title: str = "",
     resamples: int = 0,
     identity: Mapping[str, str] | None = None,
+    corrupted: Collection[str] = (),
 ) -> Report:
     """Report on outputs: make it, write ``report.json``, ``samples.npz`` and both pictures to ``output``, return it.
 
@@ -69,6 +71,7 @@ def evaluate_outputs(
         title: of the pictures.
         resamples: of the bootstrap; 0: no intervals. Differences are to the run's own score, else to the first.
         identity: split -> hash of its samples, see ``tal_fast.samples``; of labels and sizes unless given.
+        corrupted: the shifted sets that are the ID samples, corrupted: what is held out leaves these too.
 
     Raises:
         ValueError: an unknown score or convention, an OOD set called ``val``, no score that can be computed, or no
@@ -79,10 +82,15 @@ def evaluate_outputs(
     shift_outputs = shift_outputs or {}
     scaling: dict[str, Any] | None = None
     if temperature is not None:
-        id_outputs, scaling = _scaled_on_held_out(id_outputs, temperature, seed)
+        fit, rest = held_out(len(id_outputs.labels), temperature, seed)
+        scaling = _scaling(id_outputs, fit, rest, seed)
         t = scaling["value"]
+        id_outputs = _divided(id_outputs.subset(rest), t)
         ood_outputs = {name: _divided(outputs, t) for name, outputs in ood_outputs.items()}
-        shift_outputs = {name: _divided(outputs, t) for name, outputs in shift_outputs.items()}
+        shift_outputs = {
+            name: _divided(outputs.subset(rest) if name in corrupted else outputs, t)
+            for name, outputs in shift_outputs.items()
+        }
         training = None if training is None else training.scaled(t)
     scorer = FeatureScorer(training, knn_samples, seed)
     sets = {"": id_outputs, **{f"ood_{name}_": o for name, o in ood_outputs.items()}}
@@ -134,12 +142,8 @@ def _divided(outputs: Outputs, temperature: float) -> Outputs:
     return dataclasses.replace(outputs, logits=outputs.logits / temperature)
 
 
-def _scaled_on_held_out(outputs: Outputs, share: float, seed: int) -> tuple[Outputs, dict[str, Any]]:
-    """The samples that are not held out, their logits divided by the temperature, and an account of it."""
-    fit, rest = held_out(len(outputs.labels), share, seed)
+def _scaling(outputs: Outputs, fit: Ints, rest: Ints, seed: int) -> dict[str, Any]:
+    """The temperature of the samples to fit on, and an account of it."""
     value = fit_temperature(outputs.logits[fit], outputs.labels[fit])
-    features = None if outputs.features is None else outputs.features[rest]
-    kept = Outputs(outputs.logits[rest], features, outputs.labels[rest])
-    before = calibration_metrics(kept.logits, kept.labels)
-    scaling = {"value": value, "held_out": len(fit), "evaluated": len(rest), "seed": seed, "calibration_before": before}
-    return _divided(kept, value), scaling
+    before = calibration_metrics(outputs.logits[rest], outputs.labels[rest])
+    return {"value": value, "held_out": len(fit), "evaluated": len(rest), "seed": seed, "calibration_before": before}

@@ -255,6 +255,7 @@ def _evaluate_model(
         shift_outputs={name: store.load() for name, store in shift_stores.items()},
         scores=names,
         training=training,
+        corrupted=[name for name, (_, corruption) in shifted.items() if corruption is not None],
         identity={
             "val": split_hash(data.split("val")),
             **{name: split_hash(images) for name, images in oods.items()},
