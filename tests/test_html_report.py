@@ -78,7 +78,7 @@ BARS = [f"bars-{c}" for c in range(10)]
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A TAL run on images in memory, evaluated with all scores over logits."""
     run = make_run(tmp_path_factory.mktemp("runs") / "synthetic-tal", SYNTHETIC, BARS)
-    evaluate.evaluate_run(run, scores=["logits"])
+    evaluate.evaluate_run(run, scores=["logits"], shifts={"noisy": "gaussian-noise"})
     return run
 
 
