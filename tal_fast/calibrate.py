@@ -329,7 +329,7 @@ def calibrate_run(
         NoThreshold: nothing is written.
         ValueError: no run or checkpoint there, its data gone, an unknown score, or numbers out of range.
     """
-    from tal_fast.evaluate import CACHE, collect_outputs
+    from tal_fast.inference import CACHE, collect_outputs
     from tal_fast.runs import load_run
 
     run = load_run(run_dir, checkpoint=checkpoint, device=device)
@@ -361,7 +361,7 @@ def calibrate_npz(path: str | Path, output: str | Path | None = None, *, score: 
     Raises:
         NoThreshold, ValueError: as ``calibrate_run``.
     """
-    from tal_fast.evaluate import read_npz
+    from tal_fast.npz import read_npz
 
     path = Path(path)
     outputs = read_npz(path)[0]
@@ -443,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"an .npz names no score of its own; choose one with --score: {', '.join(SCORES)}")
             about = calibrate_npz(args.npz, args.output, score=args.score, **options)
         else:
-            from tal_fast.evaluate import choose_device
+            from tal_fast.ranks import choose_device
 
             about = calibrate_run(
                 args.run, args.output, score=args.score, checkpoint=args.checkpoint, batch_size=args.batch_size,

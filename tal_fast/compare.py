@@ -120,18 +120,18 @@ def check_comparable(reports: Sequence[Report], names: Sequence[str]) -> None:
     """Refuse to set numbers side by side that mean different things.
 
     Raises:
-        ValueError: the reports differ in convention, mix, its seed, OOD sets or number of samples.
+        ValueError: the reports differ in convention, mix, its seed, OOD or shifted sets, or number of samples.
     """
     first = reports[0]
     for report, name in zip(reports[1:], names[1:], strict=True):
-        for what in ("convention", "mix", "set of OOD data"):
+        for what in ("convention", "mix", "set of OOD data", "set of shifted data"):
             one, other = (_says(r, what) for r in (first, report))
             if one != other:
                 raise ValueError(
                     f"{names[0]} and {name} cannot be compared: {what} is {one} in one and {other} in the other; "
                     "evaluate them alike"
                 )
-        sizes = [(r["counts"]["id"], r["counts"]["ood"]) for r in (first, report)]
+        sizes = [(r["counts"]["id"], {**r["counts"]["ood"], **r["counts"].get("shift", {})}) for r in (first, report)]
         if sizes[0] != sizes[1]:
             raise ValueError(
                 f"{names[0]} and {name} cannot be compared: they were evaluated on {_sizes(*sizes[0])} and on "
@@ -142,11 +142,13 @@ def check_comparable(reports: Sequence[Report], names: Sequence[str]) -> None:
 def _says(report: Report, what: str) -> str:
     if what == "mix":
         return mix_and_seed(report)
-    return report["convention"] if what == "convention" else ", ".join(report["ood_names"]) or "none"
+    if what == "convention":
+        return str(report["convention"])
+    return ", ".join(report["ood_names"] if what == "set of OOD data" else report.get("shift_names", [])) or "none"
 
 
-def _sizes(n_id: int, ood: dict[str, int]) -> str:
-    return ", ".join([f"{n_id} ID", *(f"{n} {name}" for name, n in ood.items())]) + " samples"
+def _sizes(n_id: int, of_sets: dict[str, int]) -> str:
+    return ", ".join([f"{n_id} ID", *(f"{n} {name}" for name, n in of_sets.items())]) + " samples"
 
 
 def judged_by(report: Report, name: str, score: str | None = None) -> str:
@@ -321,6 +323,8 @@ def _same_images(groups: Sequence[Group]) -> bool:
             # Beside a report that was moved may lie another's samples.
             if (report["counts"]["id"], report["counts"]["id_right"]) != (samples.right.size, samples.right.sum()):
                 return False
+            if list(samples.shifts) != report.get("shift_names", []):
+                return False
             found.append(samples.identity)
     return all(identity == found[0] for identity in found)
 
@@ -334,6 +338,7 @@ def _on_resamples(group: Group, resamples: int, progress: bool) -> list[dict[str
             samples.right,
             {group.score: samples.id_scores[group.score]},
             {name: {group.score: scores[group.score]} for name, scores in samples.ood_scores.items()},
+            {name: (right, {group.score: scores[group.score]}) for name, (right, scores) in samples.shifts.items()},
             mix=Mix.parse(report["mix"]),
             seed=report["seed"],
             convention=report["convention"],
@@ -429,7 +434,8 @@ def _plain(text: str) -> str:
     return text
 
 
-def _markdown(text: str) -> str:
+def markdown_escaped(text: str) -> str:
+    """On one line, with Markdown's special characters as themselves."""
     for special in "\\`*_{}[]<>#|":
         text = text.replace(special, "\\" + special)
     return " ".join(text.split())
@@ -448,7 +454,7 @@ def _latex(text: str) -> str:
 # How a format escapes text, and how it marks the best.
 _STYLES: dict[str, tuple[Callable[[str], str], Callable[[str, bool], str]]] = {
     "table": (_plain, lambda text, best: text + ("*" if best else " ")),
-    "markdown": (_markdown, lambda text, best: f"**{text}**" if best else text),
+    "markdown": (markdown_escaped, lambda text, best: f"**{text}**" if best else text),
     "latex": (_latex, lambda text, best: rf"\textbf{{{text}}}" if best else text),
 }
 
@@ -651,7 +657,7 @@ def _as_comment(about: str, style: str) -> str:
     if style == "latex":
         return "".join(f"% {line}\n" for line in about.replace("* best", "bold: best").splitlines())
     if style == "markdown":
-        return _markdown(about.replace("* best", "bold: best")) + "\n\n"
+        return markdown_escaped(about.replace("* best", "bold: best")) + "\n\n"
     return about + "\n"
 
 

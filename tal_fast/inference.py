@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,11 @@ from tal_fast.metrics import Ints
 from tal_fast.output_store import Outputs, OutputStore, ShardWriter
 from tal_fast.ranks import Ranks
 
+if TYPE_CHECKING:
+    from tal_fast.runs import Run
+
+CACHE = "eval-cache"
+"""Folder of a run's outputs; it can be deleted at any time."""
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -178,6 +183,7 @@ class Inference:
             weights_hash(self.model),
             json.dumps(config, sort_keys=True),
             self.data.loader_name,
+            self.data.interpolation,
             str(self.amp),
         )
 
@@ -255,3 +261,23 @@ def _renumbered(loader: Iterable[Any], indices: Ints) -> Iterator[Any]:
     """A loader over a part of a split, with the indices its samples have in the whole."""
     for images, labels, places in loader:
         yield images, labels, torch.from_numpy(indices)[places.cpu()]
+
+
+def inference_of(run: Run, cache: str | Path, **options: Any) -> Inference:
+    """The passes of a run's model over its splits.
+
+    Args:
+        run: from ``tal_fast.runs.load_run``.
+        cache: folder of the outputs; made if need be.
+        options: ``ranks``, ``batch_size``, ``amp``, ``features`` of ``Inference``.
+    """
+    return Inference(run.model, run.data, cache, **options)
+
+
+def collect_outputs(
+    run: Run, split: str, cache: str | Path, *, batch_size: int = 256, device: torch.device | str = "cpu"
+) -> Outputs:
+    """A run's outputs on ``train-eval``, ``val`` or an OOD set, in memory; from the cache if they are there."""
+    ranks = Ranks(0, 1, torch.device(device))
+    name = f"ood-{split}" if split in run.data.ood_names else split
+    return inference_of(run, cache, ranks=ranks, batch_size=batch_size).store(name, run.data.split(split)).load()

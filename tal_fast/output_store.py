@@ -49,6 +49,11 @@ class Outputs:
         """(n,) whether the largest logit (the first on ties) is the label's."""
         return np.asarray(self.logits.argmax(axis=1) == self.labels)
 
+    def subset(self, indices: Ints) -> Outputs:
+        """Those of the samples at ``indices``."""
+        features = None if self.features is None else self.features[indices]
+        return Outputs(self.logits[indices], features, self.labels[indices])
+
 
 class OutputStore:
     """The outputs of one split.

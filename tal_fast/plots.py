@@ -13,12 +13,13 @@ import numpy as np
 
 from tal_fast.curves import histograms, kinds, oracle_risk
 from tal_fast.files import replacing
-from tal_fast.metrics import Floats, as_correct, risk_coverage_curve
+from tal_fast.metrics import Floats, risk_coverage_curve
 from tal_fast.report import setting_title
-from tal_fast.settings import Mix, all_settings
+from tal_fast.settings import Judged
 
-# Okabe and Ito's colours, told apart with any colour vision; line styles tell them apart without colour.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's colours, told apart with any colour vision; line styles tell them apart without colour. Of 20
+# lines no two blue ones have the same style.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 STYLES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 # Coverage (%) from which on the risk sets the height of its panel.
 STEADY = 2
@@ -51,15 +52,7 @@ def _line(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)]}
 
 
-def risk_coverage(
-    path: str | Path,
-    right: Any,
-    id_scores: Mapping[str, Floats],
-    ood_scores: Mapping[str, Mapping[str, Floats]],
-    mix: Mix | None = None,
-    seed: int = 0,
-    title: str = "",
-) -> None:
+def risk_coverage(path: str | Path, settings: Mapping[str, Judged], title: str = "") -> None:
     """Draw the error rate among the samples kept against the share kept: a panel a setting, a line a score.
 
     Dashed and dotted grey lines are the floor (every error ranked last) and a random score. The area under a line is
@@ -68,23 +61,24 @@ def risk_coverage(
 
     Args:
         path: of the PNG.
-        right, id_scores, ood_scores, mix, seed: as for ``tal_fast.report.make_report``.
+        settings: from ``tal_fast.settings.judged_settings``. Old FD and, below it, each shifted set have the first
+            column; each OOD set has a row of the other two.
         title: of the figure.
     """
-    right = as_correct(right, "right")
-    sizes = {name: len(next(iter(scores.values()))) for name, scores in ood_scores.items()}
-    settings = all_settings(right, sizes, mix, seed)
-    columns = 3 if sizes else 1
-    figure, axes = _figure(max(1, len(sizes)), columns, 4.2 if sizes else 6, 3.8)
+    kinds_of = [key.partition("/")[0] for key in settings]
+    rows, columns = max(1 + kinds_of.count("shift"), kinds_of.count("ood")), 3 if "ood" in kinds_of else 1
+    figure, axes = _figure(rows, columns, 4.2 if columns > 1 else 6, 3.8)
     handles: dict[str, Any] = {}
     for axis in axes.flat:
         axis.set_visible(False)
-    for key, (setting, name) in settings.items():
-        row = list(sizes).index(name) if name is not None else 0
-        axis = axes[row, ("old_fd", "ood", "new_fd").index(key.partition("/")[0])]
+    filled = [0] * columns
+    for kind, one in zip(kinds_of, settings.values(), strict=True):
+        setting, column = one.setting, {"ood": 1, "new_fd": 2}.get(kind, 0)
+        axis = axes[filled[column], column]
+        filled[column] += 1
         axis.set_visible(True)
-        against = f"{setting_title(key.partition('/')[0])} against {name}" if name is not None else "Old FD"
-        axis.set(title=against, xlabel="coverage (% of samples kept)", ylabel="risk (% errors among those kept)")
+        of_set = setting_title(kind if one.name is None else f"{kind}/{one.name}")
+        axis.set(title=of_set, xlabel="coverage (% of samples kept)", ylabel="risk (% errors among those kept)")
         axis.set_xlim(0, 100)
         axis.grid(alpha=0.3)
         n, errors = setting.success.size, int(setting.success.size - setting.success.sum())
@@ -92,9 +86,8 @@ def risk_coverage(
             continue
         coverage = np.arange(1, n + 1) / n * 100
         top = 100 * errors / n
-        for i, (score, values) in enumerate(id_scores.items()):
-            of_ood = ood_scores[name][score] if name is not None else None
-            curve = risk_coverage_curve(setting.confidence(values, of_ood), setting.success)
+        for i, (score, values) in enumerate(one.confidences().items()):
+            curve = risk_coverage_curve(values, setting.success)
             (handles[score],) = axis.plot(coverage, 100 * curve.risk, linewidth=1.8, **_line(i))
             top = max(top, 100 * float(curve.risk[coverage >= STEADY].max()))
         (handles["floor"],) = axis.plot(coverage, 100 * oracle_risk(n, errors), color="0.45", linestyle="--", lw=1)
@@ -112,7 +105,12 @@ def confidence_histogram(
 ) -> None:
     """Draw where the scores of right, wrong and OOD samples lie: a panel a score, each kind as shares of its own size.
 
-    Arguments as for ``risk_coverage``; all samples are drawn, whatever the mix.
+    All samples are drawn, whatever the mix; shifted sets are not.
+
+    Args:
+        path: of the PNG.
+        right, id_scores, ood_scores: as for ``tal_fast.report.make_report``.
+        title: of the figure.
     """
     columns = min(3, len(id_scores))
     rows = -(-len(id_scores) // columns)

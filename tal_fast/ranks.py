@@ -127,6 +127,21 @@ class Ranks:
                 self.sum(buffer).div_(self.world_size)
 
 
+def choose_device(name: str) -> str:
+    """``auto`` -> cuda if there is one, else cpu; other names are checked.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as problem:
+        raise ValueError(f"the device {name!r} cannot be used: {str(problem).splitlines()[0]}") from None
+    return name
+
+
 def _fresh_store(rank: int, world_size: int) -> dict[str, Any]:
     """What ``init_process_group`` needs to know when torchrun has restarted its processes.
 

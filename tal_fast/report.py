@@ -28,7 +28,7 @@ from tal_fast.metrics import (
     tied_share,
     undefined_reasons,
 )
-from tal_fast.settings import Mix, Setting, all_settings, old_fd
+from tal_fast.settings import Judged, Mix, Shifts, judged_settings
 
 FORMAT = 1
 Report = dict[str, Any]
@@ -56,7 +56,7 @@ def make_report(
     id_scores: Mapping[str, Floats],
     ood_scores: Mapping[str, Mapping[str, Floats]],
     *,
-    shifts: Mapping[str, tuple[Any, Mapping[str, Floats]]] | None = None,
+    shifts: Shifts | None = None,
     mix: Mix | None = None,
     seed: int = 0,
     convention: str = "tal_fast",
@@ -88,9 +88,12 @@ def make_report(
         high] and ``bootstrap``: how.
     """
     right = as_correct(right, "right")
-    mix = mix or Mix()
-    sizes = {name: len(next(iter(scores.values()))) for name, scores in ood_scores.items()}
-    settings = all_settings(right, sizes, mix, seed)
+    mix, shifts = mix or Mix(), shifts or {}
+    judged = judged_settings(right, id_scores, ood_scores, shifts, mix, seed)
+    sizes = {
+        "ood": {name: len(next(iter(scores.values()))) for name, scores in ood_scores.items()},
+        "shift": {name: len(of_shift) for name, (of_shift, _) in shifts.items()},
+    }
     report: Report = {
         "format": FORMAT,
         "id_accuracy": float(right.mean()) if right.size else math.nan,
@@ -98,8 +101,8 @@ def make_report(
         "mix": str(mix),
         "seed": seed,
         "ood_names": list(ood_scores),
-        "shift_names": list(shifts or {}),
-        "counts": {"id": int(right.size), "id_right": int(right.sum()), "ood": sizes},
+        "shift_names": list(shifts),
+        "counts": {"id": int(right.size), "id_right": int(right.sum()), **sizes},
         "samples": {},
         "settings": {},
         "aurc_floor": {},
@@ -108,14 +111,9 @@ def make_report(
         "tied_share": {},
         "versions": {"tal_fast": tal_fast.__version__, "numpy": np.__version__},
     }
-    for key, (setting, name) in settings.items():
-        of_ood = ood_scores[name] if name is not None else {}
-        scores = {score: setting.confidence(values, of_ood.get(score)) for score, values in id_scores.items()}
-        _add_setting(report, key, setting, scores)
-    for name, (of_shift, shift_scores) in (shifts or {}).items():
-        key = f"shift/{name}" if len(report["shift_names"]) > 1 else "shift"
-        _add_setting(report, key, old_fd(of_shift), shift_scores)
-    for kind, names in (("ood", ood_scores), ("new_fd", ood_scores), ("shift", shifts or {})):
+    for key, one in judged.items():
+        _add_setting(report, key, one)
+    for kind, names in (("ood", ood_scores), ("new_fd", ood_scores), ("shift", shifts)):
         if len(names) > 1:
             _add_mean(report, kind, [f"{kind}/{name}" for name in names])
     if resamples:
@@ -127,7 +125,7 @@ def make_report(
         }  # fmt: skip
         report["intervals"], report["differences"] = {}, {}
         found = resample_settings(
-            right, id_scores, ood_scores, mix=mix, seed=seed, convention=convention, resamples=resamples,
+            right, id_scores, ood_scores, shifts, mix=mix, seed=seed, convention=convention, resamples=resamples,
             progress=progress,
         )  # fmt: skip
         for key, values in found:
@@ -139,6 +137,7 @@ def resample_settings(
     right: Any,
     id_scores: Mapping[str, Floats],
     ood_scores: Mapping[str, Mapping[str, Floats]],
+    shifts: Shifts | None = None,
     *,
     mix: Mix,
     seed: int,
@@ -153,38 +152,39 @@ def resample_settings(
     Yields:
         A setting's key and score -> (resamples, len(METRICS)) float64, as ``tal_fast.intervals.bootstrap`` gives them.
         With several OOD sets, at the end, ``ood`` and ``new_fd``: the mean over the sets of each resample, in which
-        they share the ID draws.
+        they share the ID draws; with several shifted sets ``shift`` likewise. Sets of as many samples share their
+        draws: shifted sets are mostly the same images, changed.
     """
     from tqdm import tqdm
 
-    names = list(ood_scores)
-    sizes = {name: len(next(iter(scores.values()))) for name, scores in ood_scores.items()}
-    settings = all_settings(right, sizes, mix, seed)
+    judged = judged_settings(right, id_scores, ood_scores, shifts, mix, seed)
+    streams: dict[str | None, int] = {name: i for i, name in enumerate(ood_scores)}
+    parts: dict[str, int] = {}
     sums: dict[str, dict[str, Floats]] = {}
     with tqdm(
-        total=resamples * len(settings), desc="bootstrap", unit=" resamples", disable=None if progress else True,
+        total=resamples * len(judged), desc="bootstrap", unit=" resamples", disable=None if progress else True,
         leave=False, dynamic_ncols=True,
     ) as bar:  # fmt: skip
-        for key, (setting, name) in settings.items():
-            of_ood = ood_scores[name] if name is not None else {}
+        for key, one in judged.items():
             values = bootstrap(
-                {score: setting.confidence(own, of_ood.get(score)) for score, own in id_scores.items()},
-                setting.success,
-                setting.ood_index.size,
+                one.confidences(),
+                one.setting.success,
+                one.setting.ood_index.size,
                 resamples=resamples,
                 seed=seed,
-                stream=0 if name is None else names.index(name),
+                stream=streams.get(one.name, 0),
                 convention=convention,
                 progress=bar.update,
             )
             yield key, values
             kind, _, of_several = key.partition("/")
             if of_several:
+                parts[kind] = parts.get(kind, 0) + 1
                 total = sums.setdefault(kind, {score: np.zeros_like(own) for score, own in values.items()})
                 for score, own in values.items():
                     total[score] += own
     for kind, total in sums.items():
-        yield kind, {score: own / len(names) for score, own in total.items()}
+        yield kind, {score: own / parts[kind] for score, own in total.items()}
 
 
 def _add_interval(report: Report, key: str, values: Mapping[str, Floats], baseline: str) -> None:
@@ -204,7 +204,8 @@ def _add_interval(report: Report, key: str, values: Mapping[str, Floats], baseli
     }
 
 
-def _add_setting(report: Report, key: str, setting: Setting, scores: Mapping[str, Floats]) -> None:
+def _add_setting(report: Report, key: str, judged: Judged) -> None:
+    setting, scores = judged.setting, judged.confidences()
     success: Ints = setting.success
     n, errors = success.size, int(success.size - success.sum())
     convention = report["convention"]

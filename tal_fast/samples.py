@@ -1,8 +1,9 @@
 """The scores of every sample beside a report, for comparisons and pictures that need no model.
 
-``samples.npz`` holds ``right`` (n,), ``id/SCORE`` (n,) and ``ood/SET/SCORE`` (m,); for each split (``val`` and the OOD
-sets) ``label/SPLIT``, ``prediction/SPLIT``, ``probability/SPLIT`` and ``index/SPLIT``; all in the order of the data.
-``identity`` is for each split a hash of its samples, by which two files are known to be about the same ones.
+``samples.npz`` holds ``right`` (n,), ``id/SCORE`` (n,) and ``ood/SET/SCORE`` (m,); of shifted sets ``shift/SET/SCORE``
+and ``shift-right/SET``; for each split (``val`` and the OOD sets) ``label/SPLIT``, ``prediction/SPLIT``,
+``probability/SPLIT`` and ``index/SPLIT``; all in the order of the data. ``identity`` is for each split a hash of its
+samples, by which two files are known to be about the same ones; a shifted set's is under ``shift/SET``.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tal_fast.files import replacing
-from tal_fast.inference import Outputs
 from tal_fast.metrics import Floats, Ints
+from tal_fast.output_store import Outputs
 from tal_fast.scores import msp
+from tal_fast.settings import Shifts
 
 FILE = "samples.npz"
 _PREDICTIONS = ("label", "prediction", "probability", "index")
@@ -70,6 +72,7 @@ class Samples:
         ood_scores: OOD set -> score -> (m,) float64.
         identity: split -> hash of its samples; ``val`` is the ID split.
         predictions: split -> what the model takes them for.
+        shifts: shifted set -> (m,) bool, which of its samples are classified right, and score -> (m,) float64.
     """
 
     right: NDArray[np.bool_]
@@ -77,6 +80,7 @@ class Samples:
     ood_scores: Mapping[str, Mapping[str, Floats]]
     identity: Mapping[str, str]
     predictions: Mapping[str, Predictions] = field(default_factory=dict)
+    shifts: Shifts = field(default_factory=dict)
 
 
 def identity_of(values: Any) -> str:
@@ -91,6 +95,9 @@ def write_samples(samples: Samples, path: str | Path) -> None:
     arrays |= {f"id/{score}": values for score, values in samples.id_scores.items()}
     for name, scores in samples.ood_scores.items():
         arrays |= {f"ood/{name}/{score}": values for score, values in scores.items()}
+    for name, (right, scores) in samples.shifts.items():
+        arrays[f"shift-right/{name}"] = np.asarray(right, dtype=bool)
+        arrays |= {f"shift/{name}/{score}": values for score, values in scores.items()}
     for name, found in samples.predictions.items():
         arrays |= {f"{what}/{name}": getattr(found, what) for what in _PREDICTIONS}
     arrays["identity"] = np.array(json.dumps(dict(samples.identity)))
@@ -117,12 +124,18 @@ def read_samples(path: str | Path) -> Samples | None:
         predictions = {
             name: Predictions(**{what: arrays[f"{what}/{name}"] for what in _PREDICTIONS}) for name in splits
         }
+        shifts = {name: (arrays[f"shift-right/{name}"], of) for name, of in _by_set(arrays, "shift/").items()}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as problem:
         raise ValueError(f"{path} cannot be read ({problem}); evaluate again to write it anew") from None
-    ood: dict[str, dict[str, Floats]] = {}
-    for key, values in arrays.items():
-        if key.startswith("ood/"):
-            name, _, score = key.removeprefix("ood/").rpartition("/")
-            ood.setdefault(name, {})[score] = values
     id_scores = {k.removeprefix("id/"): v for k, v in arrays.items() if k.startswith("id/")}
-    return Samples(right, id_scores, ood, identity, predictions)
+    return Samples(right, id_scores, _by_set(arrays, "ood/"), identity, predictions, shifts)
+
+
+def _by_set(arrays: Mapping[str, Any], prefix: str) -> dict[str, dict[str, Floats]]:
+    """Set -> score -> values, of the arrays called ``PREFIX SET/SCORE``; a set's name may have slashes in it."""
+    found: dict[str, dict[str, Floats]] = {}
+    for key, values in arrays.items():
+        if key.startswith(prefix):
+            name, _, score = key.removeprefix(prefix).rpartition("/")
+            found.setdefault(name, {})[score] = values
+    return found

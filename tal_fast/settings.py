@@ -177,3 +177,59 @@ def all_settings(
         found[f"ood{suffix}"] = ood(right, size, mix, seed), name
         found[f"new_fd{suffix}"] = new_fd(right, size, mix, seed), name
     return found
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A setting with every score of the samples that take part.
+
+    Attributes:
+        setting: who takes part, and what is a success.
+        name: of its OOD or shifted set; None in Old FD.
+        id_scores: score -> scores of all ID samples; in a shifted set, of all its samples.
+        ood_scores: score -> scores of all samples of the OOD set; empty elsewhere.
+    """
+
+    setting: Setting
+    name: str | None
+    id_scores: Mapping[str, Floats]
+    ood_scores: Mapping[str, Floats]
+
+    def confidences(self) -> dict[str, Floats]:
+        """Score -> (n,) of the samples that take part, in the order of ``setting.success``."""
+        return {s: self.setting.confidence(own, self.ood_scores.get(s)) for s, own in self.id_scores.items()}
+
+
+Shifts = Mapping[str, tuple[Any, Mapping[str, Floats]]]
+"""Shifted set -> (m,) 0/1 or bool, which of its samples are classified right; and score -> their (m,) scores."""
+
+
+def judged_settings(
+    right: Any,
+    id_scores: Mapping[str, Floats],
+    ood_scores: Mapping[str, Mapping[str, Floats]],
+    shifts: Shifts | None = None,
+    mix: Mix | None = None,
+    seed: int = 0,
+) -> dict[str, Judged]:
+    """Every setting that these scores can be judged in.
+
+    Args:
+        right: (n_id,) 0/1 or bool, whether each ID sample is classified right.
+        id_scores: score -> (n_id,) scores of the ID samples.
+        ood_scores: OOD set -> score -> scores of its samples.
+        shifts: shifted sets; each is judged as Old FD is.
+        mix, seed: as for ``new_fd``.
+
+    Returns:
+        By key: those of ``all_settings``, and ``shift`` for a single shifted set, ``shift/NAME`` for several.
+    """
+    sizes = {name: len(next(iter(scores.values()))) for name, scores in ood_scores.items()}
+    found = {
+        key: Judged(setting, name, id_scores, {} if name is None else ood_scores[name])
+        for key, (setting, name) in all_settings(right, sizes, mix, seed).items()
+    }
+    shifts = shifts or {}
+    for name, (of_shift, scores) in shifts.items():
+        found[f"shift/{name}" if len(shifts) > 1 else "shift"] = Judged(old_fd(of_shift), name, scores, {})
+    return found

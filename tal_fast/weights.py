@@ -7,7 +7,9 @@ add. So the released TAL code's checkpoints load too.
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from tal_fast.config import DataConfig, ModelConfig
 from tal_fast.data import files
 from tal_fast.data.bundle import FOLDER_IMAGE_SIZE, DataBundle, build_data
+from tal_fast.data.loaders import INTERPOLATIONS
 from tal_fast.models.build import build_model, timm_name
 from tal_fast.models.features import FeatureLinear
 from tal_fast.models.registry import NETWORKS
@@ -178,41 +181,78 @@ def _pretrained(name: str) -> Path:
     return path
 
 
-def preprocessing(model: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ``DataConfig`` that say how a network wants its images: the given ones, else timm's for a network of
-    timm, else the defaults (224 pixels out of 256, ImageNet's mean and standard deviation).
+def preprocessing(model: str, given: Mapping[str, Any], pretrained: bool = False) -> dict[str, Any]:
+    """How a network wants its images: as given, else as timm says of a network of timm and torchvision of its own
+    weights, else the defaults (224 pixels out of 256, bilinear, ImageNet's mean and standard deviation).
 
     Args:
         model: its name.
-        given: ``image_size``, ``mean``, ``std``, ``crop_fraction``, ``channels``; None where not given.
+        given: ``image_size``, ``mean``, ``std``, ``crop_fraction``, ``channels``, ``interpolation``; None where not
+            given.
+        pretrained: whether the weights are torchvision's own.
+
+    Returns:
+        Fields of ``DataConfig``, and ``interpolation``.
     """
     found: dict[str, Any] = {}
-    name = None if model in NETWORKS else timm_name(model)
-    if name is not None:
-        import timm
-
-        pretrained = timm.get_pretrained_cfg(name)
-        # A timm network without weights of its own says nothing about images.
-        if pretrained is not None and given.get("channels") in (None, 3):
-            found = {
-                "image_size": pretrained.input_size[-1],
-                "mean": list(pretrained.mean),
-                "std": list(pretrained.std),
-                "crop_fraction": pretrained.crop_pct,
-            }
-    return {**found, **{key: value for key, value in given.items() if value is not None}}
+    # What is said of images in colour does not fit others.
+    if model not in NETWORKS and given.get("channels") in (None, 3):
+        name = timm_name(model)
+        if name is not None:
+            found = _timm_preprocessing(name)
+        elif pretrained:
+            found = _torchvision_preprocessing(model)
+    return {"interpolation": "bilinear", **found, **{key: value for key, value in given.items() if value is not None}}
 
 
-def evaluation_data(config: DataConfig) -> DataBundle:
+def _timm_preprocessing(name: str) -> dict[str, Any]:
+    import timm
+
+    own = timm.get_pretrained_cfg(name)
+    if own is None:  # a network without weights of its own says nothing about images
+        return {}
+    if own.crop_mode != "center":
+        print(f"note: {name} was trained on images cut by {own.crop_mode!r}; here the centre is cut", file=sys.stderr)
+    size = own.input_size[-1]
+    return {
+        "image_size": size, "mean": list(own.mean), "std": list(own.std),
+        "crop_fraction": min(1.0, size / math.floor(size / own.crop_pct)),  # whole pixels, as timm resizes to
+        "interpolation": own.interpolation if own.interpolation in INTERPOLATIONS else "bilinear",
+    }  # fmt: skip
+
+
+def _torchvision_preprocessing(name: str) -> dict[str, Any]:
+    from torchvision import models
+
+    try:
+        own = models.get_model_weights(name).DEFAULT.transforms()
+    except (ValueError, AttributeError):  # ``load_weights`` says that there are none
+        return {}
+    return {
+        "image_size": own.crop_size[0], "mean": list(own.mean), "std": list(own.std),
+        "crop_fraction": own.crop_size[0] / own.resize_size[0], "interpolation": own.interpolation.value,
+    }  # fmt: skip
+
+
+def evaluation_data(config: DataConfig, interpolation: str = "bilinear") -> DataBundle:
     """The data set that weights are evaluated on.
 
     Args:
         config: as for training. A ``folder`` needs only ``val/``: without ``train/`` there are no training images, and
             the classes are those of ``val/``.
+        interpolation: that images are resized with, one of ``tal_fast.data.loaders.INTERPOLATIONS``.
 
     Raises:
-        ValueError: as ``tal_fast.data.build_data``.
+        ValueError: as ``tal_fast.data.build_data``, or an unknown interpolation.
     """
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation is {interpolation!r}; choose from {', '.join(INTERPOLATIONS)}")
+    bundle = _bundle(config)
+    bundle.interpolation = interpolation
+    return bundle
+
+
+def _bundle(config: DataConfig) -> DataBundle:
     root = Path(config.root or "")
     if config.dataset != "folder" or config.root is None or (root / "train").is_dir() or not root.is_dir():
         return build_data(config)

@@ -61,6 +61,7 @@ def test_compare_judges_each_by_its_own_score() -> None:
         ({"mix": "first-n"}, "mix is all in one and first-n in the other"),
         ({"mix": "prior=0.5", "seed": 1}, "mix is all in one and prior=0.5, seed 1 in the other"),
         ({"ood_names": ["svhn"]}, "set of OOD data is none in one and svhn in the other"),
+        ({"shift_names": ["fog"]}, "set of shifted data is none in one and fog in the other"),
         ({"counts": {"id": 11, "id_right": 9, "ood": {}}}, "evaluated on 10 ID samples and on 11 ID samples"),
     ],
 )
@@ -266,14 +267,41 @@ def test_baselines_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixt
     assert said.count("\n") == 1
 
 
+def test_shifted_sets_are_compared_on_the_same_resamples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=120)
+    for name, quality in (("a", 1.0), ("b", 2.0)):
+        logits, shifted = (rng.normal(size=(120, 3)) + q * np.eye(3)[labels] for q in (quality, quality / 2))
+        np.savez(
+            tmp_path / f"{name}.npz", logits=logits, labels=labels, shift_fog_logits=shifted, shift_fog_labels=labels
+        )
+        evaluate.evaluate_npz(tmp_path / f"{name}.npz", scores=["msp"])
+    folders = [str(tmp_path / f"{name}-report") for name in "ab"]
+    row = csv_of([*folders, "--bootstrap", "200"], capsys)["b-report", "shift", "auroc"]
+    on_resamples = []
+    for folder in folders:
+        found = read_samples(folder)
+        assert found is not None
+        right, scores = found.shifts["fog"]
+        on_resamples.append(bootstrap(scores, right, resamples=200)["msp"][:, METRICS.index("auroc")])
+    assert row["over"] == "images"
+    want = np.quantile(on_resamples[1] - on_resamples[0], (0.025, 0.975))
+    assert [float(row[k]) for k in ("low", "high")] == pytest.approx(want)
+
+
 def test_samples_round_trip(tmp_path: Path) -> None:
-    samples = Samples(np.array([True, False]), {"msp": np.array([1.0, 2])}, {"a/b": {"msp": np.ones(3)}}, {"val": "h"})
+    samples = Samples(
+        np.array([True, False]), {"msp": np.array([1.0, 2])}, {"a/b": {"msp": np.ones(3)}}, {"val": "h"},
+        shifts={"c/d": (np.array([True]), {"msp": np.array([0.5])})},
+    )  # fmt: skip
     write_samples(samples, tmp_path / "samples.npz")
     found = read_samples(tmp_path / "report.json")
     assert found is not None
     assert found.identity == samples.identity
     np.testing.assert_array_equal(found.ood_scores["a/b"]["msp"], np.ones(3))
     np.testing.assert_array_equal(found.right, samples.right)
+    ((name, (right, scores)),) = found.shifts.items()
+    assert (name, right.tolist(), scores["msp"].tolist()) == ("c/d", [True], [0.5])
     assert read_samples(tmp_path / "elsewhere" / "report.json") is None
 
 

@@ -18,9 +18,10 @@ from PIL import Image
 
 from tal_fast.config import DataConfig
 from tal_fast.data import build_data, dali_loader, embedded, files
+from tal_fast.data.bundle import MemoryImages
 from tal_fast.data.cache import make_folder_once
 from tal_fast.data.files import UnreadableImage
-from tal_fast.data.loaders import ImageFormat, Normalizer, prefetch
+from tal_fast.data.loaders import INTERPOLATIONS, ImageFormat, Normalizer, prefetch
 from tal_fast.data.plan import Augmentation, Plan, central_boxes, random_boxes
 
 LOADERS = ["torch"] + (["dali"] if dali_loader.available() else [])
@@ -443,6 +444,30 @@ def test_what_dali_alone_cannot_decode_is_found(tmp_path: Path) -> None:
     assert (labels == -100).sum() == 1
     assert list(reader.unreadable) == [str(victim)]
     assert "cannot be decoded (by DALI: " in reader.unreadable[str(victim)]
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("loader", [*LOADERS, "memory"])
+def test_images_are_resized_as_by_pillow(tmp_path: Path, loader: Any, interpolation: str) -> None:
+    from sklearn.datasets import load_sample_images
+
+    photo = Image.fromarray(load_sample_images().images[1]).crop((0, 0, 400, 400))
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        photo.save(tmp_path / split / "a" / "0.png")
+    options: dict[str, Any] = {"mean": [0.0] * 3, "std": [1 / 255] * 3, "image_size": 96, "crop_fraction": 1.0}
+    data = build_data(config(tmp_path, loader="torch" if loader == "memory" else loader, **options))
+    data.interpolation = interpolation
+    split = MemoryImages(np.asarray(photo)[None], np.zeros(1, np.int64)) if loader == "memory" else "val"
+    ((images, _, _),) = data.loader(split, batch_size=1)
+    error = {}
+    for other in INTERPOLATIONS:
+        want = np.asarray(photo.resize((96, 96), Image.Resampling[other.upper()])).astype(np.float32)
+        error[other] = float(np.abs(images[0].permute(1, 2, 0).numpy() - want).mean())  # of 255
+    assert images.min() >= -1e-4
+    assert images.max() <= 255 + 1e-4
+    assert error.pop(interpolation) < 0.5
+    assert min(error.values()) > 1
 
 
 @pytest.mark.parametrize("loader", [*LOADERS, "memory"])

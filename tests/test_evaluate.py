@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from tal_fast import checkpoint, evaluate, inference, report
 from tal_fast.calibration import calibration_metrics
 from tal_fast.config import Config
+from tal_fast.evaluate import command, outputs
 from tal_fast.feature_scores import FEATURE_SCORES, FeatureScorer, Training
 from tal_fast.files import replacing
-from tal_fast.inference import Outputs
 from tal_fast.metrics import METRICS, failure_metrics
 from tal_fast.models import build_model
+from tal_fast.models.features import last_layer
+from tal_fast.output_store import Outputs
 from tal_fast.runs import load_run
 from tal_fast.scores import SCORES
 from tal_fast.settings import Mix, new_fd, ood
@@ -180,7 +182,7 @@ def test_one_pass_serves_until_an_image_changes(tmp_path: Path, monkeypatch: pyt
     passes = counted(monkeypatch)
     first = evaluate.evaluate_run(run)
     assert evaluate.evaluate_run(run)["settings"] == first["settings"]
-    assert first["counts"] == {"id": 6, "id_right": first["counts"]["id_right"], "ood": {"other": 3}}
+    assert first["counts"] == {"id": 6, "id_right": first["counts"]["id_right"], "ood": {"other": 3}, "shift": {}}
     assert passes == ["val", "ood-other"]
     Image.new("RGB", (16, 16), "red").save(tmp_path / "ood" / "1.png")
     evaluate.evaluate_run(run)
@@ -241,7 +243,7 @@ def test_report_of_a_run(run_dir: Path) -> None:
 def test_calibration_is_of_the_id_samples(run_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert evaluate.main(["--run", str(run_dir), "--output", str(tmp_path)]) == 0
     run = load_run(run_dir)
-    val = evaluate.inference_of(run, run_dir / evaluate.CACHE / "best").store("val").load()
+    val = inference.inference_of(run, run_dir / evaluate.CACHE / "best").store("val").load()
     want = calibration_metrics(val.logits, val.labels)
     assert read(tmp_path)["calibration"] == want
     assert f"ECE {want['ece']:.4f} (15 bins), NLL {want['nll']:.4f} nats" in capsys.readouterr().out
@@ -290,10 +292,10 @@ def test_scores_over_features_of_a_run(run_dir: Path, tmp_path: Path) -> None:
     found = evaluate.evaluate_run(run_dir, tmp_path, scores=["all"])
     assert list(found["settings"]["new_fd"]) == [*SCORES, *FEATURE_SCORES]
     run = load_run(run_dir)
-    passes = evaluate.inference_of(run, run_dir / evaluate.CACHE / "best")
+    passes = inference.inference_of(run, run_dir / evaluate.CACHE / "best")
     outputs = {split: passes.store(split).load() for split in ("train-eval", "val")}
     train, val = outputs["train-eval"], outputs["val"]
-    weight, bias = evaluate.last_layer(run.model)
+    weight, bias = last_layer(run.model)
     assert train.features is not None
     assert val.features is not None
     # The layer that was found is the one that made the logits of these features.
@@ -306,7 +308,7 @@ def test_scores_over_features_of_a_run(run_dir: Path, tmp_path: Path) -> None:
 def test_scores_over_features_of_an_npz(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "plots", MagicMock())  # a dozen reports whose pictures nobody looks at
+    monkeypatch.setattr(outputs, "plots", MagicMock())  # a dozen reports whose pictures nobody looks at
     rng = np.random.default_rng(2)
     arrays = {
         "features": rng.normal(size=(200, 8)), "ood_noise_features": rng.normal(size=(90, 8)) + 3,
@@ -374,6 +376,7 @@ def test_shifted_sets_of_an_npz(tmp_path: Path, capsys: pytest.CaptureFixture[st
     errors = int(60 - right.sum())
     assert found["samples"]["shift"] == {"n": 60, "id": 60, "ood": 0, "errors": errors}
     assert found["aurc_random"]["shift"] == errors / 60
+    assert found["counts"]["shift"] == {"fog": 60}
     arrays["shift_fog_features"] = rng.normal(size=(60, 4))
     write_npz(path, **arrays, **features)
     assert evaluate.main(["--npz", str(path), "--scores", "feature_norm"]) == 0
@@ -462,6 +465,30 @@ def test_npz_refusals(
     assert not (tmp_path / "outputs-report").exists()
 
 
+def test_an_ood_set_called_as_the_id_samples_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], run_dir: Path
+) -> None:
+    path = write_npz(tmp_path / "outputs.npz", ood_val_logits=np.zeros((3, 5)))
+    for args in (["--npz", str(path)], ["--run", str(run_dir), "--ood", "val=gaussian:5", "--output", str(tmp_path)]):
+        assert evaluate.main(args) == 2
+        assert capsys.readouterr().err.startswith("error: an OOD set cannot be called 'val'")
+
+
+def test_of_torchruns_processes_one_reports_on_an_npz(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_npz(tmp_path / "outputs.npz")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert evaluate.main(["--npz", str(path)]) == 0
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "outputs-report").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert evaluate.main(["--npz", str(path)]) == 0
+    assert "ID accuracy" in capsys.readouterr().out
+    assert (tmp_path / "outputs-report" / "report.html").is_file()
+
+
 def test_files_that_are_no_npz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.npz").write_text("logits")
     (tmp_path / "empty.npz").touch()
@@ -523,6 +550,6 @@ def test_commands_in_the_docs_are_understood() -> None:
     lines = [line.split("tal_fast.evaluate ", 1)[1] for line in text.splitlines() if "-m tal_fast.evaluate --" in line]
     assert len(lines) == 6
     for line in lines:
-        args = evaluate._parser().parse_args(shlex.split(line))
-        evaluate._check_source(args)
+        args = command.parser().parse_args(shlex.split(line))
+        command.check_source(args)
         evaluate.check_scores(args.scores)

@@ -78,7 +78,7 @@ BARS = [f"bars-{c}" for c in range(10)]
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A TAL run on images in memory, evaluated with all scores over logits."""
     run = make_run(tmp_path_factory.mktemp("runs") / "synthetic-tal", SYNTHETIC, BARS)
-    evaluate.evaluate_run(run, scores=["logits"])
+    evaluate.evaluate_run(run, scores=["logits"], shifts={"noisy": "gaussian-noise"})
     return run
 
 
@@ -459,6 +459,29 @@ def test_npz_has_no_images_and_says_so(tmp_path: Path, extra: dict[str, Any]) ->
     assert "No images: what was evaluated is no run" in page.text
     assert ("OOD: mean over 2 OOD sets" in page.text) == bool(extra)
     assert len([svg for svg in page.all("svg") if svg.get("data-kind") == "risk"]) == (5 if extra else 1)
+
+
+@pytest.mark.parametrize("names", [["fog"], ["fog", "<b>snow"]])
+def test_shifted_sets_have_curves_and_operating_points(tmp_path: Path, names: list[str]) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {"logits": rng.normal(size=(30, 2)), "labels": rng.integers(2, size=30)}
+    for name in names:
+        arrays |= {f"shift_{name}_logits": rng.normal(size=(20, 2)), f"shift_{name}_labels": rng.integers(2, size=20)}
+    np.savez(tmp_path / "x.npz", **arrays)
+    evaluate.evaluate_npz(tmp_path / "x.npz")
+    page = Page(tmp_path / "x-report" / FILE)
+    risk = [svg["aria-label"] for svg in page.all("svg") if svg.get("data-kind") == "risk"]
+    assert len(risk) == 1 + len(names)
+    right = {
+        name: int((arrays[f"shift_{name}_logits"].argmax(1) == arrays[f"shift_{name}_labels"]).sum()) for name in names
+    }
+    for name, label in zip(names, risk[1:], strict=True):
+        assert label is not None
+        assert label.startswith(
+            f"Risk against coverage, Old FD under shift to {name}: 20 samples, {20 - right[name]} err"
+        )
+    # A table of metrics, a picture and a table of operating points each.
+    assert page.text.count(f"Old FD under shift to {names[0]}") == 3
 
 
 def test_intervals_and_differences(tmp_path: Path) -> None:

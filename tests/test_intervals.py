@@ -15,6 +15,7 @@ from tal_fast import evaluate, intervals, report
 from tal_fast.intervals import BLOCK, bootstrap, interval, paired_differences
 from tal_fast.metrics import CONVENTIONS, METRICS, failure_metrics
 from tal_fast.samples import read_samples
+from tal_fast.scores import SCORES
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -198,6 +199,30 @@ def test_report_carries_intervals(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert found["intervals"]["new_fd"]["msp"]["augrc"] == pytest.approx(list(want[:2]))
     for part in ("intervals: 95%, percentile bootstrap, 150 resamples, seed 3", "  2.5%", "  97.5%", "energy - msp"):
         assert part in printed
+
+
+def test_shifted_sets_have_intervals_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(4)
+    arrays = {"logits": rng.normal(size=(80, 3)), "labels": rng.integers(3, size=80)}
+    for name, n in (("fog", 80), ("snow", 50)):
+        arrays |= {f"shift_{name}_logits": rng.normal(size=(n, 3)), f"shift_{name}_labels": rng.integers(3, size=n)}
+    np.savez(tmp_path / "o.npz", **arrays)
+    options = ["--scores", "energy", "msp", "--bootstrap", "150", "--seed", "3"]
+    assert evaluate.main(["--npz", str(tmp_path / "o.npz"), *options]) == 0
+    found = json.loads((tmp_path / "o-report" / "report.json").read_text())
+    assert set(found["intervals"]) == set(found["differences"]) == {"old_fd", "shift/fog", "shift/snow", "shift"}
+    values = {}
+    for name in ("fog", "snow"):
+        logits, labels = arrays[f"shift_{name}_logits"], arrays[f"shift_{name}_labels"]
+        scores = {score: SCORES[score](logits) for score in ("energy", "msp")}
+        values[name] = bootstrap(scores, logits.argmax(1) == labels, resamples=150, seed=3)
+        want = interval(values[name]["msp"][:, METRICS.index("augrc")])
+        assert found["intervals"][f"shift/{name}"]["msp"]["augrc"] == pytest.approx(list(want[:2]))
+    both = np.mean([values[name]["msp"] - values[name]["energy"] for name in values], axis=0)
+    want = interval(both[:, METRICS.index("augrc")])
+    assert found["differences"]["shift"]["msp"]["augrc"][1:] == pytest.approx(list(want[:2]))
+    printed = capsys.readouterr().out
+    assert printed.count("  2.5%") == 3 * 4  # two scores and a difference in four tables
 
 
 def test_one_class_is_always_right_and_undefined_is_null(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from test_evaluate import make_run
 from tal_fast import evaluate, inference, output_store
 from tal_fast.output_store import Outputs, OutputStore, ShardWriter
 from tal_fast.runs import load_run
+from tal_fast.scores import SCORES
 
 RNG = np.random.default_rng(0)
 LOGITS, FEATURES = RNG.normal(size=(10, 3)), RNG.normal(size=(10, 4)).astype(np.float32)
@@ -178,8 +179,8 @@ def test_ranks_share_a_pass_and_finish_one_anothers(tmp_path: Path) -> None:
     assert evaluate.main([*args, "--output", str(tmp_path / "one"), "--cache", str(tmp_path / "one-cache")]) == 0
     # What one process left behind is no matter for two: here every second shard's worth of samples.
     cache = tmp_path / "two-cache"
-    passes = evaluate.inference_of(load_run(run), cache, batch_size=33)
-    left_behind = evaluate.inference_of(load_run(run), tmp_path / "one-cache", batch_size=33).store("val")
+    passes = inference.inference_of(load_run(run), cache, batch_size=33)
+    left_behind = inference.inference_of(load_run(run), tmp_path / "one-cache", batch_size=33).store("val")
     store = passes._prepared("val", left_behind.key, 1000)
     kept = np.arange(0, 1000, 3)
     outputs = left_behind.load()
@@ -209,8 +210,8 @@ def test_ranks_share_a_pass_and_finish_one_anothers(tmp_path: Path) -> None:
 
 def test_precision_of_the_network_is_part_of_the_key(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    exact = evaluate.inference_of(load_run(run), tmp_path / "cache").store("val").load()
-    narrow = evaluate.inference_of(load_run(run), tmp_path / "cache", amp="bfloat16").store("val").load()
+    exact = inference.inference_of(load_run(run), tmp_path / "cache").store("val").load()
+    narrow = inference.inference_of(load_run(run), tmp_path / "cache", amp="bfloat16").store("val").load()
     assert exact.logits.dtype == narrow.logits.dtype == np.float32
     difference = np.abs(exact.logits - narrow.logits).max()
     assert 0 < difference < 0.1 * np.abs(exact.logits).max()
@@ -222,7 +223,7 @@ def test_fast_keeps_no_features(tmp_path: Path, capsys: pytest.CaptureFixture[st
     run = make_run(tmp_path / "run")
     assert evaluate.main(["--run", str(run), "--fast", "--scores", "all"]) == 0
     found = json.loads((run / "report.json").read_text())
-    assert list(found["settings"]["old_fd"]) == list(evaluate.SCORES)
+    assert list(found["settings"]["old_fd"]) == list(SCORES)
     shards = list(run.glob("eval-cache/best/*/*.npz"))
     assert {path.parent.name for path in shards} == {"val", "ood-noise"}
     assert all("features" not in np.load(path) for path in shards)
@@ -240,7 +241,7 @@ def test_an_unreadable_image_loses_nothing_computed(tmp_path: Path, monkeypatch:
                 raise ValueError("an image does not decode")
             yield batch
 
-    passes = evaluate.inference_of(load_run(make_run(tmp_path / "run")), tmp_path / "cache", batch_size=100)
+    passes = inference.inference_of(load_run(make_run(tmp_path / "run")), tmp_path / "cache", batch_size=100)
     with monkeypatch.context() as patch:
         patch.setattr(inference, "run_model", broken)
         with pytest.raises(ValueError, match="does not decode"):

@@ -12,6 +12,7 @@ import scipy.special
 
 from tal_fast import evaluate
 from tal_fast.calibration import calibration_metrics
+from tal_fast.output_store import Outputs
 from tal_fast.temperature import fit_temperature, held_out
 
 
@@ -102,3 +103,16 @@ def test_an_evaluation_with_a_temperature(tmp_path: Path, capsys: pytest.Capture
         with pytest.raises(SystemExit):
             evaluate.main([*args, "--temperature", text])
         assert "must be held-out or held-out=SHARE" in capsys.readouterr().err
+
+
+def test_held_out_samples_leave_their_corrupted_versions_too(tmp_path: Path) -> None:
+    logits, labels = sampled(5.0, 400)
+    of_id = Outputs(logits, None, labels)
+    # The same images twice, corrupted (by nothing): once known as such, once not.
+    found = evaluate.evaluate_outputs(
+        of_id, {}, tmp_path, scores=["msp"], temperature=0.25, shift_outputs={"blur": of_id, "folder": of_id},
+        corrupted=["blur"],
+    )  # fmt: skip
+    assert found["counts"]["shift"] == {"blur": 300, "folder": 400}
+    assert found["settings"]["shift/blur"] == found["settings"]["old_fd"]
+    assert found["settings"]["shift/folder"] != found["settings"]["old_fd"]

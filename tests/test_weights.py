@@ -202,11 +202,59 @@ def test_preprocessing_is_timms_unless_given() -> None:
     cfg = timm.get_pretrained_cfg("vit_tiny_patch16_224")
     found = preprocessing("timm/vit_tiny_patch16_224", {"image_size": None, "mean": None})
     assert found == {
-        "image_size": 224, "mean": list(cfg.mean), "std": list(cfg.std), "crop_fraction": cfg.crop_pct,
+        "image_size": 224, "mean": list(cfg.mean), "std": list(cfg.std), "crop_fraction": 224 / 248,
+        "interpolation": "bicubic",
     }  # fmt: skip
     assert found["mean"] == [0.5, 0.5, 0.5]
-    assert preprocessing("timm/vit_tiny_patch16_224", {"image_size": 96})["image_size"] == 96
-    assert preprocessing("resnet18", {"std": [1.0, 1.0, 1.0], "mean": None}) == {"std": [1.0, 1.0, 1.0]}
+    assert cfg.crop_pct == 0.9  # timm resizes to 224 / 0.9 = 248.9 pixels, rounded down
+    own = preprocessing("timm/vit_tiny_patch16_224", {"image_size": 96, "interpolation": "bilinear"})
+    assert (own["image_size"], own["interpolation"]) == (96, "bilinear")
+
+
+def test_preprocessing_of_torchvisions_own_weights_is_theirs() -> None:
+    given = {"std": [1.0, 1.0, 1.0], "mean": None}
+    assert preprocessing("resnet50", given) == {"std": [1.0, 1.0, 1.0], "interpolation": "bilinear"}
+    found = preprocessing("efficientnet_b3", given, pretrained=True)
+    assert (found["image_size"], found["interpolation"], found["std"]) == (300, "bicubic", [1.0, 1.0, 1.0])
+    assert found["crop_fraction"] == 300 / 320
+    assert preprocessing("cifar_resnet8", given, pretrained=True) == preprocessing("resnet50", given)
+
+
+def test_images_are_what_timm_makes_of_them(tmp_path: Path) -> None:
+    """A photo, cut and resized here and by timm's own transform for a network of bicubic images."""
+    pytest.importorskip("timm")
+    from sklearn.datasets import load_sample_images
+    from timm.data import create_transform, resolve_data_config
+
+    # Of a size whose central part is whole pixels both here and there.
+    photo = Image.fromarray(load_sample_images().images[0]).crop((200, 50, 510, 360))
+    for name in ("train", "val"):
+        (tmp_path / name / "a").mkdir(parents=True)
+        photo.save(tmp_path / name / "a" / "0.png")
+    model = "timm/vit_tiny_patch16_224"
+    fields = preprocessing(model, {})
+    interpolation = fields.pop("interpolation")
+    config = DataConfig(root=str(tmp_path), crop_area=None, workers=0, loader="torch", **fields)
+    transform = create_transform(**resolve_data_config({}, pretrained_cfg=timm_cfg(model)))
+    want = transform(photo)
+    error = {}
+    for ours in (interpolation, "bilinear"):
+        ((images, _, _),) = evaluation_data(config, ours).loader("val", batch_size=1)
+        # of 255; the border of the cut, where timm sees what lies beyond, aside
+        error[ours] = float((images[0] - want)[:, 2:-2, 2:-2].abs().mean()) * 255 * 0.5
+    assert error["bicubic"] < 1.0
+    assert error["bilinear"] > 2 * error["bicubic"]
+
+
+def timm_cfg(name: str) -> dict[str, Any]:
+    import timm
+
+    return timm.get_pretrained_cfg(name.removeprefix("timm/")).to_dict()
+
+
+def test_an_interpolation_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="interpolation is 'nearest'; choose from bilinear, bicubic"):
+        evaluation_data(DIGITS, "nearest")
 
 
 def test_names_that_are_not_timms() -> None:
@@ -238,7 +286,9 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert evaluate.main(args) == 0
     found = json.loads((tmp_path / "tal-report" / "report.json").read_text())
     assert found["model"] == "cifar_resnet8"
-    assert found["counts"] == {"id": 12, "id_right": found["counts"]["id_right"], "ood": {"noise": 20}}
+    assert found["counts"] == {
+        "id": 12, "id_right": found["counts"]["id_right"], "ood": {"noise": 20}, "shift": {"foggy": 12},
+    }  # fmt: skip
     assert found["shift_names"] == ["foggy"]
     assert found["samples"]["shift"] == {**found["samples"]["old_fd"], "errors": found["samples"]["shift"]["errors"]}
     assert found["fitted"]["training_samples"] == 12

@@ -70,6 +70,8 @@ class DataBundle:
         ood_names: names of the out-of-distribution sets, which ``loader`` takes as splits.
         image_size: side of the images, in pixels.
         channels: 1 or 3.
+        interpolation: that images are resized with, one of ``tal_fast.data.loaders.INTERPOLATIONS``. Bilinear, unless
+            an evaluation of weights from elsewhere asks for what they were trained with.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class DataBundle:
         self.config = config
         self.class_names = tuple(class_names)
         self.image_size = image_size
+        self.interpolation = "bilinear"
         self._splits: dict[str, Split] = {"train": train, "train-eval": train, "val": val}
         self._ood = ood
 
@@ -217,7 +220,7 @@ class DataBundle:
         )
 
     def _source(self, images: Split, plan: Plan, device: torch.device) -> Source:
-        form = ImageFormat(self.channels, *self.config.normalization(), device)
+        form = ImageFormat(self.channels, *self.config.normalization(), device, self.interpolation)
         if isinstance(images, MemoryImages):
             rows = None if images.rows is None else torch.from_numpy(images.rows)
             return MemorySource(plan, torch.from_numpy(images.pixels), rows, form)

@@ -141,7 +141,7 @@ class DaliSource:
                 _decode(dali, form, paths, corners, sizes),
                 resize_x=image_size,
                 resize_y=image_size,
-                interp_type=types.INTERP_LINEAR,
+                interp_type={"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[form.interpolation],
                 antialias=True,
             )
             return fn.crop_mirror_normalize(

@@ -19,6 +19,9 @@ Images = tuple[Tensor, Tensor, Tensor]
 """(images, labels, indices): (B, C, H, W) float32 normalised; (B,) int64, -1 for OOD, -100 for a file that did not
 decode; (B,) int64 line of the split."""
 
+INTERPOLATIONS = ("bilinear", "bicubic")
+"""Filters that images are resized with, stretched where they shrink (antialiasing), as in Pillow."""
+
 IGNORED_LABEL = -100
 """Of an image that could not be read: what cross-entropy and ``TALLoss`` take as ``ignore_index``."""
 
@@ -31,12 +34,14 @@ class ImageFormat:
         channels: 1 or 3.
         mean, std: per channel, of values scaled to [0, 1].
         device: where they end up.
+        interpolation: one of ``INTERPOLATIONS``.
     """
 
     channels: int
     mean: list[float]
     std: list[float]
     device: torch.device
+    interpolation: str = "bilinear"
 
 
 @dataclass(frozen=True)
@@ -199,12 +204,17 @@ class Normalizer:
 
     The memory order is channels first, in the strides too: with one channel both orders are the same memory, PyTorch
     would go by the strides, and the network would run in channels-last order whatever ``model.channels_last`` says.
+
+    Attributes:
+        black, white: (C, 1, 1), what 0 and 255 become.
     """
 
     def __init__(self, form: ImageFormat) -> None:
         mean, std = torch.tensor(form.mean), torch.tensor(form.std)
         self._scale = std.mul(255).reciprocal().to(form.device)
         self._offset = (mean / std).to(form.device)
+        self.black = -self._offset[:, None, None]
+        self.white = (255 * self._scale - self._offset)[:, None, None]
 
     def __call__(self, pixels: Tensor) -> Tensor:
         images = (pixels.float() * self._scale - self._offset).permute(0, 3, 1, 2).contiguous()
@@ -227,6 +237,7 @@ class MemorySource:
         self._pixels = pixels.to(form.device)
         self._rows = rows
         self._normalize = Normalizer(form)
+        self._interpolation = form.interpolation
 
     def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[Step, None, None]:
         """See ``Source``."""
@@ -247,7 +258,9 @@ class MemorySource:
         images = self._normalize(pixels)
         size = (image_size, image_size)
         if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+            images = F.interpolate(images, size, mode=self._interpolation, antialias=True)
+            if self._interpolation == "bicubic":  # which shoots over at edges; pixels of files end at 0 and 255
+                images = images.clamp(self._normalize.black, self._normalize.white)
         return Step(images, indices)
 
     def _to_device(self, values: Tensor) -> Tensor:

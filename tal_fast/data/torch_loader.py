@@ -38,9 +38,10 @@ _Read = tuple[Tensor, Tensor, dict[int, str]]
 class _Reader(Dataset):
     """One item is one batch at one size of images."""
 
-    def __init__(self, files: ImageFiles, channels: int) -> None:
+    def __init__(self, files: ImageFiles, channels: int, interpolation: str) -> None:
         self._files = files
         self._channels = channels
+        self._filter = Image.Resampling[interpolation.upper()]
 
     def __getitem__(self, request: tuple[Batch, int]) -> _Read:
         batch, size = request
@@ -64,7 +65,7 @@ class _Reader(Dataset):
             if (file.height, file.width) != tuple(stored):
                 raise ValueError(f"{path} is of another size than before")
             image = file.convert("RGB" if self._channels == 3 else "L")
-        image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
+        image = image.crop((left, top, left + width, top + height)).resize((size, size), self._filter)
         if mirror:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.asarray(image).reshape(size, size, self._channels)
@@ -104,7 +105,7 @@ class TorchSource:
     def __init__(self, plan: Plan, files: ImageFiles, form: ImageFormat, workers: int) -> None:
         self._device = form.device
         self._requests = _Requests(plan)
-        self._reader = _Reader(files, form.channels)
+        self._reader = _Reader(files, form.channels, form.interpolation)
         self._normalize = Normalizer(form)
         self._workers = min(workers, len(plan))
         self._loader: DataLoader | None = None

@@ -362,10 +362,12 @@ def _text(value: Any) -> str:
 
 def _evaluate_words(options: Values) -> tuple[str, ...]:
     """Options as words of the command line of ``tal_fast.evaluate``, which checks them."""
-    from tal_fast import evaluate
+    from tal_fast.data.evaluation_sets import parse_named
+    from tal_fast.evaluate import command
+    from tal_fast.evaluate.wanted import check_scores
 
-    parser = evaluate._parser()
-    taken = {"help", "run", "weights", "npz", "output", "cache", *evaluate._OF_WEIGHTS}
+    parser = command.parser()
+    taken = {"help", "run", "weights", "npz", "output", "cache", *command.OF_WEIGHTS}
     actions = {action.dest: action for action in parser._actions if action.dest not in taken}
     words: list[str] = []
     for key, value in options.items():
@@ -388,9 +390,9 @@ def _evaluate_words(options: Values) -> tuple[str, ...]:
     try:
         with contextlib.redirect_stderr(said):
             args = parser.parse_args(["--run", "RUN", *words])
-        evaluate.parse_named(args.ood, "--ood")
-        evaluate.parse_named(args.shift, "--shift")
-        evaluate.check_scores([name for group in args.scores for name in group.split(",") if name])
+        parse_named(args.ood, "--ood")
+        parse_named(args.shift, "--shift")
+        check_scores([name for group in args.scores for name in group.split(",") if name])
     except SystemExit:
         raise ValueError(f"evaluate: {said.getvalue().strip().rpartition('error: ')[2]}") from None
     except ValueError as problem:

@@ -42,7 +42,7 @@ def _head(results: Results, groups: Sequence[Group], markdown: bool) -> str:
         lines += (about.replace("* best", "bold: best") if markdown else about).splitlines()
     lines += [_source(environment) for environment in results["environments"] if environment]
     lines += [f"missing: {missing['name']} ({missing['why']})" for missing in results["missing"]]
-    return "\n".join(f"{compare._markdown(line)}  " for line in lines) if markdown else "\n".join(lines)
+    return "\n".join(f"{compare.markdown_escaped(line)}  " for line in lines) if markdown else "\n".join(lines)
 
 
 def _source(environment: dict[str, Any]) -> str:

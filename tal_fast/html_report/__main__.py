@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tal_fast.evaluate import choose_device
 from tal_fast.html_report.page import write_html
+from tal_fast.ranks import choose_device
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -27,11 +27,12 @@ from tal_fast.html_report.gallery import (
     printable,
     typicalness_galleries,
 )
+from tal_fast.inference import CACHE
 from tal_fast.metrics import HIGHER_IS_BETTER, METRICS
 from tal_fast.report import SETTING_TITLES, TITLES, Report, format_value, mix_and_seed, read_report
 from tal_fast.samples import FILE as SAMPLES
 from tal_fast.samples import Samples, read_samples
-from tal_fast.settings import Mix, all_settings
+from tal_fast.settings import Mix, judged_settings
 from tal_fast.typicalness import training_typicalness
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def _check_same(report: Report, samples: Samples, folder: Path) -> None:
     there = {name: len(split) for name, split in samples.predictions.items()}
     same = said["id_right"] == int(right.sum()) and there == {"val": len(right), **said["ood"]}
     same = same and said["id"] == len(right) and list(samples.ood_scores) == report["ood_names"]
+    same = same and {name: len(own) for name, (own, _) in samples.shifts.items()} == said.get("shift", {})
     if not same or list(report["settings"]["old_fd"]) != list(samples.id_scores):
         raise ValueError(f"report.json and {SAMPLES} in {folder} are of different evaluations; evaluate again")
 
@@ -146,7 +148,6 @@ def _galleries(
     device: torch.device | str,
 ) -> tuple[list[Gallery], list[str]]:
     """The galleries, and a sentence for each that is left out."""
-    from tal_fast.evaluate import CACHE
     from tal_fast.runs import load_run
 
     if images is None and run is None and "run" not in report:
@@ -343,6 +344,14 @@ def _conventions(report: Report) -> list[tuple[str, str]]:
         ("units", "natural (fractions); papers print AURC, E-AURC and AUGRC times 1000, the rest in percent"),
         ("ties", "the column “tied” is the share of samples whose score equals another’s"),
     ]
+    if "images" in report:
+        how = report["images"]
+        part = f"the central {how['crop_fraction']:.4g} of the shorter side" if "crop_fraction" in how else "all of it"
+        numbers = ("(" + ", ".join(f"{v:.4g}" for v in how[what]) + ")" for what in ("mean", "std"))
+        size = f"{how['image_size']} × {how['image_size']} pixels"
+        found.append(
+            ("images", f"{part}, resized to {size} ({how['interpolation']}); normalised by {' and '.join(numbers)}")
+        )
     if "temperature" in report:
         scaling = report["temperature"]
         found.append(
@@ -439,17 +448,15 @@ def _risk_coverage(
     report: Report, samples: Samples, primary: str
 ) -> tuple[list[Chart], list[tuple[str, dict[str, list[Cell]]]]]:
     """A panel a setting, and (title, score -> cells) of its operating points."""
-    sizes = {name: len(samples.predictions[name]) for name in samples.ood_scores}
-    settings = all_settings(samples.right, sizes, Mix.parse(report["mix"]), report["seed"])
+    settings = judged_settings(
+        samples.right, samples.id_scores, samples.ood_scores, samples.shifts, Mix.parse(report["mix"]), report["seed"]
+    )
     points = max(40, min(charts.POINTS, _ALL_POINTS // (len(settings) * len(samples.id_scores))))
     panels, tables = [], []
-    for key, (setting, name) in settings.items():
-        found = {}
-        for score, values in samples.id_scores.items():
-            of_ood = None if name is None else samples.ood_scores[name][score]
-            found[score] = OperatingPoints(setting.confidence(values, of_ood), setting.success)
+    for key, one in settings.items():
+        found = {score: OperatingPoints(own, one.setting.success) for score, own in one.confidences().items()}
         title = _setting_title(key, report)
-        panel = charts.risk_coverage(title, setting, found, primary, RISKS, COVERAGES, points)
+        panel = charts.risk_coverage(title, one.setting, found, primary, RISKS, COVERAGES, points)
         if panel is None:
             continue
         panels.append(panel)

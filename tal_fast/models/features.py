@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -100,3 +100,10 @@ def _problem(model: nn.Module, last: FeatureLinear, images: Tensor) -> str | Non
     if not torch.equal(F.linear(output[1], last.weight, last.bias), output[0]):
         return "its logits are not that layer's"
     return None
+
+
+def last_layer(model: nn.Module) -> tuple[Any, Any]:
+    """Weight (C, D) and bias (C,) or None, as float64 arrays, of the layer that exposes the features."""
+    layer = [module for module in model.modules() if isinstance(module, FeatureLinear)][-1]
+    bias = None if layer.bias is None else layer.bias.detach().cpu().double().numpy()
+    return layer.weight.detach().cpu().double().numpy(), bias

@@ -1,0 +1,7 @@
+"""``python -m tal_fast.evaluate``."""
+
+import sys
+
+from tal_fast.evaluate.command import main
+
+sys.exit(main())
