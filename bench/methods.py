@@ -1,0 +1,278 @@
+"""Tables and figures of the comparison of methods: ``python -m bench.methods``.
+
+Reads bench/results/methods/NAME/results.json, which ``python -m tal_fast.experiment examples/experiments/NAME.yaml
+--output bench/results/methods/NAME`` writes, and fills in docs/results.md and README.md between their markers, and
+docs/figures/methods-*.svg. The same results always give the same text; ``--check`` writes nothing and exits with 1
+where a page is not what the results say. ``--typicalness RUN`` measures how typical a TAL run finds its validation images
+and those of no class, for its figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.harness import environment, write_json
+from bench.report import FIGURES, ROOT, table
+from tal_fast.compare import Group
+from tal_fast.experiment import select
+from tal_fast.experiment.plan import read_experiment
+from tal_fast.experiment.results import Results, groups_of, read_results
+from tal_fast.experiment.table import format_results
+
+RESULTS = ROOT / "bench" / "results" / "methods"
+EXPERIMENTS = ROOT / "examples" / "experiments"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+TYPICALNESS = RESULTS / "typicalness.json"
+BINS = 40
+
+MISSING = "Not measured yet.\n"
+
+
+def read(name: str) -> Results | None:
+    """The committed results of an experiment, if there are any."""
+    folder = RESULTS / name
+    return read_results(folder) if (folder / "results.json").exists() else None
+
+
+# ---- Tables ---------------------------------------------------------------------------------------------------
+
+
+def whole(name: str) -> str:
+    """All tables of an experiment."""
+    results = read(name)
+    if results is None:
+        return MISSING
+    spent = sum(sum(run["seconds"].values()) for run in results["runs"])
+    return (
+        f"{format_results(results, 'markdown')}\n\n"
+        f"`python -m tal_fast.experiment examples/experiments/{name}.yaml`: {len(results['runs'])} runs, "
+        f"{spent / 3600:.1f} hours of one core, training and evaluation together.\n"
+    )
+
+
+def choice(name: str) -> str:
+    """What was chosen among what."""
+    results = read(name)
+    if results is None:
+        return MISSING
+    experiment = read_experiment(str(EXPERIMENTS / f"{name}.yaml"))
+    assert experiment.select is not None
+    points = select.candidates(experiment, results, experiment.select)
+    return f"```\n{select.format_selection(points, experiment, experiment.select)}\n```\n"
+
+
+def main_rows(name: str) -> str:
+    """README's table: what matters of each method, beside its difference to cross-entropy."""
+    results = read(name)
+    if results is None:
+        return MISSING
+    groups = groups_of(results)
+    sets = groups[0].reports[0]["ood_names"]
+    columns = [("old_fd", "aurc"), *((f"new_fd/{one}", "aurc") for one in sets)]
+    head = ["method, score", "seeds", "accuracy", "Old FD AURC"]
+    for one in sets:
+        head += [f"New FD AURC, {one}"]
+    best = [min(statistics.mean(g.values(c)) for g in groups) for c in columns]
+
+    def cell(group: Group, column: tuple[str, str], least: float) -> str:
+        values = [1e3 * v for v in group.values(column)]
+        mean, spread = statistics.mean(values), statistics.stdev(values)
+        text = f"{mean:.1f} ± {spread:.1f}"
+        if math.isclose(mean, 1e3 * least):
+            text = f"**{text}**"
+        if column in group.differences:
+            found = group.differences[column]
+            text += f" ({1e3 * found.value:+.1f} [{1e3 * found.low:+.1f}, {1e3 * found.high:+.1f}])"
+        return text
+
+    rows = []
+    for group in groups:
+        accuracies = [100 * a for a in accuracies_of(group)]
+        accuracy = f"{statistics.mean(accuracies):.2f}% ± {statistics.stdev(accuracies):.2f}"
+        cells = [cell(group, column, least) for column, least in zip(columns, best, strict=True)]
+        rows.append([f"{group.name}, {group.score}", str(len(group.runs)), accuracy, *cells])
+    return table(head, rows) + "\n"
+
+
+def accuracies_of(group: Group) -> list[float]:
+    """Of its runs."""
+    return [report["id_accuracy"] for report in group.reports]
+
+
+BLOCKS: dict[str, Callable[[str], str]] = {"whole": whole, "choice": choice, "main": main_rows}
+
+
+def fill_in(text: str) -> str:
+    """A page with what stands between ``<!-- methods:KIND NAME -->`` and ``<!-- /methods -->`` made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        kind, name = match[1], match[2]
+        return f"<!-- methods:{kind} {name} -->\n\n{BLOCKS[kind](name)}\n<!-- /methods -->"
+
+    return re.sub(r"<!-- methods:(\w+) ([\w-]+) -->.*?<!-- /methods -->", block, text, flags=re.DOTALL)
+
+
+# ---- Figures --------------------------------------------------------------------------------------------------
+
+
+def of_method(results: Results, metric: tuple[str, str]) -> dict[str, list[float]]:
+    """Row -> a value a run."""
+    return {group.name: group.values(metric) for group in groups_of(results)}
+
+
+def draw_ablation(plt: Any) -> Any:
+    """Old FD and New FD of TAL's parts and of queues of other lengths."""
+    results = read("fashion-mnist-ablation")
+    if results is None:
+        return None
+    ood = groups_of(results)[0].reports[0]["ood_names"]
+    metrics = [("old_fd", "aurc"), *((f"new_fd/{one}", "aurc") for one in ood)]
+    figure, axes = plt.subplots(1, len(metrics), figsize=(3.2 * len(metrics), 3.2), sharey=True)
+    for ax, metric in zip(axes, metrics, strict=True):
+        values = of_method(results, metric)
+        for row, (_, runs) in enumerate(values.items()):
+            ax.plot([1e3 * v for v in runs], [row] * len(runs), "o", ms=4, color="tab:blue", alpha=0.6)
+            ax.plot([1e3 * statistics.mean(runs)], [row], "|", ms=16, color="black")
+        ax.set_yticks(range(len(values)), list(values))
+        ax.set_xlabel(f"AURC x 1000, {metric[0].replace('old_fd', 'Old FD').replace('new_fd/', 'New FD, ')}")
+    axes[0].invert_yaxis()
+    figure.suptitle("Parts of TAL and the queue's length; bars are means over seeds")
+    return figure
+
+
+def draw_temperatures(plt: Any) -> Any:
+    """AURC over T_min and T_max."""
+    results = read("fashion-mnist-temperatures")
+    if results is None:
+        return None
+    points = {run["label"]: (run["grid"]["method.t_min"], run["grid"]["method.t_max"]) for run in results["runs"]}
+    low, high = (sorted({point[i] for point in points.values()}) for i in (0, 1))
+    ood = groups_of(results)[0].reports[0]["ood_names"]
+    metrics = [("old_fd", "aurc"), *((f"new_fd/{one}", "aurc") for one in ood)]
+    figure, axes = plt.subplots(1, len(metrics), figsize=(3.2 * len(metrics), 3.0))
+    for ax, metric in zip(axes, metrics, strict=True):
+        grid = [[math.nan] * len(high) for _ in low]
+        for label, values in of_method(results, metric).items():
+            at = points[label]
+            grid[low.index(at[0])][high.index(at[1])] = 1e3 * values[0]
+        ax.imshow(grid, cmap="viridis_r", aspect="auto")
+        for i, row in enumerate(grid):
+            for j, value in enumerate(row):
+                ax.text(j, i, f"{value:.1f}", ha="center", va="center", color="white", fontsize=9)
+        ax.set_xticks(range(len(high)), [f"{v:g}" for v in high])
+        ax.set_yticks(range(len(low)), [f"{v:g}" for v in low])
+        ax.set(xlabel="T_max", ylabel="T_min")
+        ax.set_title(metric[0].replace("old_fd", "Old FD").replace("new_fd/", "New FD, "), fontsize=10)
+    figure.suptitle("AURC x 1000 over the range of temperatures, one seed each")
+    return figure
+
+
+def draw_typicalness(plt: Any) -> Any:
+    """How typical a run finds images of its classes and others."""
+    if not TYPICALNESS.exists():
+        return None
+    content = json.loads(TYPICALNESS.read_text())
+    figure, ax = plt.subplots(figsize=(5.5, 3.2))
+    for name, shares in content["shares"].items():
+        ax.stairs(shares, content["edges"], label=name, lw=1.5)
+    ax.set(xlabel="distance to the queue, in logarithms to base 10", ylabel="share of the images")
+    ax.set_title("Typical images lie near the queue", fontsize=10)
+    ax.legend(fontsize=8)
+    return figure
+
+
+DRAWINGS = {"ablation": draw_ablation, "temperatures": draw_temperatures, "typicalness": draw_typicalness}
+
+
+def plot(folder: Path) -> list[str]:
+    """Draw what there are results of; the files' names."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "tal-fast"  # the same picture, the same file
+    drawn = []
+    for name, draw in DRAWINGS.items():
+        figure = draw(plt)
+        if figure is not None:
+            figure.tight_layout()
+            figure.savefig(folder / f"methods-{name}.svg", metadata={"Date": None})
+            plt.close(figure)
+            drawn.append(f"methods-{name}.svg")
+    return drawn
+
+
+def measure_typicalness(run_dir: str) -> dict[str, Any]:
+    """Distances to the queue of a run's last checkpoint: validation images, right and wrong, and those of no class.
+
+    Args:
+        run_dir: of a run by ``tal`` or ``fmfp-tal``.
+    """
+    import numpy as np
+    import torch
+
+    from tal_fast import checkpoint
+    from tal_fast.data.evaluation_sets import ood_set
+    from tal_fast.reference import feature_statistics
+    from tal_fast.runs import load_run
+    from tal_fast.typicalness import queue_of
+
+    run = load_run(run_dir, "last")
+    queue = queue_of(checkpoint.load(run.checkpoint))
+    sets: dict[str, Any] = {"val": "val", **{name: name for name in run.data.ood_names}}
+    sets["patches"] = ood_set("patches", run.data.image_size, run.data.channels)
+    found: dict[str, list[float]] = {}
+    with torch.inference_mode():
+        for name, split in sets.items():
+            for images, labels, _ in run.data.loader(split, batch_size=256):
+                logits, features = run.model(images)
+                mean, std = feature_statistics(features, queue.dtype)
+                right = (logits.argmax(1) == labels).tolist()
+                for distance, hit in zip(queue.nearest(mean, std).tolist(), right, strict=True):
+                    found.setdefault(("right" if hit else "wrong") if name == "val" else name, []).append(distance)
+    logs = {name: np.log10(np.maximum(values, 1e-9)) for name, values in found.items()}
+    edges = np.histogram_bin_edges(np.concatenate(list(logs.values())), BINS)
+    return {
+        "what": "distance to the queue",
+        "environment": environment(),
+        "configuration": run.config.to_dict() | {"output": "", "resume": ""},
+        "queue": len(queue),
+        "images": {name: len(values) for name, values in found.items()},
+        "median": {name: float(np.median(values)) for name, values in found.items()},
+        "edges": edges.tolist(),
+        "shares": {name: (np.histogram(v, edges)[0] / len(v)).tolist() for name, v in logs.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is out of step")
+    parser.add_argument("--typicalness", metavar="RUN", help=f"measure, and write {TYPICALNESS.relative_to(ROOT)}")
+    args = parser.parse_args()
+    if args.typicalness:
+        write_json(TYPICALNESS, measure_typicalness(args.typicalness))
+    stale = []
+    for page in PAGES:
+        before = page.read_text()
+        after = fill_in(before)
+        if after != before:
+            stale.append(page.name)
+            if not args.check:
+                page.write_text(after)
+    if args.check:
+        if stale:
+            raise SystemExit(f"out of step with bench/results/methods: {', '.join(stale)}; run python -m bench.methods")
+        return
+    print(f"wrote {', '.join(stale) or 'no page anew'}; {', '.join(plot(FIGURES)) or 'no figure'}")
+
+
+if __name__ == "__main__":
+    main()
