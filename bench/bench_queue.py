@@ -1,6 +1,6 @@
 """What the queue costs a step on the CPU, as it grows and wherever its points lie (``csrc/index.h``).
 
-A run is one step's worth: a search of B statistics and their push, upkeep included. Merges of the index are rare and
+A run is one step's worth: a search of B statistics and their push, upkeep included. New grids of the index are rare and
 long, so its figure is the mean over at least a tenth of the queue, in CPU time of the thread, which other processes do
 not lengthen. Peers without rare parts are timed a few times: brute force, faiss's flat index (removal of the oldest and
 addition), SciPy's k-d tree (built anew, for it takes no additions). The gate is brute force: equal to the bit for the
@@ -49,7 +49,7 @@ class Source:
             mean[0] = 1e6
         elif self.distribution == "collinear":
             std = mean / 2
-        elif self.distribution == "equal_means":  # an index by means has nothing to go by
+        elif self.distribution == "equal_means":
             mean = torch.full_like(mean, 0.5)
         elif self.distribution == "drifting":  # ten times larger after a million samples
             scale = 10 ** ((first + torch.arange(count)) / 1e6)

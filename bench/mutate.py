@@ -40,6 +40,7 @@ PUSH = ("tests/test_kernels.py", "-k", "test_push")
 SUMS = ("tests/test_kernels.py", "-k", "test_batch_sums and (260 or 33) and float32")
 NATIVE = ("tests/test_loss.py", "-k", "native and (golden or confident)")
 QUEUE = ("tests/test_queue.py",)
+INDEX = ("tests/test_queue.py", "-k", "index and not 140000")
 SHARDED = ("tests/test_sharded.py", "-k", "at_once")
 INPLACE = ("tests/test_loss.py", "-k", "native and (inplace or overwritten or neither)")
 
@@ -145,10 +146,25 @@ MUTATIONS = [
         QUEUE,
     ),
     Mutation(
-        "C++ index: dead entries of a run are found", "csrc/index.h",
-        "const int32_t dead = static_cast<int32_t>(std::max<int64_t>(0, oldest - run.first));",
-        "const int32_t dead = 0;",
-        QUEUE,
+        "C++ index: the ring wraps one slot early", "csrc/index.h",
+        "slot < 0 ? slot + capacity_ : slot", "slot < 0 ? slot + capacity_ - 1 : slot", INDEX,
+    ),
+    Mutation(
+        "C++ index: the oldest entry of a chain is taken for dead", "csrc/index.h",
+        "next > span_", "next >= span_", INDEX,
+    ),
+    Mutation(
+        "C++ index: the search stops at the query's own strip", "csrc/grid.h",
+        "const int last = interval(strip_knots_, high.mean);", "const int last = interval(strip_knots_, center.mean);",
+        INDEX,
+    ),
+    Mutation(
+        "C++ index: entries equal in the mean alone stand for each other", "csrc/index.h",
+        " && entry(age).point.std == p.std;", ";", INDEX,
+    ),
+    Mutation(
+        "C++ index: generations that lie elsewhere are left out", "csrc/index.h",
+        "for (const bool inside : {true, false})", "for (const bool inside : {true})", INDEX,
     ),
 ]  # fmt: skip
 

@@ -1,13 +1,17 @@
 // An exact nearest-entry index over a first-in-first-out window, kept in one flat block of memory.
 //
-// Brute force compares a query with all N entries. Here the entries stand in runs sorted by mean, and a query looks in
-// each run only as far left and right of its own mean as the difference of means alone allows: about sqrt(N) entries
-// when the points spread over both axes. Runs have 512 * 2^l entries and merge like the digits of a binary counter
-// (Bentley and Saxe, 1980), so that a push costs O(log N) amortised and nothing is ever deleted: an entry is dead once N
-// newer ones exist, is skipped by its age, and is dropped when its run merges.
+// Brute force compares a query with all N entries. Here each entry hangs in the chain of its cell of a grid (grid.h),
+// the newest first, and a query looks at the cells around it: some ten entries, however large N is. Nothing is ever
+// deleted or moved: links name entries by the number of their push, and a link to an entry that N newer ones have
+// pushed out is known by its number. A push is O(1).
 //
-// Whatever the distribution the result is the brute-force minimum, to the bit; all means equal is the worst case, in
-// which every entry is looked at and the cost is brute force's.
+// When points go where the grid is coarse a new grid is laid by a sample of what the queue holds, for the entries that
+// come; those before stay in theirs until they leave the queue, so that no step pays for moving them. (Queues of up to
+// 32,768 entries are moved: that takes no longer than a search by brute force does.) Such a generation of entries has
+// its own chains, and a query looks through those of all living generations.
+//
+// Whatever the distribution the result is the brute-force minimum, to the bit, and a query that would cost more than
+// brute force (chains too long, or too many cells) is answered by brute force.
 #pragma once
 
 #include <algorithm>
@@ -15,33 +19,30 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <numeric>
 #include <vector>
 
+#include "grid.h"
 #include "kernels_cpu.h"
 
 namespace tal_fast {
 
-// Entries that wait unsorted for a run of their own. A query compares with them by brute force, 32 vectors' worth.
-constexpr int64_t kBaseRun = 512;
 // Below this capacity brute force is as fast: 4,096 entries are 256 vector comparisons, under 1 microsecond a query.
 constexpr int64_t kIndexFrom = 4096;
-constexpr int kMaxLevels = 48;
 
 template <typename T>
 class QueueIndex {
  public:
   // Bytes of the block for a queue of this capacity.
   static int64_t bytes(int64_t capacity) {
-    return static_cast<int64_t>(sizeof(Header)) + entries_in_all(capacity) * kEntryBytes;
+    return static_cast<int64_t>(sizeof(Header)) + capacity * static_cast<int64_t>(sizeof(Entry)) +
+           kPool * Grid<T>::bytes(capacity);
   }
 
-  QueueIndex(uint8_t* block, int64_t capacity) : header_(reinterpret_cast<Header*>(block)), capacity_(capacity) {
-    int64_t total = entries_in_all(capacity);
-    means_ = reinterpret_cast<T*>(block + sizeof(Header));
-    stds_ = means_ + total;
-    ages_ = reinterpret_cast<int32_t*>(stds_ + total);
-  }
+  QueueIndex(uint8_t* block, int64_t capacity)
+      : header_(reinterpret_cast<Header*>(block)),
+        entries_(reinterpret_cast<Entry*>(block + sizeof(Header))),
+        pool_(block + sizeof(Header) + capacity * sizeof(Entry)),
+        capacity_(capacity) {}
 
   // Whether the index describes a ring whose cursor is (head, length).
   bool describes(int64_t head, int64_t length) const {
@@ -51,161 +52,424 @@ class QueueIndex {
 
   // Index a ring from nothing.
   void rebuild(const T* ring_mean, const T* ring_std, int64_t head, int64_t length) {
-    *header_ = Header{};
+    std::memset(header_, 0, sizeof(Header));
     header_->magic = kMagic;
     header_->capacity = capacity_;
-    for (int64_t i = 0; i < length; ++i) {
-      const int64_t slot = (head - length + i + capacity_) % capacity_;
-      append(ring_mean[slot], ring_std[slot]);
+    header_->head = head;
+    header_->length = length;
+    header_->now = 1 + length;
+    for (int64_t slot = 0; slot < length; ++slot) entries_[slot].point = {ring_mean[slot], ring_std[slot]};
+    if (length >= kFirstGrid) lay_anew();
+  }
+
+  // More entries, oldest first; the ring's cursor moves as the index's own does.
+  void push(const T* mean, const T* std, int64_t count) {
+    while (count > 0) {
+      const int64_t some = std::min<int64_t>(count, kBatch);
+      append(mean, std, some);
+      mean += some;
+      std += some;
+      count -= some;
+      if (header_->generations == 0) {
+        if (header_->length >= kFirstGrid) lay_anew();
+        continue;
+      }
+      const Generation& g = newest();
+      const bool full = g.limit < capacity_ && header_->now - g.first >= g.limit;
+      if (full || crowded()) renew(full);
     }
-    header_->head = head;
-    header_->length = length;
   }
 
-  // One more entry, already in the ring, whose cursor is now (head, length).
-  void push(T mean, T std, int64_t head, int64_t length) {
-    append(mean, std);
-    header_->head = head;
-    header_->length = length;
-  }
-
-  // best[b] = squared distance to the nearest live entry, for queries [begin, end).
-  void nearest_squared(const T* m, const T* s, int64_t begin, int64_t end, T* best) const {
-    const auto& kernels = cpu_kernels<T>();
+  // best[b] = squared distance to the nearest live entry, for queries [begin, end). The ring is looked at where that is
+  // quicker.
+  void nearest_squared(const T* ring_mean, const T* ring_std, const T* m, const T* s, int64_t begin, int64_t end,
+                       T* best) const {
     std::fill(best + begin, best + end, std::numeric_limits<T>::infinity());
-    const int64_t oldest = header_->pushed - header_->length;  // sequence number of the oldest live entry
-    const int64_t base_start = header_->pushed - header_->base_count;
-    const int64_t base_dead = std::max<int64_t>(0, oldest - base_start);
-    kernels.nearest_squared(means_, stds_, base_dead, header_->base_count, m + begin, s + begin, end - begin,
-                            best + begin);
-    for (int level = kMaxLevels - 1; level >= 0; --level) {  // the largest run first: it brings the minimum down most
-      const Run& run = header_->runs[level];
-      if (run.count == 0 || run.first + run.span <= oldest) continue;
-      const int64_t at = run_start(level);
-      const int32_t dead = static_cast<int32_t>(std::max<int64_t>(0, oldest - run.first));
-      kernels.nearest_in_run(means_ + at, stds_ + at, ages_ + at, run.count, dead, m + begin, s + begin, end - begin,
-                             best + begin);
+    for (int64_t b = begin; b < end; b += kBatch) {
+      Search search(*this, m + b, s + b, std::min<int64_t>(kBatch, end - b), best + b);
+      search.run();
+      search.finish_by_brute_force(ring_mean, ring_std);
     }
   }
 
  private:
   static constexpr int64_t kMagic = 0x54414C5155455545;  // "TALQUEUE"
-  static constexpr int64_t kEntryBytes = 2 * sizeof(T) + sizeof(int32_t);
+  static constexpr int64_t kPool = 3;            // room for grids, in grids of the whole queue
+  static constexpr int64_t kFirstGrid = 512;     // entries, below which there is no grid
+  static constexpr int64_t kMoved = 32768;       // a queue of no more entries is moved to a new grid whole
+  static constexpr int64_t kWindow = 1024;       // pushes over which crowding is judged
+  static constexpr int kMaxGenerations = 16;
+  static constexpr int kBatch = 128;             // queries or pushes that wait for memory together
 
-  // Entries sorted by mean. Ages count from `first`, the sequence number of the oldest entry it was made of; `span` is
-  // how many numbers it covers, dead ones included.
-  struct Run {
-    int64_t count, first, span;
+  struct alignas(sizeof(T) == 4 ? 16 : 8) Entry {
+    Point<T> point;
+    uint32_t older;  // number of the next older entry of its cell; entries are numbered from 1 on, modulo 2^32
   };
-  struct Header {
-    int64_t magic, capacity, head, length, pushed, base_count;
-    Run runs[kMaxLevels];
-  };
-  static_assert(sizeof(Header) % sizeof(double) == 0, "the entries after it must be aligned");
 
-  static int levels(int64_t capacity) {
-    int n = 1;
-    while ((kBaseRun << (n - 1)) < capacity) ++n;
-    return n;
+  // Entries that share a grid: those numbered from `first` on, up to the next generation's first.
+  struct Generation {
+    int64_t first;
+    int64_t limit;         // entries the grid is made for
+    int64_t at;            // its bytes in the pool
+    double expected_bits;  // log2 of the pushes between two to one tile, if all goes on as in the sample
+    double bits;           // sum of that logarithm over the pushes judged in this window
+    int64_t counted;       // those pushes
+    Point<T> low, high;    // box around the entries
+  };
+  struct alignas(64) Header {
+    int64_t magic, capacity, head, length;
+    int64_t now;  // number of the next entry
+    int64_t generations;
+    Generation list[kMaxGenerations];  // the oldest first
+  };
+
+  Generation& newest() const { return header_->list[header_->generations - 1]; }
+  Grid<T> grid(const Generation& g) const { return Grid<T>(pool_ + g.at, g.limit); }
+  // Number of the first entry after the generation.
+  int64_t end_of(int64_t i) const { return i + 1 < header_->generations ? header_->list[i + 1].first : header_->now; }
+
+  // The slot of the entry that is `age` pushes old, 1 the newest.
+  const Entry& entry(uint32_t age) const {
+    const int64_t slot = header_->head - static_cast<int64_t>(age);
+    return entries_[slot < 0 ? slot + capacity_ : slot];
   }
-  // The base has the first 512 places, level l the 512 * 2^l places from there on.
-  static int64_t run_start(int level) { return kBaseRun << level; }
-  static int64_t entries_in_all(int64_t capacity) { return run_start(levels(capacity)) + 16; }
 
-  struct Buffer {
-    std::vector<T> mean, std;
-    std::vector<int32_t> age;
-    int64_t first = 0, span = 0;
-    void resize(int64_t n) {
-      mean.resize(n);
-      std.resize(n);
-      age.resize(n);
+  // ---- Pushes -------------------------------------------------------------------------------------------------------
+
+  // At most kBatch entries, into the newest generation if there is one: cells first, then the entries they name, then
+  // the links, so that the memory of all is waited for together.
+  void append(const T* mean, const T* std, int64_t count) {
+    if (header_->generations == 0) {
+      for (int64_t i = 0; i < count; ++i) advance({mean[i], std[i]}, 0);
+      return;
     }
-  };
-
-  void append(T mean, T std) {
-    means_[header_->base_count] = mean;
-    stds_[header_->base_count] = std;
-    ++header_->base_count;
-    ++header_->pushed;
-    if (header_->base_count == kBaseRun) carry();
-  }
-
-  // The full base becomes a sorted run and merges with the runs of its size, as a carry runs through a counter.
-  void carry() {
-    std::vector<int32_t> order(kBaseRun);
-    std::iota(order.begin(), order.end(), 0);
-    std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
-      return means_[a] < means_[b] || (means_[a] == means_[b] && a < b);
-    });
-    Buffer carried, merged;
-    carried.resize(kBaseRun);
-    for (int64_t i = 0; i < kBaseRun; ++i) {
-      carried.mean[i] = means_[order[i]];
-      carried.std[i] = stds_[order[i]];
-      carried.age[i] = order[i];
+    Generation& g = newest();
+    const Grid<T> cells = grid(g);
+    int tile[kBatch];
+    uint32_t cell[kBatch];
+    for (int64_t i = 0; i < count; ++i) tile[i] = cells.strip_of(mean[i]);
+    for (int64_t i = 0; i < count; ++i) tile[i] = cells.tile_of(tile[i], std[i]);
+    for (int64_t i = 0; i < count; ++i) {
+      cell[i] = cells.cell_of(cells.tile(tile[i]), mean[i], std[i]);
+      __builtin_prefetch(&cells.head(cell[i]), 1);
     }
-    carried.first = header_->pushed - kBaseRun;
-    carried.span = kBaseRun;
-    header_->base_count = 0;
-    const int last = levels(capacity_) - 1;
-    const int64_t oldest = header_->pushed - capacity_;
-    int level = 0;
-    for (; level < last && header_->runs[level].count > 0; ++level) merge(level, oldest, &carried, &merged);
-    if (level == last && header_->runs[last].count > 0) merge(last, oldest, &carried, &merged);
-    place(last < level ? last : level, carried);
+    const uint32_t span = static_cast<uint32_t>(std::min(header_->length, header_->now - g.first));
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t age = static_cast<uint32_t>(header_->now) - cells.head(cell[i]);
+      if (age - 1 < span) __builtin_prefetch(&entry(age));
+    }
+    for (int64_t i = 0; i < count; ++i) link(g, cells.tile(tile[i]), cells.head(cell[i]), {mean[i], std[i]});
   }
 
-  // carried = the live entries of a run (older) and of `carried` (newer), in order of their means; the run is emptied.
-  void merge(int level, int64_t oldest, Buffer* carried, Buffer* out) {
-    Run& run = header_->runs[level];
-    const int64_t at = run_start(level), n = run.count, k = static_cast<int64_t>(carried->mean.size());
-    const T *a = means_ + at, *as = stds_ + at;
-    const int32_t* aa = ages_ + at;
-    const int64_t dead = oldest - run.first;
-    const int64_t offset = carried->first - run.first;
-    out->resize(n + k);
-    int64_t i = 0, j = 0, kept = 0;
-    const auto keep = [&](T mean, T std, int64_t age) {
-      out->mean[kept] = mean;
-      out->std[kept] = std;
-      out->age[kept] = static_cast<int32_t>(age);
-      kept += age >= dead;
-    };
-    while (i < n && j < k) {
-      if (carried->mean[j] < a[i]) {
-        keep(carried->mean[j], carried->std[j], carried->age[j] + offset);
-        ++j;
-      } else {
-        keep(a[i], as[i], aa[i]);
-        ++i;
+  void link(Generation& g, typename Grid<T>::Tile& tile, uint32_t& head, Point<T> p) {
+    const uint32_t number = static_cast<uint32_t>(header_->now);
+    const uint32_t span = static_cast<uint32_t>(std::min(header_->length, header_->now - g.first));
+    const uint32_t age = number - head;
+    uint32_t older = head;
+    // Of equal entries that follow each other the newer stands for the older, which leaves the queue before it.
+    const bool repeated = age - 1 < span && entry(age).point.mean == p.mean && entry(age).point.std == p.std;
+    if (repeated) older = entry(age).older;
+    const uint32_t since = number - tile.newest;
+    if (!repeated) {
+      ++g.counted;
+      g.bits += since - 1 < span ? 31 - __builtin_clz(since) : g.expected_bits;
+    }
+    tile.newest = head = number;
+    g.low = {std::min(g.low.mean, p.mean), std::min(g.low.std, p.std)};
+    g.high = {std::max(g.high.mean, p.mean), std::max(g.high.std, p.std)};
+    advance(p, older);
+  }
+
+  void advance(Point<T> p, uint32_t older) {
+    entries_[header_->head] = {p, older};
+    header_->head = header_->head + 1 == capacity_ ? 0 : header_->head + 1;
+    header_->length = std::min(header_->length + 1, capacity_);
+    ++header_->now;
+  }
+
+  // ---- Grids --------------------------------------------------------------------------------------------------------
+
+  // Whether pushes go to few tiles: a quarter of those, or less, that the sample went to, or half for long.
+  bool crowded() {
+    Generation& g = newest();
+    if (g.counted < kWindow) return false;
+    const double missing = g.expected_bits - g.bits / static_cast<double>(g.counted);
+    g.counted = 0;
+    g.bits = 0;
+    return missing > 2 || (missing > (header_->length <= kMoved ? 0.5 : 1) && header_->now - g.first >= capacity_ / 8);
+  }
+
+  // A new grid for the entries to come, if there is room.
+  void renew(bool full) {
+    if (header_->length <= kMoved) return lay_anew();
+    const int64_t held = header_->now - newest().first;
+    const int64_t limit = full ? 4 * newest().limit : std::max(2 * held, capacity_ / 8);
+    begin(std::min(limit, capacity_));
+  }
+
+  // Forget all grids and hang every entry into a new one.
+  void lay_anew() {
+    const int64_t head = header_->head, length = header_->length;
+    header_->generations = 0;
+    begin(std::min(4 * length, capacity_));
+    Generation& g = newest();
+    Grid<T> cells = grid(g);
+    cells.clear_heads();
+    g.first = header_->now -= length;
+    header_->head = (head - length + capacity_) % capacity_;
+    header_->length = 0;
+    T mean[kBatch], std[kBatch];
+    for (int64_t done = 0; done < length;) {
+      const int64_t some = std::min<int64_t>(kBatch, length - done);
+      for (int64_t i = 0; i < some; ++i) {
+        const Point<T> p = entries_[(header_->head + i) % capacity_].point;
+        mean[i] = p.mean;
+        std[i] = p.std;
+      }
+      append(mean, std, some);
+      done += some;
+    }
+    g.counted = 0;
+    g.bits = 0;
+  }
+
+  // Begin a generation, its grid laid by a sample: half of it the newest entries, three eighths entries from all over the
+  // queue, and one eighth points beyond the newest ones, where entries may come to lie as the network learns.
+  void begin(int64_t limit) {
+    int64_t& count = header_->generations;
+    const int64_t oldest = header_->now - header_->length;
+    while (count > 0 && end_of(0) <= oldest) {
+      std::copy(header_->list + 1, header_->list + count, header_->list);
+      --count;
+    }
+    int64_t at = 0;
+    if (count == kMaxGenerations || !find_room(limit, &at)) return;  // asked for again after another window
+    const int64_t wanted = std::min(Grid<T>::sample_for(limit), header_->length), recent = wanted / 2;
+    std::vector<Point<T>> sample(static_cast<size_t>(wanted));
+    for (int64_t i = 0; i < wanted; ++i) {
+      const int64_t age = i < recent ? i : recent + (i - recent) * (header_->length - recent) / (wanted - recent);
+      sample[i] = entry(static_cast<uint32_t>(age + 1)).point;
+    }
+    for (int64_t i = 0; i + 1 < recent; i += 4) {
+      const Point<T> a = sample[i], b = sample[i + 1], beyond{2 * a.mean - b.mean, 2 * a.std - b.std};
+      if (std::isfinite(beyond.mean) && std::isfinite(beyond.std)) sample[recent + i] = beyond;
+    }
+    constexpr T inf = std::numeric_limits<T>::infinity();
+    Generation& g = header_->list[count];
+    g = {header_->now, limit, at, 0, 0, 0, {inf, inf}, {-inf, -inf}};
+    const double evenness = grid(g).build(sample.data(), wanted);
+    // The mean logarithm of the time between events is that of its mean less 0.83; rounding down takes half a bit more.
+    g.expected_bits = std::max(evenness, 3.0) - 1.33;
+    ++count;
+  }
+
+  // Where in the pool a grid fits, behind the newest one or else at the start.
+  bool find_room(int64_t limit, int64_t* at) const {
+    const int64_t size = Grid<T>::bytes(limit), all = kPool * Grid<T>::bytes(capacity_);
+    const auto end_of_grid = [&](const Generation& g) { return g.at + Grid<T>::bytes(g.limit); };
+    for (int64_t start : {header_->generations > 0 ? end_of_grid(newest()) : 0, int64_t{0}}) {
+      bool fits = start + size <= all;
+      for (int64_t i = 0; i < header_->generations; ++i) {
+        const Generation& g = header_->list[i];
+        fits = fits && (start + size <= g.at || end_of_grid(g) <= start);
+      }
+      if (fits) {
+        *at = start;
+        return true;
       }
     }
-    for (; i < n; ++i) keep(a[i], as[i], aa[i]);
-    for (; j < k; ++j) keep(carried->mean[j], carried->std[j], carried->age[j] + offset);
-    out->resize(kept);
-    // Ages count from the oldest live number, so that they stay below the capacity.
-    const int64_t shift = std::max<int64_t>(0, dead);
-    if (shift > 0)
-      for (auto& age : out->age) age = static_cast<int32_t>(age - shift);
-    out->first = run.first + shift;
-    out->span = offset + carried->span - shift;
-    run = Run{};
-    std::swap(*carried, *out);
+    return false;
   }
 
-  void place(int level, const Buffer& b) {
-    const int64_t at = run_start(level), n = static_cast<int64_t>(b.mean.size());
-    std::memcpy(means_ + at, b.mean.data(), n * sizeof(T));
-    std::memcpy(stds_ + at, b.std.data(), n * sizeof(T));
-    std::memcpy(ages_ + at, b.age.data(), n * sizeof(int32_t));
-    header_->runs[level] = {n, b.first, b.span};
-  }
+  // ---- Search -------------------------------------------------------------------------------------------------------
+
+  // A batch of queries. All take a step before any takes the next: the steps of one query wait for each other's memory,
+  // those of different queries do not.
+  class Search {
+   public:
+    Search(const QueueIndex& index, const T* m, const T* s, int64_t count, T* best)
+        : index_(index), header_(*index.header_), m_(m), s_(s), count_(static_cast<int>(count)), best_(best) {
+      // Steps of a search, most of which wait for memory, that cost about as much as brute force.
+      budget_ = 256 + static_cast<int>(header_.length / 1024);
+      for (int q = 0; q < count_; ++q) spent_[q] = std::isfinite(m_[q]) && std::isfinite(s_[q]) ? 0 : kNever;
+    }
+
+    void run() {
+      if (header_.generations == 0) {
+        for (int q = 0; q < count_; ++q) spent_[q] += budget_;
+        return;
+      }
+      // The largest generation first: it brings the minimum down most.
+      int order[kMaxGenerations];
+      for (int i = 0; i < header_.generations; ++i) order[i] = i;
+      std::sort(order, order + header_.generations, [&](int a, int b) { return alive(a) > alive(b); });
+      // Where a query is outside of all the entries of one, others are likely nearer.
+      for (const bool inside : {true, false})
+        for (int i = 0; i < header_.generations; ++i)
+          if (alive(order[i]) > 0) search(order[i], inside);
+    }
+
+    // The queries that took too many steps.
+    void finish_by_brute_force(const T* ring_mean, const T* ring_std) {
+      T m[kBatch], s[kBatch], best[kBatch];
+      int who[kBatch], n = 0;
+      for (int q = 0; q < count_; ++q) {
+        if (spent_[q] < budget_ || spent_[q] >= kNever) continue;
+        m[n] = m_[q];
+        s[n] = s_[q];
+        best[n] = best_[q];
+        who[n++] = q;
+      }
+      cpu_kernels<T>().nearest_squared(ring_mean, ring_std, 0, header_.length, m, s, n, best);
+      for (int i = 0; i < n; ++i) best_[who[i]] = best[i];
+    }
+
+   private:
+    static constexpr int kNever = 1 << 30;
+    static constexpr int kList = 512;
+    struct Item {
+      uint32_t query, place;  // a cell, then an age
+    };
+
+    int64_t alive(int i) const {
+      const int64_t oldest = header_.now - header_.length;
+      return index_.end_of(i) - std::max(header_.list[i].first, oldest);
+    }
+
+    void search(int i, bool inside) {
+      const Generation& g = header_.list[i];
+      const Grid<T> cells = index_.grid(g);
+      span_ = static_cast<uint32_t>(std::min(header_.length, header_.now - g.first));
+      // The query's own cell, whose entries are most likely near.
+      int waiting[kBatch], n = 0, home[kBatch];
+      uint32_t own[kBatch];
+      T radius[kBatch];
+      for (int q = 0; q < count_; ++q) {
+        if (spent_[q] >= budget_) continue;
+        const T dm = outside(m_[q], g.low.mean, g.high.mean), ds = outside(s_[q], g.low.std, g.high.std);
+        if ((dm == 0 && ds == 0) != inside || dm * dm + ds * ds >= best_[q]) continue;
+        radius[q] = std::max(dm, ds);
+        home[q] = cells.strip_of(m_[q]);
+        waiting[n++] = q;
+      }
+      for (int k = 0; k < n; ++k) home[waiting[k]] = cells.tile_of(home[waiting[k]], s_[waiting[k]]);
+      for (int k = 0; k < n; ++k) {
+        const int q = waiting[k];
+        const auto& tile = cells.tile(home[q]);
+        own[q] = cells.cell_of(tile, m_[q], s_[q]);
+        radius[q] = std::max(radius[q], cells.reach(tile));
+        add(cells, q, own[q]);
+      }
+      flush(cells);
+      // Then all cells within a radius: the best distance so far, if it is not much more than a cell's width.
+      while (n > 0) {
+        int left = 0;
+        for (int k = 0; k < n; ++k) {
+          const int q = waiting[k];
+          if (best_[q] == 0) continue;
+          if (best_[q] == std::numeric_limits<T>::infinity()) compare(q, static_cast<uint32_t>(header_.now + 1 - index_.end_of(i)));
+          const T enough = radius_of(best_[q]);
+          const bool last = enough <= radius[q] || !(radius[q] > 0);
+          if (last && enough == std::numeric_limits<T>::infinity()) spent_[q] += budget_;
+          if (spent_[q] >= budget_) continue;
+          look_around(g, cells, q, home[q], own[q], last ? enough : radius[q]);
+          radius[q] *= 2;
+          if (!last) waiting[left++] = q;
+        }
+        flush(cells);
+        n = 0;
+        for (int k = 0; k < left; ++k) {
+          const int q = waiting[k];
+          const T done = radius[q] / 2;
+          if (spent_[q] < budget_ && !(best_[q] <= done * done)) waiting[n++] = q;
+        }
+      }
+    }
+
+    const Entry& compare(int q, uint32_t age) {
+      const Entry& e = index_.entry(age);
+      const T dm = e.point.mean - m_[q], ds = e.point.std - s_[q], d = dm * dm + ds * ds;
+      if (d < best_[q]) best_[q] = d;
+      return e;
+    }
+
+    static T outside(T x, T low, T high) { return x < low ? low - x : x > high ? x - high : T(0); }
+
+    // r with fl(r * r) >= squared: an entry that computes to less than `squared` is within r of the query on both axes,
+    // because rounding is monotone.
+    static T radius_of(T squared) {
+      T r = std::sqrt(squared) * (1 + 2 * std::numeric_limits<T>::epsilon());
+      while (r * r < squared) r *= static_cast<T>(1.001);
+      return r;
+    }
+
+    void look_around(const Generation& g, const Grid<T>& cells, int q, int home, uint32_t own, T r) {
+      const Point<T> center{m_[q], s_[q]};
+      const Point<T> low{std::max(center.mean - r, g.low.mean), std::max(center.std - r, g.low.std)};
+      const Point<T> high{std::min(center.mean + r, g.high.mean), std::min(center.std + r, g.high.std)};
+      if (!(low.mean <= high.mean && low.std <= high.std)) {
+        ++spent_[q];
+        return;
+      }
+      cells.cover(low, high, center, home, best_ + q, [&](const auto& tile, uint32_t left, uint32_t right, uint32_t bottom, uint32_t top) {
+        if (spent_[q] >= budget_) return;
+        const int64_t looks = static_cast<int64_t>(right - left + 1) * (top - bottom + 1) / 8;
+        spent_[q] += 1 + static_cast<int>(std::min<int64_t>(looks, budget_));
+        if (spent_[q] >= budget_) return;
+        for (uint32_t row = bottom; row <= top; ++row)
+          for (uint32_t column = left; column <= right; ++column) {
+            const uint32_t cell = tile.first_cell + row * tile.columns + column;
+            if (cell != own) add(cells, q, cell);
+          }
+      });
+    }
+
+    void add(const Grid<T>& cells, int q, uint32_t cell) {
+      __builtin_prefetch(&cells.head(cell));
+      list_[listed_++] = {static_cast<uint32_t>(q), cell};
+      if (listed_ == kList) flush(cells);
+    }
+
+    // Walk the chains of the listed cells.
+    void flush(const Grid<T>& cells) {
+      const uint32_t now = static_cast<uint32_t>(header_.now);
+      int n = 0;
+      for (int k = 0; k < listed_; ++k) {
+        const uint32_t age = now - cells.head(list_[k].place);
+        if (age - 1 >= span_) continue;
+        __builtin_prefetch(&index_.entry(age));
+        list_[n++] = {list_[k].query, age};
+      }
+      listed_ = 0;
+      while (n > 0) {
+        int left = 0;
+        for (int k = 0; k < n; ++k) {
+          const auto [q, age] = list_[k];
+          const uint32_t next = now - compare(q, age).older;
+          if (next <= age || next > span_ || ++spent_[q] >= budget_) continue;
+          __builtin_prefetch(&index_.entry(next));
+          list_[left++] = {q, next};
+        }
+        n = left;
+      }
+    }
+
+    const QueueIndex& index_;
+    const Header& header_;
+    const T *m_, *s_;
+    int count_;
+    T* best_;
+    int budget_;
+    uint32_t span_ = 0;
+    int spent_[kBatch];
+    Item list_[kList];
+    int listed_ = 0;
+  };
 
   Header* header_;
+  Entry* entries_;
+  uint8_t* pool_;
   int64_t capacity_;
-  T *means_, *stds_;
-  int32_t* ages_;
 };
 
 }  // namespace tal_fast

@@ -82,7 +82,7 @@ Isa isa_in_use() {
 }
 
 #define TAL_KERNELS(ns) \
-  CpuKernels<T> { ns::mean_std<T>, ns::nearest_squared<T>, ns::nearest_in_run<T>, ns::scan_row<T>, ns::row_loss<T> }
+  CpuKernels<T> { ns::mean_std<T>, ns::nearest_squared<T>, ns::scan_row<T>, ns::row_loss<T> }
 
 template <typename T>
 CpuKernels<T> pick() {

@@ -21,9 +21,6 @@ struct CpuKernels {
   // best[b] = min(best[b], squared distance of (m[b], s[b]) to the queue's entries [begin, end)).
   void (*nearest_squared)(const T* queue_mean, const T* queue_std, int64_t begin, int64_t end, const T* m, const T* s,
                           int64_t batch, T* best);
-  // The same over a run sorted by mean, without the entries whose age is below `dead`.
-  void (*nearest_in_run)(const T* queue_mean, const T* queue_std, const int32_t* age, int64_t count, int32_t dead,
-                         const T* m, const T* s, int64_t batch, T* best);
   RowScan<T> (*scan_row)(const T* z, int64_t classes);
   // Loss of one row of finite logits; writes `gradient_scale` times its gradient unless `gradient` is null. `work`
   // holds row_work_size(classes) values.

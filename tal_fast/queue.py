@@ -17,8 +17,8 @@ class FeatureQueue(nn.Module):
     """First-in-first-out queue of (mean, std) pairs (paper, section 3.1), searched for the nearest one.
 
     A ring buffer on one device: pushing and searching never wait for a GPU. Memory is 8 bytes an entry in float32; the
-    C++ extension keeps an index beside the rings of large queues on the CPU (about 24 bytes an entry more), so that a
-    search looks at some square root of the entries. Its result is brute force's, to the bit.
+    C++ extension keeps an index beside the rings of large queues on the CPU (about 23 bytes an entry more), so that a
+    search looks at some ten entries. Its result is brute force's, to the bit.
 
     The ring is state, not parameters or buffers: ``state_dict`` holds it and ``.to(device)`` moves it, but
     ``DistributedDataParallel`` does not see it, which would otherwise overwrite every rank's queue with rank 0's.

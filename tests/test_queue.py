@@ -299,12 +299,30 @@ NATIVE = pytest.mark.skipif(not _extension.load()[0], reason=f"C++ extension: {_
 DISTRIBUTIONS = {
     "spread": lambda n, step: torch.rand(2, n),
     "all equal": lambda n, step: torch.full((2, n), 0.3),
+    "equal, then others": lambda n, step: torch.full((2, n), 0.3) if step % 20 < 8 else torch.rand(2, n),
     "collinear": lambda n, step: torch.rand(1, n).repeat(2, 1),
     "one mean": lambda n, step: torch.stack([torch.full((n,), 0.5), torch.rand(n)]),
+    "one std": lambda n, step: torch.stack([torch.rand(n), torch.full((n,), 0.5)]),
+    "duplicates": lambda n, step: (torch.randn(2, n) * 4).round() / 4,  # zeros of both signs among them
     "drifting": lambda n, step: torch.rand(2, n) * 0.01 + step * 0.01,
     "one far outlier": lambda n, step: torch.cat([torch.rand(2, n - 1), torch.full((2, 1), 1e15)], 1),
     "drifting scale": lambda n, step: torch.randn(2, n) * 10.0 ** (step % 9 - 4),
+    "growing": lambda n, step: torch.rand(2, n) * 1.2**step,
+    "two clusters": lambda n, step: torch.rand(2, n) * 1e-3 + 1000 * torch.randint(2, (1, n)),
+    "jumping clusters": lambda n, step: torch.rand(2, n) * 1e-4 + step * 7919 % 101,
+    "heavy tails": lambda n, step: torch.randn(2, n) / torch.randn(2, n),
+    "squares overflow": lambda n, step: torch.randn(2, n) * 1e38 / 4,
+    "squares underflow": lambda n, step: torch.rand(2, n) * 1e-20,
 }
+
+
+def check_index(queue: FeatureQueue, name: str, step: int) -> None:
+    """Its answers to the bit: at points like its own, elsewhere, and at its oldest and newest entry."""
+    mean, std = queue.contents()
+    ends = torch.stack([mean[[0, 1, -1]], std[[0, 1, -1]]])
+    queries = torch.cat([DISTRIBUTIONS[name](9, step).to(queue.dtype), torch.rand(2, 3).to(queue.dtype), ends], 1)
+    got = queue.nearest(*queries)
+    assert torch.equal(got, brute_force(*queries, mean, std)), (name, step)
 
 
 @NATIVE
@@ -314,20 +332,55 @@ DISTRIBUTIONS = {
 def test_index_is_brute_force_to_the_bit(name: str, capacity: int, dtype: torch.dtype) -> None:
     queue = FeatureQueue(capacity, dtype=dtype, backend="native")
     assert queue.index is not None
-    for step in range(45):  # over three times round, at run lengths that never fit the index's own
+    for step in range(45):  # over three times round, at lengths that never fit the index's own
         points = DISTRIBUTIONS[name](int(torch.randint(2, 900, ())), step).to(dtype)
         queue.push(*points)
-        m, s = torch.cat([DISTRIBUTIONS[name](6, step), torch.rand(2, 3)], 1).to(dtype)
-        assert torch.equal(queue.nearest(m, s), brute_force(m, s, *queue.contents()))
+        check_index(queue, name, step)
 
 
 @NATIVE
-def test_index_looks_at_few_entries() -> None:
+@pytest.mark.parametrize("capacity", [40_000, 140_000])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_index_of_several_grids_is_brute_force_to_the_bit(name: str, capacity: int) -> None:
+    queue = FeatureQueue(capacity, backend="native")  # too large to be moved to each new grid
+    for step in range(30):
+        for part in DISTRIBUTIONS[name](capacity // 10 + 7, step).split(1000, dim=1):
+            queue.push(*part)
+        check_index(queue, name, step)
+
+
+@NATIVE
+def test_index_numbers_its_entries_beyond_32_bits() -> None:
+    queue = FeatureQueue(4096, backend="native")
+    queue.push(*random_queue(100))
+    number_of_the_next = queue.index[32:40].view(torch.int64)
+    assert number_of_the_next.item() == 101
+    number_of_the_next.fill_(2**32 - 9000)  # as after so many pushes; links are made from 512 entries on
+    for step in range(40):
+        queue.push(*random_queue(500))
+        check_index(queue, "spread", step)
+
+
+@NATIVE
+def test_index_of_entries_and_queries_that_are_not_finite() -> None:
+    queue = FeatureQueue(4096, backend="native")
+    mean, std = random_queue(6000)
+    mean[::7], std[3::11] = torch.nan, -torch.inf
+    queue.push(mean, std)
+    check_index(queue, "spread", 0)
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.5])
+    assert queue.nearest(odd, odd.flip(0)).isposinf().all()
+    assert torch.equal(queue.nearest(odd[3:], odd[3:]), brute_force(odd[3:], odd[3:], *queue.contents()))
+
+
+@NATIVE
+@pytest.mark.parametrize("name", ["spread", "all equal", "one mean", "growing"])
+def test_index_looks_at_few_entries(name: str) -> None:
     """What it is for: the search must not cost brute force. Measured in this one run, at a queue of 400,000."""
     queue = FeatureQueue(400_000, backend="native")
-    for _ in range(4):
-        queue.push(*random_queue(100_000))
-    m, s = random_queue(64)
+    for step in range(8):
+        queue.push(*DISTRIBUTIONS[name](100_000, step))
+    m, s = DISTRIBUTIONS[name](64, 7)
     ring = queue.mean_ring, queue.std_ring, queue.cursor
     index = min(clock(lambda: queue.nearest(m, s), 20))
     brute_force = min(clock(lambda: torch.ops.tal_fast.nearest(*ring, m, s, None), 20))
