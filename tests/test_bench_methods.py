@@ -20,19 +20,19 @@ def test_pages_are_in_step_with_the_committed_results(page: Path) -> None:
 
 
 def test_a_changed_result_changes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = methods.RESULTS / "digits-methods"
+    folder = methods.RESULTS / "fashion-mnist-choice"
     results = json.loads((folder / "results.json").read_text())
     changed = copy.deepcopy(results)
     for run in changed["runs"]:
         for score in run["report"]["settings"]["old_fd"].values():
             score["aurc"] = 0.5
-    before = methods.main_rows("digits-methods")
-    (tmp_path / "digits-methods").mkdir()
-    (tmp_path / "digits-methods" / "results.json").write_text(json.dumps(changed))
+    before = methods.whole("fashion-mnist-choice")
+    (tmp_path / "fashion-mnist-choice").mkdir()
+    (tmp_path / "fashion-mnist-choice" / "results.json").write_text(json.dumps(changed))
     monkeypatch.setattr(methods, "RESULTS", tmp_path)
-    assert "500.0 ± 0.0" in methods.main_rows("digits-methods")
-    assert "500.0 ± 0.0" not in before
-    assert methods.main_rows("fashion-mnist") == methods.MISSING
+    assert "0.50000" in methods.whole("fashion-mnist-choice")
+    assert "0.50000" not in before
+    assert methods.whole("elsewhere") == methods.MISSING
 
 
 def test_committed_results_are_whole_and_from_the_committed_files() -> None:
