@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import environment, write_json
-from bench.report import FIGURES, ROOT, table
+from bench.report import FIGURES, ROOT, table, update_pages
 from tal_fast.compare import Group
 from tal_fast.experiment import select
 from tal_fast.experiment.plan import read_experiment
@@ -259,17 +259,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.typicalness:
         write_json(TYPICALNESS, measure_typicalness(args.typicalness))
-    stale = []
-    for page in PAGES:
-        before = page.read_text()
-        after = fill_in(before)
-        if after != before:
-            stale.append(page.name)
-            if not args.check:
-                page.write_text(after)
+    stale = update_pages(PAGES, fill_in, check=args.check, command="python -m bench.methods")
     if args.check:
-        if stale:
-            raise SystemExit(f"out of step with bench/results/methods: {', '.join(stale)}; run python -m bench.methods")
         return
     print(f"wrote {', '.join(stale) or 'no page anew'}; {', '.join(plot(FIGURES)) or 'no figure'}")
 

@@ -482,6 +482,31 @@ def draw_queue(cpu: Results, plt: Any) -> Any:
     return figure
 
 
+def update_pages(pages: Sequence[Path], fill: Callable[[str], str], *, check: bool, command: str) -> list[str]:
+    """Make pages anew; the names of those that changed.
+
+    Args:
+        pages: files.
+        fill: a page's text -> what it should be.
+        check: write nothing.
+        command: what writes them.
+
+    Raises:
+        SystemExit: with ``check``, where a page is out of step.
+    """
+    stale = []
+    for page in pages:
+        before = page.read_text()
+        after = fill(before)
+        if after != before:
+            stale.append(page.name)
+            if not check:
+                page.write_text(after)
+    if check and stale:
+        raise SystemExit(f"out of step with bench/results: {', '.join(stale)}; run {command}")
+    return stale
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is out of step")
@@ -492,17 +517,10 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     gpu = json.loads(gpu_file.read_text()) if gpu_file.exists() else None
-    stale = []
-    for page in PAGES:
-        before = page.read_text()
-        after = fill_in(before, cpu, gpu)
-        if after != before:
-            stale.append(page.name)
-            if not args.check:
-                page.write_text(after)
+    stale = update_pages(
+        PAGES, lambda text: fill_in(text, cpu, gpu), check=args.check, command="python -m bench.report"
+    )
     if args.check:
-        if stale:
-            raise SystemExit(f"out of step with bench/results: {', '.join(stale)}; run python -m bench.report")
         return
     plot(cpu, FIGURES)
     print(f"wrote {', '.join(stale) or 'no page anew'} and {FIGURES.relative_to(ROOT)}/*.svg")
