@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Ascent:
@@ -21,7 +21,7 @@ class Ascent:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], radius: float) -> None:
-        self._parameters = [p for p in parameters if p.requires_grad]
+        self._parameters: list[Tensor] = [p for p in parameters if p.requires_grad]
         self._radius = radius
         # Kept rather than subtracted from: (w + e) - e is not w in floating point.
         self._kept = [torch.empty_like(p, requires_grad=False) for p in self._parameters]
@@ -30,12 +30,10 @@ class Ascent:
     def climb(self) -> None:
         """Up the gradients that the parameters have; one without stays."""
         torch._foreach_copy_(self._kept, self._parameters)
-        moved = [p for p in self._parameters if p.grad is not None]
-        gradients = [p.grad for p in moved]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        moved = [(p, p.grad) for p in self._parameters if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([gradient for _, gradient in moved])))
         scale = self._radius / (norm + 1e-12)
-        for parameter, gradient in zip(moved, gradients, strict=True):
-            assert gradient is not None
+        for parameter, gradient in moved:
             parameter.add_(torch.where(norm.isfinite(), gradient * scale, 0.0))
 
     @torch.no_grad()

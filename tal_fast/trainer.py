@@ -403,7 +403,7 @@ class Trainer:
         """An epoch's training images, not more than ``STATISTICS_IMAGES``."""
         steps = -(-STATISTICS_IMAGES // self.config.batch_size)
         self.train_loader.set_epoch(epoch, 0, self.config.image_size_at(epoch))
-        with self.execution.autocast(), contextlib.closing(iter(self.train_loader)) as batches:
+        with self.execution.autocast(), contextlib.closing(self.train_loader.__iter__()) as batches:
             for images, _, _ in itertools.islice(batches, steps):
                 yield self.execution.arrange(images)
 

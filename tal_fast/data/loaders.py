@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -130,7 +130,7 @@ class Loader:
         self._epoch, self._start_step = epoch, start_step
         self._image_size = image_size or self._default_size
 
-    def __iter__(self) -> Iterator[Images]:
+    def __iter__(self) -> Generator[Images, None, None]:
         try:
             with closing(self._source.steps(self._epoch, self._start_step, self._image_size)) as steps:
                 for step in steps:
