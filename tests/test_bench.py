@@ -181,6 +181,23 @@ def test_compare_commands_exit_codes(tmp_path: Path) -> None:
     assert run({"other": 1}, result(2.0))[0] == 2
 
 
+def test_compare_takes_the_file_of_the_same_vector_instructions(tmp_path: Path) -> None:
+    def run(vectors: str) -> tuple[int, str]:
+        new = tmp_path / "new.json"
+        new.write_text(json.dumps(result(3.0) | {"machine_info": {"vectors": vectors}}))
+        command = [sys.executable, "-m", "bench.compare", str(tmp_path), str(new)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stdout
+
+    (tmp_path / "AVX2.json").write_text(json.dumps(result(3.0)))
+    (tmp_path / "AVX-512.json").write_text(json.dumps(result(1.5)))
+    assert run("AVX2")[0] == 0
+    assert run("AVX-512")[0] == 1
+    code, text = run("NEON")
+    assert code == 0
+    assert "not judged" in text
+
+
 @pytest.fixture(scope="module")
 def cpu() -> report.Results:
     return report.Results.read(report.RESULTS / "cpu")
