@@ -189,14 +189,14 @@ class QueueIndex {
 
   // ---- Grids --------------------------------------------------------------------------------------------------------
 
-  // Whether pushes go to few tiles: a quarter of those, or less, that the sample went to, or half for long.
+  // Whether pushes go to few tiles: a quarter of those, or less, that the sample went to, or by and by two thirds.
   bool crowded() {
     Generation& g = newest();
     if (g.counted < kWindow) return false;
     const double missing = g.expected_bits - g.bits / static_cast<double>(g.counted);
     g.counted = 0;
     g.bits = 0;
-    return missing > 2 || (missing > (header_->length <= kMoved ? 0.5 : 1) && header_->now - g.first >= capacity_ / 8);
+    return missing > 2 || (missing > 0.5 && header_->now - g.first >= capacity_ / 8);
   }
 
   // A new grid for the entries to come, if there is room.
@@ -290,7 +290,7 @@ class QueueIndex {
     Search(const QueueIndex& index, const T* m, const T* s, int64_t count, T* best)
         : index_(index), header_(*index.header_), m_(m), s_(s), count_(static_cast<int>(count)), best_(best) {
       // Steps of a search, most of which wait for memory, that cost about as much as brute force.
-      budget_ = 256 + static_cast<int>(header_.length / 1024);
+      budget_ = 256 + static_cast<int>(header_.length / 512);
       for (int q = 0; q < count_; ++q) spent_[q] = std::isfinite(m_[q]) && std::isfinite(s_[q]) ? 0 : kNever;
     }
 
