@@ -90,8 +90,9 @@ class Grid {
   template <typename Visit>
   void cover(Point<T> low, Point<T> high, Point<T> center, int home, const T* best, Visit&& visit) const {
     const auto look = [&](const Tile& t) {
-      visit(t, step(low.mean, t.mean_low, t.mean_scale, t.columns), step(high.mean, t.mean_low, t.mean_scale, t.columns),
-            step(low.std, t.std_low, t.std_scale, t.rows), step(high.std, t.std_low, t.std_scale, t.rows));
+      visit(t, step(low.mean, t.mean_low, t.mean_scale, t.columns),
+            step(high.mean, t.mean_low, t.mean_scale, t.columns), step(low.std, t.std_low, t.std_scale, t.rows),
+            step(high.std, t.std_low, t.std_scale, t.rows));
     };
     const int own = home / side_;
     if (inside(strip_knots_, own, low.mean, high.mean) &&
@@ -109,8 +110,8 @@ class Grid {
     }
   }
 
-  // Lay the grid by a sample, which is sorted in place. Returns how evenly it lies over the tiles: their entropy in bits,
-  // repeated points counted once.
+  // Lay the grid by a sample, which is sorted in place. Returns how evenly it lies over the tiles: their entropy in
+  // bits, repeated points counted once.
   double build(Point<T>* sample, int64_t count) {
     const auto by_mean = [](const Point<T>& a, const Point<T>& b) { return a.mean < b.mean; };
     const auto by_std = [](const Point<T>& a, const Point<T>& b) { return a.std < b.std; };
@@ -180,8 +181,8 @@ class Grid {
   }
 
   // side_ - 1 knots that part the sorted points evenly, each moved to a gap that is most of the way to its neighbours
-  // and has more than a few points on either side; a value that would be a knot twice is followed by the next larger one.
-  // +inf where values run out.
+  // and has more than a few points on either side; a value that would be a knot twice is followed by the next larger
+  // one. +inf where values run out.
   void choose_knots(const Point<T>* p, int64_t count, T Point<T>::* value, T* knots) const {
     std::fill_n(knots, side_, std::numeric_limits<T>::infinity());
     const int64_t reach = count / (2 * side_);
@@ -198,8 +199,8 @@ class Grid {
     }
   }
 
-  // Where the cells of an interval lie: as far as its knots and the points reach, but not to a few far ones (those share
-  // the outermost cells).
+  // Where the cells of an interval lie: as far as its knots and the points reach, but not to a few far ones (those
+  // share the outermost cells).
   Extent extent(const Point<T>* from, const Point<T>* to, T Point<T>::* value, const T* knots, int i) const {
     const int64_t count = to - from;
     if (count == 0) return {0, 0};

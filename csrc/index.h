@@ -6,9 +6,9 @@
 // pushed out is known by its number. A push is O(1).
 //
 // When points go where the grid is coarse a new grid is laid by a sample of what the queue holds, for the entries that
-// come; those before stay in theirs until they leave the queue, so that no step pays for moving them. (Queues of up to
-// 32,768 entries are moved: that takes no longer than a search by brute force does.) Such a generation of entries has
-// its own chains, and a query looks through those of all living generations.
+// come; those before stay in theirs until they leave the queue, so that no step pays for moving them. Such a generation
+// of entries has its own chains, and a query looks through those of all living generations. (Queues of up to 32,768
+// entries are moved whole instead, 2 milliseconds' work, and have a single generation.)
 //
 // Whatever the distribution the result is the brute-force minimum, to the bit, and a query that would cost more than
 // brute force (chains too long, or too many cells) is answered by brute force.
@@ -189,14 +189,14 @@ class QueueIndex {
 
   // ---- Grids --------------------------------------------------------------------------------------------------------
 
-  // Whether pushes go to few tiles: a quarter of those, or less, that the sample went to, or half for long.
+  // Whether pushes go to few tiles: a quarter of those, or less, that the sample went to, or by and by two thirds.
   bool crowded() {
     Generation& g = newest();
     if (g.counted < kWindow) return false;
     const double missing = g.expected_bits - g.bits / static_cast<double>(g.counted);
     g.counted = 0;
     g.bits = 0;
-    return missing > 2 || (missing > (header_->length <= kMoved ? 0.5 : 1) && header_->now - g.first >= capacity_ / 8);
+    return missing > 2 || (missing > 0.5 && header_->now - g.first >= capacity_ / 8);
   }
 
   // A new grid for the entries to come, if there is room.
@@ -233,8 +233,8 @@ class QueueIndex {
     g.bits = 0;
   }
 
-  // Begin a generation, its grid laid by a sample: half of it the newest entries, three eighths entries from all over the
-  // queue, and one eighth points beyond the newest ones, where entries may come to lie as the network learns.
+  // Begin a generation, its grid laid by a sample: half of it the newest entries, three eighths entries from all over
+  // the queue, and one eighth points beyond the newest ones, where entries may come to lie as the network learns.
   void begin(int64_t limit) {
     int64_t& count = header_->generations;
     const int64_t oldest = header_->now - header_->length;
@@ -290,7 +290,7 @@ class QueueIndex {
     Search(const QueueIndex& index, const T* m, const T* s, int64_t count, T* best)
         : index_(index), header_(*index.header_), m_(m), s_(s), count_(static_cast<int>(count)), best_(best) {
       // Steps of a search, most of which wait for memory, that cost about as much as brute force.
-      budget_ = 256 + static_cast<int>(header_.length / 1024);
+      budget_ = 256 + static_cast<int>(header_.length / 512);
       for (int q = 0; q < count_; ++q) spent_[q] = std::isfinite(m_[q]) && std::isfinite(s_[q]) ? 0 : kNever;
     }
 
@@ -361,13 +361,14 @@ class QueueIndex {
         add(cells, q, own[q]);
       }
       flush(cells);
+      const uint32_t newest = static_cast<uint32_t>(header_.now + 1 - index_.end_of(i));  // its age
       // Then all cells within a radius: the best distance so far, if it is not much more than a cell's width.
       while (n > 0) {
         int left = 0;
         for (int k = 0; k < n; ++k) {
           const int q = waiting[k];
           if (best_[q] == 0) continue;
-          if (best_[q] == std::numeric_limits<T>::infinity()) compare(q, static_cast<uint32_t>(header_.now + 1 - index_.end_of(i)));
+          if (best_[q] == std::numeric_limits<T>::infinity()) compare(q, newest);
           const T enough = radius_of(best_[q]);
           const bool last = enough <= radius[q] || !(radius[q] > 0);
           if (last && enough == std::numeric_limits<T>::infinity()) spent_[q] += budget_;
@@ -411,7 +412,7 @@ class QueueIndex {
         ++spent_[q];
         return;
       }
-      cells.cover(low, high, center, home, best_ + q, [&](const auto& tile, uint32_t left, uint32_t right, uint32_t bottom, uint32_t top) {
+      const auto list = [&](const auto& tile, uint32_t left, uint32_t right, uint32_t bottom, uint32_t top) {
         if (spent_[q] >= budget_) return;
         const int64_t looks = static_cast<int64_t>(right - left + 1) * (top - bottom + 1) / 8;
         spent_[q] += 1 + static_cast<int>(std::min<int64_t>(looks, budget_));
@@ -421,7 +422,8 @@ class QueueIndex {
             const uint32_t cell = tile.first_cell + row * tile.columns + column;
             if (cell != own) add(cells, q, cell);
           }
-      });
+      };
+      cells.cover(low, high, center, home, best_ + q, list);
     }
 
     void add(const Grid<T>& cells, int q, uint32_t cell) {
