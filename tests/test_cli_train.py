@@ -23,6 +23,7 @@ from tal_fast.train import main, parse
 ROOT = Path(__file__).parents[1]
 PRESETS = [
     "cifar100-resnet110-ce",
+    "cifar100-resnet110-fmfp-tal",
     "cifar100-resnet110-tal",
     "digits-ce",
     "digits-tal",
@@ -68,7 +69,8 @@ def test_presets_hold_what_their_names_say() -> None:
     assert preset_names() == PRESETS
     for name in PRESETS:
         config = load_config(name).check()
-        assert config.method.name == ("ce" if name.endswith("-ce") else "tal")
+        named = [method for method in ("ce", "fmfp-tal") if name.endswith(f"-{method}")]
+        assert config.method.name == (named[0] if named else "tal")
         assert parse(["--config", name]).to_dict() == config.to_dict()
     for data in (
         "digits",
