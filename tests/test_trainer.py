@@ -151,7 +151,7 @@ def test_a_run_leaves_config_metrics_and_a_model(tmp_path: Path, monkeypatch: py
     with torch.no_grad():
         for images, labels, _ in run.data.loader("val", batch_size=100):
             logits, features = run.model(images)
-            assert features.shape == (len(images), 16)
+            assert features.shape == (len(images), 32)
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             right += float((logits.argmax(1) == labels).sum())
     assert right / 896 == pytest.approx(float(rows[-1]["val_accuracy"]))
