@@ -350,7 +350,7 @@ class Trainer:
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         """Over the validation images of all ranks, each once: cross-entropy, accuracy, failure detection."""
-        network = self.average.network if self.average is not None and self._is_averaged else self.network
+        network = self.network if self._averaged is None else self._averaged
         self.ranks.broadcast_buffers(network)
         network.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
@@ -385,9 +385,12 @@ class Trainer:
             return self._predict(network, self.execution.arrange(images))[:rows, : self.data.num_classes].float()
 
     @property
-    def _is_averaged(self) -> bool:
-        """Whether ``average`` holds what is to be used in the network's place."""
-        return not isinstance(self.average, StochasticAverage) or self.average.epochs_averaged(self.epoch) > 0
+    def _averaged(self) -> nn.Module | None:
+        """What is to be used in the network's place, where there is an average to use yet."""
+        if self.average is None:
+            return None
+        begun = not isinstance(self.average, StochasticAverage) or self.average.epochs_averaged(self.epoch) > 0
+        return self.average.network if begun else None
 
     def _make_average(self) -> MovingAverage | StochasticAverage | None:
         decay, share = self.config.optim.ema_decay, self.method.averages_from
@@ -468,6 +471,7 @@ class Trainer:
         )
         if not self.ranks.is_main:
             return
+        averaged = self._averaged
         content = checkpoints.snapshot(
             {
                 "config": self.config.to_dict(),
@@ -476,9 +480,7 @@ class Trainer:
                 "step": self.step,
                 "world_size": self.ranks.world_size,
                 "model": self.network.state_dict(),
-                "average": self.average.network.state_dict()
-                if self.average is not None and self._is_averaged
-                else None,
+                "average": averaged.state_dict() if averaged is not None else None,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "best": self.best,
