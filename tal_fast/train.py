@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tal_fast.config import Config, find_config, parse_yaml, preset_names
+from tal_fast.process import run_and_exit
 from tal_fast.signals import Stopped, StopRequest
 
 
@@ -131,4 +132,4 @@ def _refuse(error: Exception, rank: int) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

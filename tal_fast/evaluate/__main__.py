@@ -1,7 +1,6 @@
 """``python -m tal_fast.evaluate``."""
 
-import sys
-
 from tal_fast.evaluate.command import main
+from tal_fast.process import run_and_exit
 
-sys.exit(main())
+run_and_exit(main)

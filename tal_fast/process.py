@@ -1,0 +1,32 @@
+"""The end of a process."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+from collections.abc import Callable
+
+
+def run_and_exit(main: Callable[[], int | None]) -> None:
+    """Call ``main`` and end this process with the code that it returns or exits with.
+
+    A process among several (``WORLD_SIZE`` above 1) ends when its threads are done, its exit handlers called and its
+    output written, without taking the interpreter down: threads of gloo that let go of their last tensor meanwhile
+    abort the process (pytorch issue 190489), 1 finished run in 12 of four processes here, and torchrun takes that for
+    a failure of the run.
+    """
+    try:
+        code = main()
+    except SystemExit as leaving:
+        if isinstance(leaving.code, str):
+            raise
+        code = leaving.code
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(code)
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
