@@ -28,7 +28,11 @@ RowScan<T> scan_row_carefully(const T* z, int64_t classes) {
 }
 
 namespace base {
+#define TAL_REGISTER_BYTES 16
+#include "pack.inc"
+
 #include "kernels_cpu.inc"
+#undef TAL_REGISTER_BYTES
 }  // namespace base
 
 #if TAL_X86
@@ -39,7 +43,11 @@ namespace base {
 #pragma GCC target("avx2")
 #endif
 namespace avx2 {
+#define TAL_REGISTER_BYTES 32
+#include "pack.inc"
+
 #include "kernels_cpu.inc"
+#undef TAL_REGISTER_BYTES
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -50,7 +58,11 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
 namespace avx512 {
+#define TAL_REGISTER_BYTES 64
+#include "pack.inc"
+
 #include "kernels_cpu.inc"
+#undef TAL_REGISTER_BYTES
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop

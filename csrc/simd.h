@@ -1,10 +1,10 @@
 // Portable SIMD for the CPU kernels.
 //
-// GCC's and Clang's vector extensions give 64-byte vectors that every target lowers to what it has: one AVX-512
-// register, two of AVX2, four of SSE2 or NEON. The lanes of a sum are the same everywhere and contraction to fused
+// The kernels compute on packs of 64 bytes, which are as many registers as the instruction set needs: one with AVX-512,
+// two with AVX2, four with SSE2 or NEON. The lanes of a sum are so the same everywhere and contraction to fused
 // multiply-add is off (-ffp-contract=off in setup.py), so that a result does not depend on the machine it was
-// computed on. The .inc files hold the kernels and are compiled once per instruction set; `dispatch` picks one at run
-// time, so the binary is portable without -march=native.
+// computed on. The .inc files hold packs and kernels and are compiled once per instruction set; `dispatch` picks one at
+// run time, so the binary is portable without -march=native.
 #pragma once
 
 #include <cmath>
@@ -13,27 +13,9 @@
 #include <limits>
 
 #define TAL_INLINE inline __attribute__((always_inline))
+#define TAL_LAMBDA __attribute__((always_inline))
 
 namespace tal_fast {
-
-constexpr int kVectorBytes = 64;
-
-template <typename T>
-struct Lanes;
-template <>
-struct Lanes<float> {
-  typedef float type __attribute__((vector_size(kVectorBytes)));
-  typedef int32_t mask __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct Lanes<double> {
-  typedef double type __attribute__((vector_size(kVectorBytes)));
-  typedef int64_t mask __attribute__((vector_size(kVectorBytes)));
-};
-template <typename T>
-using Vec = typename Lanes<T>::type;
-template <typename T>
-constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
 // TAL_FAST_ISA (base, avx2, avx512) lowers the choice, which is how the tests reach every build on one machine.
 enum class Isa { kBase, kAvx2, kAvx512 };
