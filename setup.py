@@ -66,7 +66,7 @@ def cuda_problem() -> str | None:
 def make_extension(*, with_cuda: bool) -> Extension:
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    sources = ["csrc/ops.cpp", "csrc/ops_cpu.cpp", "csrc/kernels_cpu.cpp"]
+    sources = ["csrc/ops.cpp", "csrc/ops_cpu.cpp", "csrc/step_cpu.cpp", "csrc/kernels_cpu.cpp"]
     openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
     flags = {"cxx": CXX_FLAGS + openmp}
     options = {

@@ -1,4 +1,4 @@
-// Schemas of the tal_fast operators. Their CPU kernels are in ops_cpu.cpp, the CUDA ones in queue_cuda.cu.
+// Schemas of the tal_fast operators. Their CPU kernels are in ops_cpu.cpp and step_cpu.cpp, the CUDA ones in queue_cuda.cu.
 //
 // A queue is a ring: `queue_mean`, `queue_std` (N,) in float32 or float64, and `cursor` (2,) int64 = [slot the next
 // entry goes to, number of entries], all on one device so that no step reads anything back to the host. On the CPU a
@@ -36,6 +36,13 @@ TORCH_LIBRARY(tal_fast, m) {
       "loss_inplace_(Tensor(a!) logits, Tensor labels, Tensor distance, Tensor batch, bool released, float t_min, "
       "float t_max, float? t_wrong, float confidence_threshold, float label_smoothing, int ignore_index, bool warmup) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The whole step on the CPU -> loss, distance, typicalness, weight, temperature, right, accepted. The loss has a
+  // gradient by the logits; entries are pushed if `push`. Not for torch.compile, which takes the parts.
+  m.def(
+      "step(Tensor logits, Tensor features, Tensor labels, Tensor(a!) queue_mean, Tensor(b!) queue_std, "
+      "Tensor(c!) cursor, Tensor(d!)? index, bool released, float t_min, float t_max, float? t_wrong, "
+      "float confidence_threshold, float label_smoothing, int ignore_index, bool warmup, bool push) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Bytes of the `index` (uint8) of a queue on the CPU; 0 where brute force is as fast.
   m.def("index_bytes(int capacity, bool double_precision) -> int", &tal_fast::index_bytes);
   m.def("cpu_isa() -> str", [] { return std::string(tal_fast::cpu_isa()); });

@@ -5,14 +5,17 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "index.h"
 #include "kernels_cpu.h"
+#include "ops_cpu.h"
 #include "queue.h"
 
 namespace tal_fast {
@@ -39,15 +42,17 @@ at::ScalarType compute_type(const Tensor& t) { return t.scalar_type() == at::kDo
 template <typename T>
 class Rows {
  public:
-  explicit Rows(const Tensor& t)
-      : tensor_(t), direct_(t.scalar_type() == c10::CppTypeToScalarType<T>::value && (t.stride(1) == 1 || t.size(1) == 1)) {}
+  explicit Rows(const Tensor& t) : tensor_(t), first_(nullptr), step_(t.stride(0)) {
+    if (t.scalar_type() == c10::CppTypeToScalarType<T>::value && (t.stride(1) == 1 || t.size(1) == 1))
+      first_ = t.const_data_ptr<T>();
+  }
 
   // `buffer` holds size(1) values and is used when the row cannot be.
   const T* row(int64_t i, T* buffer) const {
-    if (direct_) return tensor_.const_data_ptr<T>() + i * tensor_.stride(0);
+    if (first_) return first_ + i * step_;
     const int64_t n = tensor_.size(1), stride = tensor_.stride(1);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tensor_.scalar_type(), "tal_fast", [&] {
-      const scalar_t* p = tensor_.const_data_ptr<scalar_t>() + i * tensor_.stride(0);
+      const scalar_t* p = tensor_.const_data_ptr<scalar_t>() + i * step_;
       for (int64_t c = 0; c < n; ++c) buffer[c] = static_cast<T>(p[c * stride]);
     });
     return buffer;
@@ -55,7 +60,8 @@ class Rows {
 
  private:
   const Tensor& tensor_;
-  bool direct_;
+  const T* first_;  // null where rows are converted
+  int64_t step_;
 };
 
 // Where a row of the gradient is computed: in place if its tensor holds contiguous values of type T, else in a buffer
@@ -63,29 +69,30 @@ class Rows {
 template <typename T>
 class GradientRow {
  public:
-  explicit GradientRow(const Tensor& grad) : tensor_(grad), direct_(false) {
+  explicit GradientRow(const Tensor& grad) : tensor_(grad), first_(nullptr), step_(0) {
     if (!grad.defined()) return;
-    direct_ = grad.scalar_type() == c10::CppTypeToScalarType<T>::value;
-    if (!direct_) buffer_.resize(static_cast<size_t>(grad.size(1)));
+    step_ = grad.stride(0);
+    if (grad.scalar_type() == c10::CppTypeToScalarType<T>::value)
+      first_ = grad.mutable_data_ptr<T>();
+    else
+      buffer_.resize(static_cast<size_t>(grad.size(1)));
   }
 
   // Null where no gradient is wanted.
-  T* start(int64_t i) {
-    if (!tensor_.defined()) return nullptr;
-    return direct_ ? tensor_.mutable_data_ptr<T>() + i * tensor_.stride(0) : buffer_.data();
-  }
+  T* start(int64_t i) { return first_ ? first_ + i * step_ : buffer_.empty() ? nullptr : buffer_.data(); }
 
   void finish(int64_t i) {
-    if (!tensor_.defined() || direct_) return;
+    if (buffer_.empty()) return;
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tensor_.scalar_type(), "tal_fast", [&] {
-      scalar_t* p = tensor_.mutable_data_ptr<scalar_t>() + i * tensor_.stride(0);
+      scalar_t* p = tensor_.mutable_data_ptr<scalar_t>() + i * step_;
       for (size_t c = 0; c < buffer_.size(); ++c) p[c] = static_cast<scalar_t>(buffer_[c]);
     });
   }
 
  private:
   const Tensor& tensor_;
-  bool direct_;
+  T* first_;  // null where rows are converted
+  int64_t step_;
   std::vector<T> buffer_;
 };
 
@@ -102,6 +109,8 @@ std::optional<QueueIndex<T>> index_of(const std::optional<Tensor>& index, int64_
                     "index must be ", QueueIndex<T>::bytes(capacity), " contiguous bytes on the CPU");
   return QueueIndex<T>(const_cast<uint8_t*>(index->const_data_ptr<uint8_t>()), capacity);
 }
+
+}  // namespace
 
 void push_cpu(Tensor& queue_mean, Tensor& queue_std, Tensor& cursor, const Tensor& mean, const Tensor& std,
               const std::optional<Tensor>& accepted, const std::optional<Tensor>& index) {
@@ -134,6 +143,8 @@ void push_cpu(Tensor& queue_mean, Tensor& queue_std, Tensor& cursor, const Tenso
     if (cells && !follows) cells->rebuild(qm, qs, state[0], state[1]);
   });
 }
+
+namespace {
 
 // Squared distances are minimised per thread over a share of the queue, then over the threads: the minimum does not
 // depend on the order, so neither does the result on the number of threads.
@@ -190,24 +201,24 @@ Tensor nearest_cpu(const Tensor& queue_mean, const Tensor& queue_std, const Tens
   return distance;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> statistics_distance_cpu(const Tensor& features, const Tensor& labels,
-                                                                   const Tensor& queue_mean, const Tensor& queue_std,
-                                                                   const Tensor& cursor, int64_t ignore_index,
-                                                                   const std::optional<Tensor>& index) {
+}  // namespace
+
+Statistics statistics_distance(const Tensor& features, const Tensor& labels, const Tensor& queue_mean,
+                               const Tensor& queue_std, const Tensor& cursor, int64_t ignore_index,
+                               const std::optional<Tensor>& index, double* summary) {
   check_queue(queue_mean, queue_std, cursor);
   TORCH_CHECK_VALUE(features.dim() == 2 && features.size(1) >= 2, "features must be (B, D) with D >= 2, not ",
                     features.sizes());
   check_labels(features, labels);
   const int64_t batch_size = features.size(0), width = features.size(1);
   const auto options = queue_mean.options();
-  Tensor mean = at::empty({batch_size}, options), std = at::empty({batch_size}, options),
-         distance = at::empty({batch_size}, options);
-  Tensor batch = at::zeros({6}, options.dtype(at::kDouble));
+  Statistics out{at::empty({batch_size}, options), at::empty({batch_size}, options), at::empty({batch_size}, options)};
   const Tensor y = labels.contiguous();
 
   for_float_or_double(queue_mean.scalar_type(), [&](auto queue_zero) {
     using Q = decltype(queue_zero);
-    Q *pm = mean.mutable_data_ptr<Q>(), *ps = std.mutable_data_ptr<Q>(), *pd = distance.mutable_data_ptr<Q>();
+    Q *pm = out.mean.mutable_data_ptr<Q>(), *ps = out.std.mutable_data_ptr<Q>(),
+      *pd = out.distance.mutable_data_ptr<Q>();
     for_float_or_double(compute_type(features), [&](auto zero) {
       using T = decltype(zero);
       const Rows<T> rows(features);
@@ -233,12 +244,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics_distance_cpu(const Tensor&
       smallest = std::min<double>(smallest, pd[b]);
       largest = std::max<double>(largest, pd[b]);
     }
-    double* summary = batch.mutable_data_ptr<double>();
     summary[0] = smallest;
     summary[1] = largest;
     summary[2] = valid;
   });
-  return {mean, std, distance, batch};
+  return out;
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> statistics_distance_cpu(const Tensor& features, const Tensor& labels,
+                                                                   const Tensor& queue_mean, const Tensor& queue_std,
+                                                                   const Tensor& cursor, int64_t ignore_index,
+                                                                   const std::optional<Tensor>& index) {
+  Tensor batch = at::zeros({kSummary}, at::kDouble);
+  const Statistics s = statistics_distance(features, labels, queue_mean, queue_std, cursor, ignore_index, index,
+                                           batch.mutable_data_ptr<double>());
+  return {s.mean, s.std, s.distance, batch};
 }
 
 template <typename T>
@@ -246,49 +268,65 @@ bool is_accepted(const RowScan<T>& scan, bool right, double threshold) {
   return right && scan.finite && scan.largest / (scan.norm + static_cast<T>(kNormEps)) > static_cast<T>(threshold);
 }
 
-void check_loss_inputs(const Tensor& logits, const Tensor& labels, const Tensor& distance, const Tensor& batch) {
+void check_loss_inputs(const Tensor& logits, const Tensor& labels, const Tensor& distance) {
   TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) >= 1, "logits must be (B, C) with C >= 1, not ",
                     logits.sizes());
   check_labels(logits, labels);
   TORCH_CHECK_VALUE(distance.dim() == 1 && distance.size(0) == logits.size(0), "distance must be (B,) = (",
                     logits.size(0), ",), not ", distance.sizes());
-  TORCH_CHECK_VALUE(batch.numel() == 6 && batch.scalar_type() == at::kDouble && batch.is_contiguous(),
+}
+
+void check_summary(const Tensor& batch) {
+  TORCH_CHECK_VALUE(batch.numel() == kSummary && batch.scalar_type() == at::kDouble && batch.is_contiguous(),
                     "batch must be 6 contiguous float64 values");
+}
+
+template <typename T>
+std::vector<RowScan<T>> scan_rows(const Rows<T>& rows, int64_t batch_size, int64_t classes) {
+  std::vector<RowScan<T>> scans(static_cast<size_t>(batch_size));
+  const auto& kernels = cpu_kernels<T>();
+  at::parallel_for(0, batch_size, rows_per_task(classes), [&](int64_t begin, int64_t end) {
+    std::vector<T> buffer(static_cast<size_t>(classes));
+    for (int64_t b = begin; b < end; ++b) scans[b] = kernels.scan_row(rows.row(b, buffer.data()), classes);
+  });
+  return scans;
+}
+
+// The part of the summary that variant `released` needs of all rows before the loss of any.
+template <typename T>
+void add_sums(const std::vector<RowScan<T>>& scans, const int64_t* label, const Tensor& distance,
+              double confidence_threshold, int64_t ignore_index, double* summary) {
+  const Tensor d = distance.contiguous();
+  for_float_or_double(d.scalar_type(), [&](auto zero) {
+    const auto* pd = d.const_data_ptr<decltype(zero)>();
+    double accepted = 0, weight_1 = 0, distances = 0;
+    for (size_t b = 0; b < scans.size(); ++b) {
+      if (label[b] == ignore_index) continue;
+      const bool right = scans[b].argmax == label[b];
+      accepted += is_accepted(scans[b], right, confidence_threshold);
+      if (right && std::isfinite(pd[b])) {
+        distances += pd[b];
+      } else {
+        weight_1 += 1;
+      }
+    }
+    summary[3] = accepted;
+    summary[4] = weight_1;
+    summary[5] = distances;
+  });
 }
 
 Tensor batch_sums_cpu(const Tensor& logits, const Tensor& labels, const Tensor& distance, const Tensor& batch,
                       double confidence_threshold, int64_t ignore_index) {
-  check_loss_inputs(logits, labels, distance, batch);
-  const Tensor y = labels.contiguous(), d = distance.to(at::kDouble).contiguous();
-  const int64_t batch_size = logits.size(0), classes = logits.size(1);
-  const int64_t* label = y.const_data_ptr<int64_t>();
-  const double* pd = d.const_data_ptr<double>();
-  std::vector<char> right(batch_size), accepted(batch_size);
+  check_loss_inputs(logits, labels, distance);
+  check_summary(batch);
+  const Tensor y = labels.contiguous();
+  Tensor out = batch.clone();
   for_float_or_double(compute_type(logits), [&](auto zero) {
     using T = decltype(zero);
-    const Rows<T> rows(logits);
-    const auto& kernels = cpu_kernels<T>();
-    at::parallel_for(0, batch_size, rows_per_task(classes), [&](int64_t begin, int64_t end) {
-      std::vector<T> buffer(static_cast<size_t>(classes));
-      for (int64_t b = begin; b < end; ++b) {
-        const RowScan<T> scan = kernels.scan_row(rows.row(b, buffer.data()), classes);
-        right[b] = scan.argmax == label[b];
-        accepted[b] = is_accepted(scan, right[b], confidence_threshold);
-      }
-    });
+    add_sums(scan_rows(Rows<T>(logits), logits.size(0), logits.size(1)), y.const_data_ptr<int64_t>(), distance,
+             confidence_threshold, ignore_index, out.mutable_data_ptr<double>());
   });
-  Tensor out = batch.clone();
-  double* sums = out.mutable_data_ptr<double>();
-  sums[3] = sums[4] = sums[5] = 0;
-  for (int64_t b = 0; b < batch_size; ++b) {
-    if (label[b] == ignore_index) continue;
-    sums[3] += accepted[b];
-    if (right[b] && std::isfinite(pd[b])) {
-      sums[5] += pd[b];
-    } else {
-      sums[4] += 1;
-    }
-  }
   return out;
 }
 
@@ -299,39 +337,41 @@ double mean_weight(const double* batch, bool warmup) {
   return (batch[4] + n_weighted - (batch[5] - n_weighted * batch[0]) / (batch[1] - batch[0] + kRangeEps)) / n_valid;
 }
 
-// `grad` (B, C), in any of the dtypes, gets the gradient if it is defined; it may be `logits` itself.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_into(
-    const Tensor& logits, const Tensor& labels, const Tensor& distance, const Tensor& batch, bool released,
-    double t_min, double t_max, std::optional<double> t_wrong, double confidence_threshold, double label_smoothing,
-    int64_t ignore_index, bool warmup, const Tensor& grad) {
-  check_loss_inputs(logits, labels, distance, batch);
+// `grad` (B, C), in any of the dtypes, gets the gradient if it is defined; it may be `logits` itself. `summary` is of
+// the batch; the sums of `released` are added to it where they are not `summed`.
+LossOutput loss_into(const Tensor& logits, const Tensor& labels, const Tensor& distance, double* summary, bool summed,
+                     const LossOptions& o, const Tensor& grad) {
+  check_loss_inputs(logits, labels, distance);
   const int64_t batch_size = logits.size(0), classes = logits.size(1);
   const Tensor y = labels.contiguous();
   const int64_t* label = y.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < batch_size; ++b)
-    TORCH_CHECK_VALUE(label[b] == ignore_index || (label[b] >= 0 && label[b] < classes), "label ", label[b],
+    TORCH_CHECK_VALUE(label[b] == o.ignore_index || (label[b] >= 0 && label[b] < classes), "label ", label[b],
                       " in row ", b, " is outside [0, ", classes, "); give it a class or ignore_index = ",
-                      ignore_index);
+                      o.ignore_index);
 
   const auto type = compute_type(logits);
   const auto options = logits.options().dtype(type);
   const auto flags = logits.options().dtype(at::kBool);
-  Tensor loss = at::empty({}, options), typicalness = at::empty({batch_size}, options),
-         weight = at::empty({batch_size}, options), temperature = at::empty({batch_size}, options),
-         right = at::empty({batch_size}, flags), accepted = at::empty({batch_size}, flags);
-  const double* summary = batch.const_data_ptr<double>();
-  const double count = summary[2] > 0 ? summary[2] : 1;
-  const double w_bar = released ? mean_weight(summary, warmup) : 0;
-  const bool inactive = warmup || (released && summary[3] == summary[2]);
+  LossOutput out{at::empty({}, options),           at::empty({batch_size}, options), at::empty({batch_size}, options),
+                 at::empty({batch_size}, options), at::empty({batch_size}, flags),   at::empty({batch_size}, flags)};
 
   for_float_or_double(type, [&](auto zero) {
     using T = decltype(zero);
     const Rows<T> rows(logits);
+    std::vector<RowScan<T>> scans;
+    if (o.released && !summed) {
+      scans = scan_rows(rows, batch_size, classes);
+      add_sums(scans, label, distance, o.confidence_threshold, o.ignore_index, summary);
+    }
+    const double count = summary[2] > 0 ? summary[2] : 1;
+    const double w_bar = o.released ? mean_weight(summary, o.warmup) : 0;
+    const bool inactive = o.warmup || (o.released && summary[3] == summary[2]);
     const Tensor d = distance.to(type).contiguous();
     const T* pd = d.const_data_ptr<T>();
-    T *tau = typicalness.mutable_data_ptr<T>(), *w = weight.mutable_data_ptr<T>(),
-      *temp = temperature.mutable_data_ptr<T>();
-    bool *hit = right.mutable_data_ptr<bool>(), *accept = accepted.mutable_data_ptr<bool>();
+    T *tau = out.typicalness.mutable_data_ptr<T>(), *w = out.weight.mutable_data_ptr<T>(),
+      *temp = out.temperature.mutable_data_ptr<T>();
+    bool *hit = out.right.mutable_data_ptr<bool>(), *accept = out.accepted.mutable_data_ptr<bool>();
     const T d_min = static_cast<T>(summary[0]), range = static_cast<T>(summary[1]) - d_min + static_cast<T>(kRangeEps);
     const auto& kernels = cpu_kernels<T>();
     std::vector<T> row_losses(static_cast<size_t>(batch_size));
@@ -340,23 +380,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_into(
       GradientRow<T> gradient(grad);
       for (int64_t b = begin; b < end; ++b) {
         T* row_grad = gradient.start(b);
-        if (label[b] == ignore_index) {
-          tau[b] = 1, w[b] = 0, temp[b] = static_cast<T>(t_min), hit[b] = accept[b] = false, row_losses[b] = 0;
+        if (label[b] == o.ignore_index) {
+          tau[b] = 1, w[b] = 0, temp[b] = static_cast<T>(o.t_min), hit[b] = accept[b] = false, row_losses[b] = 0;
           if (row_grad) std::fill_n(row_grad, classes, T(0));
           gradient.finish(b);
           continue;
         }
         const T* z = rows.row(b, buffer.data());
-        const RowScan<T> scan = kernels.scan_row(z, classes);
+        const RowScan<T> scan = scans.empty() ? kernels.scan_row(z, classes) : scans[b];
         hit[b] = scan.argmax == label[b];
-        accept[b] = is_accepted(scan, hit[b], confidence_threshold);
+        accept[b] = is_accepted(scan, hit[b], o.confidence_threshold);
         tau[b] = inactive || !std::isfinite(pd[b]) ? T(1) : 1 - (pd[b] - d_min) / range;
         w[b] = hit[b] ? tau[b] : T(1);
-        temp[b] = !hit[b] && t_wrong ? static_cast<T>(*t_wrong)
-                                     : static_cast<T>(t_min) + (1 - tau[b]) * static_cast<T>(t_max - t_min);
+        temp[b] = !hit[b] && o.t_wrong ? static_cast<T>(*o.t_wrong)
+                                       : static_cast<T>(o.t_min) + (1 - tau[b]) * static_cast<T>(o.t_max - o.t_min);
         if (scan.finite) {
-          row_losses[b] = kernels.row_loss(z, classes, label[b], scan, temp[b], released ? static_cast<T>(w_bar) : w[b],
-                                           static_cast<T>(label_smoothing), static_cast<T>(kNormEps),
+          row_losses[b] = kernels.row_loss(z, classes, label[b], scan, temp[b],
+                                           o.released ? static_cast<T>(w_bar) : w[b],
+                                           static_cast<T>(o.label_smoothing), static_cast<T>(kNormEps),
                                            static_cast<T>(1 / count), work.data(), row_grad);
         } else {
           // Plain cross-entropy is not finite here either, or a logit is -inf and the direction is undefined.
@@ -368,23 +409,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_into(
     });
     double sum = 0;
     for (const T row : row_losses) sum += row;
-    *loss.mutable_data_ptr<T>() = static_cast<T>(sum / count);
+    *out.loss.mutable_data_ptr<T>() = static_cast<T>(sum / count);
   });
-  return {loss, typicalness, weight, temperature, right, accepted};
+  return out;
 }
+
+// The summary as a tensor holds it, for a computation that may add to its copy.
+std::array<double, kSummary> read_summary(const Tensor& batch) {
+  check_summary(batch);
+  std::array<double, kSummary> summary;
+  std::copy_n(batch.const_data_ptr<double>(), kSummary, summary.begin());
+  return summary;
+}
+
+}  // namespace
+
+std::pair<LossOutput, Tensor> loss_and_gradient(const Tensor& logits, const Tensor& labels, const Tensor& distance,
+                                                double* summary, bool summed, const LossOptions& options,
+                                                bool need_grad) {
+  // For float16 it stays float32: small gradients would be lost before a gradient scaler multiplies them.
+  const auto type = logits.scalar_type() == at::kHalf ? at::kFloat : logits.scalar_type();
+  const Tensor grad = need_grad ? at::empty(logits.sizes(), logits.options().dtype(type)) : Tensor();
+  LossOutput out = loss_into(logits, labels, distance, summary, summed, options, grad);
+  return {out, need_grad ? grad : at::empty({0}, logits.options().dtype(type))};
+}
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward_cpu(
     const Tensor& logits, const Tensor& labels, const Tensor& distance, const Tensor& batch, bool released,
     double t_min, double t_max, std::optional<double> t_wrong, double confidence_threshold, double label_smoothing,
     int64_t ignore_index, bool warmup, bool need_grad) {
-  // For float16 it stays float32: small gradients would be lost before a gradient scaler multiplies them.
-  const auto type = logits.scalar_type() == at::kHalf ? at::kFloat : logits.scalar_type();
-  const Tensor grad = need_grad ? at::empty(logits.sizes(), logits.options().dtype(type)) : Tensor();
-  auto [loss, typicalness, weight, temperature, right, accepted] =
-      loss_into(logits, labels, distance, batch, released, t_min, t_max, t_wrong, confidence_threshold,
-                label_smoothing, ignore_index, warmup, grad);
-  return {loss, need_grad ? grad : at::empty({0}, logits.options().dtype(type)), typicalness, weight, temperature,
-          right, accepted};
+  const LossOptions options{released, t_min, t_max, t_wrong, confidence_threshold, label_smoothing, ignore_index, warmup};
+  auto summary = read_summary(batch);
+  const auto [out, grad] = loss_and_gradient(logits, labels, distance, summary.data(), true, options, need_grad);
+  return {out.loss, grad, out.typicalness, out.weight, out.temperature, out.right, out.accepted};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_inplace_cpu(
@@ -393,8 +452,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_inplace_cpu(
     int64_t ignore_index, bool warmup) {
   TORCH_CHECK_VALUE(logits.dim() == 2 && logits.is_non_overlapping_and_dense() && logits.stride(1) == 1,
                     "logits must be (B, C) with contiguous rows to be overwritten");
-  return loss_into(logits, labels, distance, batch, released, t_min, t_max, t_wrong, confidence_threshold,
-                   label_smoothing, ignore_index, warmup, logits);
+  const LossOptions options{released, t_min, t_max, t_wrong, confidence_threshold, label_smoothing, ignore_index, warmup};
+  auto summary = read_summary(batch);
+  const LossOutput out = loss_into(logits, labels, distance, summary.data(), true, options, logits);
+  return {out.loss, out.typicalness, out.weight, out.temperature, out.right, out.accepted};
 }
 
 }  // namespace

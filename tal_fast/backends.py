@@ -203,6 +203,31 @@ class Native:
             loss, grad, *stats = torch.ops.tal_fast.loss_forward(*arguments, need_grad)
         return attach_gradient(logits, loss, grad, need_grad), TALStats(distance, *stats)
 
+    def step(
+        self, logits: Tensor, features: Tensor, labels: Tensor, queue: FeatureQueue, options: LossOptions,
+        warmup: bool, push: bool,
+    ) -> tuple[Tensor, TALStats]:  # fmt: skip
+        """Everything in one call, on the CPU: statistics, search, loss, gradient and push. Checks its arguments."""
+        loss, *stats = torch.ops.tal_fast.step.default(
+            logits,
+            features,
+            labels,
+            queue.mean_ring,
+            queue.std_ring,
+            queue.cursor,
+            queue.index,
+            options.variant == "released",
+            options.t_min,
+            options.t_max,
+            options.t_wrong,
+            options.confidence_threshold,
+            options.label_smoothing,
+            options.ignore_index,
+            warmup,
+            push,
+        )
+        return loss, TALStats(*stats)
+
     def push(self, queue: FeatureQueue, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None:
         torch.ops.tal_fast.push_(queue.mean_ring, queue.std_ring, queue.cursor, mean, std, accepted, queue.index)
 
@@ -358,8 +383,8 @@ def overwritten(logits: Tensor) -> Tensor:
     return logits
 
 
-REFERENCE = Reference()
-_BY_NAME: dict[str, Backend] = {b.name: b for b in (REFERENCE, Native(), Triton())}
+REFERENCE, NATIVE = Reference(), Native()
+_BY_NAME: dict[str, Backend] = {b.name: b for b in (REFERENCE, NATIVE, Triton())}
 
 
 def check_name(name: str) -> str:
@@ -386,6 +411,13 @@ def for_loss(name: str, device: torch.device) -> Backend:
         ValueError: the backend asked for does not run there.
     """
     return _BY_NAME[_name_for_loss(name, device)]
+
+
+def has_step(name: str, logits: Tensor, options: LossOptions) -> bool:
+    """Whether ``NATIVE.step`` computes this loss in one call. torch.compile takes the parts, which it can trace."""
+    if torch.compiler.is_compiling() or logits.device.type != "cpu" or options.inplace:
+        return False
+    return for_loss(name, logits.device) is NATIVE
 
 
 def for_queue(name: str, device: torch.device) -> Backend:

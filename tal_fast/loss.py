@@ -149,16 +149,19 @@ class TALLoss(nn.Module):
                 TAL_FAST_DEBUG=1) labels out of range.
             TypeError: labels are not int64, or logits or features are not floating point.
         """
-        check_inputs(logits, features, labels, self.options.ignore_index, in_columns=self.class_group is not None)
-        if self.queue.device != logits.device:
-            raise ValueError(
-                f"the queue is on {self.queue.device} but the logits are on {logits.device}; "
-                f"move the loss with .to({str(logits.device)!r})"
-            )
+        options, push = self.options, push and self.training
+        spread = self.queue_scope == "global" and distributed.is_distributed(self.process_group)
+        if not spread and self.class_group is None and backends.has_step(self.backend, logits, options):
+            self.queue.settle()
+            try:
+                loss, stats = backends.NATIVE.step(logits, features, labels, self.queue, options, warmup, push)
+            except Exception:
+                self._check(logits, features, labels)  # in clearer words
+                raise
+            return (loss, stats) if return_stats else loss
+        self._check(logits, features, labels)
         self.queue.settle()
         backend = backends.for_loss(self.backend, logits.device)
-        options = self.options
-        spread = self.queue_scope == "global" and distributed.is_distributed(self.process_group)
 
         with torch.no_grad():
             mean, std, distance, batch = backend.statistics_distance(features, labels, self.queue, options.ignore_index)
@@ -177,7 +180,7 @@ class TALLoss(nn.Module):
                     batch = distributed.combine_summaries(batch, self.process_group)
             loss, stats = backend.loss(logits, labels, distance, batch, self.queue, options, warmup)
 
-        if push and self.training:
+        if push:
             with torch.no_grad():
                 accepted = stats.accepted
                 if not spread:
@@ -186,6 +189,14 @@ class TALLoss(nn.Module):
                     entries = distributed.EntriesOfAll(mean, std, accepted, self.process_group)
                     self.queue.push_later(lambda: backend.push(self.queue, *entries.wait()))
         return (loss, stats) if return_stats else loss
+
+    def _check(self, logits: Tensor, features: Tensor, labels: Tensor) -> None:
+        check_inputs(logits, features, labels, self.options.ignore_index, in_columns=self.class_group is not None)
+        if self.queue.device != logits.device:
+            raise ValueError(
+                f"the queue is on {self.queue.device} but the logits are on {logits.device}; "
+                f"move the loss with .to({str(logits.device)!r})"
+            )
 
 
 def check_inputs(logits: Tensor, features: Tensor, labels: Tensor, ignore_index: int, in_columns: bool = False) -> None:

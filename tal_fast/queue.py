@@ -147,12 +147,12 @@ class FeatureQueue(nn.Module):
         else:
             self._due = push
 
-    @torch.no_grad()
     def settle(self) -> None:
         """Do what ``push_later`` put off; for those who read the rings themselves."""
-        due, self._due = self._due, None
-        if due is not None:
-            due()
+        if self._due is not None:
+            due, self._due = self._due, None
+            with torch.no_grad():
+                due()
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()

@@ -533,6 +533,97 @@ def test_no_gradient_is_computed_when_none_is_wanted() -> None:
     assert not loss.requires_grad
 
 
+# ---- The step in one call -------------------------------------------------------------------------------------------
+
+
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "has_step", lambda *_: False)
+
+
+@NEEDS_EXTENSION
+@every_variant
+@pytest.mark.parametrize("queue_dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_step_in_one_call_is_its_parts(
+    dtype: torch.dtype, queue_dtype: torch.dtype, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    losses = [TALLoss(variant, queue_size=5000, label_smoothing=0.1, t_min=7) for _ in range(2)]
+    for loss_fn in losses:
+        loss_fn.queue.to(queue_dtype)
+    for step in range(12):
+        rows, classes = 1 + 13 * step, 3 + 7 * step
+        logits, features, labels = random_batch(rows, classes)
+        labels[::5] = -100
+        wide = torch.cat([logits, logits], 1).to(dtype)[:, ::2] if step % 3 == 0 else logits.to(dtype)
+        results = []
+        for loss_fn in losses:
+            loss_fn.train(step != 7)
+            leaf = wide.detach().requires_grad_()
+            with monkeypatch.context() as patched:
+                if loss_fn is losses[1]:
+                    in_parts(patched)
+                loss, stats = loss_fn(
+                    leaf, features.to(dtype), labels, warmup=step == 2, push=step != 4, return_stats=True
+                )
+            results += [(loss, torch.autograd.grad(loss * 3, leaf)[0], *stats)]
+        for one, parts in zip(*results, strict=True):
+            assert one.dtype == parts.dtype
+            assert torch.equal(one, parts)
+    state, want = (loss_fn.state_dict() for loss_fn in losses)
+    assert all(torch.equal(state[key], want[key]) for key in want)
+    assert 0 < len(losses[0].queue) < 5000
+
+
+@NEEDS_EXTENSION
+def test_the_step_in_one_call_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, features, labels = random_batch(4, 5)
+    monkeypatch.setattr(backends.Native, "statistics_distance", None)  # of the parts
+    TALLoss(queue_size=5)(logits.requires_grad_(), features, labels).backward()
+    with torch.no_grad():
+        assert not TALLoss(queue_size=5)(logits, features, labels).requires_grad
+    with torch.inference_mode():
+        TALLoss(queue_size=5)(logits, features, labels)
+    with pytest.raises(TypeError):  # what one call does not do
+        TALLoss(queue_size=5, inplace=True)(logits * 1, features, labels)
+
+
+@NEEDS_EXTENSION
+def test_gradients_of_the_step_in_one_call_accumulate_and_are_kept() -> None:
+    logits, features, labels = random_batch(6, 5)
+    logits.requires_grad_()
+    loss_fn = TALLoss(queue_size=9).eval()
+    (want,) = torch.autograd.grad(loss_fn(logits, features, labels), logits)
+    loss = loss_fn(logits, features, labels)
+    loss.backward(retain_graph=True)
+    first = logits.grad
+    assert first is not None
+    first.zero_()  # a gradient that shared the saved one's memory would be lost
+    loss.backward()
+    assert torch.equal(logits.grad, want)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    (grad,) = torch.autograd.grad(loss_fn(logits, features, labels), logits, create_graph=True)
+    assert torch.equal(grad, want)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        grad.sum().backward()
+
+
+@NEEDS_EXTENSION
+def test_the_step_in_one_call_pushes_nothing_when_it_refuses() -> None:
+    logits, features, labels = random_batch(4, 5)
+    loss_fn = TALLoss(queue_size=9)
+    for wrong, words in ((5, r"label 5 in row 2 is outside \[0, 5\)"), (-1, "label -1 in row 2")):
+        labels[2] = wrong
+        with pytest.raises(ValueError, match=words):
+            loss_fn(logits, features, labels)
+    with pytest.raises(TypeError, match=r"labels are torch.int32 but must be torch.int64 class indices"):
+        loss_fn(logits, features, labels.int())
+    with pytest.raises(ValueError, match=r"features are \(3, \d+\) but must be \(B, D\) with B = 4"):
+        loss_fn(logits, features[:3], labels)
+    assert len(loss_fn.queue) == 0
+
+
 # ---- Refusals -------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,48 @@
+// What the operators on the CPU are made of, for step_cpu.cpp; ops.cpp has the operators' schemas.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <utility>
+
+namespace tal_fast {
+
+// Length of a batch's summary; see reference.batch_summary.
+constexpr int kSummary = 6;
+
+// Of each sample's features, (B,) in the queue's dtype.
+struct Statistics {
+  at::Tensor mean, std, distance;
+};
+
+// Fills the first three values of `summary`.
+Statistics statistics_distance(const at::Tensor& features, const at::Tensor& labels, const at::Tensor& queue_mean,
+                               const at::Tensor& queue_std, const at::Tensor& cursor, int64_t ignore_index,
+                               const std::optional<at::Tensor>& index, double* summary);
+
+struct LossOptions {
+  bool released;
+  double t_min, t_max;
+  std::optional<double> t_wrong;
+  double confidence_threshold, label_smoothing;
+  int64_t ignore_index;
+  bool warmup;
+};
+
+struct LossOutput {
+  at::Tensor loss;                              // ()
+  at::Tensor typicalness, weight, temperature;  // (B,)
+  at::Tensor right, accepted;                   // (B,) bool
+};
+
+// -> also the gradient, empty unless `need_grad`. The last three values of `summary`, which variant `released` needs,
+// are computed first where they are not `summed`.
+std::pair<LossOutput, at::Tensor> loss_and_gradient(const at::Tensor& logits, const at::Tensor& labels,
+                                                    const at::Tensor& distance, double* summary, bool summed,
+                                                    const LossOptions& options, bool need_grad);
+
+void push_cpu(at::Tensor& queue_mean, at::Tensor& queue_std, at::Tensor& cursor, const at::Tensor& mean,
+              const at::Tensor& std, const std::optional<at::Tensor>& accepted, const std::optional<at::Tensor>& index);
+
+}  // namespace tal_fast
