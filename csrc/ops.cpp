@@ -36,6 +36,13 @@ TORCH_LIBRARY(tal_fast, m) {
       "loss_inplace_(Tensor(a!) logits, Tensor labels, Tensor distance, Tensor batch, bool released, float t_min, "
       "float t_max, float? t_wrong, float confidence_threshold, float label_smoothing, int ignore_index, bool warmup) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // All of the step but the push, on the CPU -> loss, gradient or empty, mean, std, distance, typicalness, weight,
+  // temperature, right, accepted.
+  m.def(
+      "step_forward(Tensor logits, Tensor features, Tensor labels, Tensor queue_mean, Tensor queue_std, Tensor cursor, "
+      "Tensor? index, bool released, float t_min, float t_max, float? t_wrong, float confidence_threshold, "
+      "float label_smoothing, int ignore_index, bool warmup, bool need_grad) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The whole step on the CPU -> loss, distance, typicalness, weight, temperature, right, accepted. The loss has a
   // gradient by the logits; entries are pushed if `push`. Not for torch.compile, which takes the parts.
   m.def(

@@ -209,6 +209,8 @@ Statistics statistics_distance(const Tensor& features, const Tensor& labels, con
   check_queue(queue_mean, queue_std, cursor);
   TORCH_CHECK_VALUE(features.dim() == 2 && features.size(1) >= 2, "features must be (B, D) with D >= 2, not ",
                     features.sizes());
+  TORCH_CHECK_TYPE(at::isFloatingType(features.scalar_type()), "features must be floating point, not ",
+                   features.scalar_type());
   check_labels(features, labels);
   const int64_t batch_size = features.size(0), width = features.size(1);
   const auto options = queue_mean.options();
@@ -271,6 +273,8 @@ bool is_accepted(const RowScan<T>& scan, bool right, double threshold) {
 void check_loss_inputs(const Tensor& logits, const Tensor& labels, const Tensor& distance) {
   TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) >= 1, "logits must be (B, C) with C >= 1, not ",
                     logits.sizes());
+  TORCH_CHECK_TYPE(at::isFloatingType(logits.scalar_type()), "logits must be floating point, not ",
+                   logits.scalar_type());
   check_labels(logits, labels);
   TORCH_CHECK_VALUE(distance.dim() == 1 && distance.size(0) == logits.size(0), "distance must be (B,) = (",
                     logits.size(0), ",), not ", distance.sizes());

@@ -26,6 +26,7 @@ def load() -> tuple[bool, str]:
     try:
         torch.ops.load_library(str(files[0]))
         isa = torch.ops.tal_fast.cpu_isa()
+        _ = torch.ops.tal_fast.step_forward  # the newest: missing from the build of an older version
         cuda = torch.ops.tal_fast.built_with_cuda()
     except (OSError, RuntimeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -50,7 +51,7 @@ def warn_if_missing() -> None:
 
 
 def _register_fakes() -> None:
-    """Shapes and dtypes of the operators' results, for torch.compile."""
+    """Shapes and dtypes of the results of the operators that torch.compile sees."""
 
     @torch.library.register_fake("tal_fast::push_")
     def _(

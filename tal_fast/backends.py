@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tal_fast import _extension, reference
 from tal_fast.reference import TALStats
@@ -320,11 +319,15 @@ class _AttachGradient(torch.autograd.Function):
     def forward(ctx, logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
         ctx.save_for_backward(grad)
         ctx.logits_dtype = logits.dtype
-        return loss.view_as(loss)
+        return loss.detach()  # as no view, which ``loss += ...`` could not change
 
     @staticmethod
-    @once_differentiable  # the gradient is a constant here: a second derivative would silently miss terms
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the gradient of the TAL loss is a constant to autograd, and a second derivative (create_graph=True) "
+                "would miss terms; use backend='reference' for it"
+            )
         (grad,) = ctx.saved_tensors
         # Multiplied before the cast: under a gradient scaler a float16 product keeps what float16 factors lose.
         if torch.compiler.is_compiling() or grad.dtype != ctx.logits_dtype or _graph_is_kept():

@@ -156,7 +156,10 @@ class TALLoss(nn.Module):
             try:
                 loss, stats = backends.NATIVE.step(logits, features, labels, self.queue, options, warmup, push)
             except Exception:
-                self._check(logits, features, labels)  # in clearer words
+                try:
+                    self._check(logits, features, labels)
+                except (TypeError, ValueError) as clearer:
+                    raise clearer from None
                 raise
             return (loss, stats) if return_stats else loss
         self._check(logits, features, labels)

@@ -17,16 +17,18 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
     abort the process (pytorch issue 190489), 1 finished run in 12 of four processes here, and torchrun takes that for
     a failure of the run.
     """
+    alone = int(os.environ.get("WORLD_SIZE") or 1) == 1
     try:
         code = main()
     except SystemExit as leaving:
         if isinstance(leaving.code, str):
             raise
         code = leaving.code
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if alone or sys.getprofile() or sys.gettrace():  # a profiler writes its result when main has returned
         sys.exit(code)
     threading._shutdown()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
     os._exit(code or 0)

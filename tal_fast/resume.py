@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ MAY_DIFFER = {
     "model.compile",
     "model.channels_last",
     "method.backend",
+    "method.options.outliers",
 }
 """Options a resumed run may have otherwise than before: where and how fast it runs, not what it computes."""
 
@@ -87,12 +89,23 @@ def _restarted_by_torchrun() -> bool:
 
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
     """What a configuration computes otherwise than a saved one, such as ``epochs was 4 and is 5``."""
-    before, now = _flat(Config.from_dict(saved).to_dict()), _flat(config.to_dict())
+    before, now = _computed(Config.from_dict(saved)), _computed(config)
     return [
-        f"{name} was {before.get(name)!r} and is {now[name]!r}"
-        for name in now
-        if before.get(name) != now[name] and name not in MAY_DIFFER
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in {**now, **before}
+        if before.get(name) != now.get(name) and name not in MAY_DIFFER
     ]
+
+
+def _computed(config: Config) -> dict[str, Any]:
+    """All options, those of the method's own too, be they given or its defaults."""
+    from tal_fast.methods import method_class  # here, for it loads torch
+
+    values = config.to_dict()
+    options = method_class(config.method.name).Options
+    if options is not None:
+        values["method"]["options"] = {**asdict(options()), **config.method.options}
+    return _flat(values)
 
 
 def _refuse_other_config(saved: dict[str, Any], config: Config, path: Path) -> None:

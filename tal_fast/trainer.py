@@ -102,15 +102,24 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.execution.scales_gradients)
         task = Task(config.epochs, self.data.num_classes, len(self.data.split("train")), config.optim.lr)
         self.method = build_method(config.method, task).to(device)
+        learned = [name for name, parameter in self.method.named_parameters() if parameter.requires_grad]
+        if learned:
+            raise ValueError(
+                f"the method {config.method.name} has the parameter {learned[0]}, which no optimizer steps; keep state "
+                "in get_extra_state, and what is learned in the network"
+            )
         self._ascent = None if self.method.radius is None else Ascent(self.network.parameters(), self.method.radius)
         self.average = self._make_average()
         self._outliers = None
         if self.method.outliers is not None:
             outliers = ood_set(self.method.outliers, self.data.image_size, self.data.channels)
             # Of another seed, or pairs of a place in both orders would meet in every epoch.
-            self._outliers = self.data.loader(
-                outliers, batch_size=config.batch_size // world, seed=config.seed + 1, training=True, **loader_args
-            )
+            try:
+                self._outliers = self.data.loader(
+                    outliers, batch_size=config.batch_size // world, seed=config.seed + 1, training=True, **loader_args
+                )
+            except ValueError as problem:
+                raise ValueError(f"the outliers {self.method.outliers}: {problem}") from None
         _seed(config.seed + 1 + self.ranks.rank)  # what is random within a network differs between ranks
 
         self.epoch, self.step = 0, 0
@@ -431,6 +440,8 @@ class Trainer:
     def _report_unreadable(self) -> None:
         """Name each file that was passed over, once, on whichever rank met it."""
         found = {**self.train_loader.unreadable, **self.val_loader.unreadable}
+        if self._outliers is not None:
+            found |= self._outliers.unreadable
         for path in found.keys() - self._unreadable:
             self._unreadable.add(path)
             with contextlib.suppress(OSError):

@@ -248,7 +248,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     script = tmp_path / "train.py"
     judge(tmp_path / "report", 1.0, 0)
 
-    def command(stage: str, run: Path, words: Any) -> list[str]:
+    def command(stage: str, run: Path, words: Any, device: str) -> list[str]:
         ran.append(f"{stage} {run.name}")
         if stage == "train":
             return [sys.executable, "-c", TRAIN, str(run), str(script)]
@@ -438,7 +438,7 @@ def finished(output: Path, experiment: Experiment, quality: Callable[[Any], tupl
             continue
         folder.prepare()
         judge(folder.path, good, folder.job.seed, accuracy)
-        folder.update(trained=True, environment=None)
+        folder.update(trained=True)
         folder.set_evaluated(experiment.evaluate)
 
 

@@ -12,6 +12,7 @@ import torch
 from support import CASES, exact, golden, options, random_batch, random_queue, relative, trace
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tal_fast import TALLoss, _extension, backends, functional
 from tal_fast.backends import triton_problem
@@ -515,15 +516,18 @@ def test_deepcopy_and_pickle_carry_the_queue(backend: str) -> None:
         assert len(loss_fn.queue) == 7
 
 
-def test_double_backward_is_refused() -> None:
-    if not _extension.load()[0]:
-        pytest.skip(f"C++ extension: {_extension.load()[1]}")
-    logits, features, labels = random_batch(4, 5)
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_second_derivatives_are_refused(backend: str, parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if parts:
+        in_parts(monkeypatch)
+    device = device_of(backend)
+    logits, features, labels = (t.to(device) for t in random_batch(4, 5))
     logits.requires_grad_()
-    loss, _ = functional.tal_loss(logits, features, labels, *random_queue(5), backend="native")
-    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
+    loss_fn = TALLoss(queue_size=5, backend=backend).to(device)  # type: ignore[arg-type]
+    loss = loss_fn(logits, features, labels) + logits.square().sum()  # whose own second derivative is there
+    with pytest.raises(RuntimeError, match=r"second derivative \(create_graph=True\) would miss terms; use backend="):
+        torch.autograd.grad(loss, logits, create_graph=True)
 
 
 def test_no_gradient_is_computed_when_none_is_wanted() -> None:
@@ -603,10 +607,46 @@ def test_gradients_of_the_step_in_one_call_accumulate_and_are_kept() -> None:
     assert torch.equal(logits.grad, want)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
-    (grad,) = torch.autograd.grad(loss_fn(logits, features, labels), logits, create_graph=True)
-    assert torch.equal(grad, want)
-    with pytest.raises(RuntimeError, match="differentiated once"):
-        grad.sum().backward()
+
+
+@NEEDS_EXTENSION
+def test_the_step_in_one_call_pushes_once_where_it_is_computed_twice() -> None:
+    logits, features, labels = random_batch(6, 5)
+    loss_fn = TALLoss(queue_size=90)
+    loss = checkpoint(loss_fn, logits.requires_grad_(), features, labels, use_reentrant=False)
+    entries = len(loss_fn.queue)
+    loss.backward()
+    assert len(loss_fn.queue) == entries > 0
+
+
+@NEEDS_EXTENSION
+def test_what_the_dispatcher_does_is_done_in_one_call_too() -> None:
+    logits, features, labels = random_batch(6, 5)
+
+    def negated(x: Tensor) -> Tensor:  # equal to x, as -x and a bit that says so
+        lazy = torch.complex(torch.zeros_like(x), -x).conj().imag
+        assert lazy.is_neg()
+        return lazy
+
+    losses, leaves = [TALLoss(queue_size=9) for _ in range(2)], [logits.clone().requires_grad_() for _ in range(2)]
+    for loss_fn, leaf, f in zip(losses, leaves, (negated, Tensor.clone), strict=True):
+        loss_fn(f(leaf), f(features), labels).backward()
+    assert torch.equal(*(leaf.grad for leaf in leaves))
+    assert torch.equal(*(loss_fn.queue.contents()[0] for loss_fn in losses))
+
+
+@every_backend
+def test_the_loss_may_be_changed_in_place(backend: str) -> None:
+    device = device_of(backend)
+    logits, features, labels = (t.to(device) for t in random_batch(6, 5))
+    logits.requires_grad_()
+    loss_fn = TALLoss(queue_size=9, backend=backend).to(device).eval()  # type: ignore[arg-type]
+    (want,) = torch.autograd.grad(loss_fn(logits, features, labels) / 4, logits)
+    loss = loss_fn(logits, features, labels)
+    loss += 2
+    loss /= 4
+    loss.backward()
+    torch.testing.assert_close(logits.grad, want)
 
 
 @NEEDS_EXTENSION

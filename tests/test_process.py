@@ -49,6 +49,11 @@ def test_a_process_among_several_ends_without_taking_its_interpreter_down(
     assert ("why" in done.stderr) == words
 
 
+def test_a_process_without_output_ends_as_well() -> None:
+    words = f"exec {sys.executable} -c 'from tal_fast.process import run_and_exit; run_and_exit(lambda: 7)' >&- 2>&-"
+    assert subprocess.run(["sh", "-c", words], env=os.environ | {"WORLD_SIZE": "2"}, timeout=60).returncode == 7
+
+
 def test_an_error_that_nobody_caught_is_seen() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(ending="raise RuntimeError('lost')")],

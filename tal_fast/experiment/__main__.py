@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tal_fast.experiment.plan import Experiment, SelectOptions, check_selection, read_experiment
+from tal_fast.experiment.plan import Experiment, SelectOptions, check_selection, check_sets, read_experiment
 from tal_fast.experiment.scheduler import Scheduler, folders, slots
 from tal_fast.signals import Stopped, StopRequest
 
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.select is not None:
             select = dataclasses.replace(experiment.select or SelectOptions(), metrics=args.select)
             check_selection(select)
+            check_sets(select, experiment)
             experiment = dataclasses.replace(experiment, select=select)
         if args.export_sweep is not None:
             return _export(experiment, Path(args.export_sweep), args.nproc)
@@ -103,6 +104,7 @@ def _report(experiment: Experiment, output: Path, name: str) -> int:
     found = folders(experiment, output)
     if any(folder.path.is_dir() for folder in found):
         results = of_runs.collect(experiment, found, name, progress=True)
+        of_runs.refuse_to_lose(results, output)
         of_runs.write_results(results, output)
     # Read back, so that the table of runs is that of a committed file.
     results = of_runs.read_results(output)

@@ -72,20 +72,14 @@ class Folder:
     # ---- What has happened ------------------------------------------------------------------------------------
 
     def record(self) -> dict[str, Any]:
-        """``trained``, ``evaluated`` (words, report's SHA-256), ``failed`` (why), ``attempts``, ``environment``."""
+        """``trained``, ``evaluated`` (words, report's SHA-256), ``failed`` (why), ``attempts``."""
         try:
             record = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
         except FileNotFoundError:
             record = {}
         except (OSError, ValueError) as problem:
             raise ValueError(f"{self.path / RECORD} cannot be read ({problem}); delete it") from None
-        empty: dict[str, Any] = {
-            "trained": False,
-            "evaluated": None,
-            "failed": None,
-            "attempts": [],
-            "environment": None,
-        }
+        empty: dict[str, Any] = {"trained": False, "evaluated": None, "failed": None, "attempts": []}
         return {**empty, **record}
 
     def update(self, **changes: Any) -> None:

@@ -8,7 +8,7 @@ import io
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,8 +169,10 @@ def _experiment(content: Values, folder: Path) -> Experiment:
         select=select,
         threads=_whole(content.get("threads", 1), "threads", 1),
     )
-    experiment = Experiment(**{**vars(experiment), "jobs": _jobs(experiment)})
+    experiment = replace(experiment, jobs=_jobs(experiment))
     _check_compare(experiment)
+    if select is not None:
+        check_sets(select, experiment)
     return experiment
 
 
@@ -323,12 +325,33 @@ def resolve(experiment: Experiment, method: str, point: Values, seed: int = 0) -
         raise ValueError(f"method {method}: {problem}") from None
 
 
+def _check_method(method: str, point: Values, config: Config) -> None:
+    """Raise ValueError for what the method would refuse when it is built, or would not read."""
+    from tal_fast.methods import Task, build_method, method_class
+
+    reads = method_class(config.method.name).reads
+    for key in point:
+        first, _, rest = key.partition(".")
+        if first == "method" and rest.partition(".")[0] not in reads:
+            raise ValueError(
+                f"grid.{key} changes nothing in {method}, which is {config.method.name}; name those it is for: "
+                f"{{values: [...], methods: [...]}}"
+            )
+    small = replace(config.method, queue_size=min(config.method.queue_size, 1))
+    try:
+        build_method(small, Task(config.epochs, num_classes=2, train_images=2, learning_rate=0.1))
+    except ValueError as problem:
+        raise ValueError(f"method {method}: {problem}") from None
+
+
 def _jobs(experiment: Experiment) -> tuple[Job, ...]:
     jobs = []
     for seed in experiment.seeds:
         for method in experiment.methods:
             for point in points(experiment.grid, method):
                 config = resolve(experiment, method, point, seed)
+                if seed == experiment.seeds[0]:
+                    _check_method(method, point, config)
                 label = label_of(method, point, config)
                 jobs.append(Job(f"{label}-seed{seed}", label, method, point, seed, config))
     names: dict[str, Job] = {}
@@ -400,6 +423,17 @@ def _evaluate_words(options: Values) -> tuple[str, ...]:
     return tuple(words)
 
 
+def check_sets(select: SelectOptions, experiment: Experiment) -> None:
+    """Raise ValueError for a criterion over a set that no run is evaluated on."""
+    words = experiment.evaluate
+    named = [words[i + 1].partition("=")[0] for i, word in enumerate(words) if word in ("--ood", "--shift")]
+    sets = list(dict.fromkeys([*(name for job in experiment.jobs for name in job.config.data.ood), *named]))
+    for name in select.metrics:
+        one = name.rpartition(".")[0].partition("/")[2]
+        if one and one not in sets:
+            raise ValueError(f"select.metrics: no run is evaluated on {one!r}; on {', '.join(sets) or 'no set at all'}")
+
+
 def check_selection(select: SelectOptions) -> None:
     """Raise ValueError for a criterion that cannot be."""
     if not select.metrics:
@@ -418,6 +452,8 @@ def check_selection(select: SelectOptions) -> None:
 
 
 def _check_compare(experiment: Experiment) -> None:
+    from tal_fast.evaluate.wanted import check_scores
+
     compare = experiment.compare
     if compare.bootstrap < 0:
         raise ValueError(f"compare.bootstrap is {compare.bootstrap} but must be at least 0")
@@ -425,6 +461,11 @@ def _check_compare(experiment: Experiment) -> None:
     if strangers or not compare.metrics:
         what = f"{strangers[0]!r} is not a metric" if strangers else "is empty"
         raise ValueError(f"compare.metrics: {what}; there are {', '.join(METRICS)}")
+    if compare.score is not None:
+        try:
+            check_scores([compare.score])
+        except ValueError as problem:
+            raise ValueError(f"compare.score: {problem}") from None
     labels = list(dict.fromkeys(job.label for job in experiment.jobs))
     if compare.baseline is not None and compare.baseline not in (*experiment.methods, *labels):
         raise ValueError(

@@ -15,12 +15,13 @@ from typing import Any
 from tal_fast import compare
 from tal_fast.compare import Column, Difference, Group
 from tal_fast.experiment.folder import Folder
-from tal_fast.experiment.plan import CompareOptions, Experiment, Values
+from tal_fast.experiment.plan import Experiment, Values
 from tal_fast.report import read_report, write_report
 from tal_fast.samples import read_samples
 
 FILE = "results.json"
 FORMAT = 1
+STAGES = ("train", "evaluate")
 # Of a report, what is kept: all but where things lay on the machine, and intervals, which have their own place.
 _KEPT = (
     "format", "method", "score", "checkpoint", "epoch", "id_accuracy", "convention", "mix", "seed", "ood_names",
@@ -41,8 +42,9 @@ def collect(experiment: Experiment, folders: Sequence[Folder], name: str, progre
 
     Returns:
         ``runs`` (name, label, method, grid, seed, config, seconds of training and evaluation with the number of
-        attempts, place in ``environments``, report), ``missing`` (name, why), ``differences`` (label, baseline,
-        setting, metric, value, low, high, over), ``compare`` (the options), ``evaluate`` (the words), ``environments``.
+        attempts, places of both in ``environments``, report), ``missing`` (name, why), ``differences`` (label,
+        baseline, setting, metric, value, low, high, over), ``compare`` (the options), ``evaluate`` (the words),
+        ``environments``.
 
     Raises:
         ValueError: reports that cannot be read or compared.
@@ -77,7 +79,7 @@ def collect(experiment: Experiment, folders: Sequence[Folder], name: str, progre
     columns = all_columns(groups, options.metrics)
     of_baseline: dict[str, list[Group]] = {}
     for group in groups:
-        baseline = _baseline_of(group, groups, runs, options)
+        baseline = _baseline_of(group, groups, runs, options.baseline or next(iter(experiment.methods)))
         if baseline is not None and baseline is not group:
             of_baseline.setdefault(baseline.name, []).append(group)
     for baseline_name, compared in of_baseline.items():
@@ -98,9 +100,14 @@ def _run(folder: Folder, environments: list[Any]) -> Values:
     config = job.config.to_dict()
     for key in ("output", "resume"):
         del config[key]
-    if record["environment"] not in environments:
-        environments.append(record["environment"])
     attempts = record["attempts"]
+    places = {}
+    for stage in STAGES:
+        # The last attempt's: the one that came to its end.
+        found = [attempt["environment"] for attempt in attempts if attempt["stage"] == stage]
+        if found and found[-1] not in environments:
+            environments.append(found[-1])
+        places[stage] = environments.index(found[-1]) if found else None
     return {
         "name": job.name,
         "label": job.label,
@@ -108,23 +115,19 @@ def _run(folder: Folder, environments: list[Any]) -> Values:
         "grid": job.grid,
         "seed": job.seed,
         "config": config,
-        "environment": environments.index(record["environment"]),
+        "environment": places,
         # Attempts that were killed with their runner have no end; what they took is not in here.
         "seconds": {
-            stage: round(sum(a["seconds"] or 0.0 for a in attempts if a["stage"] == stage), 2)
-            for stage in ("train", "evaluate")
+            stage: round(sum(a["seconds"] or 0.0 for a in attempts if a["stage"] == stage), 2) for stage in STAGES
         },
         "attempts": len(attempts),
         "report": {key: report[key] for key in _KEPT if key in report},
     }
 
 
-def _baseline_of(
-    group: Group, groups: Sequence[Group], runs: Sequence[Values], options: CompareOptions
-) -> Group | None:
+def _baseline_of(group: Group, groups: Sequence[Group], runs: Sequence[Values], wanted: str) -> Group | None:
     """The row of the baseline that a row is compared with; None where there is none, or no single one."""
     by_label = {run["label"]: run for run in runs}
-    wanted = options.baseline if options.baseline is not None else runs[0]["method"]
     if wanted in by_label:
         return compare.find_group(groups, wanted)
     own = by_label[group.name]
@@ -170,6 +173,19 @@ def groups_of(results: Results) -> list[Group]:
 def all_columns(groups: Sequence[Group], metrics: Sequence[str]) -> list[Column]:
     """Each metric of every setting that the reports have: Old FD, OOD and New FD, their means and each set's."""
     return [(key, metric) for key in groups[0].reports[0]["settings"] for metric in metrics]
+
+
+def refuse_to_lose(results: Results, output: Path) -> None:
+    """Raise ValueError if ``results.json`` has runs of this experiment that would no longer be in it."""
+    if not (output / FILE).exists():
+        return
+    missing = {job["name"] for job in results["missing"]}
+    lost = [run["name"] for run in read_results(output)["runs"] if run["name"] in missing]
+    if lost:
+        raise ValueError(
+            f"{output / FILE} has {len(lost)} runs that are not done here, such as {lost[0]}, and is kept; "
+            "finish them, move the file away, or name another --output"
+        )
 
 
 def write_results(results: Results, output: Path) -> None:

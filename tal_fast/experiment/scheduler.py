@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -128,7 +128,8 @@ class Scheduler:
                 if not told:
                     self._start_some(looked)
                 for running in list(self._running):
-                    self._look_at(running, told)
+                    with self._failing_alone(running):
+                        self._look_at(running, told)
                 time.sleep(_POLL_S)
         finally:
             for running in self._running:
@@ -155,15 +156,30 @@ class Scheduler:
                 os.close(lock)
                 self._say(f"{name} was done by another runner")
                 continue
-            folder.check()  # again, now that nobody else may change it
-            folder.prepare()
-            running = _Running(folder, lock, free.pop(0), time.monotonic())
-            self._running.append(running)
-            self._start(running, "evaluate" if folder.is_trained() else "train")
+            running = _Running(folder, lock, free[0], time.monotonic())
+            with self._failing_alone(running):
+                folder.check()  # again, now that nobody else may change it
+                folder.prepare()
+                self._start(running, "evaluate" if folder.is_trained() else "train")
+                self._running.append(running)
+                free.pop(0)
+
+    @contextlib.contextmanager
+    def _failing_alone(self, running: _Running) -> Iterator[None]:
+        """A job whose folder cannot be read or written fails; the others go on."""
+        try:
+            yield
+        except (ValueError, OSError, subprocess.SubprocessError) as problem:
+            self._failed += 1
+            self._say(f"{running.folder.job.name}: failed, {problem}")
+            if running in self._running:
+                self._running.remove(running)
+            running.tell()
+            os.close(running.lock)
 
     def _start(self, running: _Running, stage: str) -> None:
         folder = running.folder
-        words = command(stage, folder.path, self.experiment.evaluate)
+        words = command(stage, folder.path, self.experiment.evaluate, folder.job.config.device)
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(self.experiment.threads),
@@ -174,8 +190,14 @@ class Scheduler:
             self._environment = _describe_machine(environment)
         running.stage, running.stage_began = stage, time.monotonic()
         record = folder.record()
-        attempt = {"stage": stage, "began": time.strftime("%Y-%m-%d %H:%M:%S%z"), "seconds": None, "exit_code": None}
-        folder.update(attempts=[*record["attempts"], attempt], failed=None, environment=self._environment)
+        attempt = {
+            "stage": stage,
+            "began": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+            "environment": self._environment,
+            "seconds": None,
+            "exit_code": None,
+        }
+        folder.update(attempts=[*record["attempts"], attempt], failed=None)
         with open(folder.path / LOG, "ab") as log:
             running.log_start = log.tell()
             log.write(f"$ {shlex.join(words)}\n".encode())
@@ -231,11 +253,13 @@ class Scheduler:
         return f"{done}, about {duration(turns * sum(self._seconds) / len(self._seconds))} left"
 
 
-def command(stage: str, run: Path, evaluate: Sequence[str]) -> list[str]:
-    """Of a job's process: ``train``, which goes on where it was, or ``evaluate``."""
+def command(stage: str, run: Path, evaluate: Sequence[str], device: str) -> list[str]:
+    """Of a job's process: ``train``, which goes on where it was, or ``evaluate``, on the ``device`` of the training
+    unless the evaluation names one."""
     if stage == "train":
         return [sys.executable, "-m", "tal_fast.train", "--config", str(run / ASKED)]
-    return [sys.executable, "-m", "tal_fast.evaluate", "--run", str(run), *evaluate]
+    where = [] if "--device" in evaluate else ["--device", device]
+    return [sys.executable, "-m", "tal_fast.evaluate", "--run", str(run), *evaluate, *where]
 
 
 def duration(seconds: float) -> str:

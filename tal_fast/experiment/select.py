@@ -134,13 +134,15 @@ def format_selection(found: Sequence[Candidate], experiment: Experiment, select:
 
 
 def write_selection(found: Sequence[Candidate], experiment: Experiment, select: SelectOptions, output: Path) -> None:
-    """Write ``selected.yaml``, which another experiment's ``methods`` may name."""
+    """Write ``selected.yaml``, which another experiment's ``methods`` may name; nothing if nothing is chosen."""
     values = {}
     for method, candidate in chosen(found).items():
         overrides = experiment.methods[method]
         for key, value in candidate.grid.items():
             overrides = merged(overrides, nest({key: value}))
         values[method] = overrides
+    if not values:
+        return
     head = f"# Chosen by the geometric mean of {', '.join(select.metrics)} over seeds {list(experiment.seeds)}.\n"
     with replacing(output / FILE) as temporary:
         temporary.write_text(head + yaml.safe_dump({"methods": values}, sort_keys=False), encoding="utf-8")

@@ -56,6 +56,7 @@ class Method(nn.Module):
         name: as in the configuration: the module's, with hyphens.
         score: the confidence score a model trained with it is judged by; a key of ``tal_fast.scores.SCORES``.
         Options: a dataclass of the options of its own (``method.options``), with a default each.
+        reads: fields of ``MethodConfig`` that change what it computes; a grid over others is refused.
         sample_names: keys of ``Step.samples``.
         ranges: of those, name -> (lowest, highest value) of the ones whose distribution is of interest.
         extra_classes: logits that the network has in training beyond the data's classes; validation and evaluation do
@@ -75,6 +76,7 @@ class Method(nn.Module):
     name: ClassVar[str]
     score: ClassVar[str]
     Options: ClassVar[type | None] = None
+    reads: ClassVar[frozenset[str]] = frozenset({"name", "label_smoothing", "options"})
     sample_names: tuple[str, ...] = ()
     extra_classes: ClassVar[int] = 0
     outliers: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,9 @@ class CRL(Method):
     all is 0. For neighbours i, j in the batch (the last's is the first), κ = the maximum softmax probability:
     L = CE + λ mean max(0, −sign(c_i − c_j)(κ_i − κ_j) + |c_i − c_j|). Judged by κ.
 
-    Counts change between epochs, when all ranks add up what they saw; each image is seen once an epoch, so this
-    differs from counting within it in the least count alone, which the released code takes anew at each step.
+    Counts change between epochs, when all ranks add up what they saw. An epoch sees each image once (those of a last,
+    unfilled step not at all), so this differs from counting within it in the least count alone, which the released
+    code takes anew at each step. A run that goes on with another number of images counts anew.
     """
 
     name = "crl"
@@ -58,6 +60,13 @@ class CRL(Method):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """See ``torch.nn.Module``."""
+        counted, now = state["times_right"].numel(), self._times_right.numel()
+        if counted != now:
+            warnings.warn(f"CRL's counts are of {counted} training images, not {now}: it counts anew", stacklevel=2)
+            self._times_right.zero_()
+            self._right_now.zero_()
+            self._epochs = 0
+            return
         self._times_right.copy_(state["times_right"])
         self._right_now.copy_(state["right_now"])
         self._epochs = state["epochs"]

@@ -19,6 +19,7 @@ class FMFPTAL(FlatMinima, TAL):
 
     name = "fmfp-tal"
     score = "cosine"
+    reads = TAL.reads - {"t_wrong"}
 
     def __init__(self, config: MethodConfig, task: Task) -> None:
         super().__init__(dataclasses.replace(config, t_wrong=None), task)

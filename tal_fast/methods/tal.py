@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable
 from typing import Any
 
@@ -21,6 +22,7 @@ class TAL(Method):
 
     name = "tal"
     score = "cosine"
+    reads = frozenset(field.name for field in dataclasses.fields(MethodConfig))
     sample_names = ("typicalness", "temperature")
 
     def __init__(self, config: MethodConfig, task: Task) -> None:
