@@ -94,16 +94,10 @@ def main_rows(name: str) -> str:
 
     rows = []
     for group in groups:
-        accuracies = [100 * a for a in accuracies_of(group)]
-        accuracy = f"{statistics.mean(accuracies):.2f}% ± {statistics.stdev(accuracies):.2f}"
+        accuracy = f"{100 * group.accuracy.mean:.2f}% ± {100 * group.accuracy.std:.2f}"
         cells = [cell(group, column, least) for column, least in zip(columns, best, strict=True)]
         rows.append([f"{group.name}, {group.score}", str(len(group.runs)), accuracy, *cells])
     return table(head, rows) + "\n"
-
-
-def accuracies_of(group: Group) -> list[float]:
-    """Of its runs."""
-    return [report["id_accuracy"] for report in group.reports]
 
 
 BLOCKS: dict[str, Callable[[str], str]] = {"whole": whole, "choice": choice, "main": main_rows}
@@ -163,9 +157,11 @@ def draw_temperatures(plt: Any) -> Any:
             at = points[label]
             grid[low.index(at[0])][high.index(at[1])] = 1e3 * values[0]
         ax.imshow(grid, cmap="viridis_r", aspect="auto")
+        middle = (min(map(min, grid)) + max(map(max, grid))) / 2
         for i, row in enumerate(grid):
             for j, value in enumerate(row):
-                ax.text(j, i, f"{value:.1f}", ha="center", va="center", color="white", fontsize=9)
+                color = "black" if value < middle else "white"  # low values are yellow
+                ax.text(j, i, f"{value:.1f}", ha="center", va="center", color=color, fontsize=9)
         ax.set_xticks(range(len(high)), [f"{v:g}" for v in high])
         ax.set_yticks(range(len(low)), [f"{v:g}" for v in low])
         ax.set(xlabel="T_max", ylabel="T_min")
@@ -183,7 +179,7 @@ def draw_typicalness(plt: Any) -> Any:
     for name, shares in content["shares"].items():
         ax.stairs(shares, content["edges"], label=name, lw=1.5)
     ax.set(xlabel="distance to the queue, in logarithms to base 10", ylabel="share of the images")
-    ax.set_title("Typical images lie near the queue", fontsize=10)
+    ax.set_title("Images by their distance to the queue: the nearer, the more typical", fontsize=10)
     ax.legend(fontsize=8)
     return figure
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from bench import methods
-from tal_fast.experiment.results import read_results
+from tal_fast.experiment.plan import read_experiment
+from tal_fast.experiment.results import check_options, read_results
+from tal_fast.resume import differences
 
 
 @pytest.mark.parametrize("page", methods.PAGES, ids=lambda p: p.name)
@@ -41,7 +43,12 @@ def test_committed_results_are_whole_and_from_the_committed_files() -> None:
             results = read_results(folder)
             assert not results["missing"], folder.name
             assert len(results["runs"]) == results["jobs"]
-            assert (methods.EXPERIMENTS / f"{folder.name}.yaml").exists()
+            experiment = read_experiment(methods.EXPERIMENTS / f"{folder.name}.yaml")
+            check_options(results, experiment)
+            jobs = {job.name: job for job in experiment.jobs}
+            assert [
+                run["name"] for run in results["runs"] if differences(run["config"], jobs[run["name"]].config)
+            ] == []
 
 
 def test_figures_are_drawn_from_the_results_alone(tmp_path: Path) -> None:

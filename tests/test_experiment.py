@@ -161,6 +161,11 @@ def test_nested_and_dotted_keys_meet() -> None:
         ({"select": {"metrics": ["aurc"]}}, "'aurc' must be SETTING.METRIC, such as old_fd.aurc"),
         ({"select": {"metrics": ["old_fd.eaurc"]}}, "old_fd.eaurc may be below 0"),
         ({"select": {"accuracy_loss": 2}}, "select.accuracy_loss is 2.0 but must be a fraction in [0, 1]"),
+        ({"select": {"metrics": ["new_fd/x.aurc"]}}, "select.metrics: no run is evaluated on 'x'; on "),
+        ({"compare": {"score": "cosin"}}, "compare.score: unknown score cosin"),
+        ({"methods": {"l": {"method": {"name": "logitnorm", "options": {"tua": 1}}}}}, "l: method.options.tua is"),
+        ({"methods": {"t": {"method": {"name": "tal", "t_min": 9, "t_max": 5}}}}, "t: temperatures are t_min=9.0"),
+        ({"grid": {"method.t_wrong": [5, 10]}}, "grid.method.t_wrong changes nothing in ce, which is"),
     ],
 )  # fmt: skip
 def test_mistakes_are_refused_in_a_sentence(
@@ -197,6 +202,17 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path: Path, capsys: py
     ):
         write(tmp_path / "e.yaml", overrides={**SMALL, **changed})
         assert sentence in refusal(command, capsys)
+    # An option that is left out is its default, be it then or now.
+    for then, now, words in (({"tau": 0.3}, {}, "tau was 0.3 and is 0.04"), ({}, {"tau": 0.04}, None)):
+        job = [tmp_path / "l.yaml", "--output", tmp_path / f"l{len(then)}", "--dry-run"]
+        methods = [{"l": {"method": {"name": "logitnorm", "options": options}}} for options in (then, now)]
+        for folder in scheduler.folders(read_experiment(write(job[0], methods=methods[0])), job[2]):
+            folder.prepare()
+        write(job[0], methods=methods[1])
+        if words:
+            assert words in refusal(list(map(str, job)), capsys)
+        else:
+            assert main(list(map(str, job))) == 0
     # Where and how fast it runs may differ; other seeds and methods are other folders.
     more = {"ce": {"method.name": "ce"}, "smooth": {"method": {"name": "ce", "label_smoothing": 0.1}}}
     write(tmp_path / "e.yaml", threads=2, overrides={**SMALL, "logger": "all"}, seeds=[1, 2], methods=more)
@@ -326,6 +342,25 @@ def test_a_runner_that_is_told_to_stop_tells_its_jobs(
         assert "failed" not in said
         assert "saved" in (tmp_path / "out" / "runs" / "ce-seed0" / "log.txt").read_text()
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_damaged_folder_fails_alone(
+    tmp_path: Path, stand_in: Callable[[str], list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "e.yaml", seeds=[0], compare={"bootstrap": 0})
+    output = tmp_path / "out"
+    # The first damages the folder of the second, and is told to stop by nobody.
+    ran = stand_in(
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "(run.parent / 'tal-seed0').mkdir(exist_ok=True)\n"
+        "(run.parent / 'tal-seed0' / 'asked.yaml').write_text('epochs: 77')"
+    )
+    assert main([str(path), "--output", str(output), "--jobs", "1"]) == 1
+    said = capsys.readouterr()
+    assert "tal-seed0: failed, " in said.out
+    assert "epochs was 77 and is 2" in said.out
+    assert ran == ["train ce-seed0", "evaluate ce-seed0"]
+    assert "1 of 2 runs" in said.out
 
 
 def test_two_runners_share_the_jobs(tmp_path: Path, stand_in: Callable[[str], list[str]]) -> None:
@@ -494,6 +529,30 @@ def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(d["over"] == "" for d in results.read_results(output)["differences"])  # one run, no interval
 
 
+def test_results_are_not_replaced_by_fewer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "e.yaml", compare={"bootstrap": 0})
+    output = tmp_path / "out"
+    finished(output, read_experiment(path), lambda job: (1.0, 0.8))
+    command = [str(path), "--output", str(output), "--table-only"]
+    assert main(command) == 0
+    before = (output / "results.json").read_bytes()
+    shutil.rmtree(output / "runs" / "tal-seed1")
+    assert "results.json has 1 runs that are not done here, such as tal-seed1, and is kept" in refusal(command, capsys)
+    assert (output / "results.json").read_bytes() == before
+
+
+def test_without_a_baseline_the_first_method_of_the_file_is_it(tmp_path: Path) -> None:
+    experiment = read_experiment(write(tmp_path / "e.yaml", seeds=[0], compare={"bootstrap": 0}))
+    finished(tmp_path / "out", experiment, lambda job: (1.0, np.nan if job.method == "ce" else 0.8))
+    assert results.collect(experiment, scheduler.folders(experiment, tmp_path / "out"), "e")["differences"] == []
+
+
+def test_the_evaluation_is_on_the_device_of_the_training(tmp_path: Path) -> None:
+    words = scheduler.command("evaluate", tmp_path, ("--fast",), "cpu")
+    assert words[-2:] == ["--device", "cpu"]
+    assert scheduler.command("evaluate", tmp_path, ("--device", "cuda"), "cpu")[-2:] == ["--device", "cuda"]
+
+
 def test_the_baseline_is_taken_at_the_same_grid_point(tmp_path: Path) -> None:
     def baselines(**changes: Any) -> dict[str, str]:
         experiment = read_experiment(write(tmp_path / "e.yaml", seeds=[0], **changes))
@@ -515,7 +574,8 @@ def test_the_baseline_is_taken_at_the_same_grid_point(tmp_path: Path) -> None:
 
 def test_selection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid = {"optim.lr": [0.1, 0.2, 0.3, 0.4]}
-    path = write(tmp_path / "e.yaml", grid=grid, compare={"baseline": "ce", "bootstrap": 0})
+    options = {"compare": {"baseline": "ce", "bootstrap": 0}, "evaluate": {"ood": {"far": "patches"}}}
+    path = write(tmp_path / "e.yaml", grid=grid, **options)
     experiment = read_experiment(path)
     output = tmp_path / "out"
     # The surest is too often wrong, the next has a seed too few.
@@ -554,7 +614,9 @@ def test_selection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A smaller accuracy is allowed if one says so; a metric of a set that is not there is refused.
     free = select.candidates(experiment, results.read_results(output), SelectOptions(accuracy_loss=0.5))
     assert select.chosen(free)["tal"].label == "tal-lr=0.2"
-    assert "no setting 'new_fd/x'" in refusal([*command[:5], "new_fd/x.aurc"], capsys)
+    assert "no run is evaluated on 'x'" in refusal([*command[:5], "new_fd/x.aurc"], capsys)
+    with pytest.raises(ValueError, match="no setting 'new_fd/x'"):
+        select.candidates(experiment, results.read_results(output), SelectOptions(["new_fd/x.aurc"]))
 
 
 # ---- Sweeps -----------------------------------------------------------------------------------------------------
