@@ -43,6 +43,7 @@ QUEUE = ("tests/test_queue.py",)
 INDEX = ("tests/test_queue.py", "-k", "index and not 140000")
 SHARDED = ("tests/test_sharded.py", "-k", "at_once")
 INPLACE = ("tests/test_loss.py", "-k", "native and (inplace or overwritten or neither)")
+STEP = ("tests/test_loss.py", "-k", "one_call")
 
 MUTATIONS = [
     Mutation(
@@ -138,6 +139,24 @@ MUTATIONS = [
     Mutation(
         "C++ row in place: the label's logit read after it is overwritten", "csrc/kernels_cpu.inc",
         "magnitude_at_label - z_label * along_z", "magnitude_at_label - z[label] * along_z", INPLACE,
+    ),
+    Mutation(
+        "C++ packs: the second half loaded from the first's place", "csrc/pack.inc",
+        "return {Half::load(p), Half::load(p + kLanes / 2)};", "return {Half::load(p), Half::load(p)};", NATIVE,
+    ),
+    Mutation(
+        "C++ exponential: what underflows is left as it became", "csrc/kernels_cpu.inc",
+        "        bits &= ~underflow;", "        //", NATIVE,
+    ),
+    Mutation(
+        "C++ step: rejected samples are pushed too", "csrc/step_cpu.cpp",
+        "push_op.call(queue_mean, queue_std, cursor, mean, std, accepted, index);",
+        "push_op.call(queue_mean, queue_std, cursor, mean, std, std::nullopt, index);", STEP,
+    ),
+    Mutation(
+        "C++ step: a kept graph's gradient is scaled in its memory", "csrc/step_cpu.cpp",
+        "gradient.scalar_type() != dtype || torch::autograd::get_current_graph_task_keep_graph()",
+        "gradient.scalar_type() != dtype", STEP,
     ),
     Mutation(
         "C++ push: the ring wraps one slot early", "csrc/ops_cpu.cpp",
