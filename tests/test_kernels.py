@@ -237,9 +237,10 @@ def test_confident_rows(smoothing: float) -> None:
 
 
 @gpu_too
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("path")
-def test_ties_go_to_the_first_class() -> None:
-    logits = torch.randn(7, 150).clamp(max=1)
+def test_ties_go_to_the_first_class(dtype: torch.dtype) -> None:
+    logits = torch.randn(7, 150).clamp(max=1).to(dtype)
     logits[:, [7, 63, 64, 149]] = 2.5
     labels = torch.tensor([7, 63, 64, 149, 7, 0, -100])
     got = check_loss(logits, labels, torch.rand(7))
@@ -403,6 +404,19 @@ def test_batch_sums(rows: int, classes: int, dtype: torch.dtype) -> None:
     got = moved[3].cpu()
     assert torch.equal(got[:5], want[:5])
     torch.testing.assert_close(got[5], want[5], rtol=1e-12, atol=0)
+
+
+@gpu_too
+def test_sums_of_more_programs_than_are_added_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "programs_of", lambda rows, num_warps, target: 300)
+    logits, labels, distance = torch.randn(300, 2), torch.randint(2, (300,)), torch.rand(300)
+    want = reference.batch_summary(logits, labels, distance)
+    batch = want.clone()
+    batch[3:] = torch.nan
+    moved = on_device(logits, labels, distance, batch)
+    kernels.batch_sums(*moved, new_ticket(), confidence_threshold=0.0, ignore_index=-100)
+    torch.testing.assert_close(moved[3].cpu(), want, rtol=1e-12, atol=0)
+    check_loss(logits, labels, distance)
 
 
 # ---- Statistics and distance ----------------------------------------------------------------------------------------
