@@ -26,7 +26,7 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
         code = leaving.code
     if alone or sys.getprofile() or sys.gettrace():  # a profiler writes its result when main has returned
         sys.exit(code)
-    threading._shutdown()
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
