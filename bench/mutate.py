@@ -259,14 +259,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_tree(folder)
-        known: set[tuple[str, ...]] = set()
+        for tests in dict.fromkeys(mutation.tests for mutation in chosen):  # before a build is of mutated sources
+            passed, seconds = run_tests(folder, tests)
+            print(f"{'passes' if passed else 'FAILS':9} {seconds:6.1f} s  {' '.join(tests)}", flush=True)
+            if not passed:
+                raise SystemExit("these tests fail without a mutation; nothing can be learnt from them")
         for mutation in chosen:
-            if mutation.tests not in known:
-                passed, seconds = run_tests(folder, mutation.tests)
-                print(f"{'passes' if passed else 'FAILS':9} {seconds:6.1f} s  {' '.join(mutation.tests)}", flush=True)
-                if not passed:
-                    raise SystemExit("these tests fail without a mutation; nothing can be learnt from them")
-                known.add(mutation.tests)
             results.append(try_mutation(folder, mutation))
             if args.output:
                 record = {"commit": commit.stdout.strip(), "results": results}
