@@ -607,6 +607,10 @@ def test_gradients_of_the_step_in_one_call_accumulate_and_are_kept() -> None:
     assert torch.equal(logits.grad, want)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+    tripled = 3 * loss_fn(logits, features, labels)
+    for _ in range(2):  # nor one that is scaled in its memory
+        (grad,) = torch.autograd.grad(tripled, logits, retain_graph=True)
+        assert torch.equal(grad, 3 * want)
 
 
 @NEEDS_EXTENSION
