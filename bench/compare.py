@@ -5,8 +5,7 @@ machine's. A benchmark has got slower when its ratio rose by more than the toler
 overlap. Exits with 1 when one has, with 2 when nothing can be compared. Peers are not judged: their speed is not ours.
 
 OLD may be a folder with a file for each kind of vector instructions (``AVX2.json``, ``AVX-512.json``): ratios depend on
-them. The loss at 128 x 1,000 takes 1.5 times cross-entropy with AVX-512 and 3.5 times with AVX2. Without NEW's kind in
-the folder nothing is judged.
+them. Without NEW's kind in the folder nothing is judged.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -148,6 +148,20 @@ class Reference:
         return reference.nearest_distance(mean, std, queue.mean_ring, queue.std_ring, queue.cursor[1])
 
 
+def _loss_arguments(options: LossOptions, warmup: bool) -> tuple[Any, ...]:
+    """What the extension's operators are told of the loss, in their order."""
+    return (
+        options.variant == "released",
+        options.t_min,
+        options.t_max,
+        options.t_wrong,
+        options.confidence_threshold,
+        options.label_smoothing,
+        options.ignore_index,
+        warmup,
+    )
+
+
 class Native:
     """The C++ extension. On GPUs only the queue is in it; the loss is the reference's."""
 
@@ -186,14 +200,7 @@ class Native:
             labels,
             distance,
             batch,
-            options.variant == "released",
-            options.t_min,
-            options.t_max,
-            options.t_wrong,
-            options.confidence_threshold,
-            options.label_smoothing,
-            options.ignore_index,
-            warmup,
+            *_loss_arguments(options, warmup),
         )
         if need_grad and may_overwrite(logits, options):
             loss, *stats = torch.ops.tal_fast.loss_inplace_(*arguments)
@@ -215,14 +222,7 @@ class Native:
             queue.std_ring,
             queue.cursor,
             queue.index,
-            options.variant == "released",
-            options.t_min,
-            options.t_max,
-            options.t_wrong,
-            options.confidence_threshold,
-            options.label_smoothing,
-            options.ignore_index,
-            warmup,
+            *_loss_arguments(options, warmup),
             push,
         )
         return loss, TALStats(*stats)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tal_fast.experiment.plan import Experiment, SelectOptions, check_selection, check_sets, read_experiment
+from tal_fast.experiment.plan import Experiment, SelectOptions, check_selection, read_experiment
 from tal_fast.experiment.scheduler import Scheduler, folders, slots
 from tal_fast.signals import Stopped, StopRequest
 
@@ -52,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         experiment = read_experiment(args.file)
         if args.select is not None:
             select = dataclasses.replace(experiment.select or SelectOptions(), metrics=args.select)
-            check_selection(select)
-            check_sets(select, experiment)
+            check_selection(select, experiment)
             experiment = dataclasses.replace(experiment, select=select)
         if args.export_sweep is not None:
             return _export(experiment, Path(args.export_sweep), args.nproc)

@@ -158,7 +158,6 @@ def _experiment(content: Values, folder: Path) -> Experiment:
     select = None
     if "select" in content:
         select = read(SelectOptions, _mapping(content["select"], "select"), "select")
-        check_selection(select)
     experiment = Experiment(
         base=merged(_base(content["base"], folder), _overrides(content.get("overrides"), "overrides")),
         methods=methods,
@@ -172,7 +171,7 @@ def _experiment(content: Values, folder: Path) -> Experiment:
     experiment = replace(experiment, jobs=_jobs(experiment))
     _check_compare(experiment)
     if select is not None:
-        check_sets(select, experiment)
+        check_selection(select, experiment)
     return experiment
 
 
@@ -423,19 +422,11 @@ def _evaluate_words(options: Values) -> tuple[str, ...]:
     return tuple(words)
 
 
-def check_sets(select: SelectOptions, experiment: Experiment) -> None:
-    """Raise ValueError for a criterion over a set that no run is evaluated on."""
+def check_selection(select: SelectOptions, experiment: Experiment) -> None:
+    """Raise ValueError for a criterion that cannot be, or is over a set that no run is evaluated on."""
     words = experiment.evaluate
     named = [words[i + 1].partition("=")[0] for i, word in enumerate(words) if word in ("--ood", "--shift")]
     sets = list(dict.fromkeys([*(name for job in experiment.jobs for name in job.config.data.ood), *named]))
-    for name in select.metrics:
-        one = name.rpartition(".")[0].partition("/")[2]
-        if one and one not in sets:
-            raise ValueError(f"select.metrics: no run is evaluated on {one!r}; on {', '.join(sets) or 'no set at all'}")
-
-
-def check_selection(select: SelectOptions) -> None:
-    """Raise ValueError for a criterion that cannot be."""
     if not select.metrics:
         raise ValueError("select.metrics is empty; name one at least, such as old_fd.aurc")
     for name in select.metrics:
@@ -447,6 +438,9 @@ def check_selection(select: SelectOptions) -> None:
             )
         if metric.startswith("eaurc"):
             raise ValueError(f"select.metrics: {name} may be below 0, where ratios mean nothing; use aurc or augrc")
+        one = setting.partition("/")[2]
+        if one and one not in sets:
+            raise ValueError(f"select.metrics: no run is evaluated on {one!r}; on {', '.join(sets) or 'no set at all'}")
     if not 0 <= select.accuracy_loss <= 1:
         raise ValueError(f"select.accuracy_loss is {select.accuracy_loss} but must be a fraction in [0, 1]")
 
