@@ -1,14 +1,16 @@
 """The whole loss step: statistics, search, loss, gradient and push (``tal_fast.loss.TALLoss``).
 
-Peers: the released algorithm's list queue, the plain PyTorch reference as it is and compiled, F.cross_entropy as it is
-(the floor) and compiled. The gate is the reference in float64 for the released variant's three, and for ``paper``.
+Each gives the loss and its gradient by the logits in its own way: by autograd, or (``..._direct``) both at once, by
+``TALLoss.loss_and_gradient``. Peers: the released algorithm's list queue, the plain PyTorch reference as it is and
+compiled, F.cross_entropy as it is (the floor) and compiled. The gate is the reference in float64 for the released
+variant's, and for ``paper``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from bench.harness import agree, sets_beyond_cache
 from bench.list_queue import ListQueueTAL
 from tal_fast import TALLoss
 
-Step = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits, features, labels -> loss
+Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # leaf of logits, features, labels -> loss, gradient
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,15 @@ class Case:
 
 CIFAR, IMAGENET = (128, 100, 64, 30_000), (64, 1000, 2048, 880_880)
 EAGER = ("list_queue", "reference", "released", "paper")
+DIRECT = ("released_direct", "paper_direct")
 COMPILED = ("reference_compiled", "cross_entropy_compiled")  # tens of seconds to compile: at two sizes
 FULL = [
-    *(Case(peer, *size, threads=threads) for size in (CIFAR, IMAGENET) for threads in (1, 2) for peer in EAGER),
+    *(
+        Case(peer, *size, threads=threads)
+        for size in (CIFAR, IMAGENET)
+        for threads in (1, 2)
+        for peer in EAGER + DIRECT
+    ),
     *(Case(peer, *CIFAR) for peer in COMPILED),
     *(Case(peer, 256, 1000, 2048, 20_000) for peer in (*EAGER[1:], *COMPILED)),
     *(Case(peer, 256, 1000, 2048, 20_000, "bfloat16") for peer in EAGER[1:]),
@@ -58,22 +66,37 @@ FULL = [
     ),
     Case("released", 32, 1000, 512, 10_000_000),
 ]
-SMOKE = [Case(peer, *CIFAR) for peer in ("list_queue", "reference", "released", "paper")]
+SMOKE = [Case(peer, *CIFAR) for peer in (*EAGER, *DIRECT)]
 GPU = [
     Case(peer, *size)
     for size in (CIFAR, (256, 1000, 2048, 880_880))
-    for peer in (*EAGER[1:], *COMPILED)  # the list queue waits for the device and cannot be captured in a graph
+    for peer in (
+        *EAGER[1:],
+        *DIRECT,
+        *COMPILED,
+    )  # the list queue waits for the device and cannot be captured in a graph
 ]
+
+
+def differentiated(loss_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Step:
+    """A loss, and its gradient by autograd."""
+
+    def step(leaf: Tensor, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        loss = loss_of(leaf, features, labels)
+        return loss, torch.autograd.grad(loss, leaf)[0]
+
+    return step
+
+
+def cross_entropy(logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels)  # as under autocast
 
 
 def make_step(case: Case, device: torch.device, backend: str = "auto") -> Step:
     """The peer, with a full queue that is the same for all; ``backend`` is this package's."""
+    compiled = case.peer.endswith("_compiled")
     if case.peer.startswith("cross_entropy"):
-
-        def cross_entropy(logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-            return F.cross_entropy(logits.float(), labels)  # as under autocast
-
-        return torch.compile(cross_entropy, dynamic=False) if case.peer.endswith("compiled") else cross_entropy
+        return differentiated(torch.compile(cross_entropy, dynamic=False) if compiled else cross_entropy)
     torch.manual_seed(1)
     if case.peer == "list_queue":
         plain = ListQueueTAL(case.N)
@@ -83,15 +106,22 @@ def make_step(case: Case, device: torch.device, backend: str = "auto") -> Step:
             plain.stds += std.tolist()
 
         fill(push, case.N)
-        return plain
-    of_reference = case.peer.startswith("reference")
+        return differentiated(plain)
     loss = TALLoss(
-        "paper" if case.peer == "paper" else "released",
+        variant_of(case.peer),  # type: ignore[arg-type]
         queue_size=case.N,
-        backend="reference" if of_reference else backend,  # type: ignore[arg-type]
+        backend="reference" if case.peer.startswith("reference") else backend,  # type: ignore[arg-type]
     ).to(device)
     fill(loss.queue.push, case.N, device)
-    return torch.compile(loss, dynamic=False) if case.peer.endswith("compiled") else loss
+    if case.peer in DIRECT:
+        return lambda leaf, features, labels: loss.loss_and_gradient(leaf, features, labels)[:2]
+    return differentiated(torch.compile(loss, dynamic=False) if compiled else loss)
+
+
+def variant_of(peer: str) -> str:
+    """The loss a peer computes."""
+    name = peer.split("_")[0]
+    return {"cross": "cross_entropy", "paper": "paper"}.get(name, "released")
 
 
 @lru_cache(maxsize=4)
@@ -116,12 +146,9 @@ def expected(
 
 def gate(case: Case, step: Step, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The batch, if the peer's loss and gradient on it are right."""
-    released = case.peer in ("list_queue", "reference", "reference_compiled", "released")
-    variant = "released" if released else "paper" if case.peer == "paper" else "cross_entropy"
-    batch, loss, grad = expected(variant, case.B, case.C, case.D, case.N, case.dtype, device)
+    batch, loss, grad = expected(variant_of(case.peer), case.B, case.C, case.D, case.N, case.dtype, device)
     leaf = batch[0].clone().requires_grad_()
-    got = step(leaf, *batch[1:])
-    (got_grad,) = torch.autograd.grad(got, leaf)
+    got, got_grad = step(leaf, *batch[1:])
     # Eager float32 itself is 1e-4 to 3e-3 off where the queue is dense: typicalness amplifies rounding.
     agree(f"the loss of {case}", got.detach(), loss, 1e-2)
     agree(f"the gradient of {case}", got_grad, grad, 2e-2)
@@ -145,18 +172,13 @@ def make_inputs(
     return [(logits.clone().requires_grad_(), f) for f in features], labels, renew
 
 
-def differentiated(step: Step, leaf: Tensor, features: Tensor, labels: Tensor) -> Callable[[], object]:
-    """One step: loss, push and gradient."""
-    return lambda: torch.autograd.grad(step(leaf, features, labels), leaf)
-
-
 @pytest.mark.cases(FULL, SMOKE, gpu=GPU, group="step")
 def bench_step(case: Case, measure: Callable[..., None], device: torch.device) -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
     step = make_step(case, device)
     inputs, labels, prepare = make_inputs(case, gate(case, step, device), device)
-    calls = [differentiated(step, *each, labels) for each in inputs]
-    floor = differentiated(lambda z, f, y: F.cross_entropy(z.float(), y), *inputs[0], labels)
+    calls = [partial(step, *each, labels) for each in inputs]
+    floor = partial(differentiated(cross_entropy), *inputs[0], labels)
     facts = {"floor": "F.cross_entropy", "bytes": case.bytes}
     measure(calls, floor, case=case, facts=facts, prepare=prepare)

@@ -15,6 +15,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,8 @@ def loss_step(bench: Bench, peer: str, shape: tuple[int, int, int, int]) -> dict
     step = bench_step.make_step(case, bench.device, backend="triton")
     floor = bench_step.make_step(dataclasses.replace(case, peer="cross_entropy"), bench.device)
     inputs, labels, _ = bench_step.make_inputs(case, bench_step.gate(case, step, bench.device), bench.device)
-    calls = [bench_step.differentiated(step, *each, labels) for each in inputs]
-    floors = [bench_step.differentiated(floor, *each, labels) for each in inputs]
+    calls = [partial(step, *each, labels) for each in inputs]
+    floors = [partial(floor, *each, labels) for each in inputs]
     result: dict[str, Any] = {**case.__dict__, "graph": bench.time(calls), "cross_entropy_graph": bench.time(floors)}
     repeats = 2 if bench.smoke else 100
     result["eager"] = percentiles(clock(bench.synchronized(calls[0]), repeats))

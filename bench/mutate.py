@@ -44,6 +44,8 @@ INDEX = ("tests/test_queue.py", "-k", "index and not 140000")
 SHARDED = ("tests/test_sharded.py", "-k", "at_once")
 INPLACE = ("tests/test_loss.py", "-k", "native and (inplace or overwritten or neither)")
 STEP = ("tests/test_loss.py", "-k", "one_call")
+DIRECT = ("tests/test_loss.py", "-k", "native and loss_and_gradient")
+HALF = ("tests/test_loss.py", "-k", "loss_and_gradient_of_float16")
 
 MUTATIONS = [
     Mutation(
@@ -150,13 +152,20 @@ MUTATIONS = [
     ),
     Mutation(
         "C++ step: rejected samples are pushed too", "csrc/step_cpu.cpp",
-        "push_op.call(queue_mean, queue_std, cursor, mean, std, accepted, index);",
-        "push_op.call(queue_mean, queue_std, cursor, mean, std, std::nullopt, index);", STEP,
+        "cursor, std::get<2>(out), std::get<3>(out), std::get<9>(out), index);",
+        "cursor, std::get<2>(out), std::get<3>(out), std::nullopt, index);", STEP,
+    ),
+    Mutation(
+        "C++ step without a graph: nothing is pushed", "csrc/step_cpu.cpp",
+        "warmup, push, /*need_grad=*/true", "warmup, false, /*need_grad=*/true", DIRECT,
+    ),
+    Mutation(
+        "loss and gradient: that of float16 logits in float16", "tal_fast/backends.py",
+        "leaf.float() if leaf.dtype == torch.float16 else leaf", "leaf", HALF,
     ),
     Mutation(
         "C++ step: a kept graph's gradient is scaled in its memory", "csrc/step_cpu.cpp",
-        "gradient.scalar_type() != dtype || torch::autograd::get_current_graph_task_keep_graph()",
-        "gradient.scalar_type() != dtype", STEP,
+        "const bool kept = torch::autograd::get_current_graph_task_keep_graph();", "const bool kept = false;", STEP,
     ),
     Mutation(
         "C++ push: the ring wraps one slot early", "csrc/ops_cpu.cpp",

@@ -50,6 +50,12 @@ TORCH_LIBRARY(tal_fast, m) {
       "Tensor(c!) cursor, Tensor(d!)? index, bool released, float t_min, float t_max, float? t_wrong, "
       "float confidence_threshold, float label_smoothing, int ignore_index, bool warmup, bool push) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The same without a graph -> loss, its gradient by the logits, distance, ...
+  m.def(
+      "step_with_gradient(Tensor logits, Tensor features, Tensor labels, Tensor(a!) queue_mean, Tensor(b!) queue_std, "
+      "Tensor(c!) cursor, Tensor(d!)? index, bool released, float t_min, float t_max, float? t_wrong, "
+      "float confidence_threshold, float label_smoothing, int ignore_index, bool warmup, bool push) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Bytes of the `index` (uint8) of a queue on the CPU; 0 where brute force is as fast.
   m.def("index_bytes(int capacity, bool double_precision) -> int", &tal_fast::index_bytes);
   m.def("cpu_isa() -> str", [] { return std::string(tal_fast::cpu_isa()); });

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -77,6 +78,12 @@ class Backend(Protocol):
     ) -> tuple[Tensor, TALStats]:  # fmt: skip
         """-> the mean loss, through which a gradient flows to the logits, and the per-sample statistics."""
 
+    def loss_and_gradient(
+        self, logits: Tensor, labels: Tensor, distance: Tensor, batch: Tensor | None, queue: FeatureQueue,
+        options: LossOptions, warmup: bool,
+    ) -> tuple[Tensor, Tensor, TALStats]:  # fmt: skip
+        """-> the mean loss without a graph, its gradient by the logits (float32 for float16), and the statistics."""
+
     def push(self, queue: FeatureQueue, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None: ...
 
     def nearest(self, queue: FeatureQueue, mean: Tensor, std: Tensor) -> Tensor: ...
@@ -124,6 +131,12 @@ class Reference:
             batch=batch,
         )
 
+    def loss_and_gradient(
+        self, logits: Tensor, labels: Tensor, distance: Tensor, batch: Tensor | None, queue: FeatureQueue,
+        options: LossOptions, warmup: bool,
+    ) -> tuple[Tensor, Tensor, TALStats]:  # fmt: skip
+        return differentiated(lambda z: self.loss(z, labels, distance, batch, queue, options, warmup), logits)
+
     def push(self, queue: FeatureQueue, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None:
         """Shapes must not depend on the data: kept rows are sorted to the front, and a fixed number of slots is
         rewritten, those beyond the kept rows with what they held."""
@@ -162,6 +175,13 @@ def _loss_arguments(options: LossOptions, warmup: bool) -> tuple[Any, ...]:
     )
 
 
+def _step_arguments(
+    logits: Tensor, features: Tensor, labels: Tensor, queue: FeatureQueue, options: LossOptions, warmup: bool
+) -> tuple[Any, ...]:
+    rings = queue.mean_ring, queue.std_ring, queue.cursor, queue.index
+    return (logits, features, labels, *rings, *_loss_arguments(options, warmup))
+
+
 class Native:
     """The C++ extension. On GPUs only the queue is in it; the loss is the reference's."""
 
@@ -193,21 +213,30 @@ class Native:
     ) -> tuple[Tensor, TALStats]:  # fmt: skip
         if logits.device.type != "cpu":
             return REFERENCE.loss(logits, labels, distance, batch, queue, options, warmup)
+        need_grad = wants_gradient(logits)
+        loss, grad, stats = self._forward(logits, labels, distance, batch, options, warmup, need_grad)
+        return attach_gradient(logits, loss, grad, need_grad), stats
+
+    def loss_and_gradient(
+        self, logits: Tensor, labels: Tensor, distance: Tensor, batch: Tensor | None, queue: FeatureQueue,
+        options: LossOptions, warmup: bool,
+    ) -> tuple[Tensor, Tensor, TALStats]:  # fmt: skip
+        if logits.device.type != "cpu":
+            return REFERENCE.loss_and_gradient(logits, labels, distance, batch, queue, options, warmup)
+        return self._forward(logits, labels, distance, batch, options, warmup, need_grad=True)
+
+    def _forward(
+        self, logits: Tensor, labels: Tensor, distance: Tensor, batch: Tensor | None, options: LossOptions,
+        warmup: bool, need_grad: bool,
+    ) -> tuple[Tensor, Tensor, TALStats]:  # fmt: skip
         assert batch is not None
-        need_grad = logits.requires_grad and torch.is_grad_enabled()
-        arguments = (
-            logits.detach(),
-            labels,
-            distance,
-            batch,
-            *_loss_arguments(options, warmup),
-        )
+        arguments = (logits.detach(), labels, distance, batch, *_loss_arguments(options, warmup))
         if need_grad and may_overwrite(logits, options):
             loss, *stats = torch.ops.tal_fast.loss_inplace_(*arguments)
             grad = overwritten(arguments[0])
         else:
             loss, grad, *stats = torch.ops.tal_fast.loss_forward(*arguments, need_grad)
-        return attach_gradient(logits, loss, grad, need_grad), TALStats(distance, *stats)
+        return loss, grad, TALStats(distance, *stats)
 
     def step(
         self, logits: Tensor, features: Tensor, labels: Tensor, queue: FeatureQueue, options: LossOptions,
@@ -215,17 +244,19 @@ class Native:
     ) -> tuple[Tensor, TALStats]:  # fmt: skip
         """Everything in one call, on the CPU: statistics, search, loss, gradient and push. Checks its arguments."""
         loss, *stats = torch.ops.tal_fast.step.default(
-            logits,
-            features,
-            labels,
-            queue.mean_ring,
-            queue.std_ring,
-            queue.cursor,
-            queue.index,
-            *_loss_arguments(options, warmup),
-            push,
+            *_step_arguments(logits, features, labels, queue, options, warmup), push
         )
         return loss, TALStats(*stats)
+
+    def step_with_gradient(
+        self, logits: Tensor, features: Tensor, labels: Tensor, queue: FeatureQueue, options: LossOptions,
+        warmup: bool, push: bool,
+    ) -> tuple[Tensor, Tensor, TALStats]:  # fmt: skip
+        """The same without a graph: -> the loss, its gradient by the logits, and the per-sample statistics."""
+        loss, gradient, *stats = torch.ops.tal_fast.step_with_gradient.default(
+            *_step_arguments(logits, features, labels, queue, options, warmup), push
+        )
+        return loss, gradient, TALStats(*stats)
 
     def push(self, queue: FeatureQueue, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None:
         torch.ops.tal_fast.push_(queue.mean_ring, queue.std_ring, queue.cursor, mean, std, accepted, queue.index)
@@ -276,10 +307,23 @@ class Triton:
         self, logits: Tensor, labels: Tensor, distance: Tensor, batch: Tensor | None, queue: FeatureQueue,
         options: LossOptions, warmup: bool,
     ) -> tuple[Tensor, TALStats]:  # fmt: skip
+        need_grad = wants_gradient(logits)
+        loss, grad, stats = self._forward(logits, labels, distance, batch, queue, options, warmup, need_grad)
+        return attach_gradient(logits, loss, grad, need_grad), stats
+
+    def loss_and_gradient(
+        self, logits: Tensor, labels: Tensor, distance: Tensor, batch: Tensor | None, queue: FeatureQueue,
+        options: LossOptions, warmup: bool,
+    ) -> tuple[Tensor, Tensor, TALStats]:  # fmt: skip
+        return self._forward(logits, labels, distance, batch, queue, options, warmup, need_grad=True)
+
+    def _forward(
+        self, logits: Tensor, labels: Tensor, distance: Tensor, batch: Tensor | None, queue: FeatureQueue,
+        options: LossOptions, warmup: bool, need_grad: bool,
+    ) -> tuple[Tensor, Tensor, TALStats]:  # fmt: skip
         from tal_fast import kernels
 
         assert batch is not None
-        need_grad = logits.requires_grad and torch.is_grad_enabled()
         inplace = need_grad and may_overwrite(logits, options)
         loss, grad, stats, flags = kernels.loss_forward(
             logits.detach(),
@@ -299,7 +343,7 @@ class Triton:
             inplace=inplace,
         )
         grad = overwritten(grad) if inplace else grad
-        return attach_gradient(logits, loss, grad, need_grad), TALStats(distance, *stats.unbind(), *flags.unbind())
+        return loss, grad, TALStats(distance, *stats.unbind(), *flags.unbind())
 
     def push(self, queue: FeatureQueue, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None:
         from tal_fast import kernels
@@ -353,6 +397,25 @@ def scaled_(grad: Tensor, upstream: Tensor) -> Tensor:
     return grad.mul_(upstream.to(grad.dtype))
 
 
+def wants_gradient(logits: Tensor) -> bool:
+    """Whether a loss of these logits is to be differentiable."""
+    return logits.requires_grad and torch.is_grad_enabled()
+
+
+@torch.compiler.disable
+def differentiated(
+    loss_of: Callable[[Tensor], tuple[Tensor, TALStats]], logits: Tensor
+) -> tuple[Tensor, Tensor, TALStats]:
+    """A loss, its gradient by the logits and its statistics by autograd, where no kernel gives them at once. float16
+    logits are taken as float32, so that their gradient is."""
+    leaf = logits.detach()
+    leaf = (leaf.float() if leaf.dtype == torch.float16 else leaf).requires_grad_()
+    with torch.enable_grad():
+        loss, stats = loss_of(leaf)
+        (grad,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), grad, stats
+
+
 def attach_gradient(logits: Tensor, loss: Tensor, grad: Tensor, need_grad: bool) -> Tensor:
     """The scalar ``loss`` with ``grad`` (B, C) as its gradient with respect to ``logits``, times the upstream one."""
     return _AttachGradient.apply(logits, loss, grad) if need_grad else loss
@@ -366,7 +429,7 @@ def may_overwrite(logits: Tensor, options: LossOptions) -> bool:
     """
     if not options.inplace or torch.compiler.is_compiling():
         return False
-    if logits.is_leaf:
+    if logits.is_leaf and logits.requires_grad:
         raise ValueError("inplace=True would overwrite a leaf's values; pass the logits a layer gave, or inplace=False")
     if logits.dtype == torch.float16:
         raise ValueError(
@@ -418,9 +481,9 @@ def for_loss(name: str, device: torch.device) -> Backend:
 
 def has_step(name: str, logits: Tensor, options: LossOptions) -> bool:
     """Whether ``NATIVE.step`` computes this loss in one call. torch.compile takes the parts, which it can trace."""
-    if torch.compiler.is_compiling() or logits.device.type != "cpu" or options.inplace:
+    if options.inplace or not logits.is_cpu or torch.compiler.is_compiling():
         return False
-    return for_loss(name, logits.device) is NATIVE
+    return _choose(name, logits.device) == "native"
 
 
 def for_queue(name: str, device: torch.device) -> Backend:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Literal, overload
+from collections.abc import Callable
+from typing import Literal, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from tal_fast import backends, distributed, sharded
 from tal_fast.backends import LossOptions
 from tal_fast.queue import FeatureQueue
 from tal_fast.reference import TALStats
+
+Result = TypeVar("Result")
 
 CHECK_LABELS_ON_GPU = os.environ.get("TAL_FAST_DEBUG") == "1"
 """Also check labels on GPUs, which makes every step wait for the device; on CPUs they always are checked."""
@@ -149,31 +152,84 @@ class TALLoss(nn.Module):
                 TAL_FAST_DEBUG=1) labels out of range.
             TypeError: labels are not int64, or logits or features are not floating point.
         """
-        options, push = self.options, push and self.training
-        spread = self.queue_scope == "global" and distributed.is_distributed(self.process_group)
-        if not spread and self.class_group is None and backends.has_step(self.backend, logits, options):
-            self.queue.settle()
-            try:
-                loss, stats = backends.NATIVE.step(logits, features, labels, self.queue, options, warmup, push)
-            except Exception:
-                try:
-                    self._check(logits, features, labels)
-                except (TypeError, ValueError) as clearer:
-                    raise clearer from None
-                raise
+        if self._takes_one_call(logits):
+            loss, stats = self._in_one_call(backends.NATIVE.step, logits, features, labels, warmup, push)
             return (loss, stats) if return_stats else loss
+        loss, _, stats = self._in_parts(logits, features, labels, warmup, push, direct=False)
+        return (loss, stats) if return_stats else loss
+
+    def loss_and_gradient(
+        self, logits: Tensor, features: Tensor, labels: Tensor, *, warmup: bool = False, push: bool = True
+    ) -> tuple[Tensor, Tensor, TALStats]:
+        """The mean loss of a batch and its gradient by the logits, for loops that do not differentiate the loss itself.
+
+        The kernels compute both at once; autograd only hands the gradient on, which takes longer than a small batch's
+        loss (docs/performance.md). ``logits.backward(gradient)`` goes on from here through the network: the same as
+        ``forward`` and ``loss.backward()``. Not for ``torch.compile``, which leaves its graph for this call.
+
+        Args:
+            logits, features, labels, warmup, push: as in ``forward``; no gradient is recorded.
+
+        Returns:
+            The loss, a scalar without a graph; its gradient (B, C) in the logits' dtype (float32 for float16 logits, to
+            be scaled before it is cast); the per-sample ``TALStats``.
+
+        Raises:
+            ValueError, TypeError: as ``forward``.
+        """
+        if self._takes_one_call(logits):
+            return self._in_one_call(backends.NATIVE.step_with_gradient, logits, features, labels, warmup, push)
+        loss, gradient, stats = self._in_parts(logits, features, labels, warmup, push, direct=True)
+        assert gradient is not None
+        return loss, gradient, stats
+
+    def _is_spread(self) -> bool:
+        return self.queue_scope == "global" and distributed.is_distributed(self.process_group)
+
+    def _takes_one_call(self, logits: Tensor) -> bool:
+        return (
+            not self._is_spread() and self.class_group is None and backends.has_step(self.backend, logits, self.options)
+        )
+
+    def _in_one_call(
+        self, step: Callable[..., Result], logits: Tensor, features: Tensor, labels: Tensor, warmup: bool, push: bool
+    ) -> Result:
+        queue: FeatureQueue = self._modules["queue"]  # type: ignore[assignment]  # self.queue takes 5 microseconds
+        queue.settle()
+        try:
+            return step(logits, features, labels, queue, self.options, warmup, push and self.training)
+        except Exception:
+            try:
+                self._check(logits, features, labels)
+            except (TypeError, ValueError) as clearer:
+                raise clearer from None
+            raise
+
+    def _in_parts(
+        self, logits: Tensor, features: Tensor, labels: Tensor, warmup: bool, push: bool, *, direct: bool
+    ) -> tuple[Tensor, Tensor | None, TALStats]:
+        """The same from the backend's parts: -> loss, the gradient if ``direct``, statistics."""
         self._check(logits, features, labels)
         self.queue.settle()
+        options, spread = self.options, self._is_spread()
         backend = backends.for_loss(self.backend, logits.device)
-
         with torch.no_grad():
             mean, std, distance, batch = backend.statistics_distance(features, labels, self.queue, options.ignore_index)
+        gradient = None
         if self.class_group is not None:
-            loss, stats = sharded.tal_loss(
-                logits, labels, distance, options, warmup, self.class_group,
-                rows_group=self.process_group if spread else None, backend=backend.name,
-                check_labels=labels_are_checked(labels),
-            )  # fmt: skip
+            group = self.class_group
+
+            def of_columns(z: Tensor) -> tuple[Tensor, TALStats]:
+                return sharded.tal_loss(
+                    z, labels, distance, options, warmup, group,
+                    rows_group=self.process_group if spread else None, backend=backend.name,
+                    check_labels=labels_are_checked(labels),
+                )  # fmt: skip
+
+            if direct:
+                loss, gradient, stats = backends.differentiated(of_columns, logits)
+            else:
+                loss, stats = of_columns(logits)
         else:
             with torch.no_grad():
                 if spread or (options.variant == "released" and batch is not None):
@@ -181,9 +237,13 @@ class TALLoss(nn.Module):
                 if spread:
                     assert batch is not None
                     batch = distributed.combine_summaries(batch, self.process_group)
-            loss, stats = backend.loss(logits, labels, distance, batch, self.queue, options, warmup)
+            arguments = (logits, labels, distance, batch, self.queue, options, warmup)
+            if direct:
+                loss, gradient, stats = backend.loss_and_gradient(*arguments)
+            else:
+                loss, stats = backend.loss(*arguments)
 
-        if push:
+        if push and self.training:
             with torch.no_grad():
                 accepted = stats.accepted
                 if not spread:
@@ -191,7 +251,7 @@ class TALLoss(nn.Module):
                 else:  # nothing needs the entries before the next step: they travel during backward
                     entries = distributed.EntriesOfAll(mean, std, accepted, self.process_group)
                     self.queue.push_later(lambda: backend.push(self.queue, *entries.wait()))
-        return (loss, stats) if return_stats else loss
+        return loss, gradient, stats
 
     def _check(self, logits: Tensor, features: Tensor, labels: Tensor) -> None:
         check_inputs(logits, features, labels, self.options.ignore_index, in_columns=self.class_group is not None)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from support import CASES, exact, golden, options, random_batch, random_queue, relative, trace
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -665,6 +667,128 @@ def test_the_step_in_one_call_pushes_nothing_when_it_refuses() -> None:
         loss_fn(logits, features, labels.int())
     with pytest.raises(ValueError, match=r"features are \(3, \d+\) but must be \(B, D\) with B = 4"):
         loss_fn(logits, features[:3], labels)
+    assert len(loss_fn.queue) == 0
+
+
+@NEEDS_EXTENSION
+@pytest.mark.filterwarnings("ignore")  # of compiled autograd itself
+def test_compiled_autograd_goes_through_the_step_in_one_call() -> None:
+    logits, features, labels = random_batch(6, 5)
+    loss_fn = TALLoss(queue_size=9).eval()
+    grads = []
+    for compiled in (False, True):
+        for dtype in (torch.float32, torch.float16):
+            leaf = logits.to(dtype, copy=True).requires_grad_()
+            loss = 3 * loss_fn(leaf, features, labels)
+            with compiled_autograd._enable(torch.compile(backend="eager")) if compiled else nullcontext():
+                loss.backward()
+            grads.append(leaf.grad)
+    assert all(torch.equal(a, b) for a, b in zip(grads[:2], grads[2:], strict=True))
+
+
+@NEEDS_EXTENSION
+def test_a_loss_that_gets_no_gradient_gives_none() -> None:
+    class Swallow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, upstream: Tensor) -> None:
+            return None
+
+    logits, features, labels = random_batch(6, 5)
+    loss = TALLoss(queue_size=9)(logits.requires_grad_(), features, labels)
+    Swallow.apply(loss).backward()
+    assert logits.grad is None or not logits.grad.any()
+
+
+# ---- The gradient without autograd ----------------------------------------------------------------------------------
+
+
+@every_backend
+@every_variant
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "t_wrong": None}, {"inplace": True}], ids=str)
+def test_loss_and_gradient_is_forward_and_backward(backend: str, variant: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(4)
+    device = device_of(backend)
+    losses = [TALLoss(variant, queue_size=300, backend=backend, **options).to(device) for _ in range(2)]  # type: ignore[arg-type]
+    for step, dtype in enumerate((torch.float32, torch.float64, torch.bfloat16, torch.float32)):
+        logits, features, labels = (t.to(device) for t in random_batch(50 + 7 * step, 9 + 4 * step))
+        labels[::5] = -100
+        for loss_fn in losses:
+            loss_fn.train(step != 2)
+        leaf = logits.to(dtype).requires_grad_()
+        want, want_stats = losses[0](leaf * 1, features, labels, warmup=step == 1, return_stats=True)
+        (want_gradient,) = torch.autograd.grad(want, leaf)
+        given = logits.to(dtype).requires_grad_(step != 3)
+        with torch.no_grad() if step == 1 else nullcontext():
+            loss, gradient, stats = losses[1].loss_and_gradient(given.clone(), features, labels, warmup=step == 1)
+        assert not loss.requires_grad
+        assert not gradient.requires_grad
+        assert gradient.dtype == dtype
+        for got, expected in zip((loss, gradient, *stats), (want, want_gradient, *want_stats), strict=True):
+            assert torch.equal(got, expected)
+    state, expected = (loss_fn.state_dict() for loss_fn in losses)
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+    assert 0 < len(losses[1].queue) <= 300
+
+
+@every_backend
+def test_loss_and_gradient_of_float16_is_float32(backend: str) -> None:
+    """1e-3 of a batch of 64 is below float16's smallest normal number."""
+    device = device_of(backend)
+    logits, features, labels = (t.to(device) for t in random_batch(64, 500))
+    loss_fn = TALLoss(queue_size=9, backend=backend).to(device).eval()  # type: ignore[arg-type]
+    half = logits.half()
+    loss, gradient, _ = loss_fn.loss_and_gradient(half, features, labels)
+    want, want_gradient, _ = loss_fn.loss_and_gradient(half.float(), features, labels)
+    assert gradient.dtype == torch.float32
+    assert torch.equal(loss, want)
+    assert torch.equal(gradient, want_gradient)
+
+
+@every_backend
+def test_a_network_goes_on_from_loss_and_gradient(backend: str) -> None:
+    device = device_of(backend)
+    head = torch.nn.Linear(16, 10).to(device)
+    features, labels = torch.rand(12, 16, device=device), torch.randint(10, (12,), device=device)
+    grads = []
+    for direct in (False, True):
+        loss_fn = TALLoss(queue_size=50, backend=backend).to(device)  # type: ignore[arg-type]
+        head.zero_grad()
+        logits = head(features)
+        if direct:
+            _, gradient, _ = loss_fn.loss_and_gradient(logits, features, labels)
+            logits.backward(gradient)
+        else:
+            loss_fn(logits, features, labels).backward()
+        grads.append(head.weight.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_loss_and_gradient_is_part_of_a_compiled_graph(backend: str) -> None:
+    device = device_of(backend)
+    logits, features, labels = (t.to(device) for t in random_batch(16, 10))
+    losses = [TALLoss("released", queue_size=90, backend=backend).to(device) for _ in range(2)]  # type: ignore[arg-type]
+    compiled = torch.compile(losses[0].loss_and_gradient, fullgraph=True)
+    for _ in range(2):
+        got, want = compiled(logits, features, labels), losses[1].loss_and_gradient(logits, features, labels)
+        for one, other in zip((*got[:2], *got[2]), (*want[:2], *want[2]), strict=True):
+            torch.testing.assert_close(one, other)
+    assert losses[0].queue.cursor.tolist() == losses[1].queue.cursor.tolist()
+
+
+@every_backend
+def test_loss_and_gradient_refuses_as_forward_does(backend: str) -> None:
+    device = device_of(backend)
+    logits, features, labels = (t.to(device) for t in random_batch(4, 5))
+    loss_fn = TALLoss(queue_size=9, backend=backend).to(device)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"features are \(3, \d+\) but must be \(B, D\) with B = 4"):
+        loss_fn.loss_and_gradient(logits, features[:3], labels)
+    with pytest.raises(TypeError, match=r"labels are torch.int32 but must be torch.int64 class indices"):
+        loss_fn.loss_and_gradient(logits, features, labels.int())
     assert len(loss_fn.queue) == 0
 
 
