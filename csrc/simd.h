@@ -3,8 +3,8 @@
 // The kernels compute on packs of 64 bytes, which are as many registers as the instruction set needs: one with AVX-512,
 // two with AVX2, four with SSE2 or NEON. The lanes of a sum are so the same everywhere and contraction to fused
 // multiply-add is off (-ffp-contract=off in setup.py), so that a result does not depend on the machine it was
-// computed on. The .inc files hold packs and kernels and are compiled once per instruction set; `dispatch` picks one at
-// run time, so the binary is portable without -march=native.
+// computed on. The .inc files hold packs and kernels and are compiled once per instruction set; kernels_cpu.cpp picks
+// one at run time, so the binary is portable without -march=native.
 #pragma once
 
 #include <cmath>

