@@ -179,7 +179,7 @@ MUTATIONS = [
     ),
     Mutation(
         "C++ index: the oldest entry of a chain is taken for dead", "csrc/index.h",
-        "next > span_", "next >= span_", INDEX,
+        "(next <= span_)", "(next < span_)", INDEX,
     ),
     Mutation(
         "C++ index: the search stops at the query's own strip", "csrc/grid.h",

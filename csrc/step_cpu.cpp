@@ -1,5 +1,6 @@
 // The whole TAL step on the CPU in one call: statistics, search, sums, loss, gradient and push, with its place in the
-// autograd graph or without a graph. At B = 128, C = 100 the calls between Python and four operators took longer than their work.
+// autograd graph or without a graph. At B = 128, C = 100 the calls between Python and four operators took longer than
+// their work.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
