@@ -1,7 +1,8 @@
 """The whole loss step: statistics, search, loss, gradient and push (``tal_fast.loss.TALLoss``).
 
 Each gives the loss and its gradient by the logits in its own way: by autograd, or (``..._direct``) both at once, by
-``TALLoss.loss_and_gradient``. Peers: the released algorithm's list queue, the plain PyTorch reference as it is and
+``TALLoss.loss_and_gradient``, which spares autograd's call. ``layer``: with a last layer's forward and backward, where
+none is spared, as in training. Peers: the released algorithm's list queue, the plain PyTorch reference as it is and
 compiled, F.cross_entropy as it is (the floor) and compiled. The gate is the reference in float64 for the released
 variant's, and for ``paper``.
 """
@@ -9,7 +10,7 @@ variant's, and for ``paper``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import pytest
@@ -34,9 +35,11 @@ class Case:
     N: int
     dtype: str = "float32"
     threads: int = 1
+    layer: bool = False
 
     def __str__(self) -> str:
-        return f"{self.peer}-B{self.B}-C{self.C}-D{self.D}-N{self.N}-{self.dtype}-{self.threads}t"
+        last = "-layer" if self.layer else ""
+        return f"{self.peer}-B{self.B}-C{self.C}-D{self.D}-N{self.N}-{self.dtype}-{self.threads}t{last}"
 
     @property
     def bytes(self) -> int:
@@ -55,6 +58,11 @@ FULL = [
         for size in (CIFAR, IMAGENET)
         for threads in (1, 2)
         for peer in EAGER + DIRECT
+    ),
+    *(
+        Case(p, *CIFAR, threads=threads, layer=True)
+        for threads in (1, 2)
+        for p in ("list_queue", "released", "released_direct", "cross_entropy")
     ),
     *(Case(peer, *CIFAR) for peer in COMPILED),
     *(Case(peer, 256, 1000, 2048, 20_000) for peer in (*EAGER[1:], *COMPILED)),
@@ -78,14 +86,37 @@ GPU = [
 ]
 
 
-def differentiated(loss_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Step:
+def differentiated(loss_of: Callable[[Tensor, Tensor, Tensor], Tensor], layer: Layer | None = None) -> Step:
     """A loss, and its gradient by autograd."""
 
     def step(leaf: Tensor, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        loss = loss_of(leaf, features, labels)
-        return loss, torch.autograd.grad(loss, leaf)[0]
+        logits, leaves = layer(leaf, features) if layer else (leaf, (leaf,))
+        loss = loss_of(logits, features, labels)
+        return loss, torch.autograd.grad(loss, leaves)[0]
 
     return step
+
+
+def direct(loss_of: TALLoss, layer: Layer | None = None) -> Step:
+    """A loss and its gradient at once; autograd goes on from there where there is a layer to go to."""
+
+    def step(leaf: Tensor, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits, leaves = layer(leaf, features) if layer else (leaf, None)
+        loss, gradient, _ = loss_of.loss_and_gradient(logits, features, labels)
+        return loss, torch.autograd.grad(logits, leaves, gradient)[0] if leaves else gradient
+
+    return step
+
+
+class Layer:
+    """A last layer of D to C whose weights are zero, so that it gives the logits it is given (as its bias, (B, C))."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.weight = torch.zeros(case.D, case.C, device=device, requires_grad=True)
+
+    def __call__(self, leaf: Tensor, features: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The logits, and what their gradient is taken by."""
+        return torch.addmm(leaf, features, self.weight), (leaf, self.weight)
 
 
 def cross_entropy(logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
@@ -95,8 +126,9 @@ def cross_entropy(logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
 def make_step(case: Case, device: torch.device, backend: str = "auto") -> Step:
     """The peer, with a full queue that is the same for all; ``backend`` is this package's."""
     compiled = case.peer.endswith("_compiled")
+    layer = Layer(case, device) if case.layer else None
     if case.peer.startswith("cross_entropy"):
-        return differentiated(torch.compile(cross_entropy, dynamic=False) if compiled else cross_entropy)
+        return differentiated(torch.compile(cross_entropy, dynamic=False) if compiled else cross_entropy, layer)
     torch.manual_seed(1)
     if case.peer == "list_queue":
         plain = ListQueueTAL(case.N)
@@ -106,7 +138,7 @@ def make_step(case: Case, device: torch.device, backend: str = "auto") -> Step:
             plain.stds += std.tolist()
 
         fill(push, case.N)
-        return differentiated(plain)
+        return differentiated(plain, layer)
     loss = TALLoss(
         variant_of(case.peer),  # type: ignore[arg-type]
         queue_size=case.N,
@@ -114,8 +146,8 @@ def make_step(case: Case, device: torch.device, backend: str = "auto") -> Step:
     ).to(device)
     fill(loss.queue.push, case.N, device)
     if case.peer in DIRECT:
-        return lambda leaf, features, labels: loss.loss_and_gradient(leaf, features, labels)[:2]
-    return differentiated(torch.compile(loss, dynamic=False) if compiled else loss)
+        return direct(loss, layer)
+    return differentiated(torch.compile(loss, dynamic=False) if compiled else loss, layer)
 
 
 def variant_of(peer: str) -> str:
@@ -179,6 +211,6 @@ def bench_step(case: Case, measure: Callable[..., None], device: torch.device) -
     step = make_step(case, device)
     inputs, labels, prepare = make_inputs(case, gate(case, step, device), device)
     calls = [partial(step, *each, labels) for each in inputs]
-    floor = partial(differentiated(cross_entropy), *inputs[0], labels)
+    floor = partial(make_step(replace(case, peer="cross_entropy"), device), *inputs[0], labels)
     facts = {"floor": "F.cross_entropy", "bytes": case.bytes}
     measure(calls, floor, case=case, facts=facts, prepare=prepare)

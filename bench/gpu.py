@@ -251,12 +251,13 @@ def parts(bench: Bench) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
         for classes in (10, 1003):
             found.append(("loss_kernel", lambda c=classes: loss_kernel(bench, 2, c, torch.bfloat16)))  # type: ignore[misc]
         found.append(("distance_kernel", lambda: distance_kernel(bench, 4, 16, 100)))
-        found.append(("loss_step", lambda: loss_step(bench, "released", (4, 10, 16, 100))))
+        for peer in ("released", "released_direct"):
+            found.append(("loss_step", lambda p=peer: loss_step(bench, p, (4, 10, 16, 100))))  # type: ignore[misc]
         found.append(("training_step", lambda: training_step(bench)))
         return found
     for rows, classes in LOSS_SHAPES:
         found.append(("loss_kernel", lambda r=rows, c=classes: loss_kernel(bench, r, c, torch.bfloat16)))  # type: ignore[misc]
-    for peer in ("paper", "released"):
+    for peer in ("paper", "released", *bench_step.DIRECT):
         for shape in STEP_SHAPES:
             found.append(("loss_step", lambda p=peer, s=shape: loss_step(bench, p, s)))  # type: ignore[misc]
     for distance_shape in DISTANCE_SHAPES:

@@ -198,7 +198,7 @@ def step_table(results: Results) -> str:
     rows = []
     for size in ((128, 100, 64, 30_000), (64, 1000, 2048, 880_880)):
         for threads in (1, 2):
-            facts = {**dict(zip("BCDN", size, strict=True)), "threads": threads}
+            facts = {**dict(zip("BCDN", size, strict=True)), "threads": threads, "layer": False}
             found = {p: results.one("step", peer=p, **facts) for p in STEP_PEERS}
             released, slow = found["released"], found["list_queue"]
             size_text = ", ".join(f"{n:,}" for n in size)
@@ -217,10 +217,26 @@ def step_table(results: Results) -> str:
     return table((*head, "`released`: faster than the list queue", "of cross-entropy's time"), rows)
 
 
+def layer_table(results: Results) -> str:
+    """The first size's step with a last layer."""
+    rows = []
+    for threads in (1, 2):
+        facts = {**dict(zip("BCDN", (128, 100, 64, 30_000), strict=True)), "threads": threads, "layer": True}
+        found = [
+            results.one("step", peer=p, **facts) for p in ("list_queue", "cross_entropy", "released", "released_direct")
+        ]
+        if None not in found:
+            slow, _, *own = found
+            gains = (f"{times(slow['p20_ms'] / r['p20_ms'])}" for r in own)  # type: ignore[index]
+            rows.append((str(threads), *(p20(r) for r in found), ", direct ".join(gains)))
+    head = ("threads", "list queue", "cross-entropy", NAMES["released"], NAMES["released_direct"])
+    return table((*head, "faster than the list queue"), rows)
+
+
 def step_sweep_table(results: Results) -> str:
     rows = []
     for r in results.find("step"):
-        if r["peer"].removesuffix("_direct") not in ("released", "paper"):
+        if r["peer"].removesuffix("_direct") not in ("released", "paper") or r["layer"]:
             continue
         size, variant = f"{r['B']:,}, {r['C']:,}, {r['D']:,}, {r['N']:,}", r["peer"].replace("_", ", ")
         rows.append((
@@ -334,7 +350,7 @@ def targets_table(results: Results) -> str:
 
     for size, factor in (((128, 100, 64, 30_000), 100), ((64, 1000, 2048, 880_880), 300)):
         for threads in (1, 2):
-            facts = {**dict(zip("BCDN", size, strict=True)), "threads": threads}
+            facts = {**dict(zip("BCDN", size, strict=True)), "threads": threads, "layer": False}
             slow = results.one("step", peer="list_queue", **facts)
             for peer, way in (("released_direct", "direct"), ("released", "by autograd")):
                 fast = results.one("step", peer=peer, **facts)
@@ -375,6 +391,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "limits": limits_table,
     "floors": floors_table,
     "step": step_table,
+    "layer": layer_table,
     "step-sweep": step_sweep_table,
     "loss": loss_table,
     "typicalness": typicalness_table,

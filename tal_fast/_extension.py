@@ -26,7 +26,7 @@ def load() -> tuple[bool, str]:
     try:
         torch.ops.load_library(str(files[0]))
         isa = torch.ops.tal_fast.cpu_isa()
-        _ = torch.ops.tal_fast.step_forward  # the newest: missing from the build of an older version
+        _ = torch.ops.tal_fast.step_with_gradient  # the newest: missing from the build of an older version
         cuda = torch.ops.tal_fast.built_with_cuda()
     except (OSError, RuntimeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]

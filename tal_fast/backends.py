@@ -406,8 +406,17 @@ def wants_gradient(logits: Tensor) -> bool:
 def differentiated(
     loss_of: Callable[[Tensor], tuple[Tensor, TALStats]], logits: Tensor
 ) -> tuple[Tensor, Tensor, TALStats]:
-    """A loss, its gradient by the logits and its statistics by autograd, where no kernel gives them at once. float16
-    logits are taken as float32, so that their gradient is."""
+    """A loss, its gradient by the logits and its statistics by autograd. float16 logits are taken as float32, so that
+    their gradient is.
+
+    Raises:
+        RuntimeError: in inference mode, or of tensors made in it.
+    """
+    if torch.is_inference_mode_enabled() or logits.is_inference():
+        raise RuntimeError(
+            "loss_and_gradient in plain PyTorch goes through autograd, which inference mode switches off; "
+            "use torch.no_grad(), or a backend with kernels"
+        )
     leaf = logits.detach()
     leaf = (leaf.float() if leaf.dtype == torch.float16 else leaf).requires_grad_()
     with torch.enable_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -50,8 +50,8 @@ class TALLoss(nn.Module):
             The ranks of ``"global"`` must then be named: those that hold the same columns of other rows.
         inplace: the gradient may take the logits' memory, which saves a (B, C) tensor: the logits are destroyed, so use
             nothing but the loss and its statistics afterwards (accuracy is ``stats.right``). What autograd had saved
-            of them raises in ``backward``. For contiguous logits in bfloat16, float32 or float64 that are not a leaf;
-            no effect in plain PyTorch, under ``torch.compile`` and with ``class_group``.
+            of them raises in ``backward``. For contiguous logits in bfloat16, float32 or float64 that are not a leaf
+            with a gradient; no effect in plain PyTorch, under ``torch.compile`` and with ``class_group``.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see ``tal_fast.backends``.
 
     Raises:
@@ -163,19 +163,22 @@ class TALLoss(nn.Module):
     ) -> tuple[Tensor, Tensor, TALStats]:
         """The mean loss of a batch and its gradient by the logits, for loops that do not differentiate the loss itself.
 
-        The kernels compute both at once; autograd only hands the gradient on, which takes longer than a small batch's
-        loss (docs/performance.md). ``logits.backward(gradient)`` goes on from here through the network: the same as
-        ``forward`` and ``loss.backward()``. Not for ``torch.compile``, which leaves its graph for this call.
+        The kernels compute both at once, and nothing of this goes through autograd; ``logits.backward(gradient)`` goes
+        on through the network, with the gradients of ``forward`` and ``loss.backward()``. Forward hooks of this module
+        are not called. In a part that activation checkpointing computes twice use ``forward``, which pushes once. Under
+        ``torch.compile`` it is part of the graph, except in plain PyTorch, which leaves it.
 
         Args:
             logits, features, labels, warmup, push: as in ``forward``; no gradient is recorded.
 
         Returns:
-            The loss, a scalar without a graph; its gradient (B, C) in the logits' dtype (float32 for float16 logits, to
-            be scaled before it is cast); the per-sample ``TALStats``.
+            The loss, a scalar without a graph; its gradient (B, C), in the logits' dtype and with ``inplace`` in their
+            memory; the per-sample ``TALStats``. Of float16 logits the gradient is float32: multiply it by a gradient
+            scaler's factor before ``backward`` casts it (``scaler.scale(gradient)``).
 
         Raises:
             ValueError, TypeError: as ``forward``.
+            RuntimeError: in plain PyTorch in inference mode, where autograd cannot compute it.
         """
         if self._takes_one_call(logits):
             return self._in_one_call(backends.NATIVE.step_with_gradient, logits, features, labels, warmup, push)
@@ -194,7 +197,7 @@ class TALLoss(nn.Module):
     def _in_one_call(
         self, step: Callable[..., Result], logits: Tensor, features: Tensor, labels: Tensor, warmup: bool, push: bool
     ) -> Result:
-        queue: FeatureQueue = self._modules["queue"]  # type: ignore[assignment]  # self.queue takes 5 microseconds
+        queue: FeatureQueue = self._modules["queue"]  # type: ignore[assignment]  # self.queue asks Python code
         queue.settle()
         try:
             return step(logits, features, labels, queue, self.options, warmup, push and self.training)
@@ -217,19 +220,17 @@ class TALLoss(nn.Module):
             mean, std, distance, batch = backend.statistics_distance(features, labels, self.queue, options.ignore_index)
         gradient = None
         if self.class_group is not None:
-            group = self.class_group
-
-            def of_columns(z: Tensor) -> tuple[Tensor, TALStats]:
-                return sharded.tal_loss(
-                    z, labels, distance, options, warmup, group,
-                    rows_group=self.process_group if spread else None, backend=backend.name,
-                    check_labels=labels_are_checked(labels),
-                )  # fmt: skip
-
+            columns = (logits, labels, distance, options, warmup, self.class_group)
+            facts: Any = {
+                "rows_group": self.process_group if spread else None,
+                "backend": backend.name,
+                "check_labels": labels_are_checked(labels),
+            }
             if direct:
-                loss, gradient, stats = backends.differentiated(of_columns, logits)
+                with torch.no_grad():
+                    loss, gradient, stats = sharded.loss_and_gradient(*columns, **facts)
             else:
-                loss, stats = of_columns(logits)
+                loss, stats = sharded.tal_loss(*columns, **facts)
         else:
             with torch.no_grad():
                 if spread or (options.variant == "released" and batch is not None):

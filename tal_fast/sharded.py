@@ -46,10 +46,34 @@ def tal_loss(
     backend: str,
     check_labels: bool,
 ) -> tuple[Tensor, TALStats]:
-    """The mean loss of a batch, the same on every rank, and the per-sample statistics; see ``TALLoss``.
+    """The mean loss of a batch, the same on every rank and differentiable, and the per-sample statistics; see
+    ``loss_and_gradient``."""
+    need_grad = backends.wants_gradient(logits)
+    loss, grad, stats = loss_and_gradient(
+        logits, labels, distance, options, warmup, class_group,
+        rows_group=rows_group, backend=backend, check_labels=check_labels, need_grad=need_grad,
+    )  # fmt: skip
+    return backends.attach_gradient(logits, loss, grad, need_grad), stats
+
+
+def loss_and_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    distance: Tensor,
+    options: LossOptions,
+    warmup: bool,
+    class_group: dist.ProcessGroup,
+    *,
+    rows_group: dist.ProcessGroup | None,
+    backend: str,
+    check_labels: bool,
+    need_grad: bool = True,
+) -> tuple[Tensor, Tensor, TALStats]:
+    """The mean loss of a batch without a graph, the same on every rank, its gradient by this rank's columns (empty
+    unless ``need_grad``), and the per-sample statistics; see ``TALLoss``.
 
     Args:
-        logits: (B, C_r) floating point, this rank's columns, C_r >= 0. Their gradient is this rank's part.
+        logits: (B, C_r) floating point, this rank's columns, C_r >= 0.
         labels: (B,) int64 in [0, ΣC_r) or ``ignore_index``.
         distance: (B,) to the queue.
         class_group: the ranks that hold the other columns of these rows.
@@ -121,7 +145,7 @@ def tal_loss(
     loss = (torch.where(valid, row_loss, 0.0).sum() * per_row).to(wide)
 
     # 4. The gradient of this rank's columns.
-    need_grad = logits.requires_grad and torch.is_grad_enabled()
+    grad = z.new_empty(0)
     if need_grad:
         at_label = (scale * x_label).exp()
         k = (parts[:, P_WEIGHTED] + x_label * at_label) / (p_others + at_label) - target_x  # <z, p - e>
@@ -130,11 +154,10 @@ def tal_loss(
         away = torch.where(finite, away, torch.nan)  # a row that is not finite has no finite gradient
         terms = torch.stack([largest, scale, g_p, g_q, g_p_label + g_q_label, along, away], dim=1)
         grad = gradient(z, own_label, valid, terms)
-        loss = backends.attach_gradient(logits, loss, grad, need_grad)
     stats = TALStats(
         distance.detach(), typicalness.to(wide), weight.to(wide), temperature.to(wide), right, accepted
     )  # fmt: skip
-    return loss, stats
+    return loss, grad, stats
 
 
 def _scan(logits: Tensor) -> Tensor:

@@ -98,9 +98,10 @@ def test_gate_refuses_a_wrong_loss_and_a_wrong_gradient() -> None:
         bench_loss.gate("it", lambda z: (run(z)[0], -run(z)[1]), p, variant)
 
 
+@pytest.mark.parametrize("layer", [False, True])
 @pytest.mark.parametrize("peer", [*bench_step.EAGER, *bench_step.DIRECT])
-def test_every_step_passes_its_gate_and_a_wrong_one_does_not(peer: str) -> None:
-    case = bench_step.Case(peer, 32, 10, 16, 500)
+def test_every_step_passes_its_gate_and_a_wrong_one_does_not(peer: str, layer: bool) -> None:
+    case = bench_step.Case(peer, 32, 10, 16, 500, layer=layer)
     device = torch.device("cpu")
     torch.manual_seed(0)
     bench_step.gate(case, bench_step.make_step(case, device), device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -427,8 +428,9 @@ def test_inplace_refuses_what_cannot_hold_the_gradient(backend: str) -> None:
         (layer(logits.t().contiguous()).t(), "needs contiguous logits"),
     ):
         before = bad.detach().clone()
-        with pytest.raises(ValueError, match=message):
-            loss_fn(bad, features, labels)
+        for call in (loss_fn, loss_fn.loss_and_gradient):
+            with pytest.raises(ValueError, match=message):
+                call(bad, features, labels)
         assert torch.equal(bad, before)
     assert len(loss_fn.queue) == 0
     with torch.no_grad():  # no gradient, nothing overwritten
@@ -671,7 +673,6 @@ def test_the_step_in_one_call_pushes_nothing_when_it_refuses() -> None:
 
 
 @NEEDS_EXTENSION
-@pytest.mark.filterwarnings("ignore")  # of compiled autograd itself
 def test_compiled_autograd_goes_through_the_step_in_one_call() -> None:
     logits, features, labels = random_batch(6, 5)
     loss_fn = TALLoss(queue_size=9).eval()
@@ -680,8 +681,10 @@ def test_compiled_autograd_goes_through_the_step_in_one_call() -> None:
         for dtype in (torch.float32, torch.float16):
             leaf = logits.to(dtype, copy=True).requires_grad_()
             loss = 3 * loss_fn(leaf, features, labels)
-            with compiled_autograd._enable(torch.compile(backend="eager")) if compiled else nullcontext():
-                loss.backward()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # compiled autograd's own
+                with compiled_autograd._enable(torch.compile(backend="eager")) if compiled else nullcontext():
+                    loss.backward()
             grads.append(leaf.grad)
     assert all(torch.equal(a, b) for a, b in zip(grads[:2], grads[2:], strict=True))
 
@@ -768,11 +771,41 @@ def test_a_network_goes_on_from_loss_and_gradient(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_inplace_loss_and_gradient_takes_the_logits_memory(backend: str) -> None:
+    device = device_of(backend)
+    logits, features, labels = (t.to(device) for t in random_batch(6, 9))
+    place, version = logits.data_ptr(), logits._version
+    loss_fn = TALLoss(queue_size=9, inplace=True, backend=backend).to(device)  # type: ignore[arg-type]
+    _, gradient, _ = loss_fn.loss_and_gradient(logits, features, labels, push=False)
+    assert gradient.data_ptr() == place
+    assert torch.equal(logits, gradient)
+    assert logits._version > version
+    assert len(loss_fn.queue) == 0
+
+
+@every_backend
+def test_loss_and_gradient_in_inference_mode(backend: str) -> None:
+    device = device_of(backend)
+    logits, features, labels = (t.to(device) for t in random_batch(6, 9))
+    loss_fn = TALLoss(queue_size=9, backend=backend).to(device)  # type: ignore[arg-type]
+    with torch.inference_mode():
+        if backend == "reference":
+            with pytest.raises(RuntimeError, match=r"inference mode switches off; use torch.no_grad\(\)"):
+                loss_fn.loss_and_gradient(logits, features, labels)
+            assert len(loss_fn.queue) == 0
+        else:
+            got = loss_fn.eval().loss_and_gradient(logits, features, labels)[1]
+            assert torch.equal(got, loss_fn.loss_and_gradient(logits.clone(), features, labels)[1])
+
+
+@every_backend
 def test_loss_and_gradient_is_part_of_a_compiled_graph(backend: str) -> None:
+    """In plain PyTorch it leaves the graph."""
+    torch._dynamo.reset()
     device = device_of(backend)
     logits, features, labels = (t.to(device) for t in random_batch(16, 10))
     losses = [TALLoss("released", queue_size=90, backend=backend).to(device) for _ in range(2)]  # type: ignore[arg-type]
-    compiled = torch.compile(losses[0].loss_and_gradient, fullgraph=True)
+    compiled = torch.compile(losses[0].loss_and_gradient, fullgraph=backend != "reference", backend="aot_eager")
     for _ in range(2):
         got, want = compiled(logits, features, labels), losses[1].loss_and_gradient(logits, features, labels)
         for one, other in zip((*got[:2], *got[2]), (*want[:2], *want[2]), strict=True):
