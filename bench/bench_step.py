@@ -78,11 +78,8 @@ SMOKE = [Case(peer, *CIFAR) for peer in (*EAGER, *DIRECT)]
 GPU = [
     Case(peer, *size)
     for size in (CIFAR, (256, 1000, 2048, 880_880))
-    for peer in (
-        *EAGER[1:],
-        *DIRECT,
-        *COMPILED,
-    )  # the list queue waits for the device and cannot be captured in a graph
+    # Not the list queue, which waits for the device and cannot be captured in a graph.
+    for peer in (*EAGER[1:], *DIRECT, *COMPILED)
 ]
 
 

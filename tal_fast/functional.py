@@ -72,8 +72,10 @@ def tal_loss(
         if variant == "released" and batch is not None and class_group is None:
             batch = chosen.summary(logits, labels, distance, batch, queue, options)
     if class_group is not None:
-        return sharded.tal_loss(
+        need_grad = backends.wants_gradient(logits)
+        loss, gradient, stats = sharded.loss_and_gradient(
             logits, labels, distance, options, warmup, class_group,
-            rows_group=None, backend=chosen.name, check_labels=labels_are_checked(labels),
+            rows_group=None, backend=chosen.name, check_labels=labels_are_checked(labels), need_grad=need_grad,
         )  # fmt: skip
+        return backends.attach_gradient(logits, loss, gradient, need_grad), stats
     return chosen.loss(logits, labels, distance, batch, queue, options, warmup)

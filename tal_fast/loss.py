@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, overload
+from typing import Literal, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -218,19 +218,16 @@ class TALLoss(nn.Module):
         backend = backends.for_loss(self.backend, logits.device)
         with torch.no_grad():
             mean, std, distance, batch = backend.statistics_distance(features, labels, self.queue, options.ignore_index)
-        gradient = None
+        gradient: Tensor | None = None
         if self.class_group is not None:
-            columns = (logits, labels, distance, options, warmup, self.class_group)
-            facts: Any = {
-                "rows_group": self.process_group if spread else None,
-                "backend": backend.name,
-                "check_labels": labels_are_checked(labels),
-            }
-            if direct:
-                with torch.no_grad():
-                    loss, gradient, stats = sharded.loss_and_gradient(*columns, **facts)
-            else:
-                loss, stats = sharded.tal_loss(*columns, **facts)
+            need_grad = direct or backends.wants_gradient(logits)
+            loss, gradient, stats = sharded.loss_and_gradient(
+                logits, labels, distance, options, warmup, self.class_group,
+                rows_group=self.process_group if spread else None, backend=backend.name,
+                check_labels=labels_are_checked(labels), need_grad=need_grad,
+            )  # fmt: skip
+            if not direct:
+                loss = backends.attach_gradient(logits, loss, gradient, need_grad)
         else:
             with torch.no_grad():
                 if spread or (options.variant == "released" and batch is not None):

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tal_fast import backends, distributed, reference
+from tal_fast import distributed, reference
 from tal_fast.backends import LossOptions
 from tal_fast.reference import NORM_EPS, TALStats, compute_dtype
 
@@ -32,28 +32,6 @@ from tal_fast.reference import NORM_EPS, TALStats, compute_dtype
 LARGEST, ARGMAX, NORM, SUM, FINITE = range(5)
 P_SUM, P_WEIGHTED, Q_SUM, AT_LABEL = range(4)
 Z_MAX, SCALE, G_P, G_Q, G_LABEL, ALONG, AWAY = range(7)
-
-
-def tal_loss(
-    logits: Tensor,
-    labels: Tensor,
-    distance: Tensor,
-    options: LossOptions,
-    warmup: bool,
-    class_group: dist.ProcessGroup,
-    *,
-    rows_group: dist.ProcessGroup | None,
-    backend: str,
-    check_labels: bool,
-) -> tuple[Tensor, TALStats]:
-    """The mean loss of a batch, the same on every rank and differentiable, and the per-sample statistics; see
-    ``loss_and_gradient``."""
-    need_grad = backends.wants_gradient(logits)
-    loss, grad, stats = loss_and_gradient(
-        logits, labels, distance, options, warmup, class_group,
-        rows_group=rows_group, backend=backend, check_labels=check_labels, need_grad=need_grad,
-    )  # fmt: skip
-    return backends.attach_gradient(logits, loss, grad, need_grad), stats
 
 
 def loss_and_gradient(
@@ -67,7 +45,7 @@ def loss_and_gradient(
     rows_group: dist.ProcessGroup | None,
     backend: str,
     check_labels: bool,
-    need_grad: bool = True,
+    need_grad: bool,
 ) -> tuple[Tensor, Tensor, TALStats]:
     """The mean loss of a batch without a graph, the same on every rank, its gradient by this rank's columns (empty
     unless ``need_grad``), and the per-sample statistics; see ``TALLoss``.

@@ -375,8 +375,8 @@ def test_index_of_entries_and_queries_that_are_not_finite() -> None:
 
 
 @NATIVE
-@pytest.mark.parametrize("name", ["spread", "all equal", "one mean", "growing"])
-def test_index_looks_at_few_entries(name: str) -> None:
+@pytest.mark.parametrize(("name", "gain"), [("spread", 10), ("all equal", 10), ("one mean", 10), ("growing", 3)])
+def test_index_looks_at_few_entries(name: str, gain: int) -> None:
     """What it is for: the search must not cost brute force. Measured in this one run, at a queue of 400,000."""
     queue = FeatureQueue(400_000, backend="native")
     for step in range(8):
@@ -386,7 +386,7 @@ def test_index_looks_at_few_entries(name: str) -> None:
     turns = iter(batches), iter(batches)
     index = median(clock(lambda: queue.nearest(*next(turns[0])), 20))
     brute_force = median(clock(lambda: torch.ops.tal_fast.nearest(*ring, *next(turns[1]), None), 20))
-    assert index < brute_force / 3
+    assert index < brute_force / gain
 
 
 @NATIVE
