@@ -134,7 +134,11 @@ ext_modules, cmdclass = extension_and_command()
 setup(
     packages=[*find_packages(include=["tal_fast", "tal_fast.*"]), "tal_fast.kernels"],
     package_dir={"tal_fast": "tal_fast", "tal_fast.kernels": "kernels"},
-    package_data={"tal_fast": ["py.typed", "configs/*.yaml"], "tal_fast.html_report": ["page.*"]},
+    package_data={
+        "tal_fast": ["py.typed"],
+        "tal_fast.config": ["presets/*.yaml"],
+        "tal_fast.evaluation.html": ["page.*"],
+    },
     ext_modules=ext_modules,
     cmdclass=cmdclass,
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},

@@ -1,4 +1,4 @@
-"""Loss and gradient from logits and distances (``tal_fast.backends``), beside cross-entropy, eager, compiled and fused.
+"""Loss and gradient from logits and distances (``tal_fast.loss.backends``), beside cross-entropy, eager, compiled and fused.
 
 The fewest bytes: each logit read once, each gradient element written once, 2·B·C·size. The gate is the reference in
 float64. Liger's and quack's cross-entropy, which need a GPU, are the best known of what does less than TAL.
@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from bench.batches import make_logits
 from bench.harness import CannotRun, agree, sets_beyond_cache
-from tal_fast import backends, reference
-from tal_fast.backends import LossOptions
-from tal_fast.queue import FeatureQueue
+from tal_fast.loss import backends, reference
+from tal_fast.loss.backends import LossOptions
+from tal_fast.loss.queue import FeatureQueue
 
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]  # a leaf of logits -> loss, gradient
 

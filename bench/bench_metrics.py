@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bench.harness import CannotRun
-from tal_fast.metrics import failure_metrics
+from tal_fast.metrics.failure import failure_metrics
 
 
 @dataclass(frozen=True)

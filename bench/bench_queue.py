@@ -18,7 +18,8 @@ from torch import Tensor
 
 from bench.batches import statistics
 from bench.harness import CannotRun
-from tal_fast import FeatureQueue, reference
+from tal_fast import FeatureQueue
+from tal_fast.loss import reference
 
 Points = tuple[Tensor, Tensor]
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from bench.batches import fill
 from bench.harness import agree
-from tal_fast.config import MethodConfig, ModelConfig, OptimConfig
-from tal_fast.execution import Execution
+from tal_fast.config.schema import MethodConfig, ModelConfig, OptimConfig
 from tal_fast.methods import Task, build_method
 from tal_fast.models import build_model
-from tal_fast.optim import build_optimizer
-from tal_fast.step import TrainStep
+from tal_fast.training.optim import build_optimizer
+from tal_fast.training.runtime import Execution
+from tal_fast.training.train_step import TrainStep
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bench.batches import FreshFeatures, fill
 from bench.harness import CannotRun, sets_beyond_cache
-from tal_fast import FeatureQueue, backends, reference
+from tal_fast import FeatureQueue
+from tal_fast.loss import backends, reference
 
 OPERATIONS_A_PAIR = 6  # two differences, two squares, a sum, a minimum
 

@@ -91,7 +91,7 @@ def arm(point: str) -> None:
 
 
 def main() -> None:
-    from tal_fast.train import main as train
+    from tal_fast.training.command import main as train
 
     arm(sys.argv[1])
     train(sys.argv[2:])

@@ -29,8 +29,8 @@ from PIL import Image
 
 from bench.fault_points import PHASES, children
 from bench.harness import environment, write_json
-from tal_fast import checkpoint
-from tal_fast.signals import REQUEUE
+from tal_fast.runs import checkpoint
+from tal_fast.utils.signals import REQUEUE
 
 ROOT = Path(__file__).parents[1]
 STEPS_PER_EPOCH = 14

@@ -36,7 +36,7 @@ from bench.harness import (
     sets_beyond_cache,
     write_json,
 )
-from tal_fast.backends import triton_problem
+from tal_fast.loss.backends import triton_problem
 
 LOSS_SHAPES = [(16_384, 1000), (4096, 21_841), (4096, 131_072), (256, 1000)]  # B, C
 LOSS_PEERS = ("kernel", "paper", "released", "cross_entropy", "cross_entropy_compiled", "reference_compiled")
@@ -84,7 +84,8 @@ class Bench:
 
 def loss_kernel_alone(p: bench_loss.Problem) -> bench_loss.Run:
     """The Triton kernel without autograd around it: what its bandwidth is judged by."""
-    from tal_fast import kernels, reference
+    from tal_fast import kernels
+    from tal_fast.loss import reference
 
     batch = reference.batch_summary(p.logits, p.labels, p.distance)
     ticket = torch.zeros(1, dtype=torch.int32, device=p.device)
@@ -222,8 +223,8 @@ def training_step(bench: Bench) -> dict[str, Any]:
 
 def graphed_training(bench: Bench) -> dict[str, Any]:
     """Whether the trainer's CUDA-graph mode gives the losses it gives without."""
-    from tal_fast.config import load_config
-    from tal_fast.trainer import Trainer
+    from tal_fast.config.schema import load_config
+    from tal_fast.training.trainer import Trainer
 
     losses = []
     for on in (False, True):

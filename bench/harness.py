@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tal_fast import info
+from tal_fast.utils import environment as env
 
 BLOCK = 10
 """Runs in a turn: each function is timed with its own caches and not with those that another, perhaps a thousand times
@@ -33,11 +33,11 @@ class CannotRun(Exception):
 
 
 def environment() -> dict[str, Any]:
-    """``tal_fast.info.environment``, and what only benchmarks ask: vector instructions, versions of the peers."""
+    """``tal_fast.utils.environment.environment``, and what only benchmarks ask: vector instructions, versions of the peers."""
     cpu_info = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
     flags = next((line.split(":", 1)[1].split() for line in cpu_info if line.startswith("flags")), [])
     return {
-        **info.environment(),
+        **env.environment(),
         "vectors": "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else platform.machine(),
         **{name: version_of(name) for name in PEERS},
     }

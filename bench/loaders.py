@@ -23,8 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from bench.harness import environment, write_json
-from tal_fast.config import DataConfig
-from tal_fast.data import build_data, dali_loader
+from tal_fast.config.schema import DataConfig
+from tal_fast.data import build_data
+from tal_fast.data import dali as dali_loader
 
 SIZE = 224
 

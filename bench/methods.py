@@ -20,11 +20,11 @@ from typing import Any
 
 from bench.harness import environment, write_json
 from bench.report import FIGURES, ROOT, table, update_pages
-from tal_fast.compare import Group
-from tal_fast.experiment import select
-from tal_fast.experiment.plan import read_experiment
-from tal_fast.experiment.results import Results, groups_of, read_results
-from tal_fast.experiment.table import format_results
+from tal_fast.evaluation.compare import Group
+from tal_fast.experiments import select
+from tal_fast.experiments.plan import read_experiment
+from tal_fast.experiments.results import Results, groups_of, read_results
+from tal_fast.experiments.table import format_results
 
 RESULTS = ROOT / "bench" / "results" / "methods"
 EXPERIMENTS = ROOT / "examples" / "experiments"
@@ -215,11 +215,11 @@ def measure_typicalness(run_dir: str) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from tal_fast import checkpoint
-    from tal_fast.data.evaluation_sets import ood_set
-    from tal_fast.reference import feature_statistics
-    from tal_fast.runs import load_run
-    from tal_fast.typicalness import queue_of
+    from tal_fast.data.ood import ood_set
+    from tal_fast.evaluation.train_typicalness import queue_of
+    from tal_fast.loss.reference import feature_statistics
+    from tal_fast.runs import checkpoint
+    from tal_fast.runs.load import load_run
 
     run = load_run(run_dir, "last")
     queue = queue_of(checkpoint.load(run.checkpoint))

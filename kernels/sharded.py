@@ -149,18 +149,18 @@ def plan_gradient(
 
 
 def scan(logits: Tensor) -> Tensor:
-    """See ``tal_fast.sharded._scan``. A NaN does not count as the largest; its row is marked as not finite."""
+    """See ``tal_fast.loss.tensor_parallel._scan``. A NaN does not count as the largest; its row is marked as not finite."""
     return _run(*plan_scan(logits, target_of(logits.device)))
 
 
 def exp_sums(logits: Tensor, own_label: Tensor, z_max: Tensor, scale: Tensor) -> Tensor:
-    """See ``tal_fast.sharded._exp_sums``."""
+    """See ``tal_fast.loss.tensor_parallel._exp_sums``."""
     vectors = own_label.contiguous(), z_max.contiguous(), scale.contiguous()
     return _run(*plan_exp_sums(logits, *vectors, target_of(logits.device)))
 
 
 def gradient(logits: Tensor, own_label: Tensor, valid: Tensor, terms: Tensor) -> Tensor:
-    """See ``tal_fast.sharded._gradient``."""
+    """See ``tal_fast.loss.tensor_parallel._gradient``."""
     vectors = own_label.contiguous(), valid.contiguous(), terms.contiguous()
     return _run(*plan_gradient(logits, *vectors, target_of(logits.device)))
 

@@ -1,7 +1,7 @@
 """Typicalness-Aware Learning (Liu et al., NeurIPS 2024) at no cost: confidence that tells right from wrong.
 
 ``TALLoss`` is the loss, ``FeatureQueue`` its queue of past samples, ``tal_fast.functional`` the loss for those who keep
-their own; ``tal_fast.reference`` defines all of it in plain PyTorch. ``python -m tal_fast.train`` trains,
+their own; ``tal_fast.loss.reference`` defines all of it in plain PyTorch. ``python -m tal_fast.train`` trains,
 ``python -m tal_fast.evaluate`` reports how well confidence tells right from wrong, ``python -m tal_fast.info`` says
 what runs on this machine.
 """
@@ -14,17 +14,13 @@ __version__ = "0.1.0"
 __all__ = ["FeatureQueue", "TALLoss", "TALStats", "__version__"]
 
 if TYPE_CHECKING:
-    from tal_fast.loss import TALLoss
-    from tal_fast.queue import FeatureQueue
-    from tal_fast.reference import TALStats
-
-_HOMES = {"FeatureQueue": "queue", "TALLoss": "loss", "TALStats": "reference"}
+    from tal_fast.loss import FeatureQueue, TALLoss, TALStats
 
 
 def __getattr__(name: str) -> Any:
     # Lazy: the metrics are useful without torch's start-up time.
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.loss"), name)

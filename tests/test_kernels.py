@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from support import CASES, exact, golden, options, random_batch, random_queue, relative, trace
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from tal_fast import TALLoss, kernels, reference
+from tal_fast import TALLoss, kernels
+from tal_fast.loss import reference
+from tests.helpers.loss_cases import CASES, exact, golden, options, random_batch, random_queue, relative, trace
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 USABLE, WHY = kernels.is_available(DEVICE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from tal_fast.config import MethodConfig, method_names
+from tal_fast.config.schema import MethodConfig, method_names
 from tal_fast.methods.base import Method, Step, Task
 
 __all__ = ["Method", "Step", "Task", "build_method", "method_class", "method_names"]

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tal_fast.config import MethodConfig, read
-from tal_fast.scores import NORM_EPS
+from tal_fast.config.schema import MethodConfig, read
+from tal_fast.scores.logits import NORM_EPS
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class Method(nn.Module):
         ranges: of those, name -> (lowest, highest value) of the ones whose distribution is of interest.
         extra_classes: logits that the network has in training beyond the data's classes; validation and evaluation do
             without them.
-        outliers: what ``tal_fast.data.evaluation_sets.ood_set`` takes: images of no class, a batch of which
+        outliers: what ``tal_fast.data.ood.ood_set`` takes: images of no class, a batch of which
             ``inputs`` is given at each step; None: none.
-        radius: ρ of sharpness-aware minimisation (``tal_fast.sharpness``); None: plain steps.
+        radius: ρ of sharpness-aware minimisation (``tal_fast.training.sam``); None: plain steps.
         averages_from: share of the epochs after which the weights are averaged epoch by epoch
-            (``tal_fast.averaging``); None: never.
+            (``tal_fast.training.weight_averaging``); None: never.
         ascends: set by the trainer while the gradient is that of sharpness-aware minimisation's ascent, which must not
             change the method's state.
 
@@ -107,7 +107,7 @@ class Method(nn.Module):
         return None
 
     def learning_rate(self, rate: float, epoch: float) -> float:
-        """The learning rate of a step, from the scheduled one; ``epoch`` as for ``tal_fast.optim.learning_rate``."""
+        """The learning rate of a step, from the scheduled one; ``epoch`` as for ``tal_fast.training.optim.learning_rate``."""
         return rate
 
     def confidence(self, logits: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class Method(nn.Module):
         Args:
             logits: (B, C + ``extra_classes``) floating point; more rows if ``inputs`` gave more images.
             features: (rows of the logits, D) floating point, the input of the last Linear layer.
-            labels: (B,) int64; ``tal_fast.data.loaders.IGNORED_LABEL`` where there is no image to learn from.
+            labels: (B,) int64; ``tal_fast.data.loader.IGNORED_LABEL`` where there is no image to learn from.
             indices: (B,) int64, places of the images among the training images.
         """
         raise NotImplementedError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from tal_fast.data.loaders import IGNORED_LABEL
+from tal_fast.data.loader import IGNORED_LABEL
 from tal_fast.methods.base import Method, Step
 
 

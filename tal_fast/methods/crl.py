@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tal_fast.config import MethodConfig
-from tal_fast.data.loaders import IGNORED_LABEL
+from tal_fast.config.schema import MethodConfig
+from tal_fast.data.loader import IGNORED_LABEL
 from tal_fast.methods.base import Method, Step, Task
 from tal_fast.methods.ce import mean_cross_entropy
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tal_fast.config import MethodConfig
+from tal_fast.config.schema import MethodConfig
 from tal_fast.methods.base import Method, Task
 from tal_fast.methods.ce import CrossEntropy
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from tal_fast.config import MethodConfig
+from tal_fast.config.schema import MethodConfig
 from tal_fast.methods.base import Task
 from tal_fast.methods.fmfp import FlatMinima
 from tal_fast.methods.tal import TAL

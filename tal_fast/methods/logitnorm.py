@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tal_fast.methods.base import Method, Step
 from tal_fast.methods.ce import mean_cross_entropy
-from tal_fast.scores import NORM_EPS
+from tal_fast.scores.logits import NORM_EPS
 
 
 class LogitNorm(Method):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tal_fast.config import MethodConfig
-from tal_fast.data.loaders import IGNORED_LABEL
+from tal_fast.config.schema import MethodConfig
+from tal_fast.data.loader import IGNORED_LABEL
 from tal_fast.methods.base import Method, Step, Task
 from tal_fast.methods.ce import mean_cross_entropy
 

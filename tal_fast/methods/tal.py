@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tal_fast.config import MethodConfig
-from tal_fast.loss import TALLoss
+from tal_fast.config.schema import MethodConfig
+from tal_fast.loss.module import TALLoss
+from tal_fast.loss.resharding import reshard
 from tal_fast.methods.base import Method, Step, Task
-from tal_fast.resharding import reshard
 
 WARMUP_SHARE = 0.05
 """Of the epochs, while the queue fills and typicalness is 1 (paper, section 4; released code)."""
@@ -65,7 +65,7 @@ class TAL(Method):
         return {"queue_length": len(self.loss_fn.queue)}
 
     def reshard(self, states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
-        """See ``Method``; the rule is ``tal_fast.resharding``'s."""
+        """See ``Method``; the rule is ``tal_fast.loss.resharding``'s."""
         prefix = "loss_fn.queue."
         queues = [
             {key.removeprefix(prefix): value for key, value in s.items() if key.startswith(prefix)} for s in states

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tal_fast.config import ModelConfig
+from tal_fast.config.schema import ModelConfig
 from tal_fast.models.features import expose_features
 from tal_fast.models.registry import NETWORKS
 

@@ -1,0 +1,1 @@
+"""Run configurations: typed dataclasses, YAML files and presets."""

@@ -1,0 +1,245 @@
+"""Charts as numbers and paths in the units of an SVG's view box; the page's template draws them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tal_fast.evaluation.plots import COLOURS, STEADY, STYLES
+from tal_fast.metrics.calibration import BINS
+from tal_fast.metrics.curves import OperatingPoints, ReliabilityBins, histograms, oracle_risk, thinned
+from tal_fast.metrics.failure import Floats
+from tal_fast.metrics.settings import Setting
+
+WIDTH, HEIGHT = 420, 290
+LEFT, RIGHT, TOP, BOTTOM = 50, 12, 12, 44
+POINTS = 240
+"""Of a curve: more than a screen shows of a panel."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve or outline.
+
+    Attributes:
+        name: in the legend.
+        style: classes of its colour and dashes.
+        points: ``x,y x,y ...``.
+        score: place among the report's scores, by which the page shows and hides it; −1 for lines that always show.
+        markers: (x, y, what) of its chosen points.
+    """
+
+    name: str
+    style: str
+    points: str
+    score: int = -1
+    markers: list[tuple[float, float, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A panel.
+
+    Attributes:
+        title: above it.
+        label: what it shows, for those who do not see it.
+        x_title, y_title: of the axes.
+        x_ticks, y_ticks: (place, text).
+        lines: drawn in order.
+        bars: (x, y, width, height, class, text).
+        y_max: value at the panel's top, which the page needs to read values back.
+        kind: ``risk``, ``histogram`` or ``reliability``.
+    """
+
+    title: str
+    label: str
+    x_title: str
+    y_title: str
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    lines: list[Line]
+    kind: str
+    y_max: float = 1.0
+    bars: list[tuple[float, float, float, float, str, str]] = field(default_factory=list)
+
+
+def style(i: int) -> str:
+    """Classes for the i-th line; colour and dashes repeat with different periods, as in ``tal_fast.evaluation.plots``."""
+    return f"c{i % len(COLOURS)} d{i % len(STYLES)}"
+
+
+def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers within [low, high], at most ``most`` of them; ``low`` alone where there is no range."""
+    span = high - low
+    if not (math.isfinite(span) and span > 0):
+        return [low]
+    rough = span / (most - 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _x(share: Any) -> Any:
+    """Place of a share of the panel's width, or of many."""
+    return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+
+def _y(share: Any) -> Any:
+    """Place of a share of the panel's height, from below."""
+    return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+
+def _path(x: Floats, y: Floats) -> str:
+    # Far above the panel a curve is clipped anyway; bounded, its numbers stay short.
+    return " ".join(f"{a:.1f},{b:.2f}" for a, b in zip(x, np.maximum(y, -4 * HEIGHT), strict=True))
+
+
+def _ticks(
+    values: Sequence[float], low: float, high: float, place: Callable[[float], float]
+) -> list[tuple[float, str]]:
+    return [(round(place((v - low) / (high - low)), 2), f"{v:.6g}") for v in values]
+
+
+def risk_coverage(
+    title: str,
+    setting: Setting,
+    scores: Mapping[str, OperatingPoints],
+    primary: str,
+    risks: Sequence[float],
+    coverages: Sequence[float],
+    points: int = POINTS,
+) -> Chart | None:
+    """Risk against coverage with a line a score, the floor and a random score, and the primary score's chosen points.
+
+    Args:
+        title: of the panel.
+        setting: for the floor.
+        scores: score -> its operating points in this setting.
+        primary: the score whose points are marked.
+        risks, coverages: at which.
+        points: of a line, at most.
+
+    Returns:
+        None for a setting without samples.
+    """
+    n, errors = setting.success.size, int(setting.success.size - setting.success.sum())
+    if n == 0:
+        return None
+    coverage = np.arange(1, n + 1) / n
+    top = errors / n
+    for found in scores.values():
+        top = max(top, float(found.curve.risk[coverage >= STEADY / 100].max()))
+    top = 1.05 * top if top else 0.01
+    index = thinned(n, points)
+    x = _x(coverage[index])
+    lines = [
+        Line("floor", "bound floor", _path(x, _y(oracle_risk(n, errors)[index] / top))),
+        Line("random score", "bound random", _path(x[[0, -1]], _y(np.full(2, errors / n / top)))),
+    ]
+    said: list[str] = []
+    for i, (name, found) in enumerate(scores.items()):
+        risk = found.curve.risk[index]
+        markers = []
+        if name == primary:
+            chosen = [(f"risk at most {r:.0%}", found.at_risk(r)) for r in risks]
+            chosen += [(f"coverage at least {c:.0%}", found.at_coverage(c)) for c in coverages]
+            markers = [
+                (
+                    round(_x(p.coverage), 1),
+                    round(_y(p.risk / top), 2),
+                    f"{name}, {what}: coverage {p.coverage:.1%}, risk {p.risk:.2%}, threshold {p.threshold:.5g}",
+                )
+                for what, p in chosen
+                if p is not None
+            ]
+        lines.append(Line(name, style(i), _path(x, _y(risk / top)), i, markers))
+        half = found.at_coverage(0.5)
+        if half is not None and len(said) < 6:
+            said.append(f"{name} {half.risk:.2%}")
+    label = (
+        f"Risk against coverage, {title}: {n} samples, {errors} errors, {errors / n:.2%} risk when all are kept; risk "
+        f"at half the coverage: {', '.join(said)}. The tables hold the numbers."
+    )
+    return Chart(
+        title,
+        label,
+        "coverage (% of samples kept)",
+        "risk (% errors among those kept)",
+        _ticks(range(0, 101, 20), 0, 100, _x),
+        _ticks(nice_ticks(0, 100 * top), 0, 100 * top, _y),
+        lines,
+        "risk",
+        100 * top,
+    )
+
+
+def confidence_histogram(score: str, groups: Mapping[str, Floats]) -> Chart | None:
+    """Where the scores of each kind of sample lie, each kind as shares of its own size; None when nothing is finite."""
+    edges, shares = histograms(list(groups.values()))
+    if not edges.size:
+        return None
+    top = 1.05 * max(share.max() for share in shares) or 0.01
+    low, high = float(edges[0]), float(edges[-1])
+    x = np.repeat(_x((edges - low) / (high - low)), 2)
+    lines = []
+    for i, (kind, share) in enumerate(zip(groups, shares, strict=True)):
+        outline = np.concatenate(([0.0], np.repeat(share, 2), [0.0]))
+        lines.append(Line(f"{kind} ({len(groups[kind]):,})", style(i), _path(x, _y(outline / top))))
+    medians = [
+        f"{kind}: {np.median(values[np.isfinite(values)]):.4g}"
+        for kind, values in groups.items()
+        if np.isfinite(values).any()
+    ]
+    return Chart(
+        score,
+        f"Histogram of {score}; medians: {'; '.join(medians)}.",
+        f"confidence ({score})",
+        "share of the kind's samples (%)",
+        _ticks(nice_ticks(low, high), low, high, _x),
+        _ticks(nice_ticks(0, 100 * top), 0, 100 * top, _y),
+        lines,
+        "histogram",
+        100 * top,
+    )
+
+
+def reliability_diagram(bins: ReliabilityBins, ece: float) -> Chart | None:
+    """Accuracy against softmax probability, with the share of samples in each bin; None without samples."""
+    n = int(bins.samples.sum())
+    if n == 0:
+        return None
+    bars = []
+    for k, (count, confidence, accuracy) in enumerate(zip(*bins, strict=True)):
+        if count == 0:
+            continue
+        left, right = _x(k / BINS), _x((k + 1) / BINS)
+        text = f"{count:,} samples, mean probability {confidence:.2%}, accuracy {accuracy:.2%}"
+        bars.append((round(left + 1, 2), round(_y(accuracy), 2), round(right - left - 2, 2),
+                     round(_y(0) - _y(accuracy), 2), "accuracy", text))  # fmt: skip
+        share = count / n
+        bars.append((round((left + right) / 2 - 3, 2), round(_y(share), 2), 6.0,
+                     round(_y(0) - _y(share), 2), "share", text))  # fmt: skip
+    corner = np.array([0.0, 1.0])
+    diagonal = Line("perfectly calibrated", "bound random", _path(_x(corner), _y(corner)))
+    means = Line("bin means", "means", "", -1, [
+        (round(_x(confidence), 1), round(_y(accuracy), 2),
+         f"mean probability {confidence:.2%}, accuracy {accuracy:.2%}, {count:,} samples")
+        for count, confidence, accuracy in zip(*bins, strict=True) if count
+    ])  # fmt: skip
+    return Chart(
+        "Reliability diagram",
+        f"Accuracy against softmax probability of {n} samples in {BINS} bins; ECE {ece:.4f}. The table holds the bins.",
+        "softmax probability of the prediction (%)",
+        "accuracy, and share of the samples (%)",
+        _ticks(range(0, 101, 20), 0, 100, _x),
+        _ticks(range(0, 101, 20), 0, 100, _y),
+        [diagonal, means],
+        "reliability",
+        100.0,
+        bars,
+    )

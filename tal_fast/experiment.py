@@ -1,0 +1,8 @@
+"""Run methods, grids and seeds from one file: ``python -m tal_fast.experiment FILE.yaml --output DIR``."""
+
+import sys
+
+from tal_fast.experiments.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

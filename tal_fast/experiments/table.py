@@ -1,0 +1,83 @@
+"""The tables of an experiment, from its results: for the terminal, as Markdown and as CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tal_fast.evaluation import compare
+from tal_fast.evaluation.compare import Column, Group
+from tal_fast.experiments.results import Results, all_columns, groups_of
+from tal_fast.utils.io import replacing
+
+# The table's file by style of tal_fast.compare.
+FILES = {"table": "table.txt", "markdown": "table.md", "csv": "table.csv"}
+
+
+def format_results(results: Results, style: str) -> str:
+    """All tables in one text.
+
+    Args:
+        results: from ``tal_fast.experiments.results``.
+        style: a key of ``FILES``. ``csv`` has a line a row and column, in natural units.
+    """
+    groups = groups_of(results)
+    options = results["compare"]
+    if style == "csv":
+        return compare.format_groups(groups, all_columns(groups, options["metrics"]), style) if groups else ""
+    markdown = style == "markdown"
+    blocks = [_head(results, groups, markdown)]
+    for title, columns in _parts(groups, options["metrics"]):
+        # A terminal's lines are short, so each setting is a table; Markdown's may be long.
+        heading = f"### {title}\n\n" if markdown else f"{title}\n"
+        blocks.append(heading + compare.format_groups(groups, columns, style, options["units"]))
+    return "\n\n".join(blocks)
+
+
+def _head(results: Results, groups: Sequence[Group], markdown: bool) -> str:
+    lines = [f"{results['experiment']}: {len(results['runs'])} of {results['jobs']} runs"]
+    if groups:
+        about = compare.describe(groups, results["compare"]["units"], results["compare"]["bootstrap"])
+        lines += (about.replace("* best", "bold: best") if markdown else about).splitlines()
+    lines += [_source(environment) for environment in results["environments"] if environment]
+    lines += [f"missing: {missing['name']} ({missing['why']})" for missing in results["missing"]]
+    return "\n".join(f"{compare.markdown_escaped(line)}  " for line in lines) if markdown else "\n".join(lines)
+
+
+def _source(environment: dict[str, Any]) -> str:
+    """Hardware, versions and commit in a line."""
+    device = environment["gpu"] or f"{environment['cpu']}, {environment['cores']} cores"
+    return (
+        f"{device}; Python {environment['python']}, torch {environment['torch']}; tal_fast {environment['tal_fast']}, "
+        f"commit {environment['commit']}"
+    )
+
+
+def _parts(groups: Sequence[Group], metrics: Sequence[str]) -> list[tuple[str, list[Column]]]:
+    """(title, columns) of each table: Old FD; OOD and New FD against each set; their mean; Old FD under shift."""
+    if not groups:
+        return []
+    report = groups[0].reports[0]
+    there = report["settings"]
+    sets, shifts = report["ood_names"], report.get("shift_names", [])
+    parts = [("Old FD", ["old_fd"])]
+    if len(sets) == 1:
+        parts.append((f"Against {sets[0]}", ["ood", "new_fd"]))
+    else:
+        parts += [(f"Against {name}", [f"ood/{name}", f"new_fd/{name}"]) for name in sets]
+        parts.append((f"Mean over the {len(sets)} OOD sets", ["ood", "new_fd"]))
+    parts += [(f"Under shift {name}", [f"shift/{name}"]) for name in shifts if len(shifts) > 1]
+    parts.append((f"Under shift {shifts[0]}" if len(shifts) == 1 else "Mean over the shifted sets", ["shift"]))
+    return [
+        (title, [(key, metric) for key in keys for metric in metrics])
+        for title, keys in parts
+        if all(key in there for key in keys)
+    ]
+
+
+def write_tables(results: Results, output: Path) -> None:
+    """Write each of ``FILES``."""
+    for style, name in FILES.items():
+        with replacing(output / name) as temporary:
+            temporary.write_text(format_results(results, style) + "\n", encoding="utf-8")

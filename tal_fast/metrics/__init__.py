@@ -1,0 +1,20 @@
+"""Metrics of failure detection: how well a confidence score separates correct predictions from errors."""
+
+from tal_fast.metrics.calibration import calibration_metrics
+from tal_fast.metrics.failure import (
+    CONVENTIONS,
+    HIGHER_IS_BETTER,
+    METRICS,
+    RiskCoverage,
+    aurc_floor,
+    aurc_random,
+    failure_metrics,
+    risk_coverage_curve,
+    tied_share,
+    undefined_reasons,
+)
+
+__all__ = [
+    "CONVENTIONS", "HIGHER_IS_BETTER", "METRICS", "RiskCoverage", "aurc_floor", "aurc_random", "calibration_metrics",
+    "failure_metrics", "risk_coverage_curve", "tied_share", "undefined_reasons",
+]  # fmt: skip

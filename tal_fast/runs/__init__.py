@@ -1,0 +1,1 @@
+"""Run folders: checkpoints, resuming, and loading trained models."""

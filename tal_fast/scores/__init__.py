@@ -1,0 +1,5 @@
+"""Confidence scores over logits and features; higher means more confident."""
+
+from tal_fast.scores.logits import SCORES, cosine, doctor, energy, max_logit, msp, neg_entropy
+
+__all__ = ["SCORES", "cosine", "doctor", "energy", "max_logit", "msp", "neg_entropy"]

@@ -1,0 +1,84 @@
+"""Optimizers, and the learning rate as a function of the step alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from tal_fast.config.schema import OptimConfig
+
+_NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+)
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Fused SGD or AdamW over a model's parameters, its learning rate a tensor on their device.
+
+    Unless ``decay_all`` is on, biases, the parameters of normalisation layers and those that the model itself exempts
+    (``no_weight_decay``, as timm's models do) do not decay.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    exempt = set() if config.decay_all else _exempt(model)
+    groups = [
+        {"params": [p for name, p in named if name not in exempt], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in named if name in exempt], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    device = named[0][1].device
+    # A tensor, so that setting it neither recompiles nor leaves a CUDA graph with the rate it was captured at.
+    rate = torch.tensor(config.lr, dtype=torch.float32, device=device)
+    # Fused needs every parameter in a dtype and on a device that has such a kernel; float32 on the CPU and GPUs does.
+    fused = device.type in ("cpu", "cuda") and all(p.dtype == torch.float32 for _, p in named)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=rate, fused=fused)
+    sgd = torch.optim.SGD(groups, lr=rate, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    if config.momentum:
+        # The fused kernel takes uninitialised memory for momentum when a gradient scaler skips the very first step
+        # (torch 2.14). From zeros, the first step is what it would have been.
+        for _, p in named:
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd
+
+
+def _exempt(model: nn.Module) -> set[str]:
+    """Names of the parameters that do not decay."""
+    names = {f"{path}.bias".lstrip(".") for path, module in model.named_modules() if hasattr(module, "bias")}
+    for path, module in model.named_modules():
+        if isinstance(module, _NORMS):
+            names |= {f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}
+    exempted: Callable[[], Iterable[str]] | None = getattr(model, "no_weight_decay", None)
+    return names | set(exempted() if exempted is not None else ())
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all parameters; does not wait for the device."""
+    for group in optimizer.param_groups:
+        group["lr"].fill_(rate)
+
+
+def learning_rate(config: OptimConfig, epochs: int, epoch: float) -> float:
+    """The learning rate at a point of the run, so that a resumed run needs no scheduler's state.
+
+    Args:
+        config: peak, schedule and warm-up.
+        epochs: of the whole run.
+        epoch: epochs that have passed, fractions included; at half of a step, the rate is 0 at neither end.
+    """
+    if epoch < config.warmup_epochs:
+        return config.lr * epoch / config.warmup_epochs
+    if config.schedule == "cosine":
+        done = (epoch - config.warmup_epochs) / max(epochs - config.warmup_epochs, 1e-9)
+        return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    if config.schedule == "step":
+        return config.lr * config.step_factor ** int(epoch // config.step_size)
+    if config.schedule == "multistep":
+        return config.lr * config.step_factor ** sum(epoch >= at for at in config.step_epochs)
+    return config.lr

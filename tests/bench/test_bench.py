@@ -1,0 +1,330 @@
+"""The benchmarks' own parts: the peers are right, the gates close, the reports say what was found."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench import bench_loss, bench_queue, bench_step, compare, harness, report
+from bench.batches import FreshFeatures, statistics
+from bench.list_queue import ListQueueTAL
+from tests.helpers.loss_cases import CASES, golden, relative, trace
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_list_queue_matches_the_golden_data(case: str) -> None:
+    g = golden(case)
+    step = ListQueueTAL(int(g["capacity"]), *(float(g[k]) for k in ("t_min", "t_max", "t_wrong")))
+    step.means, step.stds = g["queue_mean"].tolist(), g["queue_std"].tolist()
+    logits = g["logits"].double().requires_grad_()
+    loss = step(logits, g["features"].double(), g["labels"], warmup=bool(g["warmup"]))
+    loss.backward()
+    assert relative(loss, g["released/loss"]) <= 1e-12
+    assert logits.grad is not None
+    assert relative(logits.grad, g["released/grad"]) <= 1e-7
+    torch.testing.assert_close(torch.tensor(step.means), g["queue_mean_after"].float(), rtol=1e-6, atol=0)
+
+
+def test_list_queue_matches_the_golden_trace() -> None:
+    t = trace()
+    step = ListQueueTAL(int(t["capacity"]))
+    for i in range(len(t["logits"])):
+        loss = step(
+            t["logits"][i].double(), t["features"][i].double(), t["labels"][i], warmup=i < int(t["warmup_steps"])
+        )
+        assert relative(loss, t["loss_released"][i]) <= 1e-12
+        assert len(step.means) == int(t["queue_len"][i])
+
+
+# ---- Inputs, clocks, gates ------------------------------------------------------------------------------------------
+
+
+def test_features_are_renewed_in_place_and_lie_where_the_queue_does() -> None:
+    fresh = FreshFeatures(4096, 256, torch.device("cpu"))
+    features, before = fresh.features, fresh.features.mean(1)
+    fresh.renew()
+    assert fresh.features is features
+    assert (features.mean(1) - before).abs().median() > 0.01
+    mean, std = statistics(100_000)
+    for got, want in ((features.mean(1), mean), (features.std(1), std)):
+        assert abs(got.mean() - want.mean()) < 0.02
+        assert abs(got.std() - want.std()) < 0.02
+
+
+def test_percentiles() -> None:
+    assert harness.percentiles([x / 1e3 for x in range(11)]) == {
+        "p20_ms": pytest.approx(2.0), "p50_ms": pytest.approx(5.0), "p80_ms": pytest.approx(8.0), "repeats": 11,
+    }  # fmt: skip
+
+
+def test_ratio_follows_the_floor_through_a_change_of_load() -> None:
+    """Twice as slow a machine from the middle on: seconds double, the ratio does not move."""
+    load = np.repeat([1.0, 2.0], 10)
+    seconds = (3.0 * np.repeat(load, harness.BLOCK)).tolist()
+    floor = [[x] * harness.BLOCK for x in [*load, 2.0]]
+    ratio = harness.ratio_to_floor(seconds, floor)
+    assert ratio["ratio"] == ratio["ratio_low"] == ratio["ratio_high"] == 3.0
+
+
+def test_ratio_interval_widens_with_noise() -> None:
+    noise = np.random.default_rng(1).normal(3.0, 1.0, 400).clip(0.1)
+    ratio = harness.ratio_to_floor(noise.tolist(), [[1.0] * harness.BLOCK] * 41)
+    assert ratio["ratio_low"] < 3.0 < ratio["ratio_high"]
+    assert 0.05 < ratio["ratio_high"] - ratio["ratio_low"] < 1.0
+
+
+def test_ratio_of_a_last_block_that_is_not_full() -> None:
+    assert harness.ratio_to_floor([4.0] * 13, [[2.0]] * 3)["ratio"] == 2.0
+
+
+def test_gate_refuses_a_wrong_loss_and_a_wrong_gradient() -> None:
+    p = bench_loss.Problem(16, 10, torch.float32, torch.device("cpu"))
+    run, variant = bench_loss.make_peer("paper", p)
+    bench_loss.gate("it", run, p, variant)
+    with pytest.raises(AssertionError, match="the loss of it is off"):
+        bench_loss.gate("it", lambda z: (run(z)[0] * 1.001, run(z)[1]), p, variant)
+    with pytest.raises(AssertionError, match="the gradient of it is off"):
+        bench_loss.gate("it", lambda z: (run(z)[0], -run(z)[1]), p, variant)
+
+
+@pytest.mark.parametrize("layer", [False, True])
+@pytest.mark.parametrize("peer", [*bench_step.EAGER, *bench_step.DIRECT])
+def test_every_step_passes_its_gate_and_a_wrong_one_does_not(peer: str, layer: bool) -> None:
+    case = bench_step.Case(peer, 32, 10, 16, 500, layer=layer)
+    device = torch.device("cpu")
+    torch.manual_seed(0)
+    bench_step.gate(case, bench_step.make_step(case, device), device)
+    wrong = bench_step.make_step(case, device)
+    with pytest.raises(AssertionError, match="off by"):
+        bench_step.gate(case, lambda z, f, y: wrong(z, 0.5 * f, y), device)
+
+
+@pytest.mark.parametrize("peer", bench_queue.PEERS)
+def test_queue_peers_hold_the_same_window(peer: str) -> None:
+    """After more than a whole queue of pushes each still gives brute force's distances."""
+    if peer == "faiss_flat":
+        pytest.importorskip("faiss")
+    if peer == "ckdtree":
+        pytest.importorskip("scipy")
+    from tal_fast import FeatureQueue
+
+    source = bench_queue.Source("drifting")
+    peer_queue, plain = FeatureQueue(5000), FeatureQueue(5000, backend="reference")
+    first = source(5000)
+    peer_queue.push(*first)
+    plain.push(*first)
+    step = bench_queue.make_peer(peer, peer_queue)
+    for _ in range(60):
+        batch = source(100)
+        want = plain.nearest(*batch)
+        plain.push(*batch)
+        torch.testing.assert_close(step(*batch).float(), want, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", bench_queue.DISTRIBUTIONS)
+def test_distributions_are_what_they_are_called(name: str) -> None:
+    mean, std = bench_queue.Source(name)(10_000)
+    assert mean.isfinite().all()
+    assert std.isfinite().all()
+    assert (mean.unique().numel() == 1) == (name in ("equal", "equal_means"))
+    assert (std.unique().numel() == 1) == (name == "equal")
+    assert (mean.max() > 1e5) == (name == "outlier")
+    assert bool((std == mean / 2).all()) == (name in ("collinear", "equal"))
+
+
+# ---- Comparing and reporting ----------------------------------------------------------------------------------------
+
+
+def result(ratio: float, spread: float = 0.05, peer: str = "paper") -> dict[str, Any]:
+    ratios = {"ratio": ratio, "ratio_low": ratio - spread, "ratio_high": ratio + spread}
+    return {"failed": 0, "benchmarks": [{"name": f"it-{peer}", "peer": peer, **ratios}]}
+
+
+def test_compare_flags_what_is_slower_beyond_tolerance_and_noise() -> None:
+    def verdict(old: dict[str, Any], new: dict[str, Any]) -> tuple[bool, bool]:
+        (change,) = compare.changes(old, new, 0.1)
+        return change.slower, change.faster
+
+    assert verdict(result(2.0), result(2.5)) == (True, False)
+    assert verdict(result(2.5), result(2.0)) == (False, True)
+    assert verdict(result(2.0), result(2.15)) == (False, False)  # within the tolerance
+    assert verdict(result(2.0, 0.4), result(2.5, 0.4)) == (False, False)  # the intervals overlap
+    assert compare.changes(result(2.0, peer="list_queue"), result(9.0, peer="list_queue"), 0.1) == []
+
+
+def test_compare_commands_exit_codes(tmp_path: Path) -> None:
+    def run(old: object, new: object) -> tuple[int, str]:
+        for name, content in (("old", old), ("new", new)):
+            (tmp_path / name).write_text(json.dumps(content))
+        command = [sys.executable, "-m", "bench.compare", str(tmp_path / "old"), str(tmp_path / "new")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    assert run(result(2.0), result(2.0))[0] == 0
+    code, text = run(result(2.0), result(3.0))
+    assert code == 1
+    assert "SLOWER" in text
+    code, text = run(result(2.0), {**result(2.0), "failed": 2})
+    assert code == 2
+    assert "2 failed benchmarks" in text
+    assert run(result(2.0), result(2.0, peer="reference"))[0] == 2
+    assert run({"other": 1}, result(2.0))[0] == 2
+
+
+def test_compare_takes_the_file_of_the_same_vector_instructions(tmp_path: Path) -> None:
+    def run(vectors: str) -> tuple[int, str]:
+        new = tmp_path / "new.json"
+        new.write_text(json.dumps(result(3.0) | {"machine_info": {"vectors": vectors}}))
+        command = [sys.executable, "-m", "bench.compare", str(tmp_path), str(new)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stdout
+
+    (tmp_path / "AVX2.json").write_text(json.dumps(result(3.0)))
+    (tmp_path / "AVX-512.json").write_text(json.dumps(result(1.5)))
+    assert run("AVX2")[0] == 0
+    assert run("AVX-512")[0] == 1
+    code, text = run("NEON")
+    assert code == 0
+    assert "not judged" in text
+
+
+@pytest.fixture(scope="module")
+def cpu() -> report.Results:
+    return report.Results.read(report.RESULTS / "cpu")
+
+
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda p: p.name)
+def test_pages_are_in_step_with_the_committed_results(page: Path, cpu: report.Results) -> None:
+    gpu_file = report.RESULTS / "gpu.json"
+    gpu = json.loads(gpu_file.read_text()) if gpu_file.exists() else None
+    text = page.read_text()
+    assert "<!-- bench:" in text
+    assert report.fill_in(text, cpu, gpu) == text
+
+
+def test_a_changed_figure_changes_the_page_and_a_second_run_changes_nothing(cpu: report.Results) -> None:
+    changed = copy.deepcopy(cpu)
+    for row in changed.find("step", peer="list_queue"):
+        row["p20_ms"] *= 2
+    text = (ROOT / "README.md").read_text()
+    once = report.fill_in(text, changed, None)
+    assert once != text
+    assert report.fill_in(once, changed, None) == once
+
+
+def test_gpu_table_shows_wins_losses_and_what_did_not_run(cpu: report.Results) -> None:
+    timed = {"p20_ms": 0.024, "GB_per_s": 2730.0, "share_of_copy": 0.91}
+    peers = {"paper": timed, "quack": {"skipped": "quack is not installed"}, "liger": {"failed": "RuntimeError: no"}}
+    found = {
+        "loss_kernel": [{"B": 16_384, "C": 1000, "dtype": "bfloat16", "peers": peers}, {"failed": "out of memory"}]
+    }
+    text = report.fill_in("<!-- bench:gpu -->\n<!-- /bench -->", cpu, found)
+    assert "| 16,384 x 1,000 | bfloat16 | tal_fast `paper` | 24.0 µs | 2,730 GB/s | 91% |" in text
+    assert "quack is not installed" in text
+    assert "RuntimeError: no" in text
+    assert "Not yet run" in report.fill_in("<!-- bench:gpu -->\n<!-- /bench -->", cpu, None)
+
+
+def test_wall_clock_figures_of_a_busy_machine_are_withheld(cpu: report.Results) -> None:
+    files = copy.deepcopy(cpu.files)
+    for file in files:
+        for row in file["benchmarks"]:
+            row["load"] = 50.0 if row["clock"] == "wall" else row["load"]
+    busy = report.Results(files)
+    assert busy.withheld > 0
+    assert not busy.find("step", threads=2)
+    assert busy.find("step", threads=1) == cpu.find("step", threads=1)
+    assert "withheld" in report.source(busy)
+    assert "not measured" in report.targets_table(busy)
+
+
+def test_a_part_that_was_not_measured_says_so() -> None:
+    text = report.fill_in("<!-- bench:loss -->\n<!-- /bench -->", report.Results([]), None)
+    assert "Not measured yet" in text
+
+
+def test_unknown_tables_are_refused(cpu: report.Results) -> None:
+    with pytest.raises(ValueError, match="there is no table 'nonsense'"):
+        report.fill_in("<!-- bench:nonsense -->\n<!-- /bench -->", cpu, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"), (0.0456, "45.6 µs"), (0.2, "200 µs"), (0.00123, "1.23 µs"), (1.5, "1.50 ms"), (99.96, "100 ms"),
+        (782.1, "782 ms"), (2345.0, "2.35 s"),
+    ],
+)  # fmt: skip
+def test_milliseconds_as_text(value: float | None, text: str) -> None:
+    assert report.ms(value) == text
+
+
+def test_plots_are_drawn(cpu: report.Results, tmp_path: Path) -> None:
+    report.plot(cpu, tmp_path)
+    for name in ("loss", "typicalness", "queue"):
+        assert (report.FIGURES / f"{name}.svg").exists() == (tmp_path / f"{name}.svg").exists() == bool(cpu.find(name))
+        assert not cpu.find(name) or "tal_fast" in (tmp_path / f"{name}.svg").read_text()
+
+
+@pytest.mark.gpu
+def test_graph_timer_agrees_with_a_copys_bandwidth() -> None:
+    device = torch.device("cuda")
+    once, twice = harness.copy_bandwidth(device, 512), harness.copy_bandwidth(device, 1024)
+    assert 0.8 < once / twice < 1.25
+    assert 1e11 < twice < 2e13
+    assert (
+        harness.sets_beyond_cache(device, 1 << 20) * (1 << 20) > 2 * torch.cuda.get_device_properties(0).L2_cache_size
+    )
+
+
+# ---- The whole ------------------------------------------------------------------------------------------------------
+
+
+def test_suite_runs_and_writes_its_results(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    out = tmp_path / "result.json"
+    command = [sys.executable, "-m", "pytest", "bench/bench_loss.py", "bench/bench_queue.py", "--benchmark-only", "-q"]
+    # Not a worker of pytest-xdist's, as this process may be: benchmarks are off there.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [*command, "--size", "smoke", "-k", "C100 or index", f"--benchmark-json={out}", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = compare.load(out)
+    assert {"cpu", "torch", "commit", "load"} <= set(found["machine_info"])
+    assert found["limits"][0]["copy_bytes_per_s"] > 1e8
+    row = next(b for b in found["benchmarks"] if b["name"].startswith("bench_loss[paper-B128-C100-"))
+    assert row["bytes"] == 2 * 128 * 100 * 4
+    assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+    assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+
+
+@pytest.mark.parametrize("command", ["bench.loaders", "bench.metrics"])
+def test_other_benchmarks_run(command: str, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    done = subprocess.run(
+        [sys.executable, "-m", command, "--smoke", "--out", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert {"cpu", "torch", "commit"} <= set(result["environment"])
+    assert result["results"]

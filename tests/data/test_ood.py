@@ -1,0 +1,300 @@
+"""Out-of-distribution and shifted sets, on small files in the formats of the real ones."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from PIL import Image
+
+from tal_fast import evaluation as evaluate
+from tal_fast.data.corruptions import CORRUPTIONS, Corruption
+from tal_fast.data.datasets import MemoryImages
+from tal_fast.data.image_folder import ImageFiles
+from tal_fast.data.loader import ImageFormat, Normalizer
+from tal_fast.data.ood import ood_set, parse_named, shift_set
+from tal_fast.data.pixels import as_channels
+
+RNG = np.random.default_rng(0)
+
+
+def write_image(path: Path, value: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (30, 20), (value, value, value)).save(path)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(gzip.compress(head + array.astype(np.uint8).tobytes()))
+
+
+def pixels_of(found: Any) -> np.ndarray:
+    assert isinstance(found, MemoryImages)
+    assert (found.labels == -1).all()
+    assert found.pixels.dtype == np.uint8
+    return found.pixels
+
+
+def test_a_folder_at_any_depth(tmp_path: Path) -> None:
+    for name in ("a.png", "deep/b.jpg", "deep/er/c.png"):
+        write_image(tmp_path / "ood" / name, 7)
+    found = ood_set(str(tmp_path / "ood"), 32, 3)
+    assert isinstance(found, ImageFiles)
+    assert [Path(p).name for p in found.paths] == ["a.png", "b.jpg", "c.png"]
+    assert found.labels.tolist() == [-1, -1, -1]
+
+
+def test_textures(tmp_path: Path) -> None:
+    names = ["banded/banded_0002.jpg", "banded/banded_0004.jpg", "zigzagged/zigzagged_0001.jpg"]
+    for name in names:
+        write_image(tmp_path / "dtd" / "images" / name, 9)
+    lists = tmp_path / "dtd" / "labels"
+    lists.mkdir()
+    (lists / "test1.txt").write_text(f"{names[2]}\n{names[0]}\n")
+    (lists / "test2.txt").write_text("banded/banded_0009.jpg\n")
+    write_image(lists / "not-a-texture.png", 1)
+    assert len(ood_set(f"textures:{tmp_path / 'dtd'}", 32, 3)) == 3
+    found = ood_set(f"textures:{tmp_path / 'dtd'}:test1", 32, 3)
+    assert isinstance(found, ImageFiles)
+    assert [p.split("images/")[1] for p in found.paths] == [names[2], names[0]]
+    for spec, message in (
+        (f"textures:{tmp_path / 'dtd'}:test2", r"test2\.txt lists banded/banded_0009\.jpg but"),
+        (f"textures:{tmp_path / 'dtd'}:test3", r"test3\.txt cannot be read"),
+        (f"textures:{lists}", "has no folder images/"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ood_set(spec, 32, 3)
+
+
+def test_svhn(tmp_path: Path) -> None:
+    images = RNG.integers(256, size=(5, 32, 32, 3), dtype=np.uint8)
+    path = tmp_path / "test_32x32.mat"
+    scipy.io.savemat(path, {"X": images.transpose(1, 2, 3, 0), "y": np.ones((5, 1), np.uint8)})
+    np.testing.assert_array_equal(pixels_of(ood_set(f"svhn:{path}", 32, 3)), images)
+    gray = pixels_of(ood_set(f"svhn:{path}", 28, 1))
+    want = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])
+    np.testing.assert_array_equal(gray[..., 0], want)
+    scipy.io.savemat(tmp_path / "y.mat", {"y": np.ones((5, 1))})
+    scipy.io.savemat(tmp_path / "flat.mat", {"X": np.ones((5, 3))})
+    (tmp_path / "text.mat").write_text("X")
+    for name, message in (
+        ("y.mat", "there is no array X in it"),
+        ("flat.mat", r"must be \(32, 32, 3, n\) uint8"),
+        ("text.mat", r"cannot be read as SVHN's \.mat"),
+        ("gone.mat", r"cannot be read as SVHN's \.mat"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ood_set(f"svhn:{tmp_path / name}", 32, 3)
+
+
+@pytest.mark.parametrize("kind", ["mnist", "fashion-mnist"])
+def test_idx_files(tmp_path: Path, kind: str) -> None:
+    images = {name: RNG.integers(256, size=(n, 28, 28), dtype=np.uint8) for name, n in (("train", 4), ("t10k", 3))}
+    for name, values in images.items():
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte.gz", values)
+        write_idx(tmp_path / f"{name}-labels-idx1-ubyte.gz", np.arange(len(values)))
+    found = pixels_of(ood_set(f"{kind}:{tmp_path}", 32, 3))
+    np.testing.assert_array_equal(found, np.repeat(images["t10k"][..., None], 3, axis=3))
+
+
+def test_npy(tmp_path: Path) -> None:
+    images = RNG.integers(256, size=(4, 9, 7, 3), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", images)
+    np.save(tmp_path / "gray.npy", images[..., 0])
+    np.save(tmp_path / "float.npy", images / 255)
+    np.testing.assert_array_equal(pixels_of(ood_set(f"npy:{tmp_path / 'a.npy'}", 32, 3)), images)
+    assert pixels_of(ood_set(f"npy:{tmp_path / 'gray.npy'}", 32, 1)).shape == (4, 9, 7, 1)
+    with pytest.raises(ValueError, match="must hold images .* of uint8, not float64"):
+        ood_set(f"npy:{tmp_path / 'float.npy'}", 32, 3)
+
+
+def test_grey_is_pillows() -> None:
+    images = RNG.integers(256, size=(5000, 3, 3, 3), dtype=np.uint8)
+    want = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])
+    np.testing.assert_array_equal(as_channels(images, 1)[..., 0], want)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["patches", "gaussian", "uniform"])
+def test_made_up_sets_are_the_same_each_time(kind: str, channels: int) -> None:
+    one, two = (pixels_of(ood_set(f"{kind}:50", 16, channels)) for _ in range(2))
+    assert one.shape == (50, 16, 16, channels)
+    np.testing.assert_array_equal(one, two)
+    assert len(np.unique(one.reshape(50, -1), axis=0)) == 50
+    assert len(ood_set(kind, 8, channels)) == 1000
+    mean, std = one.mean() / 255, one.std() / 255
+    if kind == "gaussian":  # clipped at two standard deviations
+        assert (mean, std) == (pytest.approx(0.5, abs=0.02), pytest.approx(0.235, abs=0.02))
+    elif kind == "uniform":
+        assert (mean, std) == (pytest.approx(0.5, abs=0.02), pytest.approx(12**-0.5, abs=0.02))
+    else:  # neighbours in a photo are alike
+        assert np.corrcoef(one[:, 1:, :, 0].ravel(), one[:, :-1, :, 0].ravel())[0, 1] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("/gone/folder", "'/gone/folder' is neither a folder nor one of textures:FOLDER"),
+        ("patches:0", "must end with a whole number of at least 1, not '0'"),
+        ("uniform:x", "must end with a whole number"),
+        ("svhn", "'svhn' is neither a folder nor one of"),
+    ],
+)
+def test_texts_that_mean_nothing(spec: str, message: str) -> None:
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011
+        ood_set(spec, 32, 3)
+    assert message in str(refusal.value)
+
+
+def test_names() -> None:
+    assert parse_named(["a=svhn:x=y.mat", "b=c"], "--ood") == {"a": "svhn:x=y.mat", "b": "c"}
+    for bad in ("a", "=b", "a="):
+        with pytest.raises(ValueError, match="--ood takes NAME=WHERE"):
+            parse_named([bad], "--ood")
+
+
+# --- shift ----------------------------------------------------------------------------------------------------------
+
+VAL = MemoryImages(RNG.integers(256, size=(6, 12, 12, 3), dtype=np.uint8), np.arange(6) % 3)
+CLASSES = ("cat", "dog", "emu")
+
+
+def test_a_folder_of_the_classes(tmp_path: Path) -> None:
+    write_image(tmp_path / "sketch" / "emu" / "1.png", 5)
+    write_image(tmp_path / "sketch" / "cat" / "1.png", 5)
+    found, corruption = shift_set(str(tmp_path / "sketch"), CLASSES, VAL, 3)
+    assert corruption is None
+    assert found.labels.tolist() == [0, 2]
+    write_image(tmp_path / "sketch" / "fox" / "1.png", 5)
+    with pytest.raises(ValueError, match="fox has no counterpart among the training classes"):
+        shift_set(str(tmp_path / "sketch"), CLASSES, VAL, 3)
+    with pytest.raises(ValueError, match=r"'fog' is neither a folder nor cifar-c:FILE\.npy"):
+        shift_set("fog", CLASSES, VAL, 3)
+
+
+def test_cifar_c(tmp_path: Path) -> None:
+    images = RNG.integers(256, size=(50, 32, 32, 3), dtype=np.uint8)
+    labels = np.tile(np.arange(10) % 3, 5)
+    np.save(tmp_path / "fog.npy", images)
+    np.save(tmp_path / "labels.npy", labels.astype(np.uint8))
+    found, _ = shift_set(f"cifar-c:{tmp_path / 'fog.npy'}", CLASSES, VAL, 3)
+    assert isinstance(found, MemoryImages)
+    np.testing.assert_array_equal(found.pixels, images)
+    for severity in range(1, 6):
+        found, _ = shift_set(f"cifar-c:{tmp_path / 'fog.npy'}:{severity}", CLASSES, VAL, 3)
+        assert isinstance(found, MemoryImages)
+        np.testing.assert_array_equal(found.pixels, images[10 * severity - 10 : 10 * severity])
+        np.testing.assert_array_equal(found.labels, labels[:10])
+        assert found.labels.dtype == np.int64
+    for spec, classes, message in (
+        ("fog.npy:6", CLASSES, "is 1 to 5, not 6"),
+        ("fog.npy", CLASSES[:2], r"labels\.npy has labels 0 to 2 but there are 2 classes"),
+        ("gone.npy", CLASSES, r"cannot be read as \.npy"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            shift_set(f"cifar-c:{tmp_path / spec}", classes, VAL, 3)
+    np.save(tmp_path / "labels.npy", labels[:7])
+    with pytest.raises(ValueError, match="an integer for each, not 50 images and int64 labels of shape"):
+        shift_set(f"cifar-c:{tmp_path / 'fog.npy'}", CLASSES, VAL, 3)
+
+
+def test_built_in_corruptions_by_text() -> None:
+    assert shift_set("jpeg:5", CLASSES, VAL, 3) == (VAL, Corruption("jpeg", 5))
+    assert shift_set("blur", CLASSES, VAL, 3, seed=2) == (VAL, Corruption("blur", 3, 2))
+    with pytest.raises(ValueError, match="the severity of a corruption is 1 to 5, not 6"):
+        shift_set("blur:6", CLASSES, VAL, 3)
+    with pytest.raises(ValueError, match="unknown corruption 'rain'; choose from gaussian-noise, blur"):
+        Corruption("rain")
+
+
+def photo(channels: int) -> np.ndarray:
+    from sklearn.datasets import load_sample_image
+
+    image = Image.fromarray(load_sample_image("china.jpg")).crop((100, 50, 400, 350)).resize((64, 64))
+    return np.asarray(image.convert("RGB" if channels == 3 else "L")).reshape(64, 64, channels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_corruptions_grow_with_severity(kind: str, channels: int) -> None:
+    image = photo(channels)
+    distance = []
+    for severity in range(1, 6):
+        found = Corruption(kind, severity).image(image, 3)
+        assert (found.shape, found.dtype) == (image.shape, np.uint8)
+        np.testing.assert_array_equal(found, Corruption(kind, severity).image(image, 3))
+        distance.append(np.sqrt(np.mean((found.astype(float) - image) ** 2)))
+    assert distance[0] > 1
+    assert all(np.diff(distance) > 0)
+
+
+def test_what_each_corruption_does() -> None:
+    image, flat = photo(3).astype(float), np.full((64, 64, 3), 100, np.uint8)
+    noise = Corruption("gaussian-noise", 1).image(flat, 0) - 100.0
+    assert noise.std() == pytest.approx(0.04 * 255, rel=0.03)
+    assert np.abs(noise.mean()) < 0.5
+    assert (Corruption("brightness", 3).image(flat, 0) == round(100 + 0.15 * 255)).all()
+    contrast = Corruption("contrast", 2).image(photo(3), 0)
+    assert contrast.std(axis=(0, 1)) == pytest.approx(0.5 * image.std(axis=(0, 1)), rel=0.01)
+    blocks = Corruption("pixelate", 3).image(photo(3), 0)
+    assert (blocks[::2, ::2] == blocks[1::2, 1::2]).all()
+    for kind, change in (("blur", 0), ("pixelate", 0), ("contrast", 0), ("jpeg", 4)):
+        assert np.abs(Corruption(kind, 5).image(flat, 0) - 100.0).max() <= change, kind
+
+
+def test_noise_depends_on_seed_and_index_alone() -> None:
+    image = photo(1)
+    base = Corruption("gaussian-noise", 2, seed=1).image(image, 5)
+    assert (Corruption("gaussian-noise", 2, seed=1).image(image, 6) != base).any()
+    assert (Corruption("gaussian-noise", 2, seed=2).image(image, 5) != base).any()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_batches_are_corrupted_as_their_images_are(channels: int) -> None:
+    mean, std = [0.4, 0.5, 0.3][:channels], [0.2, 0.3, 0.25][:channels]
+    pixels = RNG.integers(256, size=(5, 16, 16, channels), dtype=np.uint8)
+    corruption = Corruption("jpeg", 4)
+    indices = torch.tensor([3, 0, 4, 1, 2])
+    normalize = Normalizer(ImageFormat(1 if channels == 1 else 3, mean, std, torch.device("cpu")))
+    batch = (normalize(torch.from_numpy(pixels)), torch.arange(5), indices)
+    ((images, labels, same),) = corruption.of_batches([batch], mean, std)
+    want = np.stack([corruption.image(p, int(i)) for p, i in zip(pixels, indices, strict=True)])
+    torch.testing.assert_close(images, normalize(torch.from_numpy(want)))
+    assert labels.tolist() == list(range(5))
+    assert same is indices
+
+
+def test_several_sets_in_one_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.helpers.evaluation import make_run
+
+    run = make_run(tmp_path / "run")  # 10 classes, 16 x 16 grey
+    np.save(tmp_path / "fog.npy", RNG.integers(256, size=(25, 32, 32, 3), dtype=np.uint8))
+    np.save(tmp_path / "labels.npy", np.tile(np.arange(5), 5))
+    write_image(tmp_path / "far" / "x.png", 3)
+    args = [
+        "--run", str(run), "--mix", "all", "--ood", f"far={tmp_path / 'far'}", "--ood", "patches=patches:30",
+        "--shift", f"fog=cifar-c:{tmp_path / 'fog.npy'}:2", "--shift", "bright=brightness:5",
+    ]  # fmt: skip
+    assert evaluate.main(args) == 0
+    from tal_fast.evaluation.report import read_report
+
+    found = read_report(run)
+    assert found["ood_names"] == ["noise", "far", "patches"]
+    assert found["counts"]["ood"] == {"noise": 1000, "far": 1, "patches": 30}
+    assert list(found["settings"])[-5:] == ["shift/fog", "shift/bright", "ood", "new_fd", "shift"]
+    assert (found["samples"]["shift/fog"]["n"], found["samples"]["shift/bright"]["n"]) == (5, 1000)
+    for score in ("cosine", "msp"):
+        each = [found["settings"][f"shift/{name}"][score]["aurc"] for name in ("fog", "bright")]
+        assert found["settings"]["shift"][score]["aurc"] == pytest.approx(sum(each) / 2)
+    printed = capsys.readouterr().out
+    assert "Old FD under shift bright: 1000 ID" in printed
+    assert "Old FD under shift: mean over 2 shifted sets" in printed
+    assert evaluate.main(["--run", str(run), "--ood", "noise=uniform"]) == 2
+    assert "there is an OOD set 'noise' already" in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""Golden data and random batches shared by the tests of the loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tal_fast.loss import reference
+
+DATA = Path(__file__).parents[1] / "data"
+_LOSS = np.load(DATA / "loss_cases.npz", allow_pickle=False)
+CASES = [str(name) for name in _LOSS["cases"]]
+
+
+def golden(case: str) -> dict[str, Tensor]:
+    """One golden case: inputs, queue before and after, and for each variant what came out of it in float64."""
+    prefix = case + "/"
+    return {key[len(prefix) :]: torch.from_numpy(_LOSS[key]) for key in _LOSS.files if key.startswith(prefix)}
+
+
+def trace() -> dict[str, Tensor]:
+    """40 steps over a queue of 50."""
+    with np.load(DATA / "trace.npz", allow_pickle=False) as data:
+        return {key: torch.from_numpy(data[key]) for key in data.files}
+
+
+def options(case: dict[str, Tensor], variant: str) -> dict[str, Any]:
+    """The temperatures of a golden case, as keyword arguments of the loss."""
+    return {"variant": variant, **{key: float(case[key]) for key in ("t_min", "t_max", "t_wrong")}}
+
+
+def relative(x: Tensor, truth: Tensor) -> float:
+    """‖x − truth‖ / ‖truth‖, or ‖x‖ where the truth is zero."""
+    x, truth = x.detach().double(), truth.double()
+    return float((x - truth).norm() / (truth.norm() if truth.norm() > 0 else 1))
+
+
+def random_batch(rows: int, classes: int, width: int = 64, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, features and labels (float32), about 60% of them classified right."""
+    logits = torch.randn(rows, classes) * scale
+    features = torch.rand(rows, width) * (0.5 + torch.rand(rows, 1))
+    labels = torch.where(torch.rand(rows) < 0.6, logits.argmax(1), torch.randint(classes, (rows,)))
+    return logits, features, labels
+
+
+def random_queue(entries: int) -> tuple[Tensor, Tensor]:
+    return 0.4 + 0.2 * torch.rand(entries), 0.2 + 0.1 * torch.rand(entries)
+
+
+def exact(logits: Tensor, labels: Tensor, typicalness: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Loss and gradient in float64 for a given typicalness, from the definition's formulas one by one.
+
+    Independent of ``tal_fast.loss.reference``: log-sum-exps and the closed-form gradient instead of autograd.
+    """
+    variant, smoothing = kwargs.get("variant", "paper"), kwargs.get("label_smoothing", 0.0)
+    t_min, t_max, t_wrong = (kwargs.get(k, d) for k, d in (("t_min", 10.0), ("t_max", 100.0), ("t_wrong", 20.0)))
+    valid = labels != kwargs.get("ignore_index", -100)
+    if not valid.any():
+        return torch.zeros((), dtype=torch.float64), torch.zeros_like(logits, dtype=torch.float64)
+    z, tau, y = logits.detach().double(), typicalness.double(), labels.clamp(min=0)
+    right = z.argmax(1) == y
+    w = torch.where(right, tau, 1.0)
+    t = t_min + (1 - tau) * (t_max - t_min)
+    t = t if t_wrong is None else torch.where(right, t, t_wrong)
+    r = z.norm(dim=1, keepdim=True)
+    n = r + reference.NORM_EPS
+    u = z / n
+    e = torch.nn.functional.one_hot(y, z.shape[1]).double()
+    e = (1 - smoothing) * e + smoothing / z.shape[1]
+    scaled = t[:, None] * u
+    l_dir = scaled.logsumexp(1) - (e * scaled).sum(1)
+    l_ce = z.logsumexp(1) - (e * z).sum(1)
+    p_e, q_e = scaled.softmax(1) - e, z.softmax(1) - e
+    along = torch.where(r > 0, (n / r) * u * (u * p_e).sum(1, keepdim=True), 0.0)
+    g_dir = (t[:, None] / n) * (p_e - along)
+    if variant == "released":
+        w = torch.full_like(w, w[valid].mean())
+    count = valid.sum()
+    loss = (w * l_dir + (1 - w) * l_ce)[valid].sum() / count
+    grad = (w[:, None] * g_dir + (1 - w[:, None]) * q_e) / count
+    return loss, torch.where(valid[:, None], grad, 0.0)

@@ -1,0 +1,118 @@
+"""Small training runs for tests, and what to compare of them."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tal_fast.config.schema import Config, DataConfig, MethodConfig, ModelConfig, OptimConfig
+from tal_fast.methods import Method, Step, Task, build_method
+from tal_fast.runs import checkpoint
+from tal_fast.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def one_thread(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TAL_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # networks this small are slower with more
+    yield
+    torch.set_num_threads(threads)
+
+
+def config(output: Path, method: str = "tal", **options: Any) -> Config:
+    """Digits, small and with all that is random: crops, shuffling, queue."""
+    method_options, data_options = options.pop("method_options", {}), options.pop("data_options", {})
+    return Config(
+        data=DataConfig(
+            **{
+                "dataset": "digits",
+                "loader": "torch",
+                "workers": 0,
+                "image_size": 8,
+                "channels": 1,
+                "train_limit": 200,
+                "crop_area": (0.5, 1.0),
+                **data_options,
+            }
+        ),
+        # Below 7, oneDNN's channels-last 1 x 1 convolutions of stride 2 write out of bounds on AVX2 (torch 2.14).
+        model=ModelConfig("cifar_resnet8", width=8),
+        method=MethodConfig(method, queue_size=150, **method_options),  # type: ignore[arg-type]
+        **{
+            "optim": OptimConfig(lr=0.05, warmup_epochs=1),
+            "output": str(output),
+            "epochs": 4,
+            "batch_size": 32,
+            "device": "cpu",
+            "progress": "none",
+            "logger": "none",
+            "seed": 3,
+            **options,
+        },
+    )
+
+
+def method(config: MethodConfig, epochs: int = 10, classes: int = 10, images: int = 100) -> Method:
+    """A method outside of a trainer."""
+    return build_method(config, Task(epochs, classes, images, learning_rate=0.1))
+
+
+def step_of(made: Method, logits: torch.Tensor, features: torch.Tensor, labels: torch.Tensor) -> Step:
+    """Its step on the first training images."""
+    return made(logits, features, labels, torch.arange(len(labels)))
+
+
+def untimed(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s", "data_wait")} for row in rows]
+
+
+def final(output: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """All tensors of the last checkpoint by name, and its metrics."""
+    content = checkpoint.load(output / "checkpoints" / "last.pt")
+    tensors = {f"model.{k}": v for k, v in content["model"].items()}
+    tensors |= {f"average.{k}": v for k, v in (content["average"] or {}).items()}
+    for number, state in content["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    for rank, own in enumerate(content["ranks"]):
+        state = dict(own["method"])
+        extra = state.pop("_extra_state", {})
+        tensors |= {f"rank{rank}.{k}": torch.as_tensor(v) for k, v in {**state, **extra}.items()}
+        tensors |= {f"rank{rank}.rng": own["rng"]["torch"]}
+    return tensors, {"history": untimed(content["history"]), "best": content["best"], "epoch": content["epoch"]}
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    tensors, numbers = final(one)
+    others, other_numbers = final(other)
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+    assert numbers == other_numbers
+    assert untimed(read_metrics(one)) == untimed(read_metrics(other))  # type: ignore[arg-type]
+
+
+def read_metrics(output: Path) -> list[dict[str, Any]]:
+    with open(output / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def raise_signal_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """As if the scheduler asked this process to end during the step-th step from now."""
+    original = Trainer._train_step
+    count = [0]
+
+    def train_step(self: Trainer, *args: Any) -> None:
+        original(self, *args)
+        count[0] += 1
+        if count[0] == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Trainer, "_train_step", train_step)

@@ -1,0 +1,158 @@
+"""Faults in training, brought about by ``bench.faults``, whose functions raise where a run does not do as stated."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import faults
+from bench.faults import Failed, Outcome
+from tal_fast.runs import checkpoint
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Undisturbed runs to compare with are made here once."""
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.mark.slow
+def test_a_few_kills(work: Path) -> None:
+    outcome = faults.kills(work / "kills", count=3, epochs=3)
+    assert sum(outcome.measured["kills"].values()) == 3
+
+
+@pytest.mark.slow
+def test_a_few_kills_of_two_processes(work: Path) -> None:
+    outcome = faults.kills(work / "kills2", count=2, processes=2, epochs=3)
+    assert sum(outcome.measured["kills"].values()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(faults.FAULTS.keys() - {"kills"}))
+def test_faults(work: Path, name: str) -> None:
+    if name.endswith("dali") and importlib.util.find_spec("nvidia.dali") is None:
+        pytest.skip("needs DALI")
+    try:
+        outcome = faults.FAULTS[name](work / name)
+    except faults.Impossible as reason:
+        pytest.skip(str(reason))
+    assert outcome.result
+
+
+# ---- What the above rests on ----------------------------------------------------------------------------------
+
+
+def written_run(folder: Path, **changes: object) -> Path:
+    """What a run leaves, made up."""
+    content = {
+        **dict.fromkeys(set(checkpoint._KEYS) - {"format"}, 0),
+        "config": {"output": str(folder), "seed": 3},
+        "model": {"weight": torch.arange(3.0)},
+        "ranks": [{"method": {"queue": torch.ones(2)}}],
+        "history": [{"train_loss": 0.5, "seconds": float(len(str(folder)))}],
+        **changes,
+    }
+    for name in (checkpoint.LAST, checkpoint.BEST):
+        checkpoint.save(folder / checkpoint.FOLDER / name, content)
+    (folder / "metrics.csv").write_text(f"epoch,train_loss,seconds\n1,0.5,{len(str(folder))}\n")
+    return folder
+
+
+def test_the_comparison_sees_what_differs(tmp_path: Path) -> None:
+    one, same = written_run(tmp_path / "one"), written_run(tmp_path / "another")
+    assert faults.differences(one, same) == []  # other paths, other timings
+    for change, entry in (
+        ({"model": {"weight": torch.tensor([0.0, 1.0, 2.0000002])}}, ".model.weight"),
+        ({"model": {"weight": torch.arange(3.0), "bias": torch.zeros(1)}}, ".model.bias"),
+        ({"ranks": [{"method": {"queue": torch.zeros(2)}}]}, ".ranks.0.method.queue"),
+        ({"history": [{"train_loss": 0.25, "seconds": 1.0}]}, ".history.0.train_loss"),
+        ({"config": {"output": "x", "seed": 4}}, ".config.seed"),
+        ({"step": 1}, ".step"),
+    ):
+        other = written_run(tmp_path / "other", **change)
+        assert faults.differences(one, other) == [name + entry for name in (checkpoint.LAST, checkpoint.BEST)]
+    (same / "metrics.csv").write_text("epoch,train_loss,seconds\n1,0.25,1\n")
+    assert faults.differences(one, same) == ["metrics.csv"]
+    (same / ".metrics.csv.x").write_text("")
+    with pytest.raises(Failed, match="did not end as"):
+        faults.expect_same_end(one, same)
+
+
+def test_left_over_files_are_seen(tmp_path: Path) -> None:
+    one, other = written_run(tmp_path / "one"), written_run(tmp_path / "other")
+    (other / ".metrics.csv.x1").write_text("")
+    with pytest.raises(Failed, match=r"temporary files were left behind: .*\.metrics\.csv\.x1"):
+        faults.expect_same_end(one, other)
+
+
+WRITER = """
+import sys, torch
+from bench import fault_points
+from tal_fast.runs import checkpoint
+from pathlib import Path
+fault_points.arm(sys.argv[1])
+weight = torch.nn.Parameter(torch.zeros(1000))
+optimizer = torch.optim.SGD([weight], lr=1.0)
+for step in range(1, 6):
+    weight.grad = torch.ones(1000)
+    optimizer.step()
+    checkpoint.save(Path("last.pt"), {"step": step}, previous=Path("previous.pt"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("point", "last", "previous", "temporary"),
+    [
+        ("job:half-written:3:0", 2, 1, True),  # the third save is the first after the third step
+        ("job:written:3:0", 2, 1, True),
+        ("job:renaming:3:0", 2, 1, True),
+        ("job:renamed:3:0", None, 2, True),  # the first rename is that of the checkpoint before
+        ("job:renamed:3:1", 3, 2, False),
+        ("job:renamed:3:2", None, 3, True),
+        ("job:step:5:0.5", 5, 4, False),
+    ],
+)
+def test_the_point_is_hit(tmp_path: Path, point: str, last: int | None, previous: int, temporary: bool) -> None:
+    words = [sys.executable, "-c", WRITER + ("import time; time.sleep(60)" if ":step:" in point else ""), point]
+    done = subprocess.run(words, cwd=tmp_path, env=faults.surroundings(tmp_path), capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    for name, step in (("last.pt", last), ("previous.pt", previous)):
+        path = tmp_path / name
+        found = torch.load(path, weights_only=True)["step"] if path.exists() else None
+        assert found == step, name
+    assert bool(list(tmp_path.glob(".last.pt.*"))) == temporary
+
+
+def test_a_job_leaves_no_process_behind(tmp_path: Path) -> None:
+    code = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
+    with faults.Job(tmp_path, [sys.executable, "-c", code]) as job:
+        (child,) = faults.wait_for("its child", job.ranks)
+        assert faults.alive(child)
+    assert job.process.returncode == -signal.SIGKILL
+    faults.wait_for("the end of the child", lambda: not faults.alive(child), timeout=10)
+    assert not os.path.exists(f"/proc/{job.process.pid}")
+
+
+def test_the_command_says_what_came_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(folder: Path) -> Outcome:
+        raise Failed("it went wrong")
+
+    monkeypatch.setattr(faults, "FAULTS", {"good": lambda folder: Outcome("good", "well", {"s": 1}), "bad": broken})
+    monkeypatch.setattr(sys, "argv", ["faults"])
+    with pytest.raises(SystemExit, match="not as stated: bad; their files are in"):
+        faults.main()
+    assert capsys.readouterr().out == "good: well (s: 1)\nbad: FAILED: it went wrong\n"
+    monkeypatch.setattr(sys, "argv", ["faults", "worse"])
+    with pytest.raises(SystemExit) as caught:
+        faults.main()
+    assert caught.value.code == 2

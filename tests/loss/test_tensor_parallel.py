@@ -1,0 +1,251 @@
+"""Class-sharded logits: ranks with some of a row's columns equal one process with all of them. gloo, 2 and 3 ranks."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from tal_fast import TALLoss
+from tal_fast.loss import functional
+from tal_fast.loss.backends import triton_problem
+from tests.helpers.loss_cases import exact, random_batch, random_queue, relative
+
+ROWS, CLASSES = 12, 11
+SPLITS = {2: [7, 4], 3: [2, 0, 9]}  # uneven; one rank without a class
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+BACKENDS = ["reference"] + (["triton"] if triton_problem(torch.device("cpu")) is None else [])
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"label_smoothing": 0.1},
+    {"t_wrong": None, "confidence_threshold": 0.4},
+    {"warmup": True},
+]
+Case = dict[str, Any]
+
+
+def cases(world: int) -> list[Case]:
+    """The same on every rank: options, whole logits, features, labels and a queue."""
+    generator = torch.random.fork_rng()
+    found = []
+    with generator:
+        torch.manual_seed(world)
+        for variant in ("paper", "released"):
+            for options in OPTIONS:
+                for dtype in TOLERANCE:
+                    logits, features, labels = random_batch(ROWS, CLASSES)
+                    labels[3] = -100
+                    logits[3] = torch.nan  # ignored, and must not spread
+                    logits[5, 1] = logits[5, 8] = 30.0  # a tie across ranks goes to the first class
+                    labels[5] = 1
+                    logits[6, 0] = logits[6, 10] = 30.0
+                    labels[6] = 10
+                    logits[7, int(labels[7])] += 40  # p > 0.999
+                    features[9, 0] = torch.nan  # no statistics
+                    wide = torch.float64 if dtype == torch.float64 else torch.float32
+                    found.append(
+                        {
+                            "options": {"variant": variant, **options},
+                            "dtype": dtype,
+                            "batch": (logits.to(dtype), features.to(wide), labels),
+                            "queue": tuple(q.to(wide) for q in random_queue(50)),
+                        }
+                    )
+    return found
+
+
+def own_columns(logits: Tensor, rank: int, world: int) -> Tensor:
+    return logits.split(SPLITS[world], dim=1)[rank]
+
+
+def start(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", rank=rank, world_size=world, store=store, timeout=timedelta(seconds=60))
+
+
+def equality_worker(rank: int, world: int, folder: str) -> None:
+    start(rank, world, folder)
+    results = []
+    for case in cases(world):
+        for backend in BACKENDS:
+            logits, features, labels = case["batch"]
+            part = own_columns(logits, rank, world).requires_grad_()
+            loss, stats = functional.tal_loss(
+                part, features, labels, *case["queue"], backend=backend, class_group=dist.group.WORLD, **case["options"]
+            )
+            (grad,) = torch.autograd.grad(loss * 3, part)
+            results.append((loss.detach(), grad / 3, tuple(stats)))
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", SPLITS)
+def test_equals_the_unsharded_loss(world: int, tmp_path: Path) -> None:
+    mp.spawn(equality_worker, args=(world, str(tmp_path)), nprocs=world)
+    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(world)]
+    every = iter(zip(*ranks, strict=True))
+    for case in cases(world):
+        logits, features, labels = case["batch"]
+        leaf = logits.clone().requires_grad_()
+        eager, eager_stats = functional.tal_loss(
+            leaf, features, labels, *case["queue"], backend="reference", **case["options"]
+        )
+        (eager_grad,) = torch.autograd.grad(eager, leaf)
+        for _ in BACKENDS:
+            parts = next(every)
+            loss, _, stats = parts[0]
+            for other_loss, _, other_stats in parts[1:]:
+                assert torch.equal(other_loss, loss)
+                assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(other_stats, stats, strict=True))
+            grad = torch.cat([part[1] for part in parts], dim=1)
+            assert loss.dtype == eager.dtype
+            assert grad.dtype == logits.dtype
+            _, typicalness, weight, temperature, right, accepted = stats
+            tolerance = TOLERANCE[case["dtype"]]
+            assert torch.equal(right, eager_stats.right)
+            assert torch.equal(accepted, eager_stats.accepted)
+            assert right[5]
+            assert not right[6]
+            for got, want in zip((typicalness, weight, temperature), eager_stats[1:4], strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            if case["dtype"] == torch.float64:
+                assert relative(loss, eager.detach()) <= tolerance
+                assert relative(grad, eager_grad) <= tolerance
+            else:
+                clean = logits.nan_to_num()
+                known = {k: v for k, v in case["options"].items() if k in ("variant", "label_smoothing", "t_wrong")}
+                truth = exact(clean, labels, typicalness, **known)
+                eager_truth = exact(clean, labels, eager_stats.typicalness, **known)
+                assert relative(loss, truth[0]) <= relative(eager, eager_truth[0]) + tolerance
+                assert relative(grad, truth[1]) <= relative(eager_grad, eager_truth[1]) + tolerance
+
+
+def training_worker(rank: int, world: int, folder: str) -> None:
+    """Two ranks of columns times two of rows: one queue for all four."""
+    start(rank, world, folder)
+    rows, columns = rank // 2, rank % 2
+    class_groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    row_groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    results = {}
+    for variant in ("paper", "released"):
+        loss_fn = TALLoss(
+            variant, queue_size=20, queue_scope="global", process_group=row_groups[columns],
+            class_group=class_groups[rows], label_smoothing=0.05,
+        ).double()  # fmt: skip
+        losses, grads = [], []
+        for step, case in enumerate(cases(2)[:8]):
+            logits, features, labels = (t[rows * 6 : rows * 6 + 6] for t in case["batch"])
+            part = own_columns(logits.double(), columns, 2)
+            if step % 2:
+                loss, grad, _ = loss_fn.loss_and_gradient(part, features, labels)
+            else:
+                loss = loss_fn(part.requires_grad_(), features, labels)
+                (grad,) = torch.autograd.grad(loss, part)
+            losses.append(loss.detach())
+            grads.append(grad)
+        results[variant] = (torch.stack(losses), grads, loss_fn.queue.contents())
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_columns_and_rows_shared_at_once(tmp_path: Path) -> None:
+    mp.spawn(training_worker, args=(4, str(tmp_path)), nprocs=4)
+    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(4)]
+    for variant in ("paper", "released"):
+        loss_fn = TALLoss(variant, queue_size=20, label_smoothing=0.05, backend="reference").double()
+        results = [r[variant] for r in ranks]
+        for step, case in enumerate(cases(2)[:8]):
+            logits, features, labels = case["batch"]
+            leaf = logits.double().requires_grad_()
+            loss = loss_fn(leaf, features, labels)
+            (grad,) = torch.autograd.grad(loss, leaf)
+            assert relative((results[0][0][step] + results[2][0][step]) / 2, loss.detach()) <= 1e-12
+            assert torch.equal(results[0][0][step], results[1][0][step])
+            got = torch.cat([torch.cat([results[2 * r + c][1][step] for c in (0, 1)], 1) for r in (0, 1)]) / 2
+            assert relative(got, grad) <= 1e-12
+        assert len(loss_fn.queue) == 20
+        for _, _, queue in results:
+            for got, same, want in zip(queue, results[0][2], loss_fn.queue.contents(), strict=True):
+                assert torch.equal(got, same)
+                torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
+def refusal_worker(rank: int, world: int, folder: str) -> None:
+    start(rank, world, folder)
+    loss_fn = TALLoss(queue_size=10, class_group=dist.group.WORLD)
+    logits, features = torch.randn(3, 4), torch.rand(3, 5)
+    messages = []
+    for labels in (torch.tensor([0, 7, 8]), torch.tensor([0, 1, 2 + rank])):
+        try:
+            loss_fn(logits, features, labels)
+        except ValueError as error:
+            messages.append(str(error))
+    bad = torch.randn(3, 4)
+    bad[1, 2] = torch.inf if rank == 1 else 0.0
+    bad.requires_grad_()
+    value, stats = loss_fn(bad, features, torch.tensor([0, 7, 5]), return_stats=True)
+    value.backward()
+    torch.save((messages, value.detach(), bad.grad, stats.accepted, len(loss_fn.queue)), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_refusals_and_rows_that_are_not_finite(tmp_path: Path) -> None:
+    mp.spawn(refusal_worker, args=(2, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        messages, loss, grad, accepted, length = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert len(messages) == 2
+        assert "label 8 in row 2 is outside [0, 8)" in messages[0]
+        assert "labels differ between the ranks" in messages[1]
+        assert loss.isnan()  # on both ranks, though one alone holds the infinite logit
+        assert grad[1].isnan().all()
+        assert grad[[0, 2]].isfinite().all()
+        assert not accepted[1]
+        assert length == int(accepted.sum())
+
+
+def test_global_scope_must_name_its_ranks(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+    try:
+        with pytest.raises(ValueError, match="needs process_group"):
+            TALLoss(queue_scope="global", class_group=dist.group.WORLD)
+        logits, features, labels = random_batch(8, 5)
+        alone = TALLoss(queue_size=5, class_group=dist.group.WORLD)(logits, features, labels)
+        assert relative(alone, TALLoss(queue_size=5)(logits, features, labels)) <= 1e-6
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(triton_problem(torch.device("cpu")) is not None, reason=str(triton_problem(torch.device("cpu"))))
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("columns", [0, 1, 511, 512, 1100])
+def test_triton_passes_equal_the_plain_ones(columns: int, dtype: torch.dtype) -> None:
+    from tal_fast.kernels import sharded as kernels
+    from tal_fast.loss import tensor_parallel as sharded
+
+    logits = torch.randn(5, 2 * columns + 2).to(dtype)[:, 1 : 1 + 2 * columns : 2]
+    assert logits.shape[1] == columns
+    if columns > 600:
+        logits[1, 40] = logits[1, 600] = 12.0  # ties across blocks
+        logits[2, 41] = logits[2, 553] = 12.0  # in one lane of two blocks
+        logits[3, columns - 1] = torch.inf
+    own_label = torch.tensor([-1, 0, columns - 1, columns // 2, -1]).clamp(max=columns - 1)
+    want = sharded._scan(logits)
+    torch.testing.assert_close(kernels.scan(logits), want, rtol=1e-6, atol=1e-5)
+    z_max, scale = torch.full((5,), 13.0).double(), torch.rand(5).double()
+    good = torch.tensor([0, 1, 2, 4])
+    sums = [f(logits, own_label, z_max, scale)[good] for f in (sharded._exp_sums, kernels.exp_sums)]
+    torch.testing.assert_close(*sums, rtol=1e-5, atol=1e-12)
+    valid, terms = torch.tensor([True, True, False, True, True]), torch.rand(5, 7).double()
+    terms[:, 0], terms[3, 6] = 13.0, torch.nan
+    grads = [f(logits, own_label, valid, terms) for f in (sharded._gradient, kernels.gradient)]
+    assert grads[0].dtype == grads[1].dtype
+    assert (grads[1][2] == 0).all()
+    assert grads[1][3].isnan().all()
+    torch.testing.assert_close(*grads, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6, equal_nan=True)

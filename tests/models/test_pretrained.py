@@ -1,0 +1,334 @@
+"""Weights from anywhere: what files hold them, how they are named, and what does not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tal_fast import evaluation as evaluate
+from tal_fast.config.schema import DataConfig, ModelConfig
+from tal_fast.evaluation.predictions import weights_hash
+from tal_fast.models import build_model
+from tal_fast.models import pretrained as weights
+from tal_fast.models.pretrained import evaluation_data, load_weights, preprocessing, read_state
+from tal_fast.models.registry import NETWORKS
+
+SMALL = ModelConfig("cifar_resnet8", width=4)
+DIGITS = DataConfig(dataset="synthetic", crop_area=None, image_size=16, channels=1)
+
+
+def network(classes: int = 10, channels: int = 1, config: ModelConfig = SMALL) -> nn.Module:
+    torch.manual_seed(3)
+    return build_model(config, classes, channels, 16)
+
+
+def folder(root: Path, *splits: str, classes: tuple[str, ...] = ("cat", "dog", "emu")) -> Path:
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(
+                    root / split / name / f"{i}.png"
+                )
+    return root
+
+
+def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("under", [None, "state_dict", "model"])
+def test_states_are_found_under_any_wrapper(tmp_path: Path, prefix: str, under: str | None) -> None:
+    model = network()
+    state: dict[str, Any] = prefixed(model.state_dict(), prefix)
+    content = state if under is None else {"epoch": 3, under: state, "optimizer": {"lr": 0.1}}
+    torch.save(content, tmp_path / "weights.pth")
+    loaded = load_weights(tmp_path / "weights.pth", SMALL, evaluation_data(DIGITS))
+    assert weights_hash(loaded) == weights_hash(model)
+    assert not loaded.training
+
+
+def test_averaged_models_and_safetensors(tmp_path: Path) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    model = network()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    torch.save(averaged.state_dict(), tmp_path / "swa.pt")
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    for name in ("swa.pt", "weights.safetensors"):
+        loaded = load_weights(tmp_path / name, SMALL, evaluation_data(DIGITS))
+        assert weights_hash(loaded) == weights_hash(model), name
+
+
+def test_layers_as_public_cifar_code_names_them(tmp_path: Path) -> None:
+    config = ModelConfig("cifar_resnet18", width=4)
+    model = network(config=config)
+    foreign = {}
+    for name, value in model.state_dict().items():
+        for stage in range(4):
+            name = name.replace(f"stages.{stage}.", f"layer{stage + 1}.")
+        foreign[name.replace("fc.", "linear.")] = value
+    assert "layer1.0.conv1.weight" in foreign
+    torch.save({"state_dict": prefixed(foreign, "module.")}, tmp_path / "released.pth")
+    loaded = load_weights(tmp_path / "released.pth", config, evaluation_data(DIGITS))
+    assert weights_hash(loaded) == weights_hash(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        (
+            "cifar_preact_resnet110",
+            {
+                "layer2.0.bn1.weight": "stages.1.0.bn1.weight",
+                "layer2.0.downsample.0.weight": "stages.1.0.shortcut.0.weight",
+                "layer3.17.conv2.weight": "stages.2.17.conv2.weight",
+                "bn.running_var": "bn1.running_var",
+                "fc.bias": "fc.bias",
+            },
+        ),
+        (
+            "cifar_wrn28_10",
+            {
+                "block1.layer.0.convShortcut.weight": "stages.0.0.shortcut.0.weight",
+                "block3.layer.3.bn2.bias": "stages.2.3.bn2.bias",
+                "bn1.weight": "bn1.weight",
+            },
+        ),
+        (
+            "cifar_densenet_bc_100_12",
+            {
+                "conv1.weight": "conv1.weight",
+                "block2.layer.15.conv2.weight": "stages.1.15.conv2.weight",
+                "trans2.bn1.running_mean": "transitions.1.bn1.running_mean",
+                "trans1.conv1.weight": "transitions.0.conv1.weight",
+            },
+        ),
+        ("cifar_vgg16_bn", {"features.40.weight": "features.40.weight", "classifier.weight": "fc.weight"}),
+    ],
+)
+def test_layers_as_failure_detections_public_code_names_them(name: str, theirs: dict[str, str]) -> None:
+    with torch.device("meta"):
+        ours = NETWORKS[name](num_classes=10, in_channels=3).state_dict()
+    for public, own in theirs.items():
+        assert own in ours
+        assert list(weights._as_ours({public: torch.zeros(1)})) == [own]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_projects_own_names_stay(name: str) -> None:
+    with torch.device("meta"):
+        ours = NETWORKS[name](num_classes=10, in_channels=3).state_dict()
+    assert list(weights._as_ours(ours)) == list(ours)
+
+
+def test_a_network_of_torchvision_and_one_of_timm(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    data = evaluation_data(DataConfig(root=str(folder(tmp_path / "data", "val")), image_size=32, crop_area=None))
+    images = torch.randn(2, 3, 32, 32)
+    # The same network under the same names; timm's is a copy in other code.
+    for name in ("resnet18", "timm/resnet18"):
+        config = ModelConfig(name)
+        model = network(3, 3, config)
+        torch.save(model.state_dict(), tmp_path / "weights.pt")
+        loaded = load_weights(tmp_path / "weights.pt", config, data)
+        with torch.inference_mode():
+            logits, features = loaded(images)
+            want = model.eval()(images)
+        assert logits.shape == (2, 3)
+        torch.testing.assert_close((logits, features), want)
+    assert type(model).__module__.startswith("timm.")
+
+
+def test_the_auxiliary_classifier_of_training_is_dropped(tmp_path: Path) -> None:
+    model = network()
+    torch.save({**model.state_dict(), "AuxLogits.fc.weight": torch.zeros(3, 3)}, tmp_path / "weights.pt")
+    assert weights_hash(load_weights(tmp_path / "weights.pt", SMALL, evaluation_data(DIGITS))) == weights_hash(model)
+
+
+def changed(state: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Tensor]:
+    merged = {**state, **changes}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda s: network(7).state_dict(), "is for 7 classes (fc.weight) but synthetic has 10; evaluate it on"),
+        (lambda s: changed(s, **{"conv1.weight": None}), "does not fit this --model: it lacks conv1.weight; choose"),
+        (lambda s: changed(s, extra=torch.zeros(1)), "it also has extra; choose the network it is for"),
+        (lambda s: network(10, 3).state_dict(), "conv1.weight is of shape (4, 3, 3, 3), not (4, 1, 3, 3)"),
+        (lambda s: {"epoch": 3}, "holds no state dict: neither itself nor under state_dict, model_state_dict"),
+        (lambda s: [1, 2], "holds no state dict"),
+        (lambda s: {"model": network()}, "cannot be read as weights only"),
+    ],
+)
+def test_what_does_not_fit(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content(network().state_dict()), tmp_path / "weights.pt")
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011
+        load_weights(tmp_path / "weights.pt", SMALL, evaluation_data(DIGITS))
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_files_that_are_no_weights(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    for name, message in (
+        ("x.pt", "cannot be read as weights only"),
+        ("x.safetensors", "cannot be read as safetensors"),
+    ):
+        (tmp_path / name).write_bytes(b"not weights")
+        with pytest.raises(ValueError, match=message):
+            read_state(tmp_path / name)
+    with pytest.raises(ValueError, match="there is no file of weights"):
+        read_state(tmp_path / "gone.pt")
+
+
+def test_old_files_without_batch_counts_load(tmp_path: Path) -> None:
+    state = {k: v for k, v in network().state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "weights.pt")
+    load_weights(tmp_path / "weights.pt", SMALL, evaluation_data(DIGITS))
+
+
+def test_preprocessing_is_timms_unless_given() -> None:
+    timm = pytest.importorskip("timm")
+    cfg = timm.get_pretrained_cfg("vit_tiny_patch16_224")
+    found = preprocessing("timm/vit_tiny_patch16_224", {"image_size": None, "mean": None})
+    assert found == {
+        "image_size": 224, "mean": list(cfg.mean), "std": list(cfg.std), "crop_fraction": 224 / 248,
+        "interpolation": "bicubic",
+    }  # fmt: skip
+    assert found["mean"] == [0.5, 0.5, 0.5]
+    assert cfg.crop_pct == 0.9  # timm resizes to 224 / 0.9 = 248.9 pixels, rounded down
+    own = preprocessing("timm/vit_tiny_patch16_224", {"image_size": 96, "interpolation": "bilinear"})
+    assert (own["image_size"], own["interpolation"]) == (96, "bilinear")
+
+
+def test_preprocessing_of_torchvisions_own_weights_is_theirs() -> None:
+    given = {"std": [1.0, 1.0, 1.0], "mean": None}
+    assert preprocessing("resnet50", given) == {"std": [1.0, 1.0, 1.0], "interpolation": "bilinear"}
+    found = preprocessing("efficientnet_b3", given, pretrained=True)
+    assert (found["image_size"], found["interpolation"], found["std"]) == (300, "bicubic", [1.0, 1.0, 1.0])
+    assert found["crop_fraction"] == 300 / 320
+    assert preprocessing("cifar_resnet8", given, pretrained=True) == preprocessing("resnet50", given)
+
+
+def test_images_are_what_timm_makes_of_them(tmp_path: Path) -> None:
+    """A photo, cut and resized here and by timm's own transform for a network of bicubic images."""
+    pytest.importorskip("timm")
+    from sklearn.datasets import load_sample_images
+    from timm.data import create_transform, resolve_data_config
+
+    # Of a size whose central part is whole pixels both here and there.
+    photo = Image.fromarray(load_sample_images().images[0]).crop((200, 50, 510, 360))
+    for name in ("train", "val"):
+        (tmp_path / name / "a").mkdir(parents=True)
+        photo.save(tmp_path / name / "a" / "0.png")
+    model = "timm/vit_tiny_patch16_224"
+    fields = preprocessing(model, {})
+    interpolation = fields.pop("interpolation")
+    config = DataConfig(root=str(tmp_path), crop_area=None, workers=0, loader="torch", **fields)
+    transform = create_transform(**resolve_data_config({}, pretrained_cfg=timm_cfg(model)))
+    want = transform(photo)
+    error = {}
+    for ours in (interpolation, "bilinear"):
+        ((images, _, _),) = evaluation_data(config, ours).loader("val", batch_size=1)
+        # of 255; the border of the cut, where timm sees what lies beyond, aside
+        error[ours] = float((images[0] - want)[:, 2:-2, 2:-2].abs().mean()) * 255 * 0.5
+    assert error["bicubic"] < 1.0
+    assert error["bilinear"] > 2 * error["bicubic"]
+
+
+def timm_cfg(name: str) -> dict[str, Any]:
+    import timm
+
+    return timm.get_pretrained_cfg(name.removeprefix("timm/")).to_dict()
+
+
+def test_an_interpolation_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="interpolation is 'nearest'; choose from bilinear, bicubic"):
+        evaluation_data(DIGITS, "nearest")
+
+
+def test_names_that_are_not_timms() -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match="timm has no model 'resnet1'; did you mean resnet"):
+        network(config=ModelConfig("timm/resnet1"))
+
+
+def test_pretrained_comes_from_the_cache_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(ValueError, match=r"torchvision's weights for resnet18 are not in .*; download https://"):
+        weights._pretrained("resnet18")
+    path = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
+    path.parent.mkdir()
+    path.touch()
+    assert weights._pretrained("resnet18") == path
+    with pytest.raises(ValueError, match="is for networks of torchvision, not cifar_resnet8"):
+        weights._pretrained("cifar_resnet8")
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = folder(tmp_path / "data", "train", "val")
+    torch.save(prefixed(network(3, 3).state_dict(), "module."), tmp_path / "tal.pth")
+    args = [
+        "--weights", str(tmp_path / "tal.pth"), "--model", "cifar_resnet8", "--width", "4", "--data-dir", str(data),
+        "--image-size", "16", "--device", "cpu", "--loader", "torch", "--workers", "0", "--scores", "all",
+        "--ood", "noise=uniform:20", "--shift", "foggy=contrast:5", "--mix", "all",
+    ]  # fmt: skip
+    assert evaluate.main(args) == 0
+    found = json.loads((tmp_path / "tal-report" / "report.json").read_text())
+    assert found["model"] == "cifar_resnet8"
+    assert found["counts"] == {
+        "id": 12, "id_right": found["counts"]["id_right"], "ood": {"noise": 20}, "shift": {"foggy": 12},
+    }  # fmt: skip
+    assert found["shift_names"] == ["foggy"]
+    assert found["samples"]["shift"] == {**found["samples"]["old_fd"], "errors": found["samples"]["shift"]["errors"]}
+    assert found["fitted"]["training_samples"] == 12
+    assert {path.name for path in (tmp_path / "tal-report" / "eval-cache").iterdir()} == {
+        "val", "train-eval", "ood-noise", "shift-foggy",
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "Old FD under shift foggy: 12 ID" in printed
+    assert f"{tmp_path / 'tal.pth'}: cifar_resnet8" in printed
+    # The report of a run under the same weights is the same.
+    assert "mahalanobis" in found["settings"]["shift"]
+
+
+def test_without_training_images_scores_that_need_them_are_left_out(tmp_path: Path) -> None:
+    data = folder(tmp_path / "data", "val")
+    torch.save(network(3, 3).state_dict(), tmp_path / "w.pt")
+    config = DataConfig(root=str(data), image_size=16, crop_area=None, loader="torch", workers=0)
+    found = evaluate.evaluate_weights(tmp_path / "w.pt", SMALL, config, scores=["msp", "knn", "gradnorm"])
+    assert found is not None
+    assert list(found["settings"]["old_fd"]) == ["msp", "gradnorm"]
+    assert found["left_out"] == {"knn": "it needs training features, and there are none"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--weights", "x.pt", "--data-dir", "x"], "--weights needs --model NAME"),
+        (["--weights", "x.pt", "--model", "resnet18"], "--weights needs --data-dir DIR"),
+        (["--weights", "x.pt", "--model", "resnet18", "--data-dir", "/gone/data"], "/gone/data is not a folder"),
+        (["--weights", "x.pt", "--model", "resnet18", "--dataset", "cifar"], "data.dataset is 'cifar'; use"),
+        (["--weights", "x.pt", "--checkpoint", "best"], "--checkpoint does not go with --weights"),
+        (["--run", "x", "--model", "resnet18"], "--model does not go with --run"),
+        (["--npz", "x.npz", "--ood", "a=b"], "--ood does not go with --npz"),
+        (["--run", "x", "--ood", "folder"], "--ood takes NAME=WHERE"),
+        (["--run", "x", "--shift", "a=b", "--shift", "a=c"], "--shift names 'a' twice"),
+    ],
+)
+def test_options_that_do_not_go_together(capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
+    assert evaluate.main(args) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1

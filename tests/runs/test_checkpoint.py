@@ -1,0 +1,189 @@
+"""Checkpoint files: whole or not at all, readable without running code, the last two kept."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tal_fast.runs import checkpoint
+from tal_fast.runs.checkpoint import Damaged
+from tal_fast.utils.io import write_atomically
+
+
+def content(epoch: int = 1) -> dict[str, Any]:
+    return {
+        "config": {"epochs": 3},
+        "shape": {},
+        "epoch": epoch,
+        "step": 0,
+        "world_size": 1,
+        "model": {"weight": torch.arange(5000.0)},
+        "average": None,
+        "scaler": {},
+        "optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        "ranks": [{"rng": checkpoint.rng_state()}],
+        "best": {},
+        "history": [{"epoch": 1, "train_loss": 0.5}],
+    }
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "last.pt"
+    checkpoint.save(path, content())
+    loaded = checkpoint.load(path)
+    assert torch.equal(loaded["model"]["weight"], torch.arange(5000.0))
+    assert loaded["history"] == [{"epoch": 1, "train_loss": 0.5}]
+    assert os.listdir(path.parent) == ["last.pt"]
+
+
+def test_random_generators_go_on_where_they_were(tmp_path: Path) -> None:
+    def draw() -> list[float]:
+        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), float(torch.rand(()))]  # noqa: NPY002
+
+    draw()  # an odd number of normal draws, so that both generators hold one back
+    checkpoint.save(tmp_path / "last.pt", content())
+    first = draw()
+    draw()
+    checkpoint.set_rng_state(checkpoint.load(tmp_path / "last.pt")["ranks"][0]["rng"])
+    assert draw() == first
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
+def test_a_cut_file_is_refused_and_the_previous_one_used(tmp_path: Path, share: float) -> None:
+    last, previous = tmp_path / checkpoint.LAST, tmp_path / checkpoint.PREVIOUS
+    for epoch in (1, 2, 3):
+        checkpoint.save(last, content(epoch), previous=previous)
+    assert checkpoint.load_newest(tmp_path)[0]["epoch"] == 3
+    data = last.read_bytes()
+    last.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(Damaged, match=r"last.pt cannot be read .* it is damaged or not one"):
+        checkpoint.load(last)
+    loaded, path, problems = checkpoint.load_newest(tmp_path)
+    assert (loaded["epoch"], path) == (2, previous)
+    assert len(problems) == 1
+    previous.unlink()
+    with pytest.raises(Damaged, match=r"last.pt cannot be read"):
+        checkpoint.load_newest(tmp_path)
+
+
+def test_flipped_bytes_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, content())
+    data = bytearray(path.read_bytes())
+    at = data.index(np.arange(5000, dtype=np.float32)[1000:1010].tobytes())
+    data[at] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(Damaged, match="it is damaged"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("killed_at", range(6))
+def test_a_best_checkpoint_is_never_behind_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+) -> None:
+    """Killed at any rename: a run that goes on from last.pt would not write best.pt of that epoch again."""
+    for epoch in (1, 2):
+        writer = checkpoint.Writer(tmp_path)
+        writer.start(content(epoch), [checkpoint.BEST, checkpoint.epoch_name(epoch)])
+        assert writer.finish() is None
+    replaces = [0]
+    replace = os.replace
+
+    def killing(source: Any, target: Any) -> None:
+        if replaces[0] == killed_at:
+            raise KeyboardInterrupt  # not an OSError: nothing may catch it
+        replaces[0] += 1
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killing)
+    writer = checkpoint.Writer(tmp_path)
+    names = [checkpoint.BEST, checkpoint.epoch_name(3)]
+    if killed_at < 4:
+        with pytest.raises(KeyboardInterrupt):
+            writer._write(content(3), names)
+    else:
+        writer._write(content(3), names)
+    newest = checkpoint.load_newest(tmp_path)[0]["epoch"]
+    best = checkpoint.load(tmp_path / checkpoint.BEST)["epoch"]
+    assert (newest, best) == (2 if killed_at < 4 else 3, 2 if killed_at == 0 else 3)
+
+
+@pytest.mark.parametrize("fails_after", [0, 1])
+def test_a_failing_write_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_after: int) -> None:
+    last, previous = tmp_path / checkpoint.LAST, tmp_path / checkpoint.PREVIOUS
+    checkpoint.save(last, content(1), previous=previous)
+    checkpoint.save(last, content(2), previous=previous)
+    replaces = []
+    replace = os.replace
+
+    def failing(source: Any, target: Any) -> None:
+        if len(replaces) == fails_after:
+            raise OSError("no space left on device")
+        replaces.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(last, content(3), previous=previous)
+    loaded, _, _ = checkpoint.load_newest(tmp_path)
+    assert loaded["epoch"] == 2  # whether or not it had been moved aside already
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_a_write_that_stops_half_way_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, lambda file: file.write(b"old"))
+
+    def half(file: Any) -> None:
+        file.write(b"ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, half)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()  # as any file, not as a private temporary one
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    with pytest.raises(Damaged, match=r"there is no checkpoint .*x.pt"):
+        checkpoint.load(path)
+    torch.save({"weights": torch.zeros(2)}, path)
+    with pytest.raises(Damaged, match="is not a checkpoint of tal-fast"):
+        checkpoint.load(path)
+    torch.save({"format": 99}, path)
+    with pytest.raises(Damaged, match="has format 99 but this version reads 1"):
+        checkpoint.load(path)
+    torch.save({"format": 1, **{k: v for k, v in content().items() if k != "ranks"}}, path)
+    with pytest.raises(Damaged, match="lacks ranks"):
+        checkpoint.load(path)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("evil-was-here",)
+
+
+def test_no_code_in_a_checkpoint_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": 1, "model": Evil()}, tmp_path / "torch.pt")
+    torch.save({"format": 1, "model": Evil()}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Evil()))
+    for name in ("torch.pt", "old.pt", "pickle.pt"):
+        with pytest.raises(Damaged, match="cannot be read"):
+            checkpoint.load(tmp_path / name)
+    assert not (tmp_path / "evil-was-here").exists()
