@@ -1,4 +1,4 @@
-"""A whole training step with cross-entropy and with TAL: what TAL adds to forward, backward and the optimizer."""
+"""Benchmark of a training step (forward, backward, optimizer) with cross-entropy and with TAL."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ EPOCHS = 100  # of the run that the steps belong to; the step is one after warm-
 def make_training(
     case: Case, method: Literal["ce", "tal"], device: torch.device, backend: Literal["auto", "reference"] = "auto"
 ) -> Callable[[], Tensor]:
-    """A step that returns its loss. All get the same weights, images and queue."""
+    """Training step that returns its loss, on the same weights, images and queue for every method."""
     torch.manual_seed(0)
     network: nn.Module = build_model(ModelConfig(case.model), case.C, image_size=case.side)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

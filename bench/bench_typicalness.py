@@ -1,4 +1,4 @@
-"""Features to statistics and nearest distance, beside other exact searches.
+"""Benchmark of feature statistics and nearest distance beside other exact searches.
 
 Bytes of one call: the features, read once. Operations: B·N comparisons at 6 each, which brute force needs and an index
 need not. Peers: plain PyTorch, torch.cdist, faiss's flat index, SciPy's k-d tree; what they need built is built
@@ -59,7 +59,7 @@ GPU = [
 
 
 class Problem:
-    """A batch's features, a full queue, and what the distances are."""
+    """Features of a batch, a full queue, and the expected distances."""
 
     def __init__(self, B: int, D: int, N: int, dtype: torch.dtype, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -81,7 +81,7 @@ def problem(B: int, D: int, N: int, dtype: str, device: torch.device) -> Problem
 
 
 def make_peer(name: str, p: Problem) -> Callable[[Tensor], Tensor]:
-    """Features -> (B,) distances.
+    """Distance function of a peer: (B, D) features -> (B,) distances.
 
     Raises:
         CannotRun: it is not installed, or not for this device.
@@ -131,7 +131,7 @@ def make_peer(name: str, p: Problem) -> Callable[[Tensor], Tensor]:
 
 
 def gate(what: object, got: Tensor, p: Problem) -> None:
-    """Refuse distances that are off by more than the rounding of float32 statistics, some 1e-7 each."""
+    """Check a peer's distances to within the rounding of float32 statistics, about 1e-7 each."""
     error = float((got.double() - p.expected).abs().max())
     if not error <= 2e-6:
         raise AssertionError(f"the distance of {what} is off by {error:.1e} (limit 2e-06); not timed")

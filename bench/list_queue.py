@@ -1,4 +1,4 @@
-"""TAL as its released code computes it, for comparison: the queue is two Python lists.
+"""TAL as the released code computes it: the queue is two Python lists.
 
 Written from the algorithm (variant ``released``), not copied: every step turns both lists into tensors, compares the
 whole batch with the whole queue at once, and pushes the accepted samples one by one. ``tests/test_bench.py`` checks it
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 class ListQueueTAL:
-    """The loss step with list queues; arguments as in ``tal_fast.TALLoss``."""
+    """Loss step with list queues; arguments as in ``tal_fast.TALLoss``."""
 
     def __init__(self, queue_size: int, t_min: float = 10.0, t_max: float = 100.0, t_wrong: float = 20.0) -> None:
         self.queue_size, self.t_min, self.t_max, self.t_wrong = queue_size, t_min, t_max, t_wrong

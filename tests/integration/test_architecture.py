@@ -23,7 +23,9 @@ def installed(tmp_path: Path) -> Path:
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(sys.argv[1], no_cache=True))"
+    command = (
+        "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(sys.argv[1], no_cache=True))"
+    )
     return subprocess.run(
         [sys.executable, "-c", command, str(ROOT / ".importlinter")],
         cwd=folder,

@@ -1,4 +1,4 @@
-"""README's Python blocks run as they stand."""
+"""Python blocks of README.md."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def test_readme_has_python_blocks() -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
