@@ -111,12 +111,12 @@ for step in range(1, 6):
     ("point", "last", "previous", "temporary"),
     [
         ("job:half-written:3:0", 2, 1, True),  # the third save is the first after the third step
-        ("job:written:3:0", 2, 1, True),
-        ("job:renaming:3:0", 2, 1, True),
+        pytest.param("job:written:3:0", 2, 1, True, marks=pytest.mark.slow),
+        pytest.param("job:renaming:3:0", 2, 1, True, marks=pytest.mark.slow),
         ("job:renamed:3:0", None, 2, True),  # the first rename is that of the checkpoint before
-        ("job:renamed:3:1", 3, 2, False),
-        ("job:renamed:3:2", None, 3, True),
-        ("job:step:5:0.5", 5, 4, False),
+        pytest.param("job:renamed:3:1", 3, 2, False, marks=pytest.mark.slow),
+        pytest.param("job:renamed:3:2", None, 3, True, marks=pytest.mark.slow),
+        pytest.param("job:step:5:0.5", 5, 4, False, marks=pytest.mark.slow),
     ],
 )
 def test_process_dies_at_the_chosen_point(
