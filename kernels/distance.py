@@ -1,12 +1,12 @@
-"""Features to statistics, nearest distance and the batch's smallest and largest distance, in one launch.
+"""Feature statistics, distance to the nearest queue entry, and the batch's distance range, in one launch.
 
-Work: B·N comparisons at 6 operations each, against B·D·size + 8·N bytes read. At B = 256 and N = 880,880 the
-comparisons decide; the queue (7 MB) stays in the L2 cache.
+Cost: B·N comparisons of 6 operations each, and B·D·itemsize + 8·N bytes read. At B = 256 and N = 880,880 the
+comparisons dominate and the queue (7 MB) stays in the L2 cache.
 
-The grid is (blocks of queries) x (shares of the queue). Each program computes its queries' statistics itself (reading a
-few rows from the L2 cache again costs less than a launch), compares them with its share of the queue and leaves its
-minima in scratch memory. The program that finishes last, known by a ticket, takes the minimum over the shares: no
-second launch, no atomic on a float, and the same result whatever the order.
+The grid is (query blocks) x (queue splits). Each program computes the statistics of its own queries (reading a few rows
+again from the L2 cache costs less than a second launch), compares them with its split of the queue and stores the
+minima in scratch memory. The last program to finish, identified by a ticket counter, reduces the minima over the
+splits. This needs no second launch and no floating-point atomics, and the result does not depend on timing.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tal_fast.kernels.launch import Launch, Target, cdiv, target_of
+from tal_fast.kernels.launch import Launch, Target, cdiv, device_target
 
-QUERIES = 16  # a program's queries: each queue entry loaded serves all of them
-ENTRIES = 128  # queue entries at a time: a 16 x 128 tile of minima is 16 float32 registers a thread at 4 warps
-FEATURES = 64  # features at a time: two 16 x 64 tiles of float64 sums are 32 registers a thread
-ROWS = 256  # rows at a time in the last program's reduction
+QUERIES = 16  # queries per program; every queue entry loaded serves all of them
+ENTRIES = 128  # queue entries per iteration: a 16 x 128 tile of minima takes 16 float32 registers a thread at 4 warps
+FEATURES = 64  # features per iteration: two 16 x 64 tiles of float64 sums take 32 registers a thread
+ROWS = 256  # rows per iteration of the last program's reduction
 NUM_WARPS = 4
 
 
 @triton.jit
-def sqrt_exact(x):
-    """Correctly rounded: plain tl.sqrt is only approximate in float32."""
+def sqrt_rn(x):
+    """Correctly rounded square root (``tl.sqrt`` is approximate in float32)."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:
@@ -35,23 +35,26 @@ def sqrt_exact(x):
 
 
 @triton.jit
-def _nearest_in_share(
+def _nearest_in_split(
     queue_mean_ptr,
     queue_std_ptr,
     length,
-    m,  # (QUERIES,)
-    s,  # (QUERIES,)
+    m,
+    s,
     QUERIES: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """Smallest squared distance of each query to this program's share of the queue: every programs-th tile of it."""
+    """Smallest squared distance of each query to this program's split of the queue.
+
+    Split i of n holds the tiles i, i + n, i + 2n, ... of ENTRIES queue entries. ``m`` and ``s`` are (QUERIES,).
+    """
     best = tl.full((QUERIES, ENTRIES), float("inf"), m.dtype)
     start = tl.program_id(1).to(tl.int64) * ENTRIES
     step = tl.num_programs(1).to(tl.int64) * ENTRIES
     while start < length:
         j = start + tl.arange(0, ENTRIES)
         inside = j < length
-        # Beyond the length an infinite mean: its distance is never the smallest.
+        # An infinite mean past the end: its distance is never the smallest.
         qm = tl.load(queue_mean_ptr + j, mask=inside, other=float("inf"))
         qs = tl.load(queue_std_ptr + j, mask=inside, other=0.0)
         dm = m[:, None] - qm[None, :]
@@ -62,9 +65,12 @@ def _nearest_in_share(
 
 
 @triton.jit
-def is_last(ticket_ptr, programs):
-    """Whether all other programs of the launch have stored their results, visibly to this one."""
-    tl.debug_barrier()  # all of this program's stores before its ticket, whichever thread made them
+def is_last_program(ticket_ptr, programs):
+    """Whether this is the last program of the launch to arrive; it then sees the stores of all the others.
+
+    ``ticket_ptr`` is a (1,) int32 arrival counter, zero before the launch and after it.
+    """
+    tl.debug_barrier()  # orders the stores of all this program's threads before its ticket
     ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
     last = ticket == programs - 1
     if last:
@@ -75,17 +81,17 @@ def is_last(ticket_ptr, programs):
 
 @triton.jit
 def statistics_distance_kernel(
-    features_ptr,  # (B, D)
-    labels_ptr,  # (B,) int64
-    queue_mean_ptr,  # (N,)
-    queue_std_ptr,  # (N,)
-    cursor_ptr,  # (2,) int64: next slot, length
-    ticket_ptr,  # (1,) int32, 0 before and after
-    mean_ptr,  # (B,) out
-    std_ptr,  # (B,) out
-    distance_ptr,  # (B,) out
-    batch_ptr,  # (6,) float64 out
-    scratch_ptr,  # (shares, B)
+    features_ptr,
+    labels_ptr,
+    queue_mean_ptr,
+    queue_std_ptr,
+    cursor_ptr,
+    ticket_ptr,
+    mean_ptr,
+    std_ptr,
+    distance_ptr,
+    batch_ptr,
+    scratch_ptr,
     rows,
     width,
     features_stride_b,
@@ -97,12 +103,24 @@ def statistics_distance_kernel(
     FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Statistics of each row, its distance to the nearest queue entry, and the batch's distance range.
+
+    Pointers:
+        features: (rows, width), strides features_stride_b and features_stride_d.
+        labels: (rows,) int64, stride labels_stride.
+        queue_mean, queue_std: (N,).
+        cursor: (2,) int64: next slot, length.
+        ticket: (1,) int32, zero before and after.
+        mean, std, distance: (rows,) out, in the queue's dtype.
+        batch: (6,) float64 out: smallest and largest distance, number of valid rows, three zeros.
+        scratch: (splits, rows), squared distance to each split of the queue.
+    """
     row = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
     in_batch = row < rows
     base = features_ptr + row[:, None] * features_stride_b
 
-    # 1. Statistics in float64, in one pass of sums shifted by each row's first feature. The shift is one of the values,
-    #    so that the variance is at least its square over D: the cancellation costs no more than D times 1e-16.
+    # 1. Mean and standard deviation in float64, from one pass of sums shifted by each row's first feature. Because the
+    #    shift is one of the values, cancellation costs a relative error of at most D times 1e-16.
     first = tl.load(features_ptr + row * features_stride_b, mask=in_batch, other=0.0).to(tl.float64)
     total = tl.zeros((QUERIES, FEATURES), tl.float64)
     squares = tl.zeros((QUERIES, FEATURES), tl.float64)
@@ -117,19 +135,19 @@ def statistics_distance_kernel(
     variance = (tl.sum(squares, axis=1) - width * shifted * shifted) / (width - 1)
     dtype = queue_mean_ptr.dtype.element_ty
     m = (first + shifted).to(dtype)
-    # Rounding may leave a constant row's variance just below zero; a NaN stays one.
-    s = sqrt_exact(tl.where(variance < 0, 0.0, variance)).to(dtype)
+    # Rounding may leave the variance of a constant row just below zero; NaN stays NaN.
+    s = sqrt_rn(tl.where(variance < 0, 0.0, variance)).to(dtype)
     if tl.program_id(1) == 0:
         tl.store(mean_ptr + row, m, mask=in_batch)
         tl.store(std_ptr + row, s, mask=in_batch)
 
-    # 2. This share's minima.
+    # 2. Smallest squared distances to this program's split of the queue.
     length = tl.load(cursor_ptr + 1)
-    best = _nearest_in_share(queue_mean_ptr, queue_std_ptr, length, m, s, QUERIES, ENTRIES)
+    best = _nearest_in_split(queue_mean_ptr, queue_std_ptr, length, m, s, QUERIES, ENTRIES)
     tl.store(scratch_ptr + tl.program_id(1).to(tl.int64) * rows + row, best, mask=in_batch)
 
-    # 3. The last program: minimum over the shares, distances, and the batch's summary.
-    if is_last(ticket_ptr, tl.num_programs(0) * tl.num_programs(1)):
+    # 3. In the last program: reduce over the splits, write the distances and the batch's summary.
+    if is_last_program(ticket_ptr, tl.num_programs(0) * tl.num_programs(1)):
         smallest = tl.full((ROWS,), float("inf"), tl.float64)
         largest = tl.full((ROWS,), float("-inf"), tl.float64)
         valid_rows = tl.zeros((ROWS,), tl.int64)
@@ -137,16 +155,16 @@ def statistics_distance_kernel(
             r = start + tl.arange(0, ROWS).to(tl.int64)
             present = r < rows
             squared = tl.full((ROWS,), float("inf"), dtype)
-            for share in range(0, tl.num_programs(1)):
-                # .cg: from the L2 cache, where the other programs' stores are
+            for split in range(0, tl.num_programs(1)):
+                # .cg reads from the L2 cache, where the other programs' stores are.
                 part = tl.load(
-                    scratch_ptr + tl.cast(share, tl.int64) * rows + r,
+                    scratch_ptr + tl.cast(split, tl.int64) * rows + r,
                     mask=present,
                     other=float("inf"),
                     cache_modifier=".cg",
                 )
                 squared = tl.minimum(squared, part)
-            distance = sqrt_exact(squared)
+            distance = sqrt_rn(squared)
             tl.store(distance_ptr + r, distance, mask=present)
             label = tl.load(labels_ptr + r * labels_stride, mask=present, other=ignore_index)
             valid = present & (label != ignore_index)
@@ -164,27 +182,37 @@ def statistics_distance_kernel(
 
 @triton.jit
 def nearest_kernel(
-    mean_ptr,  # (B,)
-    std_ptr,  # (B,)
-    queue_mean_ptr,  # (N,)
-    queue_std_ptr,  # (N,)
-    cursor_ptr,  # (2,) int64
-    squared_ptr,  # (shares, B) out
+    mean_ptr,
+    std_ptr,
+    queue_mean_ptr,
+    queue_std_ptr,
+    cursor_ptr,
+    squared_ptr,
     rows,
     QUERIES: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
+    """Squared distance of each (mean, std) to the nearest entry of each split of the queue.
+
+    Pointers:
+        mean, std: (rows,).
+        queue_mean, queue_std: (N,).
+        cursor: (2,) int64: next slot, length.
+        squared: (splits, rows) out.
+    """
     row = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
     in_batch = row < rows
     m = tl.load(mean_ptr + row, mask=in_batch, other=0.0)
     s = tl.load(std_ptr + row, mask=in_batch, other=0.0)
-    best = _nearest_in_share(queue_mean_ptr, queue_std_ptr, tl.load(cursor_ptr + 1), m, s, QUERIES, ENTRIES)
+    best = _nearest_in_split(queue_mean_ptr, queue_std_ptr, tl.load(cursor_ptr + 1), m, s, QUERIES, ENTRIES)
     tl.store(squared_ptr + tl.program_id(1).to(tl.int64) * rows + row, best, mask=in_batch)
 
 
-def shares_of(rows: int, capacity: int, target: Target) -> int:
-    """Shares of the queue such that there are about two programs a multiprocessor, and none without entries. The
-    queue's length is on the device, so its capacity decides. (Not yet tuned on a GPU.)"""
+def num_splits_for(rows: int, capacity: int, target: Target) -> int:
+    """Number of queue splits: about two programs per multiprocessor, and at least four tiles of entries per split.
+
+    The queue's length is on the device, so its capacity decides. Not yet tuned on a GPU.
+    """
     blocks = cdiv(max(rows, 1), QUERIES)
     return max(1, min(cdiv(2 * target.multiprocessors, blocks), cdiv(capacity, 4 * ENTRIES)))
 
@@ -199,11 +227,11 @@ def plan_statistics_distance(
     ignore_index: int,
     target: Target,
 ) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The launch and the tensors it fills: mean, std, distance (B,) and the summary (6,)."""
+    """Launch of ``statistics_distance_kernel``, and its outputs: mean, std, distance (B,) and the summary (6,)."""
     rows, width = features.shape
     mean, std, distance = (queue_mean.new_empty(rows) for _ in range(3))
     batch = queue_mean.new_empty(6, dtype=torch.float64)
-    shares = shares_of(rows, queue_mean.numel(), target)
+    splits = num_splits_for(rows, queue_mean.numel(), target)
     arguments = {
         "features_ptr": features,
         "labels_ptr": labels,
@@ -215,7 +243,7 @@ def plan_statistics_distance(
         "std_ptr": std,
         "distance_ptr": distance,
         "batch_ptr": batch,
-        "scratch_ptr": queue_mean.new_empty(shares * rows),
+        "scratch_ptr": queue_mean.new_empty(splits * rows),
         "rows": rows,
         "width": width,
         "features_stride_b": features.stride(0),
@@ -224,7 +252,7 @@ def plan_statistics_distance(
         "ignore_index": ignore_index,
     }
     constants = {"QUERIES": QUERIES, "ENTRIES": ENTRIES, "FEATURES": FEATURES, "ROWS": ROWS}
-    grid = (max(1, cdiv(rows, QUERIES)), shares)  # one program at least: it fills the summary of no rows
+    grid = (max(1, cdiv(rows, QUERIES)), splits)  # an empty batch needs a program too: it writes the summary
     return Launch(statistics_distance_kernel, grid, arguments, constants, NUM_WARPS), (mean, std, distance, batch)
 
 
@@ -237,21 +265,22 @@ def statistics_distance(
     ticket: Tensor,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of the features and their nearest distance to the queue.
+    """Mean and standard deviation of each sample's features, and their distance to the nearest queue entry.
 
     Args:
         features: (B, D) floating point, any strides, D >= 2.
-        labels: (B,) int64; rows with ``ignore_index`` have no part in the summary.
+        labels: (B,) int64; rows labelled ``ignore_index`` are left out of the summary.
         queue_mean, queue_std: (N,) float32 or float64, contiguous.
         cursor: (2,) int64, [next slot, number of entries].
-        ticket: (1,) int32, zero; zero again afterwards. Launches that may overlap need their own.
+        ticket: (1,) int32, zero before and after. Launches that may overlap need separate tickets.
+        ignore_index: label of the rows to ignore.
 
     Returns:
-        ``(mean, std, distance, batch)``: (B,) in the queue's dtype, and (6,) float64 as
-        ``reference.batch_summary``, with zeros in place of the three sums that need the logits.
+        ``(mean, std, distance, batch)``. The first three are (B,) in the queue's dtype; ``batch`` is the (6,) float64
+        summary defined by ``tal_fast.loss.reference.batch_summary``, with zeros for the three sums that need logits.
     """
     launch, results = plan_statistics_distance(
-        features, labels, queue_mean, queue_std, cursor, ticket, ignore_index, target_of(features.device)
+        features, labels, queue_mean, queue_std, cursor, ticket, ignore_index, device_target(features.device)
     )
     launch.run()
     return results
@@ -260,10 +289,10 @@ def statistics_distance(
 def plan_nearest(
     queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor, std: Tensor, target: Target
 ) -> tuple[Launch, Tensor]:
-    """The launch and the (shares, B) squared distances it fills."""
+    """Launch of ``nearest_kernel``, and its output: (splits, B) squared distances."""
     rows = mean.numel()
-    shares = shares_of(rows, queue_mean.numel(), target)
-    squared = mean.new_empty(shares, rows)
+    splits = num_splits_for(rows, queue_mean.numel(), target)
+    squared = mean.new_empty(splits, rows)
     arguments = {
         "mean_ptr": mean,
         "std_ptr": std,
@@ -274,15 +303,24 @@ def plan_nearest(
         "rows": rows,
     }
     constants = {"QUERIES": QUERIES, "ENTRIES": ENTRIES}
-    return Launch(nearest_kernel, (cdiv(rows, QUERIES), shares), arguments, constants, NUM_WARPS), squared
+    return Launch(nearest_kernel, (cdiv(rows, QUERIES), splits), arguments, constants, NUM_WARPS), squared
 
 
 def nearest(queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(B,) distance of each (mean, std) to the nearest queue entry; inf for an empty queue."""
+    """Distance of each (mean, std) to the nearest queue entry.
+
+    Args:
+        queue_mean, queue_std: (N,) float32 or float64, contiguous.
+        cursor: (2,) int64, [next slot, number of entries].
+        mean, std: (B,) in the queue's dtype.
+
+    Returns:
+        (B,) distances; inf for an empty queue.
+    """
     if mean.numel() == 0:
         return mean.clone()
     launch, squared = plan_nearest(
-        queue_mean, queue_std, cursor, mean.contiguous(), std.contiguous(), target_of(mean.device)
+        queue_mean, queue_std, cursor, mean.contiguous(), std.contiguous(), device_target(mean.device)
     )
     launch.run()
     return squared.amin(0).sqrt()
