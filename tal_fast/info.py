@@ -8,7 +8,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print versions, devices, and for each device the backend that ``auto`` takes and why."""
     argparse.ArgumentParser(prog="python -m tal_fast.info", description=__doc__).parse_args(argv)
     # Imported here so that --help does not wait for PyTorch.
-    from tal_fast.loss.backends import describe
+    from tal_fast.loss.dispatch import describe
     from tal_fast.utils.environment import describe as describe_environment
 
     print("\n".join([*describe_environment(), *describe()]))
