@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tal_fast.config.schema import parse_yaml
+from tal_fast.config.parse import parse_yaml
 from tal_fast.evaluation.report import (
     SETTING_TITLES,
     TITLES,

@@ -29,7 +29,8 @@ def one_thread(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 def config(output: Path, method: str = "tal", **options: Any) -> Config:
     """Digits, small and with all that is random: crops, shuffling, queue."""
-    method_options, data_options = options.pop("method_options", {}), options.pop("data_options", {})
+    method_options = {"queue_size": 150, **options.pop("method_options", {})}
+    data_options, label_smoothing = options.pop("data_options", {}), method_options.pop("label_smoothing", 0.0)
     return Config(
         data=DataConfig(
             **{
@@ -45,7 +46,7 @@ def config(output: Path, method: str = "tal", **options: Any) -> Config:
         ),
         # Below 7, oneDNN's channels-last 1 x 1 convolutions of stride 2 write out of bounds on AVX2 (torch 2.14).
         model=ModelConfig("cifar_resnet8", width=8),
-        method=MethodConfig(method, queue_size=150, **method_options),  # type: ignore[arg-type]
+        method=MethodConfig(method, label_smoothing, method_options),
         **{
             "optim": OptimConfig(lr=0.05, warmup_epochs=1),
             "output": str(output),

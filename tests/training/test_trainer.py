@@ -122,7 +122,7 @@ def test_resume_refuses_another_configuration(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
         Trainer(config(tmp_path, epochs=3, seed=4, resume="auto"))
     moved = config(tmp_path, epochs=2, resume="auto", eval_batch_size=7)
-    moved.data.workers, moved.method.backend = 1, "reference"  # what changes nothing but the speed may change
+    moved.data.workers, moved.method.options["backend"] = 1, "reference"  # what changes nothing but the speed may change
     Trainer(moved).fit()
     assert len(read_metrics(tmp_path)) == 2
 
@@ -269,7 +269,7 @@ def test_bad_options_are_refused_before_anything_is_written(
     ("epochs", "given", "warmup"), [(19, None, 0), (20, None, 1), (24, None, 1), (90, None, 4), (90, 7, 7), (90, 0, 0)]
 )
 def test_tal_warms_up_for_a_twentieth_of_the_epochs(epochs: int, given: int | None, warmup: int) -> None:
-    method = make_method(MethodConfig("tal", warmup_epochs=given), epochs)
+    method = make_method(MethodConfig("tal", options={"warmup_epochs": given}), epochs)
     logits, features, labels = torch.eye(8)[:, :5] * 9, torch.rand(8, 6), torch.arange(8) % 5
     step_of(method, logits, features, labels)
     typicalness = []
@@ -280,7 +280,7 @@ def test_tal_warms_up_for_a_twentieth_of_the_epochs(epochs: int, given: int | No
 
 
 def test_tal_has_its_options_and_reports_its_queue() -> None:
-    method = make_method(MethodConfig("tal", t_min=2.0, t_max=20.0, variant="released", queue_size=7))
+    method = make_method(MethodConfig("tal", options={"t_min": 2.0, "t_max": 20.0, "variant": "released", "queue_size": 7}))
     loss_fn = method.loss_fn
     assert (loss_fn.options.t_min, loss_fn.options.t_max, loss_fn.options.variant) == (2.0, 20.0, "released")
     labels = torch.arange(5)
