@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tal_fast.config.schema import Config, DataConfig, MethodConfig, ModelConfig, OptimConfig
+from tal_fast.data.loader import IGNORED_LABEL
 from tal_fast.methods import Method, Step, Task, build_method
 from tal_fast.runs import checkpoint
 from tal_fast.training.trainer import Trainer
@@ -69,6 +70,13 @@ def method(config: MethodConfig, epochs: int = 10, classes: int = 10, images: in
 def step_of(made: Method, logits: torch.Tensor, features: torch.Tensor, labels: torch.Tensor) -> Step:
     """Its step on the first training images."""
     return made(logits, features, labels, torch.arange(len(labels)))
+
+
+def labelled_batch(rows: int = 9, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random logits, features and labels; the fourth row has no label."""
+    labels = torch.randint(classes, (rows,))
+    labels[3] = IGNORED_LABEL
+    return 3 * torch.randn(rows, classes), torch.rand(rows, 6), labels
 
 
 def untimed(rows: list[dict[str, float]]) -> list[dict[str, float]]:
