@@ -78,11 +78,12 @@ def test_options_are_read_without_torch() -> None:
         code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module(sys.argv.pop(1), run_name='__main__')"
         _, module, *options = words.split()
         done = subprocess.run([sys.executable, "-c", code, module, *options], capture_output=True, text=True)
-        assert done.returncode == (2 if "0" in options else 0), done.stderr
-        program = "tal-fast train" if module == "tal_fast" else "python -m tal_fast.train"
-        assert (
-            done.stdout.startswith(f"usage: {program} ") or done.stderr == "error: epochs is 0 but must be at least 1\n"
-        )
+        if "--help" in options:
+            program = "tal-fast train" if module == "tal_fast" else "python -m tal_fast.train"
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.startswith(f"usage: {program} ")
+        else:
+            assert (done.returncode, done.stderr) == (2, "error: epochs is 0 but must be at least 1\n")
 
 
 def test_the_console_command_lists_the_commands() -> None:
