@@ -55,9 +55,9 @@ def make_training(
     images = torch.randn(case.B, 3, case.side, case.side, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(case.C, (case.B,), device=device)
     indices = torch.arange(case.B, device=device)
-    loss_fn: Any = build_method(
-        MethodConfig(method, queue_size=case.N, backend=backend), Task(EPOCHS, case.C, case.N, learning_rate=0.01)
-    ).to(device)
+    method_config = MethodConfig(method, options={"queue_size": case.N, "backend": backend})
+    task = Task(EPOCHS, case.C, case.N, learning_rate=0.01)
+    loss_fn: Any = build_method(method_config, task).to(device)
     loss_fn.start_epoch(EPOCHS - 1)
     for part in loss_fn.modules():
         if hasattr(part, "queue"):

@@ -223,7 +223,7 @@ def training_step(bench: Bench) -> dict[str, Any]:
 
 def graphed_training(bench: Bench) -> dict[str, Any]:
     """Whether the trainer's CUDA-graph mode gives the losses it gives without."""
-    from tal_fast.config.schema import load_config
+    from tal_fast.config.parse import load_config
     from tal_fast.training.trainer import Trainer
 
     losses = []

@@ -20,6 +20,7 @@ from typing import Any
 
 from bench.harness import environment, write_json
 from bench.report import FIGURES, ROOT, table, update_pages
+from tal_fast.config.methods import option_path
 from tal_fast.evaluation.compare import Group
 from tal_fast.experiments import select
 from tal_fast.experiments.plan import read_experiment
@@ -146,7 +147,8 @@ def draw_temperatures(plt: Any) -> Any:
     results = read("fashion-mnist-temperatures")
     if results is None:
         return None
-    points = {run["label"]: (run["grid"]["method.t_min"], run["grid"]["method.t_max"]) for run in results["runs"]}
+    grids = {run["label"]: {option_path(key): v for key, v in run["grid"].items()} for run in results["runs"]}
+    points = {label: (grid["method.options.t_min"], grid["method.options.t_max"]) for label, grid in grids.items()}
     low, high = (sorted({point[i] for point in points.values()}) for i in (0, 1))
     ood = groups_of(results)[0].reports[0]["ood_names"]
     metrics = [("old_fd", "aurc"), *((f"new_fd/{one}", "aurc") for one in ood)]

@@ -3,10 +3,12 @@
 import argparse
 from collections.abc import Sequence
 
+from tal_fast.utils.process import program_name
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print versions, devices, and for each device the backend that ``auto`` takes and why."""
-    argparse.ArgumentParser(prog="python -m tal_fast.info", description=__doc__).parse_args(argv)
+    argparse.ArgumentParser(prog=program_name("info"), description=__doc__).parse_args(argv)
     # Imported here so that --help does not wait for PyTorch.
     from tal_fast.loss.dispatch import describe
     from tal_fast.utils.environment import describe as describe_environment

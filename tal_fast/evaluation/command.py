@@ -23,6 +23,7 @@ from tal_fast.metrics.settings import Mix
 from tal_fast.scores.features import KNN_SAMPLES
 from tal_fast.scores.temperature import HELD_OUT
 from tal_fast.utils.distributed import Ranks, choose_device
+from tal_fast.utils.process import program_name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,7 +89,7 @@ def _start_ranks(device: str) -> Ranks:
 def parser() -> argparse.ArgumentParser:
     """All options."""
     parser = argparse.ArgumentParser(
-        prog="python -m tal_fast.evaluate",
+        prog=program_name("evaluate"),
         description="Report how well confidence tells right predictions from wrong ones: Old FD, OOD and New FD, and "
         "Old FD under shift. docs/evaluation.md tells more.",
     )

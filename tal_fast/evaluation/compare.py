@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tal_fast.config.schema import parse_yaml
+from tal_fast.config.parse import parse_yaml
 from tal_fast.evaluation.report import (
     SETTING_TITLES,
     TITLES,
@@ -46,6 +46,7 @@ from tal_fast.metrics.bootstrap import LEVEL, interval
 from tal_fast.metrics.failure import HIGHER_IS_BETTER, METRICS, Floats
 from tal_fast.metrics.settings import Mix
 from tal_fast.utils.io import replacing
+from tal_fast.utils.process import program_name
 
 DEFAULT_METRICS = ("aurc", "auroc", "fpr95")
 FORMATS = ("table", "markdown", "latex", "csv")
@@ -599,7 +600,7 @@ def _how(over: str, groups: Sequence[Group], resamples: int) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tal_fast.compare", description="Set failure-detection reports side by side."
+        prog=program_name("compare"), description="Set failure-detection reports side by side."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a report.json")
     parser.add_argument(

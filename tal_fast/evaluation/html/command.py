@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from tal_fast.evaluation.html.page import write_html
 from tal_fast.utils.distributed import choose_device
+from tal_fast.utils.process import program_name
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tal_fast.html_report",
+        prog=program_name("html-report"),
         description="Write report.html, a page to look at, from what python -m tal_fast.evaluate saved.",
     )
     parser.add_argument("folder", metavar="DIR", help="a run that has been evaluated, or an evaluation's --output")
