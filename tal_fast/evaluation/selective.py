@@ -336,7 +336,7 @@ def calibrate_run(
     score = _check_score(score or run.score)
     cache = Path(run_dir) / CACHE / run.checkpoint.stem
     outputs = collect_outputs(run, "val", cache, batch_size=batch_size, device=device)
-    found, about = calibrate(SCORES[score](outputs.logits), outputs.right, **options)
+    found, about = calibrate(SCORES[score](outputs.logits), outputs.correct, **options)
     mean, std = run.config.data.normalization()
     about |= {
         "score": score, "run": str(run_dir), "checkpoint": run.checkpoint.stem, "epoch": run.epoch,
@@ -365,7 +365,7 @@ def calibrate_npz(path: str | Path, output: str | Path | None = None, *, score: 
 
     path = Path(path)
     outputs = read_npz(path)[0]
-    _, about = calibrate(SCORES[_check_score(score)](outputs.logits), outputs.right, **options)
+    _, about = calibrate(SCORES[_check_score(score)](outputs.logits), outputs.correct, **options)
     about |= {"score": _check_score(score), "npz": str(path)}
     _write(about, (path.with_name(path.stem + "-calibrated") if output is None else Path(output)) / JSON)
     return about

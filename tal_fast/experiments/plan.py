@@ -389,7 +389,7 @@ def _evaluate_words(options: Values) -> tuple[str, ...]:
     from tal_fast.evaluation.score_selection import check_scores
 
     parser = command.parser()
-    taken = {"help", "run", "weights", "npz", "output", "cache", *command.OF_WEIGHTS}
+    taken = {"help", "run", "weights", "npz", "output", "cache", *command.WEIGHTS_OPTIONS}
     actions = {action.dest: action for action in parser._actions if action.dest not in taken}
     words: list[str] = []
     for key, value in options.items():
