@@ -1,5 +1,9 @@
 """Names that options choose from, importable without torch so that ``--help`` is quick."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 METRICS = (
     "aurc", "eaurc", "eaurc_exact", "augrc", "auroc", "fpr95", "tnr95", "aupr_success", "aupr_error",
 )  # fmt: skip
@@ -29,8 +33,30 @@ SCORE_GROUPS = {
 }
 """Group name -> the scores it stands for."""
 
+DEFAULT_SCORES = ("cosine", "msp")
+
 INTERPOLATIONS = ("bilinear", "bicubic")
 """Antialiased filters that images are resized with, as in Pillow."""
 
 CORRUPTIONS = ("gaussian-noise", "blur", "contrast", "brightness", "jpeg", "pixelate")
 """Built-in corruptions for shifted sets, see ``tal_fast.data.corruptions``."""
+
+UNITS = ("natural", "paper")
+"""Units of printed metrics: fractions, or as papers print them."""
+
+
+def check_scores(names: Sequence[str]) -> list[str]:
+    """Resolve score names: groups are expanded, hyphens read as underscores, duplicates dropped.
+
+    Raises:
+        ValueError: a name is unknown, or there is none.
+    """
+    plain = [name.replace("-", "_") for name in names]
+    scores = list(dict.fromkeys(score for name in plain for score in SCORE_GROUPS.get(name, (name,))))
+    unknown = [score for score in scores if score not in SCORE_GROUPS["all"]]
+    if unknown or not scores:
+        raise ValueError(
+            f"unknown score {', '.join(unknown) or '(none given)'}; choose from {', '.join(SCORE_GROUPS['all'])}, "
+            f"or a group: {', '.join(SCORE_GROUPS)}"
+        )
+    return scores

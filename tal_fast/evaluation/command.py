@@ -9,9 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tal_fast.config.names import CONVENTIONS, CORRUPTIONS, FEATURE_SCORES, INTERPOLATIONS, LOGIT_SCORES, SCORE_GROUPS
-from tal_fast.evaluation.score_selection import DEFAULT_SCORES
-from tal_fast.evaluation.tables import UNITS
+from tal_fast.config.names import (
+    CONVENTIONS,
+    CORRUPTIONS,
+    DEFAULT_SCORES,
+    FEATURE_SCORES,
+    INTERPOLATIONS,
+    LOGIT_SCORES,
+    SCORE_GROUPS,
+    UNITS,
+)  # fmt: skip
 from tal_fast.utils.arguments import ArgumentParser, at_least, checked, whole_number
 
 if TYPE_CHECKING:
@@ -44,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print(evaluation: Evaluation, output: Path, units: str) -> None:
     from tal_fast.evaluation.html.page import FILE
-    from tal_fast.evaluation.report_tables import format_report
+    from tal_fast.evaluation.tables import format_report
 
     report = evaluation.report
     if "run" in report:
@@ -58,8 +65,9 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
     """Evaluate what the options name; returns the evaluation (None on ranks other than 0) and the output folder."""
     from tal_fast.config.schema import ModelConfig
     from tal_fast.data.ood import parse_named
-    from tal_fast.evaluation.pipeline import EvaluationOptions
-    from tal_fast.evaluation.sources import PassOptions, default_output, evaluate_npz, evaluate_run, evaluate_weights
+    from tal_fast.evaluation.predictions import PassOptions
+    from tal_fast.evaluation.report import EvaluationOptions
+    from tal_fast.evaluation.sources import default_output, evaluate_npz, evaluate_run, evaluate_weights
 
     options = EvaluationOptions(
         scores=[name for group in args.scores for name in group.split(",") if name],
@@ -75,26 +83,19 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
         # There are no passes to share, so the first of torchrun's processes does everything.
         return evaluate_npz(args.npz, output, options) if os.environ.get("RANK", "0") == "0" else None, output
     ranks = _start_ranks(args.device or "auto")
-    passes = PassOptions(
-        ood=parse_named(args.ood, "--ood"),
-        shifts=parse_named(args.shift, "--shift"),
-        batch_size=args.batch_size or 256,
-        amp=args.amp,
-        fast=args.fast,
-        cache=args.cache,
-        ranks=ranks,
-    )
     try:
+        shared: dict[str, Any] = {
+            "ood": parse_named(args.ood, "--ood"),
+            "shifts": parse_named(args.shift, "--shift"),
+            "cache": args.cache,
+            "passes": PassOptions(args.batch_size or 256, args.amp, not args.fast, ranks),
+            "options": options,
+        }
         if args.run is not None:
-            return evaluate_run(
-                args.run, output, checkpoint=args.checkpoint or "best", typicalness=not args.no_typicalness,
-                passes=passes, options=options,
-            ), output  # fmt: skip
-        data, interpolation = _data_config(args)
-        return evaluate_weights(
-            args.weights, ModelConfig(name=args.model, width=args.width), data, output, interpolation=interpolation,
-            passes=passes, options=options,
-        ), output  # fmt: skip
+            shared |= {"checkpoint": args.checkpoint or "best", "typicalness": not args.no_typicalness}
+            return evaluate_run(args.run, output, **shared), output
+        model, (data, interpolation) = ModelConfig(name=args.model, width=args.width), _data_config(args)
+        return evaluate_weights(args.weights, model, data, output, interpolation=interpolation, **shared), output
     finally:
         ranks.stop()
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tal_fast.config.schema import parse_yaml
-from tal_fast.evaluation.report import Report, mix_with_seed
+from tal_fast.evaluation.report import Report
 from tal_fast.evaluation.sample_scores import Samples
-from tal_fast.evaluation.tables import SETTING_TITLES, nan_if_none
+from tal_fast.evaluation.tables import SETTING_TITLES, mix_with_seed, nan_if_none
 
 _NOT_PART_OF_METHOD = ("seed", "output", "resume", "device", "threads", "progress", "eval_batch_size")
 """Options that runs of one group may differ in: apart from the seed they do not change what is trained."""

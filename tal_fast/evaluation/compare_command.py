@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tal_fast.config.names import METRICS
-from tal_fast.evaluation.tables import UNITS
+from tal_fast.config.names import METRICS, UNITS
 from tal_fast.utils.arguments import ArgumentParser, at_least
 
 DEFAULT_METRICS = ("aurc", "auroc", "fpr95")
@@ -88,6 +87,6 @@ def _compare(args: argparse.Namespace) -> str:
     columns = columns_of(groups, args.metrics)
     baseline = groups[0] if args.baseline is None else find_group(groups, args.baseline)
     if len(groups) > 1:
-        add_differences(groups, baseline, columns, args.bootstrap, args.over, progress=True)
+        add_differences(groups, baseline, columns, args.bootstrap, args.over)
     text = format_comparison(groups, columns, args.format, args.units)
     return add_description(describe(groups, args.units, args.bootstrap), text, args.format)

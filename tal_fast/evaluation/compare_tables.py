@@ -9,18 +9,18 @@ from collections.abc import Sequence
 
 from tal_fast.evaluation.compare import Column, Difference, Group, Summary, find_group
 from tal_fast.evaluation.differences import OVER, seed_pairs
-from tal_fast.evaluation.report import mix_with_seed
-from tal_fast.evaluation.report_tables import UNIT_NAMES
 from tal_fast.evaluation.tables import (
     METRIC_TITLES,
     SETTING_TITLES,
     STYLES,
+    UNIT_NAMES,
     emphasize,
     escape,
     format_percent,
     format_table,
     format_value,
     mark_best,
+    mix_with_seed,
     setting_title,
     wrap,
 )

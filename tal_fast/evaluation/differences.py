@@ -30,7 +30,6 @@ def add_differences(
     columns: Sequence[Column],
     resamples: int,
     over: str = "images",
-    progress: bool = False,
 ) -> None:
     """Fill in every other group's differences to the baseline.
 
@@ -40,10 +39,9 @@ def add_differences(
         resamples: resamples of the bootstrap over images; 0: intervals over seeds only.
         over: one of ``OVER``, as far as the runs allow it: seeds alone if the images differ, images alone for single
             runs.
-        progress: draw progress bars.
     """
     same_images = resamples > 0 and over != "seeds" and _same_images(groups)
-    resampled_groups = {id(group): _resample(group, resamples, progress) for group in groups if same_images}
+    resampled_groups = {id(group): _resample(group, resamples) for group in groups if same_images}
     for group in groups:
         if group is baseline:
             continue
@@ -99,13 +97,13 @@ def _same_images(groups: Sequence[Group]) -> bool:
     return all(identity == identities[0] for identity in identities)
 
 
-def _resample(group: Group, resamples: int, progress: bool) -> list[dict[str, Floats]]:
+def _resample(group: Group, resamples: int) -> list[dict[str, Floats]]:
     """For each run, setting -> (resamples, len(METRICS)) on the same resamples of the images."""
     runs = []
     for report, samples in zip(group.reports, group.samples, strict=True):
         assert samples is not None
         settings = samples.with_score(group.score).settings(Mix.parse(report["mix"]), report["seed"])
-        values = resample_settings(settings, resamples, report["seed"], report["convention"], progress)
+        values = resample_settings(settings, resamples, report["seed"], report["convention"])
         runs.append({key: by_score[group.score] for key, by_score in values})
     return runs
 

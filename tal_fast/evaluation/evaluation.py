@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tal_fast.evaluation.galleries import Gallery, GalleryImages
 from tal_fast.evaluation.report import FILE as REPORT_FILE
-from tal_fast.evaluation.report import Report, make_report, read_report, write_report
+from tal_fast.evaluation.report import EvaluationOptions, Report, make_report, read_report, write_report
 from tal_fast.evaluation.sample_scores import FILE as SAMPLES_FILE
 from tal_fast.evaluation.sample_scores import Samples, read_samples, write_samples
 from tal_fast.evaluation.train_typicalness import TrainTypicalness
@@ -59,23 +59,12 @@ class Evaluation:
 
 
 def evaluate_samples(
-    samples: Samples,
-    *,
-    mix: Mix | None = None,
-    seed: int = 0,
-    convention: str = "tal_fast",
-    resamples: int = 0,
-    baseline: str | None = None,
-    progress: bool = False,
+    samples: Samples, options: EvaluationOptions | None = None, baseline: str | None = None
 ) -> Evaluation:
     """Evaluate the scores of samples; arguments as for ``tal_fast.evaluation.report.make_report``."""
-    mix = mix or Mix()
-    settings = samples.settings(mix, seed)
-    report = make_report(
-        samples, settings, mix=mix, seed=seed, convention=convention, resamples=resamples, baseline=baseline,
-        progress=progress,
-    )  # fmt: skip
-    return Evaluation(report, samples, settings)
+    options = options or EvaluationOptions()
+    settings = samples.settings(options.mix, options.seed)
+    return Evaluation(make_report(samples, settings, options, baseline), samples, settings)
 
 
 def write_evaluation(evaluation: Evaluation, folder: str | Path) -> None:

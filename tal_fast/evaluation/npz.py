@@ -62,8 +62,7 @@ def read_npz(path: str | Path) -> EvaluationInputs:
     if unknown:
         logger.warning("%s has arrays with names that are not used: %s", path, ", ".join(unknown))
     if "train_features" in arrays:
-        features, *rest = (arrays.get(key) for key in _TRAINING)
-        inputs.training = Training(features, *rest)
+        inputs.training = Training(*(arrays.get(key) for key in _TRAINING))  # type: ignore[arg-type]
     return inputs
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
+from tal_fast.config.names import check_scores
 from tal_fast.evaluation.evaluation import Evaluation, evaluate_samples
 from tal_fast.evaluation.prediction_store import Outputs
+from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sample_scores import Predictions, Samples, identity_of
-from tal_fast.evaluation.score_selection import DEFAULT_SCORES, check_scores
 from tal_fast.metrics.calibration import calibration_metrics
 from tal_fast.metrics.failure import Floats, Ints
-from tal_fast.metrics.settings import Mix
-from tal_fast.scores.features import FEATURE_SCORES, KNN_SAMPLES, FeatureScorer, Training, training_needed
+from tal_fast.scores.features import FEATURE_SCORES, FeatureScorer, Training, training_needed
 from tal_fast.scores.logits import SCORES
 from tal_fast.scores.temperature import fit_temperature, held_out
 
@@ -40,30 +40,6 @@ class EvaluationInputs:
     training: Training | None = None
     identity: Mapping[str, str] | None = None
     corrupted: Collection[str] = ()
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """Options of an evaluation.
-
-    Attributes:
-        scores: names or groups of scores.
-        mix: ratio of ID to OOD samples, see ``tal_fast.metrics.settings``.
-        seed: seed of a random mix, of held-out samples, of ``knn``'s training samples and of the bootstrap.
-        convention: convention of the metrics, see ``tal_fast.metrics.failure``.
-        knn_samples: training features that ``knn`` compares with; None: all.
-        temperature: share of the validation samples that a temperature is fitted on. They take part in nothing else,
-            and all other logits are divided by the temperature. None: no temperature.
-        resamples: resamples of the bootstrap; 0: no intervals.
-    """
-
-    scores: Sequence[str] = DEFAULT_SCORES
-    mix: Mix = field(default_factory=Mix)
-    seed: int = 0
-    convention: str = "tal_fast"
-    knn_samples: int | None = KNN_SAMPLES
-    temperature: float | None = None
-    resamples: int = 0
 
 
 def check_set_names(ood: Collection[str]) -> None:
@@ -125,10 +101,7 @@ def evaluate_outputs(
             name: (outputs.correct, _compute_scores(outputs, names, scorer)) for name, outputs in inputs.shifts.items()
         },
     )
-    evaluation = evaluate_samples(
-        samples, mix=options.mix, seed=options.seed, convention=options.convention, resamples=options.resamples,
-        baseline=provenance.get("score"), progress=True,
-    )  # fmt: skip
+    evaluation = evaluate_samples(samples, options, provenance.get("score"))
     report = {**provenance, **evaluation.report}
     report["calibration"] = calibration_metrics(inputs.id.logits, inputs.id.labels)
     if temperature is not None:

@@ -23,6 +23,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#5
 """Okabe and Ito's colours, distinguishable with any colour vision."""
 LINE_STYLES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 """Line styles, which distinguish lines without colour; their number is coprime to that of the colours."""
+COVERAGE_TITLE = "coverage (% of samples kept)"
+RISK_TITLE = "risk (% errors among those kept)"
+SHARE_TITLE = "share of the kind's samples (%)"
 MIN_SCALED_COVERAGE = 2
 """Coverage in percent from which on the risk sets the height of a panel; below, the risk of a few samples jumps."""
 
@@ -62,11 +65,7 @@ def risk_coverage(evaluation: Evaluation, path: str | Path) -> None:
         axis = axes[filled[column], column]
         filled[column] += 1
         axis.set_visible(True)
-        axis.set(
-            title=setting_title(key, evaluation.report),
-            xlabel="coverage (% of samples kept)",
-            ylabel="risk (% errors among those kept)",
-        )
+        axis.set(title=setting_title(key, evaluation.report), xlabel=COVERAGE_TITLE, ylabel=RISK_TITLE)
         axis.set_xlim(0, 100)
         axis.grid(alpha=0.3)
         n, errors = success.size, int(success.size - success.sum())
@@ -103,7 +102,7 @@ def confidence_histogram(evaluation: Evaluation, path: str | Path) -> None:
     for axis, (score, values) in zip(axes.flat, samples.id_scores.items(), strict=False):
         groups = kinds(samples.correct, values, samples.ood_scores, score)
         edges, shares = histograms(list(groups.values()))
-        axis.set(title=score, xlabel=f"confidence ({score})", ylabel="share of the kind's samples (%)")
+        axis.set(title=score, xlabel=f"confidence ({score})", ylabel=SHARE_TITLE)
         axis.grid(alpha=0.3)
         for i, ((kind, group), share) in enumerate(zip(groups.items(), shares, strict=True)):
             if not share.any():

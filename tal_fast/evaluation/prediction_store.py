@@ -124,7 +124,7 @@ class OutputStore:
         with replacing(self.folder / f"{indices.min():09}-{len(indices)}.npz") as temporary:
             np.savez(temporary, **arrays)  # type: ignore[arg-type]
 
-    def shards(self, names: tuple[str, ...] = ("indices", "labels", "logits", "features")) -> Iterator[dict[str, Any]]:
+    def shards(self, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         """Iterate over the shards, each sample once, in no particular order.
 
         Args:
@@ -156,24 +156,22 @@ class OutputStore:
         Raises:
             ValueError: a shard is damaged.
         """
-        columns: dict[str, Any] = {}
-        for shard in self.shards():
+        columns = self._columns("labels", "logits", "features")
+        return Outputs(columns["logits"], columns.get("features"), columns["labels"])
+
+    def column(self, name: str) -> NDArray[Any]:
+        """Array ``labels`` or ``logits`` of all samples, in the order of the split."""
+        return self._columns(name)[name]
+
+    def _columns(self, *names: str) -> dict[str, NDArray[Any]]:
+        columns: dict[str, NDArray[Any]] = {}
+        for shard in self.shards(("indices", *names)):
             indices = shard.pop("indices")
             for name, values in shard.items():
                 if name not in columns:
                     columns[name] = np.empty((self.samples, *values.shape[1:]), values.dtype)
                 columns[name][indices] = values
-        return Outputs(columns["logits"], columns.get("features"), columns["labels"])
-
-    def column(self, name: str) -> NDArray[Any]:
-        """Array ``labels`` or ``logits`` of all samples, in the order of the split."""
-        found: NDArray[Any] | None = None
-        for shard in self.shards(("indices", name)):
-            if found is None:
-                found = np.empty((self.samples, *shard[name].shape[1:]), shard[name].dtype)
-            found[shard["indices"]] = shard[name]
-        assert found is not None
-        return found
+        return columns
 
     def features(self) -> StoredFeatures:
         """Features of all samples, read from disk shard by shard."""

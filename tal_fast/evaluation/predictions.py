@@ -151,6 +151,23 @@ def cache_path(folder: str | Path, split: str) -> Path:
     return Path(folder) / (plain if plain == split and plain.strip(".") else f"{plain}-{cache_key(split)[:8]}")
 
 
+@dataclass(frozen=True)
+class PassOptions:
+    """Options of the passes of a model over images.
+
+    Attributes:
+        batch_size: images per step on each rank.
+        amp: ``bfloat16`` or ``float16`` for autocast of the network; outputs are at least float32 in any case.
+        features: keep features; without them only logit scores can be computed.
+        ranks: this process among those that share the passes; all of them have to share the cache too.
+    """
+
+    batch_size: int = 256
+    amp: str | None = None
+    features: bool = True
+    ranks: Ranks = field(default_factory=lambda: Ranks(0, 1, torch.device("cpu")))
+
+
 @dataclass
 class Inference:
     """Cached passes of a model over the splits of a data set.
@@ -160,25 +177,14 @@ class Inference:
         data: the data set, which also defines the preprocessing.
         cache: folder of the stores. If it cannot be written, outputs go to a temporary folder that is deleted with this
             object.
-        ranks: this process among those that share the passes; all of them have to share ``cache`` too.
-        batch_size: images per step on each rank.
-        amp: ``bfloat16`` or ``float16`` for autocast of the network; outputs are at least float32 in any case.
-        features: keep features; without them only logit scores can be computed.
+        options: options of the passes.
     """
 
     model: nn.Module
     data: DataBundle
     cache: str | Path
-    ranks: Ranks = field(default_factory=lambda: Ranks(0, 1, torch.device("cpu")))
-    batch_size: int = 256
-    amp: str | None = None
-    features: bool = True
+    options: PassOptions = field(default_factory=PassOptions)
     _temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
-
-    @classmethod
-    def from_run(cls, run: Run, cache: str | Path, **options: Any) -> Inference:
-        """Passes of a run's model over its own data set; ``options`` are further attributes."""
-        return cls(run.model, run.data, cache, **options)
 
     @cached_property
     def _model_key(self) -> str:
@@ -190,7 +196,7 @@ class Inference:
             json.dumps(config, sort_keys=True),
             self.data.loader_name,
             self.data.interpolation,
-            str(self.amp),
+            str(self.options.amp),
         )
 
     def store(self, name: str, images: Split | None = None, corruption: Corruption | None = None) -> OutputStore:
@@ -211,10 +217,10 @@ class Inference:
         key = cache_key(self._model_key, split_hash(images), str(corruption))
         store = self._prepare(name, key, len(images))
         missing = store.missing()
-        self.ranks.barrier()  # no rank writes before all of them know what is missing
+        self.options.ranks.barrier()  # no rank writes before all of them know what is missing
         if missing.size:
             self._run(store, name, images, missing, corruption)
-            self.ranks.barrier()
+            self.options.ranks.barrier()
             still_missing = store.missing()
             if still_missing.size:
                 raise ValueError(
@@ -228,16 +234,16 @@ class Inference:
 
         def prepare() -> None:
             try:
-                store.prepare(self.features)
+                store.prepare(self.options.features)
             except OSError as error:
                 raise ValueError(
                     f"outputs cannot be kept in {store.folder} ({error}); name another folder with --cache"
                 ) from None
 
         try:
-            self.ranks.on_main(prepare)
+            self.options.ranks.on_main(prepare)
         except ValueError as error:
-            if self.ranks.world_size > 1 or self._temporary is not None:
+            if self.options.ranks.world_size > 1 or self._temporary is not None:
                 raise
             logger.warning("%s; they go to a temporary folder", error)
             self._temporary = tempfile.TemporaryDirectory(prefix="tal-fast-")
@@ -245,21 +251,21 @@ class Inference:
         return store
 
     def _run(self, store: OutputStore, name: str, images: Split, missing: Ints, corruption: Corruption | None) -> None:
+        options, ranks = self.options, self.options.ranks
+        if missing.size < len(images):
+            images = images.subset(missing)
         loader = self.data.loader(
-            images if missing.size == len(images) else images.subset(missing),
-            batch_size=self.batch_size,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            device=self.ranks.device,
+            images, batch_size=options.batch_size, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device
         )
         batches = _renumbered(loader, missing)
         if corruption is not None:
             batches = corruption.of_batches(batches, *self.data.config.normalization())
-        show, steps = self.ranks.is_main, len(loader)
         writer = ShardWriter(store)
         try:
-            for indices, outputs in run_model(self.model, batches, self.ranks.device, name, self.amp, show, steps):
-                writer.add(indices, outputs if self.features else Outputs(outputs.logits, None, outputs.labels))
+            for indices, outputs in run_model(
+                self.model, batches, ranks.device, name, options.amp, ranks.is_main, len(loader)
+            ):
+                writer.add(indices, outputs if options.features else Outputs(outputs.logits, None, outputs.labels))
         finally:
             writer.flush()  # keeps what was computed before an unreadable image
 
@@ -274,6 +280,6 @@ def collect_outputs(
     run: Run, split: str, cache: str | Path, *, batch_size: int = 256, device: torch.device | str = "cpu"
 ) -> Outputs:
     """Outputs of a run on ``train-eval``, ``val`` or an OOD set, in memory; computed if they are not cached."""
-    ranks = Ranks(0, 1, torch.device(device))
+    options = PassOptions(batch_size, ranks=Ranks(0, 1, torch.device(device)))
     name = f"ood-{split}" if split in run.data.ood_names else split
-    return Inference.from_run(run, cache, ranks=ranks, batch_size=batch_size).store(name, run.data.split(split)).load()
+    return Inference(run.model, run.data, cache, options).store(name, run.data.split(split)).load()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 import tal_fast
+from tal_fast.config.names import DEFAULT_SCORES
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import setting_title
 from tal_fast.metrics.bootstrap import LEVEL, bootstrap, interval, paired_differences
@@ -28,6 +30,7 @@ from tal_fast.metrics.failure import (
     undefined_reasons,
 )
 from tal_fast.metrics.settings import Judged, Mix
+from tal_fast.scores.features import KNN_SAMPLES
 from tal_fast.utils.io import replacing
 
 FILE = "report.json"
@@ -35,27 +38,40 @@ FORMAT = 1
 Report = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Options of an evaluation.
+
+    Attributes:
+        scores: names or groups of scores.
+        mix: ratio of ID to OOD samples, see ``tal_fast.metrics.settings``.
+        seed: seed of a random mix, of held-out samples, of ``knn``'s training samples and of the bootstrap.
+        convention: convention of the metrics, see ``tal_fast.metrics.failure``.
+        knn_samples: training features that ``knn`` compares with; None: all.
+        temperature: share of the validation samples that a temperature is fitted on. They take part in nothing else,
+            and all other logits are divided by the temperature. None: no temperature.
+        resamples: resamples of the bootstrap; 0: no intervals.
+    """
+
+    scores: Sequence[str] = DEFAULT_SCORES
+    mix: Mix = field(default_factory=Mix)
+    seed: int = 0
+    convention: str = "tal_fast"
+    knn_samples: int | None = KNN_SAMPLES
+    temperature: float | None = None
+    resamples: int = 0
+
+
 def make_report(
-    samples: Samples,
-    settings: Mapping[str, Judged],
-    *,
-    mix: Mix,
-    seed: int = 0,
-    convention: str = "tal_fast",
-    resamples: int = 0,
-    baseline: str | None = None,
-    progress: bool = False,
+    samples: Samples, settings: Mapping[str, Judged], options: EvaluationOptions, baseline: str | None = None
 ) -> Report:
     """Compute all metrics of all scores in all settings.
 
     Args:
         samples: scores of every sample.
-        settings: the settings of these samples, from ``Samples.settings`` with the same ``mix`` and ``seed``.
-        mix, seed: which ID and OOD samples take part, see ``tal_fast.metrics.settings``.
-        convention: convention of the metrics, see ``tal_fast.metrics.failure``.
-        resamples: resamples of the bootstrap, drawn from ``seed``; 0: no intervals.
+        settings: settings of these samples, from ``Samples.settings`` with the same options.
+        options: mix, seed, convention and resamples; the other options have no influence.
         baseline: score that paired differences are taken to; default the first.
-        progress: draw a progress bar while resampling.
 
     Returns:
         ``settings[key][score][metric]`` with the keys ``old_fd``, ``ood``, ``new_fd`` and ``shift``. With several OOD
@@ -72,9 +88,9 @@ def make_report(
     report: Report = {
         "format": FORMAT,
         "id_accuracy": float(np.mean(correct)) if len(correct) else math.nan,
-        "convention": convention,
-        "mix": str(mix),
-        "seed": seed,
+        "convention": options.convention,
+        "mix": str(options.mix),
+        "seed": options.seed,
         "ood_names": list(ood_sizes),
         "shift_names": list(shift_sizes),
         "counts": {"id": len(correct), "id_right": int(np.sum(correct)), "ood": ood_sizes, "shift": shift_sizes},
@@ -91,21 +107,21 @@ def make_report(
     for kind, names in (("ood", ood_sizes), ("new_fd", ood_sizes), ("shift", shift_sizes)):
         if len(names) > 1:
             _add_mean(report, kind, [f"{kind}/{name}" for name in names])
-    if resamples:
+    if options.resamples:
         baseline = baseline or next(iter(samples.id_scores))
         report["bootstrap"] = {
-            "resamples": resamples, "level": LEVEL, "seed": seed, "baseline": baseline,
+            "resamples": options.resamples, "level": LEVEL, "seed": options.seed, "baseline": baseline,
             "method": "percentile; ID and OOD samples resampled separately; differences on the same resamples",
             "undefined_share": {},
         }  # fmt: skip
         report["intervals"], report["differences"] = {}, {}
-        for key, values in resample_settings(settings, resamples, seed, convention, progress):
+        for key, values in resample_settings(settings, options.resamples, options.seed, options.convention):
             _add_intervals(report, key, values, baseline)
     return report
 
 
 def resample_settings(
-    settings: Mapping[str, Judged], resamples: int, seed: int, convention: str, progress: bool = False
+    settings: Mapping[str, Judged], resamples: int, seed: int, convention: str
 ) -> Iterator[tuple[str, dict[str, Floats]]]:
     """Compute every metric of every score on resamples of each setting.
 
@@ -114,7 +130,7 @@ def resample_settings(
 
     Args:
         settings: from ``Samples.settings``.
-        resamples, seed, convention, progress: as for ``make_report``.
+        resamples, seed, convention: see ``tal_fast.metrics.bootstrap``.
 
     Yields:
         A setting's key, and score -> (resamples, len(METRICS)) float64 as from ``tal_fast.metrics.bootstrap``. With
@@ -124,21 +140,14 @@ def resample_settings(
     ood_names = [judged.name for key, judged in settings.items() if key.partition("/")[0] == "ood"]
     counts: dict[str, int] = {}
     totals: dict[str, dict[str, Floats]] = {}
-    with tqdm(
-        total=resamples * len(settings), desc="bootstrap", unit=" resamples", disable=None if progress else True,
-        leave=False, dynamic_ncols=True,
-    ) as bar:  # fmt: skip
+    total_resamples = resamples * len(settings)
+    with tqdm(total=total_resamples, desc="bootstrap", disable=None, leave=False, dynamic_ncols=True) as bar:
         for key, judged in settings.items():
+            stream = ood_names.index(judged.name) if judged.name in ood_names else 0
             values = bootstrap(
-                judged.confidences(),
-                judged.setting.success,
-                judged.setting.ood_index.size,
-                resamples=resamples,
-                seed=seed,
-                stream=ood_names.index(judged.name) if judged.name in ood_names else 0,
-                convention=convention,
-                progress=bar.update,
-            )
+                judged.confidences(), judged.setting.success, judged.setting.ood_index.size, resamples=resamples,
+                seed=seed, stream=stream, convention=convention, progress=bar.update,
+            )  # fmt: skip
             yield key, values
             kind, _, set_name = key.partition("/")
             if set_name:
@@ -197,11 +206,6 @@ def _add_intervals(report: Report, key: str, values: Mapping[str, Floats], basel
     report["bootstrap"]["undefined_share"][key] = {
         metric: i.undefined for metric, i in intervals[baseline].items() if i.undefined
     }
-
-
-def mix_with_seed(report: Report) -> str:
-    """The report's mix, with its seed if the mix is random."""
-    return f"{report['mix']}, seed {report['seed']}" if Mix.parse(report["mix"]).random else str(report["mix"])
 
 
 def write_report(report: Report, path: str | Path) -> None:

@@ -364,7 +364,7 @@ def calibrate_npz(path: str | Path, output: str | Path | None = None, *, score: 
     from tal_fast.evaluation.npz import read_npz
 
     path = Path(path)
-    outputs = read_npz(path)[0]
+    outputs = read_npz(path).id
     _, about = calibrate(SCORES[_check_score(score)](outputs.logits), outputs.correct, **options)
     about |= {"score": _check_score(score), "npz": str(path)}
     _write(about, (path.with_name(path.stem + "-calibrated") if output is None else Path(output)) / JSON)

@@ -4,52 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
+from tal_fast.config.names import LOGIT_SCORES, check_scores
 from tal_fast.config.schema import DataConfig, ModelConfig
-from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import DataBundle, Split
 from tal_fast.data.ood import ood_set, shift_set
 from tal_fast.evaluation.evaluation import Evaluation, write_evaluation
 from tal_fast.evaluation.galleries import add_galleries
 from tal_fast.evaluation.html.page import write_html
 from tal_fast.evaluation.npz import read_npz
-from tal_fast.evaluation.pipeline import EvaluationInputs, EvaluationOptions, check_set_names, evaluate_outputs
+from tal_fast.evaluation.pipeline import EvaluationInputs, check_set_names, evaluate_outputs
 from tal_fast.evaluation.plots import write_plots
-from tal_fast.evaluation.predictions import CACHE, Inference, split_hash
-from tal_fast.evaluation.score_selection import check_scores, without_feature_scores
+from tal_fast.evaluation.predictions import CACHE, Inference, PassOptions, split_hash
+from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.models.features import last_layer
 from tal_fast.models.pretrained import PRETRAINED, evaluation_data, load_weights
 from tal_fast.runs.load import load_run
 from tal_fast.scores.features import FEATURE_SCORES, Training, training_needed
-from tal_fast.utils.distributed import Ranks
-
-
-@dataclass(frozen=True)
-class PassOptions:
-    """Options of the passes of a model over images.
-
-    Attributes:
-        ood: OOD sets beside those of the run, name -> specification as in ``tal_fast.data.ood``.
-        shifts: shifted sets, likewise.
-        batch_size: images per step on each rank.
-        amp: ``bfloat16`` or ``float16`` for autocast of the network.
-        fast: compute logit scores only, and keep no features.
-        cache: folder of the cached outputs; default ``eval-cache`` in the run's folder or in the output folder.
-        ranks: this process among those that share the passes.
-    """
-
-    ood: Mapping[str, str] = field(default_factory=dict)
-    shifts: Mapping[str, str] = field(default_factory=dict)
-    batch_size: int = 256
-    amp: str | None = None
-    fast: bool = False
-    cache: str | Path | None = None
-    ranks: Ranks = field(default_factory=lambda: Ranks(0, 1, torch.device("cpu")))
 
 
 def evaluate_run(
@@ -58,6 +31,9 @@ def evaluate_run(
     *,
     checkpoint: Literal["best", "last"] = "best",
     typicalness: bool = True,
+    ood: Mapping[str, str] | None = None,
+    shifts: Mapping[str, str] | None = None,
+    cache: str | Path | None = None,
     passes: PassOptions | None = None,
     options: EvaluationOptions | None = None,
 ) -> Evaluation | None:
@@ -69,7 +45,10 @@ def evaluate_run(
         checkpoint: ``best`` or ``last``.
         typicalness: show the most and the least typical training images of a TAL run in the HTML report, which takes a
             pass over all of them.
-        passes: options of the passes over the images.
+        ood: OOD sets beside those of the run, name -> specification as in ``tal_fast.data.ood``.
+        shifts: shifted sets, likewise.
+        cache: folder of the cached outputs; default ``eval-cache`` in the run's folder.
+        passes: options of the passes over the images; without features only logit scores are computed.
         options: options of the evaluation; the score that the run's method is judged by is added to its scores.
 
     Returns:
@@ -82,16 +61,13 @@ def evaluate_run(
     scores = check_scores(options.scores)
     run = load_run(run_dir, checkpoint=checkpoint, device=passes.ranks.device)
     options = dataclasses.replace(options, scores=check_scores([*scores, run.score]))
-    cache = Path(run_dir) / CACHE / run.checkpoint.stem if passes.cache is None else passes.cache
-    inference = Inference.from_run(run, cache, **_inference_options(passes))
+    cache = Path(run_dir) / CACHE / run.checkpoint.stem if cache is None else cache
     provenance = {
-        "run": str(run_dir),
-        "checkpoint": run.checkpoint.stem,
-        "epoch": run.epoch,
-        "method": run.method,
+        "run": str(run_dir), "checkpoint": run.checkpoint.stem, "epoch": run.epoch, "method": run.method,
         "score": run.score,
-    }
-    evaluation = _evaluate_model(inference, passes, options, provenance)
+    }  # fmt: skip
+    inference = Inference(run.model, run.data, cache, passes)
+    evaluation = _evaluate_model(inference, ood or {}, shifts or {}, options, provenance)
     if evaluation is None:
         return None
     output = run_dir if output is None else output
@@ -111,6 +87,9 @@ def evaluate_weights(
     output: str | Path | None = None,
     *,
     interpolation: str = "bilinear",
+    ood: Mapping[str, str] | None = None,
+    shifts: Mapping[str, str] | None = None,
+    cache: str | Path | None = None,
     passes: PassOptions | None = None,
     options: EvaluationOptions | None = None,
 ) -> Evaluation | None:
@@ -122,7 +101,8 @@ def evaluate_weights(
         data: data set and preprocessing; a ``folder`` needs ``train/`` only for scores fitted on training features.
         output: folder of the report; default ``default_output``.
         interpolation: filter that images are resized with, ``bilinear`` or ``bicubic``.
-        passes, options: as for ``evaluate_run``.
+        ood, shifts, passes, options: as for ``evaluate_run``.
+        cache: folder of the cached outputs; default ``eval-cache`` in ``output``.
 
     Returns:
         The evaluation; None on ranks other than 0.
@@ -130,15 +110,14 @@ def evaluate_weights(
     Raises:
         ValueError: weights or data cannot be read or do not fit, or an output is not finite.
     """
-    passes, options = passes or PassOptions(), options or EvaluationOptions()
+    options = options or EvaluationOptions()
     options = dataclasses.replace(options, scores=check_scores(options.scores))
     bundle = evaluation_data(data, interpolation)
     network = load_weights(weights, model, bundle)
     output = default_output(weights, model.name) if output is None else output
-    cache = Path(output) / CACHE if passes.cache is None else passes.cache
-    inference = Inference(network, bundle, cache, **_inference_options(passes))
     provenance = {"weights": str(weights), "model": model.name, "images": _preprocessing(bundle)}
-    evaluation = _evaluate_model(inference, passes, options, provenance)
+    inference = Inference(network, bundle, Path(output) / CACHE if cache is None else cache, passes or PassOptions())
+    evaluation = _evaluate_model(inference, ood or {}, shifts or {}, options, provenance)
     return None if evaluation is None else _write(evaluation, output)
 
 
@@ -174,12 +153,6 @@ def _write(evaluation: Evaluation, output: str | Path) -> Evaluation:
     return evaluation
 
 
-def _inference_options(passes: PassOptions) -> dict[str, Any]:
-    return {
-        "ranks": passes.ranks, "batch_size": passes.batch_size, "amp": passes.amp, "features": not passes.fast,
-    }  # fmt: skip
-
-
 def _preprocessing(data: DataBundle) -> dict[str, Any]:
     """How images are preprocessed, for the report."""
     mean, std = data.config.normalization()
@@ -188,37 +161,41 @@ def _preprocessing(data: DataBundle) -> dict[str, Any]:
     return entry if data.loader_name == "memory" else {**entry, "crop_fraction": data.config.crop_fraction}
 
 
-def _named_sets(
-    data: DataBundle, passes: PassOptions
-) -> tuple[dict[str, Split], dict[str, tuple[Split, Corruption | None]]]:
-    """OOD sets by name, those of the data set first, and shifted sets.
+def _ood_splits(data: DataBundle, specs: Mapping[str, str]) -> dict[str, Split]:
+    """OOD sets by name, those of the data set first.
 
     Raises:
         ValueError: a name is taken, or a set cannot be read.
     """
-    check_set_names(passes.ood)
-    ood = {name: data.split(name) for name in data.ood_names}
-    for name, spec in passes.ood.items():
-        if name in ood:
+    check_set_names(specs)
+    splits = {name: data.split(name) for name in data.ood_names}
+    for name, spec in specs.items():
+        if name in splits:
             raise ValueError(f"the data set has an OOD set {name!r} already; choose another name")
-        ood[name] = ood_set(spec, data.image_size, data.channels)
-    shifts = {
-        name: shift_set(spec, data.class_names, data.split("val"), data.channels)
-        for name, spec in passes.shifts.items()
-    }
-    return ood, shifts
+        splits[name] = ood_set(spec, data.image_size, data.channels)
+    return splits
 
 
 def _evaluate_model(
-    inference: Inference, passes: PassOptions, options: EvaluationOptions, provenance: dict[str, Any]
+    inference: Inference,
+    ood_specs: Mapping[str, str],
+    shift_specs: Mapping[str, str],
+    options: EvaluationOptions,
+    provenance: dict[str, Any],
 ) -> Evaluation | None:
     """Run a model over all splits and evaluate its outputs; None on ranks other than 0."""
-    if passes.fast:
-        options = dataclasses.replace(options, scores=without_feature_scores(options.scores))
+    data, passes = inference.data, inference.options
+    if not passes.features:
+        scores = [name for name in options.scores if name in LOGIT_SCORES]
+        if not scores:
+            raise ValueError(f"{options.scores[0]} is a feature score, but --fast keeps no features; leave --fast out")
+        options = dataclasses.replace(options, scores=scores)
     if passes.amp is not None:
         provenance["amp"] = passes.amp
-    data = inference.data
-    ood, shifts = _named_sets(data, passes)
+    ood = _ood_splits(data, ood_specs)
+    shifts = {
+        name: shift_set(spec, data.class_names, data.split("val"), data.channels) for name, spec in shift_specs.items()
+    }
     id_store = inference.store("val")
     # The prefixes keep sets that are called val or train-eval apart from those splits.
     ood_stores = {name: inference.store(f"ood-{name}", images) for name, images in ood.items()}
@@ -229,7 +206,7 @@ def _evaluate_model(
     needs_training = any(name in FEATURE_SCORES and training_needed(name) for name in options.scores)
     if needs_training and len(data.split("train-eval")):
         train_store = inference.store("train-eval")
-    if not inference.ranks.is_main:
+    if not passes.ranks.is_main:
         return None
     training = None
     if train_store is not None:

@@ -1,4 +1,4 @@
-"""Tables as text, Markdown and LaTeX, and the format of titles and values in them."""
+"""Tables of reports: titles, values, text, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tal_fast.config.names import METRICS
+from tal_fast.metrics.calibration import BINS, CALIBRATION
+from tal_fast.metrics.failure import METRICS
+from tal_fast.metrics.settings import Mix
 
 WIDTH = 100
 """Columns of the terminal that text tables have to fit."""
@@ -16,10 +18,11 @@ METRIC_TITLES = {
     "fpr95": "FPR95", "tnr95": "TNR95", "aupr_success": "AUPR-success", "aupr_error": "AUPR-error",
 }  # fmt: skip
 SETTING_TITLES = {"old_fd": "Old FD", "ood": "OOD", "new_fd": "New FD", "shift": "Old FD under shift"}
-UNITS = ("natural", "paper")
 PAPER_SCALE = {metric: 1000.0 if "aurc" in metric or metric == "augrc" else 100.0 for metric in METRICS}
 """Factor that papers multiply a metric by."""
 STYLES = ("table", "markdown", "latex")
+PRINTED_METRICS = ("aurc", "eaurc", "augrc", "auroc", "fpr95", "tnr95", "aupr_success", "aupr_error")
+UNIT_NAMES = {"natural": "natural units", "paper": "AURC, E-AURC and AUGRC times 1000, the rest in percent"}
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "<": "$<$", ">": "$>$",
@@ -38,6 +41,11 @@ def setting_title(key: str, report: Mapping[str, Any]) -> str:
         return f"{title}: mean over {len(sets)} {'shifted' if shifted else 'OOD'} sets"
     name = printable(name or "".join(sets))
     return f"{title} ({name})" if shifted else f"{title} against {name}"
+
+
+def mix_with_seed(report: Mapping[str, Any]) -> str:
+    """Mix of a report, with its seed if the mix is random."""
+    return f"{report['mix']}, seed {report['seed']}" if Mix.parse(report["mix"]).random else str(report["mix"])
 
 
 def printable(text: str) -> str:
@@ -139,3 +147,107 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], style: st
 def wrap(text: str) -> str:
     """Wrap a paragraph to ``WIDTH`` columns, later lines indented."""
     return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def format_report(report: Mapping[str, Any], units: str = "natural") -> str:
+    """Format a report: a summary and, for each setting, a table with a row per score.
+
+    Args:
+        report: from ``tal_fast.evaluation.report``.
+        units: ``natural`` or ``paper``.
+    """
+    blocks = ["\n".join(wrap(line) for line in _summary(report, units))]
+    blocks += [_format_setting(report, key, units) for key in report["settings"]]
+    return "\n\n".join(blocks)
+
+
+def _summary(report: Mapping[str, Any], units: str) -> list[str]:
+    counts = report["counts"]
+    accuracy = format_percent(nan_if_none(report["id_accuracy"])) if counts["id"] else "undefined"
+    lines = [
+        f"ID accuracy {accuracy} ({counts['id_right']} of {counts['id']}); convention {report['convention']}; "
+        f"ID:OOD mix {mix_with_seed(report)}",
+        UNIT_NAMES[units],
+    ]
+    if "bootstrap" in report:
+        how = report["bootstrap"]
+        lines.append(
+            f"intervals: {how['level']:.0%}, percentile bootstrap, {how['resamples']} resamples, seed {how['seed']}"
+        )
+    if "calibration" in report:
+        ece, nll, brier = (nan_if_none(report["calibration"][key]) for key in CALIBRATION)
+        lines.append(f"softmax on ID: ECE {ece:.4f} ({BINS} bins), NLL {nll:.4f} nats, Brier {brier:.4f}")
+    if "temperature" in report:
+        scaling = report["temperature"]
+        lines.append(
+            f"logits divided by T = {scaling['value']:.4f}, fitted on {scaling['held_out']} held-out samples "
+            f"(ECE before {nan_if_none(scaling['calibration_before']['ece']):.4f})"
+        )
+    lines += [f"left out: {score}: {printable(reason)}" for score, reason in report.get("left_out", {}).items()]
+    return lines
+
+
+def _format_setting(report: Mapping[str, Any], key: str, units: str) -> str:
+    lines = [setting_title(key, report), wrap(describe_samples(report, key, units))]
+    intervals = report.get("intervals", {}).get(key, {})
+    values = {
+        score: {metric: [value, *intervals.get(score, {}).get(metric, [])] for metric, value in by_metric.items()}
+        for score, by_metric in report["settings"][key].items()
+    }
+    level = report["bootstrap"]["level"] if "bootstrap" in report else math.nan
+    lines.append(_metric_table(values, PRINTED_METRICS, level, units))
+    differences = report.get("differences", {}).get(key)
+    if differences:
+        # The floor is the same for all scores, so differences of E-AURC are those of AURC.
+        metrics = [metric for metric in PRINTED_METRICS if metric != "eaurc"]
+        lines.append(f"Paired differences to {report['bootstrap']['baseline']}:")
+        lines.append(_metric_table(differences, metrics, level, units))
+    tied = {score: nan_if_none(share) for score, share in report["tied_share"][key].items()}
+    shares = ", ".join(f"{score} {format_percent(share, 1)}" for score, share in tied.items() if share > 0)
+    if shares:
+        lines.append(wrap(f"Samples with tied scores: {shares}"))
+    return "\n".join([*lines, *map(wrap, undefined_notes(report, key, PRINTED_METRICS))])
+
+
+def describe_samples(report: Mapping[str, Any], key: str, units: str = "natural") -> str:
+    """Numbers of samples of a setting, unless it is a mean over sets, and its bounds of AURC."""
+    floor, chance = (
+        format_value("aurc", nan_if_none(report[name].get(key)), units) for name in ("aurc_floor", "aurc_random")
+    )
+    text = f"AURC floor {floor}, random {chance}"
+    counts = report["samples"].get(key)
+    if counts is None:
+        return text
+    samples = f"{counts['id']:,} ID" + (f" + {counts['ood']:,} OOD" if counts["ood"] else "")
+    return f"{samples}, {counts['errors']:,} errors; {text}"
+
+
+def undefined_notes(report: Mapping[str, Any], key: str, metrics: Sequence[str]) -> list[str]:
+    """Why metrics of a setting are undefined, one text per reason."""
+    reasons = report["undefined"].get(key, {})
+    return [
+        f"Undefined ({', '.join(METRIC_TITLES[m] for m in metrics if reasons.get(m) == reason)}): {printable(reason)}"
+        for reason in sorted(set(reasons.values()))
+    ]
+
+
+def _metric_table(
+    values: Mapping[str, Mapping[str, Sequence[float | None]]], metrics: Sequence[str], level: float, units: str
+) -> str:
+    """A row per score and, below it, a row per end of its intervals.
+
+    Args:
+        values: score -> metric -> [value] or [value, low, high].
+        metrics: metrics of the columns.
+        level: level of the intervals.
+        units: ``natural`` or ``paper``.
+    """
+    labels = [f"  {percentile:.3g}%" for percentile in (50 * (1 - level), 50 * (1 + level))]
+    rows = []
+    for score, by_metric in values.items():
+        lines = zip(*(by_metric[metric] for metric in metrics), strict=True)
+        for label, line in zip([score, *labels], lines, strict=False):
+            numbers = [format_value(m, nan_if_none(value), units) for m, value in zip(metrics, line, strict=True)]
+            rows.append([label, *numbers])
+    titles = [METRIC_TITLES[metric].replace("AUPR-", "AUPR\n") for metric in metrics]
+    return format_table(["score", *titles], rows)

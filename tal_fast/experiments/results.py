@@ -32,14 +32,13 @@ _KEPT = (
 Results = dict[str, Any]
 
 
-def collect(experiment: Experiment, folders: Sequence[Folder], name: str, progress: bool = False) -> Results:
+def collect(experiment: Experiment, folders: Sequence[Folder], name: str) -> Results:
     """What the done jobs amount to.
 
     Args:
         experiment: whose jobs they are.
         folders: of all jobs.
         name: of the experiment.
-        progress: draw bars while resampling.
 
     Returns:
         ``runs`` (name, label, method, grid, seed, config, seconds of training and evaluation with the number of
@@ -85,7 +84,7 @@ def collect(experiment: Experiment, folders: Sequence[Folder], name: str, progre
             of_baseline.setdefault(baseline.name, []).append(group)
     for baseline_name, compared in of_baseline.items():
         baseline = compare.find_group(groups, baseline_name)
-        add_differences([baseline, *compared], baseline, columns, options.bootstrap, options.over, progress=progress)
+        add_differences([baseline, *compared], baseline, columns, options.bootstrap, options.over)
     results["differences"] = [
         {"label": group.name, "baseline": group.baseline, "setting": column[0], "metric": column[1], **found._asdict()}
         for group in groups

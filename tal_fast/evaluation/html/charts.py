@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from tal_fast.evaluation.plots import COLOURS, LINE_STYLES, MIN_SCALED_COVERAGE
+from tal_fast.evaluation.plots import (
+    COLOURS,
+    COVERAGE_TITLE,
+    LINE_STYLES,
+    MIN_SCALED_COVERAGE,
+    RISK_TITLE,
+    SHARE_TITLE,
+)
 from tal_fast.metrics.calibration import BINS
 from tal_fast.metrics.curves import OperatingPoints, ReliabilityBins, histograms, oracle_risk, thinned
 from tal_fast.metrics.failure import Floats
@@ -23,48 +30,29 @@ MAX_CURVE_POINTS = 240
 
 @dataclass(frozen=True)
 class Line:
-    """A curve or outline.
+    """A curve or outline."""
 
-    Attributes:
-        name: name in the legend.
-        style: CSS classes of its colour and dashes.
-        points: ``x,y x,y ...``.
-        score: position of its score in the report, by which the page shows and hides it; −1: always shown.
-        markers: (x, y, text) of marked points.
-    """
-
-    name: str
-    style: str
-    points: str
-    score: int = -1
-    markers: list[tuple[float, float, str]] = field(default_factory=list)
+    name: str  # in the legend
+    style: str  # CSS classes of its colour and dashes
+    points: str  # x,y x,y ...
+    score: int = -1  # position of its score in the report, by which the page shows and hides it; -1: always shown
+    markers: list[tuple[float, float, str]] = field(default_factory=list)  # x, y, text
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A panel.
+    """A panel."""
 
-    Attributes:
-        title: heading.
-        label: text alternative.
-        x_title, y_title: titles of the axes.
-        x_ticks, y_ticks: (position, text).
-        lines: lines, drawn in order.
-        kind: ``risk``, ``histogram`` or ``reliability``.
-        y_max: value at the top of the panel, from which the page's script reads values back.
-        bars: (x, y, width, height, CSS class, text).
-    """
-
+    kind: str  # risk, histogram or reliability
     title: str
-    label: str
+    label: str  # text alternative
     x_title: str
     y_title: str
-    x_ticks: list[tuple[float, str]]
+    x_ticks: list[tuple[float, str]]  # position, text
     y_ticks: list[tuple[float, str]]
     lines: list[Line]
-    kind: str
-    y_max: float = 1.0
-    bars: list[tuple[float, float, float, float, str, str]] = field(default_factory=list)
+    y_max: float  # value at the top of the panel, from which the page's script reads values back
+    bars: list[tuple[float, float, float, float, str, str]] = field(default_factory=list)  # box, CSS class, text
 
 
 def style(i: int) -> str:
@@ -148,15 +136,11 @@ def risk_coverage(
         if name == primary:
             chosen = [(f"risk at most {r:.0%}", operating.at_risk(r)) for r in risks]
             chosen += [(f"coverage at least {c:.0%}", operating.at_coverage(c)) for c in coverages]
-            markers = [
-                (
-                    round(_x(p.coverage), 1),
-                    round(_y(p.risk / top), 2),
-                    f"{name}, {criterion}: coverage {p.coverage:.1%}, risk {p.risk:.2%}, threshold {p.threshold:.5g}",
-                )
-                for criterion, p in chosen
-                if p is not None
-            ]
+            for criterion, p in chosen:
+                if p is not None:
+                    values = f"coverage {p.coverage:.1%}, risk {p.risk:.2%}, threshold {p.threshold:.5g}"
+                    place = round(_x(p.coverage), 1), round(_y(p.risk / top), 2)
+                    markers.append((*place, f"{name}, {criterion}: {values}"))
         lines.append(Line(name, style(i), _path(x, _y(risk / top)), i, markers))
         half = operating.at_coverage(0.5)
         if half is not None and len(half_coverage) < 6:
@@ -165,17 +149,8 @@ def risk_coverage(
         f"Risk against coverage, {title}: {n} samples, {errors} errors, {errors / n:.2%} risk when all are kept; risk "
         f"at half the coverage: {', '.join(half_coverage)}. The tables hold the numbers."
     )
-    return Chart(
-        title,
-        label,
-        "coverage (% of samples kept)",
-        "risk (% errors among those kept)",
-        _ticks(range(0, 101, 20), 0, 100, _x),
-        _ticks(nice_ticks(0, 100 * top), 0, 100 * top, _y),
-        lines,
-        "risk",
-        100 * top,
-    )
+    x_ticks, y_ticks = _ticks(range(0, 101, 20), 0, 100, _x), _ticks(nice_ticks(0, 100 * top), 0, 100 * top, _y)
+    return Chart("risk", title, label, COVERAGE_TITLE, RISK_TITLE, x_ticks, y_ticks, lines, 100 * top)
 
 
 def confidence_histogram(score: str, groups: Mapping[str, Floats]) -> Chart | None:
@@ -195,17 +170,10 @@ def confidence_histogram(score: str, groups: Mapping[str, Floats]) -> Chart | No
         for kind, values in groups.items()
         if np.isfinite(values).any()
     ]
-    return Chart(
-        score,
-        f"Histogram of {score}; medians: {'; '.join(medians)}.",
-        f"confidence ({score})",
-        "share of the kind's samples (%)",
-        _ticks(nice_ticks(low, high), low, high, _x),
-        _ticks(nice_ticks(0, 100 * top), 0, 100 * top, _y),
-        lines,
-        "histogram",
-        100 * top,
-    )
+    label = f"Histogram of {score}; medians: {'; '.join(medians)}."
+    x_ticks = _ticks(nice_ticks(low, high), low, high, _x)
+    y_ticks = _ticks(nice_ticks(0, 100 * top), 0, 100 * top, _y)
+    return Chart("histogram", score, label, f"confidence ({score})", SHARE_TITLE, x_ticks, y_ticks, lines, 100 * top)
 
 
 def reliability_diagram(bins: ReliabilityBins, ece: float) -> Chart | None:
@@ -231,15 +199,11 @@ def reliability_diagram(bins: ReliabilityBins, ece: float) -> Chart | None:
          f"mean probability {confidence:.2%}, accuracy {accuracy:.2%}, {count:,} samples")
         for count, confidence, accuracy in zip(*bins, strict=True) if count
     ])  # fmt: skip
-    return Chart(
-        "Reliability diagram",
-        f"Accuracy against softmax probability of {n} samples in {BINS} bins; ECE {ece:.4f}. The table holds the bins.",
-        "softmax probability of the prediction (%)",
-        "accuracy, and share of the samples (%)",
-        _ticks(range(0, 101, 20), 0, 100, _x),
-        _ticks(range(0, 101, 20), 0, 100, _y),
-        [diagonal, means],
-        "reliability",
-        100.0,
-        bars,
+    label = (
+        f"Accuracy against softmax probability of {n} samples in {BINS} bins; ECE {ece:.4f}. The table holds the bins."
     )
+    x_ticks, y_ticks = (_ticks(range(0, 101, 20), 0, 100, position) for position in (_x, _y))
+    return Chart(
+        "reliability", "Reliability diagram", label, "softmax probability of the prediction (%)",
+        "accuracy, and share of the samples (%)", x_ticks, y_ticks, [diagonal, means], 100.0, bars,
+    )  # fmt: skip

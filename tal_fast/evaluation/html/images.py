@@ -22,38 +22,23 @@ THUMBNAIL_SIDE = 112
 
 @dataclass(frozen=True)
 class Tile:
-    """An image with its caption.
+    """An image with its caption."""
 
-    Attributes:
-        image: data URI; empty if the image cannot be read.
-        width, height: size of the thumbnail in pixels.
-        alt: alternative text.
-        lines: lines of the caption.
-        name: file name, or split and position for images in memory.
-        problem: why there is no image.
-    """
-
-    image: str
-    width: int
+    image: str  # data URI; empty if the image cannot be read
+    width: int  # of the thumbnail in pixels
     height: int
     alt: str
     lines: tuple[str, ...]
-    name: str
-    problem: str = ""
+    name: str  # file name, or split and position for images in memory
+    problem: str = ""  # why there is no image
 
 
 @dataclass(frozen=True)
 class GallerySection:
-    """Tiles under a heading.
-
-    Attributes:
-        title: heading.
-        note: what the images have in common and how they are ordered.
-        tiles: the images.
-    """
+    """Tiles under a heading."""
 
     title: str
-    note: str
+    note: str  # what the images have in common and how they are ordered
     tiles: list[Tile]
 
 

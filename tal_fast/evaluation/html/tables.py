@@ -10,12 +10,13 @@ from tal_fast.evaluation.evaluation import Evaluation
 from tal_fast.evaluation.report import Report
 from tal_fast.evaluation.tables import (
     METRIC_TITLES,
+    describe_samples,
     format_percent,
     format_value,
     mark_best,
     nan_if_none,
-    printable,
     setting_title,
+    undefined_notes,
 )
 from tal_fast.metrics.calibration import BINS
 from tal_fast.metrics.curves import Operating, OperatingPoints, ReliabilityBins
@@ -29,40 +30,23 @@ COVERAGES = (0.80, 0.90, 0.95)
 
 @dataclass(frozen=True)
 class Cell:
-    """A number in a table.
-
-    Attributes:
-        text: the number.
-        bold: it is the best of its column, or a difference whose interval excludes zero.
-        detail: small print below it.
-    """
+    """A number in a table."""
 
     text: str
-    bold: bool = False
-    detail: str = ""
+    bold: bool = False  # the best of its column, or a difference whose interval excludes zero
+    detail: str = ""  # small print below the number
 
 
 @dataclass(frozen=True)
 class SettingTable:
-    """Metrics of a setting.
-
-    Attributes:
-        title: heading.
-        samples: numbers of samples of each kind; empty for means over sets.
-        bounds: AURC of the lower bound and of a random score.
-        columns: titles of the metrics, each with whether larger is better (None: neither).
-        rows: score -> cells.
-        differences: score -> cells of its differences to the baseline; empty without a bootstrap.
-        notes: why metrics are undefined.
-    """
+    """Metrics of a setting."""
 
     title: str
-    samples: str
-    bounds: str
-    columns: list[tuple[str, bool | None]]
-    rows: dict[str, list[Cell]]
-    differences: dict[str, list[Cell]]
-    notes: list[str]
+    samples: str  # numbers of samples, and AURC of the lower bound and of a random score
+    columns: list[tuple[str, bool | None]]  # title of each metric, and whether larger is better (None: neither)
+    rows: dict[str, list[Cell]]  # by score
+    differences: dict[str, list[Cell]]  # by score, to the baseline; empty without a bootstrap
+    notes: list[str]  # why metrics are undefined
 
 
 def setting_tables(report: Report) -> list[SettingTable]:
@@ -83,27 +67,14 @@ def _setting_table(report: Report, key: str) -> SettingTable:
     tied = report["tied_share"].get(key, {})
     for score, cells in rows.items():
         cells.append(Cell(format_percent(nan_if_none(tied.get(score)), 1)))
-    counts = report["samples"].get(key)
-    samples = ""
-    if counts is not None:
-        parts = f"{counts['id']:,} ID" + (f" + {counts['ood']:,} OOD" if counts["ood"] else "")
-        samples = f"{parts} samples, {counts['errors']:,} errors"
-    floor, chance = (format_value("aurc", nan_if_none(report[name].get(key))) for name in ("aurc_floor", "aurc_random"))
-    reasons = report["undefined"].get(key, {})
     return SettingTable(
         setting_title(key, report),
-        samples,
-        f"AURC floor {floor}, random score {chance}",
+        describe_samples(report, key),
         [*((METRIC_TITLES[metric], HIGHER_IS_BETTER[metric]) for metric in METRICS), ("tied", None)],
         rows,
         _difference_rows(report.get("differences", {}).get(key, {})),
-        [_undefined_note(reasons, reason) for reason in sorted(set(reasons.values()))],
+        undefined_notes(report, key, METRICS),
     )
-
-
-def _undefined_note(reasons: Mapping[str, str], reason: str) -> str:
-    metrics = ", ".join(METRIC_TITLES[metric] for metric in METRICS if reasons.get(metric) == reason)
-    return f"Undefined ({metrics}): {printable(reason)}"
 
 
 def _interval(metric: str, intervals: Mapping[str, Sequence[float | None]]) -> str:
@@ -138,9 +109,8 @@ def _operating_rows(points: Mapping[str, OperatingPoints]) -> dict[str, list[Cel
 
     def add(column: Sequence[Operating | None], values: Sequence[float | None], higher_is_better: bool) -> None:
         numbers = [nan_if_none(value) for value in values]
-        for score, point, value, is_best in zip(
-            points, column, numbers, mark_best(numbers, higher_is_better), strict=True
-        ):
+        best = mark_best(numbers, higher_is_better)
+        for score, point, value, is_best in zip(points, column, numbers, best, strict=True):
             detail = "no threshold" if point is None else f"at {point.threshold:.5g}"
             rows[score].append(Cell(format_percent(value), is_best and len(points) > 1, detail))
 
@@ -156,12 +126,7 @@ def _operating_rows(points: Mapping[str, OperatingPoints]) -> dict[str, list[Cel
 def bin_rows(bins: ReliabilityBins) -> list[tuple[str, str, str, str]]:
     """Rows of the calibration table: bin, samples, mean probability and accuracy of each bin with samples."""
     return [
-        (
-            f"{k / BINS:.3f}–{(k + 1) / BINS:.3f}",
-            f"{count:,}",
-            format_percent(float(confidence)),
-            format_percent(float(accuracy)),
-        )
+        (f"{k / BINS:.3f}–{(k + 1) / BINS:.3f}", f"{count:,}", format_percent(confidence), format_percent(accuracy))
         for k, (count, confidence, accuracy) in enumerate(zip(*bins, strict=True))
         if count
     ]
