@@ -2,7 +2,7 @@
 
 import sys
 
-from tal_fast.evaluation.compare import main
+from tal_fast.evaluation.compare_command import main
 
 if __name__ == "__main__":
     sys.exit(main())

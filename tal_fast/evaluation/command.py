@@ -1,4 +1,4 @@
-"""The command line: its options, which of them go together, and what they are turned into."""
+"""Command line of ``python -m tal_fast.evaluate``; torch is imported after the options are parsed."""
 
 from __future__ import annotations
 
@@ -6,181 +6,264 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from tal_fast.config.schema import Config, DataConfig, ModelConfig
-from tal_fast.data.corruptions import CORRUPTIONS
-from tal_fast.data.loader import INTERPOLATIONS
-from tal_fast.data.ood import parse_named
-from tal_fast.evaluation.predictions import AMP
-from tal_fast.evaluation.report import UNITS, Report, format_report
-from tal_fast.evaluation.score_selection import DEFAULT_SCORES, GROUPS
-from tal_fast.evaluation.sources import evaluate_npz, evaluate_run, evaluate_weights
-from tal_fast.metrics.failure import CONVENTIONS
-from tal_fast.metrics.settings import Mix
-from tal_fast.scores.features import KNN_SAMPLES
-from tal_fast.scores.temperature import HELD_OUT
-from tal_fast.utils.distributed import Ranks, choose_device
+from tal_fast.config.names import (
+    CONVENTIONS,
+    CORRUPTIONS,
+    DEFAULT_SCORES,
+    FEATURE_SCORES,
+    INTERPOLATIONS,
+    LOGIT_SCORES,
+    SCORE_GROUPS,
+    UNITS,
+)  # fmt: skip
+from tal_fast.utils.arguments import ArgumentParser, at_least, checked, whole_number
 from tal_fast.utils.process import program_name
+
+if TYPE_CHECKING:
+    from tal_fast.config.schema import DataConfig
+    from tal_fast.evaluation.evaluation import Evaluation
+    from tal_fast.metrics.settings import Mix
+    from tal_fast.utils.distributed import Ranks
+
+RUN_OPTIONS = ("checkpoint", "no_typicalness")
+WEIGHTS_OPTIONS = (
+    "model", "width", "data_dir", "dataset", "image_size", "crop_fraction", "interpolation", "mean", "std", "channels",
+    "loader", "workers",
+)  # fmt: skip
+PASS_OPTIONS = ("ood", "shift", "batch_size", "device", "amp", "fast", "cache")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 for bad input, said in one sentence."""
+    """Run the command; returns 0, or 2 for bad input, which is named in one sentence."""
     args = parser().parse_args(argv)
     try:
         check_source(args)
-        report = _report_for(args)
-    except (ValueError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        evaluation, output = _evaluate(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    if report is None:
-        return 0
+    if evaluation is not None:
+        _print(evaluation, output, args.units)
+    return 0
+
+
+def _print(evaluation: Evaluation, output: Path, units: str) -> None:
+    from tal_fast.evaluation.html.page import FILE
+    from tal_fast.evaluation.tables import format_report
+
+    report = evaluation.report
     if "run" in report:
         print(f"{report['run']}: {report['method']}, {report['checkpoint']} checkpoint, epoch {report['epoch']}")
     elif "weights" in report:
         print(f"{report['weights']}: {report['model']}")
-    print(format_report(report, args.units))
-    return 0
+    print(f"{format_report(report, units)}\n\n{output / FILE}")
 
 
-def _report_for(args: argparse.Namespace) -> Report | None:
-    options: dict[str, Any] = {
-        "mix": args.mix,
-        "seed": args.seed,
-        "convention": args.convention,
-        "scores": [name for group in args.scores for name in group.split(",") if name],
-        "knn_samples": args.knn_samples,
-        "temperature": args.temperature,
-        "resamples": args.bootstrap,
-    }
+def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
+    """Evaluate what the options name; returns the evaluation (None on ranks other than 0) and the output folder."""
+    from tal_fast.config.schema import ModelConfig
+    from tal_fast.data.ood import parse_named
+    from tal_fast.evaluation.predictions import PassOptions
+    from tal_fast.evaluation.report import EvaluationOptions
+    from tal_fast.evaluation.sources import default_output, evaluate_npz, evaluate_run, evaluate_weights
+
+    options = EvaluationOptions(
+        scores=[name for group in args.scores for name in group.split(",") if name],
+        mix=args.mix,
+        seed=args.seed,
+        convention=args.convention,
+        temperature=args.temperature,
+        resamples=args.bootstrap,
+        **({} if args.knn_samples is None else {"knn_samples": args.knn_samples or None}),
+    )
+    output = Path(args.output or args.run or default_output(args.npz or args.weights, args.model or ""))
     if args.npz is not None:
-        # There are no passes to share: of torchrun's processes the first does it all.
-        return evaluate_npz(args.npz, args.output, **options) if os.environ.get("RANK", "0") == "0" else None
-    options |= {
-        "ood": parse_named(args.ood, "--ood"),
-        "shifts": parse_named(args.shift, "--shift"),
-        "batch_size": args.batch_size or 256,
-        "amp": args.amp,
-        "fast": args.fast,
-        "cache": args.cache,
-    }
+        # There are no passes to share, so the first of torchrun's processes does everything.
+        return evaluate_npz(args.npz, output, options) if os.environ.get("RANK", "0") == "0" else None, output
     ranks = _start_ranks(args.device or "auto")
     try:
+        shared: dict[str, Any] = {
+            "ood": parse_named(args.ood, "--ood"),
+            "shifts": parse_named(args.shift, "--shift"),
+            "cache": args.cache,
+            "passes": PassOptions(args.batch_size or 256, args.amp, not args.fast, ranks),
+            "options": options,
+        }
         if args.run is not None:
-            options |= {"checkpoint": args.checkpoint or "best", "typicalness": not args.no_typicalness}
-            return evaluate_run(args.run, args.output, ranks=ranks, **options)
-        model = ModelConfig(name=args.model, width=args.width)
-        data, interpolation = _data_config(args)
-        options |= {"interpolation": interpolation}
-        return evaluate_weights(args.weights, model, data, args.output, ranks=ranks, **options)
+            shared |= {"checkpoint": args.checkpoint or "best", "typicalness": not args.no_typicalness}
+            return evaluate_run(args.run, output, **shared), output
+        model, (data, interpolation) = ModelConfig(name=args.model, width=args.width), _data_config(args)
+        return evaluate_weights(args.weights, model, data, output, interpolation=interpolation, **shared), output
     finally:
         ranks.stop()
 
 
 def _start_ranks(device: str) -> Ranks:
-    """The processes torchrun started, or this one alone on the device of that name."""
+    """Ranks of torchrun's processes, or of this process alone."""
+    import torch
+
+    from tal_fast.utils.distributed import Ranks, choose_device
+
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return Ranks.start(device)
     return Ranks(0, 1, torch.device(choose_device(device)))
 
 
-def parser() -> argparse.ArgumentParser:
-    """All options."""
-    parser = argparse.ArgumentParser(
+def _data_config(args: argparse.Namespace) -> tuple[DataConfig, str]:
+    """Data set and interpolation for ``--weights``."""
+    from tal_fast.config.schema import Config
+    from tal_fast.models.pretrained import PRETRAINED, preprocessing
+
+    names = ("image_size", "mean", "std", "crop_fraction", "channels", "interpolation")
+    fields = preprocessing(args.model, {name: getattr(args, name) for name in names}, args.weights == PRETRAINED)
+    interpolation = fields.pop("interpolation")
+    fields |= {name: getattr(args, name) for name in ("loader", "workers") if getattr(args, name) is not None}
+    # crop_area is for training, and not allowed for images in memory.
+    data = {"dataset": args.dataset or "folder", "root": args.data_dir, "crop_area": None, **fields}
+    return Config.from_dict({"data": data}).data, interpolation
+
+
+def parser() -> ArgumentParser:
+    """Parser of all options."""
+    parser = ArgumentParser(
         prog=program_name("evaluate"),
-        description="Report how well confidence tells right predictions from wrong ones: Old FD, OOD and New FD, and "
-        "Old FD under shift. docs/evaluation.md tells more.",
+        description="Report how well confidence separates correct from incorrect predictions: Old FD, OOD and New FD, "
+        "and Old FD under shift.",
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    # torchrun stumbles over --run, which could be the start of an option of its own.
-    source.add_argument("--run", "--run-dir", metavar="DIR", help="folder of a run of tal_fast.train")
+    source_group = parser.add_argument_group("what is evaluated (one of these)")
+    source = source_group.add_mutually_exclusive_group(required=True)
+    # torchrun mistakes --run for an abbreviation of an option of its own.
+    source.add_argument("--run", "--run-dir", metavar="DIR", help="Folder of a run of tal_fast.train.")
     source.add_argument(
-        "--weights", metavar="FILE", help="weights of --model: .pt, .pth, .safetensors, or 'pretrained'"
-    )
-    source.add_argument("--npz", metavar="FILE", help="logits, labels and more of any model")
-    parser.add_argument("--output", metavar="DIR", help="where to write (the run's folder; FILE-report beside a file)")
-
-    run = parser.add_argument_group("with --run")
-    run.add_argument("--checkpoint", choices=("best", "last"), help="of the run (best)")
-    run.add_argument(
-        "--no-typicalness", action="store_true", help="leave the most and least typical training images, which take a "
-        "pass over all of them, out of report.html",
+        "--weights", metavar="FILE", help="Weights of --model: .pt, .pth or .safetensors, or 'pretrained'.",
     )  # fmt: skip
+    source.add_argument("--npz", metavar="FILE", help="Logits, labels and more of any model.")
 
-    weights = parser.add_argument_group("with --weights")
-    weights.add_argument("--model", metavar="NAME", help="of torchvision, timm/NAME, or cifar_resnet18, ...")
-    weights.add_argument("--width", type=_at_least(1), help="of a cifar_ network's first stage (its paper's)")
-    weights.add_argument("--data-dir", metavar="DIR", help="holds val/CLASS/*, and train/CLASS/* for feature scores")
-    weights.add_argument("--dataset", help="instead of a folder: digits, fashion-mnist, ... (folder)")
-    weights.add_argument("--image-size", type=_at_least(1), help="side in pixels (timm's for the model, else 224)")
-    weights.add_argument("--crop-fraction", type=float, help="central share of the shorter side (timm's, else 0.875)")
-    weights.add_argument("--interpolation", choices=INTERPOLATIONS, help="of the resizing (timm's, else bilinear)")
-    weights.add_argument("--mean", type=float, nargs="+", help="a channel, of [0, 1] (timm's, else ImageNet's)")
-    weights.add_argument("--std", type=float, nargs="+", help="a channel, likewise")
-    weights.add_argument("--channels", type=int, choices=(1, 3), help="of the images (3)")
-    weights.add_argument("--loader", choices=("auto", "dali", "torch"), help="what reads image files (auto)")
-    weights.add_argument("--workers", type=_at_least(0), help="that decode images (4)")
+    _add_run_options(parser.add_argument_group("options with --run"))
+    _add_weights_options(parser.add_argument_group("options with --weights"))
+    _add_pass_options(parser.add_argument_group("options with --run and --weights"))
 
-    passes = parser.add_argument_group("with --run and --weights")
-    passes.add_argument(
-        "--ood", action="append", default=[], metavar="NAME=WHERE", help="an OOD set: a folder, textures:FOLDER, "
-        "svhn:FILE.mat, mnist[:FOLDER], fashion-mnist[:FOLDER], npy:FILE, patches[:N], gaussian[:N], uniform[:N]",
-    )  # fmt: skip
-    passes.add_argument(
-        "--shift", action="append", default=[], metavar="NAME=WHERE", help="shifted images of the same classes: a "
-        f"folder of class folders, cifar-c:FILE.npy[:SEVERITY], or {', '.join(CORRUPTIONS)}, each with [:SEVERITY]",
-    )  # fmt: skip
-    passes.add_argument("--batch-size", type=_at_least(1), help="of the pass, on each rank (256)")
-    passes.add_argument("--device", help="auto (a GPU if there is one; the default), cpu, cuda, cuda:1, ...")
-    passes.add_argument("--amp", choices=tuple(AMP), help="autocast of the network; outputs are float32 all the same")
-    passes.add_argument("--fast", action="store_true", help="only scores over logits; features are not kept")
-    passes.add_argument("--cache", metavar="DIR", help="of the outputs (eval-cache in the run's or the output folder)")
-
-    parser.add_argument(
+    scores = parser.add_argument_group("scores")
+    scores.add_argument(
         "--scores", nargs="+", default=list(DEFAULT_SCORES), metavar="SCORE",
-        help=f"confidence scores ({' '.join(DEFAULT_SCORES)}): {', '.join(GROUPS['all'])}; or a group: "
-        "logits, features, sirc, all",
+        help=f"Confidence scores: {', '.join((*LOGIT_SCORES, *FEATURE_SCORES))}, sirc_S1_S2; or groups: "
+        f"{', '.join(SCORE_GROUPS)}. Default: {' '.join(DEFAULT_SCORES)}.",
     )  # fmt: skip
-    parser.add_argument(
-        "--knn-samples", type=_argument(_count_or_all), default=KNN_SAMPLES, metavar="N",
-        help="training features that knn compares with, a random choice where there are more; or all (%(default)s)",
+    scores.add_argument(
+        "--knn-samples", type=checked(_count_or_all), metavar="N",
+        help="Training features that knn compares with, chosen at random; or all. Default: 50000.",
     )  # fmt: skip
-    parser.add_argument(
-        "--temperature", type=_argument(_share), metavar="held-out[=SHARE]", help="divide logits by a temperature "
-        f"fitted on a random share ({HELD_OUT:g}) of the validation samples, which then take part in nothing else",
+    scores.add_argument(
+        "--temperature", type=checked(_held_out_share), metavar="held-out[=SHARE]",
+        help="Divide logits by a temperature fitted on a random share of the validation samples, which take part in "
+        "nothing else. Default share: 0.2.",
     )  # fmt: skip
-    parser.add_argument("--convention", choices=CONVENTIONS, default="tal_fast", help="of the metrics (%(default)s)")
-    parser.add_argument(
-        "--mix", type=_argument(Mix.parse), default=Mix(), help="ID:OOD samples: balanced-random (default), all, "
-        "first-n, or prior=P with P the share of OOD",
+
+    metrics = parser.add_argument_group("metrics")
+    metrics.add_argument(
+        "--convention", choices=CONVENTIONS, default="tal_fast", help="Convention of the metrics. Default: %(default)s."
+    )
+    metrics.add_argument(
+        "--mix", type=checked(_mix), default="balanced-random",
+        help="ID:OOD samples: balanced-random, all, first-n, or prior=P with P the share of OOD. Default: %(default)s.",
     )  # fmt: skip
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="of a random mix or choice (%(default)s)")
-    parser.add_argument(
-        "--bootstrap", type=_at_least(0), default=0, metavar="N", help="resamples for confidence intervals of every "
-        "metric and of differences between scores; 10000 is usual (0: none)",
+    metrics.add_argument(
+        "--seed", type=at_least(0), default=0, help="Seed of everything that is random. Default: %(default)s."
+    )
+    metrics.add_argument(
+        "--bootstrap", type=at_least(0), default=0, metavar="N",
+        help="Resamples for confidence intervals of metrics and of differences between scores, such as 10000. "
+        "Default: %(default)s, no intervals.",
     )  # fmt: skip
-    parser.add_argument("--units", choices=UNITS, default="natural", help="of the printed tables (%(default)s)")
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output", metavar="DIR", help="Folder of the report. Default: the run's folder, or FILE-report next to FILE.",
+    )  # fmt: skip
+    output.add_argument(
+        "--units", choices=UNITS, default="natural", help="Units of the printed tables. Default: %(default)s."
+    )
     return parser
 
 
-# Options that only some sources know, by the name argparse gives them.
-_OF_RUN = ("checkpoint", "no_typicalness")
-OF_WEIGHTS = (
-    "model", "width", "data_dir", "dataset", "image_size", "crop_fraction", "interpolation", "mean", "std", "channels",
-    "loader", "workers",
-)  # fmt: skip
-_OF_PASSES = ("ood", "shift", "batch_size", "device", "amp", "fast", "cache")
+def _add_run_options(group: Any) -> None:
+    group.add_argument("--checkpoint", choices=("best", "last"), help="Checkpoint of the run. Default: best.")
+    group.add_argument(
+        "--no-typicalness", action="store_true",
+        help="Leave the most and the least typical training images out of report.html; they take a pass over all of "
+        "the training images.",
+    )  # fmt: skip
+
+
+def _add_weights_options(group: Any) -> None:
+    group.add_argument(
+        "--model", metavar="NAME", help="Network of torchvision, timm/NAME, or cifar_resnet18 and the like."
+    )
+    group.add_argument(
+        "--width", type=at_least(1), help="Width of a cifar_ network's first stage. Default: its paper's."
+    )
+    group.add_argument(
+        "--data-dir", metavar="DIR", help="Folder with val/CLASS/*, and train/CLASS/* for feature scores."
+    )
+    group.add_argument("--dataset", help="Data set instead of a folder: digits, fashion-mnist, ... Default: folder.")
+    group.add_argument(
+        "--image-size", type=at_least(1), help="Side of the images in pixels. Default: timm's for the model, else 224."
+    )
+    group.add_argument(
+        "--crop-fraction",
+        type=float,
+        help="Central share of the shorter side that is kept. Default: timm's, else 0.875.",
+    )
+    group.add_argument(
+        "--interpolation", choices=INTERPOLATIONS, help="Filter of the resizing. Default: timm's, else bilinear."
+    )
+    group.add_argument(
+        "--mean", type=float, nargs="+", help="Mean per channel in [0, 1]. Default: timm's, else ImageNet's."
+    )
+    group.add_argument("--std", type=float, nargs="+", help="Standard deviation per channel, likewise.")
+    group.add_argument("--channels", type=int, choices=(1, 3), help="Channels of the images. Default: 3.")
+    group.add_argument("--loader", choices=("auto", "dali", "torch"), help="Reader of image files. Default: auto.")
+    group.add_argument("--workers", type=at_least(0), help="Workers that decode images. Default: 4.")
+
+
+def _add_pass_options(group: Any) -> None:
+    group.add_argument(
+        "--ood", action="append", default=[], metavar="NAME=WHERE",
+        help="OOD set: a folder, textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], fashion-mnist[:FOLDER], "
+        "cifar10:FOLDER, cifar100:FOLDER, npy:FILE, patches[:N], gaussian[:N] or uniform[:N]. May be repeated.",
+    )  # fmt: skip
+    group.add_argument(
+        "--shift", action="append", default=[], metavar="NAME=WHERE",
+        help="Shifted images of the same classes: a folder of class folders, cifar-c:FILE.npy[:SEVERITY], or "
+        f"{', '.join(CORRUPTIONS)}, each with [:SEVERITY]. May be repeated.",
+    )  # fmt: skip
+    group.add_argument("--batch-size", type=at_least(1), help="Images per step on each rank. Default: 256.")
+    group.add_argument("--device", help="auto, cpu, cuda, cuda:1, ... Default: auto, a GPU if there is one.")
+    group.add_argument(
+        "--amp",
+        choices=("bfloat16", "float16"),
+        help="Run the network under autocast; outputs are float32 in any case.",
+    )
+    group.add_argument(
+        "--fast", action="store_true", help=f"Compute logit scores only ({', '.join(LOGIT_SCORES)}); keep no features."
+    )
+    group.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="Folder of the cached outputs. Default: eval-cache in the run's or output folder.",
+    )
 
 
 def check_source(args: argparse.Namespace) -> None:
-    """Refuse an option that would be passed over.
+    """Check that the options go with the source.
 
     Raises:
-        ValueError: names it.
+        ValueError: an option would be ignored, or one is missing.
     """
-    foreign = {"run": OF_WEIGHTS, "weights": _OF_RUN, "npz": (*_OF_RUN, *OF_WEIGHTS, *_OF_PASSES)}
+    foreign = {"run": WEIGHTS_OPTIONS, "weights": RUN_OPTIONS, "npz": (*RUN_OPTIONS, *WEIGHTS_OPTIONS, *PASS_OPTIONS)}
     source = next(name for name in foreign if getattr(args, name) is not None)
     for name in foreign[source]:
         if getattr(args, name) not in (None, [], False):
@@ -192,35 +275,16 @@ def check_source(args: argparse.Namespace) -> None:
             raise ValueError("--weights needs --data-dir DIR, which holds val/CLASS/*, or --dataset")
 
 
-def _data_config(args: argparse.Namespace) -> tuple[DataConfig, str]:
-    """What weights are evaluated on, and the interpolation of its images."""
-    from tal_fast.models.pretrained import PRETRAINED, preprocessing
+def _mix(text: str) -> Mix:
+    from tal_fast.metrics.settings import Mix
 
-    dataset = args.dataset or "folder"
-    asked = ("image_size", "mean", "std", "crop_fraction", "channels", "interpolation")
-    given = {key: getattr(args, key) for key in asked}
-    fields = preprocessing(args.model, given, args.weights == PRETRAINED)
-    interpolation = fields.pop("interpolation")
-    fields |= {key: getattr(args, key) for key in ("loader", "workers") if getattr(args, key) is not None}
-    # Training's random boxes are for image files only; an evaluation makes none.
-    config = Config.from_dict({"data": {"dataset": dataset, "root": args.data_dir, "crop_area": None, **fields}})
-    return config.data, interpolation
+    return Mix.parse(text)
 
 
-def _argument(check: Any) -> Any:
-    """A type for argparse whose ValueError is shown as it is."""
+def _held_out_share(text: str) -> float:
+    """Share of the validation samples: ``held-out`` or ``held-out=0.3``."""
+    from tal_fast.scores.temperature import HELD_OUT
 
-    def convert(text: str) -> Any:
-        try:
-            return check(text)
-        except ValueError as problem:
-            raise argparse.ArgumentTypeError(str(problem)) from None
-
-    return convert
-
-
-def _share(text: str) -> float:
-    """``held-out`` or ``held-out=0.3`` -> share of the validation samples."""
     kind, equals, value = text.partition("=")
     try:
         share = float(value) if equals else HELD_OUT
@@ -231,19 +295,6 @@ def _share(text: str) -> float:
     return share
 
 
-def _count_or_all(text: str) -> int | None:
-    return None if text == "all" else _whole(text, 10)
-
-
-def _whole(text: str, limit: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise ValueError(f"must be a whole number, not {text!r}") from None
-    if value < limit:
-        raise ValueError(f"must be at least {limit}, not {value}")
-    return value
-
-
-def _at_least(limit: int) -> Any:
-    return _argument(lambda text: _whole(text, limit))
+def _count_or_all(text: str) -> int:
+    """Number of samples; 0 stands for all."""
+    return 0 if text == "all" else whole_number(text, 10)

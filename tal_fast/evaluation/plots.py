@@ -1,32 +1,128 @@
-"""Pictures of a failure-detection report: risk against coverage, and where the confidence of each kind of sample lies.
+"""PNG plots of an evaluation: risk against coverage, and confidence histograms.
 
 Matplotlib is imported on first use and draws to files only, so no display is needed.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tal_fast.evaluation.report import setting_title
+from tal_fast.evaluation.evaluation import Evaluation
+from tal_fast.evaluation.tables import printable, setting_title
 from tal_fast.metrics.curves import histograms, kinds, oracle_risk
-from tal_fast.metrics.failure import Floats, risk_coverage_curve
-from tal_fast.metrics.settings import Judged
 from tal_fast.utils.io import replacing
 
-# Okabe and Ito's colours, told apart with any colour vision; line styles tell them apart without colour. Of 20
-# lines no two blue ones have the same style.
+logger = logging.getLogger(__name__)
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
-STYLES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
-# Coverage (%) from which on the risk sets the height of its panel.
-STEADY = 2
+"""Okabe and Ito's colours, distinguishable with any colour vision."""
+LINE_STYLES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+"""Line styles, which distinguish lines without colour; their number is coprime to that of the colours."""
+COVERAGE_TITLE = "coverage (% of samples kept)"
+RISK_TITLE = "risk (% errors among those kept)"
+SHARE_TITLE = "share of the kind's samples (%)"
+MIN_SCALED_COVERAGE = 2
+"""Coverage in percent from which on the risk sets the height of a panel; below, the risk of a few samples jumps."""
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    # Figure and canvas by hand: pyplot would choose the user's backend and keep state.
+def write_plots(evaluation: Evaluation, folder: str | Path) -> None:
+    """Write ``risk_coverage.png`` and ``confidence_histogram.png``; without matplotlib, log a warning instead."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        logger.warning('matplotlib is not installed, so no plots are written; pip install "tal-fast[plots]"')
+        return
+    risk_coverage(evaluation, Path(folder) / "risk_coverage.png")
+    confidence_histogram(evaluation, Path(folder) / "confidence_histogram.png")
+
+
+def risk_coverage(evaluation: Evaluation, path: str | Path) -> None:
+    """Draw the error rate among the kept samples against the share of samples kept.
+
+    Old FD and, below it, each shifted set have the first column; each OOD set has a row of the other two. There is a
+    line per score. Grey lines are the lower bound (dashed, every error ranked last) and a random score (dotted). The
+    area under a line is its AURC in the convention ``tal_fast``.
+
+    Args:
+        evaluation: evaluation to draw.
+        path: path of the PNG.
+    """
+    kinds_of_settings = [key.partition("/")[0] for key in evaluation.settings]
+    rows = max(1 + kinds_of_settings.count("shift"), kinds_of_settings.count("ood"))
+    columns = 3 if "ood" in kinds_of_settings else 1
+    figure, axes = _new_figure(rows, columns, 4.2 if columns > 1 else 6, 3.8)
+    handles: dict[str, Any] = {}
+    for axis in axes.flat:
+        axis.set_visible(False)
+    filled = [0] * columns
+    for kind, (key, curves) in zip(kinds_of_settings, evaluation.operating_points.items(), strict=True):
+        success, column = evaluation.settings[key].setting.success, {"ood": 1, "new_fd": 2}.get(kind, 0)
+        axis = axes[filled[column], column]
+        filled[column] += 1
+        axis.set_visible(True)
+        axis.set(title=setting_title(key, evaluation.report), xlabel=COVERAGE_TITLE, ylabel=RISK_TITLE)
+        axis.set_xlim(0, 100)
+        axis.grid(alpha=0.3)
+        n, errors = success.size, int(success.size - success.sum())
+        if n == 0:
+            continue
+        coverage = np.arange(1, n + 1) / n * 100
+        top = 100 * errors / n
+        for i, (score, points) in enumerate(curves.items()):
+            risk = points.curve.risk
+            (handles[score],) = axis.plot(coverage, 100 * risk, linewidth=1.8, **_line_style(i))
+            top = max(top, 100 * float(risk[coverage >= MIN_SCALED_COVERAGE].max()))
+        (handles["floor"],) = axis.plot(coverage, 100 * oracle_risk(n, errors), color="0.45", linestyle="--", lw=1)
+        (handles["random score"],) = axis.plot([0, 100], [100 * errors / n] * 2, color="0.45", linestyle=":", lw=1.2)
+        axis.set_ylim(0, 1.05 * top if top else 1)
+    _save(figure, handles, f"Risk against coverage: {_title(evaluation.report)}", path)
+
+
+def confidence_histogram(evaluation: Evaluation, path: str | Path) -> None:
+    """Draw histograms of the scores of correct, incorrect and OOD samples, each as shares of the kind's own size.
+
+    There is a panel per score. All samples are drawn, whatever the mix; shifted sets are not.
+
+    Args:
+        evaluation: evaluation to draw.
+        path: path of the PNG.
+    """
+    samples = evaluation.samples
+    columns = min(3, len(samples.id_scores))
+    rows = -(-len(samples.id_scores) // columns)
+    figure, axes = _new_figure(rows, columns, 5 if columns > 1 else 6.5, 3.8)
+    handles: dict[str, Any] = {}
+    for axis in axes.flat[len(samples.id_scores) :]:
+        axis.set_visible(False)
+    for axis, (score, values) in zip(axes.flat, samples.id_scores.items(), strict=False):
+        groups = kinds(samples.correct, values, samples.ood_scores, score)
+        edges, shares = histograms(list(groups.values()))
+        axis.set(title=score, xlabel=f"confidence ({score})", ylabel=SHARE_TITLE)
+        axis.grid(alpha=0.3)
+        for i, ((kind, group), share) in enumerate(zip(groups.items(), shares, strict=True)):
+            if not share.any():
+                continue
+            label = f"{printable(kind)} ({len(group)})"
+            handles[label] = axis.stairs(100 * share, edges, linewidth=1.8, **_line_style(i))
+        axis.set_ylim(bottom=0)
+    _save(figure, handles, f"Confidence of each kind of sample: {_title(evaluation.report)}", path)
+
+
+def _title(report: Mapping[str, Any]) -> str:
+    if "run" in report:
+        return f"{report['method']} ({Path(report['run']).name})"
+    if "weights" in report:
+        return f"{report['model']} ({Path(report['weights']).name})"
+    return Path(report.get("npz", "")).name
+
+
+def _new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    # Not through pyplot, which would choose the user's backend and keep state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -35,9 +131,13 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+def _line_style(i: int) -> dict[str, Any]:
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": LINE_STYLES[i % len(LINE_STYLES)]}
+
+
 def _save(figure: Any, handles: Mapping[str, Any], title: str, path: str | Path) -> None:
     figure.suptitle(title)
-    # Below the panels, where it can cover nothing: as many columns as the longest name allows, room for the rows added.
+    # The legend goes below the panels, in as many columns as the longest name allows; the figure grows by its rows.
     width, height = figure.get_size_inches()
     longest = max(map(len, handles), default=0)
     columns = max(1, min(len(handles), int(width / (0.7 + 0.09 * longest))))
@@ -46,86 +146,3 @@ def _save(figure: Any, handles: Mapping[str, Any], title: str, path: str | Path)
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
-
-
-def _line(i: int) -> dict[str, Any]:
-    return {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)]}
-
-
-def risk_coverage(path: str | Path, settings: Mapping[str, Judged], title: str = "") -> None:
-    """Draw the error rate among the samples kept against the share kept: a panel a setting, a line a score.
-
-    Dashed and dotted grey lines are the floor (every error ranked last) and a random score. The area under a line is
-    its AURC in the convention ``tal_fast``. The surest 2% of the samples do not set the height of a panel: the risk of
-    a handful of samples jumps between 0 and 100%.
-
-    Args:
-        path: of the PNG.
-        settings: from ``tal_fast.metrics.settings.judged_settings``. Old FD and, below it, each shifted set have the first
-            column; each OOD set has a row of the other two.
-        title: of the figure.
-    """
-    kinds_of = [key.partition("/")[0] for key in settings]
-    rows, columns = max(1 + kinds_of.count("shift"), kinds_of.count("ood")), 3 if "ood" in kinds_of else 1
-    figure, axes = _figure(rows, columns, 4.2 if columns > 1 else 6, 3.8)
-    handles: dict[str, Any] = {}
-    for axis in axes.flat:
-        axis.set_visible(False)
-    filled = [0] * columns
-    for kind, one in zip(kinds_of, settings.values(), strict=True):
-        setting, column = one.setting, {"ood": 1, "new_fd": 2}.get(kind, 0)
-        axis = axes[filled[column], column]
-        filled[column] += 1
-        axis.set_visible(True)
-        of_set = setting_title(kind if one.name is None else f"{kind}/{one.name}")
-        axis.set(title=of_set, xlabel="coverage (% of samples kept)", ylabel="risk (% errors among those kept)")
-        axis.set_xlim(0, 100)
-        axis.grid(alpha=0.3)
-        n, errors = setting.success.size, int(setting.success.size - setting.success.sum())
-        if n == 0:
-            continue
-        coverage = np.arange(1, n + 1) / n * 100
-        top = 100 * errors / n
-        for i, (score, values) in enumerate(one.confidences().items()):
-            curve = risk_coverage_curve(values, setting.success)
-            (handles[score],) = axis.plot(coverage, 100 * curve.risk, linewidth=1.8, **_line(i))
-            top = max(top, 100 * float(curve.risk[coverage >= STEADY].max()))
-        (handles["floor"],) = axis.plot(coverage, 100 * oracle_risk(n, errors), color="0.45", linestyle="--", lw=1)
-        (handles["random score"],) = axis.plot([0, 100], [100 * errors / n] * 2, color="0.45", linestyle=":", lw=1.2)
-        axis.set_ylim(0, 1.05 * top if top else 1)
-    _save(figure, handles, f"Risk against coverage{title and ': ' + title}", path)
-
-
-def confidence_histogram(
-    path: str | Path,
-    right: Any,
-    id_scores: Mapping[str, Floats],
-    ood_scores: Mapping[str, Mapping[str, Floats]],
-    title: str = "",
-) -> None:
-    """Draw where the scores of right, wrong and OOD samples lie: a panel a score, each kind as shares of its own size.
-
-    All samples are drawn, whatever the mix; shifted sets are not.
-
-    Args:
-        path: of the PNG.
-        right, id_scores, ood_scores: as for ``tal_fast.evaluation.report.make_report``.
-        title: of the figure.
-    """
-    columns = min(3, len(id_scores))
-    rows = -(-len(id_scores) // columns)
-    figure, axes = _figure(rows, columns, 5 if columns > 1 else 6.5, 3.8)
-    handles: dict[str, Any] = {}
-    for axis in axes.flat[len(id_scores) :]:
-        axis.set_visible(False)
-    for axis, (score, values) in zip(axes.flat, id_scores.items(), strict=False):
-        groups = kinds(right, values, ood_scores, score)
-        edges, shares = histograms(list(groups.values()))
-        axis.set(title=score, xlabel=f"confidence ({score})", ylabel="share of the kind's samples (%)")
-        axis.grid(alpha=0.3)
-        for i, ((kind, of_kind), share) in enumerate(zip(groups.items(), shares, strict=True)):
-            if not share.any():
-                continue
-            handles[f"{kind} ({len(of_kind)})"] = axis.stairs(100 * share, edges, linewidth=1.8, **_line(i))
-        axis.set_ylim(bottom=0)
-    _save(figure, handles, f"Confidence of each kind of sample{title and ': ' + title}", path)

@@ -1,15 +1,15 @@
-"""What a model says about a split, on disk in shards: a pass that was killed goes on where it stood.
+"""Logits, features and labels of a split, stored on disk in shards so that an interrupted pass resumes.
 
-A store is a folder that holds ``store.json`` (what its content depends on) and ``.npz`` shards of some tens of
-megabytes, each written whole or not at all. Which samples are there is what the shards say, so ranks need not agree on
-anything but the folder, and a pass may be finished by another number of ranks than began it. No reader holds more than
-a shard unless it asks for everything.
+A store is a folder with ``store.json`` (a hash of what its content depends on) and ``.npz`` shards of some tens of
+megabytes, each written atomically. The shards themselves record which samples are stored, so ranks have to agree on
+nothing but the folder, and a different number of ranks may finish a pass. Readers hold one shard in memory at a time,
+except ``load``.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+import logging
 import time
 import zipfile
 from collections.abc import Iterator
@@ -23,20 +23,23 @@ from numpy.typing import NDArray
 from tal_fast.metrics.failure import Ints
 from tal_fast.utils.io import replacing
 
-# A shard is written when so much has gathered, or so long after the last: a slow network loses a minute at most.
+logger = logging.getLogger(__name__)
+
 SHARD_BYTES = 32 << 20
+"""Size at which a shard is written."""
 SHARD_SECONDS = 60.0
-_ABOUT = "store.json"
-_DAMAGED = (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile)
+"""Age at which a shard is written: an interrupted slow pass loses at most a minute."""
+_METADATA = "store.json"
+_READ_ERRORS = (OSError, ValueError, TypeError, KeyError, EOFError, IndexError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model says about a split, in the order of the samples' indices.
+    """Logits, features and labels of a split, in the order of the split.
 
     Attributes:
         logits: (n, C) float32 or float64.
-        features: (n, D), the input of the last Linear layer, in the same type; None where unknown.
+        features: (n, D), the input of the last Linear layer, in the same type; None if unknown.
         labels: (n,) int64; −1 in OOD sets.
     """
 
@@ -45,80 +48,75 @@ class Outputs:
     labels: NDArray[np.int64]
 
     @property
-    def right(self) -> NDArray[np.bool_]:
-        """(n,) whether the largest logit (the first on ties) is the label's."""
+    def correct(self) -> NDArray[np.bool_]:
+        """(n,) bool, whether the largest logit (the first on ties) is the label's."""
         return np.asarray(self.logits.argmax(axis=1) == self.labels)
 
     def subset(self, indices: Ints) -> Outputs:
-        """Those of the samples at ``indices``."""
+        """Outputs of the samples at ``indices``."""
         features = None if self.features is None else self.features[indices]
         return Outputs(self.logits[indices], features, self.labels[indices])
 
 
 class OutputStore:
-    """The outputs of one split.
+    """Stored outputs of one split.
 
     Args:
-        folder: of the store.
-        key: a hash of what the outputs depend on.
-        samples: how many the split has.
+        folder: folder of the store.
+        key: hash of everything the outputs depend on.
+        samples: number of samples in the split.
     """
 
     def __init__(self, folder: str | Path, key: str, samples: int) -> None:
         self.folder, self.key, self.samples = Path(folder), key, samples
 
     def prepare(self, features: bool) -> None:
-        """Make the folder ready for these outputs: what belongs to another key, or lacks features, leaves.
+        """Create the folder, and delete shards of another key or, where features are needed, without features.
 
         Args:
-            features: whether they are wanted; outputs that have them serve either way.
+            features: whether features are needed.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        about = self._about()
-        if about.get("key") == self.key and (about.get("features") or not features):
+        metadata = self._metadata()
+        if metadata.get("key") == self.key and (metadata.get("features") or not features):
             return
         for path in self.folder.glob("*.npz") if self.folder.is_dir() else ():
             path.unlink()
-        with replacing(self.folder / _ABOUT) as temporary:
+        with replacing(self.folder / _METADATA) as temporary:
             temporary.write_text(json.dumps({"key": self.key, "features": features, "samples": self.samples}))
 
-    @property
-    def has_features(self) -> bool:
-        """Whether the store holds features."""
-        return bool(self._about().get("features"))
-
-    def _about(self) -> dict[str, Any]:
+    def _metadata(self) -> dict[str, Any]:
         try:
-            about = json.loads((self.folder / _ABOUT).read_text(encoding="utf-8"))
+            metadata = json.loads((self.folder / _METADATA).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return about if isinstance(about, dict) else {}
+        return metadata if isinstance(metadata, dict) else {}
 
     def missing(self) -> Ints:
-        """Indices of the samples that no shard holds, rising. Shards that cannot be read leave."""
-        there = np.zeros(self.samples, dtype=bool)
-        if self._about().get("key") != self.key:
-            return np.flatnonzero(~there)
+        """Indices of the samples that no shard holds, ascending. Deletes shards that cannot be read."""
+        stored = np.zeros(self.samples, dtype=bool)
+        if self._metadata().get("key") != self.key:
+            return np.flatnonzero(~stored)
         for path in self._paths():
             try:
                 with np.load(path, allow_pickle=False) as shard:
-                    there[shard["indices"]] = True
-            except (*_DAMAGED, IndexError) as problem:
-                print(f"note: {path} cannot be read ({problem}); computing it again", file=sys.stderr)
+                    stored[shard["indices"]] = True
+            except _READ_ERRORS as error:
+                logger.warning("%s cannot be read (%s); it is computed again", path, error)
                 path.unlink(missing_ok=True)
-        return np.flatnonzero(~there)
+        return np.flatnonzero(~stored)
 
     def write(self, indices: Ints, outputs: Outputs) -> None:
-        """Add a shard.
+        """Write a shard.
 
         Args:
-            indices: (m,) of the samples in the split.
-            outputs: of these m samples, in this order.
+            indices: (m,) positions of the samples in the split.
+            outputs: outputs of these m samples, in this order.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the shard cannot be written.
         """
         arrays = {"indices": indices, "labels": outputs.labels, "logits": outputs.logits}
         if outputs.features is not None:
@@ -126,15 +124,18 @@ class OutputStore:
         with replacing(self.folder / f"{indices.min():09}-{len(indices)}.npz") as temporary:
             np.savez(temporary, **arrays)  # type: ignore[arg-type]
 
-    def shards(self, only: tuple[str, ...] = ("indices", "labels", "logits", "features")) -> Iterator[dict[str, Any]]:
-        """The arrays of each shard by name, as far as they are there; a sample comes once, shards in no set order.
+    def shards(self, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+        """Iterate over the shards, each sample once, in no particular order.
+
+        Args:
+            names: arrays to read; those a shard does not have are left out.
 
         Raises:
-            ValueError: a shard is damaged, or another evaluation has taken the folder.
+            ValueError: a shard is damaged, or another evaluation uses the folder.
         """
-        if self._about().get("key") != self.key:
+        if self._metadata().get("key") != self.key:
             raise ValueError(
-                f"{self.folder} holds outputs of other weights or images by now; give each evaluation its own --cache"
+                f"{self.folder} now holds outputs of other weights or images; give each evaluation its own --cache"
             )
         seen = np.zeros(self.samples, dtype=bool)
         for path in self._paths():
@@ -142,40 +143,38 @@ class OutputStore:
                 with np.load(path, allow_pickle=False) as shard:
                     indices = shard["indices"]
                     new = ~seen[indices]
-                    arrays = {name: shard[name] for name in only if name in shard.files}
-            except (*_DAMAGED, IndexError) as problem:
-                raise ValueError(f"{path} cannot be read ({problem}); remove it and evaluate again") from None
+                    arrays = {name: shard[name] for name in names if name in shard.files}
+            except _READ_ERRORS as error:
+                raise ValueError(f"{path} cannot be read ({error}); remove it and evaluate again") from None
             seen[indices] = True
-            # Two evaluations of the same model at once may both have written a sample.
+            # Two concurrent evaluations of the same model may both have written a sample.
             yield arrays if new.all() else {name: values[new] for name, values in arrays.items()}
 
     def load(self) -> Outputs:
-        """All of it in memory, in the order of the split.
+        """Read the whole store into memory, in the order of the split.
 
         Raises:
             ValueError: a shard is damaged.
         """
-        columns: dict[str, Any] = {}
-        for shard in self.shards():
+        columns = self._columns("labels", "logits", "features")
+        return Outputs(columns["logits"], columns.get("features"), columns["labels"])
+
+    def column(self, name: str) -> NDArray[Any]:
+        """Array ``labels`` or ``logits`` of all samples, in the order of the split."""
+        return self._columns(name)[name]
+
+    def _columns(self, *names: str) -> dict[str, NDArray[Any]]:
+        columns: dict[str, NDArray[Any]] = {}
+        for shard in self.shards(("indices", *names)):
             indices = shard.pop("indices")
             for name, values in shard.items():
                 if name not in columns:
                     columns[name] = np.empty((self.samples, *values.shape[1:]), values.dtype)
                 columns[name][indices] = values
-        return Outputs(columns["logits"], columns.get("features"), columns["labels"])
-
-    def column(self, name: str) -> NDArray[Any]:
-        """One array of all samples, ``labels`` or ``logits``, in the order of the split."""
-        found: NDArray[Any] | None = None
-        for shard in self.shards(("indices", name)):
-            if found is None:
-                found = np.empty((self.samples, *shard[name].shape[1:]), shard[name].dtype)
-            found[shard["indices"]] = shard[name]
-        assert found is not None
-        return found
+        return columns
 
     def features(self) -> StoredFeatures:
-        """The features, left on disk."""
+        """Features of all samples, read from disk shard by shard."""
         width = next(shard["features"].shape[1] for shard in self.shards(("features",)))
         return StoredFeatures(self, (self.samples, width))
 
@@ -185,10 +184,10 @@ class OutputStore:
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """The features of a store, a shard in memory at a time.
+    """Features of a store, one shard in memory at a time.
 
     Attributes:
-        store: whose features they are.
+        store: store that holds them.
         shape: (n, D).
     """
 
@@ -196,36 +195,38 @@ class StoredFeatures:
     shape: tuple[int, int]
 
     def blocks(self) -> Iterator[tuple[Ints, NDArray[Any]]]:
-        """(indices, features) of each shard; each sample once, in no set order."""
+        """Yield (indices, features) of each shard; each sample once, in no particular order."""
         for shard in self.store.shards(("indices", "features")):
             yield shard["indices"], shard["features"]
 
 
 class ShardWriter:
-    """Gathers batches into shards of a store.
+    """Collects batches and writes them to a store in shards.
 
     Args:
-        store: to write to.
+        store: store to write to.
     """
 
     def __init__(self, store: OutputStore) -> None:
         self._store = store
-        self._parts: list[tuple[Any, ...]] = []
+        self._batches: list[tuple[Any, ...]] = []
         self._bytes = 0
-        self._last = time.monotonic()
+        self._last_write = time.monotonic()
 
     def add(self, indices: Ints, outputs: Outputs) -> None:
-        """A batch."""
-        self._parts.append((indices, outputs.logits, outputs.features, outputs.labels))
+        """Add a batch."""
+        self._batches.append((indices, outputs.logits, outputs.features, outputs.labels))
         self._bytes += outputs.logits.nbytes + (0 if outputs.features is None else outputs.features.nbytes)
-        if self._bytes >= SHARD_BYTES or time.monotonic() - self._last >= SHARD_SECONDS:
+        if self._bytes >= SHARD_BYTES or time.monotonic() - self._last_write >= SHARD_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has gathered."""
-        if not self._parts:
+        """Write the batches collected so far as a shard."""
+        if not self._batches:
             return
-        indices, logits, features, labels = zip(*self._parts, strict=True)
-        together = None if features[0] is None else np.concatenate(features)
-        self._store.write(np.concatenate(indices), Outputs(np.concatenate(logits), together, np.concatenate(labels)))
-        self._parts, self._bytes, self._last = [], 0, time.monotonic()
+        indices, logits, features, labels = zip(*self._batches, strict=True)
+        outputs = Outputs(
+            np.concatenate(logits), None if features[0] is None else np.concatenate(features), np.concatenate(labels)
+        )
+        self._store.write(np.concatenate(indices), outputs)
+        self._batches, self._bytes, self._last_write = [], 0, time.monotonic()

@@ -1,8 +1,8 @@
-"""One pass of a model over a split: logits, features and labels, kept on disk so that no score asks for a second.
+"""Passes of a model over the splits of a data set, with their outputs cached on disk.
 
-``Inference(model, data, cache).store("val")`` runs what is not there yet and gives the split's ``OutputStore``. Outputs
-are kept under a hash of what they came from: the weights, the images, how these are read, the precision. Under torchrun
-each rank runs its share.
+``Inference(model, data, cache).store("val")`` computes what is not cached and returns the split's ``OutputStore``.
+Outputs are cached under a hash of the weights, the images, their preprocessing and the precision. Under torchrun each
+rank runs its share of a pass.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -34,21 +34,22 @@ from tal_fast.utils.distributed import Ranks
 if TYPE_CHECKING:
     from tal_fast.runs.load import Run
 
+logger = logging.getLogger(__name__)
+
 CACHE = "eval-cache"
-"""Folder of a run's outputs; it can be deleted at any time."""
-AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Name of the cache folder in a run's folder; it can be deleted at any time."""
 
 
 def check_finite(outputs: Outputs, name: str, indices: Ints | None = None) -> None:
-    """Refuse NaN and infinity: they have no confidence.
+    """Check that logits and features are finite.
 
     Args:
-        outputs: to look at.
-        name: of the split or array.
-        indices: (n,) of the samples in the split; 0..n−1 unless given.
+        outputs: outputs to check.
+        name: name of the split or array, for the message.
+        indices: (n,) positions of the samples in the split; default 0..n−1.
 
     Raises:
-        ValueError: names the first of them.
+        ValueError: a value is NaN or infinite; the message names the first such sample.
     """
     for what, values in (("logits", outputs.logits), ("features", outputs.features)):
         if values is None:
@@ -74,42 +75,42 @@ def run_model(
     """Run a model over the batches of a loader.
 
     Args:
-        model: ``model(images)`` returns ``(logits, features)``; put into eval mode here and left in it.
+        model: ``model(images)`` returns ``(logits, features)``; it is put into eval mode.
         loader: yields ``(images, labels, indices)``.
-        device: where to run.
-        name: of the split, for the progress bar (on a terminal only) and for errors.
-        amp: ``bfloat16`` or ``float16`` to run the network under autocast; None: as it is.
-        show: draw a progress bar.
-        steps: how many batches there are, for the bar.
+        device: device to run on.
+        name: name of the split, for the progress bar and error messages.
+        amp: ``bfloat16`` or ``float16`` to run the network under autocast.
+        show: draw a progress bar if standard error is a terminal.
+        steps: number of batches, for the progress bar.
 
     Yields:
-        The batch's indices and outputs. Types narrower than float32 are widened to it.
+        Indices and outputs of each batch; types narrower than float32 are widened to float32.
 
     Raises:
-        ValueError: outputs that are not finite.
+        ValueError: an output is not finite.
     """
     from tqdm import tqdm
 
     model.eval().to(device)
     cast: Any = contextlib.nullcontext()
     if amp is not None:
-        cast = torch.autocast(torch.device(device).type, dtype=AMP[amp])
-    hidden = None if show else True  # None: where there is no terminal
+        cast = torch.autocast(torch.device(device).type, dtype=getattr(torch, amp))
+    hidden = None if show else True  # None hides the bar unless on a terminal
     for images, labels, indices in tqdm(loader, name or "inference", leave=False, disable=hidden, total=steps):
         with torch.inference_mode(), cast:
             logits, features = model(images.to(device, non_blocking=True))
-        outputs = Outputs(_wide(logits), _wide(features), labels.cpu().long().numpy())
+        outputs = Outputs(_widened(logits), _widened(features), labels.cpu().long().numpy())
         index = indices.cpu().long().numpy()
         check_finite(outputs, name, index)
         yield index, outputs
 
 
-def _wide(values: Tensor) -> Any:
+def _widened(values: Tensor) -> Any:
     return (values.cpu() if values.dtype == torch.float64 else values.float().cpu()).numpy()
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and bytes of a model's state."""
+    """SHA-256 of a model's state: names, types, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -118,10 +119,10 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def split_hash(split: Split) -> str:
-    """SHA-256 of a split: paths, sizes and times of change of image files, or pixels in memory; and the labels.
+    """SHA-256 of a split: its labels, and the paths, sizes and modification times of its files or its pixels in memory.
 
     Raises:
-        ValueError: an image file has gone.
+        ValueError: an image file is missing.
     """
     digest = hashlib.sha256(np.ascontiguousarray(split.labels).tobytes())
     if isinstance(split, MemoryImages):
@@ -132,51 +133,62 @@ def split_hash(split: Split) -> str:
         return digest.hexdigest()
     for path in split.paths:
         try:
-            found = os.stat(path)
-        except OSError as problem:
-            raise ValueError(f"{path} cannot be read ({problem.strerror}); put it back or evaluate again") from None
-        digest.update(f"{path}\0{found.st_size} {found.st_mtime_ns}\n".encode(errors="surrogateescape"))
+            status = os.stat(path)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); put it back or evaluate again") from None
+        digest.update(f"{path}\0{status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
 def cache_key(*parts: str) -> str:
-    """A hash of what a pass depends on: a weights hash, a description of the data, versions."""
+    """SHA-256 of everything a pass depends on, such as a weights hash, a description of the data and versions."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def cache_path(folder: str | Path, split: str) -> Path:
-    """Where a split's store is; any name of a split makes a legal folder name, and no two the same."""
+    """Path of a split's store; every split name gives a legal and unique folder name."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", split)
     return Path(folder) / (plain if plain == split and plain.strip(".") else f"{plain}-{cache_key(split)[:8]}")
 
 
+@dataclass(frozen=True)
+class PassOptions:
+    """Options of the passes of a model over images.
+
+    Attributes:
+        batch_size: images per step on each rank.
+        amp: ``bfloat16`` or ``float16`` for autocast of the network; outputs are at least float32 in any case.
+        features: keep features; without them only logit scores can be computed.
+        ranks: this process among those that share the passes; all of them have to share the cache too.
+    """
+
+    batch_size: int = 256
+    amp: str | None = None
+    features: bool = True
+    ranks: Ranks = field(default_factory=lambda: Ranks(0, 1, torch.device("cpu")))
+
+
 @dataclass
 class Inference:
-    """A model's passes over the splits of a data set.
+    """Cached passes of a model over the splits of a data set.
 
     Attributes:
         model: images (B, C, S, S) -> logits (B, classes), features (B, D).
-        data: whose splits it is run over, and how images are read.
-        cache: folder of the stores; it can be deleted at any time. Where it cannot be written, outputs go to a
-            temporary folder and are gone with this object.
-        ranks: this process among those that share the work. They have to share ``cache`` too.
-        batch_size: images of a step on this rank.
-        amp: ``bfloat16`` or ``float16``: of the network only. Outputs are float32 or wider in any case.
-        features: keep them; without, only scores over logits can be had.
+        data: the data set, which also defines the preprocessing.
+        cache: folder of the stores. If it cannot be written, outputs go to a temporary folder that is deleted with this
+            object.
+        options: options of the passes.
     """
 
     model: nn.Module
     data: DataBundle
     cache: str | Path
-    ranks: Ranks = field(default_factory=lambda: Ranks(0, 1, torch.device("cpu")))
-    batch_size: int = 256
-    amp: str | None = None
-    features: bool = True
+    options: PassOptions = field(default_factory=PassOptions)
     _temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
     @cached_property
-    def _of_model(self) -> str:
-        # What decides the outputs beside the images of a split. Reading with more workers changes nothing.
+    def _model_key(self) -> str:
+        # The number of workers and the run's OOD sets do not change the outputs of a split.
         config = {k: v for k, v in vars(self.data.config).items() if k not in ("workers", "ood")}
         return cache_key(
             tal_fast.__version__,
@@ -184,100 +196,90 @@ class Inference:
             json.dumps(config, sort_keys=True),
             self.data.loader_name,
             self.data.interpolation,
-            str(self.amp),
+            str(self.options.amp),
         )
 
     def store(self, name: str, images: Split | None = None, corruption: Corruption | None = None) -> OutputStore:
-        """The outputs of a split; what is not kept yet is computed first. All ranks have to call it alike.
+        """Outputs of a split; what is not cached is computed first. All ranks have to make the same calls.
 
         Args:
-            name: of the split, for the cache and for messages.
-            images: the split; the data set's of that name unless given.
-            corruption: done to the images before the model sees them.
+            name: name of the split, for the cache and for messages.
+            images: the split; default the data set's split of that name.
+            corruption: corruption applied to the images.
 
         Raises:
-            ValueError: no such split, an image that has gone or does not decode, outputs that are not finite, a loader
-                that gives a sample twice or not at all, or ranks that do not share the cache.
+            ValueError: there is no such split, an image is missing or does not decode, an output is not finite, or the
+                ranks do not share the cache.
         """
         images = self.data.split(name) if images is None else images
         if not len(images):
             raise ValueError(f"the split {name!r} has no samples")
-        key = cache_key(self._of_model, split_hash(images), str(corruption))
-        store = self._prepared(name, key, len(images))
+        key = cache_key(self._model_key, split_hash(images), str(corruption))
+        store = self._prepare(name, key, len(images))
         missing = store.missing()
-        self.ranks.barrier()  # nobody writes before everybody knows what is missing
+        self.options.ranks.barrier()  # no rank writes before all of them know what is missing
         if missing.size:
             self._run(store, name, images, missing, corruption)
-            self.ranks.barrier()
-            left = store.missing()
-            if left.size:
+            self.options.ranks.barrier()
+            still_missing = store.missing()
+            if still_missing.size:
                 raise ValueError(
-                    f"{len(left)} of {len(images)} samples of {name!r} are missing in {store.folder} after the pass; "
-                    f"all ranks must share that folder: name another with --cache"
+                    f"{len(still_missing)} of {len(images)} samples of {name!r} are missing in {store.folder} after "
+                    "the pass; all ranks must share that folder: name another with --cache"
                 )
         return store
 
-    def _prepared(self, name: str, key: str, samples: int) -> OutputStore:
+    def _prepare(self, name: str, key: str, samples: int) -> OutputStore:
         store = OutputStore(cache_path(self._temporary.name if self._temporary else self.cache, name), key, samples)
+
+        def prepare() -> None:
+            try:
+                store.prepare(self.options.features)
+            except OSError as error:
+                raise ValueError(
+                    f"outputs cannot be kept in {store.folder} ({error}); name another folder with --cache"
+                ) from None
+
         try:
-            self.ranks.on_main(lambda: self._prepare(store))
-        except ValueError as problem:
-            if self.ranks.world_size > 1 or self._temporary is not None:
+            self.options.ranks.on_main(prepare)
+        except ValueError as error:
+            if self.options.ranks.world_size > 1 or self._temporary is not None:
                 raise
-            print(f"note: {problem}; outputs go to a temporary folder", file=sys.stderr)
+            logger.warning("%s; they go to a temporary folder", error)
             self._temporary = tempfile.TemporaryDirectory(prefix="tal-fast-")
-            return self._prepared(name, key, samples)
+            return self._prepare(name, key, samples)
         return store
 
-    def _prepare(self, store: OutputStore) -> None:
-        try:
-            store.prepare(self.features)
-        except OSError as problem:
-            raise ValueError(
-                f"outputs cannot be kept in {store.folder} ({problem}); name another folder with --cache"
-            ) from None
-
     def _run(self, store: OutputStore, name: str, images: Split, missing: Ints, corruption: Corruption | None) -> None:
+        options, ranks = self.options, self.options.ranks
+        if missing.size < len(images):
+            images = images.subset(missing)
         loader = self.data.loader(
-            images if missing.size == len(images) else images.subset(missing),
-            batch_size=self.batch_size,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            device=self.ranks.device,
+            images, batch_size=options.batch_size, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device
         )
         batches = _renumbered(loader, missing)
         if corruption is not None:
             batches = corruption.of_batches(batches, *self.data.config.normalization())
-        show, steps = self.ranks.is_main, len(loader)
         writer = ShardWriter(store)
         try:
-            for indices, outputs in run_model(self.model, batches, self.ranks.device, name, self.amp, show, steps):
-                writer.add(indices, outputs if self.features else Outputs(outputs.logits, None, outputs.labels))
+            for indices, outputs in run_model(
+                self.model, batches, ranks.device, name, options.amp, ranks.is_main, len(loader)
+            ):
+                writer.add(indices, outputs if options.features else Outputs(outputs.logits, None, outputs.labels))
         finally:
-            writer.flush()  # what an unreadable image ends need not be computed again
+            writer.flush()  # keeps what was computed before an unreadable image
 
 
 def _renumbered(loader: Iterable[Any], indices: Ints) -> Iterator[Any]:
-    """A loader over a part of a split, with the indices its samples have in the whole."""
-    for images, labels, places in loader:
-        yield images, labels, torch.from_numpy(indices)[places.cpu()]
-
-
-def inference_of(run: Run, cache: str | Path, **options: Any) -> Inference:
-    """The passes of a run's model over its splits.
-
-    Args:
-        run: from ``tal_fast.runs.load.load_run``.
-        cache: folder of the outputs; made if need be.
-        options: ``ranks``, ``batch_size``, ``amp``, ``features`` of ``Inference``.
-    """
-    return Inference(run.model, run.data, cache, **options)
+    """Batches of a subset of a split, with each sample's position in the whole split."""
+    for images, labels, positions in loader:
+        yield images, labels, torch.from_numpy(indices)[positions.cpu()]
 
 
 def collect_outputs(
     run: Run, split: str, cache: str | Path, *, batch_size: int = 256, device: torch.device | str = "cpu"
 ) -> Outputs:
-    """A run's outputs on ``train-eval``, ``val`` or an OOD set, in memory; from the cache if they are there."""
-    ranks = Ranks(0, 1, torch.device(device))
+    """Outputs of a run on ``train-eval``, ``val`` or an OOD set, in memory; computed if they are not cached."""
+    options = PassOptions(batch_size, ranks=Ranks(0, 1, torch.device(device)))
     name = f"ood-{split}" if split in run.data.ood_names else split
-    return inference_of(run, cache, ranks=ranks, batch_size=batch_size).store(name, run.data.split(split)).load()
+    return Inference(run.model, run.data, cache, options).store(name, run.data.split(split)).load()

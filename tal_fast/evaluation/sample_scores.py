@@ -1,9 +1,10 @@
-"""The scores of every sample beside a report, for comparisons and pictures that need no model.
+"""Scores and predictions of every sample, as written to ``samples.npz``.
 
-``samples.npz`` holds ``right`` (n,), ``id/SCORE`` (n,) and ``ood/SET/SCORE`` (m,); of shifted sets ``shift/SET/SCORE``
-and ``shift-right/SET``; for each split (``val`` and the OOD sets) ``label/SPLIT``, ``prediction/SPLIT``,
-``probability/SPLIT`` and ``index/SPLIT``; all in the order of the data. ``identity`` is for each split a hash of its
-samples, by which two files are known to be about the same ones; a shifted set's is under ``shift/SET``.
+The file holds ``right`` (n,), whether each ID sample is classified correctly, ``id/SCORE`` (n,) and ``ood/SET/SCORE``
+(m,); for shifted sets ``shift/SET/SCORE`` and ``shift-right/SET``; for each split (``val`` and the OOD sets)
+``label/SPLIT``, ``prediction/SPLIT``, ``probability/SPLIT`` and ``index/SPLIT``; all in the order of the data.
+``identity`` maps each split to a hash of its samples, from which it is known whether two files are about the same
+samples; the key of a shifted set is ``shift/SET``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,23 @@ from numpy.typing import NDArray
 
 from tal_fast.evaluation.prediction_store import Outputs
 from tal_fast.metrics.failure import Floats, Ints
-from tal_fast.metrics.settings import Shifts
+from tal_fast.metrics.settings import Judged, Mix, Shifts, judged_settings
 from tal_fast.scores.logits import msp
 from tal_fast.utils.io import replacing
 
 FILE = "samples.npz"
-_PREDICTIONS = ("label", "prediction", "probability", "index")
+_PREDICTION_ARRAYS = ("label", "prediction", "probability", "index")
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model takes the samples of a split for.
+    """Predictions for one split.
 
     Attributes:
         label: (n,) int64; −1 in OOD sets.
         prediction: (n,) int64, the class of the largest logit (the first on ties).
-        probability: (n,) float64, its softmax probability.
-        index: (n,) int64, each sample's place in the split.
+        probability: (n,) float64, softmax probability of the predicted class.
+        index: (n,) int64, position of each sample in the split.
     """
 
     label: Ints
@@ -46,70 +47,90 @@ class Predictions:
     index: Ints
 
     @classmethod
-    def of(cls, outputs: Outputs) -> Predictions:
-        """From the outputs of a split."""
-        # The softmax of a single logit may exceed 1 by a rounding.
+    def from_outputs(cls, outputs: Outputs, index: Ints | None = None) -> Predictions:
+        """Predictions from the outputs on a split, or on the samples of a split at ``index``."""
+        # The softmax of a single logit may exceed 1 by a rounding error.
         probability = np.minimum(msp(outputs.logits), 1)
         prediction = outputs.logits.argmax(axis=1).astype(np.int64)
-        return cls(outputs.labels, prediction, probability, np.arange(len(prediction)))
+        index = np.arange(len(prediction)) if index is None else index
+        return cls(outputs.labels, prediction, probability, index)
 
     def __len__(self) -> int:
         return len(self.label)
 
     @property
-    def right(self) -> Ints:
-        """(n,) 0 or 1, whether the prediction is the label."""
-        return (self.label == self.prediction).astype(np.int64)
+    def correct(self) -> NDArray[np.bool_]:
+        """(n,) bool, whether the prediction is the label."""
+        return np.asarray(self.label == self.prediction)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Scores of single samples.
+    """Scores and predictions of every sample of an evaluation.
 
     Attributes:
-        right: (n,) bool, whether each ID sample is classified right.
+        correct: (n,) bool, whether each ID sample is classified correctly.
         id_scores: score -> (n,) float64.
         ood_scores: OOD set -> score -> (m,) float64.
         identity: split -> hash of its samples; ``val`` is the ID split.
-        predictions: split -> what the model takes them for.
-        shifts: shifted set -> (m,) bool, which of its samples are classified right, and score -> (m,) float64.
+        predictions: split -> predictions for its samples.
+        shifts: shifted set -> (m,) bool, whether each sample is classified correctly, and score -> (m,) float64.
     """
 
-    right: NDArray[np.bool_]
+    correct: NDArray[np.bool_]
     id_scores: Mapping[str, Floats]
     ood_scores: Mapping[str, Mapping[str, Floats]]
     identity: Mapping[str, str]
     predictions: Mapping[str, Predictions] = field(default_factory=dict)
     shifts: Shifts = field(default_factory=dict)
 
+    def settings(self, mix: Mix, seed: int) -> dict[str, Judged]:
+        """Every setting these samples can be judged in, see ``tal_fast.metrics.settings.judged_settings``."""
+        return judged_settings(self.correct, self.id_scores, self.ood_scores, self.shifts, mix, seed)
+
+    def with_score(self, score: str) -> Samples:
+        """The same samples with a single score."""
+        return replace(
+            self,
+            id_scores={score: self.id_scores[score]},
+            ood_scores={name: {score: scores[score]} for name, scores in self.ood_scores.items()},
+            shifts={name: (correct, {score: scores[score]}) for name, (correct, scores) in self.shifts.items()},
+        )
+
 
 def identity_of(values: Any) -> str:
-    """SHA-256 of an array: what stands for the samples of a split where nothing better is known."""
+    """SHA-256 of an array, the identity of a split's samples where nothing better is known."""
     array = np.ascontiguousarray(values)
     return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()
 
 
 def write_samples(samples: Samples, path: str | Path) -> None:
-    """Write a file that is whole or not there."""
-    arrays: dict[str, Any] = {"right": np.asarray(samples.right, dtype=bool)}
+    """Write ``samples.npz`` atomically."""
+    arrays: dict[str, Any] = {"right": np.asarray(samples.correct, dtype=bool)}
     arrays |= {f"id/{score}": values for score, values in samples.id_scores.items()}
     for name, scores in samples.ood_scores.items():
         arrays |= {f"ood/{name}/{score}": values for score, values in scores.items()}
-    for name, (right, scores) in samples.shifts.items():
-        arrays[f"shift-right/{name}"] = np.asarray(right, dtype=bool)
+    for name, (correct, scores) in samples.shifts.items():
+        arrays[f"shift-right/{name}"] = np.asarray(correct, dtype=bool)
         arrays |= {f"shift/{name}/{score}": values for score, values in scores.items()}
-    for name, found in samples.predictions.items():
-        arrays |= {f"{what}/{name}": getattr(found, what) for what in _PREDICTIONS}
+    for name, predictions in samples.predictions.items():
+        arrays |= {f"{array}/{name}": getattr(predictions, array) for array in _PREDICTION_ARRAYS}
     arrays["identity"] = np.array(json.dumps(dict(samples.identity)))
     with replacing(path) as temporary:
         np.savez(temporary, **arrays)
 
 
 def read_samples(path: str | Path) -> Samples | None:
-    """The samples beside a report (its folder, or a file in it), or None where there are none.
+    """Read the ``samples.npz`` of a report.
+
+    Args:
+        path: folder of the report, or a file in it.
+
+    Returns:
+        The samples; None if there is no such file.
 
     Raises:
-        ValueError: the file is there but cannot be read.
+        ValueError: the file cannot be read.
     """
     path = Path(path)
     path = (path if path.is_dir() else path.parent) / FILE
@@ -118,24 +139,30 @@ def read_samples(path: str | Path) -> Samples | None:
     try:
         with np.load(path, allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}
-        identity = json.loads(str(arrays["identity"]))
-        right = arrays["right"]
-        splits = [key.removeprefix("prediction/") for key in arrays if key.startswith("prediction/")]
         predictions = {
-            name: Predictions(**{what: arrays[f"{what}/{name}"] for what in _PREDICTIONS}) for name in splits
+            split: Predictions(**{name: arrays[f"{name}/{split}"] for name in _PREDICTION_ARRAYS})
+            for split in (key.removeprefix("prediction/") for key in arrays if key.startswith("prediction/"))
         }
-        shifts = {name: (arrays[f"shift-right/{name}"], of) for name, of in _by_set(arrays, "shift/").items()}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as problem:
-        raise ValueError(f"{path} cannot be read ({problem}); evaluate again to write it anew") from None
-    id_scores = {k.removeprefix("id/"): v for k, v in arrays.items() if k.startswith("id/")}
-    return Samples(right, id_scores, _by_set(arrays, "ood/"), identity, predictions, shifts)
+        return Samples(
+            correct=arrays["right"],
+            id_scores={key.removeprefix("id/"): values for key, values in arrays.items() if key.startswith("id/")},
+            ood_scores=_scores_by_set(arrays, "ood/"),
+            identity=json.loads(str(arrays["identity"])),
+            predictions=predictions,
+            shifts={
+                name: (arrays[f"shift-right/{name}"], scores)
+                for name, scores in _scores_by_set(arrays, "shift/").items()
+            },
+        )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read ({error}); evaluate again to write it anew") from None
 
 
-def _by_set(arrays: Mapping[str, Any], prefix: str) -> dict[str, dict[str, Floats]]:
-    """Set -> score -> values, of the arrays called ``PREFIX SET/SCORE``; a set's name may have slashes in it."""
-    found: dict[str, dict[str, Floats]] = {}
+def _scores_by_set(arrays: Mapping[str, Any], prefix: str) -> dict[str, dict[str, Floats]]:
+    """Set -> score -> values, from the arrays named ``PREFIXSET/SCORE``; the name of a set may contain slashes."""
+    sets: dict[str, dict[str, Floats]] = {}
     for key, values in arrays.items():
         if key.startswith(prefix):
             name, _, score = key.removeprefix(prefix).rpartition("/")
-            found.setdefault(name, {})[score] = values
-    return found
+            sets.setdefault(name, {})[score] = values
+    return sets

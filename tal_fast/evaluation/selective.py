@@ -337,7 +337,7 @@ def calibrate_run(
     score = _check_score(score or run.score)
     cache = Path(run_dir) / CACHE / run.checkpoint.stem
     outputs = collect_outputs(run, "val", cache, batch_size=batch_size, device=device)
-    found, about = calibrate(SCORES[score](outputs.logits), outputs.right, **options)
+    found, about = calibrate(SCORES[score](outputs.logits), outputs.correct, **options)
     mean, std = run.config.data.normalization()
     about |= {
         "score": score, "run": str(run_dir), "checkpoint": run.checkpoint.stem, "epoch": run.epoch,
@@ -365,8 +365,8 @@ def calibrate_npz(path: str | Path, output: str | Path | None = None, *, score: 
     from tal_fast.evaluation.npz import read_npz
 
     path = Path(path)
-    outputs = read_npz(path)[0]
-    _, about = calibrate(SCORES[_check_score(score)](outputs.logits), outputs.right, **options)
+    outputs = read_npz(path).id
+    _, about = calibrate(SCORES[_check_score(score)](outputs.logits), outputs.correct, **options)
     about |= {"score": _check_score(score), "npz": str(path)}
     _write(about, (path.with_name(path.stem + "-calibrated") if output is None else Path(output)) / JSON)
     return about

@@ -1,26 +1,28 @@
-"""The three ways in: a run of the trainer, weights from anywhere, outputs of any model."""
+"""Evaluation of a training run, of weights from a file, or of saved outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
+from tal_fast.config.names import LOGIT_SCORES, check_scores
 from tal_fast.config.schema import DataConfig, ModelConfig
-from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import DataBundle, Split
 from tal_fast.data.ood import ood_set, shift_set
-from tal_fast.evaluation.html import write_html
+from tal_fast.evaluation.evaluation import Evaluation, write_evaluation
+from tal_fast.evaluation.galleries import add_galleries
+from tal_fast.evaluation.html.page import write_html
 from tal_fast.evaluation.npz import read_npz
-from tal_fast.evaluation.pipeline import check_names, evaluate_outputs
-from tal_fast.evaluation.predictions import CACHE, Inference, inference_of, split_hash
-from tal_fast.evaluation.report import Report
-from tal_fast.evaluation.score_selection import DEFAULT_SCORES, check_scores, logit_scores
+from tal_fast.evaluation.pipeline import EvaluationInputs, check_set_names, evaluate_outputs
+from tal_fast.evaluation.plots import write_plots
+from tal_fast.evaluation.predictions import CACHE, Inference, PassOptions, split_hash
+from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.models.features import last_layer
+from tal_fast.models.pretrained import PRETRAINED, evaluation_data, load_weights
+from tal_fast.runs.load import load_run
 from tal_fast.scores.features import FEATURE_SCORES, Training, training_needed
-from tal_fast.utils.distributed import Ranks
 
 
 def evaluate_run(
@@ -28,72 +30,54 @@ def evaluate_run(
     output: str | Path | None = None,
     *,
     checkpoint: Literal["best", "last"] = "best",
-    batch_size: int = 256,
-    device: str = "cpu",
-    ranks: Ranks | None = None,
-    amp: str | None = None,
-    fast: bool = False,
-    cache: str | Path | None = None,
-    scores: Sequence[str] = DEFAULT_SCORES,
+    typicalness: bool = True,
     ood: Mapping[str, str] | None = None,
     shifts: Mapping[str, str] | None = None,
-    typicalness: bool = True,
-    **options: Any,
-) -> Report | None:
-    """Report on a run of ``python -m tal_fast.train``.
+    cache: str | Path | None = None,
+    passes: PassOptions | None = None,
+    options: EvaluationOptions | None = None,
+) -> Evaluation | None:
+    """Evaluate a run of ``python -m tal_fast.train`` and write its report.
 
     Args:
         run_dir: the run's folder.
-        output: where to write; the run's folder unless given.
+        output: folder of the report; default the run's folder.
         checkpoint: ``best`` or ``last``.
-        batch_size, device: of the pass over the images.
-        ranks: this process among those that share the passes; its device then counts, not ``device``.
-        amp: ``bfloat16`` or ``float16``: autocast of the network.
-        fast: only scores over logits; features are not kept.
-        cache: folder of the outputs; ``eval-cache`` in the run's unless given.
-        scores: names of scores; that by which the run's method is judged is added.
-        ood: OOD sets beside the data set's own, name -> text as in ``tal_fast.data.ood``.
+        typicalness: show the most and the least typical training images of a TAL run in the HTML report, which takes a
+            pass over all of them.
+        ood: OOD sets beside those of the run, name -> specification as in ``tal_fast.data.ood``.
         shifts: shifted sets, likewise.
-        typicalness: see ``tal_fast.html_report.write_html``.
-        options: ``mix``, ``seed``, ``convention``, ``knn_samples``, ``temperature``, ``resamples`` of
-            ``evaluate_outputs``.
+        cache: folder of the cached outputs; default ``eval-cache`` in the run's folder.
+        passes: options of the passes over the images; without features only logit scores are computed.
+        options: options of the evaluation; the score that the run's method is judged by is added to its scores.
 
     Returns:
-        The report; None on ranks other than 0.
+        The evaluation; None on ranks other than 0.
 
     Raises:
-        ValueError: no run or checkpoint there, its data gone, or outputs that are not finite.
+        ValueError: the run, its checkpoint or its data are missing, or an output is not finite.
     """
-    from tal_fast.runs.load import load_run
-
-    ranks = ranks or Ranks(0, 1, torch.device(device))
-    names = check_scores(scores)
-    run = load_run(run_dir, checkpoint=checkpoint, device=ranks.device)
-    names = check_scores([*names, run.score])
+    passes, options = passes or PassOptions(), options or EvaluationOptions()
+    scores = check_scores(options.scores)
+    run = load_run(run_dir, checkpoint=checkpoint, device=passes.ranks.device)
+    options = dataclasses.replace(options, scores=check_scores([*scores, run.score]))
     cache = Path(run_dir) / CACHE / run.checkpoint.stem if cache is None else cache
-    inference = inference_of(run, cache, ranks=ranks, batch_size=batch_size, amp=amp, features=not fast)
-    about = {
-        "run": str(run_dir),
-        "checkpoint": run.checkpoint.stem,
-        "epoch": run.epoch,
-        "method": run.method,
+    provenance = {
+        "run": str(run_dir), "checkpoint": run.checkpoint.stem, "epoch": run.epoch, "method": run.method,
         "score": run.score,
-        **_how(amp),
-    }
+    }  # fmt: skip
+    inference = Inference(run.model, run.data, cache, passes)
+    evaluation = _evaluate_model(inference, ood or {}, shifts or {}, options, provenance)
+    if evaluation is None:
+        return None
     output = run_dir if output is None else output
-    report = _evaluate_model(
-        inference,
-        output,
-        logit_scores(names) if fast else names,
-        ood=ood,
-        shifts=shifts,
-        about=about,
-        title=f"{run.method} ({Path(run_dir).name})",
-        **options,
+    write_evaluation(evaluation, output)  # the numbers are kept if anything below fails
+    evaluation = add_galleries(
+        evaluation, run, typicalness=typicalness, batch_size=passes.batch_size, device=passes.ranks.device
     )
-    if report is not None:
-        write_html(output, run=run, typicalness=typicalness, batch_size=batch_size, device=ranks.device)
-    return report
+    write_plots(evaluation, output)
+    write_html(evaluation, output)
+    return evaluation
 
 
 def evaluate_weights(
@@ -102,164 +86,141 @@ def evaluate_weights(
     data: DataConfig,
     output: str | Path | None = None,
     *,
-    batch_size: int = 256,
-    device: str = "cpu",
-    ranks: Ranks | None = None,
-    amp: str | None = None,
-    fast: bool = False,
-    cache: str | Path | None = None,
-    scores: Sequence[str] = DEFAULT_SCORES,
+    interpolation: str = "bilinear",
     ood: Mapping[str, str] | None = None,
     shifts: Mapping[str, str] | None = None,
-    interpolation: str = "bilinear",
-    **options: Any,
-) -> Report | None:
-    """Report on a network's weights from anywhere.
+    cache: str | Path | None = None,
+    passes: PassOptions | None = None,
+    options: EvaluationOptions | None = None,
+) -> Evaluation | None:
+    """Evaluate a network's weights from a file and write their report.
 
     Args:
-        weights: the file, see ``tal_fast.models.pretrained``.
+        weights: the file, or ``pretrained``, see ``tal_fast.models.pretrained``.
         model: the network they are for.
-        data: what to evaluate on, and how images are read; a ``folder`` needs ``train/`` for scores that are fitted on
-            training features only.
-        output: where to write; a folder named after the file, beside it, unless given.
-        cache: folder of the outputs; ``eval-cache`` in ``output`` unless given.
-        interpolation: that images are resized with: ``bilinear`` or ``bicubic``.
-        batch_size, device, ranks, amp, fast, scores, ood, shifts, options: as for ``evaluate_run``.
+        data: data set and preprocessing; a ``folder`` needs ``train/`` only for scores fitted on training features.
+        output: folder of the report; default ``default_output``.
+        interpolation: filter that images are resized with, ``bilinear`` or ``bicubic``.
+        ood, shifts, passes, options: as for ``evaluate_run``.
+        cache: folder of the cached outputs; default ``eval-cache`` in ``output``.
 
     Returns:
-        The report; None on ranks other than 0.
+        The evaluation; None on ranks other than 0.
 
     Raises:
-        ValueError: weights or data that cannot be read or do not fit, or outputs that are not finite.
+        ValueError: weights or data cannot be read or do not fit, or an output is not finite.
     """
-    from tal_fast.models.pretrained import PRETRAINED, evaluation_data, load_weights
-
-    ranks = ranks or Ranks(0, 1, torch.device(device))
-    names = check_scores(scores)
+    options = options or EvaluationOptions()
+    options = dataclasses.replace(options, scores=check_scores(options.scores))
     bundle = evaluation_data(data, interpolation)
     network = load_weights(weights, model, bundle)
-    if output is None:
-        is_file = str(weights) != PRETRAINED
-        stem = Path(weights).stem if is_file else f"{model.name}-{PRETRAINED}".replace("/", "-")
-        output = (Path(weights).parent if is_file else Path()) / f"{stem}-report"
-    inference = Inference(
-        network,
-        bundle,
-        Path(output) / CACHE if cache is None else cache,
-        ranks=ranks,
-        batch_size=batch_size,
-        amp=amp,
-        features=not fast,
-    )
-    report = _evaluate_model(
-        inference,
-        output,
-        logit_scores(names) if fast else names,
-        ood=ood,
-        shifts=shifts,
-        about={"weights": str(weights), "model": model.name, "images": _images(bundle), **_how(amp)},
-        title=f"{model.name} ({Path(weights).name})",
-        **options,
-    )
-    if report is not None:
-        write_html(output)
-    return report
+    output = default_output(weights, model.name) if output is None else output
+    provenance = {"weights": str(weights), "model": model.name, "images": _preprocessing(bundle)}
+    inference = Inference(network, bundle, Path(output) / CACHE if cache is None else cache, passes or PassOptions())
+    evaluation = _evaluate_model(inference, ood or {}, shifts or {}, options, provenance)
+    return None if evaluation is None else _write(evaluation, output)
 
 
-def _images(data: DataBundle) -> dict[str, Any]:
-    """How images are made ready, for the report."""
-    mean, std = data.config.normalization()
-    found = {"image_size": data.image_size, "interpolation": data.interpolation, "mean": mean, "std": std}
-    # Images in memory are resized whole.
-    return found if data.loader_name == "memory" else {**found, "crop_fraction": data.config.crop_fraction}
-
-
-def _how(amp: str | None) -> dict[str, str]:
-    return {} if amp is None else {"amp": amp}
-
-
-def evaluate_npz(path: str | Path, output: str | Path | None = None, **options: Any) -> Report:
-    """Report on outputs of any model; see ``tal_fast.evaluation.npz`` for the file and ``evaluate_outputs`` for the options.
+def evaluate_npz(
+    path: str | Path, output: str | Path | None = None, options: EvaluationOptions | None = None
+) -> Evaluation:
+    """Evaluate saved outputs of any model and write their report.
 
     Args:
-        path: the ``.npz``.
-        output: where to write; a folder named after the file, beside it, unless given.
-    """
-    path = Path(path)
-    content = read_npz(path)
-    output = path.with_name(path.stem + "-report") if output is None else output
-    report = evaluate_outputs(
-        content.id,
-        content.ood,
-        output,
-        shift_outputs=content.shifts,
-        training=content.training,
-        about={"npz": str(path)},
-        title=path.name,
-        **options,
-    )
-    write_html(output)
-    return report
-
-
-def _sets_beside(
-    data: DataBundle, ood: Mapping[str, str], shifts: Mapping[str, str]
-) -> tuple[dict[str, Split], dict[str, tuple[Split, Corruption | None]]]:
-    """OOD sets by name, the data set's own first, and shifted sets.
+        path: the file, see ``tal_fast.evaluation.npz``.
+        output: folder of the report; default ``default_output``.
+        options: options of the evaluation.
 
     Raises:
-        ValueError: a name that is taken, or a set that cannot be read.
+        ValueError: the file cannot be read, or its arrays do not fit.
     """
-    check_names(ood)
-    found = {name: data.split(name) for name in data.ood_names}
-    for name, spec in ood.items():
-        if name in found:
-            raise ValueError(f"there is an OOD set {name!r} already, the data set's own; choose another name")
-        found[name] = ood_set(spec, data.image_size, data.channels)
-    shifted = {
-        name: shift_set(spec, data.class_names, data.split("val"), data.channels) for name, spec in shifts.items()
-    }
-    return found, shifted
+    evaluation = evaluate_outputs(read_npz(path), options, {"npz": str(path)})
+    return _write(evaluation, default_output(path) if output is None else output)
+
+
+def default_output(path: str | Path, model: str = "") -> Path:
+    """Folder of the report of an ``.npz`` or of weights: named after the file, beside it."""
+    if str(path) == PRETRAINED:
+        return Path(f"{model}-{PRETRAINED}-report".replace("/", "-"))
+    return Path(path).with_name(f"{Path(path).stem}-report")
+
+
+def _write(evaluation: Evaluation, output: str | Path) -> Evaluation:
+    write_evaluation(evaluation, output)
+    evaluation = add_galleries(evaluation, None)
+    write_plots(evaluation, output)
+    write_html(evaluation, output)
+    return evaluation
+
+
+def _preprocessing(data: DataBundle) -> dict[str, Any]:
+    """How images are preprocessed, for the report."""
+    mean, std = data.config.normalization()
+    entry = {"image_size": data.image_size, "interpolation": data.interpolation, "mean": mean, "std": std}
+    # Images in memory are resized whole.
+    return entry if data.loader_name == "memory" else {**entry, "crop_fraction": data.config.crop_fraction}
+
+
+def _ood_splits(data: DataBundle, specs: Mapping[str, str]) -> dict[str, Split]:
+    """OOD sets by name, those of the data set first.
+
+    Raises:
+        ValueError: a name is taken, or a set cannot be read.
+    """
+    check_set_names(specs)
+    splits = {name: data.split(name) for name in data.ood_names}
+    for name, spec in specs.items():
+        if name in splits:
+            raise ValueError(f"the data set has an OOD set {name!r} already; choose another name")
+        splits[name] = ood_set(spec, data.image_size, data.channels)
+    return splits
 
 
 def _evaluate_model(
     inference: Inference,
-    output: str | Path,
-    names: Sequence[str],
-    *,
-    ood: Mapping[str, str] | None,
-    shifts: Mapping[str, str] | None,
-    **options: Any,
-) -> Report | None:
-    """Run a model over all it is evaluated on, and report on it; None on ranks other than 0."""
-    data = inference.data
-    oods, shifted = _sets_beside(data, ood or {}, shifts or {})
+    ood_specs: Mapping[str, str],
+    shift_specs: Mapping[str, str],
+    options: EvaluationOptions,
+    provenance: dict[str, Any],
+) -> Evaluation | None:
+    """Run a model over all splits and evaluate its outputs; None on ranks other than 0."""
+    data, passes = inference.data, inference.options
+    if not passes.features:
+        scores = [name for name in options.scores if name in LOGIT_SCORES]
+        if not scores:
+            raise ValueError(f"{options.scores[0]} is a feature score, but --fast keeps no features; leave --fast out")
+        options = dataclasses.replace(options, scores=scores)
+    if passes.amp is not None:
+        provenance["amp"] = passes.amp
+    ood = _ood_splits(data, ood_specs)
+    shifts = {
+        name: shift_set(spec, data.class_names, data.split("val"), data.channels) for name, spec in shift_specs.items()
+    }
     id_store = inference.store("val")
-    # The prefixes keep a set that is called val from meeting the validation split.
-    ood_stores = {name: inference.store(f"ood-{name}", images) for name, images in oods.items()}
+    # The prefixes keep sets that are called val or train-eval apart from those splits.
+    ood_stores = {name: inference.store(f"ood-{name}", images) for name, images in ood.items()}
     shift_stores = {
-        name: inference.store(f"shift-{name}", images, corruption) for name, (images, corruption) in shifted.items()
+        name: inference.store(f"shift-{name}", images, corruption) for name, (images, corruption) in shifts.items()
     }
     train_store = None
-    if any(name in FEATURE_SCORES and training_needed(name) for name in names) and len(data.split("train-eval")):
+    needs_training = any(name in FEATURE_SCORES and training_needed(name) for name in options.scores)
+    if needs_training and len(data.split("train-eval")):
         train_store = inference.store("train-eval")
-    if not inference.ranks.is_main:
+    if not passes.ranks.is_main:
         return None
     training = None
     if train_store is not None:
         training = Training(train_store.features(), train_store.column("labels"), *last_layer(inference.model))
-    return evaluate_outputs(
+    inputs = EvaluationInputs(
         id_store.load(),
         {name: store.load() for name, store in ood_stores.items()},
-        output,
-        shift_outputs={name: store.load() for name, store in shift_stores.items()},
-        scores=names,
-        training=training,
-        corrupted=[name for name, (_, corruption) in shifted.items() if corruption is not None],
+        {name: store.load() for name, store in shift_stores.items()},
+        training,
         identity={
             "val": split_hash(data.split("val")),
-            **{name: split_hash(images) for name, images in oods.items()},
-            **{f"shift/{name}": f"{split_hash(images)} {corruption}" for name, (images, corruption) in shifted.items()},
+            **{name: split_hash(images) for name, images in ood.items()},
+            **{f"shift/{name}": f"{split_hash(images)} {corruption}" for name, (images, corruption) in shifts.items()},
         },
-        **options,
+        corrupted=[name for name, (_, corruption) in shifts.items() if corruption is not None],
     )
+    return evaluate_outputs(inputs, options, provenance)

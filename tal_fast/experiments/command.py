@@ -103,7 +103,7 @@ def _report(experiment: Experiment, output: Path, name: str) -> int:
 
     found = folders(experiment, output)
     if any(folder.path.is_dir() for folder in found):
-        results = of_runs.collect(experiment, found, name, progress=True)
+        results = of_runs.collect(experiment, found, name)
         of_runs.refuse_to_lose(results, output)
         of_runs.write_results(results, output)
     # Read back, so that the table of runs is that of a committed file.

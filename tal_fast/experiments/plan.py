@@ -380,12 +380,12 @@ def _text(value: Any) -> str:
 
 def _evaluate_words(options: Values) -> tuple[str, ...]:
     """Options as words of the command line of ``tal_fast.evaluate``, which checks them."""
+    from tal_fast.config.names import check_scores
     from tal_fast.data.ood import parse_named
     from tal_fast.evaluation import command
-    from tal_fast.evaluation.score_selection import check_scores
 
     parser = command.parser()
-    taken = {"help", "run", "weights", "npz", "output", "cache", *command.OF_WEIGHTS}
+    taken = {"help", "run", "weights", "npz", "output", "cache", *command.WEIGHTS_OPTIONS}
     actions = {action.dest: action for action in parser._actions if action.dest not in taken}
     words: list[str] = []
     for key, value in options.items():
@@ -442,7 +442,7 @@ def check_selection(select: SelectOptions, experiment: Experiment) -> None:
 
 
 def _check_compare(experiment: Experiment) -> None:
-    from tal_fast.evaluation.score_selection import check_scores
+    from tal_fast.config.names import check_scores
 
     compare = experiment.compare
     if compare.bootstrap < 0:

@@ -14,7 +14,8 @@ from typing import Any
 
 from tal_fast.evaluation import compare
 from tal_fast.evaluation.compare import Column, Difference, Group
-from tal_fast.evaluation.report import read_report, write_report
+from tal_fast.evaluation.differences import add_differences
+from tal_fast.evaluation.report import none_to_nan, read_report, write_report
 from tal_fast.evaluation.sample_scores import read_samples
 from tal_fast.experiments.folder import Folder
 from tal_fast.experiments.plan import Experiment, Values
@@ -31,14 +32,13 @@ _KEPT = (
 Results = dict[str, Any]
 
 
-def collect(experiment: Experiment, folders: Sequence[Folder], name: str, progress: bool = False) -> Results:
+def collect(experiment: Experiment, folders: Sequence[Folder], name: str) -> Results:
     """What the done jobs amount to.
 
     Args:
         experiment: whose jobs they are.
         folders: of all jobs.
         name: of the experiment.
-        progress: draw bars while resampling.
 
     Returns:
         ``runs`` (name, label, method, grid, seed, config, seconds of training and evaluation with the number of
@@ -84,9 +84,7 @@ def collect(experiment: Experiment, folders: Sequence[Folder], name: str, progre
             of_baseline.setdefault(baseline.name, []).append(group)
     for baseline_name, compared in of_baseline.items():
         baseline = compare.find_group(groups, baseline_name)
-        compare.add_differences(
-            [baseline, *compared], baseline, columns, options.bootstrap, options.over, progress=progress
-        )
+        add_differences([baseline, *compared], baseline, columns, options.bootstrap, options.over)
     results["differences"] = [
         {"label": group.name, "baseline": group.baseline, "setting": column[0], "metric": column[1], **found._asdict()}
         for group in groups
@@ -209,9 +207,7 @@ def read_results(output: Path) -> Results:
     if not isinstance(results, dict) or results.get("format") != FORMAT or "runs" not in results:
         raise ValueError(f"{path} is not of format {FORMAT}; make it anew from the runs")
     for run in results["runs"]:
-        for by_score in run["report"]["settings"].values():
-            for values in by_score.values():
-                values.update({metric: math.nan for metric, value in values.items() if value is None})
+        none_to_nan(run["report"]["settings"])
     return results
 
 

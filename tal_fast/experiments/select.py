@@ -20,7 +20,7 @@ import yaml
 from tal_fast.config.methods import option_path
 from tal_fast.config.parse import merged
 from tal_fast.evaluation.compare import Group
-from tal_fast.evaluation.report import format_table
+from tal_fast.evaluation.tables import format_table
 from tal_fast.experiments.plan import Experiment, SelectOptions, Values, nest
 from tal_fast.experiments.results import Results, groups_of
 from tal_fast.metrics.failure import HIGHER_IS_BETTER

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tal_fast.evaluation import compare
 from tal_fast.evaluation.compare import Column, Group
+from tal_fast.evaluation.compare_tables import describe, format_comparison
+from tal_fast.evaluation.tables import escape, wrap
 from tal_fast.experiments.results import Results, all_columns, groups_of
 from tal_fast.utils.io import replacing
 
@@ -25,24 +26,28 @@ def format_results(results: Results, style: str) -> str:
     groups = groups_of(results)
     options = results["compare"]
     if style == "csv":
-        return compare.format_groups(groups, all_columns(groups, options["metrics"]), style) if groups else ""
+        return format_comparison(groups, all_columns(groups, options["metrics"]), style) if groups else ""
     markdown = style == "markdown"
-    blocks = [_head(results, groups, markdown)]
-    for title, columns in _parts(groups, options["metrics"]):
-        # A terminal's lines are short, so each setting is a table; Markdown's may be long.
-        heading = f"### {title}\n\n" if markdown else f"{title}\n"
-        blocks.append(heading + compare.format_groups(groups, columns, style, options["units"]))
+    blocks = [_head(results, groups, style)]
+    parts = _parts(groups, options["metrics"])
+    if markdown:
+        for title, columns in parts:
+            blocks.append(f"### {title}\n\n{format_comparison(groups, columns, style, options['units'])}")
+    elif groups:
+        all_parts = [column for _, columns in parts for column in columns]
+        blocks.append(format_comparison(groups, all_parts, style, options["units"]))
     return "\n\n".join(blocks)
 
 
-def _head(results: Results, groups: Sequence[Group], markdown: bool) -> str:
+def _head(results: Results, groups: Sequence[Group], style: str) -> str:
+    markdown = style == "markdown"
     lines = [f"{results['experiment']}: {len(results['runs'])} of {results['jobs']} runs"]
     if groups:
-        about = compare.describe(groups, results["compare"]["units"], results["compare"]["bootstrap"])
-        lines += (about.replace("* best", "bold: best") if markdown else about).splitlines()
+        about = describe(groups, results["compare"]["units"], results["compare"]["bootstrap"])
+        lines += [line.replace("* best", "bold: best") for line in about] if markdown else about
     lines += [_source(environment) for environment in results["environments"] if environment]
     lines += [f"missing: {missing['name']} ({missing['why']})" for missing in results["missing"]]
-    return "\n".join(f"{compare.markdown_escaped(line)}  " for line in lines) if markdown else "\n".join(lines)
+    return "\n".join(f"{escape(line, style)}  " if markdown else wrap(line) for line in lines)
 
 
 def _source(environment: dict[str, Any]) -> str:

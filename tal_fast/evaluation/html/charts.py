@@ -1,4 +1,4 @@
-"""Charts as numbers and paths in the units of an SVG's view box; the page's template draws them."""
+"""Charts of the page as coordinates of an SVG's view box, which the template draws."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from tal_fast.evaluation.plots import COLOURS, STEADY, STYLES
+from tal_fast.evaluation.plots import (
+    COLOURS,
+    COVERAGE_TITLE,
+    LINE_STYLES,
+    MIN_SCALED_COVERAGE,
+    RISK_TITLE,
+    SHARE_TITLE,
+)
 from tal_fast.metrics.calibration import BINS
 from tal_fast.metrics.curves import OperatingPoints, ReliabilityBins, histograms, oracle_risk, thinned
 from tal_fast.metrics.failure import Floats
@@ -17,67 +24,48 @@ from tal_fast.metrics.settings import Setting
 
 WIDTH, HEIGHT = 420, 290
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 12, 44
-POINTS = 240
-"""Of a curve: more than a screen shows of a panel."""
+MAX_CURVE_POINTS = 240
+"""Points of a curve, more than a screen shows of a panel."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve or outline.
+    """A curve or outline."""
 
-    Attributes:
-        name: in the legend.
-        style: classes of its colour and dashes.
-        points: ``x,y x,y ...``.
-        score: place among the report's scores, by which the page shows and hides it; −1 for lines that always show.
-        markers: (x, y, what) of its chosen points.
-    """
-
-    name: str
-    style: str
-    points: str
-    score: int = -1
-    markers: list[tuple[float, float, str]] = field(default_factory=list)
+    name: str  # in the legend
+    style: str  # CSS classes of its colour and dashes
+    points: str  # x,y x,y ...
+    score: int = -1  # position of its score in the report, by which the page shows and hides it; -1: always shown
+    markers: list[tuple[float, float, str]] = field(default_factory=list)  # x, y, text
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A panel.
+    """A panel."""
 
-    Attributes:
-        title: above it.
-        label: what it shows, for those who do not see it.
-        x_title, y_title: of the axes.
-        x_ticks, y_ticks: (place, text).
-        lines: drawn in order.
-        bars: (x, y, width, height, class, text).
-        y_max: value at the panel's top, which the page needs to read values back.
-        kind: ``risk``, ``histogram`` or ``reliability``.
-    """
-
+    kind: str  # risk, histogram or reliability
     title: str
-    label: str
+    label: str  # text alternative
     x_title: str
     y_title: str
-    x_ticks: list[tuple[float, str]]
+    x_ticks: list[tuple[float, str]]  # position, text
     y_ticks: list[tuple[float, str]]
     lines: list[Line]
-    kind: str
-    y_max: float = 1.0
-    bars: list[tuple[float, float, float, float, str, str]] = field(default_factory=list)
+    y_max: float  # value at the top of the panel, from which the page's script reads values back
+    bars: list[tuple[float, float, float, float, str, str]] = field(default_factory=list)  # box, CSS class, text
 
 
 def style(i: int) -> str:
-    """Classes for the i-th line; colour and dashes repeat with different periods, as in ``tal_fast.evaluation.plots``."""
-    return f"c{i % len(COLOURS)} d{i % len(STYLES)}"
+    """CSS classes of the i-th line; colours and dashes as in ``tal_fast.evaluation.plots``."""
+    return f"c{i % len(COLOURS)} d{i % len(LINE_STYLES)}"
 
 
-def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers within [low, high], at most ``most`` of them; ``low`` alone where there is no range."""
+def nice_ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """Round numbers within [low, high], at most ``count``; ``low`` alone if the range is empty."""
     span = high - low
     if not (math.isfinite(span) and span > 0):
         return [low]
-    rough = span / (most - 1)
+    rough = span / (count - 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)
@@ -85,24 +73,24 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def _x(share: Any) -> Any:
-    """Place of a share of the panel's width, or of many."""
+    """Horizontal position of a share, or an array of shares, of the panel's width."""
     return LEFT + share * (WIDTH - LEFT - RIGHT)
 
 
 def _y(share: Any) -> Any:
-    """Place of a share of the panel's height, from below."""
+    """Vertical position of a share of the panel's height, from below."""
     return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
 
 def _path(x: Floats, y: Floats) -> str:
-    # Far above the panel a curve is clipped anyway; bounded, its numbers stay short.
+    # Points far above the panel are clipped anyway; the bound keeps their numbers short.
     return " ".join(f"{a:.1f},{b:.2f}" for a, b in zip(x, np.maximum(y, -4 * HEIGHT), strict=True))
 
 
 def _ticks(
-    values: Sequence[float], low: float, high: float, place: Callable[[float], float]
+    values: Sequence[float], low: float, high: float, position: Callable[[float], float]
 ) -> list[tuple[float, str]]:
-    return [(round(place((v - low) / (high - low)), 2), f"{v:.6g}") for v in values]
+    return [(round(position((v - low) / (high - low)), 2), f"{v:.6g}") for v in values]
 
 
 def risk_coverage(
@@ -112,28 +100,28 @@ def risk_coverage(
     primary: str,
     risks: Sequence[float],
     coverages: Sequence[float],
-    points: int = POINTS,
+    points: int = MAX_CURVE_POINTS,
 ) -> Chart | None:
-    """Risk against coverage with a line a score, the floor and a random score, and the primary score's chosen points.
+    """Risk-coverage chart with a line per score, the lower bound and a random score.
 
     Args:
-        title: of the panel.
-        setting: for the floor.
+        title: heading of the panel.
+        setting: setting that is drawn.
         scores: score -> its operating points in this setting.
-        primary: the score whose points are marked.
-        risks, coverages: at which.
-        points: of a line, at most.
+        primary: score whose operating points are marked.
+        risks, coverages: where operating points are marked.
+        points: largest number of points of a line.
 
     Returns:
-        None for a setting without samples.
+        The chart; None for a setting without samples.
     """
     n, errors = setting.success.size, int(setting.success.size - setting.success.sum())
     if n == 0:
         return None
     coverage = np.arange(1, n + 1) / n
     top = errors / n
-    for found in scores.values():
-        top = max(top, float(found.curve.risk[coverage >= STEADY / 100].max()))
+    for operating in scores.values():
+        top = max(top, float(operating.curve.risk[coverage >= MIN_SCALED_COVERAGE / 100].max()))
     top = 1.05 * top if top else 0.01
     index = thinned(n, points)
     x = _x(coverage[index])
@@ -141,45 +129,32 @@ def risk_coverage(
         Line("floor", "bound floor", _path(x, _y(oracle_risk(n, errors)[index] / top))),
         Line("random score", "bound random", _path(x[[0, -1]], _y(np.full(2, errors / n / top)))),
     ]
-    said: list[str] = []
-    for i, (name, found) in enumerate(scores.items()):
-        risk = found.curve.risk[index]
+    half_coverage: list[str] = []
+    for i, (name, operating) in enumerate(scores.items()):
+        risk = operating.curve.risk[index]
         markers = []
         if name == primary:
-            chosen = [(f"risk at most {r:.0%}", found.at_risk(r)) for r in risks]
-            chosen += [(f"coverage at least {c:.0%}", found.at_coverage(c)) for c in coverages]
-            markers = [
-                (
-                    round(_x(p.coverage), 1),
-                    round(_y(p.risk / top), 2),
-                    f"{name}, {what}: coverage {p.coverage:.1%}, risk {p.risk:.2%}, threshold {p.threshold:.5g}",
-                )
-                for what, p in chosen
-                if p is not None
-            ]
+            chosen = [(f"risk at most {r:.0%}", operating.at_risk(r)) for r in risks]
+            chosen += [(f"coverage at least {c:.0%}", operating.at_coverage(c)) for c in coverages]
+            for criterion, p in chosen:
+                if p is not None:
+                    values = f"coverage {p.coverage:.1%}, risk {p.risk:.2%}, threshold {p.threshold:.5g}"
+                    place = round(_x(p.coverage), 1), round(_y(p.risk / top), 2)
+                    markers.append((*place, f"{name}, {criterion}: {values}"))
         lines.append(Line(name, style(i), _path(x, _y(risk / top)), i, markers))
-        half = found.at_coverage(0.5)
-        if half is not None and len(said) < 6:
-            said.append(f"{name} {half.risk:.2%}")
+        half = operating.at_coverage(0.5)
+        if half is not None and len(half_coverage) < 6:
+            half_coverage.append(f"{name} {half.risk:.2%}")
     label = (
         f"Risk against coverage, {title}: {n} samples, {errors} errors, {errors / n:.2%} risk when all are kept; risk "
-        f"at half the coverage: {', '.join(said)}. The tables hold the numbers."
+        f"at half the coverage: {', '.join(half_coverage)}. The tables hold the numbers."
     )
-    return Chart(
-        title,
-        label,
-        "coverage (% of samples kept)",
-        "risk (% errors among those kept)",
-        _ticks(range(0, 101, 20), 0, 100, _x),
-        _ticks(nice_ticks(0, 100 * top), 0, 100 * top, _y),
-        lines,
-        "risk",
-        100 * top,
-    )
+    x_ticks, y_ticks = _ticks(range(0, 101, 20), 0, 100, _x), _ticks(nice_ticks(0, 100 * top), 0, 100 * top, _y)
+    return Chart("risk", title, label, COVERAGE_TITLE, RISK_TITLE, x_ticks, y_ticks, lines, 100 * top)
 
 
 def confidence_histogram(score: str, groups: Mapping[str, Floats]) -> Chart | None:
-    """Where the scores of each kind of sample lie, each kind as shares of its own size; None when nothing is finite."""
+    """Histogram of a score for each kind of sample, as shares of the kind's own size; None if no score is finite."""
     edges, shares = histograms(list(groups.values()))
     if not edges.size:
         return None
@@ -195,21 +170,14 @@ def confidence_histogram(score: str, groups: Mapping[str, Floats]) -> Chart | No
         for kind, values in groups.items()
         if np.isfinite(values).any()
     ]
-    return Chart(
-        score,
-        f"Histogram of {score}; medians: {'; '.join(medians)}.",
-        f"confidence ({score})",
-        "share of the kind's samples (%)",
-        _ticks(nice_ticks(low, high), low, high, _x),
-        _ticks(nice_ticks(0, 100 * top), 0, 100 * top, _y),
-        lines,
-        "histogram",
-        100 * top,
-    )
+    label = f"Histogram of {score}; medians: {'; '.join(medians)}."
+    x_ticks = _ticks(nice_ticks(low, high), low, high, _x)
+    y_ticks = _ticks(nice_ticks(0, 100 * top), 0, 100 * top, _y)
+    return Chart("histogram", score, label, f"confidence ({score})", SHARE_TITLE, x_ticks, y_ticks, lines, 100 * top)
 
 
 def reliability_diagram(bins: ReliabilityBins, ece: float) -> Chart | None:
-    """Accuracy against softmax probability, with the share of samples in each bin; None without samples."""
+    """Reliability diagram: accuracy and share of samples by softmax probability; None without samples."""
     n = int(bins.samples.sum())
     if n == 0:
         return None
@@ -231,15 +199,11 @@ def reliability_diagram(bins: ReliabilityBins, ece: float) -> Chart | None:
          f"mean probability {confidence:.2%}, accuracy {accuracy:.2%}, {count:,} samples")
         for count, confidence, accuracy in zip(*bins, strict=True) if count
     ])  # fmt: skip
-    return Chart(
-        "Reliability diagram",
-        f"Accuracy against softmax probability of {n} samples in {BINS} bins; ECE {ece:.4f}. The table holds the bins.",
-        "softmax probability of the prediction (%)",
-        "accuracy, and share of the samples (%)",
-        _ticks(range(0, 101, 20), 0, 100, _x),
-        _ticks(range(0, 101, 20), 0, 100, _y),
-        [diagonal, means],
-        "reliability",
-        100.0,
-        bars,
+    label = (
+        f"Accuracy against softmax probability of {n} samples in {BINS} bins; ECE {ece:.4f}. The table holds the bins."
     )
+    x_ticks, y_ticks = (_ticks(range(0, 101, 20), 0, 100, position) for position in (_x, _y))
+    return Chart(
+        "reliability", "Reliability diagram", label, "softmax probability of the prediction (%)",
+        "accuracy, and share of the samples (%)", x_ticks, y_ticks, [diagonal, means], 100.0, bars,
+    )  # fmt: skip

@@ -1,43 +1,53 @@
-"""The command line of ``tal_fast.html_report``."""
+"""Command line of ``python -m tal_fast.html_report``; torch is imported after the options are parsed."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from tal_fast.evaluation.html.page import write_html
-from tal_fast.utils.distributed import choose_device
+from tal_fast.utils.arguments import ArgumentParser, at_least
 from tal_fast.utils.process import program_name
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> ArgumentParser:
+    """Parser of all options."""
+    parser = ArgumentParser(
         prog=program_name("html-report"),
-        description="Write report.html, a page to look at, from what python -m tal_fast.evaluate saved.",
+        description="Write report.html of an evaluation from the report.json and samples.npz in its folder.",
     )
-    parser.add_argument("folder", metavar="DIR", help="a run that has been evaluated, or an evaluation's --output")
-    parser.add_argument(
+    parser.add_argument("folder", metavar="DIR", help="Evaluated run, or the --output folder of an evaluation.")
+    typicalness = parser.add_argument_group("typicalness of training images")
+    typicalness.add_argument(
         "--no-typicalness", dest="typicalness", action="store_false",
-        help="leave out the most and least typical training images, which take a pass over all of them",
+        help="Leave out the most and the least typical training images, which take a pass over all of them unless it "
+        "is cached.",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=256, help="of that pass (%(default)s)")
-    parser.add_argument("--device", default="auto", help="of that pass: auto, cpu, cuda, cuda:1, ...")
+    typicalness.add_argument(
+        "--batch-size", type=at_least(1), default=256, help="Images per step of that pass. Default: %(default)s."
+    )
+    typicalness.add_argument(
+        "--device", default="auto", help="Device of that pass: auto, cpu, cuda, cuda:1, ... Default: %(default)s."
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for bad input, said in one sentence."""
-    args = _parser().parse_args(argv)
+    """Run the command; returns 0, or 2 for bad input, which is named in one sentence."""
+    args = parser().parse_args(argv)
+
+    from tal_fast.evaluation.evaluation import read_evaluation
+    from tal_fast.evaluation.galleries import find_galleries
+    from tal_fast.evaluation.html.page import write_html
+    from tal_fast.utils.distributed import choose_device
+
     try:
-        path = write_html(
-            args.folder,
-            typicalness=args.typicalness,
-            batch_size=args.batch_size,
-            device=choose_device(args.device),
+        folder, device = Path(args.folder), choose_device(args.device)
+        evaluation = find_galleries(
+            read_evaluation(folder), folder, typicalness=args.typicalness, batch_size=args.batch_size, device=device
         )
-    except (ValueError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(write_html(evaluation, folder))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    print(path)
     return 0

@@ -1,5 +1,5 @@
 "use strict";
-// Scores shown and hidden by their boxes; the page is whole without any of this.
+// Checkboxes show and hide scores; the page is complete without scripts.
 for (const box of document.querySelectorAll("input[data-score]")) {
   box.hidden = false;
   const apply = () => {
@@ -9,11 +9,11 @@ for (const box of document.querySelectorAll("input[data-score]")) {
   apply(); // a browser may restore boxes on reload
 }
 
-// Risk under the pointer.
+// A tooltip shows the risk of every curve at the pointer's coverage.
 const tip = document.getElementById("tip");
 const SVG = "http://www.w3.org/2000/svg";
 
-// Where a polyline's points, whose x rise, are at x.
+// The height of a polyline, whose points have ascending x, at x.
 function heightAt(points, x) {
   let low = 0, high = points.numberOfItems - 1;
   while (high - low > 1) {
@@ -65,7 +65,7 @@ for (const svg of document.querySelectorAll('svg[data-kind="risk"]')) {
   svg.addEventListener("pointerleave", leave);
 }
 
-// Paper cannot unfold.
+// Folded parts are opened for printing.
 addEventListener("beforeprint", () => {
   for (const folded of document.querySelectorAll("details")) folded.open = true;
 });

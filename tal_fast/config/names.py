@@ -1,0 +1,62 @@
+"""Names that options choose from, importable without torch so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+METRICS = (
+    "aurc", "eaurc", "eaurc_exact", "augrc", "auroc", "fpr95", "tnr95", "aupr_success", "aupr_error",
+)  # fmt: skip
+"""Failure-detection metrics, see ``tal_fast.metrics.failure``."""
+
+CONVENTIONS = ("tal_fast", "tal", "tal-test", "fd-shifts", "openood", "torch-uncertainty")
+"""Conventions that the metrics are computed in, see ``tal_fast.metrics.failure``."""
+
+LOGIT_SCORES = ("cosine", "msp", "max_logit", "energy", "neg_entropy", "doctor")
+"""Confidence scores of logits, see ``tal_fast.scores.logits``."""
+
+FEATURE_SCORES = ("feature_norm", "gradnorm", "mahalanobis", "residual", "vim", "knn")
+"""Confidence scores of features, see ``tal_fast.scores.features``."""
+
+SIRC_SCORES = tuple(
+    f"sirc_{first}_{second}"
+    for first in ("msp", "doctor", "cosine", "neg_entropy")
+    for second in ("feature_norm", "residual", "knn")
+)
+"""SIRC's combinations of a logit score with a feature score, see ``tal_fast.scores.features``."""
+
+SCORE_GROUPS = {
+    "logits": LOGIT_SCORES,
+    "features": FEATURE_SCORES,
+    "sirc": SIRC_SCORES,
+    "all": (*LOGIT_SCORES, *FEATURE_SCORES, *SIRC_SCORES),
+}
+"""Group name -> the scores it stands for."""
+
+DEFAULT_SCORES = ("cosine", "msp")
+
+INTERPOLATIONS = ("bilinear", "bicubic")
+"""Antialiased filters that images are resized with, as in Pillow."""
+
+CORRUPTIONS = ("gaussian-noise", "blur", "contrast", "brightness", "jpeg", "pixelate")
+"""Built-in corruptions for shifted sets, see ``tal_fast.data.corruptions``."""
+
+UNITS = ("natural", "paper")
+"""Units of printed metrics: fractions, or as papers print them."""
+
+
+def check_scores(names: Sequence[str]) -> list[str]:
+    """Resolve score names: groups are expanded, hyphens read as underscores, duplicates dropped.
+
+    Raises:
+        ValueError: a name is unknown, or there is none.
+    """
+    plain = [name.replace("-", "_") for name in names]
+    scores = list(dict.fromkeys(score for name in plain for score in SCORE_GROUPS.get(name, (name,))))
+    unknown = [score for score in scores if score not in SCORE_GROUPS["all"]]
+    if unknown or not scores:
+        raise ValueError(
+            f"unknown score {', '.join(unknown) or '(none given)'}; choose from {', '.join(SCORE_GROUPS['all'])}, "
+            f"or a group: {', '.join(SCORE_GROUPS)}"
+        )
+    return scores

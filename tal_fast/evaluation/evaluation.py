@@ -1,0 +1,100 @@
+"""The result of an evaluation, from which every file and table is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tal_fast.evaluation.galleries import Gallery, GalleryImages
+from tal_fast.evaluation.report import FILE as REPORT_FILE
+from tal_fast.evaluation.report import EvaluationOptions, Report, make_report, read_report, write_report
+from tal_fast.evaluation.sample_scores import FILE as SAMPLES_FILE
+from tal_fast.evaluation.sample_scores import Samples, read_samples, write_samples
+from tal_fast.evaluation.train_typicalness import TrainTypicalness
+from tal_fast.metrics.curves import OperatingPoints
+from tal_fast.metrics.settings import Judged, Mix
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything an evaluation found out; renderers compute nothing but layout.
+
+    Attributes:
+        report: metrics, intervals, differences and provenance, as in ``report.json``.
+        samples: scores and predictions of every sample, as in ``samples.npz``.
+        settings: setting -> which samples take part and their scores.
+        galleries: chosen images.
+        images: data set that the pixels of the chosen images are read from; None if it is not available.
+        typicalness: typicalness of the training images; None if it was not measured.
+        notes: why galleries are missing, one sentence each.
+    """
+
+    report: Report
+    samples: Samples
+    settings: Mapping[str, Judged]
+    galleries: tuple[Gallery, ...] = ()
+    images: GalleryImages | None = None
+    typicalness: TrainTypicalness | None = None
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def operating_points(self) -> dict[str, dict[str, OperatingPoints]]:
+        """Setting -> score -> its risk-coverage curve and operating points."""
+        return {
+            key: {
+                score: OperatingPoints(confidence, judged.setting.success)
+                for score, confidence in judged.confidences().items()
+            }
+            for key, judged in self.settings.items()
+        }
+
+    @property
+    def primary_score(self) -> str:
+        """Score that the model is judged by: its method's own, else the first."""
+        scores = list(self.samples.id_scores)
+        score = self.report.get("score")
+        return score if score in scores else scores[0]
+
+
+def evaluate_samples(
+    samples: Samples, options: EvaluationOptions | None = None, baseline: str | None = None
+) -> Evaluation:
+    """Evaluate the scores of samples; arguments as for ``tal_fast.evaluation.report.make_report``."""
+    options = options or EvaluationOptions()
+    settings = samples.settings(options.mix, options.seed)
+    return Evaluation(make_report(samples, settings, options, baseline), samples, settings)
+
+
+def write_evaluation(evaluation: Evaluation, folder: str | Path) -> None:
+    """Write ``report.json`` and ``samples.npz``; the folder is created if needed."""
+    write_report(evaluation.report, Path(folder) / REPORT_FILE)
+    write_samples(evaluation.samples, Path(folder) / SAMPLES_FILE)
+
+
+def read_evaluation(folder: str | Path) -> Evaluation:
+    """Read an evaluation, without galleries, from the ``report.json`` and ``samples.npz`` in a folder.
+
+    Raises:
+        ValueError: a file is missing or cannot be read, or they are of different evaluations.
+    """
+    folder = Path(folder)
+    report, samples = read_report(folder), read_samples(folder)
+    if samples is None:
+        raise ValueError(f"there is no {folder / SAMPLES_FILE}; evaluate again to have it")
+    if not _same_evaluation(report, samples):
+        raise ValueError(f"{REPORT_FILE} and {SAMPLES_FILE} in {folder} are of different evaluations; evaluate again")
+    return Evaluation(report, samples, samples.settings(Mix.parse(report["mix"]), report["seed"]))
+
+
+def _same_evaluation(report: Report, samples: Samples) -> bool:
+    counts = report["counts"]
+    predictions = {name: len(split) for name, split in samples.predictions.items()}
+    return (
+        (counts["id"], counts["id_right"]) == (len(samples.correct), int(samples.correct.sum()))
+        and predictions == {"val": counts["id"], **counts["ood"]}
+        and list(samples.ood_scores) == report["ood_names"]
+        and {name: len(correct) for name, (correct, _) in samples.shifts.items()} == counts.get("shift", {})
+        and list(report["settings"]["old_fd"]) == list(samples.id_scores)
+    )

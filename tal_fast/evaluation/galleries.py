@@ -1,0 +1,179 @@
+"""Images worth looking at: confident mistakes, unconfident hits, confident OOD images, typical training images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tal_fast.data.datasets import Split
+from tal_fast.evaluation.predictions import CACHE
+from tal_fast.evaluation.sample_scores import Samples
+from tal_fast.evaluation.tables import printable
+from tal_fast.evaluation.train_typicalness import TrainTypicalness, training_typicalness
+from tal_fast.metrics.failure import Floats, Ints
+from tal_fast.runs.checkpoint import FOLDER as CHECKPOINTS
+from tal_fast.runs.load import Run, load_run
+
+if TYPE_CHECKING:
+    from tal_fast.evaluation.evaluation import Evaluation
+
+GALLERY_SIZE = 24
+"""Images per gallery."""
+OOD_GALLERY_SIZE = 12
+"""Images per gallery of an OOD set."""
+ALL_OOD_IMAGES = 240
+"""Images of all OOD sets together, so that the page stays below about 4 MB."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Images chosen for display.
+
+    Attributes:
+        kind: ``mistakes``, ``correct``, ``ood``, ``least_typical`` or ``most_typical``.
+        split: split the images are from: ``val``, an OOD set or ``train-eval``.
+        chosen: (k,) int64, places in the split's predictions (of training images: in the split), in display order.
+    """
+
+    kind: str
+    split: str
+    chosen: Ints
+
+
+@dataclass(frozen=True)
+class GalleryImages:
+    """Data set that the pixels of gallery images are read from.
+
+    Attributes:
+        splits: images by split: ``val``, OOD sets and ``train-eval``.
+        class_names: a name for each label.
+        channels: 1 or 3, as the model reads image files.
+    """
+
+    splits: Mapping[str, Split]
+    class_names: Sequence[str]
+    channels: int
+
+
+def largest(values: Floats, among: NDArray[np.bool_], count: int = GALLERY_SIZE) -> Ints:
+    """Indices of the largest finite values where ``among`` holds, descending; the first of equal ones first."""
+    index = np.flatnonzero(among & np.isfinite(values))
+    return index[np.argsort(-values[index], kind="stable")][:count]
+
+
+def confidence_galleries(samples: Samples, score: str) -> list[Gallery]:
+    """Choose the most confident mistakes, the least confident hits and the most confident images of each OOD set.
+
+    Args:
+        samples: scores and predictions of the evaluation.
+        score: score that measures confidence.
+    """
+    values, correct = samples.id_scores[score], samples.predictions["val"].correct
+    galleries = [
+        Gallery("mistakes", "val", largest(values, ~correct)),
+        Gallery("correct", "val", largest(-values, correct)),
+    ]
+    size = max(1, min(OOD_GALLERY_SIZE, ALL_OOD_IMAGES // max(1, len(samples.ood_scores))))
+    for name, scores in samples.ood_scores.items():
+        everything = np.ones(len(scores[score]), dtype=bool)
+        galleries.append(Gallery("ood", name, largest(scores[score], everything, size)))
+    return galleries
+
+
+def typicalness_galleries(typicalness: TrainTypicalness) -> list[Gallery]:
+    """Choose the least and the most typical training images."""
+    # By distance, which tells apart images whose typicalness rounds to the same number.
+    distance = typicalness.distance
+    everything = np.ones(len(distance), dtype=bool)
+    return [
+        Gallery("least_typical", "train-eval", largest(distance, everything)),
+        Gallery("most_typical", "train-eval", largest(-distance, everything)),
+    ]
+
+
+def find_galleries(evaluation: Evaluation, folder: Path, **options: Any) -> Evaluation:
+    """Add the galleries of an evaluation that was read from ``folder``; its run is loaded if it is still there.
+
+    Args:
+        evaluation: from ``read_evaluation``.
+        folder: folder of its report.
+        options: ``typicalness``, ``batch_size`` and ``device`` of ``add_galleries``.
+    """
+    report = evaluation.report
+    if "run" not in report:
+        return add_galleries(evaluation, None)
+    run_dir = folder if (folder / CHECKPOINTS).is_dir() else report["run"]
+    try:
+        run = load_run(run_dir, report["checkpoint"], options.get("device", "cpu"))
+    except (ValueError, OSError) as error:
+        return replace(evaluation, notes=(f"No images: {error}.",))
+    return add_galleries(evaluation, run, **options)
+
+
+def add_galleries(
+    evaluation: Evaluation,
+    run: Run | None,
+    *,
+    typicalness: bool = True,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Choose the images of an evaluation for display.
+
+    Args:
+        evaluation: the evaluation.
+        run: run that was evaluated; None for weights and saved outputs, whose images are not known.
+        typicalness: measure the typicalness of the training images of a TAL run, which takes a pass over all of them
+            unless it is cached.
+        batch_size, device: batch size and device of that pass.
+
+    Returns:
+        The evaluation with ``galleries``, ``images``, ``typicalness`` and ``notes``.
+    """
+    if run is None:
+        return replace(evaluation, notes=("No images: they are known for training runs only.",))
+    samples = evaluation.samples
+    try:
+        images = _images_of(run, samples, evaluation.report.get("temperature", {}).get("held_out", 0))
+    except (ValueError, OSError) as error:
+        return replace(evaluation, notes=(f"No images: {error}.",))
+    galleries = [g for g in confidence_galleries(samples, evaluation.primary_score) if g.split in images.splits]
+    notes = [
+        f"No images of {printable(name)}: only the evaluation itself knows where they are."
+        for name in samples.ood_scores
+        if name not in images.splits
+    ]
+    measured = None
+    if run.method != "tal":
+        notes.append("No typicalness: only runs trained by TAL keep the queue that it is measured by.")
+    elif not typicalness:
+        notes.append("No typicalness: the pass over the training images was left out.")
+    else:
+        try:
+            cache = run.checkpoint.parents[1] / CACHE / run.checkpoint.stem
+            measured = training_typicalness(run, cache, batch_size=batch_size, device=device)
+            images = replace(images, splits={**images.splits, "train-eval": run.data.split("train-eval")})
+            galleries += typicalness_galleries(measured)
+        except (ValueError, OSError) as error:
+            notes.append(f"No typicalness: {error}.")
+    return replace(evaluation, galleries=tuple(galleries), images=images, typicalness=measured, notes=tuple(notes))
+
+
+def _images_of(run: Run, samples: Samples, held_out: int) -> GalleryImages:
+    """Images of the evaluated splits.
+
+    Raises:
+        ValueError: the data are gone, or a split has another number of images than at the evaluation.
+    """
+    splits = {name: run.data.split(name) for name in samples.predictions if name in ("val", *run.data.ood_names)}
+    for name, split in splits.items():
+        evaluated = len(samples.predictions[name]) + (held_out if name == "val" else 0)
+        if len(split) != evaluated:
+            raise ValueError(f"{name} has {len(split)} images now and had {evaluated}")
+    return GalleryImages(splits, run.data.class_names, run.data.channels)

@@ -1,0 +1,253 @@
+"""Tables of reports: titles, values, text, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tal_fast.metrics.calibration import BINS, CALIBRATION
+from tal_fast.metrics.failure import METRICS
+from tal_fast.metrics.settings import Mix
+
+WIDTH = 100
+"""Columns of the terminal that text tables have to fit."""
+METRIC_TITLES = {
+    "aurc": "AURC", "eaurc": "E-AURC", "eaurc_exact": "E-AURC exact", "augrc": "AUGRC", "auroc": "AUROC",
+    "fpr95": "FPR95", "tnr95": "TNR95", "aupr_success": "AUPR-success", "aupr_error": "AUPR-error",
+}  # fmt: skip
+SETTING_TITLES = {"old_fd": "Old FD", "ood": "OOD", "new_fd": "New FD", "shift": "Old FD under shift"}
+PAPER_SCALE = {metric: 1000.0 if "aurc" in metric or metric == "augrc" else 100.0 for metric in METRICS}
+"""Factor that papers multiply a metric by."""
+STYLES = ("table", "markdown", "latex")
+PRINTED_METRICS = ("aurc", "eaurc", "augrc", "auroc", "fpr95", "tnr95", "aupr_success", "aupr_error")
+UNIT_NAMES = {"natural": "natural units", "paper": "AURC, E-AURC and AUGRC times 1000, the rest in percent"}
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "<": "$<$", ">": "$>$",
+}  # fmt: skip
+
+
+def setting_title(key: str, report: Mapping[str, Any]) -> str:
+    """Title of a setting of a report: ``new_fd/svhn`` -> ``New FD against svhn``."""
+    kind, _, name = key.partition("/")
+    title = SETTING_TITLES.get(kind, printable(kind))
+    if kind == "old_fd":
+        return title
+    shifted = kind == "shift"
+    sets = report.get("shift_names", []) if shifted else report["ood_names"]
+    if not name and len(sets) > 1:
+        return f"{title}: mean over {len(sets)} {'shifted' if shifted else 'OOD'} sets"
+    name = printable(name or "".join(sets))
+    return f"{title} ({name})" if shifted else f"{title} against {name}"
+
+
+def mix_with_seed(report: Mapping[str, Any]) -> str:
+    """Mix of a report, with its seed if the mix is random."""
+    return f"{report['mix']}, seed {report['seed']}" if Mix.parse(report["mix"]).random else str(report["mix"])
+
+
+def printable(text: str) -> str:
+    r"""Text with everything escaped that does not print.
+
+    Bytes that are not UTF-8 become ``\xff``, control and bidirectional characters ``\x1b`` and ``\u202e``.
+    """
+    return "".join(c if c.isprintable() else _escape_sequence(c) for c in text)
+
+
+def _escape_sequence(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # surrogates stand for the bytes 0x80..0xff of a file name that is not UTF-8
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def nan_if_none(value: float | None) -> float:
+    """A number as read from JSON, where NaN is null."""
+    return math.nan if value is None else float(value)
+
+
+def format_value(metric: str, value: float, units: str = "natural") -> str:
+    """Format a metric: a fraction with four decimals (five for AURC and its kin), or as papers do; '-' for NaN."""
+    if math.isnan(value):
+        return "-"
+    if units == "paper":
+        return f"{value * PAPER_SCALE[metric]:.2f}"
+    return f"{value:.5f}" if PAPER_SCALE[metric] == 1000 else f"{value:.4f}"
+
+
+def format_percent(value: float, digits: int = 2) -> str:
+    """Format a fraction in percent; '-' for NaN."""
+    return "-" if math.isnan(value) else f"{value:.{digits}%}"
+
+
+def mark_best(values: Sequence[float], higher_is_better: bool) -> list[bool]:
+    """Whether each value equals the best of those that are not NaN."""
+    known = [value for value in values if not math.isnan(value)]
+    best = (max if higher_is_better else min)(known) if known else math.nan
+    return [value == best for value in values]
+
+
+def escape(text: str, style: str) -> str:
+    """Text on one line with the special characters of a style escaped."""
+    if style == "table":
+        return printable(text)
+    text = " ".join(text.split())
+    if style == "latex":
+        return "".join(_LATEX.get(character, character) for character in text)
+    for special in "\\`*_{}[]<>#|":
+        text = text.replace(special, "\\" + special)
+    return text
+
+
+def emphasize(text: str, best: bool, style: str) -> str:
+    """Mark a cell that is the best of its column."""
+    if style == "table":
+        return text + ("*" if best else " ")  # the space keeps digits aligned
+    if not best:
+        return text
+    return f"**{text}**" if style == "markdown" else rf"\textbf{{{text}}}"
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], style: str = "table", left: int = 1) -> str:
+    """Format a table whose cells are escaped already.
+
+    Args:
+        header: column titles; in the style ``table`` they may have several lines.
+        rows: cells of each row.
+        style: one of ``STYLES``. ``latex`` needs the package ``booktabs``.
+        left: number of left-aligned columns; the others are aligned to the right.
+    """
+    if style == "markdown":
+        lines = [header, [*["---"] * left, *["---:"] * (len(header) - left)], *rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if style == "latex":
+        body = [rf"{' & '.join(row)} \\" for row in rows]
+        return "\n".join(
+            [
+                rf"\begin{{tabular}}{{{'l' * left}{'r' * (len(header) - left)}}}", r"\toprule",
+                rf"{' & '.join(escape(title, style) for title in header)} \\",
+                r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
+            ]
+        )  # fmt: skip
+    height = max(title.count("\n") for title in header)
+    titles = [("\n" * (height - title.count("\n")) + title).split("\n") for title in header]
+    lines = [*zip(*titles, strict=True), *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def wrap(text: str) -> str:
+    """Wrap a paragraph to ``WIDTH`` columns, later lines indented."""
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def format_report(report: Mapping[str, Any], units: str = "natural") -> str:
+    """Format a report: a summary and, for each setting, a table with a row per score.
+
+    Args:
+        report: from ``tal_fast.evaluation.report``.
+        units: ``natural`` or ``paper``.
+    """
+    blocks = ["\n".join(wrap(line) for line in _summary(report, units))]
+    blocks += [_format_setting(report, key, units) for key in report["settings"]]
+    return "\n\n".join(blocks)
+
+
+def _summary(report: Mapping[str, Any], units: str) -> list[str]:
+    counts = report["counts"]
+    accuracy = format_percent(nan_if_none(report["id_accuracy"])) if counts["id"] else "undefined"
+    lines = [
+        f"ID accuracy {accuracy} ({counts['id_right']} of {counts['id']}); convention {report['convention']}; "
+        f"ID:OOD mix {mix_with_seed(report)}",
+        UNIT_NAMES[units],
+    ]
+    if "bootstrap" in report:
+        how = report["bootstrap"]
+        lines.append(
+            f"intervals: {how['level']:.0%}, percentile bootstrap, {how['resamples']} resamples, seed {how['seed']}"
+        )
+    if "calibration" in report:
+        ece, nll, brier = (nan_if_none(report["calibration"][key]) for key in CALIBRATION)
+        lines.append(f"softmax on ID: ECE {ece:.4f} ({BINS} bins), NLL {nll:.4f} nats, Brier {brier:.4f}")
+    if "temperature" in report:
+        scaling = report["temperature"]
+        lines.append(
+            f"logits divided by T = {scaling['value']:.4f}, fitted on {scaling['held_out']} held-out samples "
+            f"(ECE before {nan_if_none(scaling['calibration_before']['ece']):.4f})"
+        )
+    lines += [f"left out: {score}: {printable(reason)}" for score, reason in report.get("left_out", {}).items()]
+    return lines
+
+
+def _format_setting(report: Mapping[str, Any], key: str, units: str) -> str:
+    lines = [setting_title(key, report), wrap(describe_samples(report, key, units))]
+    intervals = report.get("intervals", {}).get(key, {})
+    values = {
+        score: {metric: [value, *intervals.get(score, {}).get(metric, [])] for metric, value in by_metric.items()}
+        for score, by_metric in report["settings"][key].items()
+    }
+    level = report["bootstrap"]["level"] if "bootstrap" in report else math.nan
+    lines.append(_metric_table(values, PRINTED_METRICS, level, units))
+    differences = report.get("differences", {}).get(key)
+    if differences:
+        # The floor is the same for all scores, so differences of E-AURC are those of AURC.
+        metrics = [metric for metric in PRINTED_METRICS if metric != "eaurc"]
+        lines.append(f"Paired differences to {report['bootstrap']['baseline']}:")
+        lines.append(_metric_table(differences, metrics, level, units))
+    tied = {score: nan_if_none(share) for score, share in report["tied_share"][key].items()}
+    shares = ", ".join(f"{score} {format_percent(share, 1)}" for score, share in tied.items() if share > 0)
+    if shares:
+        lines.append(wrap(f"Samples with tied scores: {shares}"))
+    return "\n".join([*lines, *map(wrap, undefined_notes(report, key, PRINTED_METRICS))])
+
+
+def describe_samples(report: Mapping[str, Any], key: str, units: str = "natural") -> str:
+    """Numbers of samples of a setting, unless it is a mean over sets, and its bounds of AURC."""
+    floor, chance = (
+        format_value("aurc", nan_if_none(report[name].get(key)), units) for name in ("aurc_floor", "aurc_random")
+    )
+    text = f"AURC floor {floor}, random {chance}"
+    counts = report["samples"].get(key)
+    if counts is None:
+        return text
+    samples = f"{counts['id']:,} ID" + (f" + {counts['ood']:,} OOD" if counts["ood"] else "")
+    return f"{samples}, {counts['errors']:,} errors; {text}"
+
+
+def undefined_notes(report: Mapping[str, Any], key: str, metrics: Sequence[str]) -> list[str]:
+    """Why metrics of a setting are undefined, one text per reason."""
+    reasons = report["undefined"].get(key, {})
+    return [
+        f"Undefined ({', '.join(METRIC_TITLES[m] for m in metrics if reasons.get(m) == reason)}): {printable(reason)}"
+        for reason in sorted(set(reasons.values()))
+    ]
+
+
+def _metric_table(
+    values: Mapping[str, Mapping[str, Sequence[float | None]]], metrics: Sequence[str], level: float, units: str
+) -> str:
+    """A row per score and, below it, a row per end of its intervals.
+
+    Args:
+        values: score -> metric -> [value] or [value, low, high].
+        metrics: metrics of the columns.
+        level: level of the intervals.
+        units: ``natural`` or ``paper``.
+    """
+    labels = [f"  {percentile:.3g}%" for percentile in (50 * (1 - level), 50 * (1 + level))]
+    rows = []
+    for score, by_metric in values.items():
+        lines = zip(*(by_metric[metric] for metric in metrics), strict=True)
+        for label, line in zip([score, *labels], lines, strict=False):
+            numbers = [format_value(m, nan_if_none(value), units) for m, value in zip(metrics, line, strict=True)]
+            rows.append([label, *numbers])
+    titles = [METRIC_TITLES[metric].replace("AUPR-", "AUPR\n") for metric in metrics]
+    return format_table(["score", *titles], rows)

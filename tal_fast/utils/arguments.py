@@ -1,0 +1,57 @@
+"""Command-line parsing shared by the commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Argument parser that reads ``--batch_size`` as ``--batch-size``."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_with_hyphens(word) for word in words], namespace)
+
+
+def _with_hyphens(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def checked(convert: Callable[[str], T]) -> Callable[[str], T]:
+    """A ``type`` for ``add_argument`` that shows the message of the ValueError ``convert`` raises."""
+
+    def convert_argument(text: str) -> T:
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert_argument
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """A ``type`` for ``add_argument``: a whole number not below ``minimum``."""
+    return checked(lambda text: whole_number(text, minimum))
+
+
+def whole_number(text: str, minimum: int) -> int:
+    """The number that ``text`` spells.
+
+    Raises:
+        ValueError: not a whole number, or below ``minimum``.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        raise ValueError(f"must be a whole number, not {text!r}") from None
+    if value < minimum:
+        raise ValueError(f"must be at least {minimum}, not {value}")
+    return value
