@@ -38,14 +38,14 @@ TIES = ("tests/test_kernels.py", "-k", "ties and packed")
 STATISTICS = ("tests/test_kernels.py", "-k", "any_split and (17 or 16) and 129 or float64s and 65")
 PUSH = ("tests/test_kernels.py", "-k", "test_push")
 SUMS = ("tests/test_kernels.py", "-k", "(test_batch_sums and (260 or 33) and float32) or added_at_once")
-NATIVE = ("tests/test_loss.py", "-k", "native and (golden or confident)")
-QUEUE = ("tests/test_queue.py",)
-INDEX = ("tests/test_queue.py", "-k", "index and not 140000")
-SHARDED = ("tests/test_sharded.py", "-k", "at_once")
-INPLACE = ("tests/test_loss.py", "-k", "native and (inplace or overwritten or neither)")
-STEP = ("tests/test_loss.py", "-k", "one_call")
-DIRECT = ("tests/test_loss.py", "-k", "native and loss_and_gradient")
-HALF = ("tests/test_loss.py", "-k", "loss_and_gradient_of_float16")
+NATIVE = ("tests/loss/test_backends.py", "-k", "native and (golden or confident)")
+QUEUE = ("tests/loss/test_queue.py",)
+INDEX = ("tests/loss/test_queue_index.py", "-k", "not 140000")
+SHARDED = ("tests/loss/test_tensor_parallel.py", "-k", "at_once")
+INPLACE = ("tests/loss/test_autograd.py", "-k", "native and (inplace or retained)")
+STEP = ("tests/loss/test_module.py", "-k", "one_call")
+DIRECT = ("tests/loss/test_module.py", "-k", "native and loss_and_gradient")
+HALF = ("tests/loss/test_module.py", "-k", "loss_and_gradient_of_float16")
 
 MUTATIONS = [
     Mutation(
@@ -118,19 +118,20 @@ MUTATIONS = [
         "tl.minimum(length + kept, capacity)", "length + kept", PUSH,
     ),
     Mutation(
-        "sharded: each rank takes its own classes for the first", "tal_fast/sharded.py",
-        "own_label = labels - before[dist.get_rank(class_group)].long()", "own_label = labels - 0", SHARDED,
+        "sharded: each rank takes its own classes for the first", "tal_fast/loss/tensor_parallel.py",
+        "label_column = labels - rows.start", "label_column = labels - 0", SHARDED,
     ),
     Mutation(
-        "sharded: the maximum is each rank's own", "tal_fast/sharded.py",
-        "exp_sums(z, own_label, largest, scale)", "exp_sums(z, own_label, seen[:, LARGEST], scale)", SHARDED,
+        "sharded: the maximum is each rank's own", "tal_fast/loss/tensor_parallel.py",
+        "exp_sums(z, label_column, rows.largest, scale)", "exp_sums(z, label_column, found[:, LARGEST], scale)",
+        SHARDED,
     ),
     Mutation(
-        "in place: autograd is not told", "tal_fast/backends.py",
+        "in place: autograd is not told", "tal_fast/loss/autograd.py",
         "    torch.autograd.graph.increment_version(logits)\n", "", INPLACE,
     ),
     Mutation(
-        "backward: a kept graph's gradient is scaled in its memory", "tal_fast/backends.py",
+        "backward: a kept graph's gradient is scaled in its memory", "tal_fast/loss/autograd.py",
         " or _graph_is_kept():", ":", INPLACE,
     ),
     Mutation(
@@ -160,7 +161,7 @@ MUTATIONS = [
         "warmup, push, /*need_grad=*/true", "warmup, false, /*need_grad=*/true", DIRECT,
     ),
     Mutation(
-        "loss and gradient: that of float16 logits in float16", "tal_fast/backends.py",
+        "loss and gradient: that of float16 logits in float16", "tal_fast/loss/autograd.py",
         "leaf.float() if leaf.dtype == torch.float16 else leaf", "leaf", HALF,
     ),
     Mutation(
@@ -200,7 +201,7 @@ MUTATIONS = [
 def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[bool, float]:
     """Whether they pass in the copy, and seconds taken. No test collected is an error."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:warnings", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", *tests]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
@@ -223,10 +224,12 @@ def copy_tree(folder: Path) -> None:
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(source, folder / name)
-    (folder / "tal_fast" / "kernels").symlink_to("../kernels")  # as an installed package has it
+    kernels = folder / "tal_fast" / "kernels"
+    if not kernels.is_symlink():
+        kernels.symlink_to("../kernels")  # as an installed package has it
 
 
 def try_mutation(folder: Path, mutation: Mutation) -> dict[str, object]:

@@ -19,7 +19,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from tal_fast import TALLoss, kernels
 from tal_fast.loss import reference
-from tests.helpers.loss_cases import CASES, exact, golden, options, random_batch, random_queue, relative, trace
+from tests.helpers.loss_cases import (
+    CASES,
+    exact,
+    golden,
+    options,
+    random_batch,
+    random_queue,
+    reference_loss,
+    relative,
+    trace,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 USABLE, WHY = kernels.is_available(DEVICE)
@@ -104,7 +114,7 @@ def check_loss(logits: Tensor, labels: Tensor, distance: Tensor, **changes: Any)
     got = run_loss(logits, labels, distance, **changes)
     known = {k: v for k, v in changes.items() if k != "need_grad"}
     leaf = logits.detach().clone().requires_grad_()
-    eager, stats = reference.tal_loss(leaf, labels, distance, **known)
+    eager, stats = reference_loss(leaf, labels, distance, **known)
     (eager_grad,) = torch.autograd.grad(eager, leaf)
     truth = exact(logits, labels, got.typicalness, **exact_options(**changes))
     eager_truth = exact(logits, labels, stats.typicalness, **exact_options(**changes))
@@ -121,7 +131,7 @@ def check_loss(logits: Tensor, labels: Tensor, distance: Tensor, **changes: Any)
     torch.testing.assert_close(got.typicalness, stats.typicalness, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got.weight, stats.weight, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got.temperature, stats.temperature, rtol=1e-4, atol=1e-3)
-    assert torch.equal(got.right, stats.right)
+    assert torch.equal(got.right, stats.correct)
     assert torch.equal(got.accepted, stats.accepted)
     return got
 
@@ -189,7 +199,7 @@ def test_every_option_on_every_path(changes: dict[str, Any], variant: str) -> No
     if "t_min" in changes:  # support.exact takes temperatures of its own
         got = run_loss(logits, labels, distance, variant=variant, **changes)
         leaf = logits.double().requires_grad_()
-        want, stats = reference.tal_loss(leaf, labels, distance.double(), variant=variant, **changes)
+        want, stats = reference_loss(leaf, labels, distance.double(), variant=variant, **changes)
         (grad,) = torch.autograd.grad(want, leaf)
         assert relative(got.loss, want) <= 1e-5
         assert relative(got.grad, grad) <= 1e-4
@@ -348,7 +358,7 @@ def test_a_part_of_a_larger_batch(variant: str) -> None:
     total, grads = 0.0, []
     for part in (slice(0, 4), slice(4, 11)):
         got = run_loss(logits[part], labels[part], distance[part], whole, variant=variant)
-        want, _ = reference.tal_loss(logits[part], labels[part], distance[part], variant=variant, batch=whole)
+        want, _ = reference_loss(logits[part], labels[part], distance[part], variant=variant, summary=whole)
         assert relative(got.loss, want) <= 1e-5
         total += float(got.loss) / 2
         grads.append(got.grad / 2)
@@ -825,8 +835,8 @@ def test_a_step_in_a_cuda_graph(variant: Literal["paper", "released"]) -> None:
         want = eager(leaf, f, y)
         assert torch.equal(value, want.detach())
         assert torch.equal(grad, torch.autograd.grad(want, leaf)[0])
-        assert torch.equal(graphed.queue.cursor, eager.queue.cursor)
-        assert torch.equal(graphed.queue.mean_ring, eager.queue.mean_ring)
+        assert torch.equal(graphed.queue.ring.cursor, eager.queue.ring.cursor)
+        assert torch.equal(graphed.queue.ring.mean, eager.queue.ring.mean)
 
 
 @pytest.mark.gpu
