@@ -86,7 +86,7 @@ def make_peer(name: str, queue: FeatureQueue) -> Callable[[Tensor, Tensor], Tens
     """Search-and-push step of a peer: (B,) means and standard deviations -> (B,) distances."""
     if name in ("index", "brute_force"):
         if name == "brute_force":
-            queue.index = None
+            queue.ring.index = None
 
         def own(mean: Tensor, std: Tensor) -> Tensor:
             distance = queue.nearest(mean, std)
@@ -136,8 +136,9 @@ def bench_queue(case: Case, measure: Callable[..., None]) -> None:
     for start in range(0, case.N, 1 << 17):
         queue.push(*source(min(1 << 17, case.N - start)))
     batch = source(case.B)
-    plain = reference.nearest_distance(*batch, queue.mean_ring, queue.std_ring)
-    brute_force = torch.ops.tal_fast.nearest(queue.mean_ring, queue.std_ring, queue.cursor, *batch, None)
+    ring = queue.ring
+    plain = reference.nearest_distance(*batch, ring.mean, ring.std)
+    brute_force = torch.ops.tal_fast.nearest(ring.mean, ring.std, ring.cursor, *batch, None)
     step = make_peer(case.peer, queue)
     got = step(*batch)
     if not torch.allclose(got.double(), plain.double(), rtol=1e-3, atol=1e-6):

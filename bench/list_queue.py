@@ -26,8 +26,8 @@ class ListQueueTAL:
         norm = logits.norm(dim=1, keepdim=True) + 1e-7
         unit = logits / norm
         with torch.no_grad():
-            right = logits.argmax(1) == labels
-            accepted = right & (unit.amax(1) > 0)
+            correct = logits.argmax(1) == labels
+            accepted = correct & (unit.amax(1) > 0)
             typicalness = torch.ones_like(mean)
             if not warmup and self.means and not bool(accepted.all()):
                 queue_mean = torch.tensor(self.means, dtype=mean.dtype, device=mean.device)
@@ -36,8 +36,8 @@ class ListQueueTAL:
                 distance = squared.sqrt().amin(1)
                 typicalness = 1 - (distance - distance.min()) / (distance.max() - distance.min() + 1e-8)
             temperature = self.t_min + (1 - typicalness) * (self.t_max - self.t_min)
-            temperature = torch.where(right, temperature, torch.full_like(temperature, self.t_wrong))
-            weight = torch.where(right, typicalness, torch.ones_like(typicalness)).mean()
+            temperature = torch.where(correct, temperature, torch.full_like(temperature, self.t_wrong))
+            weight = torch.where(correct, typicalness, torch.ones_like(typicalness)).mean()
         loss = weight * F.cross_entropy(temperature[:, None] * unit, labels) + (1 - weight) * F.cross_entropy(
             logits, labels
         )

@@ -43,9 +43,7 @@ def test_columns_of_sharded_rows_may_be_none_and_their_labels_anything() -> None
 def test_ignored_labels_are_in_range() -> None:
     labels = torch.tensor([0, -1, 4])
     check_label_range(labels, 5, ignore_index=-1)
-    with pytest.raises(
-        ValueError, match=r"label -1 in row 1 is outside \[0, 5\); .* ignore_index = -2"
-    ):
+    with pytest.raises(ValueError, match=r"label -1 in row 1 is outside \[0, 5\); .* ignore_index = -2"):
         check_label_range(labels, 5, ignore_index=-2)
 
 
