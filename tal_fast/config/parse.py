@@ -193,7 +193,7 @@ def _sections() -> Iterator[tuple[str, str, Any]]:
     for kind in OPTIONS.values():
         if option_names(kind):
             users = [name for name, other in OPTIONS.items() if option_names(kind) & option_names(other)]
-            yield f"options of the method {' and '.join(users)}", "method.options.", kind
+            yield f"options of {' and '.join(users)}", "method.options.", kind
 
 
 def _flags(name: str) -> list[str]:

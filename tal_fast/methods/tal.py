@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ class TAL(Method):
 
     name = "tal"
     score = "cosine"
-    Options = TALOptions
+    Options: ClassVar[type] = TALOptions
     sample_names = ("typicalness", "temperature")
 
     def __init__(self, config: MethodConfig, task: Task) -> None:

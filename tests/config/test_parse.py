@@ -200,7 +200,7 @@ def test_help_has_a_sentence_for_each_option_in_at_most_100_columns(
     text = capsys.readouterr().out
     assert text.startswith("usage: tal-fast train ")
     assert max(map(len, text.splitlines())) <= 100
-    groups = ("run:", "data:", "model:", "optim:", "method:", "options of the method tal and fmfp-tal:")
+    groups = ("run:", "data:", "model:", "optim:", "method:", "options of tal and fmfp-tal:")
     places = [text.index(f"\n{group}\n") for group in groups]
     assert places == sorted(places)
     shown = {word for line in text.splitlines() for word in line.split() if word.startswith("--")}

@@ -167,6 +167,7 @@ def test_nested_and_dotted_keys_meet() -> None:
         ({"methods": {"l": {"method": {"name": "logitnorm", "options": {"tua": 1}}}}}, "l: method.options.tua is"),
         ({"methods": {"t": {"method": {"name": "tal", "t_min": 9, "t_max": 5}}}}, "t: temperatures are t_min=9.0"),
         ({"grid": {"method.t_wrong": [5, 10]}}, "grid.method.t_wrong changes nothing in ce, which is"),
+        ({"grid": {"method.options.t_wrong": [5]}}, "grid.method.options.t_wrong changes nothing in ce, which is"),
     ],
 )  # fmt: skip
 def test_mistakes_are_refused_in_a_sentence(
