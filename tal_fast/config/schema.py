@@ -29,8 +29,8 @@ class DataConfig:
             scikit-learn's, as image files; ``cifar10`` and ``cifar100`` are read from their binary files,
             ``fashion-mnist`` from IDX files; ``synthetic`` images are generated, for measurements.
         root: folder of the images, binary files or IDX files; digits and synthetic need none.
-        ood: out-of-distribution sets for the evaluation by name, also as ``--data.ood.NAME FOLDER``. Fashion-MNIST also takes folders of IDX files,
-            CIFAR folders of CIFAR's binary files.
+        ood: out-of-distribution sets for the evaluation by name, also as ``--data.ood.NAME FOLDER``. Fashion-MNIST also
+            takes folders of IDX files, CIFAR folders of CIFAR's binary files.
         file_list: text file with one path per line, relative to the root, of the only image files to use.
             ``python -m tal_fast.check_data`` writes one.
         max_unreadable: training ends when a rank meets more undecodable files; by default 1% of the files, at least 10.
