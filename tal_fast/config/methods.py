@@ -12,15 +12,15 @@ from tal_fast.config.typed import check_at_least, check_positive, read
 
 
 @dataclass
-class NoOptions:
-    """Options of a method that has none."""
+class MethodOptions:
+    """Base class of the options of a built-in method, and the options of a method that has none."""
 
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
 
 
 @dataclass
-class _QueueOptions:
+class _QueueOptions(MethodOptions):
     """Options of every method with TAL's loss.
 
     Attributes:
@@ -44,8 +44,8 @@ class _QueueOptions:
     warmup_epochs: int | None = None
 
     def check(self) -> None:
-        """Raise ValueError for a value outside its range; ``TALLoss`` checks the options that it takes."""
-        check_at_least("method.options.warmup_epochs", self.warmup_epochs, 0)
+        check_at_least("method.options.warmup_epochs", self.warmup_epochs, 0)  # TALLoss checks its own options
+        super().check()
 
 
 @dataclass
@@ -60,7 +60,7 @@ class TALOptions(_QueueOptions):
 
 
 @dataclass
-class LogitNormOptions:
+class LogitNormOptions(MethodOptions):
     """Options of LogitNorm.
 
     Attributes:
@@ -70,12 +70,11 @@ class LogitNormOptions:
     tau: float = 0.04
 
     def check(self) -> None:
-        """Raise ValueError for a value outside its range."""
         check_positive("method.options.tau", self.tau, ", such as 0.04")
 
 
 @dataclass
-class CRLOptions:
+class CRLOptions(MethodOptions):
     """Options of CRL.
 
     Attributes:
@@ -85,12 +84,11 @@ class CRLOptions:
     weight: float = 1.0
 
     def check(self) -> None:
-        """Raise ValueError for a value outside its range."""
         check_at_least("method.options.weight", self.weight, 0)
 
 
 @dataclass
-class OpenMixOptions:
+class OpenMixOptions(MethodOptions):
     """Options of OpenMix.
 
     Attributes:
@@ -104,7 +102,6 @@ class OpenMixOptions:
     gamma: float = 1.0
 
     def check(self) -> None:
-        """Raise ValueError for a value outside its range."""
         if not self.outliers:
             raise ValueError(
                 "method.options.outliers is not set; name a folder of images that belong to none of the classes, or "
@@ -115,7 +112,7 @@ class OpenMixOptions:
 
 
 @dataclass
-class FMFPOptions:
+class FMFPOptions(MethodOptions):
     """Options of FMFP.
 
     Attributes:
@@ -129,7 +126,6 @@ class FMFPOptions:
     swa_lr: float | None = None
 
     def check(self) -> None:
-        """Raise ValueError for a value outside its range."""
         check_positive("method.options.rho", self.rho, ", such as 0.05")
         if not 0 <= self.swa_from < 1:
             raise ValueError(f"method.options.swa_from is {self.swa_from} but must be in [0, 1), such as 0.6")
@@ -142,14 +138,9 @@ class FMFPTALOptions(_QueueOptions, FMFPOptions):
 
     t_wrong: ClassVar[None] = None
 
-    def check(self) -> None:
-        """Raise ValueError for a value outside its range."""
-        _QueueOptions.check(self)
-        FMFPOptions.check(self)
 
-
-OPTIONS: dict[str, type] = {
-    "ce": NoOptions,
+OPTIONS: dict[str, type[MethodOptions]] = {
+    "ce": MethodOptions,
     "tal": TALOptions,
     "logitnorm": LogitNormOptions,
     "crl": CRLOptions,

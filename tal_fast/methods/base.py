@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tal_fast.config.methods import NoOptions, read_options
+from tal_fast.config.methods import MethodOptions, read_options
 from tal_fast.config.schema import MethodConfig
 from tal_fast.scores.logits import NORM_EPS
 
@@ -78,7 +78,7 @@ class Method(nn.Module):
 
     name: ClassVar[str]
     score: ClassVar[str]
-    Options: ClassVar[type] = NoOptions
+    Options: ClassVar[type] = MethodOptions
     sample_names: tuple[str, ...] = ()
     extra_classes: ClassVar[int] = 0
     outliers: str | None = None
