@@ -145,6 +145,7 @@ setup(
         "tal_fast.config": ["presets/*.yaml"],
         "tal_fast.evaluation.html": ["page.*"],
     },
+    include_package_data=False,  # package_data names everything
     ext_modules=ext_modules,
     cmdclass=cmdclass,
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},
