@@ -42,8 +42,8 @@ CURVE_METHODS = {
     "tal-paper": "TAL (paper), cosine",
     "tal-released": "TAL (released), cosine",
 }
-POINTS = 100
-"""Points of a risk-coverage curve, at coverage 1/100, 2/100, ..., 1."""
+POINTS = 50
+"""Points of a risk-coverage curve, at coverage 1/50, 2/50, ..., 1."""
 
 MISSING = "Not measured yet.\n"
 
@@ -312,7 +312,7 @@ def measure_curves(folder: Path) -> dict[str, Any]:
                 entry = {"seed": run["seed"], "aurc": float(curve.risk.mean()), "risk": risk}
                 found.setdefault(setting, {}).setdefault(run["method"], []).append(entry)
     return {
-        "what": "risk at coverage 1/100, 2/100, ..., 1",
+        "what": "risk at coverage 1/50, 2/50, ..., 1",
         "experiment": results["experiment"],
         "environments": results["environments"],
         "settings": found,
