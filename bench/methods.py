@@ -23,7 +23,6 @@ from bench.harness import environment, write_json
 from bench.report import FIGURES, ROOT, table, update_pages
 from tal_fast.config.methods import option_path
 from tal_fast.evaluation.compare import Group
-from tal_fast.evaluation.sample_scores import read_samples
 from tal_fast.experiments import select
 from tal_fast.experiments.plan import read_experiment
 from tal_fast.experiments.results import Results, groups_of, read_results
@@ -293,20 +292,22 @@ def measure_curves(folder: Path) -> dict[str, Any]:
     Args:
         folder: output folder of ``python -m tal_fast.experiment``, with its runs.
     """
+    import numpy as np
+
     results = read_results(folder)
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for run in results["runs"]:
         if run["method"] not in CURVE_METHODS:
             continue
-        report, samples = run["report"], read_samples(folder / "runs" / run["name"])
-        if samples is None:
-            raise ValueError(f"{folder / 'runs' / run['name']} has no samples.npz; evaluate the run again")
-        judged = judged_settings(
-            samples.right, samples.id_scores, samples.ood_scores, mix=Mix.parse(report["mix"]), seed=report["seed"]
-        )
+        report, score = run["report"], run["report"]["score"]
+        with np.load(folder / "runs" / run["name"] / "samples.npz") as samples:
+            id_scores = {score: samples[f"id/{score}"]}
+            ood_scores = {name: {score: samples[f"ood/{name}/{score}"]} for name in report["ood_names"]}
+            correct = samples["right"]
+        judged = judged_settings(correct, id_scores, ood_scores, mix=Mix.parse(report["mix"]), seed=report["seed"])
         for setting, one in judged.items():
             if setting == "old_fd" or setting.startswith("new_fd"):
-                curve = risk_coverage_curve(one.confidences()[report["score"]], one.setting.success)
+                curve = risk_coverage_curve(one.confidences()[score], one.setting.success)
                 n = curve.risk.size
                 risk = [round(float(curve.risk[-(-i * n // POINTS) - 1]), 5) for i in range(1, POINTS + 1)]
                 entry = {"seed": run["seed"], "aurc": float(curve.risk.mean()), "risk": risk}
