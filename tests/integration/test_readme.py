@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pkgutil
 import re
 import subprocess
 import sys
@@ -53,3 +54,10 @@ def test_named_files_of_the_repository_exist(page: Path) -> None:
     names = re.findall(r"`((?:tal_fast|kernels|csrc|bench|tests|docs|examples|\.github)/[\w./-]+)`", page.read_text())
     missing = [name for name in names if not (ROOT / name).exists()]
     assert [name for name in missing if "NAME" not in name and "focal" not in name] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_modules_and_functions_exist(page: Path) -> None:
+    names = set(re.findall(r"`(tal_fast(?:\.[A-Za-z_]\w*)+)(?=[`(])", page.read_text()))
+    for name in sorted(names - {"tal_fast.COMMAND"}):
+        pkgutil.resolve_name(name)
