@@ -1,5 +1,7 @@
 # make demo   sets up .venv, trains CE and TAL on real digits, evaluates both and prints them side by side
 # make test   sets up .venv and runs the fast tests; make test-all runs all of them
+# make lint   ruff and mypy
+# make docs   builds the documentation site into build/site
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +17,7 @@ BENCHMARKS ?= step loss typicalness queue training metrics
 # does not, and a list queue's step at B = 128, N = 30,000 takes 54 or 14 ms.
 KEEP := MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_MMAP_THRESHOLD_=17179869184
 
-.PHONY: setup demo test test-slow test-all lint kernels-check bench-smoke bench clean
+.PHONY: setup demo test test-slow test-all lint typecheck docs kernels-check bench-smoke bench clean
 
 setup: $(VENV)/.ready
 
@@ -48,13 +50,18 @@ test-slow: setup
 
 test-all: test test-slow
 
-lint: setup
+lint: setup typecheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	# mypy follows no editable install to kernels/, so it reads an installed copy
+
+# mypy follows no editable install to kernels/, so it reads an installed copy
+typecheck: setup
 	rm -rf build/typecheck
 	TAL_FAST_NO_EXTENSION=1 $(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
 	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml tal_fast
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
 
 kernels-check: setup
 	$(BIN)/python -m tal_fast.kernels.compile_check --quick

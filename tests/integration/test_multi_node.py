@@ -1,4 +1,4 @@
-"""Multi-node recipe of docs/multi-node.md, with two network namespaces as hosts."""
+"""Multi-node recipe of docs/guides/clusters.md, with two network namespaces as hosts."""
 
 from __future__ import annotations
 
