@@ -11,7 +11,7 @@ from typing import Any, Literal
 import tal_fast
 from tal_fast.evaluation.selective import NoThreshold, calibrate
 from tal_fast.scores.logits import SCORES
-from tal_fast.utils.arguments import ArgumentParser
+from tal_fast.utils.arguments import ArgumentParser, at_least
 from tal_fast.utils.io import replacing
 from tal_fast.utils.process import program_name
 
@@ -131,28 +131,32 @@ def _parser() -> ArgumentParser:
         prog=program_name("calibrate"),
         description="Choose a confidence threshold whose error rate is bounded, and export the model with it.",
     )
-    source = parser.add_argument_group("held-out samples").add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", metavar="DIR", help="folder of a run of tal_fast.train: its validation images")
-    source.add_argument("--npz", metavar="FILE", help="logits and labels of any model on held-out samples")
+    source = parser.add_argument_group("held-out samples (one of these)").add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", metavar="DIR", help="Folder of a run of tal_fast.train: its validation images.")
+    source.add_argument("--npz", metavar="FILE", help="Logits and labels of any model on held-out samples.")
     threshold = parser.add_argument_group("threshold")
     threshold.add_argument(
-        "--risk", type=float, required=True, help="error rate among accepted predictions not to exceed, such as 0.02"
+        "--risk", type=float, required=True, help="Error rate among accepted predictions not to exceed, such as 0.02."
     )
     threshold.add_argument(
-        "--confidence", type=float, default=0.95, help="probability that the risk is not exceeded (%(default)s)"
+        "--confidence", type=float, default=0.95, help="Probability that the risk holds. Default: 0.95."
     )
-    threshold.add_argument("--score", help=f"{', '.join(SCORES)} (the score of the run's method)")
+    threshold.add_argument(
+        "--score", help=f"Confidence score: {', '.join(SCORES)}. Default: that of the run's method; needed with --npz."
+    )
     threshold.add_argument(
         "--calibration-share", type=float, default=0.5, metavar="SHARE",
-        help="random share of the samples to choose the threshold on; the rest tests it (%(default)s)",
+        help="Random share of the samples to choose the threshold on; the rest tests it. Default: 0.5.",
     )  # fmt: skip
-    threshold.add_argument("--seed", type=int, default=0, help="seed of the random share (%(default)s)")
-    model = parser.add_argument_group("model of a run")
-    model.add_argument("--checkpoint", choices=("best", "last"), default="best", help="checkpoint (%(default)s)")
-    model.add_argument("--batch-size", type=int, default=256, help="images in a batch (%(default)s)")
-    model.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    threshold.add_argument("--seed", type=at_least(0), default=0, help="Seed of the random share. Default: 0.")
+    run = parser.add_argument_group("options with --run")
+    run.add_argument("--checkpoint", choices=("best", "last"), default="best", help="Checkpoint. Default: best.")
+    run.add_argument("--batch-size", type=at_least(1), default=256, help="Images per step. Default: 256.")
+    run.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... Default: auto, a GPU if there is one."
+    )
     output = parser.add_argument_group("output")
-    output.add_argument("--output", metavar="DIR", help="folder to write to (RUN/calibrated, or FILE-calibrated)")
+    output.add_argument("--output", metavar="DIR", help="Output folder. Default: RUN/calibrated, or FILE-calibrated.")
     return parser
 
 
@@ -163,8 +167,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "risk": args.risk, "confidence": args.confidence, "share": args.calibration_share, "seed": args.seed,
     }  # fmt: skip
     try:
-        if args.batch_size < 1 or args.seed < 0:
-            raise ValueError("--batch-size must be at least 1 and --seed at least 0")
         if args.npz is not None:
             if args.score is None:
                 raise ValueError(f"an .npz names no score; choose one with --score: {', '.join(SCORES)}")

@@ -34,13 +34,10 @@ from typing import Any
 
 import numpy as np
 
+from tal_fast.config.names import CONVENTIONS, METRICS
 from tal_fast.metrics.ranking import Ranking, as_correct, expected_errors, rank
 from tal_fast.utils.arrays import Floats, Ints
 
-CONVENTIONS = ("tal_fast", "tal", "tal-test", "fd-shifts", "openood", "torch-uncertainty")
-METRICS = (
-    "aurc", "eaurc", "eaurc_exact", "augrc", "auroc", "fpr95", "tnr95", "aupr_success", "aupr_error",
-)  # fmt: skip
 HIGHER_IS_BETTER = {
     "aurc": False, "eaurc": False, "eaurc_exact": False, "augrc": False, "auroc": True, "fpr95": False, "tnr95": True,
     "aupr_success": True, "aupr_error": True,

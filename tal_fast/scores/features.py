@@ -1,6 +1,7 @@
 """Confidence scores of penultimate features, fitted on training features; higher means more confident.
 
-``FeatureScorer(training).scores(names, logits, features)`` gives them; ``FEATURE_SCORES`` lists the names.
+``FeatureScorer(training).scores(names, logits, features)`` gives them; ``FEATURE_SCORES`` and ``SIRC_SCORES`` of
+``tal_fast.config.names`` list the names.
 
 ========================  =============================================================================================
 name                      score
@@ -36,15 +37,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tal_fast.config.names import FEATURE_SCORES, SIRC_SCORES
 from tal_fast.scores.logits import LOG_GAPS, distance_to_uniform, energy
 from tal_fast.scores.neighbours import NEIGHBOUR, Neighbours
 from tal_fast.scores.training_statistics import ClassScatter, Moments, Training
 from tal_fast.utils.arrays import Floats, as_matrix, by_blocks
-
-PLAIN = ("feature_norm", "gradnorm", "mahalanobis", "residual", "vim", "knn")
-SIRC_SECOND = ("feature_norm", "residual", "knn")
-SIRC = {f"sirc_{first}_{second}": (first, second) for first in LOG_GAPS for second in SIRC_SECOND}
-FEATURE_SCORES = (*PLAIN, *SIRC)
 
 KNN_SAMPLES = 50_000
 """Default number of training features that ``knn`` keeps: 400 MB of float32 at 2,048 wide."""
@@ -104,8 +101,8 @@ class FeatureScorer:
         return problems
 
     def _fit(self, name: str) -> None:
-        if name in SIRC:
-            self._sirc_parameters(SIRC[name][1])
+        if name in SIRC_SCORES:
+            self._sirc_parameters(SIRC_SCORES[name][1])
         elif name == "vim":
             _ = self._vim_scale
         elif name == "residual":
@@ -131,7 +128,7 @@ class FeatureScorer:
         """Compute scores.
 
         Args:
-            names: names from ``FEATURE_SCORES``.
+            names: names of feature scores.
             logits: (n, C).
             features: (n, D), as wide as the training features.
 
@@ -156,7 +153,7 @@ class FeatureScorer:
         return {name: self._score(name, logits, part, features) for name in names}
 
     def _score(self, name: str, logits: NDArray[Any], part: Callable[[str], Floats], features: NDArray[Any]) -> Floats:
-        if name in SIRC_SECOND:
+        if name in ("feature_norm", "residual", "knn"):
             return part(name)
         if name == "gradnorm":
             return distance_to_uniform(logits) * part("feature_norm")
@@ -164,11 +161,11 @@ class FeatureScorer:
             return self._mahalanobis(features)
         if name == "vim":
             return energy(logits) + self._vim_scale * part("residual")
-        if name in SIRC:
-            first, second = SIRC[name]
+        if name in SIRC_SCORES:
+            first, second = SIRC_SCORES[name]
             a, b = self._sirc_parameters(second)
             return -LOG_GAPS[first](logits) - np.logaddexp(0, -b * (part(second) - a))
-        raise ValueError(f"unknown feature score {name!r}; choose from {', '.join(FEATURE_SCORES)}")
+        raise ValueError(f"unknown feature score {name!r}; choose from {', '.join((*FEATURE_SCORES, *SIRC_SCORES))}")
 
     def _second(self, name: str, features: NDArray[Any]) -> Floats:
         """Score that depends on the features alone."""
