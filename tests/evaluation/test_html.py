@@ -33,7 +33,7 @@ from tal_fast.loss.queue import FeatureQueue
 from tal_fast.loss.reference import feature_statistics, nearest_distance
 from tal_fast.metrics.calibration import expected_calibration_error
 from tal_fast.metrics.curves import OperatingPoints, histograms, oracle_risk, reliability, thinned
-from tal_fast.metrics.failure import risk_coverage_curve
+from tal_fast.metrics.ranking import risk_coverage_curve
 from tal_fast.models import build_model
 from tal_fast.runs import checkpoint
 from tal_fast.runs.load import load_run
