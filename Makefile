@@ -1,5 +1,7 @@
 # make demo   sets up .venv, trains CE and TAL on real digits, evaluates both and prints them side by side
-# make test   sets up .venv and runs the tests
+# make test   sets up .venv and runs the fast tests; make test-all runs all of them
+# make lint   ruff and mypy
+# make docs   builds the documentation site into build/site
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,13 +11,13 @@ CONSTRAINTS ?= -c constraints.txt
 EXTRAS := $(if $(filter Linux,$(shell uname -s)),dev$(comma)dali,dev)
 BIN := $(VENV)/bin
 RUNS ?= runs
-JOBS ?= 2
+JOBS ?= auto
 BENCHMARKS ?= step loss typicalness queue training metrics
 # Benchmarks keep the memory they free: else glibc, by what ran before in the process, gives it back after every step or
 # does not, and a list queue's step at B = 128, N = 30,000 takes 54 or 14 ms.
 KEEP := MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_MMAP_THRESHOLD_=17179869184
 
-.PHONY: setup demo test lint kernels-check bench-smoke bench clean
+.PHONY: setup demo test test-slow test-all lint typecheck docs kernels-check bench-smoke bench clean
 
 setup: $(VENV)/.ready
 
@@ -37,17 +39,29 @@ demo: setup
 	$(BIN)/python -m tal_fast.evaluate --run $(RUNS)/digits-tal
 	$(BIN)/python -m tal_fast.compare $(RUNS)/digits-ce $(RUNS)/digits-tal
 
-# A file's tests stay in one process, which makes their shared runs once.
-test: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# The tests of a file stay in one process, which makes the runs they share once.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-lint: setup
+test: setup
+	$(PYTEST) -m "not slow"
+
+test-slow: setup
+	$(PYTEST) -m slow
+
+test-all: test test-slow
+
+lint: setup typecheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	# mypy follows no editable install to kernels/, so it reads an installed copy
+
+# mypy follows no editable install to kernels/, so it reads an installed copy
+typecheck: setup
 	rm -rf build/typecheck
 	TAL_FAST_NO_EXTENSION=1 $(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
 	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml tal_fast
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
 
 kernels-check: setup
 	$(BIN)/python -m tal_fast.kernels.compile_check --quick

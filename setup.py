@@ -1,8 +1,8 @@
-"""Build script: the optional C++/CUDA extension. Everything else is declared in pyproject.toml.
+"""Build script of the optional C++/CUDA extension; pyproject.toml declares everything else.
 
-The extension is built against the torch that is installed, so install with ``--no-build-isolation``. It is left out,
-with one line saying why, when TAL_FAST_NO_EXTENSION=1 is set, torch is not importable, or nothing compiles it; the
-package then runs on plain PyTorch. The CUDA sources are compiled too when nvcc and torch agree on a CUDA version.
+The extension is built against the installed torch, so install with ``--no-build-isolation``. It is left out, with one
+line that gives the reason, when TAL_FAST_NO_EXTENSION=1 is set, torch cannot be imported or nothing compiles it; the
+package then runs on plain PyTorch. The CUDA sources are compiled too when nvcc and torch have the same CUDA version.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Command, Extension, find_packages, setup
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # 65.5 in a fresh environment of Python 3.10 or 3.11
+    sys.exit(
+        f"tal-fast: setuptools {setuptools.__version__} is too old to read pyproject.toml; "
+        "run: pip install --upgrade 'setuptools>=77'"
+    )
 
 # Contraction to fused multiply-add is off so that every instruction set gives the same bits; see csrc/simd.h.
 CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
@@ -26,7 +33,7 @@ def say(line: str) -> None:
 
 
 def cuda_toolkit() -> tuple[Path, int] | None:
-    """The toolkit's real folder and major version, asked of nvcc itself: the one on PATH may be a wrapper script."""
+    """Folder and major version of the CUDA toolkit, from nvcc's own output: the nvcc on PATH may be a wrapper."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
     if nvcc is None:
@@ -44,7 +51,7 @@ def cuda_toolkit() -> tuple[Path, int] | None:
 
 
 def cuda_problem() -> str | None:
-    """Why the CUDA sources are left out; None, with CUDA_HOME set, when they can be compiled."""
+    """Reason to leave the CUDA sources out, or None (and CUDA_HOME set) when they can be compiled."""
     import torch
 
     if torch.version.cuda is None:
@@ -54,10 +61,10 @@ def cuda_problem() -> str | None:
         return "no nvcc was found"
     home, major = toolkit
     if major != int(torch.version.cuda.split(".")[0]):
-        return f"nvcc is of CUDA {major} and torch of CUDA {torch.version.cuda}"
+        return f"nvcc has CUDA {major} but torch has CUDA {torch.version.cuda}"
     os.environ["CUDA_HOME"] = str(home)
     if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        # No GPU to ask: A100, H100 and B200 (which nvcc knows from CUDA 12.8 on).
+        # Without a GPU to ask: A100, H100 and B200 (supported by nvcc from CUDA 12.8 on).
         recent = tuple(map(int, torch.version.cuda.split(".")[:2])) >= (12, 8)
         os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0;10.0" if recent else "8.0;9.0"
     return None
@@ -101,18 +108,17 @@ def extension_and_command() -> tuple[list[Extension], dict[str, type[Command]]]:
         say(f"{without_cuda}: the CUDA sources are left out")
 
     class OptionalBuild(BuildExtension):
-        """Builds what can be built: a missing compiler must not stop the install."""
+        """Extension build whose failure does not stop the install."""
 
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
             except (Exception, SystemExit) as error:
-                wanted = self.extensions
-                if not any(source.endswith(".cu") for e in wanted for source in e.sources):
+                if not any(source.endswith(".cu") for e in self.extensions for source in e.sources):
                     self._leave_out(error)
                     return
                 say(f"the CUDA sources do not compile and are left out: {first_line(error)}")
-                for extension in wanted:  # setuptools has set attributes of its own on it: change it in place
+                for extension in self.extensions:  # changed in place, to keep the attributes setuptools added
                     vars(extension).update(vars(make_extension(with_cuda=False)))
                 try:
                     super().build_extensions()
@@ -139,6 +145,7 @@ setup(
         "tal_fast.config": ["presets/*.yaml"],
         "tal_fast.evaluation.html": ["page.*"],
     },
+    include_package_data=False,  # package_data names everything
     ext_modules=ext_modules,
     cmdclass=cmdclass,
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},

@@ -1,4 +1,4 @@
-"""Loss and gradient from logits and distances (``tal_fast.loss.backends``), beside cross-entropy, eager, compiled and fused.
+"""Loss and gradient from logits and distances (``tal_fast.loss.backends``), beside cross-entropy.
 
 The fewest bytes: each logit read once, each gradient element written once, 2·B·C·size. The gate is the reference in
 float64. Liger's and quack's cross-entropy, which need a GPU, are the best known of what does less than TAL.
@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from bench.batches import make_logits
 from bench.harness import CannotRun, agree, sets_beyond_cache
-from tal_fast.loss import backends, reference
-from tal_fast.loss.backends import LossOptions
+from tal_fast.loss import dispatch, reference
+from tal_fast.loss.backends import LossInputs
+from tal_fast.loss.options import LossOptions
 from tal_fast.loss.queue import FeatureQueue
 
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]  # a leaf of logits -> loss, gradient
@@ -74,7 +75,7 @@ class Problem:
         if variant == "cross_entropy":
             loss = F.cross_entropy(leaf, self.labels)
         else:
-            loss, _ = reference.tal_loss(leaf, self.labels, self.distance.to(leaf.dtype), variant=variant)
+            loss, _ = reference.tal_loss(leaf, self.labels, self.distance.to(leaf.dtype), LossOptions(variant))
         (grad,) = torch.autograd.grad(loss, leaf)
         return loss.detach(), grad.to(torch.promote_types(self.logits.dtype, torch.float32))
 
@@ -107,15 +108,14 @@ def make_peer(name: str, p: Problem) -> tuple[Run, str]:
         CannotRun: it is not installed, or not for this device.
     """
     if name in TAL:
-        backend, options = backends.for_loss("auto", p.device), LossOptions(name)
-        queue = FeatureQueue(1, device=p.device)
-        batch = reference.batch_summary(p.logits, p.labels, p.distance)
+        backend, ring = dispatch.for_loss("auto", p.device), FeatureQueue(1, device=p.device).ring
+        summary = reference.batch_summary(p.logits, p.labels, p.distance)
 
         def tal(z: Tensor) -> Tensor:
-            summary: Tensor | None = batch
+            inputs = LossInputs(z, p.labels, p.distance, summary, ring, LossOptions(name), warmup=False)
             if name == "released":  # its mean weight needs the logits once more, which is part of its cost
-                summary = backend.summary(z, p.labels, p.distance, batch, queue, options)
-            return backend.loss(z, p.labels, p.distance, summary, queue, options, False)[0]
+                inputs.summary = backend.complete_summary(inputs)
+            return backend.loss(inputs)[0]
 
         return differentiated(tal), name
     if name.startswith("reference"):

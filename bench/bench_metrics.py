@@ -1,4 +1,4 @@
-"""The evaluator's metrics (``tal_fast.metrics``) beside scikit-learn's for those that it has.
+"""Benchmark of the failure-detection metrics beside scikit-learn's.
 
 The floor is one sort of the scores, which every one of these metrics rests on. The gate: AUROC and both average
 precisions agree with scikit-learn.
@@ -32,7 +32,7 @@ SMOKE = [Case(peer, 10_000) for peer in PEERS]
 
 
 def scikit_learn(scores: Any, correct: Any) -> dict[str, float]:
-    """The three of nine metrics that scikit-learn has."""
+    """AUROC and both average precisions by scikit-learn, which has three of the nine metrics."""
     try:
         from sklearn.metrics import average_precision_score, roc_auc_score
     except ImportError:

@@ -1,6 +1,7 @@
-"""What the queue costs a step on the CPU, as it grows and wherever its points lie (``csrc/index.h``).
+"""Benchmark of the queue on the CPU: search and push by queue length and distribution of the points.
 
-A run is one step's worth: a search of B statistics and their push, upkeep included. New grids of the index are rare and
+A run is the work of one training step: a search for B statistics and their push, with the upkeep of the index
+(``csrc/index.h``). New grids of the index are rare and
 long, so its figure is the mean over at least a tenth of the queue, in CPU time of the thread, which other processes do
 not lengthen. Peers without rare parts are timed a few times: brute force, faiss's flat index (removal of the oldest and
 addition), SciPy's k-d tree (built anew, for it takes no additions). The gate is brute force: equal to the bit for the
@@ -36,7 +37,7 @@ class Case:
 
 
 class Source:
-    """Statistics of samples, one batch after the other, by where they lie."""
+    """Batches of statistics drawn from a named distribution."""
 
     def __init__(self, distribution: str) -> None:
         self.distribution, self.drawn = distribution, 0
@@ -70,7 +71,7 @@ SMOKE = [Case("index", 20_000), Case("brute_force", 20_000)]
 
 
 class Rings:
-    """A first-in-first-out window for peers that keep none."""
+    """First-in-first-out window for peers without one."""
 
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         self.points, self.at = torch.stack([mean, std], dim=1), 0
@@ -82,10 +83,10 @@ class Rings:
 
 
 def make_peer(name: str, queue: FeatureQueue) -> Callable[[Tensor, Tensor], Tensor]:
-    """A step: (B,) means and standard deviations -> their distances to the window, which then holds them."""
+    """Search-and-push step of a peer: (B,) means and standard deviations -> (B,) distances."""
     if name in ("index", "brute_force"):
         if name == "brute_force":
-            queue.index = None
+            queue.ring.index = None
 
         def own(mean: Tensor, std: Tensor) -> Tensor:
             distance = queue.nearest(mean, std)
@@ -135,8 +136,9 @@ def bench_queue(case: Case, measure: Callable[..., None]) -> None:
     for start in range(0, case.N, 1 << 17):
         queue.push(*source(min(1 << 17, case.N - start)))
     batch = source(case.B)
-    plain = reference.nearest_distance(*batch, queue.mean_ring, queue.std_ring)
-    brute_force = torch.ops.tal_fast.nearest(queue.mean_ring, queue.std_ring, queue.cursor, *batch, None)
+    ring = queue.ring
+    plain = reference.nearest_distance(*batch, ring.mean, ring.std)
+    brute_force = torch.ops.tal_fast.nearest(ring.mean, ring.std, ring.cursor, *batch, None)
     step = make_peer(case.peer, queue)
     got = step(*batch)
     if not torch.allclose(got.double(), plain.double(), rtol=1e-3, atol=1e-6):

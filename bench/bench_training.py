@@ -1,4 +1,4 @@
-"""A whole training step with cross-entropy and with TAL: what TAL adds to forward, backward and the optimizer."""
+"""Benchmark of a training step (forward, backward, optimizer) with cross-entropy and with TAL."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ EPOCHS = 100  # of the run that the steps belong to; the step is one after warm-
 def make_training(
     case: Case, method: Literal["ce", "tal"], device: torch.device, backend: Literal["auto", "reference"] = "auto"
 ) -> Callable[[], Tensor]:
-    """A step that returns its loss. All get the same weights, images and queue."""
+    """Training step that returns its loss, on the same weights, images and queue for every method."""
     torch.manual_seed(0)
     network: nn.Module = build_model(ModelConfig(case.model), case.C, image_size=case.side)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(case.B, 3, case.side, case.side, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(case.C, (case.B,), device=device)
     indices = torch.arange(case.B, device=device)
-    loss_fn: Any = build_method(
-        MethodConfig(method, queue_size=case.N, backend=backend), Task(EPOCHS, case.C, case.N, learning_rate=0.01)
-    ).to(device)
+    method_config = MethodConfig(method, options={"queue_size": case.N, "backend": backend})
+    task = Task(EPOCHS, case.C, case.N, learning_rate=0.01)
+    loss_fn: Any = build_method(method_config, task).to(device)
     loss_fn.start_epoch(EPOCHS - 1)
     for part in loss_fn.modules():
         if hasattr(part, "queue"):

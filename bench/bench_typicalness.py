@@ -1,4 +1,4 @@
-"""Features to statistics and nearest distance, beside other exact searches.
+"""Benchmark of feature statistics and nearest distance beside other exact searches.
 
 Bytes of one call: the features, read once. Operations: B·N comparisons at 6 each, which brute force needs and an index
 need not. Peers: plain PyTorch, torch.cdist, faiss's flat index, SciPy's k-d tree; what they need built is built
@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.batches import FreshFeatures, fill
 from bench.harness import CannotRun, sets_beyond_cache
 from tal_fast import FeatureQueue
-from tal_fast.loss import backends, reference
+from tal_fast.loss import dispatch, reference
 
 OPERATIONS_A_PAIR = 6  # two differences, two squares, a sum, a minimum
 
@@ -59,7 +59,7 @@ GPU = [
 
 
 class Problem:
-    """A batch's features, a full queue, and what the distances are."""
+    """Features of a batch, a full queue, and the expected distances."""
 
     def __init__(self, B: int, D: int, N: int, dtype: torch.dtype, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -67,7 +67,7 @@ class Problem:
         self.labels = torch.zeros(B, dtype=torch.int64, device=device)
         self.queue = FeatureQueue(N, device=device)
         fill(self.queue.push, N, device)
-        self.ring = torch.stack([self.queue.mean_ring, self.queue.std_ring], dim=1)  # (N, 2)
+        self.ring = torch.stack([self.queue.ring.mean, self.queue.ring.std], dim=1)  # (N, 2)
         statistics = torch.stack(reference.feature_statistics(self.features, torch.float64))
         ring = self.ring.double().unbind(1)
         # Some rows at a time: the reference makes a B x 65,536 matrix, which at B = 16,384 would be 8 GB.
@@ -81,25 +81,23 @@ def problem(B: int, D: int, N: int, dtype: str, device: torch.device) -> Problem
 
 
 def make_peer(name: str, p: Problem) -> Callable[[Tensor], Tensor]:
-    """Features -> (B,) distances.
+    """Distance function of a peer: (B, D) features -> (B,) distances.
 
     Raises:
         CannotRun: it is not installed, or not for this device.
     """
     device = p.features.device
     if name == "tal_fast":
-        backend = backends.for_loss("auto", device)
-        return lambda f: backend.statistics_distance(f, p.labels, p.queue, -100)[2]
+        backend = dispatch.for_loss("auto", device)
+        return lambda f: backend.statistics_distance(f, p.labels, p.queue.ring, -100)[2]
     if name == "brute_force":
-        if p.queue.index is None:
+        if p.queue.ring.index is None:
             raise CannotRun("without an index, brute force is what tal_fast runs")
-        q = p.queue
-        return lambda f: torch.ops.tal_fast.statistics_distance(
-            f, p.labels, q.mean_ring, q.std_ring, q.cursor, -100, None
-        )[2]
+        q = p.queue.ring
+        return lambda f: torch.ops.tal_fast.statistics_distance(f, p.labels, q.mean, q.std, q.cursor, -100, None)[2]
     if name == "reference":
         return lambda f: reference.nearest_distance(
-            *reference.feature_statistics(f), p.queue.mean_ring, p.queue.std_ring
+            *reference.feature_statistics(f), p.queue.ring.mean, p.queue.ring.std
         )
 
     def points(f: Tensor) -> Tensor:
@@ -131,7 +129,7 @@ def make_peer(name: str, p: Problem) -> Callable[[Tensor], Tensor]:
 
 
 def gate(what: object, got: Tensor, p: Problem) -> None:
-    """Refuse distances that are off by more than the rounding of float32 statistics, some 1e-7 each."""
+    """Check a peer's distances to within the rounding of float32 statistics, about 1e-7 each."""
     error = float((got.double() - p.expected).abs().max())
     if not error <= 2e-6:
         raise AssertionError(f"the distance of {what} is off by {error:.1e} (limit 2e-06); not timed")
@@ -146,7 +144,7 @@ def bench_typicalness(case: Case, measure: Callable[..., None], device: torch.de
     read = case.B * case.D * p.features.element_size()
     sets = [p.features.clone() for _ in range(sets_beyond_cache(device, read))]
     facts = {"floor": "torch.std_mean", "bytes": read}
-    if case.peer != "tal_fast" or p.queue.index is None:
+    if case.peer != "tal_fast" or p.queue.ring.index is None:
         facts["operations"] = OPERATIONS_A_PAIR * case.B * case.N
     measure(
         [lambda f=features: run(f) for features in sets],

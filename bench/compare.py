@@ -1,8 +1,8 @@
-"""Whether this package got slower between two result files: ``python -m bench.compare OLD NEW``.
+"""Regression check between two result files: ``python -m bench.compare OLD NEW``.
 
-What is compared is each benchmark's ratio to the floor that ran in turns with it, never seconds, which are the
-machine's. A benchmark has got slower when its ratio rose by more than the tolerance and the two 95% intervals do not
-overlap. Exits with 1 when one has, with 2 when nothing can be compared. Peers are not judged: their speed is not ours.
+Compares each benchmark's ratio to the floor that ran in turns with it; seconds depend on the machine. A benchmark is
+slower when its ratio rose by more than the tolerance and the two 95% intervals do not overlap. Exits with 1 when any
+is, with 2 when nothing can be compared. Peers are not judged.
 
 OLD may be a folder with a file for each kind of vector instructions (``AVX2.json``, ``AVX-512.json``): ratios depend on
 them. Without NEW's kind in the folder nothing is judged.
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 OURS = {"released", "paper", "tal_fast", "index", "tal"}
-"""The peers that are this package."""
+"""Peers that are this package; only these are judged."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One benchmark, then and now: ratios to the floor."""
+    """Old and new ratio to the floor of one benchmark."""
 
     name: str
     old: float
@@ -36,7 +36,7 @@ class Change:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result file of the benchmarks.
+    """Read a result file of the benchmarks.
 
     Raises:
         ValueError: it is none, or one of its benchmarks failed its gate.
@@ -54,7 +54,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> list[Change]:
-    """Every benchmark of this package that both results have.
+    """Compare the benchmarks of this package that are in both results.
 
     Args:
         old, new: as ``load`` gives them.

@@ -1,4 +1,4 @@
-"""pytest-benchmark, with what these benchmarks add: a floor timed in turns, limits, a file small enough to keep.
+"""pytest-benchmark plugin: a floor timed in turns, the machine's limits, and result files small enough to commit.
 
 ``make bench`` runs every part and writes bench/results/. By hand::
 
@@ -33,10 +33,10 @@ from bench.harness import (
 )
 
 SECONDS = 0.5
-"""Spent on the runs of one benchmark, where it makes no more than 1,000 runs of it."""
+"""Seconds spent on the runs of one benchmark (at most 1,000 runs)."""
 
 FEWEST = 3
-"""Runs of a benchmark, and of its floor in a turn, that take longer."""
+"""Least number of runs of a benchmark, and of its floor within a turn."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A benchmark's ``case`` runs over those of its mark."""
+    """Parametrize a benchmark's ``case`` with the cases of its mark."""
     mark = metafunc.definition.get_closest_marker("cases")
     if mark is None:
         return
@@ -74,7 +74,7 @@ def threads_of(case: Any) -> int:
 
 
 def runs_in(seconds: float, once: float, most: int) -> int:
-    """How many runs fit, within ``FEWEST`` and ``most``."""
+    """Number of runs that fit into the time, between ``FEWEST`` and ``most``."""
     return max(FEWEST, min(most, math.ceil(seconds / once)))
 
 
@@ -85,12 +85,12 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture
 def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
-    """Times a peer that has passed its gate; see ``Measure.__call__``."""
+    """Timer of a peer that has passed its gate; see ``Measure.__call__``."""
     return Measure(benchmark, device)
 
 
 class Measure:
-    """One benchmark: the peer's runs, in turns with its floor's."""
+    """Timer of one benchmark: the peer's runs in turns with its floor's."""
 
     def __init__(self, benchmark: Any, device: torch.device) -> None:
         self.benchmark, self.device = benchmark, device
@@ -188,7 +188,7 @@ class Measure:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Any:
-    """A peer that is not here, or not made for a size, is skipped with its reason."""
+    """Skip a peer that is not installed or not made for a size, with the reason."""
     outcome = yield
     if outcome.excinfo is not None and issubclass(outcome.excinfo[0], CannotRun):
         outcome.force_exception(pytest.skip.Exception(str(outcome.excinfo[1])))
@@ -200,7 +200,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """Keep what ``bench.report`` and ``bench.compare`` read, in a file that is small enough to commit."""
+    """Reduce the result file to what ``bench.report`` and ``bench.compare`` read."""
     session = config.pluginmanager.get_plugin("session")
     failed = session.testsfailed if session is not None else 0
     where = torch.device(config.getoption("device"))

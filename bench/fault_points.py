@@ -1,4 +1,4 @@
-"""``python -m bench.fault_points POINT OPTIONS`` trains with these options and dies by SIGKILL at a chosen point.
+"""Training that dies by SIGKILL at a chosen point: ``python -m bench.fault_points POINT OPTIONS``.
 
 POINT is who dies (``job``, ``rank1`` or ``host1``), a colon, and either
 
@@ -27,7 +27,7 @@ PHASES = ("half-written", "written", "renaming", "renamed")
 
 
 def children(pid: int) -> list[int]:
-    """Processes started by a process."""
+    """Process numbers of a process's children."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         found += map(int, task.read_text().split())
@@ -35,7 +35,7 @@ def children(pid: int) -> list[int]:
 
 
 def die(who: str) -> None:
-    """End this process at once, and unless it is ``rank1`` its launcher and the launcher's other ranks before it."""
+    """Kill this process, and unless it is ``rank1`` first its launcher and the launcher's other ranks."""
     if who != "rank1" and "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = os.getppid()
         others = [pid for pid in children(launcher) if pid != os.getpid()]
@@ -45,7 +45,7 @@ def die(who: str) -> None:
 
 
 def arm(point: str) -> None:
-    """Set the hooks."""
+    """Install the hooks that kill this process at the point."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     who, phase, step_text, extra = point.split(":")

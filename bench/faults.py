@@ -1,9 +1,9 @@
-"""What training makes of faults: ``python -m bench.faults [FAULT ...]``; without a name, all of them.
+"""Fault tolerance of training: ``python -m bench.faults [FAULT ...]``; all faults without a name.
 
-Every fault is brought about for real, in runs of the digits on the CPU, and what came of it is checked and measured.
-``kills``: one run killed by SIGKILL at ``--kills`` random points (within steps, and at each phase of writing a file)
-and resumed each time ends as a run that was never disturbed: every number but the timings, and every tensor of the
-checkpoints, bit for bit. ``--processes 2`` does so under torchrun. docs/reliability.md holds the outcomes.
+Each fault is injected into real runs on digits on the CPU, and its outcome is checked and measured. ``kills`` kills
+one run with SIGKILL at ``--kills`` random points (within steps, and at each phase of writing a file) and resumes it
+each time; it must end like an undisturbed run: every number but the timings, and every tensor of the checkpoints, bit
+for bit. ``--processes 2`` does so under torchrun. docs/reliability.md lists the outcomes.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from tal_fast.utils.signals import REQUEUE
 
 ROOT = Path(__file__).parents[1]
 STEPS_PER_EPOCH = 14
-"""901 training images in batches of 64."""
+"""Steps of an epoch: 901 training images in batches of 64."""
 
 TIMINGS = {"seconds", "images_per_s", "data_wait"}
-"""Entries that differ from run to run."""
+"""Entries of metrics that differ between equal runs."""
 
 PATHS = {"output", "resume"}
-"""Entries of the configuration that differ between runs that must end alike."""
+"""Entries of the configuration that may differ between runs that must end equally."""
 
 
 class Failed(Exception):
-    """A run did not do what docs/reliability.md says it does."""
+    """A run behaved otherwise than docs/reliability.md says."""
 
 
 class Impossible(Exception):
-    """A fault that cannot be brought about here; says why."""
+    """A fault cannot be injected on this machine."""
 
 
 @dataclass
 class Outcome:
-    """What came of one fault.
+    """Outcome of one fault.
 
     Attributes:
         fault: its name.
@@ -66,11 +66,8 @@ class Outcome:
     measured: dict[str, Any] = field(default_factory=dict)
 
 
-# ---- Runs -----------------------------------------------------------------------------------------------------
-
-
 def options(output: Path, epochs: int, *more: str) -> list[str]:
-    """A run of the digits, small and with all that is random: crops, shuffling, queues."""
+    """Command-line options of a small run on digits with random crops, shuffling and queues."""
     words = (
         f"--config digits-tal --epochs {epochs} --checkpoint-every-steps 5 --data.loader torch --data.workers 0 "
         f"--device cpu --logger none --output {output}"
@@ -79,25 +76,25 @@ def options(output: Path, epochs: int, *more: str) -> list[str]:
 
 
 def command(processes: int, module: Sequence[str], *launcher: str) -> list[str]:
-    """``python -m MODULE``, under torchrun with more than one process."""
+    """Command that runs a module, under torchrun for more than one process."""
     if processes == 1:
         return [sys.executable, "-m", *module]
     return [*torchrun("--standalone", f"--nproc-per-node={processes}", *launcher), "-m", *module]
 
 
 def torchrun(*launcher: str) -> list[str]:
-    """torchrun of the Python that runs this."""
+    """Command of torchrun under the current Python."""
     return [sys.executable, "-m", "torch.distributed.run", *launcher]
 
 
 def surroundings(folder: Path) -> dict[str, str]:
-    """Environment of a run: one thread, images cached beside ``folder``, this checkout."""
+    """Environment variables of a run: one thread, images cached beside ``folder``, this checkout."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, "OMP_NUM_THREADS": "1", "TAL_FAST_CACHE": str(folder.parent / "cache"), "PYTHONPATH": path}
 
 
 class Job:
-    """A run in the background, a launcher perhaps with its ranks; nothing of it outlives the ``with`` block.
+    """Background process; it and its children are killed at the end of the ``with`` block.
 
     Args:
         folder: where it runs; what it says goes to files there.
@@ -137,19 +134,19 @@ class Job:
         return self._ranks
 
     def end(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        """Wait for the end."""
+        """Wait for the end and return the completed process."""
         self.process.wait(timeout)
         return subprocess.CompletedProcess(self.words, self.process.returncode, self.out, self.err)
 
 
 def train(folder: Path, words: Sequence[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, whatever that is."""
+    """Run a command until it ends, with any exit code."""
     with Job(folder, words) as job:
         return job.end(timeout)
 
 
 def undisturbed(folder: Path, processes: int, epochs: int) -> Path:
-    """Output of a run that nothing happens to, to compare with; made once."""
+    """Output folder of an undisturbed run to compare with; trained once."""
     output = folder.parent / f"undisturbed-{processes}-{epochs}"
     if not output.exists():
         done = train(folder, [*command(processes, ["tal_fast.train"]), *options(output, epochs)])
@@ -158,7 +155,7 @@ def undisturbed(folder: Path, processes: int, epochs: int) -> Path:
 
 
 def resume_and_compare(folder: Path, output: Path, processes: int, epochs: int) -> None:
-    """Go on with a run and see that it ends as an undisturbed one."""
+    """Resume a run and check that it ends like an undisturbed one."""
     words = options(output, epochs, "--resume", "auto")
     done = train(folder, [*command(processes, ["tal_fast.train"]), *words])
     expect(done.returncode == 0, f"{output} does not go on", done)
@@ -166,7 +163,7 @@ def resume_and_compare(folder: Path, output: Path, processes: int, epochs: int) 
 
 
 def wait_for(what: str, condition: Callable[[], Any], timeout: float = 120) -> Any:
-    """The first true value of ``condition``."""
+    """Poll ``condition`` and return its first true value."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         if time.monotonic() > deadline:
@@ -176,7 +173,7 @@ def wait_for(what: str, condition: Callable[[], Any], timeout: float = 120) -> A
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and is not waited for does not."""
+    """Whether a process is running (zombies are not)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -188,7 +185,7 @@ def last(output: Path) -> Path:
 
 
 def steps_saved(output: Path) -> int:
-    """Optimizer steps the newest whole checkpoint holds."""
+    """Number of optimizer steps in the newest intact checkpoint."""
     folder = output / checkpoint.FOLDER
     if not checkpoint.exists(folder):
         return 0
@@ -202,11 +199,8 @@ def expect(condition: bool, what: str, done: subprocess.CompletedProcess[str] | 
         raise Failed(what + tail)
 
 
-# ---- Comparison -----------------------------------------------------------------------------------------------
-
-
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, value) of all that a checkpoint holds, timings and paths left out."""
+    """(path, value) of every entry of a checkpoint but timings and paths."""
     if isinstance(value, dict):
         pairs: Any = value.items()
     elif isinstance(value, (list, tuple)):
@@ -220,7 +214,7 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What differs between the ends of two runs: entries of the last and the best checkpoint, metrics.csv."""
+    """Differences between two finished runs: entries of the last and best checkpoint, metrics.csv."""
     found = []
     for name in (checkpoint.LAST, checkpoint.BEST):
         mine, yours = (dict(leaves(checkpoint.load(run / checkpoint.FOLDER / name))) for run in (one, other))
@@ -248,11 +242,8 @@ def expect_same_end(one: Path, other: Path) -> None:
     expect(not left, f"temporary files were left behind: {', '.join(map(str, left))}")
 
 
-# ---- Faults ---------------------------------------------------------------------------------------------------
-
-
 def kills(folder: Path, count: int = 20, processes: int = 1, epochs: int = 6, seed: int | None = None) -> Outcome:
-    """SIGKILL at ``count`` random points, of one run if it does not reach its end before."""
+    """Kill a run with SIGKILL at ``count`` random points (further runs if it ends before)."""
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     draw = random.Random(seed)
     phases, again, runs = dict.fromkeys(("step", *PHASES), 0), 0, 0
@@ -279,7 +270,7 @@ def kills(folder: Path, count: int = 20, processes: int = 1, epochs: int = 6, se
 
 
 def damaged(folder: Path, epochs: int = 3) -> Outcome:
-    """The last checkpoint truncated, bit-flipped, emptied or lost; then the one before as well."""
+    """Truncate, bit-flip, empty or delete the last checkpoint; then damage the previous one too."""
     trained = folder / "trained"
     done = train(folder, [*command(1, ["tal_fast.train"]), *options(trained, epochs)])
     expect(done.returncode == 0, "the run failed", done)
@@ -323,7 +314,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 8 MiB.
+    """Mount a file system of 8 MiB.
 
     Raises:
         Impossible: this user may not mount one.
@@ -340,7 +331,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """A file that takes all that is left of a disk."""
+    """Fill a disk with one file."""
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):
@@ -349,7 +340,7 @@ def fill(disk: Path) -> Path:
 
 
 def full_disk(folder: Path, epochs: int = 12) -> Outcome:
-    """The disk of the results fills up while training, for good or for a while."""
+    """Fill the output disk during training, permanently and for a while."""
     with small_disk(folder) as disk:
         for_good, for_a_while = disk / "for-good", disk / "for-a-while"
         with Job(folder, [*command(1, ["tal_fast.train"]), *options(for_good, epochs)]) as job:
@@ -381,7 +372,7 @@ def full_disk(folder: Path, epochs: int = 12) -> Outcome:
 
 
 def corrupt_image(folder: Path, loader: str = "torch", epochs: int = 30) -> Outcome:
-    """An image file loses its second half while training."""
+    """Truncate an image file during training."""
     images, output = folder / "images", folder / "run"
     for path in (images / split / name / f"{i}.jpg" for split in ("train", "val") for name in "ab" for i in range(32)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -427,7 +418,7 @@ def corrupt_image(folder: Path, loader: str = "torch", epochs: int = 30) -> Outc
 
 
 def lost_rank(folder: Path, epochs: int = 6) -> Outcome:
-    """One of two ranks is killed; torchrun starts both again."""
+    """Kill one of two ranks; torchrun restarts both."""
     output = folder / "run"
     module = ["bench.fault_points", f"rank1:step:{2 * STEPS_PER_EPOCH + 5}:0.01"]
     words = [*command(2, module, "--max-restarts=1"), *options(output, epochs, "--resume", "auto")]
@@ -449,7 +440,7 @@ def lost_rank(folder: Path, epochs: int = 6) -> Outcome:
 
 
 def lost_launcher(folder: Path, epochs: int = 20) -> Outcome:
-    """torchrun itself is killed."""
+    """Kill torchrun itself."""
     output = folder / "run"
     with Job(folder, [*command(2, ["tal_fast.train"]), *options(output, epochs)]) as job:
         wait_for("a checkpoint", last(output).exists)
@@ -472,7 +463,7 @@ def lost_launcher(folder: Path, epochs: int = 20) -> Outcome:
 
 
 def stop(folder: Path, number: signal.Signals, processes: int = 1, one_rank: bool = False, epochs: int = 20) -> Outcome:
-    """A signal that asks to end: to the process, to torchrun, or to one of its two ranks."""
+    """Send a shutdown signal to the process, to torchrun, or to one of its two ranks."""
     output = folder / "run"
     handled = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # by default all but the last
     with Job(folder, [*command(processes, ["tal_fast.train"], handled), *options(output, epochs)]) as job:
@@ -505,9 +496,6 @@ def stop(folder: Path, number: signal.Signals, processes: int = 1, one_rank: boo
         f"saved within the step, {exits}; the resumed run ends as the undisturbed one, bit for bit",
         {"seconds until saved": round(written, 2), "seconds until ended": round(ended, 2)},
     )
-
-
-# ---- Command line ---------------------------------------------------------------------------------------------
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from bench.harness import (
     sets_beyond_cache,
     write_json,
 )
-from tal_fast.loss.backends import triton_problem
+from tal_fast.loss._extension import triton_problem
 
 LOSS_SHAPES = [(16_384, 1000), (4096, 21_841), (4096, 131_072), (256, 1000)]  # B, C
 LOSS_PEERS = ("kernel", "paper", "released", "cross_entropy", "cross_entropy_compiled", "reference_compiled")
@@ -141,10 +141,8 @@ def distance_kernel(bench: Bench, rows: int, width: int, entries: int) -> dict[s
     p = bench_typicalness.Problem(rows, width, entries, torch.float32, bench.device)
 
     def run(f: Tensor) -> Tensor:
-        q = p.queue
-        return kernels.statistics_distance(f, p.labels, q.mean_ring, q.std_ring, q.cursor, q.ticket, ignore_index=-100)[
-            2
-        ]
+        q = p.queue.ring
+        return kernels.statistics_distance(f, p.labels, q.mean, q.std, q.cursor, q.ticket, ignore_index=-100)[2]
 
     bench_typicalness.gate("the distance kernel", run(p.features), p)
     sets = [p.features.clone() for _ in range(bench.sets(p.features.nbytes))]
@@ -223,7 +221,7 @@ def training_step(bench: Bench) -> dict[str, Any]:
 
 def graphed_training(bench: Bench) -> dict[str, Any]:
     """Whether the trainer's CUDA-graph mode gives the losses it gives without."""
-    from tal_fast.config.schema import load_config
+    from tal_fast.config.parse import load_config
     from tal_fast.training.trainer import Trainer
 
     losses = []

@@ -1,4 +1,4 @@
-"""What every benchmark here rests on: the machine's description and limits, clocks, and the correctness gate."""
+"""Shared parts of the benchmarks: environment, limits of the machine, timers, and the correctness gate."""
 
 from __future__ import annotations
 
@@ -19,21 +19,17 @@ from torch import Tensor
 from tal_fast.utils import environment as env
 
 BLOCK = 10
-"""Runs in a turn: each function is timed with its own caches and not with those that another, perhaps a thousand times
-larger, has left behind. The first run of a block meets them, which a p20 does not see."""
+"""Runs in a turn. Only the first one meets the caches that another function left behind, which a p20 does not see."""
 
 PEERS = ("triton", "numpy", "scipy", "faiss-cpu", "liger-kernel", "quack-kernels")
 
 
 class CannotRun(Exception):
-    """A peer is not installed here or not made for this size; the message says which."""
-
-
-# ---- The machine ----------------------------------------------------------------------------------------------------
+    """A peer is not installed or not made for this size."""
 
 
 def environment() -> dict[str, Any]:
-    """``tal_fast.utils.environment.environment``, and what only benchmarks ask: vector instructions, versions of the peers."""
+    """Environment of a measurement, with the CPU's vector instructions and the versions of the peers."""
     cpu_info = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
     flags = next((line.split(":", 1)[1].split() for line in cpu_info if line.startswith("flags")), [])
     return {
@@ -44,7 +40,7 @@ def environment() -> dict[str, Any]:
 
 
 def version_of(package: str) -> str | None:
-    """The installed version, or None."""
+    """Installed version of a package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -52,8 +48,10 @@ def version_of(package: str) -> str | None:
 
 
 def copy_bandwidth(device: torch.device, megabytes: int = 256) -> float:
-    """Bytes read and written a second by a large copy on the device, with the threads in use: the limit of whatever
-    is bound by memory. 256 MB are eight times the largest cache of the CPUs at hand, 20 times an H100's."""
+    """Bytes read and written per second by a large copy on the device, with the threads in use.
+
+    256 MB are eight times the largest cache of the measured CPUs and five times an H100's.
+    """
     source = torch.empty(megabytes << 20, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
 
@@ -65,8 +63,7 @@ def copy_bandwidth(device: torch.device, megabytes: int = 256) -> float:
 
 
 def arithmetic_rate(device: torch.device, size: int = 1024) -> float:
-    """Floating-point operations a second of a float32 matrix product, with the threads in use: the limit of whatever
-    is bound by arithmetic. (On GPUs without TF32, so that it is the plain units' rate.)"""
+    """Floating-point operations per second of a float32 matrix product, with the threads in use (no TF32 on GPUs)."""
     a, b = torch.rand(size, size, device=device), torch.rand(size, size, device=device)
     out = torch.empty_like(a)
 
@@ -82,7 +79,7 @@ def arithmetic_rate(device: torch.device, size: int = 1024) -> float:
 
 @cache
 def limits(device: torch.device, threads: int) -> dict[str, float]:
-    """Both limits, measured once a process for each number of threads."""
+    """Copy bandwidth and arithmetic rate, measured once per process and number of threads."""
     with threads_set_to(threads):
         return {
             "threads": threads,
@@ -92,7 +89,7 @@ def limits(device: torch.device, threads: int) -> dict[str, float]:
 
 
 class threads_set_to:
-    """PyTorch's threads within a block."""
+    """Context manager that sets PyTorch's number of threads."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -105,17 +102,16 @@ class threads_set_to:
         torch.set_num_threads(self.before)
 
 
-# ---- Clocks ---------------------------------------------------------------------------------------------------------
-
-
 def clock_of(threads: int) -> Callable[[], float]:
-    """CPU time where one thread does the work: other processes do not lengthen it, and they would lengthen a slow
-    peer's runs, which they always interrupt, more than a fast one's. The wall clock where more threads do."""
+    """Clock for a number of threads: CPU time of the thread for one, the wall clock for more.
+
+    Other processes do not lengthen CPU time; on the wall clock they lengthen a slow peer's runs more than a fast one's.
+    """
     return time.perf_counter if threads > 1 else time.thread_time
 
 
 def clock(run: Callable[[], object], repeats: int, timer: Callable[[], float] = time.perf_counter) -> list[float]:
-    """Seconds of each run, after one that is not counted."""
+    """Seconds of each run after one warm-up run."""
     run()
     taken = []
     for _ in range(repeats):
@@ -126,18 +122,18 @@ def clock(run: Callable[[], object], repeats: int, timer: Callable[[], float] = 
 
 
 class GraphTimer:
-    """Device time of functions on a GPU, by replaying a CUDA graph that runs all of them once.
+    """Device time of functions on a GPU by replaying a CUDA graph that runs all of them once.
 
-    To be given the same work on several sets of inputs, together at least three times the L2 cache
-    (``sets_beyond_cache``): every launch then reads its inputs from device memory, as it does in training. A graph
-    replay costs no launch from Python, so that what is timed is the device.
+    Give it the same work on several sets of inputs that together exceed the L2 cache three times
+    (``sets_beyond_cache``): every launch then reads its inputs from device memory, as in training. A graph replay has
+    no launches from Python, so only the device is timed.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def __call__(self, calls: Sequence[Callable[[], object]], replays: int = 30) -> list[float]:
-        """Seconds of one call, one figure a replay."""
+        """Seconds per call, one value per replay."""
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -161,8 +157,10 @@ class GraphTimer:
 
 
 def sets_beyond_cache(device: torch.device, bytes_read: int) -> int:
-    """How many sets of inputs together exceed three times a GPU's L2 cache (at most 512); 1 on CPUs, where a step finds
-    the logits in the cache, for the last layer has just written them."""
+    """Number of input sets (at most 512) that together exceed a GPU's L2 cache three times.
+
+    1 on CPUs, where a step finds the logits in the cache because the last layer has just written them.
+    """
     if device.type != "cuda":
         return 1
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
@@ -170,13 +168,13 @@ def sets_beyond_cache(device: torch.device, bytes_read: int) -> int:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """p20, p50 and p80 in milliseconds, and how many repeats they rest on."""
+    """p20, p50 and p80 in milliseconds, and the number of repeats."""
     p20, p50, p80 = np.percentile(np.asarray(seconds) * 1e3, [20, 50, 80])
     return {"p20_ms": float(p20), "p50_ms": float(p50), "p80_ms": float(p80), "repeats": len(seconds)}
 
 
 def ratio_to_floor(seconds: Sequence[float], floor: Sequence[Sequence[float]]) -> dict[str, float]:
-    """How many times longer than the floor, which ran in turns with it, and a 95% interval.
+    """Ratio of the runs to a floor that ran in turns with them, with a 95% interval.
 
     Each block of ``BLOCK`` runs is divided by the mean of the blocks of the floor before and after it (medians all), so
     that a change of the machine's load meets both; the interval is a percentile bootstrap of the median over blocks.
@@ -193,19 +191,16 @@ def ratio_to_floor(seconds: Sequence[float], floor: Sequence[Sequence[float]]) -
     return {"ratio": float(np.median(ratios)), "ratio_low": float(low), "ratio_high": float(high)}
 
 
-# ---- The gate and the file ------------------------------------------------------------------------------------------
-
-
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """‖got − want‖ / ‖want‖, in float64."""
+    """Relative error ‖got − want‖ / ‖want‖ in float64."""
     return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-300))
 
 
 def agree(what: str, got: Tensor, want: Tensor, tolerance: float) -> None:
-    """The correctness gate: nothing is timed whose result is off.
+    """Correctness gate: a peer with a wrong result is not timed.
 
     Raises:
-        AssertionError: naming what, how far, and the limit.
+        AssertionError: the relative error exceeds the tolerance.
     """
     error = relative_error(got, want)
     if not error <= tolerance:
@@ -213,7 +208,7 @@ def agree(what: str, got: Tensor, want: Tensor, tolerance: float) -> None:
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write a result file, whole or not at all."""
+    """Write a result file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Images a second of the loaders on JPEGs of ImageNet's size: ``python -m bench.loaders``.
+"""Throughput of the data loaders on JPEGs of ImageNet's size: ``python -m bench.loaders``.
 
 Training batches of 224 x 224 with random crops and mirroring, normalised float32, with the same number of workers: this
 package's DALI and torch loaders, the pipeline DALI's documentation builds on its own file reader, and images in memory.
@@ -31,7 +31,7 @@ SIZE = 224
 
 
 def make_images(root: Path, count: int) -> None:
-    """``train/`` and ``val/`` with two classes; sides of 333 to 500 pixels, most of them 500 x 375."""
+    """Write JPEGs of two classes into ``train/`` and ``val/``; sides of 333 to 500 pixels, most of them 500 x 375."""
     from sklearn.datasets import load_sample_images
 
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
@@ -48,7 +48,7 @@ def make_images(root: Path, count: int) -> None:
 
 
 def own_loader(batch_size: int, **options: Any) -> Callable[[int], Iterator[Tensor]]:
-    """Epoch -> its images, by a loader of this package."""
+    """Batches of an epoch by a loader of this package."""
     loader = build_data(DataConfig(image_size=SIZE, **options)).loader("train", batch_size=batch_size)
 
     def images(epoch: int) -> Iterator[Tensor]:
@@ -59,7 +59,7 @@ def own_loader(batch_size: int, **options: Any) -> Callable[[int], Iterator[Tens
 
 
 def dali_reader(root: Path, batch_size: int, workers: int) -> Callable[[int], Iterator[Tensor]]:
-    """Epoch -> its images, by DALI's file reader and its fused decoding of random crops."""
+    """Batches of an epoch by DALI's file reader and its fused decoding of random crops."""
     dali: Any = import_module("nvidia.dali")
     plugin: Any = import_module("nvidia.dali.plugin.pytorch")
     fn, types = dali.fn, dali.types
@@ -96,7 +96,7 @@ def dali_reader(root: Path, batch_size: int, workers: int) -> Callable[[int], It
 
 
 def check_same(root: Path) -> dict[str, float]:
-    """Difference of the two loaders' first images, of 255; nothing is timed if it is large."""
+    """Difference between the two loaders' first images (of 255); exits when it is large."""
     first = {}
     for name in ("dali", "torch"):
         options: dict[str, Any] = {"mean": [0.0] * 3, "std": [1 / 255] * 3, "loader": name, "image_size": SIZE}
@@ -109,7 +109,7 @@ def check_same(root: Path) -> dict[str, float]:
 
 
 def measure(contenders: dict[str, Callable[[int], Iterator[Tensor]]], rounds: int, epochs: int) -> dict[str, Any]:
-    """Images a second of each, over turns of ``epochs`` epochs."""
+    """Images per second of each loader, over turns of ``epochs`` epochs."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     epoch = dict.fromkeys(contenders, 0)
     for _ in range(rounds):

@@ -4,7 +4,8 @@ Reads bench/results/methods/NAME/results.json, which ``python -m tal_fast.experi
 --output bench/results/methods/NAME`` writes, and fills in docs/results.md and README.md between their markers, and
 docs/figures/methods-*.svg. The same results always give the same text; ``--check`` writes nothing and exits with 1
 where a page is not what the results say. ``--typicalness RUN`` measures how near to its queue a TAL run finds its
-validation images and those of no class, for its figure.
+validation images and those of no class, for its figure. ``--curves OUTPUT`` reads the risk-coverage curves of a folder
+that ``python -m tal_fast.experiment`` has written, for README's figure.
 """
 
 from __future__ import annotations
@@ -20,17 +21,28 @@ from typing import Any
 
 from bench.harness import environment, write_json
 from bench.report import FIGURES, ROOT, table, update_pages
+from tal_fast.config.methods import option_path
 from tal_fast.evaluation.compare import Group
 from tal_fast.experiments import select
 from tal_fast.experiments.plan import read_experiment
 from tal_fast.experiments.results import Results, groups_of, read_results
 from tal_fast.experiments.table import format_results
+from tal_fast.metrics.failure import risk_coverage_curve
+from tal_fast.metrics.settings import Mix, judged_settings
 
 RESULTS = ROOT / "bench" / "results" / "methods"
 EXPERIMENTS = ROOT / "examples" / "experiments"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 TYPICALNESS = RESULTS / "typicalness.json"
 BINS = 40
+CURVES = RESULTS / "curves.json"
+CURVE_METHODS = {
+    "ce": "cross-entropy, MSP",
+    "tal-paper": "TAL (paper), cosine",
+    "tal-released": "TAL (released), cosine",
+}
+POINTS = 50
+"""Points of a risk-coverage curve, at coverage 1/50, 2/50, ..., 1."""
 
 MISSING = "Not measured yet.\n"
 
@@ -39,9 +51,6 @@ def read(name: str) -> Results | None:
     """The committed results of an experiment, if there are any."""
     folder = RESULTS / name
     return read_results(folder) if (folder / "results.json").exists() else None
-
-
-# ---- Tables ---------------------------------------------------------------------------------------------------
 
 
 def whole(name: str) -> str:
@@ -76,7 +85,7 @@ def main_rows(name: str) -> str:
     groups = groups_of(results)
     sets = groups[0].reports[0]["ood_names"]
     columns = [("old_fd", "aurc"), *((f"new_fd/{one}", "aurc") for one in sets)]
-    head = ["method, score", "seeds", "accuracy", "Old FD AURC"]
+    head = ["method, score", "accuracy", "Old FD AURC"]
     for one in sets:
         head += [f"New FD AURC, {one}"]
     best = [min(statistics.mean(g.values(c)) for g in groups) for c in columns]
@@ -96,7 +105,7 @@ def main_rows(name: str) -> str:
     for group in groups:
         accuracy = f"{100 * group.accuracy.mean:.2f}% ± {100 * group.accuracy.std:.2f}"
         cells = [cell(group, column, least) for column, least in zip(columns, best, strict=True)]
-        rows.append([f"{group.name}, {group.score}", str(len(group.runs)), accuracy, *cells])
+        rows.append([f"{group.name}, {group.score}", accuracy, *cells])
     return table(head, rows) + "\n"
 
 
@@ -111,9 +120,6 @@ def fill_in(text: str) -> str:
         return f"<!-- methods:{kind} {name} -->\n\n{BLOCKS[kind](name)}\n<!-- /methods -->"
 
     return re.sub(r"<!-- methods:(\w+) ([\w-]+) -->.*?<!-- /methods -->", block, text, flags=re.DOTALL)
-
-
-# ---- Figures --------------------------------------------------------------------------------------------------
 
 
 def of_method(results: Results, metric: tuple[str, str]) -> dict[str, list[float]]:
@@ -146,7 +152,8 @@ def draw_temperatures(plt: Any) -> Any:
     results = read("fashion-mnist-temperatures")
     if results is None:
         return None
-    points = {run["label"]: (run["grid"]["method.t_min"], run["grid"]["method.t_max"]) for run in results["runs"]}
+    grids = {run["label"]: {option_path(key): v for key, v in run["grid"].items()} for run in results["runs"]}
+    points = {label: (grid["method.options.t_min"], grid["method.options.t_max"]) for label, grid in grids.items()}
     low, high = (sorted({point[i] for point in points.values()}) for i in (0, 1))
     ood = groups_of(results)[0].reports[0]["ood_names"]
     metrics = [("old_fd", "aurc"), *((f"new_fd/{one}", "aurc") for one in ood)]
@@ -184,7 +191,38 @@ def draw_typicalness(plt: Any) -> Any:
     return figure
 
 
-DRAWINGS = {"ablation": draw_ablation, "temperatures": draw_temperatures, "typicalness": draw_typicalness}
+def draw_curves(plt: Any) -> Any:
+    """Risk against coverage of cross-entropy and TAL: mean and standard deviation over seeds."""
+    if not CURVES.exists():
+        return None
+    import numpy as np
+
+    content = json.loads(CURVES.read_text())
+    settings = content["settings"]
+    figure, axes = plt.subplots(1, len(settings), figsize=(3.6 * len(settings), 3.3))
+    coverage = 100 * np.arange(1, POINTS + 1) / POINTS
+    for ax, (setting, runs_of) in zip(axes, settings.items(), strict=True):
+        for (method, label), style in zip(CURVE_METHODS.items(), ("-", "--", "-."), strict=True):
+            risks = 100 * np.array([run["risk"] for run in runs_of[method]])
+            mean, spread = risks.mean(0), risks.std(0, ddof=1)
+            area = 1e3 * statistics.mean(run["aurc"] for run in runs_of[method])
+            (line,) = ax.plot(coverage, mean, style, lw=1.6, label=f"{label}\nAURC x 1000: {area:.1f}")
+            ax.fill_between(coverage, mean - spread, mean + spread, color=line.get_color(), alpha=0.15, lw=0)
+        title = setting.replace("old_fd", "Old FD").replace("new_fd/", "New FD, OOD: ")
+        ax.set(title=title, xlabel="coverage (%)", xlim=(0, 100))
+        ax.set_ylim(bottom=0)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    axes[0].set_ylabel("risk: errors among accepted (%)")
+    return figure
+
+
+DRAWINGS = {
+    "ablation": draw_ablation,
+    "curves": draw_curves,
+    "temperatures": draw_temperatures,
+    "typicalness": draw_typicalness,
+}
 
 
 def plot(folder: Path) -> list[str]:
@@ -194,7 +232,7 @@ def plot(folder: Path) -> list[str]:
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
-    plt.rcParams["svg.hashsalt"] = "tal-fast"  # the same picture, the same file
+    plt.rcParams.update({"svg.hashsalt": "tal-fast", "svg.fonttype": "none"})  # the same picture, the same file
     drawn = []
     for name, draw in DRAWINGS.items():
         figure = draw(plt)
@@ -248,11 +286,48 @@ def measure_typicalness(run_dir: str) -> dict[str, Any]:
     }
 
 
+def measure_curves(folder: Path) -> dict[str, Any]:
+    """Risk-coverage curves of an experiment's runs by the methods of ``CURVE_METHODS``.
+
+    Args:
+        folder: output folder of ``python -m tal_fast.experiment``, with its runs.
+    """
+    import numpy as np
+
+    results = read_results(folder)
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for run in results["runs"]:
+        if run["method"] not in CURVE_METHODS:
+            continue
+        report, score = run["report"], run["report"]["score"]
+        with np.load(folder / "runs" / run["name"] / "samples.npz") as samples:
+            id_scores = {score: samples[f"id/{score}"]}
+            ood_scores = {name: {score: samples[f"ood/{name}/{score}"]} for name in report["ood_names"]}
+            correct = samples["right"]
+        judged = judged_settings(correct, id_scores, ood_scores, mix=Mix.parse(report["mix"]), seed=report["seed"])
+        for setting, one in judged.items():
+            if setting == "old_fd" or setting.startswith("new_fd"):
+                curve = risk_coverage_curve(one.confidences()[score], one.setting.success)
+                n = curve.risk.size
+                risk = [round(float(curve.risk[-(-i * n // POINTS) - 1]), 5) for i in range(1, POINTS + 1)]
+                entry = {"seed": run["seed"], "aurc": float(curve.risk.mean()), "risk": risk}
+                found.setdefault(setting, {}).setdefault(run["method"], []).append(entry)
+    return {
+        "what": "risk at coverage 1/50, 2/50, ..., 1",
+        "experiment": results["experiment"],
+        "environments": results["environments"],
+        "settings": found,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is out of step")
     parser.add_argument("--typicalness", metavar="RUN", help=f"measure, and write {TYPICALNESS.relative_to(ROOT)}")
+    parser.add_argument("--curves", metavar="OUTPUT", type=Path, help=f"read, and write {CURVES.relative_to(ROOT)}")
     args = parser.parse_args()
+    if args.curves:
+        write_json(CURVES, measure_curves(args.curves))
     if args.typicalness:
         write_json(TYPICALNESS, measure_typicalness(args.typicalness))
     stale = update_pages(PAGES, fill_in, check=args.check, command="python -m bench.methods")

@@ -1,8 +1,9 @@
-"""Do the tests notice a fault in the kernels? ``python -m bench.mutate [--only NAME] [--output FILE]``.
+"""Mutation test: faults planted in kernels, index and step, which the tests must notice.
 
-Each mutation below replaces one piece of text in a copy of the source tree; the tests that concern it must then fail.
-The same tests are first run on the unchanged copy, where they must pass. C++ mutations rebuild the extension (without
-CUDA), about a minute each. Needs no GPU: the Triton kernels run in the interpreter.
+``python -m bench.mutate [--only NAME] [--output FILE]`` replaces one piece of text at a time in a copy of the source
+tree and runs the tests that concern it, which must fail; they are run on the unchanged copy first, where they must
+pass. C++ mutations rebuild the extension without CUDA, about a minute each. No GPU is needed: the Triton kernels run in
+the interpreter.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ COPIED = ("tal_fast", "kernels", "csrc", "tests", "bench", "setup.py", "pyprojec
 
 @dataclass(frozen=True)
 class Mutation:
-    """One fault: ``old``, standing in ``file`` exactly once, becomes ``new``. ``tests`` are pytest's arguments."""
+    """A fault: in ``file`` the text ``old``, which occurs once, becomes ``new``; ``tests`` are arguments of pytest."""
 
     name: str
     file: str
@@ -33,28 +34,29 @@ class Mutation:
     tests: tuple[str, ...]
 
 
-PATHS = ("tests/test_kernels.py", "-k", "test_every_path and 65 and bfloat16 and released")
-TIES = ("tests/test_kernels.py", "-k", "ties and packed")
-STATISTICS = ("tests/test_kernels.py", "-k", "any_split and (17 or 16) and 129 or float64s and 65")
-PUSH = ("tests/test_kernels.py", "-k", "test_push")
-SUMS = ("tests/test_kernels.py", "-k", "(test_batch_sums and (260 or 33) and float32) or added_at_once")
-NATIVE = ("tests/test_loss.py", "-k", "native and (golden or confident)")
-QUEUE = ("tests/test_queue.py",)
-INDEX = ("tests/test_queue.py", "-k", "index and not 140000")
-SHARDED = ("tests/test_sharded.py", "-k", "at_once")
-INPLACE = ("tests/test_loss.py", "-k", "native and (inplace or overwritten or neither)")
-STEP = ("tests/test_loss.py", "-k", "one_call")
-DIRECT = ("tests/test_loss.py", "-k", "native and loss_and_gradient")
-HALF = ("tests/test_loss.py", "-k", "loss_and_gradient_of_float16")
+KERNELS = "tests/kernels"
+PATHS = (f"{KERNELS}/test_loss.py", "-k", "every_path and (65 or 130) and released")
+TIES = (f"{KERNELS}/test_loss.py", "-k", "ties and packed")
+SUMS = (f"{KERNELS}/test_loss.py", "-k", "(test_batch_sums and 33 and float32) or partial_sums")
+STATISTICS = (f"{KERNELS}/test_distance.py", "-k", "(any_split and 17 and (129 or 500)) or (float64 and 65)")
+PUSH = (f"{KERNELS}/test_queue_push.py",)
+NATIVE = ("tests/loss/test_backends.py", "-k", "native and (golden or confident)")
+QUEUE = ("tests/loss/test_queue.py",)
+INDEX = ("tests/loss/test_queue_index.py", "-k", "not 140000")
+SHARDED = ("tests/loss/test_tensor_parallel.py", "-k", "at_once")
+INPLACE = ("tests/loss/test_autograd.py", "-k", "native and (inplace or retained)")
+STEP = ("tests/loss/test_module.py", "-k", "one_call")
+DIRECT = ("tests/loss/test_module.py", "-k", "native and loss_and_gradient")
+HALF = ("tests/loss/test_module.py", "-k", "loss_and_gradient_of_float16")
 
 MUTATIONS = [
     Mutation(
-        "loss: wrong sign of the part of the gradient along z", "kernels/loss.py",
-        "g = tl.where(c == label, g_label, g) - (x + z_max) * along - away",
-        "g = tl.where(c == label, g_label, g) + (x + z_max) * along - away", PATHS,
+        "loss: wrong sign of the gradient's component along z", "kernels/loss.py",
+        "g = tl.where(c == label, g_label, g) - (x + z_max) * z_coef - smooth_term",
+        "g = tl.where(c == label, g_label, g) + (x + z_max) * z_coef - smooth_term", PATHS,
     ),
     Mutation(
-        "loss: columns beyond the row count as logits of 0", "kernels/loss.py",
+        "loss: columns past the end of a row count as logits of 0", "kernels/loss.py",
         "        other = inside & (c != label)\n        p = ", "        other = c != label\n        p = ", PATHS,
     ),
     Mutation(
@@ -63,16 +65,15 @@ MUTATIONS = [
     ),
     Mutation(
         "packed rows: the two halves swapped", "kernels/loss.py",
-        "bits = (words ^ unknown) >> (16 * half)", "bits = (words ^ unknown) >> (16 * (1 - half))", PATHS,
+        "bits = (words ^ opaque_zero) >> (16 * half)", "bits = (words ^ opaque_zero) >> (16 * (1 - half))", PATHS,
     ),
     Mutation(
-        "packed rows: the low half's sign spills into the high one", "kernels/loss.py",
+        "packed rows: the sign of the low half spreads into the high half", "kernels/loss.py",
         "low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF", "low.to(tl.int16, bitcast=True).to(tl.int32)", PATHS,
     ),
     Mutation(
         "packed rows: ties go to the last class", "kernels/loss.py",
-        "(at < column + unknown)))", "(at > column + unknown)))",
-        TIES,
+        "(at < column + opaque_zero)))", "(at > column + opaque_zero)))", TIES,
     ),
     Mutation(
         "long rows: the second block overlaps the first by one", "kernels/loss.py",
@@ -81,56 +82,57 @@ MUTATIONS = [
     ),
     Mutation(
         "both losses: T without the norm", "kernels/loss.py",
-        "share, temperature / (norm + NORM_EPS)", "share, temperature", PATHS,
+        "dir_weight, temperature / (norm + NORM_EPS)", "dir_weight, temperature", PATHS,
     ),
     Mutation(
-        "released: the guard looks at the number right instead of accepted", "kernels/loss.py",
-        "n_accepted += tl.where(accepted, 1.0, 0.0)", "n_accepted += tl.where(right, 1.0, 0.0)", SUMS,
+        "released: the guard counts correct samples instead of accepted ones", "kernels/loss.py",
+        "n_accepted += tl.where(accepted, 1.0, 0.0)", "n_accepted += tl.where(correct, 1.0, 0.0)", SUMS,
     ),
     Mutation(
-        "the last program forgets the others' partial sums", "kernels/loss.py",
+        "the last program adds only the first 256 partial sums", "kernels/loss.py",
         "    for start in range(0, count, 256):", "    for start in range(0, 1, 256):", SUMS,
     ),
     Mutation(
-        "statistics: biased standard deviation", "kernels/typicalness.py",
+        "statistics: biased standard deviation", "kernels/distance.py",
         "/ (width - 1)", "/ width", STATISTICS,
     ),
     Mutation(
-        "distance: the queue's last tile read beyond its length", "kernels/typicalness.py",
+        "distance: one entry past the queue's length is read", "kernels/distance.py",
         "        inside = j < length", "        inside = j < length + 1", STATISTICS,
     ),
     Mutation(
-        "distance: a share is left out", "kernels/typicalness.py",
+        "distance: a split is left out", "kernels/distance.py",
         "    start = tl.program_id(1).to(tl.int64) * ENTRIES",
         "    start = (tl.program_id(1).to(tl.int64) + 1) * ENTRIES",
         STATISTICS,
     ),
     Mutation(
-        "ring: off by one in the slot", "kernels/ring.py",
+        "push: off by one in the slot", "kernels/queue_push.py",
         "slot = (head + rank) % capacity", "slot = (head + rank + 1) % capacity", PUSH,
     ),
     Mutation(
-        "ring: of more rows than slots the first get in", "kernels/ring.py",
-        "gets_in = keep & (rank >= kept - capacity)", "gets_in = keep & (rank < capacity)", PUSH,
+        "push: of more rows than slots the first are written", "kernels/queue_push.py",
+        "is_written = keep & (rank >= kept - capacity)", "is_written = keep & (rank < capacity)", PUSH,
     ),
     Mutation(
-        "ring: the length grows beyond the capacity", "kernels/ring.py",
+        "push: the length grows beyond the capacity", "kernels/queue_push.py",
         "tl.minimum(length + kept, capacity)", "length + kept", PUSH,
     ),
     Mutation(
-        "sharded: each rank takes its own classes for the first", "tal_fast/sharded.py",
-        "own_label = labels - before[dist.get_rank(class_group)].long()", "own_label = labels - 0", SHARDED,
+        "sharded: every rank takes its classes for the first ones", "tal_fast/loss/tensor_parallel.py",
+        "label_column = labels - rows.start", "label_column = labels - 0", SHARDED,
     ),
     Mutation(
-        "sharded: the maximum is each rank's own", "tal_fast/sharded.py",
-        "exp_sums(z, own_label, largest, scale)", "exp_sums(z, own_label, seen[:, LARGEST], scale)", SHARDED,
+        "sharded: every rank subtracts the maximum of its own columns", "tal_fast/loss/tensor_parallel.py",
+        "exp_sums(z, label_column, rows.largest, scale)", "exp_sums(z, label_column, found[:, LARGEST], scale)",
+        SHARDED,
     ),
     Mutation(
-        "in place: autograd is not told", "tal_fast/backends.py",
+        "in place: autograd's version counter is not incremented", "tal_fast/loss/autograd.py",
         "    torch.autograd.graph.increment_version(logits)\n", "", INPLACE,
     ),
     Mutation(
-        "backward: a kept graph's gradient is scaled in its memory", "tal_fast/backends.py",
+        "backward: the gradient of a retained graph is scaled in place", "tal_fast/loss/autograd.py",
         " or _graph_is_kept():", ":", INPLACE,
     ),
     Mutation(
@@ -139,15 +141,15 @@ MUTATIONS = [
         "direction_at_label = factor * (-others / sum - smoothing)", NATIVE,
     ),
     Mutation(
-        "C++ row in place: the label's logit read after it is overwritten", "csrc/kernels_cpu.inc",
+        "C++ row in place: the label's logit is read after it is overwritten", "csrc/kernels_cpu.inc",
         "magnitude_at_label - z_label * along_z", "magnitude_at_label - z[label] * along_z", INPLACE,
     ),
     Mutation(
-        "C++ packs: the second half loaded from the first's place", "csrc/pack.inc",
+        "C++ packs: the second half is loaded from the address of the first", "csrc/pack.inc",
         "return {Half::load(p), Half::load(p + kLanes / 2)};", "return {Half::load(p), Half::load(p)};", NATIVE,
     ),
     Mutation(
-        "C++ exponential: what underflows is left as it became", "csrc/kernels_cpu.inc",
+        "C++ exponential: results that underflow are not set to 0", "csrc/kernels_cpu.inc",
         "        bits &= ~underflow;", "        //", NATIVE,
     ),
     Mutation(
@@ -156,15 +158,15 @@ MUTATIONS = [
         "cursor, std::get<2>(out), std::get<3>(out), std::nullopt, index);", STEP,
     ),
     Mutation(
-        "C++ step without a graph: nothing is pushed", "csrc/step_cpu.cpp",
+        "C++ step without a graph: no entry is pushed", "csrc/step_cpu.cpp",
         "warmup, push, /*need_grad=*/true", "warmup, false, /*need_grad=*/true", DIRECT,
     ),
     Mutation(
-        "loss and gradient: that of float16 logits in float16", "tal_fast/backends.py",
+        "loss and gradient: float16 logits get a float16 gradient", "tal_fast/loss/autograd.py",
         "leaf.float() if leaf.dtype == torch.float16 else leaf", "leaf", HALF,
     ),
     Mutation(
-        "C++ step: a kept graph's gradient is scaled in its memory", "csrc/step_cpu.cpp",
+        "C++ step: the gradient of a retained graph is scaled in place", "csrc/step_cpu.cpp",
         "const bool kept = torch::autograd::get_current_graph_task_keep_graph();", "const bool kept = false;", STEP,
     ),
     Mutation(
@@ -178,29 +180,29 @@ MUTATIONS = [
         "slot < 0 ? slot + capacity_ : slot", "slot < 0 ? slot + capacity_ - 1 : slot", INDEX,
     ),
     Mutation(
-        "C++ index: the oldest entry of a chain is taken for dead", "csrc/index.h",
+        "C++ index: the oldest entry of a chain is skipped", "csrc/index.h",
         "(next <= span_)", "(next < span_)", INDEX,
     ),
     Mutation(
-        "C++ index: the search stops at the query's own strip", "csrc/grid.h",
+        "C++ index: the search stops at the query's strip", "csrc/grid.h",
         "const int last = interval(strip_knots_, high.mean);", "const int last = interval(strip_knots_, center.mean);",
         INDEX,
     ),
     Mutation(
-        "C++ index: entries equal in the mean alone stand for each other", "csrc/index.h",
+        "C++ index: entries with equal means count as equal", "csrc/index.h",
         " && entry(age).point.std == p.std;", ";", INDEX,
     ),
     Mutation(
-        "C++ index: generations that lie elsewhere are left out", "csrc/index.h",
+        "C++ index: generations that do not contain the query are left out", "csrc/index.h",
         "for (const bool inside : {true, false})", "for (const bool inside : {true})", INDEX,
     ),
 ]  # fmt: skip
 
 
 def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[bool, float]:
-    """Whether they pass in the copy, and seconds taken. No test collected is an error."""
+    """Whether the tests pass in the copy, and seconds taken; collecting no test is an error."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:warnings", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", *tests]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
@@ -211,7 +213,7 @@ def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[bool, float]:
 
 
 def build(folder: Path) -> None:
-    """The extension of the copy, without CUDA."""
+    """Build the copy's extension without CUDA."""
     environment = {**os.environ, "CUDA_HOME": str(folder / "none")}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -220,21 +222,25 @@ def build(folder: Path) -> None:
 
 
 def copy_tree(folder: Path) -> None:
+    """Copy the source tree to a folder, with the kernels where an installed package has them."""
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(source, folder / name)
-    (folder / "tal_fast" / "kernels").symlink_to("../kernels")  # as an installed package has it
+    kernels = folder / "tal_fast" / "kernels"
+    if not kernels.is_symlink():
+        kernels.symlink_to("../kernels")  # as an installed package has it
 
 
 def try_mutation(folder: Path, mutation: Mutation) -> dict[str, object]:
+    """Apply one mutation to the copy, run its tests, and restore the file."""
     path = folder / mutation.file
     whole = path.read_text()
     if whole.count(mutation.old) != 1:
         raise SystemExit(
-            f"{mutation.name}: its text stands {whole.count(mutation.old)} times in {mutation.file}, not once"
+            f"{mutation.name}: its text occurs {whole.count(mutation.old)} times in {mutation.file}, not once"
         )
     path.write_text(whole.replace(mutation.old, mutation.new))
     try:
@@ -254,8 +260,8 @@ def try_mutation(folder: Path, mutation: Mutation) -> dict[str, object]:
 def main() -> None:
     """Run the mutations; exit 1 if one survives."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="mutations whose name contains this")
-    parser.add_argument("--no-build", action="store_true", help="leave out those of the C++ sources")
+    parser.add_argument("--only", default="", help="try only mutations whose name contains this text")
+    parser.add_argument("--no-build", action="store_true", help="leave out mutations of C++ sources")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     args = parser.parse_args()
     chosen = [
@@ -268,11 +274,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_tree(folder)
-        for tests in dict.fromkeys(mutation.tests for mutation in chosen):  # before a build is of mutated sources
+        for tests in dict.fromkeys(mutation.tests for mutation in chosen):  # before any mutated build
             passed, seconds = run_tests(folder, tests)
             print(f"{'passes' if passed else 'FAILS':9} {seconds:6.1f} s  {' '.join(tests)}", flush=True)
             if not passed:
-                raise SystemExit("these tests fail without a mutation; nothing can be learnt from them")
+                raise SystemExit("these tests fail without a mutation; mend them first")
         for mutation in chosen:
             results.append(try_mutation(folder, mutation))
             if args.output:

@@ -217,6 +217,24 @@ def step_table(results: Results) -> str:
     return table((*head, "`released`: faster than the list queue", "of cross-entropy's time"), rows)
 
 
+def summary_table(results: Results) -> str:
+    """README's table, the whole step beside the released algorithm and cross-entropy, and where it was measured."""
+    rows = []
+    for size in ((128, 100, 64, 30_000), (64, 1000, 2048, 880_880)):
+        for threads in (1, 2):
+            facts = {**dict(zip("BCDN", size, strict=True)), "threads": threads, "layer": False}
+            found = [results.one("step", peer=peer, **facts) for peer in ("list_queue", "released", "released_direct")]
+            if None in found:
+                continue
+            slow, *fast = (row["p20_ms"] for row in found)  # type: ignore[index]
+            rows.append((
+                ", ".join(f"{n:,}" for n in size), str(threads), *map(p20, found), ms(found[1]["floor_p20_ms"]),  # type: ignore[index]
+                ", direct ".join(times(slow / one) for one in fast),
+            ))  # fmt: skip
+    head = ("batch, classes, features, queue", "threads", "list queue", "`TALLoss`", "`TALLoss`, direct")
+    return f"{table((*head, 'cross-entropy', 'faster than the list queue'), rows)}\n\n{source(results)}"
+
+
 def layer_table(results: Results) -> str:
     """The first size's step with a last layer."""
     rows = []
@@ -391,6 +409,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "limits": limits_table,
     "floors": floors_table,
     "step": step_table,
+    "summary": summary_table,
     "layer": layer_table,
     "step-sweep": step_sweep_table,
     "loss": loss_table,

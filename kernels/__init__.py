@@ -1,17 +1,18 @@
-"""Triton kernels of the TAL step: statistics and nearest distance, loss and gradient, push.
+"""Triton kernels of the TAL step.
 
-=====================  ================================================================================
-``typicalness.py``     features -> mean, std, distance, the batch's smallest and largest distance
-``loss.py``            logits -> loss and gradient; for variant ``released`` the batch's sums first
-``sharded.py``         the same where ranks hold some columns of each row: three passes
-``ring.py``            the accepted rows into the ring
-``launch.py``          grids, constants: what a launch is made of
-``ops.py``             the same as torch operators, for torch.compile
-``compile_check.py``   compiles every kernel for GPUs that are not here, and fails on spilled registers
-=====================  ================================================================================
+=====================  =======================================================================================
+``distance.py``        features -> mean, standard deviation, distance to the queue, the batch's distance range
+``loss.py``            logits -> loss and gradient; the batch's sums, which variant ``released`` needs first
+``sharded.py``         loss and gradient in three passes, for ranks that hold some of the classes
+``queue_push.py``      append the accepted rows to the queue
+``launch.py``          grids, constants and the properties of a device that they depend on
+``ops.py``             the launchers as torch operators, for torch.compile
+``compile_check.py``   compile every kernel for GPUs that are not present, and fail on spilled registers
+=====================  =======================================================================================
 
-The functions here take the launcher in eager mode and the operator under torch.compile. On CPU tensors they run in
-Triton's interpreter (TRITON_INTERPRET=1, set before Triton is imported), which is for tests.
+The functions of this module call the launcher in eager mode and the operator under torch.compile. They import Triton
+when they are first called. CPU tensors need Triton's interpreter (TRITON_INTERPRET=1, set before Triton is imported),
+which is for tests.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ __all__ = ["batch_sums", "is_available", "loss_forward", "nearest", "push", "sca
 
 
 def is_available(device: torch.device) -> tuple[bool, str]:
-    """Whether the kernels run on this device, and why not."""
+    """Whether the kernels run on a device, and the reason if they do not."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
         return False, f"triton cannot be imported ({error})"
-    if device.type == "cuda":  # AMD's GPUs too
+    if device.type == "cuda":  # includes AMD's GPUs
         return True, ""
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") == "1":
@@ -41,53 +42,45 @@ def is_available(device: torch.device) -> tuple[bool, str]:
 
 
 def statistics_distance(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``typicalness.statistics_distance``."""
-    from tal_fast.kernels import ops, typicalness
+    """Feature statistics and distance to the queue; arguments of ``distance.statistics_distance``."""
+    from tal_fast.kernels import distance, ops
 
-    if torch.compiler.is_compiling():
-        return ops.statistics_distance(*args, **kwargs)
-    return typicalness.statistics_distance(*args, **kwargs)
+    return (ops if torch.compiler.is_compiling() else distance).statistics_distance(*args, **kwargs)
+
+
+def nearest(*args: Any) -> Tensor:
+    """Distance to the nearest queue entry; arguments of ``distance.nearest``."""
+    from tal_fast.kernels import distance, ops
+
+    return (ops if torch.compiler.is_compiling() else distance).nearest(*args)
 
 
 def batch_sums(*args: Any, **kwargs: Any) -> None:
-    """See ``loss.batch_sums``."""
+    """Complete the summary of a batch; arguments of ``loss.batch_sums``."""
     from tal_fast.kernels import loss, ops
 
-    if torch.compiler.is_compiling():
-        ops.batch_sums(*args, **kwargs)
-    else:
-        loss.batch_sums(*args, **kwargs)
+    (ops if torch.compiler.is_compiling() else loss).batch_sums(*args, **kwargs)
 
 
 def loss_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``loss.loss_forward``."""
+    """Mean loss, gradient and per-sample statistics; arguments of ``loss.loss_forward``."""
     from tal_fast.kernels import loss, ops
 
     if torch.compiler.is_compiling():
-        kwargs.pop("inplace", None)  # never asked for there: backends.may_overwrite
+        kwargs.pop("inplace", None)  # always False there: torch.compile plans memory itself
         return ops.loss_forward(*args, **kwargs)
     return loss.loss_forward(*args, **kwargs)
 
 
 def scale(values: Tensor, factor: Tensor) -> None:
-    """See ``loss.scale``; in eager mode only."""
+    """Multiply values in place by a scalar tensor; in eager mode only. See ``loss.scale``."""
     from tal_fast.kernels import loss
 
     loss.scale(values, factor)
 
 
 def push(*args: Any) -> None:
-    """See ``ring.push``."""
-    from tal_fast.kernels import ops, ring
+    """Append rows to the queue; arguments of ``queue_push.push``."""
+    from tal_fast.kernels import ops, queue_push
 
-    if torch.compiler.is_compiling():
-        ops.push_(*args)
-    else:
-        ring.push(*args)
-
-
-def nearest(*args: Any) -> Tensor:
-    """See ``typicalness.nearest``."""
-    from tal_fast.kernels import ops, typicalness
-
-    return ops.nearest(*args) if torch.compiler.is_compiling() else typicalness.nearest(*args)
+    (ops if torch.compiler.is_compiling() else queue_push).push(*args)

@@ -1,8 +1,8 @@
-"""Compile every kernel for GPUs that are not here, and fail on spilled registers.
+"""Compile every kernel for GPUs that are not present, and fail on spilled registers.
 
-``python -m tal_fast.kernels.compile_check [--quick]`` plans the same launches as the launchers would (from tensors
-without data), compiles each for A100, H100, B200 and MI300 and reads the resources from the binaries: the stack on
-NVIDIA (registers spill to it), the spill counts in the code object's metadata on AMD.
+``python -m tal_fast.kernels.compile_check [--quick]`` plans the launches that the launchers would make, from tensors
+without data, and compiles each for A100, H100, B200 and MI300. Spills are read from the binary: on NVIDIA from the
+stack size, on AMD from the metadata of the code object.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 
-# What launch configurations depend on (launch.Target): multiprocessors, warp size, whether it holds wide rows.
+# Arguments of launch.Target for A100, H100, B200 and MI300.
 TARGETS = {
     "cuda:80": (108, 32, True),
     "cuda:90": (132, 32, True),
     "cuda:100": (148, 32, False),
     "hip:gfx942": (304, 64, False),
 }
+# Triton's names of pointer types.
 TYPES = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -42,20 +43,20 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes: registers a thread, bytes spilled, bytes of shared memory."""
+    """Resources of a compiled kernel."""
 
-    registers: int
-    spilled: int
-    shared: int
+    registers: int  # per thread
+    spilled: int  # bytes of stack on NVIDIA, registers on AMD
+    shared: int  # bytes of shared memory
 
 
-def planned(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
-    """Every kernel at the shapes its launcher meets: (label, launch)."""
+def planned_launches(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
+    """Labels and launches of every kernel, at shapes that reach each launch configuration."""
+    from tal_fast.kernels.distance import plan_nearest, plan_statistics_distance
     from tal_fast.kernels.launch import Target
     from tal_fast.kernels.loss import plan_batch_sums, plan_loss, plan_scale
-    from tal_fast.kernels.ring import plan_push
+    from tal_fast.kernels.queue_push import plan_push
     from tal_fast.kernels.sharded import plan_exp_sums, plan_gradient, plan_scan
-    from tal_fast.kernels.typicalness import plan_nearest, plan_statistics_distance
 
     target = Target(*TARGETS[target_name])
 
@@ -67,32 +68,32 @@ def planned(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
     cursor, ticket = meta(2, dtype=torch.int64), meta(1, dtype=torch.int32)
     batch, constants = meta(6, dtype=torch.float64), meta(9, dtype=torch.float64)
     for queue_dtype in (torch.float32, torch.float64):
-        ring = meta(880_880, dtype=queue_dtype)
+        queue = meta(880_880, dtype=queue_dtype)
         entry = meta(rows, dtype=queue_dtype)
         for dtype, width in ((torch.float32, 2048), (torch.bfloat16, 2048), (torch.float16, 63)):
             if quick and (queue_dtype, dtype) not in ((torch.float32, torch.bfloat16), (torch.float64, torch.float32)):
                 continue
             features = meta(rows, width, dtype=dtype)
-            plan, _ = plan_statistics_distance(features, labels, ring, ring, cursor, ticket, -100, target)
-            yield f"statistics_distance {short(dtype)} D={width}, queue {short(queue_dtype)}", plan
-        yield f"nearest, queue {short(queue_dtype)}", plan_nearest(ring, ring, cursor, entry, entry, target)[0]
+            plan, _ = plan_statistics_distance(features, labels, queue, queue, cursor, ticket, -100, target)
+            yield f"statistics_distance {dtype_name(dtype)} D={width}, queue {dtype_name(queue_dtype)}", plan
+        yield f"nearest, queue {dtype_name(queue_dtype)}", plan_nearest(queue, queue, cursor, entry, entry, target)[0]
         for kept in (accepted, None):
             yield (
-                f"push{'' if kept is None else ' accepted'}, queue {short(queue_dtype)}",
-                plan_push(ring, ring, cursor, entry, entry, kept),
+                f"push{'' if kept is None else ' accepted'}, queue {dtype_name(queue_dtype)}",
+                plan_push(queue, queue, cursor, entry, entry, kept),
             )
 
-    # Widths at each change of the configuration: one warp, odd, the widest single block, the first long row.
+    # Widths on either side of each change of configuration: one warp, odd, the widest single block, the first long row.
     widths = (10, 1003, 16384, 21841) if quick else (1, 100, 1000, 1003, 2048, 4096, 8192, 16384, 21841, 32768, 131072)
     dtypes = (torch.bfloat16, torch.float32) if quick else (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     for classes, dtype in itertools.product(widths, dtypes):
         logits, distance = meta(rows, classes, dtype=dtype), meta(rows)
-        # The largest body first: every branch that takes registers is on. The others only without it.
+        # The largest kernel first, with every branch that takes registers.
         branches = [("released", True, True, False, True), ("paper", True, False, False, True)]
         if not quick:
             branches += [("paper", False, True, False, False), ("paper", True, False, True, True)]
-        if dtype != torch.float16:  # whose gradient is float32
-            yield f"scale {short(dtype)} C={classes}", plan_scale(logits, meta(1, dtype=torch.float32))
+        if dtype != torch.float16:  # the gradient of float16 logits is float32
+            yield f"scale {dtype_name(dtype)} C={classes}", plan_scale(logits, meta(1, dtype=torch.float32))
         for variant, has_t_wrong, smooth, warmup, need_grad in branches:
             plan, _ = plan_loss(
                 logits, labels, distance, batch, ticket, constants,
@@ -100,7 +101,7 @@ def planned(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
                 need_grad=need_grad, target=target,
             )  # fmt: skip
             flags = [variant] + ["smoothing"] * smooth + ["warm-up"] * warmup + ["no gradient"] * (not need_grad)
-            yield f"{plan.kernel.__name__} {short(dtype)} C={classes} {' '.join(flags)}", plan
+            yield f"{plan.kernel.__name__} {dtype_name(dtype)} C={classes} {' '.join(flags)}", plan
         if classes in (1003, 131072):
             column = meta(rows, dtype=torch.float64)
             terms = meta(rows, 7, dtype=torch.float64)
@@ -109,19 +110,20 @@ def planned(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
                 plan_exp_sums(logits, labels, column, column, target)[0],
                 plan_gradient(logits, labels, accepted, terms, target)[0],
             ):
-                yield f"sharded {plan.kernel.__name__} {short(dtype)} C={classes}", plan
+                yield f"sharded {plan.kernel.__name__} {dtype_name(dtype)} C={classes}", plan
         yield (
-            f"batch_sums {short(dtype)} C={classes}",
+            f"batch_sums {dtype_name(dtype)} C={classes}",
             plan_batch_sums(logits, labels, distance, batch, ticket, constants, -100, target),
         )
 
 
-def short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype without the module."""
     return str(dtype).removeprefix("torch.")
 
 
 def compile_launch(launch: Any, target_name: str) -> Resources:
-    """Compile as the launch would: the same types, the same specialisation of integers, the same warps."""
+    """Compile a kernel with the types, integer specialisation and options that its launch would have."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -154,19 +156,22 @@ def compile_launch(launch: Any, target_name: str) -> Resources:
 
 
 def hip_resources(assembly: str, shared: int) -> Resources:
-    """From the metadata of the code object. Scalar registers that spill go to lanes of vector ones: no memory."""
+    """Resources from the metadata of an AMD code object.
+
+    Scalar registers spill into lanes of vector registers, which takes no memory; only vector spills count.
+    """
 
     def field(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", assembly)
         if found is None:
-            raise RuntimeError(f"the AMD code object has no .{name}; its format has changed")
+            raise RuntimeError(f"the AMD code object has no .{name}: its format has changed")
         return int(found.group(1))
 
     return Resources(field("vgpr_count"), field("vgpr_spill_count"), shared)
 
 
 def cuda_resources(cubin: bytes) -> Resources:
-    """From cuobjdump, which Triton ships."""
+    """Resources from cuobjdump, which Triton ships."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -182,28 +187,28 @@ def cuda_resources(cubin: bytes) -> Resources:
 
 
 def check_target(target_name: str, quick: bool, match: str) -> list[tuple[str, int, Resources | str]]:
-    """(label, warps, resources or what went wrong) of every kernel on one target."""
+    """Label, number of warps, and resources or error message of every matching kernel on one target."""
     rows: list[tuple[str, int, Resources | str]] = []
-    for label, launch in planned(target_name, quick):
+    for label, launch in planned_launches(target_name, quick):
         if match not in label:
             continue
         try:
             outcome: Resources | str = compile_launch(launch, target_name)
-        except Exception as error:  # a kernel that does not compile must not hide the others
+        except Exception as error:  # report the other kernels too
             outcome = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         rows.append((label, launch.num_warps, outcome))
     return rows
 
 
 def main() -> None:
-    """Print a table for each target; exit 1 if a kernel spills or does not compile."""
+    """Print a table per target; exit 1 if a kernel spills or does not compile."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, for every change")
-    parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this one; may be repeated")
-    parser.add_argument("--match", default="", help="only kernels whose line contains this text")
+    parser.add_argument("--quick", action="store_true", help="check fewer shapes")
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="check only this target; repeatable")
+    parser.add_argument("--match", default="", help="check only kernels whose label contains this text")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
+        parser.error("TRITON_INTERPRET is 1, which replaces the compiler; unset it")
     targets = args.target or list(TARGETS)
     bad = checked = 0
     with ProcessPoolExecutor(min(len(targets), os.cpu_count() or 1)) as pool:

@@ -1,4 +1,4 @@
-"""What a launcher decides, apart from the launch itself: so that a check can compile exactly what would be launched."""
+"""Launch parameters, kept apart from the launch so that the compile check compiles exactly what would run."""
 
 from __future__ import annotations
 
@@ -12,44 +12,47 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with its grid, its arguments in order, and its compile-time constants."""
+    """A kernel with its grid, its arguments in order and its compile-time constants."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int
-    max_registers: int | None = None  # a thread may have, on NVIDIA's GPUs
+    max_registers: int | None = None  # per thread, NVIDIA only; None leaves the choice to the compiler
 
     def run(self) -> None:
-        """Put it on the current stream of the current device."""
+        """Launch the kernel on the current stream of the current device."""
         self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
     @property
     def options(self) -> dict[str, int]:
-        """The compiler's, as keyword arguments."""
+        """Compiler options as keyword arguments of the launch."""
         limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
         return {"num_warps": self.num_warps, **limit}
 
 
 @dataclass(frozen=True)
 class Target:
-    """The part of a device that launch configurations depend on."""
+    """Device properties that launch configurations depend on."""
 
     multiprocessors: int
     warp_size: int  # 32 on NVIDIA, 64 on AMD's data-center GPUs
-    holds_wide_rows: bool  # whether a row of 16,384 logits fits in a program's registers; see loss.loss_config
+    holds_wide_rows: bool  # whether one program's registers hold a row of 16,384 logits; see loss.loss_config
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. (Triton's own, made for kernels too, takes microseconds on the host.)"""
+    """Ceiling division. Triton's own serves kernels too and takes microseconds on the host."""
     return -(-a // b)
 
 
 @cache
-def target_of(device: torch.device) -> Target:
-    """Of a GPU; on other devices (the interpreter, the compile check's meta tensors) a small stand-in, so that few
-    programs are run one after the other."""
+def device_target(device: torch.device) -> Target:
+    """Launch-relevant properties of a device.
+
+    Devices other than GPUs (the interpreter's CPU, the compile check's meta device) get a small stand-in, so that the
+    interpreter runs few programs.
+    """
     if device.type != "cuda":
         return Target(4, 32, True)
     p = torch.cuda.get_device_properties(device)
@@ -57,7 +60,9 @@ def target_of(device: torch.device) -> Target:
 
 
 @cache
-def constants_on(device: torch.device, *values: float) -> Tensor:
-    """Floats as a float64 tensor, made once for each device: as kernel arguments they would be rounded to float32, and
-    as compile-time constants each value would be a kernel of its own."""
+def device_constants(device: torch.device, *values: float) -> Tensor:
+    """Float64 tensor of constants, made once per device.
+
+    Kernel arguments would be rounded to float32, and compile-time constants would compile one kernel per value.
+    """
     return torch.tensor(values, dtype=torch.float64, device=device)

@@ -1,6 +1,7 @@
-"""The three passes over some columns of each row that a class-sharded loss takes (``tal_fast/sharded.py``).
+"""TAL loss kernels for class-sharded logits: three passes over the columns that a rank holds.
 
-They are the three reads of a long row, with the collectives between them: a program a row, blocks of ``LONG_BLOCK``.
+They are the three reads of a long row, with the collectives of ``tal_fast/loss/tensor_parallel.py`` between them. One
+program takes one row, in blocks of ``LONG_BLOCK`` logits. Results are float64, as the ranks combine them.
 """
 
 from __future__ import annotations
@@ -10,21 +11,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tal_fast.kernels.launch import Launch, Target, target_of
-from tal_fast.kernels.loss import LONG_BLOCK, _store_long_gradient, _sum_long_row, warps_of
-from tal_fast.kernels.typicalness import sqrt_exact
+from tal_fast.kernels.distance import sqrt_rn
+from tal_fast.kernels.launch import Launch, Target, device_target
+from tal_fast.kernels.loss import LONG_BLOCK, exp_sums_long_row, num_warps_for, store_long_row_gradient
 
 
 @triton.jit
 def scan_kernel(
-    logits_ptr,  # (B, C)
-    out_ptr,  # (B, 5) float64 out
+    logits_ptr,
+    out_ptr,
     classes,
     logits_stride_b,
     logits_stride_c,
     FLOAT64: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Largest logit, its index, norm, sum, and 1 where all logits are finite, of each row.
+
+    Pointers:
+        logits: (rows, classes), strides logits_stride_b and logits_stride_c.
+        out: (rows, 5) float64 out.
+    """
     dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     row = tl.program_id(0).to(tl.int64)
     base = logits_ptr + row * logits_stride_b
@@ -32,7 +39,7 @@ def scan_kernel(
     largest = tl.full((BLOCK,), float("-inf"), dtype)
     index = tl.zeros((BLOCK,), tl.int64)
     squares = tl.zeros((BLOCK,), dtype)
-    plain = tl.zeros((BLOCK,), dtype)
+    z_sum = tl.zeros((BLOCK,), dtype)
     infinite = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, classes, BLOCK):
         at = start + c.to(tl.int64)
@@ -42,74 +49,93 @@ def scan_kernel(
         largest = tl.where(better, z, largest)
         index = tl.where(better, at, index)
         squares += z * z
-        plain += z
+        z_sum += z
         infinite |= (inside & ~(tl.abs(z) < float("inf"))).to(tl.int32)
     z_max = tl.max(largest, axis=0)
-    # The first class among the lanes' own; beyond every class where a lane's largest is smaller.
-    first = tl.min(tl.where(largest == z_max, index, classes), axis=0)
+    # First class over the lanes that hold the largest logit; `classes` stands in for the others.
+    argmax = tl.min(tl.where(largest == z_max, index, classes), axis=0)
     out = out_ptr + row * 5
     tl.store(out, z_max.to(tl.float64))
-    tl.store(out + 1, first.to(tl.float64))
-    tl.store(out + 2, sqrt_exact(tl.sum(squares, axis=0)).to(tl.float64))
-    tl.store(out + 3, tl.sum(plain, axis=0).to(tl.float64))
+    tl.store(out + 1, argmax.to(tl.float64))
+    tl.store(out + 2, sqrt_rn(tl.sum(squares, axis=0)).to(tl.float64))
+    tl.store(out + 3, tl.sum(z_sum, axis=0).to(tl.float64))
     tl.store(out + 4, tl.where(tl.sum(infinite, axis=0) == 0, 1.0, 0.0).to(tl.float64))
 
 
 @triton.jit
 def exp_sums_kernel(
-    logits_ptr,  # (B, C)
-    own_label_ptr,  # (B,) int64, -1 where the label is not among these columns
-    z_max_ptr,  # (B,) float64
-    scale_ptr,  # (B,) float64
-    out_ptr,  # (B, 4) float64 out
+    logits_ptr,
+    local_label_ptr,
+    z_max_ptr,
+    scale_ptr,
+    out_ptr,
     classes,
     logits_stride_b,
     logits_stride_c,
     FLOAT64: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Exponential sums of each row without its label, and x = z - z_max at the label.
+
+    Pointers:
+        logits: (rows, classes), strides logits_stride_b and logits_stride_c.
+        local_label: (rows,) int64, index of the label among these columns, or -1.
+        z_max, scale: (rows,) float64.
+        out: (rows, 4) float64 out: sums of exp(scale x), x exp(scale x) and exp(x); x at the label, or 0.
+    """
     dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     row = tl.program_id(0).to(tl.int64)
     base = logits_ptr + row * logits_stride_b
-    label = tl.load(own_label_ptr + row)
+    label = tl.load(local_label_ptr + row)
     z_max = tl.load(z_max_ptr + row).to(dtype)
     scale = tl.load(scale_ptr + row).to(dtype)
-    p_sum, p_weighted, q_sum = _sum_long_row(base, classes, logits_stride_c, label, z_max, scale, dtype, BLOCK)
-    here = label >= 0
-    z_label = tl.load(base + label * logits_stride_c, mask=here, other=0.0).to(dtype)
+    p_sum, p_weighted, q_sum = exp_sums_long_row(base, classes, logits_stride_c, label, z_max, scale, dtype, BLOCK)
+    is_local = label >= 0
+    z_label = tl.load(base + label * logits_stride_c, mask=is_local, other=0.0).to(dtype)
     out = out_ptr + row * 4
     tl.store(out, p_sum.to(tl.float64))
     tl.store(out + 1, p_weighted.to(tl.float64))
     tl.store(out + 2, q_sum.to(tl.float64))
-    tl.store(out + 3, tl.where(here, z_label - z_max, 0.0).to(tl.float64))
+    tl.store(out + 3, tl.where(is_local, z_label - z_max, 0.0).to(tl.float64))
 
 
 @triton.jit
 def gradient_kernel(
-    logits_ptr,  # (B, C)
-    own_label_ptr,  # (B,) int64
-    valid_ptr,  # (B,) bool
-    terms_ptr,  # (B, 7) float64: largest logit, scale, g_p, g_q, g_label, along, away
-    grad_ptr,  # (B, C) contiguous, out
+    logits_ptr,
+    local_label_ptr,
+    valid_ptr,
+    terms_ptr,
+    grad_ptr,
     classes,
     logits_stride_b,
     logits_stride_c,
     FLOAT64: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Gradient of each row by these columns.
+
+    Pointers:
+        logits: (rows, classes), strides logits_stride_b and logits_stride_c.
+        local_label: (rows,) int64, index of the label among these columns, or -1.
+        valid: (rows,) bool.
+        terms: (rows, 7) float64: z_max, scale, g_p, g_q, g_label, z_coef, smooth_term.
+        grad: (rows, classes) out, contiguous.
+    """
     dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     row = tl.program_id(0).to(tl.int64)
     terms = terms_ptr + row * 7
-    away = tl.load(terms + 6).to(dtype)
-    _store_long_gradient(
+    smooth_term = tl.load(terms + 6).to(dtype)
+    store_long_row_gradient(
         logits_ptr + row * logits_stride_b, grad_ptr + row * classes, classes, logits_stride_c,
-        tl.load(own_label_ptr + row), tl.load(valid_ptr + row) != 0, away == away, tl.load(terms).to(dtype),
-        tl.load(terms + 1).to(dtype), tl.load(terms + 2).to(dtype), tl.load(terms + 3).to(dtype),
-        tl.load(terms + 4).to(dtype), tl.load(terms + 5).to(dtype), away, dtype, BLOCK,
+        tl.load(local_label_ptr + row), tl.load(valid_ptr + row) != 0, smooth_term == smooth_term,
+        tl.load(terms).to(dtype), tl.load(terms + 1).to(dtype), tl.load(terms + 2).to(dtype),
+        tl.load(terms + 3).to(dtype), tl.load(terms + 4).to(dtype), tl.load(terms + 5).to(dtype), smooth_term,
+        dtype, BLOCK,
     )  # fmt: skip
 
 
-def _launch(kernel: object, logits: Tensor, tensors: dict[str, Tensor], target: Target) -> Launch:
+def _plan(kernel: object, logits: Tensor, tensors: dict[str, Tensor], target: Target) -> Launch:
+    """Launch with one program per row, for the logits and the kernel's other tensors."""
     rows, classes = logits.shape
     block = min(LONG_BLOCK, triton.next_power_of_2(max(1, classes)))
     arguments = {
@@ -120,49 +146,79 @@ def _launch(kernel: object, logits: Tensor, tensors: dict[str, Tensor], target: 
         "logits_stride_c": logits.stride(1),
     }
     constants = {"FLOAT64": logits.dtype == torch.float64, "BLOCK": block}
-    return Launch(kernel, (rows,), arguments, constants, warps_of(block, target))
+    return Launch(kernel, (rows,), arguments, constants, num_warps_for(block, target))
 
 
 def plan_scan(logits: Tensor, target: Target) -> tuple[Launch, Tensor]:
-    """The launch and what it fills."""
+    """Launch of ``scan_kernel``, and its output."""
     out = logits.new_empty((len(logits), 5), dtype=torch.float64)
-    return _launch(scan_kernel, logits, {"out_ptr": out}, target), out
+    return _plan(scan_kernel, logits, {"out_ptr": out}, target), out
 
 
 def plan_exp_sums(
-    logits: Tensor, own_label: Tensor, z_max: Tensor, scale: Tensor, target: Target
+    logits: Tensor, local_label: Tensor, z_max: Tensor, scale: Tensor, target: Target
 ) -> tuple[Launch, Tensor]:
-    """The launch and what it fills."""
+    """Launch of ``exp_sums_kernel``, and its output."""
     out = logits.new_empty((len(logits), 4), dtype=torch.float64)
-    tensors = {"own_label_ptr": own_label, "z_max_ptr": z_max, "scale_ptr": scale, "out_ptr": out}
-    return _launch(exp_sums_kernel, logits, tensors, target), out
+    tensors = {"local_label_ptr": local_label, "z_max_ptr": z_max, "scale_ptr": scale, "out_ptr": out}
+    return _plan(exp_sums_kernel, logits, tensors, target), out
 
 
 def plan_gradient(
-    logits: Tensor, own_label: Tensor, valid: Tensor, terms: Tensor, target: Target
+    logits: Tensor, local_label: Tensor, valid: Tensor, terms: Tensor, target: Target
 ) -> tuple[Launch, Tensor]:
-    """The launch and what it fills."""
+    """Launch of ``gradient_kernel``, and its output."""
     stored = torch.float32 if logits.dtype == torch.float16 else logits.dtype
     grad = torch.empty(logits.shape, dtype=stored, device=logits.device)
-    tensors = {"own_label_ptr": own_label, "valid_ptr": valid, "terms_ptr": terms, "grad_ptr": grad}
-    return _launch(gradient_kernel, logits, tensors, target), grad
+    tensors = {"local_label_ptr": local_label, "valid_ptr": valid, "terms_ptr": terms, "grad_ptr": grad}
+    return _plan(gradient_kernel, logits, tensors, target), grad
 
 
 def scan(logits: Tensor) -> Tensor:
-    """See ``tal_fast.loss.tensor_parallel._scan``. A NaN does not count as the largest; its row is marked as not finite."""
-    return _run(*plan_scan(logits, target_of(logits.device)))
+    """Row statistics of the columns given.
+
+    Args:
+        logits: (B, C) floating point, any strides, C >= 0.
+
+    Returns:
+        (B, 5) float64: largest logit, its index, norm, sum, and 1 where all logits are finite. NaN does not count as
+        the largest.
+    """
+    return _run(*plan_scan(logits, device_target(logits.device)))
 
 
-def exp_sums(logits: Tensor, own_label: Tensor, z_max: Tensor, scale: Tensor) -> Tensor:
-    """See ``tal_fast.loss.tensor_parallel._exp_sums``."""
-    vectors = own_label.contiguous(), z_max.contiguous(), scale.contiguous()
-    return _run(*plan_exp_sums(logits, *vectors, target_of(logits.device)))
+def exp_sums(logits: Tensor, local_label: Tensor, z_max: Tensor, scale: Tensor) -> Tensor:
+    """Exponential sums of the columns given, without the label's.
+
+    Args:
+        logits: (B, C) floating point, any strides, C >= 0.
+        local_label: (B,) int64, index of the label among the columns, or -1 if another rank holds it.
+        z_max: (B,) float64, largest logit of the whole row.
+        scale: (B,) float64, factor of the exponents.
+
+    Returns:
+        (B, 4) float64: sums of exp(scale x), x exp(scale x) and exp(x) with x = z - z_max, and x at the label or 0.
+    """
+    vectors = local_label.contiguous(), z_max.contiguous(), scale.contiguous()
+    return _run(*plan_exp_sums(logits, *vectors, device_target(logits.device)))
 
 
-def gradient(logits: Tensor, own_label: Tensor, valid: Tensor, terms: Tensor) -> Tensor:
-    """See ``tal_fast.loss.tensor_parallel._gradient``."""
-    vectors = own_label.contiguous(), valid.contiguous(), terms.contiguous()
-    return _run(*plan_gradient(logits, *vectors, target_of(logits.device)))
+def gradient(logits: Tensor, local_label: Tensor, valid: Tensor, terms: Tensor) -> Tensor:
+    """Gradient of the loss by the columns given.
+
+    Args:
+        logits: (B, C) floating point, any strides, C >= 0.
+        local_label: (B,) int64, index of the label among the columns, or -1 if another rank holds it.
+        valid: (B,) bool; the gradient of the other rows is 0.
+        terms: (B, 7) float64: z_max, scale, g_p, g_q, g_label, z_coef, smooth_term. The gradient is
+            g_p exp(scale x) + g_q exp(x) - z_coef z - smooth_term, with g_label instead of the first two terms at the
+            label. A row whose smooth_term is NaN has a gradient of NaN.
+
+    Returns:
+        (B, C) in the logits' dtype, or float32 for float16.
+    """
+    vectors = local_label.contiguous(), valid.contiguous(), terms.contiguous()
+    return _run(*plan_gradient(logits, *vectors, device_target(logits.device)))
 
 
 def _run(launch: Launch, out: Tensor) -> Tensor:

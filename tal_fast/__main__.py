@@ -1,25 +1,29 @@
 """Console command: ``tal-fast train ...`` is ``python -m tal_fast.train ...``."""
 
+import runpy
 import sys
-from importlib import import_module
 
-from tal_fast.utils.process import run_and_exit
-
-COMMANDS = ("train", "evaluate", "compare", "calibrate", "experiment", "check-data", "html-report", "info")
+COMMANDS = {
+    "train": "train a classifier",
+    "evaluate": "report how well confidence tells correct predictions from wrong ones",
+    "compare": "compare evaluated runs",
+    "calibrate": "choose a confidence threshold for a risk or a coverage",
+    "experiment": "train, evaluate and compare methods over grids and seeds, from one file",
+    "check-data": "check that every image of a folder decodes",
+    "html-report": "write report.html of an evaluated run",
+    "info": "show versions, devices and available backends",
+}
 
 
 def main() -> None:
-    """Run the command named by the first argument with the remaining ones."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
-        print(
-            f"usage: tal-fast COMMAND ...\n\ncommands: {', '.join(COMMANDS)}\n\ntal-fast COMMAND --help lists its options"
-        )
-        return
-    if name.replace("_", "-") not in COMMANDS:
+    name = sys.argv[1].replace("_", "-") if len(sys.argv) > 1 else "--help"
+    if name in COMMANDS:
+        sys.argv[:2] = [f"tal-fast {name}"]
+        runpy.run_module(f"tal_fast.{name.replace('-', '_')}", run_name="__main__")
+    elif name in ("-h", "--help"):
+        print("usage: tal-fast COMMAND [options]\n", *(f"  {c:<12} {text}" for c, text in COMMANDS.items()), sep="\n")
+    else:
         sys.exit(f"error: no command {name!r}; there are {', '.join(COMMANDS)}")
-    del sys.argv[1]
-    run_and_exit(import_module(f"tal_fast.{name.replace('-', '_')}").main)
 
 
 if __name__ == "__main__":

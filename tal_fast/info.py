@@ -1,13 +1,16 @@
 """Versions, devices and available backends: ``python -m tal_fast.info``."""
 
 import argparse
+from collections.abc import Sequence
+
+from tal_fast.utils.process import program_name
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print versions, devices, and for each device the backend that ``auto`` takes and why."""
-    argparse.ArgumentParser(prog="python -m tal_fast.info", description=__doc__).parse_args()
+    argparse.ArgumentParser(prog=program_name("info"), description=__doc__).parse_args(argv)
     # Imported here so that --help does not wait for PyTorch.
-    from tal_fast.loss.backends import describe
+    from tal_fast.loss.dispatch import describe
     from tal_fast.utils.environment import describe as describe_environment
 
     print("\n".join([*describe_environment(), *describe()]))

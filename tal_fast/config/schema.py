@@ -1,22 +1,20 @@
-"""What a run is made of, as typed dataclasses: presets, YAML files and checks, without any command-line library.
+"""Configuration of a run: typed dataclasses with range checks.
 
-A run's resolved configuration lies beside its results as ``config.yaml`` and inside its checkpoints;
-``Config.from_dict`` reads both.
+A run saves its configuration as ``config.yaml`` beside its results and inside its checkpoints; ``Config.from_dict``
+reads both, those of version 0.1.0 too. The first sentence about each attribute is its help on the command line.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
-from dataclasses import dataclass, field
-from importlib import resources
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-_NO_METHODS = ("__init__.py", "base.py")
+from tal_fast.config.methods import OPTIONS, method_names, read_options, upgrade
+from tal_fast.config.typed import check_at_least, check_positive, read, to_plain
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
@@ -24,33 +22,34 @@ CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
 @dataclass
 class DataConfig:
-    """Images and how they are read.
+    """Images and their augmentation.
 
     Attributes:
-        dataset: ``folder`` (``train/`` and ``val/`` with one folder a class), ``digits`` (scikit-learn's, as image
-            files), ``cifar10``, ``cifar100`` (their binary files), ``fashion-mnist`` (IDX files) or ``synthetic`` (made
-            up, for measurements).
-        root: folder of the images, binary or IDX files; digits and synthetic need none. ``--data-dir`` is short for it.
-        ood: out-of-distribution sets for the evaluation: name -> folder of images (for fashion-mnist: of IDX files; for
-            CIFAR also of CIFAR's binary files).
-        file_list: of image files, the only ones to use: a text file with one path a line, relative to ``root``, as
-            ``python -m tal_fast.check_data`` writes; None: all.
-        max_unreadable: training ends when a rank has met more files than this that do not decode; None: 1% of the
-            split's files, but at least 10.
-        loader: ``dali``, ``torch``, or ``auto``: DALI where it is installed. For datasets that are files.
-        workers: decoding threads (DALI) or processes (torch; 0: in the training process) of each rank.
-        image_size: side of the square images the model sees, in pixels; None: 224 for a folder, else the set's own.
-        channels: 3 (RGB) or 1 (grayscale); images are converted.
-        mean, std: per channel, of pixel values scaled to [0, 1]; None: CIFAR's for CIFAR, else ImageNet's.
-        crop_fraction: validation takes the central square of this share of the shorter side.
-        crop_area: training takes a random box of between these shares of the image's area; None: as validation.
-        crop_ratio: range of the random box's width / height.
-        flip: training mirrors every second image, at random.
-        shift: training moves images of in-memory datasets by up to this many pixels each way, zeros move in.
-        holdout: keep this many training images, a fixed random choice, out of training and validate on them instead of
-            on the validation images, which then nobody sees: for choosing hyper-parameters. None: none.
-        train_limit: use only this many training images, a fixed random choice; None: all.
-        synthetic_images, synthetic_classes: training images and classes of ``synthetic``; it validates on half as many.
+        dataset: kind of data set. ``folder`` has ``train/`` and ``val/`` with one folder per class; ``digits`` is
+            scikit-learn's, as image files; ``cifar10`` and ``cifar100`` are read from their binary files,
+            ``fashion-mnist`` from IDX files; ``synthetic`` images are generated, for measurements.
+        root: folder of the images, binary files or IDX files; digits and synthetic need none.
+        ood: out-of-distribution sets for the evaluation by name, also as ``--data.ood.NAME FOLDER``. Fashion-MNIST also
+            takes folders of IDX files, CIFAR folders of CIFAR's binary files.
+        file_list: text file with one path per line, relative to the root, of the only image files to use.
+            ``python -m tal_fast.check_data`` writes one.
+        max_unreadable: training ends when a rank meets more undecodable files; by default 1% of the files, at least 10.
+        loader: decoder of image files; ``auto`` takes DALI if it is installed.
+        workers: decoding threads (DALI) or processes (torch) of each rank; 0 decodes in the training process (torch).
+        image_size: side of the square images in pixels; by default 224 for a folder, else the data set's own.
+        channels: 3 for RGB, 1 for grayscale; images are converted.
+        mean: mean of each channel, for pixel values in [0, 1]; by default CIFAR's for CIFAR, else ImageNet's.
+        std: standard deviation of each channel, like the mean.
+        crop_fraction: central share of the shorter side that validation images are cropped to.
+        crop_area: range of the area that training crops take, as shares of the image; null crops as in validation.
+        crop_ratio: range of the width-to-height ratio of training crops.
+        flip: mirror every second training image, at random.
+        shift: largest random shift of in-memory training images in pixels, padded with zeros.
+        holdout: number of training images to validate on instead of the validation images. They are a fixed random
+            choice that is not trained on, for choosing hyper-parameters.
+        train_limit: number of training images to use, a fixed random choice; by default all.
+        synthetic_images: number of synthetic training images; validation has half as many.
+        synthetic_classes: number of classes of synthetic images.
     """
 
     dataset: Literal["folder", "digits", "cifar10", "cifar100", "fashion-mnist", "synthetic"] = "folder"
@@ -75,7 +74,7 @@ class DataConfig:
     synthetic_classes: int = 10
 
     def normalization(self) -> tuple[list[float], list[float]]:
-        """(mean, std), one value a channel, for pixel values scaled to [0, 1]."""
+        """Mean and standard deviation of each channel, for pixel values in [0, 1]."""
         if self.mean is not None and self.std is not None:
             return self.mean, self.std
         mean, std = {"cifar10": (CIFAR10_MEAN, CIFAR10_STD), "cifar100": (CIFAR100_MEAN, CIFAR100_STD)}.get(
@@ -94,14 +93,12 @@ class DataConfig:
                 raise ValueError(f"data.{name} has {len(values)} values but data.channels is {self.channels}")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"data.std is {self.std} but must be above 0")
-        _at_least("data.workers", self.workers, 0)
-        _at_least("data.shift", self.shift, 0)
-        _at_least("data.image_size", self.image_size, 1)
-        _at_least("data.holdout", self.holdout, 1)
-        _at_least("data.train_limit", self.train_limit, 1)
-        _at_least("data.max_unreadable", self.max_unreadable, 0)
-        _at_least("data.synthetic_images", self.synthetic_images, 2)
-        _at_least("data.synthetic_classes", self.synthetic_classes, 2)
+        limits = {
+            "workers": 0, "shift": 0, "image_size": 1, "holdout": 1, "train_limit": 1, "max_unreadable": 0,
+            "synthetic_images": 2, "synthetic_classes": 2,
+        }  # fmt: skip
+        for name, limit in limits.items():
+            check_at_least(f"data.{name}", getattr(self, name), limit)
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"data.crop_fraction is {self.crop_fraction} but must be in (0, 1]")
         if self.crop_area is not None and not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
@@ -112,20 +109,20 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """The network.
+    """Network.
 
     Attributes:
-        name: one of the project's, for small images: ``cifar_resnet8``, ``cifar_resnet20``, ``cifar_resnet110``,
-            ``cifar_resnet18``, ``cifar_preact_resnet110``, ``cifar_wrn28_10``, ``cifar_densenet_bc_100_12``,
-            ``cifar_vgg16_bn``, ``cifar_convmixer``, ``cifar_convmixer_256_16``; or a classifier of torchvision
-            (``resnet18``, ``resnet50``, ...) or, where it is installed, of timm (``timm/deit_small_patch16_224``).
-        width: of a ``cifar_`` network: channels of the first stage, of ConvMixer's blocks, or a DenseNet's growth rate;
-            None: its paper's.
-        compile: ``torch.compile`` the step: network, loss and all; None: on GPUs.
-        channels_last: keep images and weights in channels-last memory order; None: on GPUs. A quarter faster for the
-            small ResNets on CPUs too, but on those without AVX-512, convolutions of stride 2 with fewer than 7 channels
+        name: one of the project's networks for small images, or a classifier of torchvision or timm. The project's are
+            ``cifar_resnet8``, ``cifar_resnet20``, ``cifar_resnet110``, ``cifar_resnet18``, ``cifar_preact_resnet110``,
+            ``cifar_wrn28_10``, ``cifar_densenet_bc_100_12``, ``cifar_vgg16_bn``, ``cifar_convmixer`` and
+            ``cifar_convmixer_256_16``; ``resnet50`` is torchvision's, ``timm/deit_small_patch16_224`` timm's.
+        width: width of one of the project's networks; by default that of its paper. It is the number of channels of the
+            first stage, of ConvMixer's blocks, or a DenseNet's growth rate.
+        compile: compile the network and the loss with ``torch.compile``; by default on GPUs.
+        channels_last: keep images and weights in channels-last memory order; by default on GPUs. On CPUs it makes the
+            small ResNets a quarter faster, but without AVX-512, convolutions of stride 2 with fewer than 7 channels
             write out of bounds in that order (oneDNN of torch 2.14).
-        sync_batchnorm: statistics of BatchNorm over all ranks; on GPUs.
+        sync_batchnorm: compute BatchNorm statistics over all ranks, on GPUs.
     """
 
     name: str = "resnet50"
@@ -136,27 +133,30 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
-        _at_least("model.width", self.width, 1)
+        check_at_least("model.width", self.width, 1)
 
 
 @dataclass
 class OptimConfig:
-    """The optimizer, its learning rate, and what else is done with gradients and weights.
+    """Optimizer and learning-rate schedule.
 
     Attributes:
-        name: ``sgd`` (with ``momentum`` and ``nesterov``) or ``adamw``.
+        name: optimizer.
         lr: peak learning rate, for the whole batch of all ranks.
-        momentum, nesterov: of sgd.
-        weight_decay: of weights; biases and normalisation layers do not decay unless ``decay_all`` says so.
-        decay_all: see ``weight_decay``; the released TAL code decays all parameters.
-        schedule: ``cosine`` to 0, ``step`` (times ``step_factor`` after every ``step_size`` epochs), ``multistep``
-            (times ``step_factor`` at each epoch of ``step_epochs``) or ``constant``.
-        step_size, step_epochs, step_factor: of ``step`` and ``multistep``.
-        warmup_epochs: the learning rate rises linearly over these first epochs; fractions are fine.
-        clip_norm: largest norm of the gradient; None: no clipping.
-        accumulate: parts each rank's batch goes through the network in, one after the other; the optimizer steps once
-            for all. Each part is a batch of its own to BatchNorm and to TAL's typicalness.
-        ema_decay: validate and keep an exponential moving average of the weights, with this decay a step; None: none.
+        momentum: momentum of sgd.
+        nesterov: Nesterov momentum for sgd.
+        weight_decay: weight decay of weight matrices and kernels.
+        decay_all: apply weight decay to biases and normalisation layers too, as the released TAL code does.
+        schedule: learning-rate schedule; ``cosine`` decays to 0. ``step`` multiplies by ``step_factor`` after every
+            ``step_size`` epochs, ``multistep`` at each epoch of ``step_epochs``.
+        step_size: epochs between two steps of the schedule ``step``.
+        step_epochs: epochs of the steps of the schedule ``multistep``.
+        step_factor: factor on the learning rate at each step of the schedule.
+        warmup_epochs: number of first epochs in which the learning rate rises linearly; fractions are fine.
+        clip_norm: largest norm of the gradient; by default it is not clipped.
+        accumulate: number of parts that each rank's batch is split into, for one optimizer step together. Each part
+            is a batch of its own to BatchNorm and to TAL's typicalness.
+        ema_decay: decay per step of an exponential moving average of the weights, which is then validated and kept.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -176,87 +176,75 @@ class OptimConfig:
 
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
-        if self.lr <= 0:
-            raise ValueError(f"optim.lr is {self.lr} but must be above 0")
+        check_positive("optim.lr", self.lr)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optim.momentum is {self.momentum} but must be in [0, 1)")
         if self.nesterov and self.momentum == 0 and self.name == "sgd":
             raise ValueError("optim.nesterov needs momentum above 0; set optim.nesterov to false")
-        _at_least("optim.weight_decay", self.weight_decay, 0)
-        _at_least("optim.warmup_epochs", self.warmup_epochs, 0)
-        _at_least("optim.step_size", self.step_size, 1)
-        _at_least("optim.accumulate", self.accumulate, 1)
+        for name, limit in {"weight_decay": 0, "warmup_epochs": 0, "step_size": 1, "accumulate": 1}.items():
+            check_at_least(f"optim.{name}", getattr(self, name), limit)
         if self.schedule == "multistep" and not self.step_epochs:
             raise ValueError("optim.schedule is 'multistep' but optim.step_epochs is empty; name the epochs to step at")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"optim.clip_norm is {self.clip_norm} but must be above 0, or null for no clipping")
+        check_positive("optim.clip_norm", self.clip_norm, ", or null for no clipping")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"optim.ema_decay is {self.ema_decay} but must be in (0, 1), or null for no average")
 
 
 @dataclass
 class MethodConfig:
-    """What a run trains with; all but the first three belong to ``tal`` and ``fmfp-tal``, as in ``tal_fast.TALLoss``.
+    """Training method.
 
     Attributes:
-        name: ``ce`` (cross-entropy), ``tal`` (Typicalness-Aware Learning), ``logitnorm``, ``crl``, ``openmix``,
-            ``fmfp`` or ``fmfp-tal``; each is a module of ``tal_fast.methods``, and docs/methods.md compares them.
-        label_smoothing: in [0, 1), of every method's cross-entropy.
-        options: of the method's own, such as ``tau`` of ``logitnorm``; its module's ``Options`` documents them.
-        warmup_epochs: epochs with typicalness 1 while the queue fills; None: the first 5% of the epochs, rounded down.
-        variant, queue_size, t_min, t_max, t_wrong, confidence_threshold, queue_scope, backend: see ``TALLoss``.
+        name: ``ce`` (cross-entropy), ``tal`` (Typicalness-Aware Learning) or another; docs/methods.md compares them.
+            Each is a module of ``tal_fast.methods``.
+        label_smoothing: label smoothing of every method's cross-entropy, in [0, 1).
+        options: options of the method, by name. ``tal_fast.config.methods`` has those of the built-in methods, whose
+            defaults are filled in.
     """
 
     name: str = "tal"
     label_smoothing: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
-    warmup_epochs: int | None = None
-    variant: Literal["paper", "released"] = "paper"
-    queue_size: int = 20000
-    t_min: float = 10.0
-    t_max: float = 100.0
-    t_wrong: float | None = 20.0
-    confidence_threshold: float = 0.0
-    queue_scope: Literal["local", "global"] = "local"
-    backend: Literal["auto", "reference", "native", "triton"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.name in OPTIONS:
+            self.options = asdict(read_options(self.name, OPTIONS[self.name], self.options))
 
     def check(self) -> None:
-        """Raise ValueError for a value outside its range; ``TALLoss`` checks its own."""
+        """Raise ValueError for a value outside its range."""
         if self.name not in method_names():
             raise ValueError(f"method.name is {self.name!r}; use {' or '.join(map(repr, method_names()))}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"method.label_smoothing is {self.label_smoothing} but must be in [0, 1)")
-        _at_least("method.warmup_epochs", self.warmup_epochs, 0)
+        if self.name in OPTIONS:
+            read_options(self.name, OPTIONS[self.name], self.options).check()
 
 
 @dataclass
 class Config:
-    """A whole run.
+    """Run.
 
     Attributes:
         output: folder of the results: config.yaml, metrics.csv, checkpoints/, tensorboard/.
-        resume: ``never``: refuse to touch a folder that holds a run; ``auto``: go on with the run in ``output`` if
-            there is one; a path: go on from that checkpoint.
-        epochs: passes over the training images.
+        resume: ``never`` refuses a folder that holds a run, ``auto`` continues it, a path continues that checkpoint.
+        epochs: number of passes over the training images.
         batch_size: images of a training step over all ranks together.
         eval_batch_size: images of a validation step on each rank.
-        image_sizes: progressive resizing: pairs (epoch, side), ascending from epoch 0; from that epoch on, training
-            images have this side in pixels. Empty: ``data.image_size``, which validation has always.
-        seed: of the initial weights, the order of the images and their augmentation.
-        device: ``auto``: a GPU if there is one.
-        threads: of PyTorch on the CPU; None: as many as PyTorch takes. Small networks are as fast with one, and then
+        image_sizes: progressive resizing, as pairs of (epoch, side of the training images from there on). Epochs ascend
+            from 0; validation images always have ``data.image_size``.
+        seed: seed of the initial weights, the order of the images and their augmentation.
+        device: ``auto`` takes a GPU if there is one.
+        threads: PyTorch threads on the CPU; by default PyTorch's choice. Small networks are as fast with one, and then
             give the same numbers however many cores a machine has.
-        precision: of the network under autocast: ``bfloat16``, ``float16`` (with a gradient scaler), or ``float32``
-            for none; ``auto``: bfloat16 on GPUs that have it, float16 on older ones, float32 on the CPU. Weights and
-            the loss are in float32 always.
-        cuda_graphs: replay forward, backward and update as one CUDA graph; for one GPU, not with float16.
-        checkpoint_every_steps: save inside an epoch too, after every so many steps; None: after each epoch only.
-        keep_every_epochs: keep the checkpoint of every so many epochs beside the last two and the best; None: none.
-        logger: beside metrics.csv: ``tensorboard``, ``wandb``, ``all`` or ``none``. ``--log`` is short for it, but not
-            under torchrun, which takes that for an option of its own.
-        log_every_steps: steps between two readings of the loss from the device for the logs.
-        progress: ``auto`` shows a bar on a terminal and a line an epoch elsewhere; ``lines``; ``none``.
-        profile: ``start:stop``, steps of the first epoch trained to record as a Chrome trace under ``profile/``.
+        precision: precision of the network under autocast; weights and the loss are always float32. ``auto`` is
+            bfloat16 on GPUs that have it, float16 with a gradient scaler on older ones, float32 on the CPU.
+        cuda_graphs: replay forward, backward and update as one CUDA graph, on one GPU and not with float16.
+        checkpoint_every_steps: save within an epoch too, after every so many steps.
+        keep_every_epochs: keep the checkpoint of every so many epochs beside the last two and the best.
+        logger: where numbers are logged beside metrics.csv; under torchrun, spell the option ``--logger``.
+        log_every_steps: number of steps between two readings of the loss for the logs.
+        progress: ``auto`` shows a bar on a terminal and one line per epoch elsewhere.
+        profile: START:STOP, steps of the first epoch to record as a Chrome trace under ``profile/``.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -282,17 +270,22 @@ class Config:
     profile: str | None = None
 
     def check(self) -> Config:
-        """Self, if all values are within their ranges.
+        """Check that all values are within their ranges.
+
+        Returns:
+            The configuration itself.
 
         Raises:
-            ValueError: one is not; the sentence names it, its limit and the mend.
+            ValueError: a value is outside its range; the message names it and its limit.
         """
-        for part in (self.data, self.model, self.optim, self.method):
-            part.check()
-        positive = ("epochs", "batch_size", "eval_batch_size", "threads", "checkpoint_every_steps", "keep_every_epochs")
-        for name in (*positive, "log_every_steps"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("seed", self.seed, 0)
+        for section in (self.data, self.model, self.optim, self.method):
+            section.check()
+        for name in (
+            "epochs", "batch_size", "eval_batch_size", "threads", "checkpoint_every_steps", "keep_every_epochs",
+            "log_every_steps",
+        ):  # fmt: skip
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("seed", self.seed, 0)
         starts = [epoch for epoch, _ in self.image_sizes]
         if starts and (starts[0] != 0 or starts != sorted(set(starts)) or min(s for _, s in self.image_sizes) < 1):
             raise ValueError(
@@ -304,132 +297,29 @@ class Config:
         return self
 
     def profile_window(self) -> tuple[int, int]:
-        """(first, last + 1) step to profile; (0, 0) for none."""
+        """First and last + 1 step to profile; (0, 0) for none."""
         start, colon, stop = (self.profile or "0:0").partition(":")
         if not (colon and start.isdecimal() and stop.isdecimal() and (self.profile is None or int(start) < int(stop))):
             raise ValueError(f"profile is {self.profile!r} but must be START:STOP with START < STOP, such as 10:15")
         return int(start), int(stop)
 
     def image_size_at(self, epoch: int) -> int | None:
-        """Side of an epoch's training images where ``image_sizes`` says; epochs count from 0."""
+        """Side of the training images of an epoch, counted from 0; None if ``image_sizes`` is empty."""
         return next((size for start, size in reversed(self.image_sizes) if epoch >= start), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts, lists and plain values, as in a YAML file."""
-        return _plain(dataclasses.asdict(self))
+        return to_plain(asdict(self))
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Config:
-        """The inverse of ``to_dict``; what is left out has its default.
+        """Inverse of ``to_dict``; options that are left out have their defaults.
 
         Raises:
             ValueError: an unknown name or a value of the wrong type.
         """
-        return read(Config, values, "")
+        return read(Config, upgrade(values), "")
 
     def save(self, path: Path) -> None:
-        """Write YAML."""
+        """Write the configuration as YAML."""
         path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
-
-
-def preset_names() -> list[str]:
-    """Of the presets that come with the package."""
-    folder = resources.files("tal_fast.config") / "presets"
-    return sorted(f.name[: -len(".yaml")] for f in folder.iterdir() if f.name.endswith(".yaml"))
-
-
-def method_names() -> list[str]:
-    """Of the methods that come with the package: the modules of ``tal_fast.methods``, which are not imported here."""
-    names = (f.name for f in (resources.files("tal_fast") / "methods").iterdir())
-    return sorted(n[: -len(".py")].replace("_", "-") for n in names if n.endswith(".py") and n not in _NO_METHODS)
-
-
-def find_config(name_or_path: str) -> str:
-    """Text of a preset, or of a YAML file.
-
-    Raises:
-        ValueError: there is neither.
-    """
-    if name_or_path in preset_names():
-        return (resources.files("tal_fast.config") / "presets" / f"{name_or_path}.yaml").read_text()
-    path = Path(name_or_path)
-    if path.is_file():
-        return path.read_text()
-    raise ValueError(f"no preset or file {name_or_path!r}; the presets are {', '.join(preset_names())}")
-
-
-def load_config(name_or_path: str) -> Config:
-    """A preset or YAML file as a ``Config``.
-
-    Raises:
-        ValueError: not found, not YAML, or with names or values that do not fit.
-    """
-    return Config.from_dict(parse_yaml(find_config(name_or_path), name_or_path))
-
-
-def parse_yaml(text: str, source: str) -> dict[str, Any]:
-    """The mapping in ``text``; ValueError naming ``source`` if it is none."""
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{source} must be a mapping such as 'epochs: 10', not {type(values).__name__}")
-    return values
-
-
-def _at_least(name: str, value: float | None, limit: float) -> None:
-    if value is not None and value < limit:
-        raise ValueError(f"{name} is {value} but must be at least {limit}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value
-
-
-def read(kind: Any, value: Any, name: str) -> Any:
-    """``value``, as YAML gives it, as the annotated type ``kind``.
-
-    Raises:
-        ValueError: an unknown name or a value of the wrong type; the sentence begins with ``name``.
-    """
-    if kind is Any:
-        return value
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ValueError(f"{name or 'the configuration'} is {value!r} but must be a mapping")
-        hints = typing.get_type_hints(kind)
-        prefix = f"{name}." if name else ""
-        unknown = [key for key in value if key not in hints]
-        if unknown:
-            raise ValueError(f"{prefix}{unknown[0]} is not an option; there are {', '.join(prefix + h for h in hints)}")
-        return typing.cast(Any, kind)(**{key: read(hints[key], v, prefix + key) for key, v in value.items()})
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        (kind,) = (a for a in args if a is not type(None))
-        return read(kind, value, name)
-    if origin is Literal:
-        if value not in args or type(value) not in {type(a) for a in args}:
-            raise ValueError(f"{name} is {value!r}; use {' or '.join(map(repr, args))}")
-        return value
-    if origin is list and isinstance(value, (list, tuple)):
-        return [read(args[0], v, name) for v in value]
-    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(args):
-        return tuple(read(a, v, name) for a, v in zip(args, value, strict=True))
-    if origin is dict and isinstance(value, dict):
-        return {read(args[0], k, name): read(args[1], v, name) for k, v in value.items()}
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # PyYAML reads 1e-3 as text
-        except ValueError:
-            pass
-    elif kind in (int, bool, str) and type(value) is kind:
-        return value
-    wanted = kind.__name__ if isinstance(kind, type) and origin is None else str(kind).replace("typing.", "")
-    raise ValueError(f"{name} is {value!r} but must be {wanted}")

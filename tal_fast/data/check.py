@@ -21,6 +21,7 @@ from PIL.ExifTags import Base as Tag
 
 from tal_fast.data.image_folder import EXTENSIONS, odd_pixels, why
 from tal_fast.utils.io import write_atomically
+from tal_fast.utils.process import program_name
 
 PROBLEMS = {
     "empty": "of 0 bytes",
@@ -206,7 +207,7 @@ def _print_report(report: Report, root: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """0: all images are usable; 1: some are not; 2: a mistake of the user's."""
     parser = argparse.ArgumentParser(
-        prog="python -m tal_fast.check_data",
+        prog=program_name("check-data"),
         description="Decode every image under a folder of any layout, name those that training cannot use, and list "
         "the others. Exit code: 0 all are usable, 1 some are not, 2 a mistake.",
     )

@@ -20,6 +20,7 @@ from tal_fast.config.names import (
     UNITS,
 )  # fmt: skip
 from tal_fast.utils.arguments import ArgumentParser, at_least, checked, whole_number
+from tal_fast.utils.process import program_name
 
 if TYPE_CHECKING:
     from tal_fast.config.schema import DataConfig
@@ -128,7 +129,7 @@ def _data_config(args: argparse.Namespace) -> tuple[DataConfig, str]:
 def parser() -> ArgumentParser:
     """Parser of all options."""
     parser = ArgumentParser(
-        prog="python -m tal_fast.evaluate",
+        prog=program_name("evaluate"),
         description="Report how well confidence separates correct from incorrect predictions: Old FD, OOD and New FD, "
         "and Old FD under shift.",
     )

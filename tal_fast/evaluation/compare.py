@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tal_fast.config.schema import parse_yaml
+from tal_fast.config.parse import parse_yaml
 from tal_fast.evaluation.report import Report
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import SETTING_TITLES, mix_with_seed, nan_if_none

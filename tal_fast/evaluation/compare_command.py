@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tal_fast.config.names import METRICS, UNITS
 from tal_fast.utils.arguments import ArgumentParser, at_least
+from tal_fast.utils.process import program_name
 
 DEFAULT_METRICS = ("aurc", "auroc", "fpr95")
 
@@ -16,7 +17,7 @@ DEFAULT_METRICS = ("aurc", "auroc", "fpr95")
 def parser() -> ArgumentParser:
     """Parser of all options."""
     parser = ArgumentParser(
-        prog="python -m tal_fast.compare",
+        prog=program_name("compare"),
         description="Compare the failure-detection reports of evaluated runs. Runs that differ in nothing but their "
         "seed form one row.",
     )

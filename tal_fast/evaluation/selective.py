@@ -36,6 +36,7 @@ import tal_fast
 from tal_fast.metrics.failure import Ints, as_correct, as_scores
 from tal_fast.scores.logits import NORM_EPS, SCORES
 from tal_fast.utils.io import replacing
+from tal_fast.utils.process import program_name
 
 FORMAT = 1
 JSON, STATE, PROGRAM = "threshold.json", "selective.pt", "selective.pt2"
@@ -406,7 +407,7 @@ def describe(about: dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tal_fast.calibrate",
+        prog=program_name("calibrate"),
         description="Pick a confidence threshold whose error rate is bounded, and export the model with it.",
     )
     source = parser.add_mutually_exclusive_group(required=True)

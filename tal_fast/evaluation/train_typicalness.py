@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 import tal_fast
+from tal_fast.config.schema import Config
 from tal_fast.data.loader import IGNORED_LABEL
 from tal_fast.evaluation.predictions import cache_key, split_hash, weights_hash
 from tal_fast.loss.queue import FeatureQueue
@@ -61,7 +62,7 @@ def queue_of(content: dict[str, Any]) -> FeatureQueue:
         ValueError: the checkpoint has no queue, or an empty or damaged one.
     """
     ranks = content["ranks"]
-    if content["config"]["method"].get("queue_scope") == "global":
+    if Config.from_dict(content["config"]).method.options.get("queue_scope") == "global":
         ranks = ranks[:1]  # every rank holds the same queue
     means, stds = [], []
     for rank in ranks:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from tal_fast.experiments.plan import Experiment, SelectOptions, check_selection, read_experiment
 from tal_fast.experiments.scheduler import Scheduler, folders, slots
+from tal_fast.utils.process import program_name
 from tal_fast.utils.signals import Stopped, StopRequest
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tal_fast.experiment",
+        prog=program_name("experiment"),
         description="Train and evaluate methods over grids and seeds, and compare them; see docs/experiments.md.",
     )
     parser.add_argument("file", metavar="FILE", help="YAML of the experiment")

@@ -22,7 +22,8 @@ from typing import Any
 
 import yaml
 
-from tal_fast.config.schema import Config, parse_yaml
+from tal_fast.config.parse import parse_yaml
+from tal_fast.config.schema import Config
 from tal_fast.experiments.plan import Job
 from tal_fast.runs.resume import CONFIG_FILE, differences
 from tal_fast.utils.io import replacing

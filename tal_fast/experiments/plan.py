@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import itertools
 import re
@@ -12,7 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tal_fast.config.schema import Config, find_config, parse_yaml, preset_names, read
+from tal_fast.config.methods import option_names, option_path, upgrade
+from tal_fast.config.parse import find_config, merged, parse_yaml, preset_names
+from tal_fast.config.schema import Config
+from tal_fast.config.typed import read
 from tal_fast.metrics.failure import METRICS
 
 Values = dict[str, Any]
@@ -182,7 +184,7 @@ def _base(name: Any, folder: Path) -> Values:
     where = name if name in preset_names() else str(folder / name)
     if where != name and not Path(where).is_file():
         raise ValueError(f"base {name!r} is neither a preset ({', '.join(preset_names())}) nor a file in {folder}")
-    values = parse_yaml(find_config(where), where)
+    values = upgrade(parse_yaml(find_config(where), where))
     for key in _RUNNERS:
         values.pop(key, None)
     return values
@@ -229,7 +231,7 @@ def _seeds(seeds: Any) -> tuple[int, ...]:
 
 def _overrides(values: Any, name: str) -> Values:
     """Nested options, of nested or dotted keys."""
-    nested = nest(_mapping(values, name), name)
+    nested = upgrade(nest(_mapping(values, name), name))
     for key, instead in _RUNNERS.items():
         if key in nested:
             raise ValueError(f"{name}.{key} is the runner's own; {instead}")
@@ -257,15 +259,6 @@ def nest(values: Mapping[Any, Any], name: str = "") -> Values:
         elif first in found:
             raise ValueError(f"{name}: {key} is given twice")
         found[first] = inner
-    return found
-
-
-def merged(values: Values, overrides: Values) -> Values:
-    """Values with the overrides in their place, level by level; neither is changed."""
-    found = copy.deepcopy(values)
-    for key, value in overrides.items():
-        inner = found.get(key)
-        found[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return found
 
 
@@ -315,7 +308,7 @@ def resolve(experiment: Experiment, method: str, point: Values, seed: int = 0) -
     """
     values = merged(experiment.base, experiment.methods[method])
     for key, value in point.items():
-        values = merged(values, nest({key: value}))
+        values = merged(values, nest({option_path(key): value}))
     values |= {"seed": seed, "threads": experiment.threads, "resume": "auto"}
     try:
         return Config.from_dict(values).check()
@@ -328,17 +321,20 @@ def _check_method(method: str, point: Values, config: Config) -> None:
     """Raise ValueError for what the method would refuse when it is built, or would not read."""
     from tal_fast.methods import Task, build_method, method_class
 
-    reads = method_class(config.method.name).reads
+    options = config.method.options
+    own = option_names(method_class(config.method.name).Options)
     for key in point:
-        first, _, rest = key.partition(".")
-        if first == "method" and rest.partition(".")[0] not in reads:
+        path = option_path(key)
+        if path.startswith("method.options.") and path.split(".")[2] not in own:
             raise ValueError(
                 f"grid.{key} changes nothing in {method}, which is {config.method.name}; name those it is for: "
                 f"{{values: [...], methods: [...]}}"
             )
-    small = replace(config.method, queue_size=min(config.method.queue_size, 1))
+    method_config = config.method
+    if "queue_size" in options:  # a short queue is as good for the check
+        method_config = replace(method_config, options={**options, "queue_size": min(options["queue_size"], 1)})
     try:
-        build_method(small, Task(config.epochs, num_classes=2, train_images=2, learning_rate=0.1))
+        build_method(method_config, Task(config.epochs, num_classes=2, train_images=2, learning_rate=0.1))
     except ValueError as problem:
         raise ValueError(f"method {method}: {problem}") from None
 
@@ -368,7 +364,7 @@ def label_of(method: str, point: Values, config: Config) -> str:
     parts = [method]
     for key, last in zip(keys, lasts, strict=True):
         value: Any = config.to_dict()
-        for part in key.split("."):
+        for part in option_path(key).split("."):
             value = value[part]  # as the configuration reads it: 1e-3 may come as text
         parts.append(f"{last if lasts.count(last) == 1 else key}={_text(value)}")
     return "-".join(parts)

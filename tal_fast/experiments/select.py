@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from tal_fast.config.methods import option_path
+from tal_fast.config.parse import merged
 from tal_fast.evaluation.compare import Group
 from tal_fast.evaluation.tables import format_table
-from tal_fast.experiments.plan import Experiment, SelectOptions, Values, merged, nest
+from tal_fast.experiments.plan import Experiment, SelectOptions, Values, nest
 from tal_fast.experiments.results import Results, groups_of
 from tal_fast.metrics.failure import HIGHER_IS_BETTER
 from tal_fast.utils.io import replacing
@@ -139,7 +141,7 @@ def write_selection(found: Sequence[Candidate], experiment: Experiment, select: 
     for method, candidate in chosen(found).items():
         overrides = experiment.methods[method]
         for key, value in candidate.grid.items():
-            overrides = merged(overrides, nest({key: value}))
+            overrides = merged(overrides, nest({option_path(key): value}))
         values[method] = overrides
     if not values:
         return

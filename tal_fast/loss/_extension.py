@@ -1,4 +1,4 @@
-"""Loads the compiled operators (``csrc/``) and says why when it cannot."""
+"""Availability of the compiled operators (``csrc/``) and of the Triton kernels, and why they are missing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+BUILD = "`pip install --no-build-isolation .` in the source tree builds it with a C++ compiler such as g++"
 
 
 @cache
@@ -22,7 +24,7 @@ def load() -> tuple[bool, str]:
         return False, "switched off by TAL_FAST_NO_EXTENSION=1"
     files = sorted(Path(__file__).parents[1].glob("_C.*"))
     if not files:
-        return False, "not built: reinstall with `pip install --no-build-isolation .` where a C++ compiler is"
+        return False, f"not built; {BUILD}"
     try:
         torch.ops.load_library(str(files[0]))
         isa = torch.ops.tal_fast.cpu_isa()
@@ -30,7 +32,7 @@ def load() -> tuple[bool, str]:
         cuda = torch.ops.tal_fast.built_with_cuda()
     except (OSError, RuntimeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
-        return False, f"{files[0].name} does not load ({reason}): reinstall with `pip install --no-build-isolation .`"
+        return False, f"built, but {files[0].name} does not load ({reason}); {BUILD} again"
     _register_fakes()
     return True, f"{isa} kernels, {'with' if cuda else 'without'} CUDA"
 
@@ -44,81 +46,54 @@ def available_for(device: torch.device) -> bool:
 
 @cache
 def warn_if_missing() -> None:
-    """One warning per process when everything runs on plain PyTorch because the extension is missing."""
+    """Warn once per process if the extension is missing, so that plain PyTorch serves."""
     usable, why = load()
     if not usable:
-        warnings.warn(f"tal_fast's C++ extension is {why}. Running on plain PyTorch: exact, but slower.", stacklevel=3)
+        warnings.warn(
+            f"tal_fast's C++ extension is {why}. Plain PyTorch computes the same loss meanwhile, only slower.",
+            stacklevel=3,
+        )
+
+
+def triton_problem(device: torch.device) -> str | None:
+    """Reason why the Triton kernels do not run on this device, or None if they do."""
+    try:
+        from tal_fast import kernels
+    except ImportError as error:
+        return f"tal_fast.kernels cannot be imported ({error})"
+    usable, why = kernels.is_available(device)
+    return None if usable else why
 
 
 def _register_fakes() -> None:
-    """Shapes and dtypes of the results of the operators that torch.compile sees."""
+    """Register what ``torch.compile`` traces with: shapes and dtypes of the operators' results.
+
+    The operators in ``tal_fast.kernels.ops`` have other arguments and results, and register their own.
+    """
 
     @torch.library.register_fake("tal_fast::push_")
-    def _(
-        queue_mean: Tensor,
-        queue_std: Tensor,
-        cursor: Tensor,
-        mean: Tensor,
-        std: Tensor,
-        accepted: Tensor | None = None,
-        index: Tensor | None = None,
-    ) -> None:
+    def _(*_: object) -> None:
         return None
 
     @torch.library.register_fake("tal_fast::nearest")
-    def _(
-        queue_mean: Tensor,
-        queue_std: Tensor,
-        cursor: Tensor,
-        mean: Tensor,
-        std: Tensor,
-        index: Tensor | None = None,
-    ) -> Tensor:
+    def _(queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor, *_: object) -> Tensor:
         return torch.empty_like(mean, memory_format=torch.contiguous_format)
 
     @torch.library.register_fake("tal_fast::statistics_distance")
-    def _(
-        features: Tensor,
-        labels: Tensor,
-        queue_mean: Tensor,
-        queue_std: Tensor,
-        cursor: Tensor,
-        ignore_index: int,
-        index: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _(features: Tensor, labels: Tensor, queue_mean: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean, std, distance = (queue_mean.new_empty(features.shape[:1]) for _ in range(3))
         return mean, std, distance, queue_mean.new_empty((6,), dtype=torch.float64)
 
     @torch.library.register_fake("tal_fast::batch_sums")
-    def _(
-        logits: Tensor,
-        labels: Tensor,
-        distance: Tensor,
-        batch: Tensor,
-        confidence_threshold: float,
-        ignore_index: int,
-    ) -> Tensor:
-        return torch.empty_like(batch)
+    def _(logits: Tensor, labels: Tensor, distance: Tensor, summary: Tensor, *_: object) -> Tensor:
+        return torch.empty_like(summary)
 
     @torch.library.register_fake("tal_fast::loss_forward")
-    def _(
-        logits: Tensor,
-        labels: Tensor,
-        distance: Tensor,
-        batch: Tensor,
-        released: bool,
-        t_min: float,
-        t_max: float,
-        t_wrong: float | None,
-        confidence_threshold: float,
-        label_smoothing: float,
-        ignore_index: int,
-        warmup: bool,
-        need_grad: bool,
-    ) -> tuple[Tensor, ...]:
+    def _(logits: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+        need_grad = arguments[-1]
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         rows = logits.shape[:1]
-        # float16 would lose small gradients before a gradient scaler multiplies them: kept in float32.
+        # float16 would lose small gradients before a gradient scaler multiplies them.
         stored = wide if logits.dtype == torch.float16 else logits.dtype
         grad = logits.new_empty(logits.shape if need_grad else (0,), dtype=stored)
         per_row = [logits.new_empty(rows, dtype=wide) for _ in range(3)]

@@ -1,54 +1,59 @@
-"""TAL over the ranks of a distributed run (``queue_scope="global"``): k ranks act as one with the whole batch."""
+"""Collectives of ``queue_scope="global"``, with which k ranks act as one with the whole batch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# The first name is that of newer PyTorch versions, which warn of the second.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
 
 def is_distributed(group: dist.ProcessGroup | None) -> bool:
-    """Whether there is more than one rank to talk to."""
+    """Whether the group has more than one rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
 def gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Every rank's tensor, stacked in rank order: (world, *shape). Shapes must agree."""
+    """Tensors of all ranks, stacked in rank order: (world, *shape). Their shapes must agree."""
     world = dist.get_world_size(group)
     out = tensor.new_empty((world * tensor.shape[0], *tensor.shape[1:]))
-    dist.all_gather_into_tensor(out, tensor.contiguous(), group=group)
+    _all_gather(out, tensor.contiguous(), group=group)
     return out.view(world, *tensor.shape)
 
 
-def combine_summaries(batch: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def combine_summaries(summary: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """``reference.batch_summary`` of all ranks' rows, its sums divided by the number of ranks.
 
-    Dividing by the mean number of valid rows a rank instead of the sum scales each rank's loss by
-    world · valid_local / valid_all; DDP's averaging over the ranks then gives the gradient of the whole batch.
+    Dividing by the mean number of valid rows per rank scales each rank's loss by world · valid_local / valid_all;
+    DDP's averaging over the ranks then gives the gradient of the whole batch.
     """
-    every = gather(batch, group)
-    return torch.cat([every[:, :1].amin(0), every[:, 1:2].amax(0), every[:, 2:].mean(0)])
+    summaries = gather(summary, group)
+    return torch.cat([summaries[:, :1].amin(0), summaries[:, 1:2].amax(0), summaries[:, 2:].mean(0)])
 
 
-class EntriesOfAll:
-    """The queue entries of all ranks' batches, on their way while other work goes on.
+class EntryGather:
+    """Gathering of all ranks' queue entries, which runs while other work goes on.
 
     Args:
-        mean, std: (B,) floating point, of this rank; B is the same on all ranks.
+        mean, std: (B,) floating point, this rank's; B is the same on all ranks.
         accepted: (B,) bool.
-        group: the ranks.
+        group: Ranks.
     """
 
     def __init__(self, mean: Tensor, std: Tensor, accepted: Tensor, group: dist.ProcessGroup | None) -> None:
-        own = torch.stack([mean, std, accepted.to(mean.dtype)])
-        self._every = own.new_empty((dist.get_world_size(group) * 3, len(mean)))
+        entries = torch.stack([mean, std, accepted.to(mean.dtype)])
+        self._gathered = entries.new_empty((dist.get_world_size(group) * 3, len(mean)))
         # torch.compile orders collectives itself and knows only the blocking form.
-        apart = not torch.compiler.is_compiling()
-        self._work = dist.all_gather_into_tensor(self._every, own, group=group, async_op=apart)
+        in_background = not torch.compiler.is_compiling()
+        self._work = _all_gather(self._gathered, entries, group=group, async_op=in_background)
 
     def wait(self) -> tuple[Tensor, Tensor, Tensor]:
         """(mean, std, accepted) of all ranks' rows, in rank order, each (world · B,)."""
         if self._work is not None:
             self._work.wait()
-        mean, std, flag = self._every.view(-1, 3, self._every.shape[1]).transpose(0, 1).reshape(3, -1)
+        mean, std, flag = self._gathered.view(-1, 3, self._gathered.shape[1]).transpose(0, 1).reshape(3, -1)
         return mean, std, flag > 0

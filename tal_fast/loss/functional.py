@@ -1,21 +1,20 @@
-"""TAL without a module, for those who keep their own queue.
-
-``feature_statistics`` and ``nearest_distance`` are the reference's; ``tal_loss`` is the loss on the fastest backend of
-the logits' device.
-"""
+"""Functional form of the loss, for callers who keep their own queue, and the step that ``TALLoss`` shares with it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tal_fast.loss import backends
-from tal_fast.loss import tensor_parallel as sharded
-from tal_fast.loss.backends import LossOptions
-from tal_fast.loss.module import check_inputs, labels_are_checked
-from tal_fast.loss.queue import FeatureQueue
+from tal_fast.loss import dispatch, tensor_parallel
+from tal_fast.loss.autograd import attach_gradient, wants_gradient
+from tal_fast.loss.backends import Backend, LossInputs
+from tal_fast.loss.options import LossOptions, check_inputs
 from tal_fast.loss.reference import TALStats, feature_statistics, nearest_distance
+from tal_fast.loss.ring import RingBuffer
 
 __all__ = ["TALStats", "feature_statistics", "nearest_distance", "tal_loss"]
 
@@ -39,44 +38,105 @@ def tal_loss(
     inplace: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, TALStats]:
-    """The mean TAL loss of a batch against a queue given as tensors; the queue is only read.
+    """Mean TAL loss of a batch, given the queue as tensors.
+
+    The queue is only read. To update it, append ``feature_statistics(features)`` of the rows with ``stats.accepted``.
 
     Args:
-        logits: (B, C) floating point.
-        features: (B, D) floating point, D >= 2.
+        logits: (B, C) floating point; the only input with a gradient.
+        features: (B, D) floating point, D >= 2: the input of the last Linear layer.
         labels: (B,) int64 in [0, C), or ``ignore_index``.
-        queue_mean, queue_std: (N,) float32 or float64, in any order, N >= 0.
-        variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing, warmup, class_group,
-            inplace, backend: as in ``TALLoss``.
+        queue_mean, queue_std: (N,) float32 or float64 statistics of past samples, N >= 0, in any order.
+        variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing: As in ``TALLoss``.
+        warmup: Whether the typicalness of every sample is 1.
+        class_group, inplace, backend: As in ``TALLoss``.
 
     Returns:
-        The loss, a scalar in float32 (float64 for float64 logits), and ``TALStats``. The samples to push are those
-        with ``stats.accepted``; their statistics are ``feature_statistics(features)``.
+        loss: Scalar in float32 (float64 for float64 logits).
+        stats: ``TALStats`` with (B,) fields.
 
     Raises:
-        ValueError, TypeError: as ``TALLoss``; also a queue whose tensors differ in shape or are not (N,).
+        ValueError: If an option is out of its range, shapes do not fit, devices differ, or a label is out of range.
+        TypeError: If a dtype is not as above.
+
+    Examples:
+        >>> import torch
+        >>> from tal_fast.functional import tal_loss
+        >>> logits, features = torch.randn(32, 10), torch.rand(32, 64)
+        >>> labels = torch.randint(10, (32,))
+        >>> queue_mean, queue_std = torch.rand(1000), torch.rand(1000)
+        >>> loss, stats = tal_loss(logits, features, labels, queue_mean, queue_std)
+        >>> loss.shape, stats.typicalness.shape
+        (torch.Size([]), torch.Size([32]))
     """
     options = LossOptions(variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing, inplace)
-    check_inputs(logits, features, labels, ignore_index, in_columns=class_group is not None)
+    check_inputs(logits, features, labels, ignore_index, class_sharded=class_group is not None)
     if queue_mean.dim() != 1 or queue_mean.shape != queue_std.shape:
         raise ValueError(
             f"queue_mean and queue_std must both be (N,), not {tuple(queue_mean.shape)} and {tuple(queue_std.shape)}"
         )
-    size = queue_mean.numel()
-    queue = FeatureQueue(1, dtype=queue_mean.dtype, device=logits.device)
-    if size:
-        queue.mean_ring, queue.std_ring = queue_mean.detach().contiguous(), queue_std.detach().contiguous()
-        queue.cursor[1] = size
-    chosen = backends.for_loss(backends.check_name(backend), logits.device)
+    result = step_in_parts(
+        logits, features, labels, RingBuffer.of_entries(queue_mean, queue_std, logits.device), options,
+        backend=dispatch.for_loss(dispatch.check_name(backend), logits.device),
+        warmup=warmup, class_group=class_group, combine=None, direct=False,
+    )  # fmt: skip
+    return result.loss, result.stats
+
+
+class StepResult(NamedTuple):
+    """Results of a step: the loss, its gradient if it was computed directly, and (B,) statistics."""
+
+    loss: Tensor
+    gradient: Tensor | None
+    stats: TALStats
+    mean: Tensor
+    std: Tensor
+
+
+def step_in_parts(
+    logits: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    ring: RingBuffer,
+    options: LossOptions,
+    *,
+    backend: Backend,
+    warmup: bool,
+    class_group: dist.ProcessGroup | None,
+    combine: Callable[..., Tensor] | None,
+    direct: bool,
+) -> StepResult:
+    """TAL step from a backend's parts, without the checks before it and the push after it.
+
+    Args:
+        logits, features, labels, warmup, class_group: As in ``TALLoss``.
+        ring: Queue; only read.
+        options: Options of the loss.
+        backend: Backend for the logits' device.
+        combine: Function from the batch's summary to that of all ranks, if they act as one; else None.
+        direct: Whether to compute the gradient and return it, instead of a differentiable loss.
+    """
     with torch.no_grad():
-        _, _, distance, batch = chosen.statistics_distance(features, labels, queue, ignore_index)
-        if variant == "released" and batch is not None and class_group is None:
-            batch = chosen.summary(logits, labels, distance, batch, queue, options)
+        mean, std, distance, summary = backend.statistics_distance(features, labels, ring, options.ignore_index)
+    gradient: Tensor | None = None
     if class_group is not None:
-        need_grad = backends.wants_gradient(logits)
-        loss, gradient, stats = sharded.loss_and_gradient(
+        need_grad = direct or wants_gradient(logits)
+        loss, gradient, stats = tensor_parallel.loss_and_gradient(
             logits, labels, distance, options, warmup, class_group,
-            rows_group=None, backend=chosen.name, check_labels=labels_are_checked(labels), need_grad=need_grad,
+            backend=backend.name, combine=combine, need_grad=need_grad,
         )  # fmt: skip
-        return backends.attach_gradient(logits, loss, gradient, need_grad), stats
-    return chosen.loss(logits, labels, distance, batch, queue, options, warmup)
+        if need_grad and not direct:
+            loss = attach_gradient(logits, loss, gradient)
+        return StepResult(loss, gradient, stats, mean, std)
+
+    inputs = LossInputs(logits, labels, distance, summary, ring, options, warmup)
+    with torch.no_grad():
+        if combine is not None or (options.variant == "released" and summary is not None):
+            inputs.summary = backend.complete_summary(inputs)
+        if combine is not None:
+            inputs.summary = combine(inputs.summary)
+    if direct:
+        loss, gradient, stats = backend.loss_and_gradient(inputs)
+    else:
+        loss, stats = backend.loss(inputs)
+    return StepResult(loss, gradient, stats, mean, std)

@@ -1,63 +1,76 @@
-"""The TAL loss as a module that keeps its queue."""
+"""TAL loss as a module that keeps its queue."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, TypeVar, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tal_fast.loss import backends
-from tal_fast.loss import collectives as distributed
-from tal_fast.loss import tensor_parallel as sharded
-from tal_fast.loss.backends import LossOptions
+from tal_fast.loss import collectives, dispatch
+from tal_fast.loss.backends import cpp
+from tal_fast.loss.functional import StepResult, step_in_parts
+from tal_fast.loss.options import LossOptions, check_inputs
 from tal_fast.loss.queue import FeatureQueue
 from tal_fast.loss.reference import TALStats
 
 Result = TypeVar("Result")
 
-CHECK_LABELS_ON_GPU = os.environ.get("TAL_FAST_DEBUG") == "1"
-"""Also check labels on GPUs, which makes every step wait for the device; on CPUs they always are checked."""
-
 
 class TALLoss(nn.Module):
-    """Typicalness-Aware Learning (Liu et al., NeurIPS 2024).
+    """Typicalness-aware learning loss (Liu et al., NeurIPS 2024).
 
     Cross-entropy on unit-length logits, scaled by a temperature that falls with how typical the sample's features are
-    of past well-classified samples, mixed with plain cross-entropy by the same typicalness. The confidence to use at
-    inference is the cosine score, ``tal_fast.scores.cosine``.
+    of past correctly classified samples, mixed with plain cross-entropy by the same typicalness. The confidence of the
+    trained model is the cosine score, ``tal_fast.scores.cosine``. ``tal_fast.loss.reference`` has the formulas.
 
-    The queue of past samples is part of the state (``state_dict``) and is filled in training mode only. Nothing in a
-    step waits for a GPU. Works under autocast, ``torch.compile(fullgraph=True)``, DDP, deepcopy and pickle.
+    The queue of past samples is part of the ``state_dict`` and is filled in training mode only. No step waits for a
+    GPU. The module works under autocast, ``torch.compile(fullgraph=True)``, DDP, deepcopy and pickle.
 
     Args:
-        variant: ``"paper"`` weights each sample's two losses by its own typicalness; ``"released"`` averages both over
-            the batch first and weights them by the mean typicalness, as the authors' code does.
-        queue_size: past samples kept; 880,880 for ImageNet and 30,000 for CIFAR-100 in the authors' code.
-        t_min, t_max: temperature of the most and of the least typical sample of a batch; 0 < t_min <= t_max.
-        t_wrong: temperature of misclassified samples; None leaves them the temperature of their typicalness.
-        confidence_threshold: a rightly classified sample enters the queue when its cosine confidence exceeds this.
-        ignore_index: rows with this label have no loss and no part in any statistic.
+        variant: ``"paper"`` weights each sample's two losses by its own typicalness; ``"released"``, as the authors'
+            code, averages both over the batch first and weights them by the mean typicalness.
+        queue_size: Number of past samples kept. The authors' code has 880,880 for ImageNet and 30,000 for CIFAR-100.
+        t_min, t_max: Temperatures of the most and of the least typical sample of a batch; 0 < t_min <= t_max.
+        t_wrong: Temperature of misclassified samples; None gives them that of their typicalness.
+        confidence_threshold: Cosine confidence in [-1, 1] above which a correct sample enters the queue.
+        ignore_index: Label of the rows that have no loss and no part in any statistic.
         label_smoothing: ε in [0, 1], in both cross-entropies.
-        queue_scope: ``"local"``: every rank of a distributed run has its own queue and batch statistics, as released;
-            ``"global"``: all ranks share one queue and act as one rank with the whole batch. Every rank then needs
-            the same number of rows (fill up with ``ignore_index``).
-        process_group: the ranks of ``"global"``; the default group when None.
-        class_group: the ranks that share a row's classes (tensor parallelism, or more classes than one device holds):
-            ``logits`` are then this rank's columns (B, C_r), C_r >= 0, in rank order, and labels and features the same
-            on all of them. Loss, statistics and queue are equal on all ranks; the gradient is by this rank's columns.
-            The ranks of ``"global"`` must then be named: those that hold the same columns of other rows.
-        inplace: the gradient may take the logits' memory, which saves a (B, C) tensor: the logits are destroyed, so use
-            nothing but the loss and its statistics afterwards (accuracy is ``stats.right``). What autograd had saved
-            of them raises in ``backward``. For contiguous logits in bfloat16, float32 or float64 that are not a leaf
-            with a gradient; no effect in plain PyTorch, under ``torch.compile`` and with ``class_group``.
-        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see ``tal_fast.loss.backends``.
+        queue_scope: ``"local"``: each rank of a distributed run has its own queue and batch statistics, as in the
+            authors' code. ``"global"``: all ranks share one queue and act as one rank with the whole batch; each must
+            then have the same number of rows (fill up with ``ignore_index``).
+        process_group: Ranks of ``"global"``; the default group if None.
+        class_group: Ranks that share each row's classes (tensor parallelism, or more classes than one device holds).
+            ``logits`` are then this rank's columns (B, C_r), C_r >= 0, in rank order, and labels and features are the
+            same on all ranks. Loss, statistics and queue are equal on all ranks; the gradient is that of this rank's
+            columns. With ``"global"``, ``process_group`` must be the ranks that hold the same columns of other rows.
+        inplace: Whether the gradient may take the logits' memory, which saves a (B, C) tensor. The logits are lost, so
+            use nothing but the loss and its statistics afterwards (accuracy is the mean of ``stats.correct``); a
+            backward pass through anything autograd has saved of them raises. The logits must be contiguous bfloat16,
+            float32 or float64, and no leaf with a gradient. No effect in plain PyTorch, under ``torch.compile`` and
+            with ``class_group``.
+        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see ``tal_fast.loss.dispatch``.
+
+    Attributes:
+        queue: ``FeatureQueue`` of past samples.
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: If an option is out of its range.
+
+    Examples:
+        >>> import torch
+        >>> from tal_fast import TALLoss
+        >>> head, loss_fn = torch.nn.Linear(64, 10), TALLoss(queue_size=1000)
+        >>> features, labels = torch.rand(32, 64), torch.randint(10, (32,))
+        >>> loss, stats = loss_fn(head(features), features, labels, return_stats=True)
+        >>> loss.backward()
+        >>> head.weight.grad.shape
+        torch.Size([10, 64])
+        >>> len(loss_fn.queue) == stats.accepted.sum()
+        tensor(True)
     """
 
     def __init__(
@@ -97,34 +110,23 @@ class TALLoss(nn.Module):
         self.queue_scope = queue_scope
         self.class_group = class_group
         self.process_group = process_group
-        self.backend = backends.check_name(backend)
+        self.backend = dispatch.check_name(backend)
         self.queue = FeatureQueue(queue_size, backend=backend)
 
     def extra_repr(self) -> str:
         return f"{self.options}, queue_scope={self.queue_scope!r}, backend={self.backend!r}"
 
+    # The type of the result depends on ``return_stats``.
     @overload
     def forward(
-        self,
-        logits: Tensor,
-        features: Tensor,
-        labels: Tensor,
-        *,
-        warmup: bool = ...,
-        push: bool = ...,
+        self, logits: Tensor, features: Tensor, labels: Tensor, *, warmup: bool = ..., push: bool = ...,
         return_stats: Literal[False] = ...,
-    ) -> Tensor: ...
+    ) -> Tensor: ...  # fmt: skip
     @overload
     def forward(
-        self,
-        logits: Tensor,
-        features: Tensor,
-        labels: Tensor,
-        *,
-        warmup: bool = ...,
-        push: bool = ...,
+        self, logits: Tensor, features: Tensor, labels: Tensor, *, warmup: bool = ..., push: bool = ...,
         return_stats: Literal[True],
-    ) -> tuple[Tensor, TALStats]: ...
+    ) -> tuple[Tensor, TALStats]: ...  # fmt: skip
 
     def forward(
         self,
@@ -136,73 +138,80 @@ class TALLoss(nn.Module):
         push: bool = True,
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, TALStats]:
-        """The mean loss of a batch.
+        """Mean loss of a batch.
 
         Args:
             logits: (B, C) float64, float32, bfloat16 or float16, C >= 1, any strides.
             features: (B, D) floating point, D >= 2: the input of the last Linear layer. No gradient flows to it.
             labels: (B,) int64 in [0, C), or ``ignore_index``.
-            warmup: typicalness is 1 for every sample while the queue fills (the first 5% of the epochs).
-            push: add the accepted samples to the queue afterwards; never done in ``eval()`` mode.
-            return_stats: also return the per-sample ``TALStats``.
+            warmup: Whether the typicalness of every sample is 1, while the queue fills (the first 5% of the epochs).
+            push: Whether the accepted samples enter the queue afterwards; they never do in ``eval()`` mode.
+            return_stats: Whether to return the per-sample statistics too.
 
         Returns:
-            The loss, a scalar in float32 (float64 for float64 logits), or ``(loss, TALStats)``.
+            loss: Scalar in float32 (float64 for float64 logits).
+            stats: ``TALStats`` with (B,) fields, if ``return_stats``.
 
         Raises:
-            ValueError: shapes that do not fit, D < 2, tensors on different devices, or (on the CPU, and on GPUs with
-                TAL_FAST_DEBUG=1) labels out of range.
-            TypeError: labels are not int64, or logits or features are not floating point.
+            ValueError: If shapes do not fit, D < 2, devices differ, or a label is out of range; labels are checked on
+                CPUs, and on GPUs if the environment has TAL_FAST_DEBUG=1.
+            TypeError: If labels are not int64, or logits or features are not floating point.
         """
-        if self._takes_one_call(logits):
-            loss, stats = self._in_one_call(backends.NATIVE.step, logits, features, labels, warmup, push)
-            return (loss, stats) if return_stats else loss
-        loss, _, stats = self._in_parts(logits, features, labels, warmup, push, direct=False)
+        if self._runs_in_one_call(logits):
+            loss, stats = self._in_one_call(cpp.step, logits, features, labels, warmup, push)
+        else:
+            result = self._in_parts(logits, features, labels, warmup, push, direct=False)
+            loss, stats = result.loss, result.stats
         return (loss, stats) if return_stats else loss
 
     def loss_and_gradient(
         self, logits: Tensor, features: Tensor, labels: Tensor, *, warmup: bool = False, push: bool = True
     ) -> tuple[Tensor, Tensor, TALStats]:
-        """The mean loss of a batch and its gradient by the logits, for loops that do not differentiate the loss itself.
+        """Mean loss of a batch and its gradient with respect to the logits, without autograd.
 
-        The kernels compute both at once, and nothing of this goes through autograd; ``logits.backward(gradient)`` goes
-        on through the network, with the gradients of ``forward`` and ``loss.backward()``. Forward hooks of this module
-        are not called. In a part that activation checkpointing computes twice use ``forward``, which pushes once. Under
-        ``torch.compile`` it is part of the graph, except in plain PyTorch, which leaves it.
+        ``logits.backward(gradient)`` continues through the network; the gradients are those of ``forward`` and
+        ``loss.backward()``. Forward hooks of this module are not called. Use ``forward``, which pushes once, in parts
+        that activation checkpointing computes twice. Under ``torch.compile`` this is part of the graph, except in
+        plain PyTorch, which breaks it.
 
         Args:
-            logits, features, labels, warmup, push: as in ``forward``; no gradient is recorded.
+            logits, features, labels, warmup, push: As in ``forward``; no gradient is recorded.
 
         Returns:
-            The loss, a scalar without a graph; its gradient (B, C), in the logits' dtype and with ``inplace`` in their
-            memory; the per-sample ``TALStats``. Of float16 logits the gradient is float32: multiply it by a gradient
-            scaler's factor before ``backward`` casts it (``scaler.scale(gradient)``).
+            loss: Scalar without a graph.
+            gradient: (B, C) in the logits' dtype, and in their memory with ``inplace``; float32 for float16 logits, to
+                be multiplied by a gradient scaler's factor before ``backward`` casts it (``scaler.scale(gradient)``).
+            stats: ``TALStats`` with (B,) fields.
 
         Raises:
-            ValueError, TypeError: as ``forward``.
-            RuntimeError: in plain PyTorch in inference mode, where autograd cannot compute it.
+            ValueError, TypeError: As in ``forward``.
+            RuntimeError: In plain PyTorch in inference mode, which switches autograd off.
         """
-        if self._takes_one_call(logits):
-            return self._in_one_call(backends.NATIVE.step_with_gradient, logits, features, labels, warmup, push)
-        loss, gradient, stats = self._in_parts(logits, features, labels, warmup, push, direct=True)
-        assert gradient is not None
-        return loss, gradient, stats
+        if self._runs_in_one_call(logits):
+            return self._in_one_call(cpp.step_with_gradient, logits, features, labels, warmup, push)
+        result = self._in_parts(logits, features, labels, warmup, push, direct=True)
+        assert result.gradient is not None
+        return result.loss, result.gradient, result.stats
 
-    def _is_spread(self) -> bool:
-        return self.queue_scope == "global" and distributed.is_distributed(self.process_group)
+    def _acts_as_one(self) -> bool:
+        """Whether several ranks act as one with the whole batch."""
+        return self.queue_scope == "global" and collectives.is_distributed(self.process_group)
 
-    def _takes_one_call(self, logits: Tensor) -> bool:
+    def _runs_in_one_call(self, logits: Tensor) -> bool:
         return (
-            not self._is_spread() and self.class_group is None and backends.has_step(self.backend, logits, self.options)
+            not self._acts_as_one()
+            and self.class_group is None
+            and dispatch.runs_in_one_call(self.backend, logits, self.options)
         )
 
     def _in_one_call(
         self, step: Callable[..., Result], logits: Tensor, features: Tensor, labels: Tensor, warmup: bool, push: bool
     ) -> Result:
-        queue: FeatureQueue = self._modules["queue"]  # type: ignore[assignment]  # self.queue asks Python code
-        queue.settle()
+        """Step in one call of the C++ extension, whose work in small batches is as short as a few Python calls."""
+        queue: FeatureQueue = self._modules["queue"]  # type: ignore[assignment]  # self.queue runs Python code
+        queue.flush()
         try:
-            return step(logits, features, labels, queue, self.options, warmup, push and self.training)
+            return step(logits, features, labels, queue.ring, self.options, warmup, push and self.training)
         except Exception:
             try:
                 self._check(logits, features, labels)
@@ -212,95 +221,31 @@ class TALLoss(nn.Module):
 
     def _in_parts(
         self, logits: Tensor, features: Tensor, labels: Tensor, warmup: bool, push: bool, *, direct: bool
-    ) -> tuple[Tensor, Tensor | None, TALStats]:
-        """The same from the backend's parts: -> loss, the gradient if ``direct``, statistics."""
+    ) -> StepResult:
+        """Step from the backend's parts; ``direct`` as in ``step_in_parts``."""
         self._check(logits, features, labels)
-        self.queue.settle()
-        options, spread = self.options, self._is_spread()
-        backend = backends.for_loss(self.backend, logits.device)
-        with torch.no_grad():
-            mean, std, distance, batch = backend.statistics_distance(features, labels, self.queue, options.ignore_index)
-        gradient: Tensor | None = None
-        if self.class_group is not None:
-            need_grad = direct or backends.wants_gradient(logits)
-            loss, gradient, stats = sharded.loss_and_gradient(
-                logits, labels, distance, options, warmup, self.class_group,
-                rows_group=self.process_group if spread else None, backend=backend.name,
-                check_labels=labels_are_checked(labels), need_grad=need_grad,
-            )  # fmt: skip
-            if not direct:
-                loss = backends.attach_gradient(logits, loss, gradient, need_grad)
-        else:
-            with torch.no_grad():
-                if spread or (options.variant == "released" and batch is not None):
-                    batch = backend.summary(logits, labels, distance, batch, self.queue, options)
-                if spread:
-                    assert batch is not None
-                    batch = distributed.combine_summaries(batch, self.process_group)
-            arguments = (logits, labels, distance, batch, self.queue, options, warmup)
-            if direct:
-                loss, gradient, stats = backend.loss_and_gradient(*arguments)
-            else:
-                loss, stats = backend.loss(*arguments)
-
+        self.queue.flush()
+        ring, group = self.queue.ring, self.process_group
+        backend = dispatch.for_loss(self.backend, logits.device)
+        combine = partial(collectives.combine_summaries, group=group) if self._acts_as_one() else None
+        result = step_in_parts(
+            logits, features, labels, ring, self.options,
+            backend=backend, warmup=warmup, class_group=self.class_group, combine=combine, direct=direct,
+        )  # fmt: skip
         if push and self.training:
             with torch.no_grad():
-                accepted = stats.accepted
-                if not spread:
-                    backend.push(self.queue, mean, std, accepted)
-                else:  # nothing needs the entries before the next step: they travel during backward
-                    entries = distributed.EntriesOfAll(mean, std, accepted, self.process_group)
-                    self.queue.push_later(lambda: backend.push(self.queue, *entries.wait()))
-        return loss, gradient, stats
+                rows = result.mean, result.std, result.stats.accepted
+                if combine is None:
+                    backend.push(ring, *rows)
+                else:  # the entries travel during the backward pass, since only the next step needs them
+                    entries = collectives.EntryGather(*rows, group)
+                    self.queue.push_later(lambda: backend.push(ring, *entries.wait()))
+        return result
 
     def _check(self, logits: Tensor, features: Tensor, labels: Tensor) -> None:
-        check_inputs(logits, features, labels, self.options.ignore_index, in_columns=self.class_group is not None)
+        check_inputs(logits, features, labels, self.options.ignore_index, class_sharded=self.class_group is not None)
         if self.queue.device != logits.device:
             raise ValueError(
                 f"the queue is on {self.queue.device} but the logits are on {logits.device}; "
                 f"move the loss with .to({str(logits.device)!r})"
             )
-
-
-def check_inputs(logits: Tensor, features: Tensor, labels: Tensor, ignore_index: int, in_columns: bool = False) -> None:
-    """Refuse what no backend could compute, before anything is computed or pushed; see ``TALLoss.forward``.
-
-    ``in_columns``: the logits are some columns of rows whose width only all ranks know together, so that the labels'
-    range is not checked here.
-    """
-    if logits.dim() != 2 or (logits.shape[1] < 1 and not in_columns):
-        raise ValueError(f"logits are {tuple(logits.shape)} but must be (B, C) with C >= 1")
-    if features.dim() != 2 or features.shape[0] != logits.shape[0]:
-        raise ValueError(
-            f"features are {tuple(features.shape)} but must be (B, D) with B = {logits.shape[0]} as the logits"
-        )
-    if features.shape[1] < 2:
-        raise ValueError(
-            f"features have {features.shape[1]} dimension but need at least 2 for a standard deviation; "
-            "pass the input of the last Linear layer"
-        )
-    if labels.shape != logits.shape[:1]:
-        raise ValueError(f"labels are {tuple(labels.shape)} but must be ({logits.shape[0]},) as the logits")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels are {labels.dtype} but must be torch.int64 class indices; use labels.long()")
-    for name, tensor in (("logits", logits), ("features", features)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} are {tensor.dtype} but must be floating point")
-    if not (logits.device == features.device == labels.device):
-        raise ValueError(
-            f"logits are on {logits.device}, features on {features.device} and labels on {labels.device}; "
-            "move them to one device"
-        )
-    if not in_columns and labels.numel() and labels_are_checked(labels):
-        outside = (labels != ignore_index) & ((labels < 0) | (labels >= logits.shape[1]))
-        if outside.any():
-            row = int(outside.nonzero()[0])
-            raise ValueError(
-                f"label {int(labels[row])} in row {row} is outside [0, {logits.shape[1]}); "
-                f"give it a class or ignore_index = {ignore_index}"
-            )
-
-
-def labels_are_checked(labels: Tensor) -> bool:
-    """Whether to look at the labels' values: not where that waits for a GPU, nor while compiling."""
-    return not torch.compiler.is_compiling() and (labels.device.type == "cpu" or CHECK_LABELS_ON_GPU)

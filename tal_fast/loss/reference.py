@@ -1,72 +1,102 @@
-"""Typicalness-Aware Learning (TAL) in plain PyTorch: the definition every fast path is tested against.
+"""Definition of Typicalness-Aware Learning (TAL) in plain PyTorch, which every faster backend is tested against.
 
-Liu et al., "Typicalness-Aware Learning for Failure Detection", NeurIPS 2024. The text below follows one training
-step of the paper from top to bottom; ``tal_loss`` is the loss, the other functions are its parts. Everything runs
-on any device, without reading a value back to the host, in float32 for half-precision and float32 inputs and in
-float64 for float64 inputs.
+Liu et al., "Typicalness-Aware Learning for Failure Detection", NeurIPS 2024. A training step, for the logits z, the
+features f and the labels y of a batch, and the queue's entries (m_j, s_j):
 
-Two variants exist because the paper and its released code differ:
+=====================  ============================================================  ========================
+Feature statistics     m = mean(f), s = std(f)                                       ``feature_statistics``
+Distance to the queue  d = min_j √((m - m_j)² + (s - s_j)²)                          ``nearest_distance``
+Cosine confidence      cos = max(z) / (‖z‖ + 1e-7)                                   ``_classified``
+Correct                argmax(z) = y                                                 ``_classified``
+Accepted               correct and cos > confidence_threshold                        ``_classified``
+Typicalness            τ = 1 - (d - d_min) / (d_max - d_min + 1e-8)                  ``sample_terms``
+Temperature            T = t_min + (1 - τ)(t_max - t_min); t_wrong if misclassified  ``sample_terms``
+Weight                 w = τ if correct, 1 if misclassified                          ``sample_terms``
+Direction loss         L_dir = CE(T z / (‖z‖ + 1e-7), y)                             ``tal_loss``
+Magnitude loss         L_ce = CE(z, y)                                               ``tal_loss``
+Loss                   mean of w L_dir + (1 - w) L_ce over the batch                 ``tal_loss``
+Queue update           append (m, s) of the accepted samples, drop the oldest        ``push``
+=====================  ============================================================  ========================
+
+d_min and d_max are those of the batch. Two variants exist because the paper and its released code differ:
 
 ``paper``
-    mean over the batch of ``w L_dir + (1 - w) L_ce``, each sample with its own weight.
+    The loss above: each sample has its own weight.
 ``released``
-    ``w_mean mean(L_dir) + (1 - w_mean) mean(L_ce)``, and the typicalness counts only while some sample of the batch
-    is not accepted.
+    The loss is mean(w) mean(L_dir) + (1 - mean(w)) mean(L_ce), and τ = 1 if all samples of the batch are accepted.
+
+Everything runs on any device without reading a value back to the host, in float64 for float64 logits and in float32
+for all others.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NORM_EPS = 1e-7
-"""Added to the logits' norm, as in the released code."""
+from tal_fast.loss.options import LossOptions
+from tal_fast.scores.logits import NORM_EPS  # added to ‖z‖, as in the released code
 
 RANGE_EPS = 1e-8
-"""Added to the batch's range of distances, as in the released code."""
+"""Added to the range of the batch's distances, as in the released code."""
 
 _CHUNK = 1 << 16
-"""Queue entries compared at a time: keeps the (B, chunk) temporaries of ``nearest_distance`` near 16 MB at B = 64."""
+"""Number of queue entries compared at a time: a (B, chunk) float32 temporary has 16 MB at B = 64."""
 
 
 class TALStats(NamedTuple):
-    """What TAL computed for each sample of a batch; every field has shape (B,) and carries no gradient.
+    """Per-sample statistics of a TAL step; each field has shape (B,) and carries no gradient.
 
     Attributes:
-        distance: distance to the nearest queue entry; inf when the queue is empty, not finite when the features'
-            statistics are not.
-        typicalness: τ in [0, 1]; 1 while typicalness is not active and for ignored rows.
-        weight: share of the direction loss, 1 for wrong samples, τ for right ones, 0 for ignored rows.
-        temperature: what the normalised logits are multiplied by.
-        right: bool, the prediction equals the label.
-        accepted: bool, right, confident enough, and with finite logits: the rows whose statistics are pushed.
+        distance: Distance to the nearest queue entry; inf if the queue is empty, not finite if the features are not.
+        typicalness: τ in [0, 1]; 1 during warm-up, with an empty queue, and for ignored rows.
+        weight: Weight of the direction loss: τ for correct samples, 1 for misclassified ones, 0 for ignored rows.
+        temperature: Factor of the unit-length logits.
+        correct: bool, whether the prediction equals the label.
+        accepted: bool, whether the sample enters the queue: correct, confident enough, and with finite logits.
     """
 
     distance: Tensor
     typicalness: Tensor
     weight: Tensor
     temperature: Tensor
-    right: Tensor
+    correct: Tensor
     accepted: Tensor
+
+    @property
+    def right(self) -> Tensor:
+        """Deprecated alias of ``correct``."""
+        warnings.warn("TALStats.right is now TALStats.correct, and will be removed", DeprecationWarning, stacklevel=2)
+        return self.correct
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
-    """float64 for float64 tensors, float32 for everything else."""
+    """float64 for float64 logits, float32 for all others."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def feature_statistics(features: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation of each sample's features (paper, section 3.1).
 
+    They are computed in float64 (float32 on devices without float64) and rounded once.
+
     Args:
         features: (B, D) floating point, D >= 2.
-        dtype: of the result; by default float64 for float64 features and float32 for all others.
+        dtype: dtype of the results; by default float64 for float64 features and float32 for all others.
 
     Returns:
-        ``(mean, std)``, each (B,), computed in float64 (float32 where the device has no float64) and rounded once.
+        mean: (B,).
+        std: (B,).
+
+    Examples:
+        >>> import torch
+        >>> from tal_fast.functional import feature_statistics
+        >>> feature_statistics(torch.tensor([[0.0, 1.0, 2.0], [5.0, 5.0, 5.0]]))
+        (tensor([1., 5.]), tensor([1., 0.]))
     """
     wide = features.detach().to(torch.float32 if features.device.type == "mps" else torch.float64)
     dtype = dtype or compute_dtype(features)
@@ -83,10 +113,17 @@ def nearest_distance(
     Args:
         mean, std: (B,) statistics of the samples.
         queue_mean, queue_std: (N,) statistics in the queue, in any order.
-        length: int64 scalar tensor; only the first ``length`` entries belong to the queue. All of them by default.
+        length: int64 scalar tensor; only the first ``length`` entries count. All of them by default.
 
     Returns:
         (B,) ``min_j sqrt((m - m_j)² + (s - s_j)²)``; inf for an empty queue.
+
+    Examples:
+        >>> import torch
+        >>> from tal_fast.functional import nearest_distance
+        >>> queue_mean, queue_std = torch.tensor([0.0, 4.0]), torch.tensor([0.0, 0.0])
+        >>> nearest_distance(torch.tensor([1.0, 4.0]), torch.tensor([0.0, 3.0]), queue_mean, queue_std)
+        tensor([1., 3.])
     """
     best = torch.full_like(mean, torch.inf)
     for start in range(0, queue_mean.numel(), _CHUNK):
@@ -107,27 +144,26 @@ def batch_summary(
     confidence_threshold: float = 0.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """The six numbers of a batch that its samples' losses depend on.
+    """Six numbers of a batch that the loss of each of its samples depends on.
 
-    They add up over the ranks of a distributed run (minimum, maximum, then sums), which is why the mean weight of
-    variant ``released`` is carried as sums: τ is affine in the distance, so Σ τ follows from Σ d.
+    Those of several ranks combine to those of the whole batch by a minimum, a maximum and sums. The mean weight of
+    variant ``released`` is therefore carried as sums: τ is affine in the distance, so Σ τ follows from Σ d.
 
     Returns:
-        (6,) float64: smallest and largest finite distance (inf and -inf when there is none), number of valid rows,
-        of accepted rows, of rows whose weight is 1 whatever the distances (wrong, or without a finite distance), and
-        the sum of the other valid rows' distances.
+        (6,) float64: the smallest and the largest finite distance (inf and -inf if there is none); the number of
+        valid rows, of accepted rows, and of rows with a weight of 1 whatever the distances (misclassified, or without
+        a finite distance); and the sum of the other valid rows' distances.
     """
     z, valid = _valid_rows(logits, labels, ignore_index)
-    right, accepted = _right_and_accepted(z, labels, valid, confidence_threshold)
-    return summary_of(distance, valid, right, accepted)
+    correct, accepted = _classified(z, labels, valid, confidence_threshold)
+    return summarize(distance, valid, correct, accepted)
 
 
-def summary_of(distance: Tensor, valid: Tensor, right: Tensor, accepted: Tensor) -> Tensor:
-    """``batch_summary`` from what it needs to know of each row, all (B,): distance, and whether the row is valid,
-    right and accepted."""
+def summarize(distance: Tensor, valid: Tensor, correct: Tensor, accepted: Tensor) -> Tensor:
+    """``batch_summary`` from each row's distance and flags, all (B,)."""
     d = distance.double()
     measured = valid & d.isfinite()
-    weighted = measured & right
+    weighted = measured & correct
     return torch.stack([
         _min(d, measured),
         _max(d, measured),
@@ -142,100 +178,80 @@ def tal_loss(
     logits: Tensor,
     labels: Tensor,
     distance: Tensor,
+    options: LossOptions | None = None,
     *,
-    variant: str = "paper",
-    t_min: float = 10.0,
-    t_max: float = 100.0,
-    t_wrong: float | None = 20.0,
-    confidence_threshold: float = 0.0,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
     warmup: bool = False,
-    batch: Tensor | None = None,
+    summary: Tensor | None = None,
 ) -> tuple[Tensor, TALStats]:
-    """The TAL loss of a batch, given each sample's distance to the queue (paper, equations 2 to 6).
+    """TAL loss of a batch, given each sample's distance to the queue (paper, equations 2 to 6).
 
     Args:
-        logits: (B, C) floating point; the only input through which a gradient flows.
-        labels: (B,) int64 in [0, C), or ``ignore_index``.
-        distance: (B,) from ``nearest_distance``; inf where the queue is empty.
-        variant: ``"paper"`` or ``"released"``.
-        t_min, t_max: temperature of the most and of the least typical sample.
-        t_wrong: temperature of misclassified samples; None leaves them the temperature of their typicalness.
-        confidence_threshold: a right sample is accepted when its cosine confidence exceeds this.
-        ignore_index: rows with this label have no loss, no gradient and no part in any mean or minimum.
-        label_smoothing: ε in [0, 1], applied to both cross-entropies.
-        warmup: typicalness is 1 for every sample.
-        batch: ``batch_summary`` of a larger batch that this one is a part of, each sum divided by the number of
-            parts. By default this batch stands alone.
+        logits: (B, C) floating point; the only input with a gradient.
+        labels: (B,) int64 in [0, C), or ``options.ignore_index``.
+        distance: (B,) from ``nearest_distance``; inf if the queue is empty.
+        options: Options of the loss; the defaults if None. ``inplace`` has no effect here.
+        warmup: Whether the typicalness of every sample is 1.
+        summary: ``batch_summary`` of a larger batch that this one is a part of, each sum divided by the number of
+            parts; that of this batch by default.
 
     Returns:
-        The loss, a scalar in float32 (float64 for float64 logits), and the per-sample ``TALStats``.
+        loss: Scalar in float32 (float64 for float64 logits).
+        stats: Per-sample ``TALStats``.
     """
-    z, valid = _valid_rows(logits, labels, ignore_index)
-    right, accepted = _right_and_accepted(z, labels, valid, confidence_threshold)
+    options = LossOptions() if options is None else options
+    z, valid = _valid_rows(logits, labels, options.ignore_index)
+    correct, accepted = _classified(z, labels, valid, options.confidence_threshold)
 
     typicalness, weight, temperature = sample_terms(
-        distance.detach().to(z.dtype), valid, right, accepted,
-        variant=variant, t_min=t_min, t_max=t_max, t_wrong=t_wrong, warmup=warmup, batch=batch,
-    )  # fmt: skip
+        distance.detach().to(z.dtype), valid, correct, accepted, options, warmup, summary
+    )
 
     # Direction loss on the unit-length logits, magnitude loss on the logits as they are (equations 2 and 6).
     u = z / (torch.linalg.vector_norm(z, dim=1, keepdim=True) + NORM_EPS)
     target = labels.masked_fill(~valid, 0)
-    l_dir = F.cross_entropy(temperature[:, None] * u, target, reduction="none", label_smoothing=label_smoothing)
-    l_ce = F.cross_entropy(z, target, reduction="none", label_smoothing=label_smoothing)
-    if variant == "released":
-        w_bar = mean_weight(weight, valid, batch, warmup)
+    smoothing = options.label_smoothing
+    l_dir = F.cross_entropy(temperature[:, None] * u, target, reduction="none", label_smoothing=smoothing)
+    l_ce = F.cross_entropy(z, target, reduction="none", label_smoothing=smoothing)
+    if options.variant == "released":
+        w_bar = mean_weight(weight, valid, summary, warmup)
         per_sample = w_bar * l_dir + (1 - w_bar) * l_ce
     else:
         per_sample = weight * l_dir + (1 - weight) * l_ce
-    count = valid.sum().to(z.dtype) if batch is None else batch[2].to(z.dtype)
+    count = valid.sum().to(z.dtype) if summary is None else summary[2].to(z.dtype)
     loss = torch.where(valid, per_sample, 0.0).sum() / torch.where(count > 0, count, 1.0)
-    return loss, TALStats(distance.detach(), typicalness, weight, temperature, right, accepted)
+    return loss, TALStats(distance.detach(), typicalness, weight, temperature, correct, accepted)
 
 
 def sample_terms(
-    distance: Tensor,
-    valid: Tensor,
-    right: Tensor,
-    accepted: Tensor,
-    *,
-    variant: str,
-    t_min: float,
-    t_max: float,
-    t_wrong: float | None,
-    warmup: bool,
-    batch: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Typicalness, weight and temperature of each row from its distance and its three flags; all (B,), the results in
-    the distance's dtype. ``batch`` as in ``tal_loss``."""
-    # Typicalness (equation 3): distances rescaled to [0, 1] within the batch, 1 for the nearest.
+    distance: Tensor, valid: Tensor, correct: Tensor, accepted: Tensor, options: LossOptions, warmup: bool,
+    summary: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Typicalness, weight and temperature of each row, all (B,) in the distance's dtype (paper, equations 3 to 5)."""
+    # Typicalness: distances rescaled to [0, 1] within the batch, 1 for the nearest.
     d = distance
     measured = valid & d.isfinite()
-    d_min, d_max = (_min(d, measured), _max(d, measured)) if batch is None else batch[:2].to(d.dtype)
+    d_min, d_max = (_min(d, measured), _max(d, measured)) if summary is None else summary[:2].to(d.dtype)
     typicalness = torch.where(measured, 1 - (d - d_min) / (d_max - d_min + RANGE_EPS), 1.0)
     if warmup:
         typicalness = torch.ones_like(d)
-    elif variant == "released":
-        all_accepted = (accepted | ~valid).all() if batch is None else batch[3] == batch[2]
+    elif options.variant == "released":
+        all_accepted = (accepted | ~valid).all() if summary is None else summary[3] == summary[2]
         typicalness = torch.where(all_accepted, 1.0, typicalness)
 
-    # Temperature and weight (equations 4 and 5).
-    temperature = t_min + (1 - typicalness) * (t_max - t_min)
-    if t_wrong is not None:
-        temperature = torch.where(right | ~valid, temperature, t_wrong)
-    weight = torch.where(right, typicalness, 1.0).masked_fill(~valid, 0.0)
+    temperature = options.t_min + (1 - typicalness) * (options.t_max - options.t_min)
+    if options.t_wrong is not None:
+        temperature = torch.where(correct | ~valid, temperature, options.t_wrong)
+    weight = torch.where(correct, typicalness, 1.0).masked_fill(~valid, 0.0)
     return typicalness, weight, temperature
 
 
-def mean_weight(weight: Tensor, valid: Tensor, batch: Tensor | None, warmup: bool) -> Tensor:
-    """Mean weight of the batch: the plain mean, or the same number from the sums of a larger batch."""
-    if batch is None:
+def mean_weight(weight: Tensor, valid: Tensor, summary: Tensor | None, warmup: bool) -> Tensor:
+    """Mean weight of the batch, or of the larger batch that ``summary`` describes."""
+    if summary is None:
         return weight.sum() / valid.sum().clamp(min=1)
-    d_min, d_max, n_valid, n_accepted, n_one, sum_distance = batch.double()
+    d_min, d_max, n_valid, n_accepted, n_one, sum_distance = summary.double()
     n_weighted = n_valid - n_one
-    # No weighted row at all leaves d_min infinite; 0 * inf would make the sum NaN.
+    # Without any weighted row d_min is infinite, and 0 * inf would make the sum NaN.
     nearest = torch.where(n_weighted > 0, d_min, 0.0)
     spread = torch.where(n_weighted > 0, d_max - d_min, 0.0) + RANGE_EPS
     w_bar = (n_one + n_weighted - (sum_distance - n_weighted * nearest) / spread) / n_valid
@@ -246,16 +262,16 @@ def mean_weight(weight: Tensor, valid: Tensor, batch: Tensor | None, warmup: boo
 def push(
     queue_mean: Tensor, queue_std: Tensor, mean: Tensor, std: Tensor, accepted: Tensor, capacity: int
 ) -> tuple[Tensor, Tensor]:
-    """The queue after a step: accepted samples with finite statistics appended in batch order, oldest dropped.
+    """Queue after a step: accepted samples with finite statistics are appended in batch order, the oldest dropped.
 
     Args:
-        queue_mean, queue_std: (n,) contents so far, oldest first.
+        queue_mean, queue_std: (n,) entries, oldest first.
         mean, std: (B,) statistics of the batch.
         accepted: (B,) bool.
-        capacity: most entries kept.
+        capacity: Largest number of entries.
 
     Returns:
-        New ``(queue_mean, queue_std)``, oldest first, at most ``capacity`` long.
+        queue_mean, queue_std: New tensors, oldest entry first, of at most ``capacity`` entries.
     """
     keep = accepted & mean.isfinite() & std.isfinite()
     return torch.cat([queue_mean, mean[keep]])[-capacity:], torch.cat([queue_std, std[keep]])[-capacity:]
@@ -267,16 +283,17 @@ def _valid_rows(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tens
     return torch.where(valid[:, None], logits.to(compute_dtype(logits)), 0.0), valid
 
 
-def _right_and_accepted(z: Tensor, labels: Tensor, valid: Tensor, confidence_threshold: float) -> tuple[Tensor, Tensor]:
+def _classified(z: Tensor, labels: Tensor, valid: Tensor, confidence_threshold: float) -> tuple[Tensor, Tensor]:
+    """Whether each row is correct, and whether it is accepted, both (B,) bool."""
     z = z.detach()
     largest, prediction = z.max(dim=1)  # the first one on ties
     cosine = largest / (torch.linalg.vector_norm(z, dim=1) + NORM_EPS)
-    right = valid & (prediction == labels)
-    return right, right & (cosine > confidence_threshold) & z.isfinite().all(dim=1)
+    correct = valid & (prediction == labels)
+    return correct, correct & (cosine > confidence_threshold) & z.isfinite().all(dim=1)
 
 
 def _min(x: Tensor, mask: Tensor) -> Tensor:
-    """Smallest x where the mask holds; inf when it holds nowhere, an empty x included."""
+    """Smallest x where the mask holds; inf if it holds nowhere, even for an empty x."""
     return torch.cat([x.masked_fill(~mask, torch.inf), x.new_full((1,), torch.inf)]).amin()
 
 

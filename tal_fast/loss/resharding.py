@@ -1,9 +1,8 @@
-"""The queues of a run that goes on with another number of ranks.
+"""Redistribution of the ranks' queues when a run resumes with another number of ranks.
 
-The rule: the old ranks' entries are put in one line by age, the newest of each rank last and entries of the same age
-in rank order, and dealt out to the new ranks in turn. So no entry is lost or doubled except beyond a queue's capacity,
-where the oldest leave, and going from k ranks to 2k and back gives the same queues. With ``queue_scope="global"`` all
-ranks hold the same queue, and still do.
+The old ranks' entries are sorted by age, those of the same age in rank order, and dealt out to the new ranks in turn.
+No entry is lost or doubled, except that the oldest leave where a queue is full; going from k ranks to 2k and back gives
+the same queues. With ``queue_scope="global"`` all ranks hold the same queue, and still do.
 """
 
 from __future__ import annotations
@@ -12,19 +11,20 @@ from typing import Any
 
 import torch
 
-from tal_fast.loss.queue import newest_entries
+from tal_fast.loss.ring import newest_entries
 
 
 def reshard(states: list[dict[str, Any]], rank: int, world_size: int, shared: bool) -> dict[str, Any]:
-    """The queue of one of the new ranks.
+    """Queue of one of the new ranks.
 
     Args:
-        states: the old ranks' ``FeatureQueue.state_dict()``, in rank order; their capacities agree.
-        rank, world_size: the new rank and the number of new ranks.
-        shared: all old queues are the same one, and the new ones shall be.
+        states: ``FeatureQueue.state_dict()`` of the old ranks, in rank order; their capacities agree.
+        rank: New rank.
+        world_size: Number of new ranks.
+        shared: Whether all ranks hold the same queue.
 
     Returns:
-        A state for ``FeatureQueue.load_state_dict``.
+        State for ``FeatureQueue.load_state_dict``.
     """
     if shared:
         return states[0]
@@ -32,10 +32,10 @@ def reshard(states: list[dict[str, Any]], rank: int, world_size: int, shared: bo
     keys = ("mean", "std", "cursor")
     entries = [torch.stack(newest_entries(*(state[key].cpu() for key in keys))) for state in states]  # (2, n) each
     age = torch.cat([torch.arange(e.shape[1] - 1, -1, -1) for e in entries])
-    line = torch.cat(entries, dim=1)[:, torch.argsort(-age, stable=True)]
-    # Counted from the newest, so that what a rank holds of it does not depend on how far back the line goes.
-    own = line.flip(1)[:, world_size - 1 - rank :: world_size].flip(1)[:, -capacity:]
-    length = own.shape[1]
-    rings = torch.zeros(2, capacity, dtype=line.dtype)
-    rings[:, :length] = own
+    by_age = torch.cat(entries, dim=1)[:, torch.argsort(-age, stable=True)]  # oldest first
+    # Dealt from the newest, so that a rank's newest entries do not depend on the number of old ones.
+    kept = by_age.flip(1)[:, world_size - 1 - rank :: world_size].flip(1)[:, -capacity:]
+    length = kept.shape[1]
+    rings = torch.zeros(2, capacity, dtype=by_age.dtype)
+    rings[:, :length] = kept
     return {"mean": rings[0], "std": rings[1], "cursor": torch.tensor([length % capacity, length])}

@@ -1,17 +1,18 @@
-"""What a run trains with: a module for each method, found by its name (``fmfp-tal`` is in ``fmfp_tal.py``)."""
+"""Training methods: one module each, found by its name (``fmfp-tal`` is in ``fmfp_tal.py``)."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
-from tal_fast.config.schema import MethodConfig, method_names
+from tal_fast.config.methods import method_names
+from tal_fast.config.schema import MethodConfig
 from tal_fast.methods.base import Method, Step, Task
 
 __all__ = ["Method", "Step", "Task", "build_method", "method_class", "method_names"]
 
 
 def method_class(name: str) -> type[Method]:
-    """The class of a method: the one in its module that has its name.
+    """Class of a method: the one in its module with that ``name``.
 
     Raises:
         ValueError: there is no such method.
@@ -19,14 +20,14 @@ def method_class(name: str) -> type[Method]:
     if name not in method_names():
         raise ValueError(f"no method {name!r}; there are {', '.join(method_names())}")
     module = import_module(f"{__name__}.{name.replace('-', '_')}")
-    for thing in vars(module).values():
-        if isinstance(thing, type) and issubclass(thing, Method) and getattr(thing, "name", None) == name:
-            return thing
+    for member in vars(module).values():
+        if isinstance(member, type) and issubclass(member, Method) and getattr(member, "name", None) == name:
+            return member
     raise AssertionError(f"{module.__file__} defines no Method with name = {name!r}")
 
 
 def build_method(config: MethodConfig, task: Task) -> Method:
-    """The method of a run.
+    """Build the method of a run.
 
     Raises:
         ValueError: an option outside its range.

@@ -1,4 +1,4 @@
-"""What a method is: (logits, features, labels) -> loss, and what else it adds to a training step."""
+"""Interface of training methods: (logits, features, labels) -> loss, and what else a method adds to a step."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tal_fast.config.schema import MethodConfig, read
+from tal_fast.config.methods import MethodOptions, read_options
+from tal_fast.config.schema import MethodConfig
 from tal_fast.scores.logits import NORM_EPS
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a method may have to know of the run it serves.
+    """Facts about a run that a method may need.
 
     Attributes:
-        epochs: of the whole run.
-        num_classes: of the data.
-        train_images: over all ranks.
-        learning_rate: the peak.
+        epochs: number of epochs of the whole run.
+        num_classes: number of classes of the data.
+        train_images: number of training images over all ranks.
+        learning_rate: peak learning rate.
     """
 
     epochs: int
@@ -31,12 +32,12 @@ class Task:
 
 
 class Step(NamedTuple):
-    """What a method makes of a batch.
+    """Result of a method for one batch.
 
     Attributes:
-        loss: scalar, to go backward from.
-        samples: name -> (B,) values of the batch's samples, on the device; epochs report their mean, and their
-            distribution where the method's ``ranges`` names them.
+        loss: scalar to backpropagate.
+        samples: name -> (B,) values of the batch's samples, on the device. Epochs report their means, and their
+            distributions if the method's ``ranges`` has the name.
     """
 
     loss: Tensor
@@ -44,39 +45,40 @@ class Step(NamedTuple):
 
 
 class Method(nn.Module):
-    """A loss with whatever state it keeps, which is each rank's own: not in buffers, which DDP would overwrite.
+    """Base class of training methods: a loss with its state.
 
-    Only ``name``, ``score`` and ``forward`` must be given; docs/adding-a-method.md shows how.
+    State is each rank's own and must not be in buffers, which DDP overwrites with the first rank's. Subclasses must
+    define ``name``, ``score`` and ``forward``; docs/adding-a-method.md has an example.
 
     Args:
-        config: the run's; ``config.options`` are read into ``Options``.
-        task: the rest of the run.
+        config: the method's part of the configuration; its ``options`` are converted to ``Options``.
+        task: facts about the run.
 
     Attributes:
-        name: as in the configuration: the module's, with hyphens.
-        score: the confidence score a model trained with it is judged by; a key of ``tal_fast.scores.SCORES``.
-        Options: a dataclass of the options of its own (``method.options``), with a default each.
-        reads: fields of ``MethodConfig`` that change what it computes; a grid over others is refused.
+        name: name in the configuration: the module's name, with hyphens.
+        score: confidence score that models trained with the method are judged by; a key of ``tal_fast.scores.SCORES``.
+        Options: dataclass of the method's options, with a default for each. Those of the built-in methods are in
+            ``tal_fast.config.methods``, for the help of the command line.
+        options: instance of ``Options``.
         sample_names: keys of ``Step.samples``.
-        ranges: of those, name -> (lowest, highest value) of the ones whose distribution is of interest.
-        extra_classes: logits that the network has in training beyond the data's classes; validation and evaluation do
-            without them.
-        outliers: what ``tal_fast.data.ood.ood_set`` takes: images of no class, a batch of which
-            ``inputs`` is given at each step; None: none.
-        radius: ρ of sharpness-aware minimisation (``tal_fast.training.sam``); None: plain steps.
-        averages_from: share of the epochs after which the weights are averaged epoch by epoch
+        ranges: name -> (lowest, highest value) of those whose distribution is reported.
+        extra_classes: number of the network's logits beyond the data's classes in training; validation and evaluation
+            leave them out.
+        outliers: description of a set of outliers, as ``tal_fast.data.ood.ood_set`` takes it; each step passes a batch
+            of it to ``inputs``. None: no outliers.
+        radius: radius ρ of sharpness-aware minimisation (``tal_fast.training.sam``); None: ordinary steps.
+        averages_from: share of the epochs after which weights are averaged once an epoch
             (``tal_fast.training.weight_averaging``); None: never.
-        ascends: set by the trainer while the gradient is that of sharpness-aware minimisation's ascent, which must not
-            change the method's state.
+        ascends: set by the trainer in the ascent step of sharpness-aware minimisation, which must not change the
+            method's state.
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an unknown option or a value of the wrong type.
     """
 
     name: ClassVar[str]
     score: ClassVar[str]
-    Options: ClassVar[type | None] = None
-    reads: ClassVar[frozenset[str]] = frozenset({"name", "label_smoothing", "options"})
+    Options: ClassVar[type] = MethodOptions
     sample_names: tuple[str, ...] = ()
     extra_classes: ClassVar[int] = 0
     outliers: str | None = None
@@ -89,60 +91,67 @@ class Method(nn.Module):
         self.label_smoothing = config.label_smoothing
         self.ranges: dict[str, tuple[float, float]] = {}
         self.ascends = False
-        if self.Options is None and config.options:
-            raise ValueError(
-                f"method.options has {next(iter(config.options))!r} but {self.name} has no options of its own"
-            )
-        self.options: Any = None if self.Options is None else read(self.Options, config.options, "method.options")
+        self.options: Any = read_options(self.name, self.Options, config.options)
 
     def start_epoch(self, epoch: int) -> None:
-        """Called before each epoch, which counts from 0, and when one is resumed."""
+        """Called before each epoch, which counts from 0, and when an epoch is resumed."""
 
     def finish_epoch(self) -> None:
-        """Called after each epoch on all ranks, which may speak to each other here."""
+        """Called after each epoch on all ranks, which may communicate here."""
 
     @property
     def phase(self) -> Hashable:
-        """What ``forward`` depends on besides its arguments and its state; a CUDA graph is captured anew for each."""
+        """State that changes what ``forward`` computes; a CUDA graph is captured for each value."""
         return None
 
     def learning_rate(self, rate: float, epoch: float) -> float:
-        """The learning rate of a step, from the scheduled one; ``epoch`` as for ``tal_fast.training.optim.learning_rate``."""
+        """Learning rate of a step.
+
+        Args:
+            rate: learning rate of the schedule.
+            epoch: position in the run, as for ``tal_fast.training.optim.learning_rate``.
+        """
         return rate
 
     def confidence(self, logits: Tensor) -> Tensor:
-        """The score the method is judged by, (B, C) logits -> (B,) float64, on the device of the logits."""
+        """Confidence by the method's score: (B, C) logits -> (B,) float64, on the same device."""
         return CONFIDENCES[self.score](logits.double())
 
     def inputs(self, images: Tensor, outliers: Tensor | None) -> Tensor:
-        """What the network sees of a batch, on the device.
+        """Images that the network sees in a training step.
 
         Args:
-            images: (B, C, H, W).
-            outliers: (B, C, H, W), if ``outliers`` names any.
+            images: (B, C, H, W), on the device.
+            outliers: (B, C, H, W) if the method's ``outliers`` is set, else None.
 
         Returns:
-            (B or more, C, H, W); the first B are the batch's own.
+            (B or more, C, H, W), of which the first B belong to the batch's labels.
         """
         return images
 
     def forward(self, logits: Tensor, features: Tensor, labels: Tensor, indices: Tensor) -> Step:
-        """The loss of a training batch; nothing here may wait for the device.
+        """Loss of a training batch; must not wait for the device.
 
         Args:
-            logits: (B, C + ``extra_classes``) floating point; more rows if ``inputs`` gave more images.
+            logits: (B, C + ``extra_classes``) floating point; more rows if ``inputs`` returned more images.
             features: (rows of the logits, D) floating point, the input of the last Linear layer.
-            labels: (B,) int64; ``tal_fast.data.loader.IGNORED_LABEL`` where there is no image to learn from.
-            indices: (B,) int64, places of the images among the training images.
+            labels: (B,) int64; ``tal_fast.data.loader.IGNORED_LABEL`` for rows without an image to learn from.
+            indices: (B,) int64, positions of the images among the training images.
         """
         raise NotImplementedError
 
     def epoch_metrics(self) -> dict[str, float]:
-        """What is worth a column at an epoch's end; may wait for the device."""
+        """Further columns of metrics.csv at the end of an epoch; may wait for the device."""
         return {}
 
     def reshard(self, states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
-        """This rank's state, made of those that another number of ranks had, for the start of an epoch."""
+        """State of a rank at the start of an epoch after the number of ranks has changed.
+
+        Args:
+            states: state dicts of all former ranks.
+            rank: this rank.
+            world_size: number of ranks now.
+        """
         return states[rank % len(states)]
 
 

@@ -10,11 +10,11 @@ from tal_fast.methods.base import Method, Step
 
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy in float32 over the rows that have a label; 0, not NaN, where none has.
+    """Mean cross-entropy in float32 over the rows that have a label; 0, not NaN, if no row has one.
 
     Args:
         logits: (B, C) floating point.
-        labels: (B,) int64, ``IGNORED_LABEL`` where there is no image to learn from.
+        labels: (B,) int64, ``IGNORED_LABEL`` for rows without an image to learn from.
         label_smoothing: in [0, 1).
     """
     total = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing, reduction="sum")
@@ -28,5 +28,4 @@ class CrossEntropy(Method):
     score = "msp"
 
     def forward(self, logits: Tensor, features: Tensor, labels: Tensor, indices: Tensor) -> Step:
-        """See ``Method``."""
         return Step(mean_cross_entropy(logits, labels, self.label_smoothing), {})

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tal_fast.config.methods import read_options
 from tal_fast.config.schema import Config
 from tal_fast.runs import checkpoint as checkpoints
 
@@ -34,7 +35,7 @@ MAY_DIFFER = {
     "data.max_unreadable",
     "model.compile",
     "model.channels_last",
-    "method.backend",
+    "method.options.backend",
     "method.options.outliers",
 }
 """Options a resumed run may have otherwise than before: where and how fast it runs, not what it computes."""
@@ -102,9 +103,8 @@ def _computed(config: Config) -> dict[str, Any]:
     from tal_fast.methods import method_class  # here, for it loads torch
 
     values = config.to_dict()
-    options = method_class(config.method.name).Options
-    if options is not None:
-        values["method"]["options"] = {**asdict(options()), **config.method.options}
+    name = config.method.name
+    values["method"]["options"] = asdict(read_options(name, method_class(name).Options, config.method.options))
     return _flat(values)
 
 

@@ -32,3 +32,8 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
         if stream is not None:
             stream.flush()
     os._exit(code or 0)
+
+
+def program_name(command: str) -> str:
+    """The words that started a command: ``tal-fast train`` or ``python -m tal_fast.train``."""
+    return sys.argv[0] if sys.argv[0].startswith("tal-fast ") else f"python -m tal_fast.{command.replace('-', '_')}"

@@ -1,4 +1,4 @@
-"""The benchmarks' own parts: the peers are right, the gates close, the reports say what was found."""
+"""Benchmark suite: peers against golden data, correctness gates, comparison and report."""
 
 from __future__ import annotations
 
@@ -47,10 +47,7 @@ def test_list_queue_matches_the_golden_trace() -> None:
         assert len(step.means) == int(t["queue_len"][i])
 
 
-# ---- Inputs, clocks, gates ------------------------------------------------------------------------------------------
-
-
-def test_features_are_renewed_in_place_and_lie_where_the_queue_does() -> None:
+def test_renewed_features_keep_their_memory_and_match_the_queue_in_distribution() -> None:
     fresh = FreshFeatures(4096, 256, torch.device("cpu"))
     features, before = fresh.features, fresh.features.mean(1)
     fresh.renew()
@@ -62,14 +59,14 @@ def test_features_are_renewed_in_place_and_lie_where_the_queue_does() -> None:
         assert abs(got.std() - want.std()) < 0.02
 
 
-def test_percentiles() -> None:
+def test_percentiles_are_in_milliseconds() -> None:
     assert harness.percentiles([x / 1e3 for x in range(11)]) == {
         "p20_ms": pytest.approx(2.0), "p50_ms": pytest.approx(5.0), "p80_ms": pytest.approx(8.0), "repeats": 11,
     }  # fmt: skip
 
 
-def test_ratio_follows_the_floor_through_a_change_of_load() -> None:
-    """Twice as slow a machine from the middle on: seconds double, the ratio does not move."""
+def test_ratio_to_floor_does_not_change_with_load() -> None:
+    """The machine is half as fast from the middle on: seconds double, the ratio stays."""
     load = np.repeat([1.0, 2.0], 10)
     seconds = (3.0 * np.repeat(load, harness.BLOCK)).tolist()
     floor = [[x] * harness.BLOCK for x in [*load, 2.0]]
@@ -84,7 +81,7 @@ def test_ratio_interval_widens_with_noise() -> None:
     assert 0.05 < ratio["ratio_high"] - ratio["ratio_low"] < 1.0
 
 
-def test_ratio_of_a_last_block_that_is_not_full() -> None:
+def test_ratio_of_an_incomplete_last_block() -> None:
     assert harness.ratio_to_floor([4.0] * 13, [[2.0]] * 3)["ratio"] == 2.0
 
 
@@ -100,7 +97,7 @@ def test_gate_refuses_a_wrong_loss_and_a_wrong_gradient() -> None:
 
 @pytest.mark.parametrize("layer", [False, True])
 @pytest.mark.parametrize("peer", [*bench_step.EAGER, *bench_step.DIRECT])
-def test_every_step_passes_its_gate_and_a_wrong_one_does_not(peer: str, layer: bool) -> None:
+def test_gate_accepts_each_step_and_refuses_a_wrong_one(peer: str, layer: bool) -> None:
     case = bench_step.Case(peer, 32, 10, 16, 500, layer=layer)
     device = torch.device("cpu")
     torch.manual_seed(0)
@@ -112,7 +109,7 @@ def test_every_step_passes_its_gate_and_a_wrong_one_does_not(peer: str, layer: b
 
 @pytest.mark.parametrize("peer", bench_queue.PEERS)
 def test_queue_peers_hold_the_same_window(peer: str) -> None:
-    """After more than a whole queue of pushes each still gives brute force's distances."""
+    """Distances equal brute force after more pushes than the queue holds."""
     if peer == "faiss_flat":
         pytest.importorskip("faiss")
     if peer == "ckdtree":
@@ -133,7 +130,7 @@ def test_queue_peers_hold_the_same_window(peer: str) -> None:
 
 
 @pytest.mark.parametrize("name", bench_queue.DISTRIBUTIONS)
-def test_distributions_are_what_they_are_called(name: str) -> None:
+def test_distributions_match_their_names(name: str) -> None:
     mean, std = bench_queue.Source(name)(10_000)
     assert mean.isfinite().all()
     assert std.isfinite().all()
@@ -143,15 +140,12 @@ def test_distributions_are_what_they_are_called(name: str) -> None:
     assert bool((std == mean / 2).all()) == (name in ("collinear", "equal"))
 
 
-# ---- Comparing and reporting ----------------------------------------------------------------------------------------
-
-
 def result(ratio: float, spread: float = 0.05, peer: str = "paper") -> dict[str, Any]:
     ratios = {"ratio": ratio, "ratio_low": ratio - spread, "ratio_high": ratio + spread}
     return {"failed": 0, "benchmarks": [{"name": f"it-{peer}", "peer": peer, **ratios}]}
 
 
-def test_compare_flags_what_is_slower_beyond_tolerance_and_noise() -> None:
+def test_compare_flags_ratios_beyond_tolerance_and_noise() -> None:
     def verdict(old: dict[str, Any], new: dict[str, Any]) -> tuple[bool, bool]:
         (change,) = compare.changes(old, new, 0.1)
         return change.slower, change.faster
@@ -163,7 +157,7 @@ def test_compare_flags_what_is_slower_beyond_tolerance_and_noise() -> None:
     assert compare.changes(result(2.0, peer="list_queue"), result(9.0, peer="list_queue"), 0.1) == []
 
 
-def test_compare_commands_exit_codes(tmp_path: Path) -> None:
+def test_compare_exit_codes(tmp_path: Path) -> None:
     def run(old: object, new: object) -> tuple[int, str]:
         for name, content in (("old", old), ("new", new)):
             (tmp_path / name).write_text(json.dumps(content))
@@ -182,7 +176,7 @@ def test_compare_commands_exit_codes(tmp_path: Path) -> None:
     assert run({"other": 1}, result(2.0))[0] == 2
 
 
-def test_compare_takes_the_file_of_the_same_vector_instructions(tmp_path: Path) -> None:
+def test_compare_selects_the_file_of_the_same_vector_instructions(tmp_path: Path) -> None:
     def run(vectors: str) -> tuple[int, str]:
         new = tmp_path / "new.json"
         new.write_text(json.dumps(result(3.0) | {"machine_info": {"vectors": vectors}}))
@@ -205,7 +199,7 @@ def cpu() -> report.Results:
 
 
 @pytest.mark.parametrize("page", report.PAGES, ids=lambda p: p.name)
-def test_pages_are_in_step_with_the_committed_results(page: Path, cpu: report.Results) -> None:
+def test_pages_match_the_committed_results(page: Path, cpu: report.Results) -> None:
     gpu_file = report.RESULTS / "gpu.json"
     gpu = json.loads(gpu_file.read_text()) if gpu_file.exists() else None
     text = page.read_text()
@@ -213,7 +207,7 @@ def test_pages_are_in_step_with_the_committed_results(page: Path, cpu: report.Re
     assert report.fill_in(text, cpu, gpu) == text
 
 
-def test_a_changed_figure_changes_the_page_and_a_second_run_changes_nothing(cpu: report.Results) -> None:
+def test_filling_in_a_page_follows_the_results_and_is_idempotent(cpu: report.Results) -> None:
     changed = copy.deepcopy(cpu)
     for row in changed.find("step", peer="list_queue"):
         row["p20_ms"] *= 2
@@ -223,7 +217,7 @@ def test_a_changed_figure_changes_the_page_and_a_second_run_changes_nothing(cpu:
     assert report.fill_in(once, changed, None) == once
 
 
-def test_gpu_table_shows_wins_losses_and_what_did_not_run(cpu: report.Results) -> None:
+def test_gpu_table_lists_timed_skipped_and_failed_peers(cpu: report.Results) -> None:
     timed = {"p20_ms": 0.024, "GB_per_s": 2730.0, "share_of_copy": 0.91}
     peers = {"paper": timed, "quack": {"skipped": "quack is not installed"}, "liger": {"failed": "RuntimeError: no"}}
     found = {
@@ -236,7 +230,7 @@ def test_gpu_table_shows_wins_losses_and_what_did_not_run(cpu: report.Results) -
     assert "Not yet run" in report.fill_in("<!-- bench:gpu -->\n<!-- /bench -->", cpu, None)
 
 
-def test_wall_clock_figures_of_a_busy_machine_are_withheld(cpu: report.Results) -> None:
+def test_wall_clock_figures_under_load_are_withheld(cpu: report.Results) -> None:
     files = copy.deepcopy(cpu.files)
     for file in files:
         for row in file["benchmarks"]:
@@ -249,7 +243,7 @@ def test_wall_clock_figures_of_a_busy_machine_are_withheld(cpu: report.Results) 
     assert "not measured" in report.targets_table(busy)
 
 
-def test_a_part_that_was_not_measured_says_so() -> None:
+def test_missing_results_are_reported_in_the_page() -> None:
     text = report.fill_in("<!-- bench:loss -->\n<!-- /bench -->", report.Results([]), None)
     assert "Not measured yet" in text
 
@@ -288,9 +282,7 @@ def test_graph_timer_agrees_with_a_copys_bandwidth() -> None:
     )
 
 
-# ---- The whole ------------------------------------------------------------------------------------------------------
-
-
+@pytest.mark.slow
 def test_suite_runs_and_writes_its_results(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     out = tmp_path / "result.json"
@@ -314,8 +306,9 @@ def test_suite_runs_and_writes_its_results(tmp_path: Path) -> None:
     assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["bench.loaders", "bench.metrics"])
-def test_other_benchmarks_run(command: str, tmp_path: Path) -> None:
+def test_loader_and_metric_benchmarks_run(command: str, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     done = subprocess.run(
         [sys.executable, "-m", command, "--smoke", "--out", str(out)],

@@ -1,4 +1,4 @@
-"""The comparison of methods: its pages and figures are what the committed results say."""
+"""Comparison of methods: pages and figures match the committed results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tal_fast.runs.resume import differences
 
 
 @pytest.mark.parametrize("page", methods.PAGES, ids=lambda p: p.name)
-def test_pages_are_in_step_with_the_committed_results(page: Path) -> None:
+def test_pages_match_the_committed_results(page: Path) -> None:
     text = page.read_text()
     assert "<!-- methods:" in text
     assert methods.fill_in(text) == text
@@ -37,7 +37,7 @@ def test_a_changed_result_changes_the_table(tmp_path: Path, monkeypatch: pytest.
     assert methods.whole("elsewhere") == methods.MISSING
 
 
-def test_committed_results_are_whole_and_from_the_committed_files() -> None:
+def test_committed_results_are_complete_and_match_their_experiment_files() -> None:
     for folder in sorted(methods.RESULTS.iterdir()):
         if folder.is_dir():
             results = read_results(folder)
@@ -51,7 +51,7 @@ def test_committed_results_are_whole_and_from_the_committed_files() -> None:
             ] == []
 
 
-def test_figures_are_drawn_from_the_results_alone(tmp_path: Path) -> None:
+def test_figures_are_drawn_from_the_committed_results(tmp_path: Path) -> None:
     for name in methods.plot(tmp_path):
         drawn = (methods.FIGURES / name).read_text()
         assert "<svg" in drawn

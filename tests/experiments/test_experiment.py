@@ -21,7 +21,8 @@ import pytest
 import torch
 import yaml
 
-from tal_fast.config.schema import load_config
+from tal_fast.config.parse import load_config, parse_command_line
+from tal_fast.config.schema import MethodConfig
 from tal_fast.evaluation import compare, report
 from tal_fast.evaluation.sample_scores import Samples, write_samples
 from tal_fast.experiments import results, scheduler, select, sweep
@@ -31,7 +32,6 @@ from tal_fast.experiments.plan import Experiment, SelectOptions, nest, read_expe
 from tal_fast.metrics.failure import METRICS
 from tal_fast.metrics.settings import Mix
 from tal_fast.runs import checkpoint
-from tal_fast.training.command import parse
 from tal_fast.training.trainer import Trainer
 from tests.helpers.training import assert_same_end
 
@@ -90,7 +90,7 @@ def test_a_file_stands_for_its_jobs(tmp_path: Path) -> None:
     assert (job.label, job.method, job.seed) == ("tal-t_wrong=null-lr=0.01", "tal", 1)
     want = load_config("digits-ce").to_dict()
     want["data"] |= SMALL["data"]
-    want["method"] |= {"name": "tal", "queue_size": 150, "t_wrong": None}
+    want["method"] = MethodConfig("tal", options={"queue_size": 150, "t_wrong": None}).__dict__
     want["optim"]["lr"] = 0.01
     want |= {"epochs": 2, "device": "cpu", "logger": "none", "seed": 1, "threads": 2, "resume": "auto"}
     assert job.config.to_dict() == want
@@ -104,7 +104,7 @@ def test_base_and_methods_may_be_files_beside_it(tmp_path: Path) -> None:
     (tmp_path / "selected.yaml").write_text("methods: {tal: {method: {name: tal, t_max: 40}}}\n")
     path = write(tmp_path / "e.yaml", base="mine.yaml", methods="selected.yaml", overrides=None)
     job = read_experiment(path).jobs[0]
-    assert (job.config.epochs, job.config.method.t_max, job.config.seed, job.name) == (3, 40, 0, "tal-seed0")
+    assert (job.config.epochs, job.config.method.options["t_max"], job.config.seed, job.name) == (3, 40, 0, "tal-seed0")
 
 
 def test_the_files_in_docs_and_examples_are_read(tmp_path: Path) -> None:
@@ -167,6 +167,7 @@ def test_nested_and_dotted_keys_meet() -> None:
         ({"methods": {"l": {"method": {"name": "logitnorm", "options": {"tua": 1}}}}}, "l: method.options.tua is"),
         ({"methods": {"t": {"method": {"name": "tal", "t_min": 9, "t_max": 5}}}}, "t: temperatures are t_min=9.0"),
         ({"grid": {"method.t_wrong": [5, 10]}}, "grid.method.t_wrong changes nothing in ce, which is"),
+        ({"grid": {"method.options.t_wrong": [5]}}, "grid.method.options.t_wrong changes nothing in ce, which is"),
     ],
 )  # fmt: skip
 def test_mistakes_are_refused_in_a_sentence(
@@ -607,7 +608,7 @@ def test_selection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "tal-lr=0.4*" in rows
     assert "ce-lr=0.1*" in rows  # all of ce are alike: the first
     chosen = yaml.safe_load((output / "selected.yaml").read_text())["methods"]
-    assert chosen["tal"] == {"method": {"name": "tal", "queue_size": 150}, "optim": {"lr": 0.4}}
+    assert chosen["tal"] == {"method": {"name": "tal", "options": {"queue_size": 150}}, "optim": {"lr": 0.4}}
     assert "set data.holdout to choose on held-out training images" in said
     # The fragment is another experiment's methods.
     again = read_experiment(write(tmp_path / "f.yaml", methods="out/selected.yaml", seeds=[0]))
@@ -669,7 +670,7 @@ def test_a_sweep_has_the_same_jobs(nproc: int | None, tmp_path: Path, monkeypatc
             launch = parse_args(said)
             assert (launch.nproc_per_node, launch.module, launch.training_script) == ("2", True, "tal_fast.train")
             assert launch.training_script_args == said[4:]
-        config = parse(said[said.index("tal_fast.train") + 1 :])
+        config, _ = parse_command_line(said[said.index("tal_fast.train") + 1 :])
         assert (config.output, config.resume, config.logger) == ("runs/s/r 1", "auto", "wandb")
         found.append(replace(config, output="", logger="none").to_dict())
     want = [replace(job.config, output="").to_dict() for job in experiment.jobs]

@@ -1,4 +1,4 @@
-"""Golden data and random batches shared by the tests of the loss."""
+"""Golden data, random batches and steps shared by the tests of the loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tal_fast.loss import reference
+from tal_fast.loss import functional, reference
+from tal_fast.loss.options import LossOptions
+from tal_fast.loss.reference import TALStats
+from tests.helpers.backends import device_of
 
 DATA = Path(__file__).parents[1] / "data"
 _LOSS = np.load(DATA / "loss_cases.npz", allow_pickle=False)
@@ -17,13 +20,13 @@ CASES = [str(name) for name in _LOSS["cases"]]
 
 
 def golden(case: str) -> dict[str, Tensor]:
-    """One golden case: inputs, queue before and after, and for each variant what came out of it in float64."""
+    """Golden case: inputs, queue before and after, and for each variant the results in float64."""
     prefix = case + "/"
     return {key[len(prefix) :]: torch.from_numpy(_LOSS[key]) for key in _LOSS.files if key.startswith(prefix)}
 
 
 def trace() -> dict[str, Tensor]:
-    """40 steps over a queue of 50."""
+    """Golden steps: 40 of them over a queue of 50."""
     with np.load(DATA / "trace.npz", allow_pickle=False) as data:
         return {key: torch.from_numpy(data[key]) for key in data.files}
 
@@ -40,7 +43,7 @@ def relative(x: Tensor, truth: Tensor) -> float:
 
 
 def random_batch(rows: int, classes: int, width: int = 64, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, features and labels (float32), about 60% of them classified right."""
+    """Logits, features and labels (float32), about 60% of them correct."""
     logits = torch.randn(rows, classes) * scale
     features = torch.rand(rows, width) * (0.5 + torch.rand(rows, 1))
     labels = torch.where(torch.rand(rows) < 0.6, logits.argmax(1), torch.randint(classes, (rows,)))
@@ -54,7 +57,7 @@ def random_queue(entries: int) -> tuple[Tensor, Tensor]:
 def exact(logits: Tensor, labels: Tensor, typicalness: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Loss and gradient in float64 for a given typicalness, from the definition's formulas one by one.
 
-    Independent of ``tal_fast.loss.reference``: log-sum-exps and the closed-form gradient instead of autograd.
+    It is independent of ``tal_fast.loss.reference``: log-sum-exps and the closed-form gradient instead of autograd.
     """
     variant, smoothing = kwargs.get("variant", "paper"), kwargs.get("label_smoothing", 0.0)
     t_min, t_max, t_wrong = (kwargs.get(k, d) for k, d in (("t_min", 10.0), ("t_max", 100.0), ("t_wrong", 20.0)))
@@ -62,10 +65,10 @@ def exact(logits: Tensor, labels: Tensor, typicalness: Tensor, **kwargs: Any) ->
     if not valid.any():
         return torch.zeros((), dtype=torch.float64), torch.zeros_like(logits, dtype=torch.float64)
     z, tau, y = logits.detach().double(), typicalness.double(), labels.clamp(min=0)
-    right = z.argmax(1) == y
-    w = torch.where(right, tau, 1.0)
+    correct = z.argmax(1) == y
+    w = torch.where(correct, tau, 1.0)
     t = t_min + (1 - tau) * (t_max - t_min)
-    t = t if t_wrong is None else torch.where(right, t, t_wrong)
+    t = t if t_wrong is None else torch.where(correct, t, t_wrong)
     r = z.norm(dim=1, keepdim=True)
     n = r + reference.NORM_EPS
     u = z / n
@@ -83,3 +86,35 @@ def exact(logits: Tensor, labels: Tensor, typicalness: Tensor, **kwargs: Any) ->
     loss = (w * l_dir + (1 - w) * l_ce)[valid].sum() / count
     grad = (w[:, None] * g_dir + (1 - w[:, None]) * q_e) / count
     return loss, torch.where(valid[:, None], grad, 0.0)
+
+
+def run_step(
+    backend: str,
+    logits: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    queue: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor, TALStats]:
+    """Loss, gradient and statistics of one step of a backend, on the CPU; against a random queue by default."""
+    device = device_of(backend)
+    queue = random_queue(100) if queue is None else queue
+    leaf = logits.detach().to(device).requires_grad_()
+    loss, stats = functional.tal_loss(
+        leaf, features.to(device), labels.to(device), *(q.to(device) for q in queue), backend=backend, **kwargs
+    )
+    (grad,) = torch.autograd.grad(loss, leaf)
+    return loss.detach().cpu(), grad.cpu(), TALStats(*(s.cpu() for s in stats))
+
+
+def reference_loss(
+    logits: Tensor,
+    labels: Tensor,
+    distance: Tensor,
+    *,
+    warmup: bool = False,
+    summary: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, TALStats]:
+    """``reference.tal_loss`` with its options as keyword arguments."""
+    return reference.tal_loss(logits, labels, distance, LossOptions(**kwargs), warmup=warmup, summary=summary)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tal_fast.config.schema import Config, DataConfig, MethodConfig, ModelConfig, OptimConfig
+from tal_fast.data.loader import IGNORED_LABEL
 from tal_fast.methods import Method, Step, Task, build_method
 from tal_fast.runs import checkpoint
 from tal_fast.training.trainer import Trainer
@@ -29,7 +30,8 @@ def one_thread(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 def config(output: Path, method: str = "tal", **options: Any) -> Config:
     """Digits, small and with all that is random: crops, shuffling, queue."""
-    method_options, data_options = options.pop("method_options", {}), options.pop("data_options", {})
+    method_options = {"queue_size": 150, **options.pop("method_options", {})}
+    data_options, label_smoothing = options.pop("data_options", {}), method_options.pop("label_smoothing", 0.0)
     return Config(
         data=DataConfig(
             **{
@@ -45,7 +47,7 @@ def config(output: Path, method: str = "tal", **options: Any) -> Config:
         ),
         # Below 7, oneDNN's channels-last 1 x 1 convolutions of stride 2 write out of bounds on AVX2 (torch 2.14).
         model=ModelConfig("cifar_resnet8", width=8),
-        method=MethodConfig(method, queue_size=150, **method_options),  # type: ignore[arg-type]
+        method=MethodConfig(method, label_smoothing, method_options),
         **{
             "optim": OptimConfig(lr=0.05, warmup_epochs=1),
             "output": str(output),
@@ -68,6 +70,13 @@ def method(config: MethodConfig, epochs: int = 10, classes: int = 10, images: in
 def step_of(made: Method, logits: torch.Tensor, features: torch.Tensor, labels: torch.Tensor) -> Step:
     """Its step on the first training images."""
     return made(logits, features, labels, torch.arange(len(labels)))
+
+
+def labelled_batch(rows: int = 9, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random logits, features and labels; the fourth row has no label."""
+    labels = torch.randint(classes, (rows,))
+    labels[3] = IGNORED_LABEL
+    return 3 * torch.randn(rows, classes), torch.rand(rows, 6), labels
 
 
 def untimed(rows: list[dict[str, float]]) -> list[dict[str, float]]:

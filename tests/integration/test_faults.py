@@ -1,4 +1,4 @@
-"""Faults in training, brought about by ``bench.faults``, whose functions raise where a run does not do as stated."""
+"""Fault injection of ``bench.faults``, which raises where a run behaves otherwise than documented."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="ne
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Undisturbed runs to compare with are made here once."""
+    """Folder in which undisturbed runs to compare with are trained once."""
     return tmp_path_factory.mktemp("faults")
 
 
 @pytest.mark.slow
-def test_a_few_kills(work: Path) -> None:
+def test_killed_run_resumes_to_the_same_bits(work: Path) -> None:
     outcome = faults.kills(work / "kills", count=3, epochs=3)
     assert sum(outcome.measured["kills"].values()) == 3
 
 
 @pytest.mark.slow
-def test_a_few_kills_of_two_processes(work: Path) -> None:
+def test_killed_run_of_two_processes_resumes_to_the_same_bits(work: Path) -> None:
     outcome = faults.kills(work / "kills2", count=2, processes=2, epochs=3)
     assert sum(outcome.measured["kills"].values()) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(faults.FAULTS.keys() - {"kills"}))
-def test_faults(work: Path, name: str) -> None:
+def test_fault_has_its_documented_outcome(work: Path, name: str) -> None:
     if name.endswith("dali") and importlib.util.find_spec("nvidia.dali") is None:
         pytest.skip("needs DALI")
     try:
@@ -49,11 +49,8 @@ def test_faults(work: Path, name: str) -> None:
     assert outcome.result
 
 
-# ---- What the above rests on ----------------------------------------------------------------------------------
-
-
 def written_run(folder: Path, **changes: object) -> Path:
-    """What a run leaves, made up."""
+    """Synthetic output folder of a run."""
     content = {
         **dict.fromkeys(set(checkpoint._KEYS) - {"format"}, 0),
         "config": {"output": str(folder), "seed": 3},
@@ -68,7 +65,7 @@ def written_run(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def test_the_comparison_sees_what_differs(tmp_path: Path) -> None:
+def test_comparison_finds_each_difference(tmp_path: Path) -> None:
     one, same = written_run(tmp_path / "one"), written_run(tmp_path / "another")
     assert faults.differences(one, same) == []  # other paths, other timings
     for change, entry in (
@@ -88,7 +85,7 @@ def test_the_comparison_sees_what_differs(tmp_path: Path) -> None:
         faults.expect_same_end(one, same)
 
 
-def test_left_over_files_are_seen(tmp_path: Path) -> None:
+def test_leftover_files_are_found(tmp_path: Path) -> None:
     one, other = written_run(tmp_path / "one"), written_run(tmp_path / "other")
     (other / ".metrics.csv.x1").write_text("")
     with pytest.raises(Failed, match=r"temporary files were left behind: .*\.metrics\.csv\.x1"):
@@ -114,15 +111,17 @@ for step in range(1, 6):
     ("point", "last", "previous", "temporary"),
     [
         ("job:half-written:3:0", 2, 1, True),  # the third save is the first after the third step
-        ("job:written:3:0", 2, 1, True),
-        ("job:renaming:3:0", 2, 1, True),
+        pytest.param("job:written:3:0", 2, 1, True, marks=pytest.mark.slow),
+        pytest.param("job:renaming:3:0", 2, 1, True, marks=pytest.mark.slow),
         ("job:renamed:3:0", None, 2, True),  # the first rename is that of the checkpoint before
-        ("job:renamed:3:1", 3, 2, False),
-        ("job:renamed:3:2", None, 3, True),
-        ("job:step:5:0.5", 5, 4, False),
+        pytest.param("job:renamed:3:1", 3, 2, False, marks=pytest.mark.slow),
+        pytest.param("job:renamed:3:2", None, 3, True, marks=pytest.mark.slow),
+        pytest.param("job:step:5:0.5", 5, 4, False, marks=pytest.mark.slow),
     ],
 )
-def test_the_point_is_hit(tmp_path: Path, point: str, last: int | None, previous: int, temporary: bool) -> None:
+def test_process_dies_at_the_chosen_point(
+    tmp_path: Path, point: str, last: int | None, previous: int, temporary: bool
+) -> None:
     words = [sys.executable, "-c", WRITER + ("import time; time.sleep(60)" if ":step:" in point else ""), point]
     done = subprocess.run(words, cwd=tmp_path, env=faults.surroundings(tmp_path), capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -133,7 +132,7 @@ def test_the_point_is_hit(tmp_path: Path, point: str, last: int | None, previous
     assert bool(list(tmp_path.glob(".last.pt.*"))) == temporary
 
 
-def test_a_job_leaves_no_process_behind(tmp_path: Path) -> None:
+def test_job_kills_its_children(tmp_path: Path) -> None:
     code = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
     with faults.Job(tmp_path, [sys.executable, "-c", code]) as job:
         (child,) = faults.wait_for("its child", job.ranks)
@@ -143,7 +142,9 @@ def test_a_job_leaves_no_process_behind(tmp_path: Path) -> None:
     assert not os.path.exists(f"/proc/{job.process.pid}")
 
 
-def test_the_command_says_what_came_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_reports_outcomes_and_failures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(folder: Path) -> Outcome:
         raise Failed("it went wrong")
 

@@ -10,7 +10,7 @@ from tal_fast.utils.environment import version_of
 
 
 def test_info_names_versions_devices_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
-    info.main()
+    info.main([])
     out = capsys.readouterr().out
     assert torch.__version__ in out
     assert "C++ extension:" in out

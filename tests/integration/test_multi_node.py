@@ -1,4 +1,4 @@
-"""The recipe of docs/multi-node.md, run as it stands there: two hosts, which here are two network namespaces."""
+"""Multi-node recipe of docs/guides/clusters.md, with two network namespaces as hosts."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ EPOCHS = 5
 
 @dataclass
 class Host:
-    """A network namespace with one network card, in place of a computer."""
+    """Network namespace with one network card that stands for a host."""
 
     namespace: str
     address: str
     card: str = "eth0"
 
     def command(self, *words: str) -> list[str]:
-        """What runs ``words`` here."""
+        """Command that runs ``words`` on this host."""
         return ["ip", "netns", "exec", self.namespace, "env", f"GLOO_SOCKET_IFNAME={self.card}", *words]
 
     def plug(self, state: str) -> None:
-        """Take the card ``up`` or ``down``."""
+        """Set the network card ``up`` or ``down``."""
         ip("-n", self.namespace, "link", "set", self.card, state)
 
 
@@ -41,7 +41,7 @@ def ip(*words: str) -> None:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[tuple[Host, Host]]:
-    """Two hosts with a cable between them."""
+    """Two connected hosts."""
     names = [f"tal-{os.getpid()}-{letter}" for letter in "ab"]
     pair = Host(names[0], "192.0.2.1"), Host(names[1], "192.0.2.2")  # addresses that RFC 5737 keeps for examples
     if not shutil.which("ip"):
@@ -66,7 +66,7 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 def start(
     stack: ExitStack, hosts: tuple[Host, Host], folder: Path, module: list[str], train: list[str], nodes: str = "2"
 ) -> list[Job]:
-    """The recipe: the same command on each host, but for its own address and whether it is the first."""
+    """Start the recipe's command on each host; only the address and the first host's flag differ."""
     jobs = []
     for number, host in enumerate(hosts):
         rendezvous = f"--rdzv-backend=c10d --rdzv-endpoint={hosts[0].address}:29500 --rdzv-id=run1"
@@ -84,17 +84,17 @@ def ended_well(job: Job) -> None:
 
 @pytest.fixture(scope="module")
 def one_host(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same two ranks on one host."""
+    """Output of the same two ranks on one host."""
     return undisturbed(tmp_path_factory.mktemp("one-host") / "folder", 2, EPOCHS)
 
 
 @pytest.mark.slow
-def test_two_hosts_give_what_two_processes_give(hosts: tuple[Host, Host], one_host: Path, tmp_path: Path) -> None:
+def test_two_hosts_equal_two_processes_on_one_host(hosts: tuple[Host, Host], one_host: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     with ExitStack() as stack:
         jobs = start(stack, hosts, tmp_path, ["tal_fast.train"], options(output, EPOCHS))
         wait_for("a checkpoint", last(output).exists)
-        hosts[1].plug("down")  # someone trips over the cable
+        hosts[1].plug("down")
         time.sleep(2)
         step = last(output).stat().st_mtime
         time.sleep(1)
@@ -107,7 +107,7 @@ def test_two_hosts_give_what_two_processes_give(hosts: tuple[Host, Host], one_ho
 
 
 @pytest.mark.slow
-def test_a_rank_lost_on_another_host_is_started_again(hosts: tuple[Host, Host], one_host: Path, tmp_path: Path) -> None:
+def test_rank_killed_on_another_host_is_restarted(hosts: tuple[Host, Host], one_host: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     with ExitStack() as stack:
         train = options(output, EPOCHS, "--resume", "auto")
@@ -120,7 +120,7 @@ def test_a_rank_lost_on_another_host_is_started_again(hosts: tuple[Host, Host], 
 
 
 @pytest.mark.slow
-def test_without_a_host_that_is_lost_for_good_the_other_goes_on(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+def test_remaining_host_continues_without_a_lost_host(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     output = tmp_path / "run"
     with ExitStack() as stack:
         train = options(output, EPOCHS, "--resume", "auto")

@@ -51,9 +51,9 @@ def test_sdist_and_wheel_contents(artifacts: tuple[Path, Path]) -> None:
     assert {"tal_fast/py.typed", "setup.py", "LICENSE", "README.md"} <= names
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {"tal_fast/py.typed", "tal_fast/kernels/__init__.py", "tal_fast/loss.py"} <= names
-    assert {f"tal_fast/html_report/page.{kind}" for kind in ("html.j2", "css", "js")} <= names
-    assert any(name.startswith("tal_fast/configs/") and name.endswith(".yaml") for name in names)
+    assert {"tal_fast/py.typed", "tal_fast/kernels/__init__.py", "tal_fast/loss/module.py"} <= names
+    assert {f"tal_fast/evaluation/html/page.{kind}" for kind in ("html.j2", "css", "js")} <= names
+    assert any(name.startswith("tal_fast/config/presets/") and name.endswith(".yaml") for name in names)
     assert not any(name.startswith("kernels/") for name in names)  # never a top-level import name
     if shutil.which("g++"):
         assert "tal_fast/_C.abi3.so" in names
@@ -85,6 +85,21 @@ print(_extension.load()[1])
     assert kernels.startswith(str(site))
     assert "kernels" in extension or not shutil.which("g++")
     assert "tal_fast" in run(str(python), "-m", "tal_fast.info", cwd=tmp_path)
+    assert "tal_fast" in run(str(home / "bin" / "tal-fast"), "info", cwd=tmp_path)
+
+
+def test_old_setuptools_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    names = "Command = Extension = find_packages = setup = None"
+    (tmp_path / "setuptools").mkdir()
+    (tmp_path / "setuptools" / "__init__.py").write_text(f"__version__ = '65.5.0'\n{names}\n")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == (
+        "tal-fast: setuptools 65.5.0 is too old to read pyproject.toml; run: pip install --upgrade 'setuptools>=77'\n"
+    )
 
 
 def test_installed_build_has_cuda_where_nvcc_is() -> None:

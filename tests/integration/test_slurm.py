@@ -1,7 +1,4 @@
-"""The batch file for SLURM, with stand-ins for SLURM's programs: what it starts, and what it makes of each end.
-
-What these programs do is SLURM's manual's word; no SLURM has run it here.
-"""
+"""SLURM batch file, run with stand-ins for srun, scontrol and squeue that behave as SLURM's manual says."""
 
 from __future__ import annotations
 
@@ -57,7 +54,7 @@ class Result:
 
 
 def submit(folder: Path, ends: str, *options: str, **environment: str) -> Result:
-    """Run the batch file as SLURM would, on two nodes with two tasks each."""
+    """Run the batch file as SLURM does, on two nodes with two tasks each."""
     programs = folder / "bin"
     programs.mkdir()
     for name, text in {"srun": SRUN, "python": PYTHON, "scontrol": SCONTROL, "squeue": SQUEUE}.items():
@@ -83,7 +80,7 @@ def submit(folder: Path, ends: str, *options: str, **environment: str) -> Result
     return Result(done.returncode, done.stderr, (folder / "tasks").read_text().splitlines(), "requeue 41" in log)
 
 
-def test_every_task_is_a_rank(tmp_path: Path) -> None:
+def test_each_task_becomes_a_rank(tmp_path: Path) -> None:
     result = submit(tmp_path, "0", "--config", "folder-tal", "--data.root", "/a b")
     assert result == Result(
         0,
@@ -97,49 +94,49 @@ def test_every_task_is_a_rank(tmp_path: Path) -> None:
     assert (tmp_path / "srun").read_text().split() == ["--kill-on-bad-exit=0", "--wait=60"]
 
 
-def test_a_saved_run_is_requeued(tmp_path: Path) -> None:
+def test_exit_code_75_requeues_the_job(tmp_path: Path) -> None:
     result = submit(tmp_path, "75")
     assert (result.code, result.requeued, len(result.tasks)) == (0, True, 4)
     assert result.said == "saved; requeueing job 41\n"
 
 
-def test_a_signal_to_the_shell_does_not_lose_the_exit_code(tmp_path: Path) -> None:
+def test_exit_code_survives_a_signal_to_the_shell(tmp_path: Path) -> None:
     result = submit(tmp_path, "term")
     assert (result.code, result.requeued) == (0, True)
 
 
-def test_requeueing_may_fail(tmp_path: Path) -> None:
+def test_failed_requeue_is_reported(tmp_path: Path) -> None:
     result = submit(tmp_path, "75", REQUEUE_CODE="1")
     assert result.code == 75
     assert "scontrol could not requeue job 41; submit it again" in result.said
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING"])
-def test_a_job_that_is_no_longer_running_is_left_alone(tmp_path: Path, state: str) -> None:
+def test_job_that_is_not_running_is_not_requeued(tmp_path: Path, state: str) -> None:
     result = submit(tmp_path, "75", STATE=state)
     assert (result.code, result.requeued) == (75, False)
     assert f"not requeued: the job is {state}" in result.said
 
 
 @pytest.mark.parametrize("code", [2, 130])
-def test_what_another_start_would_not_mend_ends_the_job(tmp_path: Path, code: int) -> None:
+def test_user_errors_and_interrupts_end_the_job(tmp_path: Path, code: int) -> None:
     result = submit(tmp_path, f"{code} 0")
     assert (result.code, result.requeued, len(result.tasks)) == (code, False, 4)
 
 
-def test_a_crash_is_answered_by_a_new_start(tmp_path: Path) -> None:
+def test_crash_restarts_from_the_last_checkpoint(tmp_path: Path) -> None:
     result = submit(tmp_path, "137 1 75")
     assert (result.code, result.requeued, len(result.tasks)) == (0, True, 12)
     assert result.said.count("starting it again from its last checkpoint") == 2
 
 
-def test_crashes_without_end_are_not(tmp_path: Path) -> None:
+def test_restarts_are_limited(tmp_path: Path) -> None:
     result = submit(tmp_path, "1 1 1 1 1", TAL_FAST_RESTARTS="2")
     assert (result.code, result.requeued, len(result.tasks)) == (1, False, 12)
     assert "training ended with exit code 1 after 2 restarts; giving up" in result.said
 
 
-def test_the_signal_goes_to_the_ranks() -> None:
+def test_batch_directives_request_a_signal_and_requeueing() -> None:
     text = SCRIPT.read_text()
     assert re.search(r"^#SBATCH --signal=USR1@(\d+)$", text, re.MULTILINE)
     assert re.search(r"^#SBATCH --requeue$", text, re.MULTILINE)
@@ -149,6 +146,6 @@ def test_the_signal_goes_to_the_ranks() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")
-def test_shellcheck_finds_nothing() -> None:
+def test_shellcheck_passes() -> None:
     done = subprocess.run(["shellcheck", str(SCRIPT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

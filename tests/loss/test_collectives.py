@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import copy
-from datetime import timedelta
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tal_fast import TALLoss
 from tal_fast.loss import _extension
+from tests.helpers.ranks import run_ranks
 
 WORLD, ROWS, CLASSES = 2, 12, 6
 BACKENDS = ["reference"] + (["native"] if _extension.load()[0] else [])
 
 
 class Net(nn.Module):
-    """Without BatchNorm, so that splitting a batch changes nothing but the loss's view of it."""
+    """Network without BatchNorm, so that only the loss depends on how a batch is split."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,6 +29,16 @@ class Net(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features = self.body(x)
         return self.head(features), features
+
+
+class NetWithLoss(nn.Module):
+    def __init__(self, loss_fn: TALLoss) -> None:
+        super().__init__()
+        self.net, self.loss_fn = Net(), loss_fn
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        logits, features = self.net(x)
+        return self.loss_fn(logits, features, y)
 
 
 def steps(dtype: torch.dtype = torch.float64) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -45,6 +53,10 @@ def steps(dtype: torch.dtype = torch.float64) -> list[tuple[torch.Tensor, torch.
             y[: ROWS // 2] = -100  # and here none at all
         batches.append((x, y))
     return batches
+
+
+def rows_of(rank: int) -> slice:
+    return slice(rank * ROWS // WORLD, (rank + 1) * ROWS // WORLD)
 
 
 def train(model: nn.Module, loss_fn: TALLoss, part: slice) -> list[float]:
@@ -64,59 +76,26 @@ def train(model: nn.Module, loss_fn: TALLoss, part: slice) -> list[float]:
     return losses
 
 
-def start(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", WORLD)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, store=store, timeout=timedelta(seconds=60))
-
-
-def global_worker(rank: int, folder: str) -> None:
-    start(rank, folder)
+def train_with_global_scope(rank: int) -> dict[tuple[str, str], Any]:
     results = {}
     for backend in BACKENDS:
         for variant in ("paper", "released"):
             torch.manual_seed(0)
             net = Net().double()
             loss_fn = TALLoss(variant, queue_size=20, queue_scope="global", backend=backend).double()
-            model = DistributedDataParallel(net)
-            half = ROWS // WORLD
-            losses = train(model, loss_fn, slice(rank * half, (rank + 1) * half))
+            losses = train(DistributedDataParallel(net), loss_fn, rows_of(rank))
             results[backend, variant] = (losses, net.state_dict(), loss_fn.queue.contents())
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
-def test_global_scope_equals_one_process(tmp_path: Path) -> None:
-    mp.spawn(global_worker, args=(str(tmp_path),), nprocs=WORLD)
-    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(WORLD)]
-    for backend in BACKENDS:
-        for variant in ("paper", "released"):
-            torch.manual_seed(0)
-            net = Net().double()
-            loss_fn = TALLoss(variant, queue_size=20, backend=backend).double()
-            losses = train(net, loss_fn, slice(None))
-            (losses0, weights0, queue0), (losses1, _, queue1) = (r[backend, variant] for r in ranks)
-            assert [(a + b) / 2 for a, b in zip(losses0, losses1, strict=True)] == pytest.approx(losses, rel=1e-10)
-            for name, weight in net.state_dict().items():
-                torch.testing.assert_close(weights0[name], weight, rtol=1e-9, atol=1e-11)
-            for got, other, want in zip(queue0, queue1, loss_fn.queue.contents(), strict=True):
-                assert torch.equal(got, other)
-                torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
-
-
-def deferring_worker(rank: int, folder: str) -> None:
-    start(rank, folder)
+def entries_before_and_after_reading(rank: int) -> list[tuple[int, int]]:
+    """Numbers of entries that a step adds to the ring before the queue is read, and afterwards."""
     torch.manual_seed(0)
     net = Net()
     loss_fn = TALLoss(queue_size=50, queue_scope="global", confidence_threshold=-1.0)
     x, y = steps(torch.float32)[0]
-    part = slice(rank * 6, rank * 6 + 6)
-    logits, features = net(x[part])
-    y = logits.argmax(1)  # all right, so that all are accepted
-
-    def rings() -> int:
-        return int(loss_fn.queue.cursor[1])
-
+    logits, features = net(x[rows_of(rank)])
+    y = logits.argmax(1)  # all correct, so that all are accepted
     seen = []
     for read in (
         lambda: len(loss_fn.queue),
@@ -128,57 +107,97 @@ def deferring_worker(rank: int, folder: str) -> None:
         lambda: loss_fn.queue.double().float(),
         lambda: loss_fn(logits, features, torch.full_like(y, -100)),
     ):
-        before = rings()
         loss_fn(logits, features, y)
-        late = rings() - before
+        before = int(loss_fn.queue.ring.cursor[1])
         read()
-        seen.append((late, rings() - before))
+        seen.append((before, int(loss_fn.queue.ring.cursor[1])))
         loss_fn.queue.reset()
-    torch.save(seen, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    return seen
 
 
-def test_global_push_is_put_off_until_the_queue_is_used(tmp_path: Path) -> None:
-    mp.spawn(deferring_worker, args=(str(tmp_path),), nprocs=WORLD)
-    for rank in range(WORLD):
-        # Nothing was pushed when the step was over, and 2 x 6 entries once somebody looked.
-        assert torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) == [(0, 12)] * 8
-
-
-class Combined(nn.Module):
-    def __init__(self, loss_fn: TALLoss) -> None:
-        super().__init__()
-        self.net, self.loss_fn = Net(), loss_fn
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        logits, features = self.net(x)
-        return self.loss_fn(logits, features, y)
-
-
-def local_worker(rank: int, folder: str) -> None:
-    start(rank, folder)
+def local_queues_inside_and_outside_ddp(rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     torch.manual_seed(0)
-    combined = Combined(TALLoss(queue_size=50))
+    combined = NetWithLoss(TALLoss(queue_size=50))
     combined.register_buffer("something", torch.zeros(1))  # a reason for DDP to broadcast buffers
     model = DistributedDataParallel(combined, broadcast_buffers=True)
     alone = copy.deepcopy(combined.loss_fn)
     for x, y in steps(torch.float32):
-        part = slice(rank * 6, rank * 6 + 6)
+        part = rows_of(rank)
         model(x[part], y[part]).backward()
         with torch.no_grad():
             logits, features = combined.net(x[part])
         alone(logits, features, y[part])
-    torch.save([combined.loss_fn.queue.contents(), alone.queue.contents()], f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    return [combined.loss_fn.queue.contents(), alone.queue.contents()]
 
 
-def test_local_queues_stay_apart_even_inside_ddp(tmp_path: Path) -> None:
-    mp.spawn(local_worker, args=(str(tmp_path),), nprocs=WORLD)
-    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(WORLD)]
-    for inside, alone in ranks:
+def losses_compiled_and_eager(rank: int) -> tuple[list[float], list[float]]:
+    torch.manual_seed(rank)
+    losses = [TALLoss(queue_size=50, queue_scope="global") for _ in range(2)]
+    compiled = torch.compile(losses[0], fullgraph=True, backend="aot_eager")
+    results: tuple[list[float], list[float]] = ([], [])
+    for _ in range(3):
+        batch = torch.randn(6, CLASSES), torch.rand(6, 5), torch.randint(CLASSES, (6,))
+        for values, loss_fn in zip(results, (compiled, losses[1]), strict=True):
+            values.append(float(loss_fn(*batch)))
+    return results
+
+
+class Results(NamedTuple):
+    trained: dict[tuple[str, str], Any]
+    entries: list[tuple[int, int]]
+    queues: list[tuple[torch.Tensor, torch.Tensor]]
+    losses: tuple[list[float], list[float]]
+
+
+def everything(rank: int) -> Results:
+    return Results(
+        train_with_global_scope(rank),
+        entries_before_and_after_reading(rank),
+        local_queues_inside_and_outside_ddp(rank),
+        losses_compiled_and_eager(rank),
+    )
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    """Results of both ranks for all tests here: starting processes is what takes time."""
+    return run_ranks(everything, WORLD, tmp_path_factory.mktemp("ranks"))
+
+
+def test_global_scope_equals_one_process(ranks: list[Results]) -> None:
+    trained = [rank.trained for rank in ranks]
+    for backend in BACKENDS:
+        for variant in ("paper", "released"):
+            torch.manual_seed(0)
+            net = Net().double()
+            loss_fn = TALLoss(variant, queue_size=20, backend=backend).double()
+            losses = train(net, loss_fn, slice(None))
+            (losses0, weights0, queue0), (losses1, _, queue1) = (r[backend, variant] for r in trained)
+            assert [(a + b) / 2 for a, b in zip(losses0, losses1, strict=True)] == pytest.approx(losses, rel=1e-10)
+            for name, weight in net.state_dict().items():
+                torch.testing.assert_close(weights0[name], weight, rtol=1e-9, atol=1e-11)
+            for got, other, want in zip(queue0, queue1, loss_fn.queue.contents(), strict=True):
+                assert torch.equal(got, other)
+                torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
+
+
+def test_global_push_is_deferred_until_the_queue_is_used(ranks: list[Results]) -> None:
+    for rank in ranks:
+        assert rank.entries == [(0, 2 * 6)] * 8
+
+
+def test_local_queues_stay_apart_inside_ddp(ranks: list[Results]) -> None:
+    for rank in ranks:
+        inside, alone = rank.queues
         assert len(inside[0]) > 0
         assert torch.equal(inside[0], alone[0])
-    assert not torch.equal(ranks[0][0][0], ranks[1][0][0])
+    assert not torch.equal(ranks[0].queues[0][0], ranks[1].queues[0][0])
+
+
+def test_compiled_global_scope_equals_eager(ranks: list[Results]) -> None:
+    for rank in ranks:
+        compiled, eager = rank.losses
+        assert compiled == pytest.approx(eager, rel=1e-6)
 
 
 def test_global_scope_without_a_process_group_is_local() -> None:

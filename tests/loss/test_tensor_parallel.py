@@ -1,21 +1,20 @@
-"""Class-sharded logits: ranks with some of a row's columns equal one process with all of them. gloo, 2 and 3 ranks."""
+"""Class-sharded logits: ranks with some of a row's columns equal one process with all of them. gloo, 2 to 4 ranks."""
 
 from __future__ import annotations
 
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from tal_fast import TALLoss
 from tal_fast.loss import functional
-from tal_fast.loss.backends import triton_problem
+from tal_fast.loss._extension import triton_problem
+from tests.helpers.backends import NEEDS_TRITON
 from tests.helpers.loss_cases import exact, random_batch, random_queue, relative
+from tests.helpers.ranks import run_ranks
 
 ROWS, CLASSES = 12, 11
 SPLITS = {2: [7, 4], 3: [2, 0, 9]}  # uneven; one rank without a class
@@ -31,10 +30,9 @@ Case = dict[str, Any]
 
 
 def cases(world: int) -> list[Case]:
-    """The same on every rank: options, whole logits, features, labels and a queue."""
-    generator = torch.random.fork_rng()
+    """Options, whole logits, features, labels and a queue, the same on every rank."""
     found = []
-    with generator:
+    with torch.random.fork_rng():
         torch.manual_seed(world)
         for variant in ("paper", "released"):
             for options in OPTIONS:
@@ -60,37 +58,90 @@ def cases(world: int) -> list[Case]:
     return found
 
 
-def own_columns(logits: Tensor, rank: int, world: int) -> Tensor:
+def columns_of(logits: Tensor, rank: int, world: int) -> Tensor:
     return logits.split(SPLITS[world], dim=1)[rank]
 
 
-def start(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", rank=rank, world_size=world, store=store, timeout=timedelta(seconds=60))
-
-
-def equality_worker(rank: int, world: int, folder: str) -> None:
-    start(rank, world, folder)
+def sharded_losses(rank: int, world: int, group: dist.ProcessGroup) -> list[Any]:
+    """Loss, gradient and statistics of each case, from this rank's columns."""
     results = []
     for case in cases(world):
         for backend in BACKENDS:
             logits, features, labels = case["batch"]
-            part = own_columns(logits, rank, world).requires_grad_()
+            part = columns_of(logits, rank, world).requires_grad_()
             loss, stats = functional.tal_loss(
-                part, features, labels, *case["queue"], backend=backend, class_group=dist.group.WORLD, **case["options"]
+                part, features, labels, *case["queue"], backend=backend, class_group=group, **case["options"]
             )
             (grad,) = torch.autograd.grad(loss * 3, part)
             results.append((loss.detach(), grad / 3, tuple(stats)))
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    return results
+
+
+def train_on_columns_and_rows(rank: int, class_group: dist.ProcessGroup, row_group: dist.ProcessGroup) -> Any:
+    """Steps of two ranks of columns times two of rows, with one queue for all four."""
+    rows, columns = rank // 2, rank % 2
+    results = {}
+    for variant in ("paper", "released"):
+        loss_fn = TALLoss(
+            variant, queue_size=20, queue_scope="global", process_group=row_group, class_group=class_group,
+            label_smoothing=0.05,
+        ).double()  # fmt: skip
+        losses, grads = [], []
+        for step, case in enumerate(cases(2)[:8]):
+            logits, features, labels = (t[rows * 6 : rows * 6 + 6] for t in case["batch"])
+            part = columns_of(logits.double(), columns, 2)
+            if step % 2:
+                loss, grad, _ = loss_fn.loss_and_gradient(part, features, labels)
+            else:
+                loss = loss_fn(part.requires_grad_(), features, labels)
+                (grad,) = torch.autograd.grad(loss, part)
+            losses.append(loss.detach())
+            grads.append(grad)
+        results[variant] = (torch.stack(losses), grads, loss_fn.queue.contents())
+    return results
+
+
+def invalid_labels_and_logits(rank: int, group: dist.ProcessGroup) -> Any:
+    """Messages for two batches of invalid labels, then the step with an infinite logit on one rank."""
+    torch.manual_seed(0)
+    loss_fn = TALLoss(queue_size=10, class_group=group)
+    logits, features = torch.randn(3, 4), torch.rand(3, 5)
+    messages = []
+    for labels in (torch.tensor([0, 7, 8]), torch.tensor([0, 1, 2 + rank])):
+        try:
+            loss_fn(logits, features, labels)
+        except ValueError as error:
+            messages.append(str(error))
+    bad = torch.randn(3, 4)
+    bad[1, 2] = torch.inf if rank == 1 else 0.0
+    bad.requires_grad_()
+    value, stats = loss_fn(bad, features, torch.tensor([0, 7, 5]), return_stats=True)
+    value.backward()
+    return messages, value.detach(), bad.grad, stats.accepted, len(loss_fn.queue)
+
+
+def everything(rank: int) -> dict[str, Any]:
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    three = dist.new_group([0, 1, 2])
+    row_groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    results = {"trained": train_on_columns_and_rows(rank, pairs[rank // 2], row_groups[rank % 2])}
+    if rank < 2:
+        results["world 2"] = sharded_losses(rank, 2, pairs[0])
+        results["invalid"] = invalid_labels_and_logits(rank, pairs[0])
+    if rank < 3:
+        results["world 3"] = sharded_losses(rank, 3, three)
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Results of four ranks for all tests here: starting processes is what takes time."""
+    return run_ranks(everything, 4, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("world", SPLITS)
-def test_equals_the_unsharded_loss(world: int, tmp_path: Path) -> None:
-    mp.spawn(equality_worker, args=(world, str(tmp_path)), nprocs=world)
-    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(world)]
-    every = iter(zip(*ranks, strict=True))
+def test_sharded_loss_equals_the_unsharded_one(world: int, ranks: list[dict[str, Any]]) -> None:
+    results = iter(zip(*(rank[f"world {world}"] for rank in ranks[:world]), strict=True))
     for case in cases(world):
         logits, features, labels = case["batch"]
         leaf = logits.clone().requires_grad_()
@@ -99,7 +150,7 @@ def test_equals_the_unsharded_loss(world: int, tmp_path: Path) -> None:
         )
         (eager_grad,) = torch.autograd.grad(eager, leaf)
         for _ in BACKENDS:
-            parts = next(every)
+            parts = next(results)
             loss, _, stats = parts[0]
             for other_loss, _, other_stats in parts[1:]:
                 assert torch.equal(other_loss, loss)
@@ -107,12 +158,12 @@ def test_equals_the_unsharded_loss(world: int, tmp_path: Path) -> None:
             grad = torch.cat([part[1] for part in parts], dim=1)
             assert loss.dtype == eager.dtype
             assert grad.dtype == logits.dtype
-            _, typicalness, weight, temperature, right, accepted = stats
+            _, typicalness, weight, temperature, correct, accepted = stats
             tolerance = TOLERANCE[case["dtype"]]
-            assert torch.equal(right, eager_stats.right)
+            assert torch.equal(correct, eager_stats.correct)
             assert torch.equal(accepted, eager_stats.accepted)
-            assert right[5]
-            assert not right[6]
+            assert correct[5]
+            assert not correct[6]
             for got, want in zip((typicalness, weight, temperature), eager_stats[1:4], strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
             if case["dtype"] == torch.float64:
@@ -127,40 +178,10 @@ def test_equals_the_unsharded_loss(world: int, tmp_path: Path) -> None:
                 assert relative(grad, truth[1]) <= relative(eager_grad, eager_truth[1]) + tolerance
 
 
-def training_worker(rank: int, world: int, folder: str) -> None:
-    """Two ranks of columns times two of rows: one queue for all four."""
-    start(rank, world, folder)
-    rows, columns = rank // 2, rank % 2
-    class_groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    row_groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-    results = {}
-    for variant in ("paper", "released"):
-        loss_fn = TALLoss(
-            variant, queue_size=20, queue_scope="global", process_group=row_groups[columns],
-            class_group=class_groups[rows], label_smoothing=0.05,
-        ).double()  # fmt: skip
-        losses, grads = [], []
-        for step, case in enumerate(cases(2)[:8]):
-            logits, features, labels = (t[rows * 6 : rows * 6 + 6] for t in case["batch"])
-            part = own_columns(logits.double(), columns, 2)
-            if step % 2:
-                loss, grad, _ = loss_fn.loss_and_gradient(part, features, labels)
-            else:
-                loss = loss_fn(part.requires_grad_(), features, labels)
-                (grad,) = torch.autograd.grad(loss, part)
-            losses.append(loss.detach())
-            grads.append(grad)
-        results[variant] = (torch.stack(losses), grads, loss_fn.queue.contents())
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_columns_and_rows_shared_at_once(tmp_path: Path) -> None:
-    mp.spawn(training_worker, args=(4, str(tmp_path)), nprocs=4)
-    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(4)]
+def test_columns_and_rows_shared_at_once(ranks: list[dict[str, Any]]) -> None:
     for variant in ("paper", "released"):
         loss_fn = TALLoss(variant, queue_size=20, label_smoothing=0.05, backend="reference").double()
-        results = [r[variant] for r in ranks]
+        results = [rank["trained"][variant] for rank in ranks]
         for step, case in enumerate(cases(2)[:8]):
             logits, features, labels = case["batch"]
             leaf = logits.double().requires_grad_()
@@ -177,40 +198,20 @@ def test_columns_and_rows_shared_at_once(tmp_path: Path) -> None:
                 torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
 
 
-def refusal_worker(rank: int, world: int, folder: str) -> None:
-    start(rank, world, folder)
-    loss_fn = TALLoss(queue_size=10, class_group=dist.group.WORLD)
-    logits, features = torch.randn(3, 4), torch.rand(3, 5)
-    messages = []
-    for labels in (torch.tensor([0, 7, 8]), torch.tensor([0, 1, 2 + rank])):
-        try:
-            loss_fn(logits, features, labels)
-        except ValueError as error:
-            messages.append(str(error))
-    bad = torch.randn(3, 4)
-    bad[1, 2] = torch.inf if rank == 1 else 0.0
-    bad.requires_grad_()
-    value, stats = loss_fn(bad, features, torch.tensor([0, 7, 5]), return_stats=True)
-    value.backward()
-    torch.save((messages, value.detach(), bad.grad, stats.accepted, len(loss_fn.queue)), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_refusals_and_rows_that_are_not_finite(tmp_path: Path) -> None:
-    mp.spawn(refusal_worker, args=(2, str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        messages, loss, grad, accepted, length = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+def test_invalid_labels_and_infinite_logits_are_noticed_by_every_rank(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks[:2]:
+        messages, loss, grad, accepted, length = rank["invalid"]
         assert len(messages) == 2
         assert "label 8 in row 2 is outside [0, 8)" in messages[0]
         assert "labels differ between the ranks" in messages[1]
-        assert loss.isnan()  # on both ranks, though one alone holds the infinite logit
+        assert loss.isnan()  # on both ranks, though only one has the infinite logit
         assert grad[1].isnan().all()
         assert grad[[0, 2]].isfinite().all()
         assert not accepted[1]
         assert length == int(accepted.sum())
 
 
-def test_global_scope_must_name_its_ranks(tmp_path: Path) -> None:
+def test_global_scope_must_name_its_ranks(tmp_path: Any) -> None:
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
     try:
         with pytest.raises(ValueError, match="needs process_group"):
@@ -222,12 +223,13 @@ def test_global_scope_must_name_its_ranks(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.skipif(triton_problem(torch.device("cpu")) is not None, reason=str(triton_problem(torch.device("cpu"))))
+@NEEDS_TRITON
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("columns", [0, 1, 511, 512, 1100])
 def test_triton_passes_equal_the_plain_ones(columns: int, dtype: torch.dtype) -> None:
     from tal_fast.kernels import sharded as kernels
-    from tal_fast.loss import tensor_parallel as sharded
+    from tal_fast.loss import tensor_parallel as plain
 
     logits = torch.randn(5, 2 * columns + 2).to(dtype)[:, 1 : 1 + 2 * columns : 2]
     assert logits.shape[1] == columns
@@ -235,16 +237,15 @@ def test_triton_passes_equal_the_plain_ones(columns: int, dtype: torch.dtype) ->
         logits[1, 40] = logits[1, 600] = 12.0  # ties across blocks
         logits[2, 41] = logits[2, 553] = 12.0  # in one lane of two blocks
         logits[3, columns - 1] = torch.inf
-    own_label = torch.tensor([-1, 0, columns - 1, columns // 2, -1]).clamp(max=columns - 1)
-    want = sharded._scan(logits)
-    torch.testing.assert_close(kernels.scan(logits), want, rtol=1e-6, atol=1e-5)
+    label_column = torch.tensor([-1, 0, columns - 1, columns // 2, -1]).clamp(max=columns - 1)
+    torch.testing.assert_close(kernels.scan(logits), plain._scan(logits), rtol=1e-6, atol=1e-5)
     z_max, scale = torch.full((5,), 13.0).double(), torch.rand(5).double()
     good = torch.tensor([0, 1, 2, 4])
-    sums = [f(logits, own_label, z_max, scale)[good] for f in (sharded._exp_sums, kernels.exp_sums)]
+    sums = [f(logits, label_column, z_max, scale)[good] for f in (plain._exp_sums, kernels.exp_sums)]
     torch.testing.assert_close(*sums, rtol=1e-5, atol=1e-12)
     valid, terms = torch.tensor([True, True, False, True, True]), torch.rand(5, 7).double()
     terms[:, 0], terms[3, 6] = 13.0, torch.nan
-    grads = [f(logits, own_label, valid, terms) for f in (sharded._gradient, kernels.gradient)]
+    grads = [f(logits, label_column, valid, terms) for f in (plain._gradient, kernels.gradient)]
     assert grads[0].dtype == grads[1].dtype
     assert (grads[1][2] == 0).all()
     assert grads[1][3].isnan().all()

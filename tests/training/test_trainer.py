@@ -12,14 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tal_fast.config.schema import Config, MethodConfig, OptimConfig
+from tal_fast.config.schema import Config, OptimConfig
 from tal_fast.runs import checkpoint
 from tal_fast.runs.load import load_run
 from tal_fast.training.optim import build_optimizer, learning_rate
 from tal_fast.training.trainer import Trainer, TrainingFailed
 from tal_fast.utils.signals import Stopped
 from tests.helpers.training import assert_same_end, config, final, one_thread, raise_signal_at, read_metrics, step_of  # noqa: F401
-from tests.helpers.training import method as make_method
 
 # ---- Resume ---------------------------------------------------------------------------------------------------
 
@@ -122,7 +121,10 @@ def test_resume_refuses_another_configuration(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
         Trainer(config(tmp_path, epochs=3, seed=4, resume="auto"))
     moved = config(tmp_path, epochs=2, resume="auto", eval_batch_size=7)
-    moved.data.workers, moved.method.backend = 1, "reference"  # what changes nothing but the speed may change
+    moved.data.workers, moved.method.options["backend"] = (
+        1,
+        "reference",
+    )  # options that change only the speed may change
     Trainer(moved).fit()
     assert len(read_metrics(tmp_path)) == 2
 
@@ -263,31 +265,6 @@ def test_bad_options_are_refused_before_anything_is_written(
 
 
 # ---- Parts ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("epochs", "given", "warmup"), [(19, None, 0), (20, None, 1), (24, None, 1), (90, None, 4), (90, 7, 7), (90, 0, 0)]
-)
-def test_tal_warms_up_for_a_twentieth_of_the_epochs(epochs: int, given: int | None, warmup: int) -> None:
-    method = make_method(MethodConfig("tal", warmup_epochs=given), epochs)
-    logits, features, labels = torch.eye(8)[:, :5] * 9, torch.rand(8, 6), torch.arange(8) % 5
-    step_of(method, logits, features, labels)
-    typicalness = []
-    for epoch in range(10):
-        method.start_epoch(epoch)
-        typicalness.append(float(step_of(method, logits, torch.rand(8, 6), labels).samples["typicalness"].mean()))
-    assert [value == 1.0 for value in typicalness] == [epoch < warmup for epoch in range(10)]
-
-
-def test_tal_has_its_options_and_reports_its_queue() -> None:
-    method = make_method(MethodConfig("tal", t_min=2.0, t_max=20.0, variant="released", queue_size=7))
-    loss_fn = method.loss_fn
-    assert (loss_fn.options.t_min, loss_fn.options.t_max, loss_fn.options.variant) == (2.0, 20.0, "released")
-    labels = torch.arange(5)
-    step_of(method, torch.eye(5) * 9, torch.rand(5, 6), labels)
-    assert method.epoch_metrics() == {"queue_length": 5}
-    step_of(method, torch.eye(5) * 9, torch.rand(5, 6), labels)
-    assert method.epoch_metrics() == {"queue_length": 7}
 
 
 def test_learning_rates() -> None:

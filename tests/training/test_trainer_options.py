@@ -65,7 +65,7 @@ def test_sums_leave_out_rows_without_an_image() -> None:
         def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return images[:, 0, 0], images[:, 0, 0].abs()
 
-    method = make_method(MethodConfig("tal", t_min=2.0, t_max=20.0, t_wrong=30.0))
+    method = make_method(MethodConfig("tal", options={"t_min": 2.0, "t_max": 20.0, "t_wrong": 30.0}))
     method.loss_fn.queue.push(torch.rand(20), torch.rand(20))
     step = TrainStep(Fixed(), method, Execution.of(Config(device="cpu"), CPU))
     images, labels = torch.randn(9, 1, 1, 5), torch.randint(5, (9,))

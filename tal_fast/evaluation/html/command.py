@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tal_fast.utils.arguments import ArgumentParser, at_least
+from tal_fast.utils.process import program_name
 
 
 def parser() -> ArgumentParser:
     """Parser of all options."""
     parser = ArgumentParser(
-        prog="python -m tal_fast.html_report",
+        prog=program_name("html-report"),
         description="Write report.html of an evaluation from the report.json and samples.npz in its folder.",
     )
     parser.add_argument("folder", metavar="DIR", help="Evaluated run, or the --output folder of an evaluation.")

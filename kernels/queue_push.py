@@ -1,0 +1,107 @@
+"""Append the accepted rows of a batch to the queue, in one launch of one program."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tal_fast.kernels.launch import Launch
+
+ROWS = 1024  # rows per iteration: 8 per thread at 4 warps
+NUM_WARPS = 4
+
+
+@triton.jit
+def _load_rows(mean_ptr, std_ptr, accepted_ptr, r, rows, HAS_ACCEPTED: tl.constexpr):
+    """Mask of the rows to push (accepted, with finite statistics), and their statistics."""
+    present = r < rows
+    m = tl.load(mean_ptr + r, mask=present, other=float("nan"))
+    s = tl.load(std_ptr + r, mask=present, other=float("nan"))
+    keep = present & (tl.abs(m) < float("inf")) & (tl.abs(s) < float("inf"))
+    if HAS_ACCEPTED:
+        keep = keep & (tl.load(accepted_ptr + r, mask=present, other=0) != 0)
+    return keep, m, s
+
+
+@triton.jit
+def push_kernel(
+    queue_mean_ptr,
+    queue_std_ptr,
+    cursor_ptr,
+    mean_ptr,
+    std_ptr,
+    accepted_ptr,
+    rows,
+    capacity,
+    HAS_ACCEPTED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Append rows to a ring buffer in batch order.
+
+    Pointers:
+        queue_mean, queue_std: (capacity,) in and out.
+        cursor: (2,) int64 in and out: next slot, length.
+        mean, std: (rows,) in the queue's dtype.
+        accepted: (rows,) bool; not read unless HAS_ACCEPTED.
+    """
+    head = tl.load(cursor_ptr)
+    length = tl.load(cursor_ptr + 1)
+    # 1. Count the rows to push: if they outnumber the slots, only the last `capacity` of them are written.
+    counts = tl.zeros((ROWS,), tl.int64)
+    for start in range(0, rows, ROWS):
+        r = start + tl.arange(0, ROWS).to(tl.int64)
+        keep, _, _ = _load_rows(mean_ptr, std_ptr, accepted_ptr, r, rows, HAS_ACCEPTED)
+        counts += keep.to(tl.int64)
+    kept = tl.sum(counts, axis=0)
+    # 2. Write each kept row to the slot given by its rank among the kept rows.
+    before = tl.zeros((), tl.int64)
+    for start in range(0, rows, ROWS):
+        r = start + tl.arange(0, ROWS).to(tl.int64)
+        keep, m, s = _load_rows(mean_ptr, std_ptr, accepted_ptr, r, rows, HAS_ACCEPTED)
+        ones = keep.to(tl.int32)
+        rank = before + tl.cumsum(ones, axis=0).to(tl.int64) - 1
+        slot = (head + rank) % capacity
+        is_written = keep & (rank >= kept - capacity)
+        tl.store(queue_mean_ptr + slot, m, mask=is_written)
+        tl.store(queue_std_ptr + slot, s, mask=is_written)
+        before += tl.sum(ones, axis=0).to(tl.int64)
+    # 3. Move the cursor, after every thread has read it.
+    tl.debug_barrier()
+    tl.store(cursor_ptr, (head + kept) % capacity)
+    tl.store(cursor_ptr + 1, tl.minimum(length + kept, capacity))
+
+
+def plan_push(
+    queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor, std: Tensor, accepted: Tensor | None
+) -> Launch:
+    """Launch of ``push_kernel``."""
+    arguments = {
+        "queue_mean_ptr": queue_mean,
+        "queue_std_ptr": queue_std,
+        "cursor_ptr": cursor,
+        "mean_ptr": mean,
+        "std_ptr": std,
+        "accepted_ptr": cursor if accepted is None else accepted,
+        "rows": mean.numel(),
+        "capacity": queue_mean.numel(),
+    }
+    constants = {"HAS_ACCEPTED": accepted is not None, "ROWS": ROWS}
+    return Launch(push_kernel, (1,), arguments, constants, NUM_WARPS)
+
+
+def push(
+    queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor, std: Tensor, accepted: Tensor | None
+) -> None:
+    """Append rows to the queue in batch order, overwriting the oldest entries.
+
+    Args:
+        queue_mean, queue_std: (N,) float32 or float64, contiguous; modified.
+        cursor: (2,) int64, [next slot, number of entries]; modified.
+        mean, std: (B,) in the queue's dtype; pairs that are not finite are skipped. B may exceed N.
+        accepted: (B,) bool, the rows to append; None appends all of them.
+    """
+    if mean.numel() == 0:
+        return
+    accepted = None if accepted is None else accepted.contiguous()
+    plan_push(queue_mean, queue_std, cursor, mean.contiguous(), std.contiguous(), accepted).run()

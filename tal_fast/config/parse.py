@@ -1,0 +1,241 @@
+"""YAML files, presets and the command line of training."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+from tal_fast.config.methods import OPTIONS, TALOptions, option_names, upgrade
+from tal_fast.config.schema import Config
+from tal_fast.config.typed import field_types, not_none
+
+HELP_WIDTH = 100
+"""Largest number of columns of the help."""
+
+_ALIASES = {"data.root": "--data-dir", "logger": "--log"}
+_BUILT_IN_OPTIONS = frozenset[str]().union(*map(option_names, OPTIONS.values()))
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    files = (file.name for file in (resources.files("tal_fast.config") / "presets").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
+
+
+def find_config(name_or_path: str) -> str:
+    """Text of a preset or of a YAML file.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if name_or_path in preset_names():
+        return (resources.files("tal_fast.config") / "presets" / f"{name_or_path}.yaml").read_text()
+    path = Path(name_or_path)
+    if path.is_file():
+        return path.read_text()
+    raise ValueError(f"no preset or file {name_or_path!r}; the presets are {', '.join(preset_names())}")
+
+
+def load_config(name_or_path: str) -> Config:
+    """Read the configuration in a preset or a YAML file.
+
+    Raises:
+        ValueError: not found, not YAML, or with names or values that do not fit.
+    """
+    return Config.from_dict(parse_yaml(find_config(name_or_path), name_or_path))
+
+
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """Read the mapping in a YAML text.
+
+    Raises:
+        ValueError: ``text`` is not YAML, or not a mapping; the message begins with ``source``.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} must be a mapping such as 'epochs: 10', not {type(values).__name__}")
+    return values
+
+
+def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Nested configuration with overrides in their place, option by option; neither is changed.
+
+    Overrides that name a built-in method remove the options that only other built-in methods have, so that naming
+    another method is enough.
+    """
+    values = copy.deepcopy(values)
+    method, override = values.get("method"), overrides.get("method")
+    if isinstance(method, dict) and isinstance(override, dict) and override.get("name") in OPTIONS:
+        foreign = _BUILT_IN_OPTIONS - option_names(OPTIONS[override["name"]])
+        if isinstance(method.get("options"), dict):
+            method["options"] = {name: v for name, v in method["options"].items() if name not in foreign}
+    return _merge(values, overrides)
+
+
+def _merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    for key, value in overrides.items():
+        inner = values.get(key)
+        values[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return values
+
+
+def parse_command_line(argv: Sequence[str], program: str = "python -m tal_fast.train") -> tuple[Config, bool]:
+    """Read the options of ``python -m tal_fast.train``.
+
+    Args:
+        argv: words of the command line. Each ``--config`` overrides the ones before it, the other options override
+            them all. Hyphens and underscores in their names are the same.
+        program: the command, for the usage line.
+
+    Returns:
+        The configuration, and whether to measure it (``--bench``) instead of training.
+
+    Raises:
+        ValueError: an unknown preset, option or value.
+        SystemExit: after ``--help``.
+    """
+    words = [_hyphenated(word) for word in argv]
+    given = vars(_parser(words, program).parse_args(words))
+    files, bench = given.pop("config"), given.pop("bench")
+    values: dict[str, Any] = {}
+    for file in files:
+        values = merged(values, upgrade(parse_yaml(find_config(file), file)))
+    if "data.ood" in given:  # all sets as one mapping
+        values.get("data", {}).pop("ood", None)
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        for part in reversed(name.split(".", 2)):
+            value = {part: value}
+        options = _merge(options, value)
+    return Config.from_dict(merged(values, upgrade(options))).check(), bench
+
+
+def _hyphenated(word: str) -> str:
+    if not word.startswith("--") or word.startswith("--data.ood."):  # names of data sets are the user's own
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ValueError(message)
+
+
+def _parser(words: Sequence[str], program: str) -> argparse.ArgumentParser:
+    """Parser of all options, with those whose names only the command line itself has."""
+    parser = _Parser(
+        prog=program,
+        usage="%(prog)s [--config PRESET|FILE] [--output FOLDER] [options]",
+        description=f"Train a classifier. Presets: {', '.join(preset_names())}.",
+        formatter_class=partial(
+            argparse.HelpFormatter, max_help_position=30, width=min(HELP_WIDTH, shutil.get_terminal_size().columns)
+        ),
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+    )
+    common = parser.add_argument_group("options")
+    common.add_argument("-h", "--help", action="help", help="show this help and exit")
+    common.add_argument(
+        "--config", action="append", default=[], metavar="PRESET|FILE",
+        help="name of a preset, or YAML file; may be given more than once, later ones override earlier ones",
+    )  # fmt: skip
+    common.add_argument(
+        "--bench", action="store_true", default=False, help="measure the throughput instead of training, as JSON"
+    )
+    known = set()
+    for title, prefix, kind in _sections():
+        group = parser.add_argument_group(title)
+        help_texts = attribute_help(kind)
+        for field, field_kind in zip(fields(kind), field_types(kind).values(), strict=True):
+            name = prefix + field.name
+            if name in known:
+                continue
+            known.add(name)
+            if is_dataclass(field_kind):  # a section, as a YAML mapping
+                parser.add_argument(f"--{name}", type=_load_yaml, help=argparse.SUPPRESS)
+                continue
+            default = "" if field.default in (None, "", MISSING) else f" (default: {_default(field.default)})"
+            group.add_argument(
+                *_flags(name), dest=name, type=partial(_from_text, field_kind), metavar=_metavar(field_kind),
+                help=f"{help_texts[field.name]}{default}".replace("%", "%%"),
+            )  # fmt: skip
+    for name, kind in field_types(TALOptions).items():  # as 0.1.0 spelled them
+        parser.add_argument(*_flags(f"method.{name}"), type=partial(_from_text, kind), help=argparse.SUPPRESS)
+    for word in dict.fromkeys(word.partition("=")[0] for word in words):
+        if word.startswith("--data.ood."):
+            parser.add_argument(word, dest=word[2:], help=argparse.SUPPRESS)
+        elif word.startswith("--method.options.") and word[2:].replace("-", "_") not in known:
+            parser.add_argument(word, dest=word[2:].replace("-", "_"), type=_load_yaml, help=argparse.SUPPRESS)
+    return parser
+
+
+def _sections() -> Iterator[tuple[str, str, Any]]:
+    """Title, prefix of the names, and dataclass of each group of options."""
+    yield "run", "", Config
+    for name, kind in field_types(Config).items():
+        if is_dataclass(kind):
+            yield name, f"{name}.", kind
+    for kind in OPTIONS.values():
+        if option_names(kind):
+            users = [name for name, other in OPTIONS.items() if option_names(kind) & option_names(other)]
+            yield f"options of {' and '.join(users)}", "method.options.", kind
+
+
+def _flags(name: str) -> list[str]:
+    flag = f"--{name}".replace("_", "-")
+    return [flag, _ALIASES[name]] if name in _ALIASES else [flag]
+
+
+def attribute_help(kind: type) -> dict[str, str]:
+    """First sentence about each attribute in the docstrings of a class and its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        text = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
+        for name, description in re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", text, re.MULTILINE):
+            sentence = re.split(r"(?<=\.) (?=[A-Z`])", " ".join(description.split()))[0]
+            found[name] = sentence.removesuffix(".").replace("``", "")
+    return found
+
+
+def _metavar(kind: Any) -> str:
+    kind = not_none(kind)
+    if get_origin(kind) is Literal:
+        return f"{{{','.join(map(str, get_args(kind)))}}}"
+    names = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT"}
+    return names.get(kind) or {dict: "MAPPING"}.get(get_origin(kind), "LIST")
+
+
+def _from_text(kind: Any, text: str) -> Any:
+    """Value of a word of the command line, as a YAML file would give it for a type."""
+    inner = not_none(kind)
+    if inner is str or (get_origin(inner) is Literal and isinstance(get_args(inner)[0], str)):
+        return None if text == "null" and inner is not kind else text
+    return _load_yaml(text)
+
+
+def _load_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # the check of the type refuses it, and names the option
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_default, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()

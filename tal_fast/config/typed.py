@@ -1,0 +1,98 @@
+"""Conversion of plain YAML values to annotated types."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal
+
+
+def read(kind: Any, value: Any, name: str) -> Any:
+    """Convert a plain value to an annotated type.
+
+    Args:
+        kind: a dataclass, or one of its field types: ``int``, ``float``, ``bool``, ``str``, ``Any``, ``Literal``,
+            ``list``, ``tuple`` and ``dict`` of these, or a union of one of these with None.
+        value: a value as PyYAML returns it.
+        name: dotted name of the option, with which error messages begin.
+
+    Returns:
+        ``value`` as ``kind``. Fields of a dataclass that are left out have their defaults.
+
+    Raises:
+        ValueError: an unknown name or a value of the wrong type.
+    """
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(kind, value, name)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else read(not_none(kind), value, name)
+    if origin is Literal:
+        if value not in args or type(value) not in {type(a) for a in args}:
+            raise ValueError(f"{name} is {value!r}; use {' or '.join(map(repr, args))}")
+        return value
+    if origin is list and isinstance(value, (list, tuple)):
+        return [read(args[0], v, name) for v in value]
+    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(args):
+        return tuple(read(a, v, name) for a, v in zip(args, value, strict=True))
+    if origin is dict and isinstance(value, dict):
+        return {read(args[0], k, name): read(args[1], v, name) for k, v in value.items()}
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # PyYAML reads 1e-3 as text
+        except ValueError:
+            pass
+    elif kind in (int, bool, str) and type(value) is kind:
+        return value
+    expected = kind.__name__ if isinstance(kind, type) and origin is None else str(kind).replace("typing.", "")
+    raise ValueError(f"{name} is {value!r} but must be {expected}")
+
+
+def _read_dataclass(kind: Any, value: Any, name: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name or 'the configuration'} is {value!r} but must be a mapping")
+    kinds = field_types(kind)
+    prefix = f"{name}." if name else ""
+    unknown = [key for key in value if key not in kinds]
+    if unknown:
+        names = ", ".join(prefix + field for field in kinds) or "none"
+        raise ValueError(f"{prefix}{unknown[0]} is not an option; there are {names}")
+    return kind(**{key: read(kinds[key], v, prefix + key) for key, v in value.items()})
+
+
+def field_types(kind: Any) -> dict[str, Any]:
+    """Types of a dataclass's fields by name, in their order."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def not_none(kind: Any) -> Any:
+    """The type that a union with None has beside None; any other type as it is."""
+    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
+        return kind
+    (kind,) = (arg for arg in typing.get_args(kind) if arg is not type(None))
+    return kind
+
+
+def to_plain(value: Any) -> Any:
+    """Nested dicts, lists and scalars, as YAML and JSON hold them; tuples become lists."""
+    if isinstance(value, dict):
+        return {key: to_plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(v) for v in value]
+    return value
+
+
+def check_at_least(name: str, value: float | None, limit: float) -> None:
+    """Raise ValueError if a value is below a limit."""
+    if value is not None and value < limit:
+        raise ValueError(f"{name} is {value} but must be at least {limit}")
+
+
+def check_positive(name: str, value: float | None, remedy: str = "") -> None:
+    """Raise ValueError if a value is 0 or below."""
+    if value is not None and value <= 0:
+        raise ValueError(f"{name} is {value} but must be above 0{remedy}")

@@ -1,0 +1,121 @@
+"""Gradients that the forward pass has computed, and their place in PyTorch's autograd graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tal_fast.loss._extension import triton_problem
+from tal_fast.loss.options import LossOptions
+from tal_fast.loss.reference import TALStats
+
+# csrc/step_cpu.cpp has a copy of it: its node of the graph runs without Python.
+NO_SECOND_DERIVATIVE = (
+    "the gradient of the TAL loss is a constant to autograd, and a second derivative (create_graph=True) "
+    "would miss terms; use backend='reference' for it"
+)
+
+
+def wants_gradient(logits: Tensor) -> bool:
+    """Whether a loss of these logits is to be differentiable."""
+    return logits.requires_grad and torch.is_grad_enabled()
+
+
+def attach_gradient(logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+    """Scalar ``loss`` with the known gradient ``grad`` (B, C) with respect to ``logits``."""
+    return _AttachGradient.apply(logits, loss, grad)
+
+
+class _AttachGradient(torch.autograd.Function):
+    """Node of the autograd graph for a loss whose gradient the forward kernel has computed."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        ctx.logits_dtype = logits.dtype
+        return loss.detach()  # not a view, which ``loss += ...`` could not change
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(NO_SECOND_DERIVATIVE)
+        (grad,) = ctx.saved_tensors
+        # Multiplied before the cast: under a gradient scaler a float16 product keeps what float16 factors lose.
+        if torch.compiler.is_compiling() or grad.dtype != ctx.logits_dtype or _graph_is_kept():
+            return (grad * upstream.to(grad.dtype)).to(ctx.logits_dtype), None, None
+        return _scale_(grad, upstream), None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward pass leaves its saved tensors to a later one (``retain_graph``)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _scale_(grad: Tensor, factor: Tensor) -> Tensor:
+    """Multiply ``grad`` in place by a scalar tensor.
+
+    A factor of 1, which ``loss.backward()`` gives, costs no pass over memory: it is read here on CPUs, and by the
+    kernel on GPUs.
+    """
+    if grad.device.type == "cpu":
+        return grad if factor.item() == 1 else grad.mul_(factor.to(grad.dtype))
+    if triton_problem(grad.device) is None and grad.is_contiguous():
+        from tal_fast import kernels
+
+        kernels.scale(grad, factor)
+        return grad
+    return grad.mul_(factor.to(grad.dtype))
+
+
+@torch.compiler.disable
+def differentiate(
+    loss_of: Callable[[Tensor], tuple[Tensor, TALStats]], logits: Tensor
+) -> tuple[Tensor, Tensor, TALStats]:
+    """Loss, its gradient with respect to the logits, and its statistics, by autograd.
+
+    float16 logits are converted to float32, so that their gradient is float32.
+
+    Raises:
+        RuntimeError: In inference mode, or for tensors made in it.
+    """
+    if torch.is_inference_mode_enabled() or logits.is_inference():
+        raise RuntimeError(
+            "loss_and_gradient in plain PyTorch goes through autograd, which inference mode switches off; "
+            "use torch.no_grad(), or a backend with kernels"
+        )
+    leaf = logits.detach()
+    leaf = (leaf.float() if leaf.dtype == torch.float16 else leaf).requires_grad_()
+    with torch.enable_grad():
+        loss, stats = loss_of(leaf)
+        (grad,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), grad, stats
+
+
+def may_overwrite(logits: Tensor, options: LossOptions) -> bool:
+    """Whether to write the gradient over the logits; never under ``torch.compile``, which plans memory itself.
+
+    Raises:
+        ValueError: If ``inplace`` is set and the logits' memory cannot hold their gradient.
+    """
+    if not options.inplace or torch.compiler.is_compiling():
+        return False
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError("inplace=True would overwrite a leaf's values; pass the logits a layer gave, or inplace=False")
+    if logits.dtype == torch.float16:
+        raise ValueError(
+            "inplace=True would round the gradient to float16 before a gradient scaler multiplies it; "
+            "use bfloat16 or inplace=False"
+        )
+    if not logits.is_contiguous():
+        raise ValueError(
+            f"inplace=True needs contiguous logits, not strides {logits.stride()}; use .contiguous() or inplace=False"
+        )
+    return True
+
+
+def mark_overwritten(logits: Tensor) -> Tensor:
+    """Tell autograd that the logits have changed, so that a backward pass through their old values raises."""
+    torch.autograd.graph.increment_version(logits)
+    return logits

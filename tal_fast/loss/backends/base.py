@@ -1,0 +1,88 @@
+"""Interface of the backends."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tal_fast.loss.autograd import attach_gradient, wants_gradient
+from tal_fast.loss.options import LossOptions
+from tal_fast.loss.reference import TALStats
+from tal_fast.loss.ring import RingBuffer
+
+
+@dataclass
+class LossInputs:
+    """Arguments of the loss of a batch, all on one device.
+
+    Attributes:
+        logits: (B, C) floating point.
+        labels: (B,) int64.
+        distance: (B,) distance to the queue.
+        summary: (6,) ``reference.batch_summary``, or None if the backend needs none.
+        ring: The queue, for the kernels' scratch memory.
+        options: Options of the loss.
+        warmup: Whether the typicalness of every sample is 1.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    distance: Tensor
+    summary: Tensor | None
+    ring: RingBuffer
+    options: LossOptions
+    warmup: bool
+
+
+class Backend(ABC):
+    """One way to compute a training step.
+
+    Attributes:
+        name: Value of the option ``backend``.
+    """
+
+    name: str
+
+    @abstractmethod
+    def statistics_distance(
+        self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Mean, standard deviation and distance to the queue, each (B,), and the summary without what needs logits."""
+
+    @abstractmethod
+    def complete_summary(self, inputs: LossInputs) -> Tensor:
+        """Whole summary, given that of ``statistics_distance``, whose memory it may take."""
+
+    @abstractmethod
+    def loss(self, inputs: LossInputs) -> tuple[Tensor, TALStats]:
+        """Mean loss, differentiable with respect to the logits, and per-sample statistics."""
+
+    @abstractmethod
+    def loss_and_gradient(self, inputs: LossInputs) -> tuple[Tensor, Tensor, TALStats]:
+        """Mean loss without a graph, its gradient (float32 for float16 logits), and per-sample statistics."""
+
+    @abstractmethod
+    def push(self, ring: RingBuffer, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None:
+        """Append the accepted rows with finite statistics to the ring; all rows if ``accepted`` is None."""
+
+    @abstractmethod
+    def nearest(self, ring: RingBuffer, mean: Tensor, std: Tensor) -> Tensor:
+        """Distance (B,) of each row to its nearest entry; inf if the ring is empty."""
+
+
+class KernelBackend(Backend):
+    """Backend whose kernels compute the loss and its gradient together."""
+
+    @abstractmethod
+    def forward(self, inputs: LossInputs, need_grad: bool) -> tuple[Tensor, Tensor, TALStats]:
+        """Mean loss without a graph, its gradient (empty unless ``need_grad``), and per-sample statistics."""
+
+    def loss(self, inputs: LossInputs) -> tuple[Tensor, TALStats]:
+        need_grad = wants_gradient(inputs.logits)
+        loss, grad, stats = self.forward(inputs, need_grad)
+        return attach_gradient(inputs.logits, loss, grad) if need_grad else loss, stats
+
+    def loss_and_gradient(self, inputs: LossInputs) -> tuple[Tensor, Tensor, TALStats]:
+        return self.forward(inputs, need_grad=True)

@@ -1,0 +1,104 @@
+"""Backends of the C++ extension: the whole step on CPUs, the queue on GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tal_fast.loss.autograd import mark_overwritten, may_overwrite
+from tal_fast.loss.backends.base import Backend, KernelBackend, LossInputs
+from tal_fast.loss.backends.pytorch import PyTorchBackend
+from tal_fast.loss.options import LossOptions
+from tal_fast.loss.reference import TALStats
+from tal_fast.loss.ring import RingBuffer
+
+
+class _CppQueue(Backend):
+    """Push and search of the extension, on CPUs and, where it is built with CUDA, on GPUs."""
+
+    name = "native"
+
+    def push(self, ring: RingBuffer, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None:
+        torch.ops.tal_fast.push_(ring.mean, ring.std, ring.cursor, mean, std, accepted, ring.index)
+
+    def nearest(self, ring: RingBuffer, mean: Tensor, std: Tensor) -> Tensor:
+        return torch.ops.tal_fast.nearest(ring.mean, ring.std, ring.cursor, mean, std, ring.index)
+
+
+class CppBackend(_CppQueue, KernelBackend):
+    """The step on CPUs, in parts: what ``torch.compile`` traces, and what distributed runs interrupt."""
+
+    def statistics_distance(
+        self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return torch.ops.tal_fast.statistics_distance(
+            features.detach(), labels, ring.mean, ring.std, ring.cursor, ignore_index, ring.index
+        )
+
+    def complete_summary(self, inputs: LossInputs) -> Tensor:
+        options = inputs.options
+        return torch.ops.tal_fast.batch_sums(
+            inputs.logits.detach(), inputs.labels, inputs.distance, inputs.summary,
+            options.confidence_threshold, options.ignore_index,
+        )  # fmt: skip
+
+    def forward(self, inputs: LossInputs, need_grad: bool) -> tuple[Tensor, Tensor, TALStats]:
+        logits = inputs.logits.detach()
+        options = _loss_arguments(inputs.options, inputs.warmup)
+        arguments = (logits, inputs.labels, inputs.distance, inputs.summary, *options)
+        if need_grad and may_overwrite(inputs.logits, inputs.options):
+            loss, *stats = torch.ops.tal_fast.loss_inplace_(*arguments)
+            grad = mark_overwritten(logits)
+        else:
+            loss, grad, *stats = torch.ops.tal_fast.loss_forward(*arguments, need_grad)
+        return loss, grad, TALStats(inputs.distance, *stats)
+
+
+class CppCudaBackend(_CppQueue, PyTorchBackend):
+    """The queue on GPUs; the loss is plain PyTorch's."""
+
+
+def step(
+    logits: Tensor, features: Tensor, labels: Tensor, ring: RingBuffer, options: LossOptions, warmup: bool, push: bool
+) -> tuple[Tensor, TALStats]:
+    """Whole step on the CPU in one call, which checks its arguments; returns the differentiable loss and statistics.
+
+    ``push`` says whether the accepted rows enter the queue.
+    """
+    loss, *stats = torch.ops.tal_fast.step.default(
+        *_step_arguments(logits, features, labels, ring, options, warmup), push
+    )
+    return loss, TALStats(*stats)
+
+
+def step_with_gradient(
+    logits: Tensor, features: Tensor, labels: Tensor, ring: RingBuffer, options: LossOptions, warmup: bool, push: bool
+) -> tuple[Tensor, Tensor, TALStats]:
+    """Whole step as in ``step``, without a graph; returns the loss, its gradient and statistics."""
+    loss, gradient, *stats = torch.ops.tal_fast.step_with_gradient.default(
+        *_step_arguments(logits, features, labels, ring, options, warmup), push
+    )
+    return loss, gradient, TALStats(*stats)
+
+
+def _step_arguments(
+    logits: Tensor, features: Tensor, labels: Tensor, ring: RingBuffer, options: LossOptions, warmup: bool
+) -> tuple[Any, ...]:
+    queue = ring.mean, ring.std, ring.cursor, ring.index
+    return (logits, features, labels, *queue, *_loss_arguments(options, warmup))
+
+
+def _loss_arguments(options: LossOptions, warmup: bool) -> tuple[Any, ...]:
+    """Options in the order of the extension's operators."""
+    return (
+        options.variant == "released",
+        options.t_min,
+        options.t_max,
+        options.t_wrong,
+        options.confidence_threshold,
+        options.label_smoothing,
+        options.ignore_index,
+        warmup,
+    )

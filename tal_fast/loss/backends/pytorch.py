@@ -1,0 +1,70 @@
+"""Backend in plain PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tal_fast.loss import reference
+from tal_fast.loss.autograd import differentiate
+from tal_fast.loss.backends.base import Backend, LossInputs
+from tal_fast.loss.reference import TALStats
+from tal_fast.loss.ring import RingBuffer
+
+
+class PyTorchBackend(Backend):
+    """The definition, on any device; never waits for it."""
+
+    name = "reference"
+
+    def statistics_distance(
+        self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        mean, std = reference.feature_statistics(features, ring.mean.dtype)
+        return mean, std, self.nearest(ring, mean, std), None
+
+    def complete_summary(self, inputs: LossInputs) -> Tensor:
+        options = inputs.options
+        return reference.batch_summary(
+            inputs.logits,
+            inputs.labels,
+            inputs.distance,
+            confidence_threshold=options.confidence_threshold,
+            ignore_index=options.ignore_index,
+        )
+
+    def loss(self, inputs: LossInputs) -> tuple[Tensor, TALStats]:
+        return reference.tal_loss(
+            inputs.logits, inputs.labels, inputs.distance, inputs.options, warmup=inputs.warmup, summary=inputs.summary
+        )
+
+    def loss_and_gradient(self, inputs: LossInputs) -> tuple[Tensor, Tensor, TALStats]:
+        return differentiate(lambda z: self.loss(replace(inputs, logits=z)), inputs.logits)
+
+    def push(self, ring: RingBuffer, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None:
+        """Append the accepted rows with shapes that do not depend on the data.
+
+        Kept rows are sorted to the front, and a fixed number of slots is rewritten: those beyond the kept rows with
+        their old values.
+        """
+        rows, capacity = mean.numel(), ring.capacity
+        if rows == 0:
+            return
+        keep = mean.isfinite() & std.isfinite()
+        if accepted is not None:
+            keep = keep & accepted
+        order = torch.argsort(~keep, stable=True)
+        kept = keep.sum()
+        head, length = ring.cursor[0], ring.cursor[1]
+        skip = (kept - capacity).clamp(min=0)  # the oldest of more rows than slots never get in
+        offset = torch.arange(min(rows, capacity), device=mean.device) + skip
+        source = order[offset.clamp(max=rows - 1)]
+        slots = (head + offset) % capacity
+        for entries, values in ((ring.mean, mean), (ring.std, std)):
+            entries[slots] = torch.where(offset < kept, values[source], entries[slots])
+        ring.cursor.copy_(torch.stack([(head + kept) % capacity, (length + kept).clamp(max=capacity)]))
+
+    def nearest(self, ring: RingBuffer, mean: Tensor, std: Tensor) -> Tensor:
+        return reference.nearest_distance(mean, std, ring.mean, ring.std, ring.cursor[1])

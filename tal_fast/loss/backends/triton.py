@@ -1,0 +1,78 @@
+"""Backend of the Triton kernels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tal_fast.loss.autograd import mark_overwritten, may_overwrite
+from tal_fast.loss.backends.base import KernelBackend, LossInputs
+from tal_fast.loss.reference import TALStats
+from tal_fast.loss.ring import RingBuffer
+
+# The kernels are imported where they are called: an installation without them still has the other backends.
+
+
+class TritonBackend(KernelBackend):
+    """Fused kernels on GPUs; on CPU tensors, for tests, in Triton's interpreter (TRITON_INTERPRET=1)."""
+
+    name = "triton"
+
+    def statistics_distance(
+        self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        from tal_fast import kernels
+
+        return kernels.statistics_distance(
+            features.detach(), labels, ring.mean, ring.std, ring.cursor, ring.ticket, ignore_index=ignore_index
+        )
+
+    def complete_summary(self, inputs: LossInputs) -> Tensor:
+        from tal_fast import kernels
+
+        assert inputs.summary is not None
+        kernels.batch_sums(
+            inputs.logits.detach(),
+            inputs.labels,
+            inputs.distance,
+            inputs.summary,
+            inputs.ring.ticket,
+            confidence_threshold=inputs.options.confidence_threshold,
+            ignore_index=inputs.options.ignore_index,
+        )
+        return inputs.summary
+
+    def forward(self, inputs: LossInputs, need_grad: bool) -> tuple[Tensor, Tensor, TALStats]:
+        from tal_fast import kernels
+
+        options = inputs.options
+        inplace = need_grad and may_overwrite(inputs.logits, options)
+        loss, grad, stats, flags = kernels.loss_forward(
+            inputs.logits.detach(),
+            inputs.labels,
+            inputs.distance,
+            inputs.summary,
+            inputs.ring.ticket,
+            variant=options.variant,
+            t_min=options.t_min,
+            t_max=options.t_max,
+            t_wrong=options.t_wrong,
+            confidence_threshold=options.confidence_threshold,
+            label_smoothing=options.label_smoothing,
+            ignore_index=options.ignore_index,
+            warmup=inputs.warmup,
+            need_grad=need_grad,
+            inplace=inplace,
+        )
+        if inplace:
+            mark_overwritten(grad)
+        return loss, grad, TALStats(inputs.distance, *stats.unbind(), *flags.unbind())
+
+    def push(self, ring: RingBuffer, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None:
+        from tal_fast import kernels
+
+        kernels.push(ring.mean, ring.std, ring.cursor, mean, std, accepted)
+
+    def nearest(self, ring: RingBuffer, mean: Tensor, std: Tensor) -> Tensor:
+        from tal_fast import kernels
+
+        return kernels.nearest(ring.mean, ring.std, ring.cursor, mean, std)

@@ -1,0 +1,106 @@
+"""Options of the loss, and checks of a step's arguments."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHECK_LABELS_ON_GPU = os.environ.get("TAL_FAST_DEBUG") == "1"
+"""Whether to check the labels' range on GPUs too, where every check waits for the device."""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Options that define a TAL loss, apart from its queue.
+
+    ``TALLoss`` describes each field.
+
+    Raises:
+        ValueError: If an option is out of its range.
+    """
+
+    variant: str = "paper"
+    t_min: float = 10.0
+    t_max: float = 100.0
+    t_wrong: float | None = 20.0
+    confidence_threshold: float = 0.0
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    inplace: bool = False
+
+    def __post_init__(self) -> None:
+        if self.variant not in ("paper", "released"):
+            raise ValueError(f"variant is {self.variant!r}; use 'paper' or 'released'")
+        if not 0 < self.t_min <= self.t_max < float("inf"):
+            raise ValueError(
+                f"temperatures are t_min={self.t_min}, t_max={self.t_max}; they must satisfy 0 < t_min <= t_max"
+            )
+        if self.t_wrong is not None and not 0 < self.t_wrong < float("inf"):
+            raise ValueError(f"t_wrong is {self.t_wrong}; it must be positive, or None for that of the typicalness")
+        if not -1 <= self.confidence_threshold <= 1:
+            raise ValueError(f"confidence_threshold is {self.confidence_threshold}; a cosine lies in [-1, 1]")
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1]")
+
+
+def check_inputs(
+    logits: Tensor, features: Tensor, labels: Tensor, ignore_index: int, class_sharded: bool = False
+) -> None:
+    """Check shapes, dtypes and devices of a batch, and the labels' range where that is cheap.
+
+    Args:
+        logits: (B, C) floating point.
+        features: (B, D) floating point, D >= 2.
+        labels: (B,) int64 in [0, C), or ``ignore_index``.
+        ignore_index: Label of the rows to leave out.
+        class_sharded: Whether the logits are this rank's columns of wider rows. C may then be 0, and the labels'
+            range, which no rank knows alone, is not checked.
+
+    Raises:
+        ValueError: If shapes do not fit, devices differ, or a label is out of range.
+        TypeError: If labels are not int64, or logits or features are not floating point.
+    """
+    if logits.dim() != 2 or (logits.shape[1] < 1 and not class_sharded):
+        raise ValueError(f"logits are {tuple(logits.shape)} but must be (B, C) with C >= 1")
+    if features.dim() != 2 or features.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"features are {tuple(features.shape)} but must be (B, D) with B = {logits.shape[0]} as the logits"
+        )
+    if features.shape[1] < 2:
+        raise ValueError(
+            f"features have {features.shape[1]} dimension but need at least 2 for a standard deviation; "
+            "pass the input of the last Linear layer"
+        )
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(f"labels are {tuple(labels.shape)} but must be ({logits.shape[0]},) as the logits")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels are {labels.dtype} but must be torch.int64 class indices; use labels.long()")
+    for name, tensor in (("logits", logits), ("features", features)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} are {tensor.dtype} but must be floating point; use {name}.float()")
+    if not (logits.device == features.device == labels.device):
+        raise ValueError(
+            f"logits are on {logits.device}, features on {features.device} and labels on {labels.device}; "
+            "move them to one device"
+        )
+    if not class_sharded and labels_are_checked(labels):
+        check_label_range(labels, logits.shape[1], ignore_index)
+
+
+def labels_are_checked(labels: Tensor) -> bool:
+    """Whether to read the labels' values: not where that waits for a GPU, nor while ``torch.compile`` traces."""
+    return not torch.compiler.is_compiling() and (labels.device.type == "cpu" or CHECK_LABELS_ON_GPU)
+
+
+def check_label_range(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise ValueError if a label is neither in [0, num_classes) nor ``ignore_index``; waits for the device."""
+    outside = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"label {int(labels[row])} in row {row} is outside [0, {num_classes}); "
+            f"give it a class or ignore_index = {ignore_index}"
+        )

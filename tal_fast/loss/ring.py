@@ -1,0 +1,119 @@
+"""Ring buffer of feature statistics: the memory of ``FeatureQueue``, which the backends read and write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tal_fast.loss import _extension
+
+
+@dataclass
+class RingBuffer:
+    """Ring buffer of (mean, std) pairs on one device.
+
+    Attributes:
+        mean, std: (N,) float32 or float64, where N is the capacity.
+        cursor: (2,) int64, [slot of the next entry, number of entries].
+        ticket: (1,) int32, number of programs of a Triton launch that have finished; 0 between launches.
+        index: uint8, search index of the C++ extension, or None. All zeros is an empty index.
+    """
+
+    mean: Tensor
+    std: Tensor
+    cursor: Tensor
+    ticket: Tensor
+    index: Tensor | None = None
+
+    @classmethod
+    def empty(cls, capacity: int, dtype: torch.dtype, device: torch.device | str | None, indexed: bool) -> RingBuffer:
+        """Ring buffer without entries; ``indexed`` as in ``allocate_index``."""
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"queue dtype is {dtype}; use torch.float32 or torch.float64")
+        ring = cls(
+            mean=torch.zeros(capacity, dtype=dtype, device=device),
+            std=torch.zeros(capacity, dtype=dtype, device=device),
+            cursor=torch.zeros(2, dtype=torch.int64, device=device),
+            ticket=torch.zeros(1, dtype=torch.int32, device=device),
+        )
+        ring.allocate_index(indexed)
+        return ring
+
+    @classmethod
+    def of_entries(cls, mean: Tensor, std: Tensor, device: torch.device) -> RingBuffer:
+        """Full ring buffer of (N,) entries on the device, N >= 0, for searching only; contiguous tensors are shared."""
+        ring = cls.empty(1, mean.dtype, device, indexed=False)  # the kernels need one slot at least
+        if mean.numel():
+            ring.mean, ring.std = mean.detach().contiguous(), std.detach().contiguous()
+            ring.cursor[1] = mean.numel()
+        return ring
+
+    @property
+    def capacity(self) -> int:
+        """Largest number of entries."""
+        return self.mean.numel()
+
+    def allocate_index(self, indexed: bool) -> None:
+        """Allocate an empty search index if ``indexed`` and the C++ extension has one for this ring."""
+        self.index = None
+        if indexed and self.mean.device.type == "cpu" and _extension.load()[0]:
+            size = torch.ops.tal_fast.index_bytes(self.capacity, self.mean.dtype == torch.float64)
+            self.index = torch.zeros(size, dtype=torch.uint8) if size else None
+
+    def invalidate_index(self) -> None:
+        """Have the next push rebuild the index, after a change of the ring by other means."""
+        if self.index is not None:
+            self.index[:8] = 0
+
+    def convert(self, function: Callable[[Tensor], Tensor], indexed: bool) -> None:
+        """Apply a conversion such as ``.to(device)``; one to half precision moves the statistics without converting."""
+        for name in ("mean", "std"):
+            old = getattr(self, name)
+            new = function(old)
+            setattr(self, name, new if new.dtype in (torch.float32, torch.float64) else old.to(new.device))
+        self.cursor, self.ticket = function(self.cursor), function(self.ticket)
+        self.allocate_index(indexed)
+
+    def load(self, mean: Tensor, std: Tensor, cursor: Tensor) -> None:
+        """Copy the state of another ring, of its newest entries if its capacity differs."""
+        self.invalidate_index()
+        if mean.numel() != self.capacity:
+            mean, std = newest_entries(mean, std, cursor, self.capacity)
+            cursor = torch.tensor([mean.numel() % self.capacity, mean.numel()])
+        self.mean[: mean.numel()] = mean.to(self.mean)
+        self.std[: std.numel()] = std.to(self.std)
+        self.cursor.copy_(cursor)
+
+
+def newest_entries(mean: Tensor, std: Tensor, cursor: Tensor, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Copies of the newest entries of a ring, oldest first; waits for the device.
+
+    Args:
+        mean, std: (N,) ring.
+        cursor: (2,) int64, [slot of the next entry, number of entries].
+        limit: Largest number of entries; all of them by default.
+    """
+    head, length = cursor.tolist()
+    kept = length if limit is None else min(length, limit)
+    slots = (torch.arange(kept, device=mean.device) + head - kept) % mean.numel()
+    return mean[slots], std[slots]
+
+
+def invalid_state(mean: Any, std: Any, cursor: Any) -> str | None:
+    """Reason why these are not the state of a ring buffer, or None if they are."""
+    if not all(isinstance(t, Tensor) for t in (mean, std, cursor)):
+        return "mean, std and cursor must be tensors"
+    if mean.dim() != 1 or mean.numel() < 1 or mean.shape != std.shape:
+        return f"mean and std must both be (N,) with N >= 1, not {tuple(mean.shape)} and {tuple(std.shape)}"
+    if cursor.shape != (2,) or cursor.dtype != torch.int64:
+        return f"cursor must be 2 int64 values, not {cursor.dtype} of shape {tuple(cursor.shape)}"
+    head, length = cursor.tolist()
+    if not (0 <= head < mean.numel() and 0 <= length <= mean.numel()):
+        return f"cursor ({head}, {length}) lies outside a ring of {mean.numel()} entries"
+    if not (mean[: max(length, head)].isfinite().all() and std[: max(length, head)].isfinite().all()):
+        return "it holds values that are not finite"
+    return None

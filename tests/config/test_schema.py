@@ -1,0 +1,71 @@
+"""Configurations: ranges of their values, and files they are saved to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tal_fast.config.parse import load_config
+from tal_fast.config.schema import CIFAR100_MEAN, IMAGENET_STD, Config, DataConfig
+
+
+def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
+    config = load_config("imagenet-resnet50-tal")
+    config.data.ood = {"textures": "/data/dtd"}
+    config.save(tmp_path / "config.yaml")
+    assert load_config(str(tmp_path / "config.yaml")) == config
+    assert Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"epochs": 0}, "epochs is 0 but must be at least 1"),
+        ({"seed": -1}, "seed is -1 but must be at least 0"),
+        ({"keep_every_epochs": 0}, "keep_every_epochs is 0"),
+        ({"profile": "5:5"}, "profile is '5:5' but must be START:STOP"),
+        ({"image_sizes": [[1, 64]]}, "image_sizes is [[1, 64]] but must be (epoch, side) pairs"),
+        ({"image_sizes": [[0, 64], [0, 96]]}, "image_sizes is [[0, 64], [0, 96]]"),
+        ({"data": {"mean": [0.1]}}, "data.mean and data.std go together"),
+        ({"data": {"mean": [0.1], "std": [0.1]}}, "data.mean has 1 values but data.channels is 3"),
+        ({"data": {"channels": 1, "mean": [0.1], "std": [0.0]}}, "data.std is [0.0] but must be above 0"),
+        ({"data": {"workers": -1}}, "data.workers is -1 but must be at least 0"),
+        ({"data": {"synthetic_classes": 1}}, "data.synthetic_classes is 1 but must be at least 2"),
+        ({"data": {"crop_fraction": 1.5}}, "data.crop_fraction is 1.5 but must be in (0, 1]"),
+        ({"data": {"crop_area": [0.5, 0.1]}}, "data.crop_area is [0.5, 0.1]"),
+        ({"data": {"crop_ratio": [0, 1]}}, "data.crop_ratio is [0.0, 1.0]"),
+        ({"model": {"width": 0}}, "model.width is 0 but must be at least 1"),
+        ({"optim": {"lr": 0}}, "optim.lr is 0.0 but must be above 0"),
+        ({"optim": {"momentum": 1}}, "optim.momentum is 1.0 but must be in [0, 1)"),
+        ({"optim": {"momentum": 0}}, "optim.nesterov needs momentum above 0"),
+        ({"optim": {"accumulate": 0}}, "optim.accumulate is 0 but must be at least 1"),
+        ({"optim": {"schedule": "multistep"}}, "optim.schedule is 'multistep' but optim.step_epochs is empty"),
+        ({"optim": {"clip_norm": 0}}, "optim.clip_norm is 0.0 but must be above 0, or null for no clipping"),
+        ({"optim": {"ema_decay": 1}}, "optim.ema_decay is 1.0 but must be in (0, 1), or null for no average"),
+        ({"method": {"label_smoothing": 1}}, "method.label_smoothing is 1.0 but must be in [0, 1)"),
+    ],
+)
+def test_values_outside_their_range_are_refused_by_name(values: dict[str, Any], sentence: str) -> None:
+    config = Config.from_dict(values)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared in the next line
+        config.check()
+    assert str(caught.value).startswith(sentence)
+
+
+def test_training_images_grow_at_the_given_epochs() -> None:
+    config = Config.from_dict({"image_sizes": [[0, 128], [4, 160]]}).check()
+    assert [config.image_size_at(epoch) for epoch in (0, 3, 4, 9)] == [128, 128, 160, 160]
+    assert Config().image_size_at(3) is None
+
+
+def test_the_window_of_the_profiler() -> None:
+    assert Config(profile="10:15").check().profile_window() == (10, 15)
+    assert Config().profile_window() == (0, 0)
+
+
+def test_default_normalization_is_that_of_the_data_set() -> None:
+    assert DataConfig(dataset="cifar100").normalization()[0] == list(CIFAR100_MEAN)
+    assert DataConfig(channels=1).normalization()[1] == [pytest.approx(sum(IMAGENET_STD) / 3)]
+    assert DataConfig(channels=1, mean=[0.3], std=[0.2]).normalization() == ([0.3], [0.2])

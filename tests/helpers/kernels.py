@@ -1,0 +1,54 @@
+"""Device, markers and tensors shared by the tests of the Triton kernels.
+
+Without a GPU the kernels run in Triton's interpreter; on a GPU they run compiled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tal_fast import kernels
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+AVAILABLE, REASON = kernels.is_available(DEVICE)
+
+# The interpreter computes with NumPy, which warns where a test has NaN or infinity on purpose.
+NAN_WARNINGS = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+LOSS_OPTIONS: dict[str, Any] = {
+    "variant": "paper",
+    "t_min": 10.0,
+    "t_max": 100.0,
+    "t_wrong": 20.0,
+    "confidence_threshold": 0.0,
+    "label_smoothing": 0.0,
+    "ignore_index": -100,
+    "warmup": False,
+    "need_grad": True,
+}
+"""Arguments of ``loss_forward`` unless a test changes them."""
+
+
+def gpu_too(test: Any) -> Any:
+    """Add a test to ``pytest -m gpu`` where there is a GPU: it tells much for the seconds that compiling takes."""
+    return pytest.mark.gpu(test) if DEVICE.type == "cuda" else test
+
+
+def new_ticket() -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=DEVICE)
+
+
+def on_device(*tensors: Tensor) -> list[Tensor]:
+    """The tensors on the device with their strides, which ``Tensor.to`` keeps for dense tensors only."""
+    if DEVICE.type == "cpu":
+        return list(tensors)
+    moved = []
+    for t in tensors:
+        span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+        memory = t.as_strided((span,), (1,)).to(DEVICE) if span else t.to(DEVICE).flatten()
+        moved.append(memory.as_strided(t.shape, t.stride()))
+    return moved

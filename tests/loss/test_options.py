@@ -1,0 +1,55 @@
+"""Checks of the options and of a step's arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tal_fast.loss import options
+from tal_fast.loss.options import LossOptions, check_inputs, check_label_range
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"variant": "typical"}, "variant is 'typical'"),
+        ({"t_min": 0.0}, "0 < t_min"),
+        ({"t_min": 20.0, "t_max": 10.0}, "0 < t_min <= t_max"),
+        ({"t_max": float("inf")}, "t_max=inf"),
+        ({"t_wrong": -1.0}, "t_wrong is -1.0"),
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
+        ({"confidence_threshold": 2.0}, "confidence_threshold is 2.0"),
+    ],
+)
+def test_options_out_of_range(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LossOptions(**kwargs)
+
+
+def test_devices_that_differ_are_named() -> None:
+    with pytest.raises(ValueError, match="labels on meta"):
+        check_inputs(torch.randn(2, 3), torch.rand(2, 4), torch.zeros(2, dtype=torch.int64, device="meta"), -100)
+
+
+def test_columns_of_sharded_rows_may_be_none_and_their_labels_anything() -> None:
+    logits, features, labels = torch.randn(2, 0), torch.rand(2, 4), torch.tensor([0, 7])
+    check_inputs(logits, features, labels, -100, class_sharded=True)
+    with pytest.raises(ValueError, match="C >= 1"):
+        check_inputs(logits, features, labels, -100)
+
+
+def test_ignored_labels_are_in_range() -> None:
+    labels = torch.tensor([0, -1, 4])
+    check_label_range(labels, 5, ignore_index=-1)
+    with pytest.raises(ValueError, match=r"label -1 in row 1 is outside \[0, 5\); .* ignore_index = -2"):
+        check_label_range(labels, 5, ignore_index=-2)
+
+
+def test_labels_on_gpus_are_checked_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.zeros(2, dtype=torch.int64, device="meta")  # in place of a GPU's
+    assert not options.labels_are_checked(labels)
+    monkeypatch.setattr(options, "CHECK_LABELS_ON_GPU", True)
+    assert options.labels_are_checked(labels)
+    assert options.labels_are_checked(labels.new_zeros(2, device="cpu"))
