@@ -28,7 +28,7 @@ from tal_fast.metrics.bootstrap import LEVEL
 from tal_fast.metrics.failure import HIGHER_IS_BETTER
 
 FORMATS = (*STYLES, "csv")
-MAX_NAME = 32
+MAX_NAME = 30
 """Longest name of a group in the rows of a text table; longer ones are numbered."""
 
 
@@ -59,7 +59,7 @@ def _text(groups: Sequence[Group], columns: Sequence[Column], units: str) -> str
     blocks.append(format_table(header, rows, left=2))
     header = ["metric", "run", "value "]
     if baselines:
-        header.append("difference" + (f" to {names[baselines[0]]}" if len(baselines) == 1 else ""))
+        header.append("difference" + (f" to\n{names[baselines[0]]}" if len(baselines) == 1 else ""))
     for setting in dict.fromkeys(setting for setting, _ in columns):
         rows = []
         for metric in (m for s, m in columns if s == setting):

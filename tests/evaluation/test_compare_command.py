@@ -1,0 +1,73 @@
+"""Command line of compare."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tal_fast import compare
+from tal_fast.config.names import METRICS, UNITS
+from tal_fast.evaluation import compare_command
+from tal_fast.evaluation.compare_tables import FORMATS
+from tal_fast.evaluation.differences import OVER
+from tal_fast.evaluation.sources import evaluate_run
+from tal_fast.metrics import failure
+from tests.helpers.compare import table_lines, write_run
+from tests.helpers.evaluation import make_run
+
+
+def test_evaluated_runs_are_compared(evaluated_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = evaluate_run(make_run(tmp_path / "synthetic-ce", "ce", seed=1), shifts={"noisy": "gaussian-noise"})
+    assert other is not None
+    lines = table_lines([str(evaluated_run), str(tmp_path / "synthetic-ce"), "--bootstrap", "20"], capsys)
+    assert lines[1] == "95% intervals of differences: paired bootstrap over the test images, 20 resamples"
+    assert [line.split()[:2] for line in lines[3:6]] == [
+        ["run", "score"], ["synthetic-tal", "cosine"], ["synthetic-ce", "msp"],
+    ]  # fmt: skip
+    assert sum(line.count("[") for line in lines) == 4 * 3  # settings, metrics
+
+
+def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "ce-0", "ce", 0, 1.0)
+    write_run(tmp_path / "tal-0", "tal", 0, 1.0)
+    runs = [str(tmp_path / "ce-0"), str(tmp_path / "tal-0")]
+    (tmp_path / "broken.json").write_text("{")
+    for arguments, message in (
+        ([*runs, "--baseline", "fmfp"], "there is no row 'fmfp' to be the baseline; there are ce-0, tal-0"),
+        ([runs[0], str(tmp_path / "gone")], "there is no"),
+        ([runs[0], str(tmp_path / "broken.json")], "cannot be read as JSON"),
+        ([*runs, "--score", "energy"], "ce-0 has no score 'energy'; it has msp"),
+    ):
+        assert compare.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+    with pytest.raises(SystemExit):
+        compare.main([*runs, "--bootstrap", "-1"])
+    assert "--bootstrap: must be at least 0, not -1" in capsys.readouterr().err
+
+
+def test_choices_are_those_of_the_library() -> None:
+    actions = {action.dest: action for action in compare_command.parser()._actions}
+    assert tuple(actions["format"].choices or ()) == FORMATS
+    assert tuple(actions["over"].choices or ()) == OVER
+    assert tuple(actions["units"].choices or ()) == UNITS
+    assert failure.METRICS == METRICS
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare", "html_report"])
+def test_help_needs_no_torch(command: str) -> None:
+    code = (
+        "import sys\n"
+        f"from tal_fast.{command} import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as stop:\n    assert stop.code == 0\n"
+        "print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("usage: python -m tal_fast.")
+    assert found.stdout.endswith("[]\n")

@@ -1,0 +1,86 @@
+"""Tables of a comparison in every format."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tal_fast.evaluation.compare import Column, Difference, Group, columns_of, group_runs
+from tal_fast.evaluation.compare_tables import format_comparison
+from tal_fast.evaluation.tables import WIDTH
+from tests.helpers.compare import csv_rows, one_report, table_lines, write_run
+
+
+def test_the_best_of_each_metric_is_marked() -> None:
+    reports = [one_report("msp", 0.2, 0.8), one_report("msp", 0.1, math.nan), one_report("msp", 0.3, 0.7)]
+    groups = group_runs(reports, ["a", "b", "c"])
+    columns = columns_of(groups, ["aurc", "auroc"])
+    assert format_comparison(groups, columns, "table").splitlines() == [
+        "run  score  accuracy",
+        "a    msp      90.00%*",
+        "b    msp      90.00%*",
+        "c    msp      90.00%*",
+        "",
+        "Old FD",
+        "metric  run    value",
+        "AURC    a    0.20000",
+        "        b    0.10000*",
+        "        c    0.30000",
+        "AUROC   a     0.8000*",
+        "        b          -",
+        "        c     0.7000",
+    ]
+    assert "100.00*" in format_comparison(groups, columns, "table", "paper")
+
+
+def long_group(name: str, baseline: str, columns: list[Column]) -> Group:
+    report = one_report("cosine", 0.123456, 0.987654)
+    report["settings"]["shift"] = report["settings"]["old_fd"]
+    group = Group(name, ["x", "y"], [report, report], [None, None], "cosine", [0, 1], baseline)
+    group.differences = {column: Difference(-0.123456, -0.234567, 0.012345, "both") for column in columns if baseline}
+    return group
+
+
+@pytest.mark.parametrize("units", ["natural", "paper"])
+def test_text_tables_fit_the_terminal(units: str) -> None:
+    columns = [(setting, metric) for setting in ("old_fd", "shift") for metric in ("aurc", "aupr_success")]
+    short, long = "a-run-with-a-name-of-30-letter", "a run with a name that is longer than thirty characters"
+    for names, baselines, labels in (
+        ([short, short[:-1] + "2"], ["", short], [short, short[:-1] + "2"]),
+        ([short, long], ["", short], ["(1)", "(2)"]),
+        ([short, "ce", "tal", "tal2"], ["", "", short, "ce"], ["(1)", "(2)", "(3)", "(4)"]),
+    ):
+        groups = [long_group(name, baseline, columns) for name, baseline in zip(names, baselines, strict=True)]
+        text = format_comparison(groups, columns, "table", units)
+        assert max(map(len, text.splitlines())) <= WIDTH
+        for name, label in zip(names, labels, strict=True):
+            assert name in text
+            assert f"AUPR-success  {label} " in text or f"              {label} " in text
+
+
+def test_latex_and_markdown_have_a_row_per_run() -> None:
+    groups = group_runs([one_report("msp", 0.2, 0.8), one_report("msp", 0.1, 0.9)], ["a_b & 50%", "<b>|*"])
+    columns = columns_of(groups, ["aurc"])
+    latex = format_comparison(groups, columns, "latex").splitlines()
+    assert latex[0] == r"\begin{tabular}{lrrr}"
+    assert latex[4] == r"a\_b \& 50\% & msp & \textbf{90.00\%} & 0.20000 \\"
+    assert latex[5] == r"$<$b$>$|* & msp & \textbf{90.00\%} & \textbf{0.10000} \\"
+    markdown = format_comparison(groups, columns, "markdown").splitlines()
+    assert markdown[0] == "| run | score | accuracy | Old FD AURC |"
+    assert markdown[3] == r"| \<b\>\|\* | msp | **90.00%** | **0.10000** |"
+
+
+def test_differences_are_in_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, quality in (("first", 1.0), ("second", 2.0)):
+        write_run(tmp_path / name, {"first": "ce", "second": "tal"}[name], 0, quality)
+    runs = [str(tmp_path / name) for name in ("first", "second")]
+    runs += ["--bootstrap", "50", "--metrics", "auroc"]
+    row = csv_rows(runs, capsys)["second", "old_fd", "auroc"]
+    cell = f"+{float(row['difference']):.4f} [+{float(row['low']):.4f}, +{float(row['high']):.4f}]"
+    for style in ("table", "markdown", "latex"):
+        out = tmp_path / "tables" / f"out.{style}"
+        assert table_lines([*runs, "--format", style, "--out", str(out)], capsys) == []
+        assert (cell if style != "markdown" else cell.replace("[", "\\[").replace("]", "\\]")) in out.read_text()
+        assert "paired bootstrap over the test images" in out.read_text()

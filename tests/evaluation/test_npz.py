@@ -1,0 +1,73 @@
+"""Outputs of any model from an .npz file."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tal_fast.evaluation.npz import read_npz
+from tests.helpers.evaluation import write_npz
+
+
+def test_all_arrays_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "features": rng.normal(size=(200, 4)), "ood_noise_features": rng.normal(size=(90, 4)),
+        "ood_a_b_logits": rng.normal(size=(3, 5)), "shift_fog_logits": rng.normal(size=(60, 5)),
+        "shift_fog_labels": rng.integers(5, size=60), "train_features": rng.normal(size=(30, 4)),
+        "train_labels": rng.integers(5, size=30), "fc_weight": rng.normal(size=(5, 4)),
+    }  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        inputs = read_npz(write_npz(tmp_path / "outputs.npz", **arrays, fc_wieght=np.zeros(3)))
+    assert "has arrays with names that are not used: fc_wieght" in caplog.text
+    assert list(inputs.ood) == ["noise", "a_b"]
+    assert inputs.ood["noise"].features is not None
+    assert inputs.ood["a_b"].labels.tolist() == [-1] * 3
+    np.testing.assert_array_equal(inputs.shifts["fog"].labels, arrays["shift_fog_labels"])
+    assert inputs.shifts["fog"].features is None
+    assert inputs.training is not None
+    np.testing.assert_array_equal(inputs.training.weight, arrays["fc_weight"])
+    assert inputs.training.bias is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logits": None}, "has no 'logits'; it has labels, ood_noise_logits"),
+        ({"labels": None}, "has no 'labels'; it has logits"),
+        ({"labels": np.zeros(7, int)}, "logits has 200 samples but labels has 7; they must match"),
+        ({"labels": np.full(200, 5)}, "labels must lie in 0..4, the columns of logits; 5 (index 0) does not"),
+        ({"labels": np.arange(200) - 1}, "-1 (index 0) does not"),
+        ({"labels": np.zeros(200)}, "labels must be (n,) integers, not float64"),
+        ({"logits": np.zeros(200)}, "logits must be an (n, C) array"),
+        ({"logits": np.full((200, 5), np.nan)}, "the logits of sample 0 of 'logits' are not finite"),
+        ({"ood_noise_logits": np.zeros((90, 4))}, "ood_noise_logits has 4 columns but logits has 5"),
+        ({"features": np.zeros((7, 3))}, "features has 7 samples but its logits have 200"),
+        ({"shift_fog_logits": np.zeros((4, 5))}, "has 'shift_fog_logits' but no 'shift_fog_labels'"),
+        (
+            {"shift_fog_logits": np.zeros((4, 5)), "shift_fog_labels": np.arange(3)},
+            "shift_fog_logits has 4 samples but shift_fog_labels has 3",
+        ),
+        ({"shift_fog_logits": np.zeros((4, 6)), "shift_fog_labels": np.arange(4)}, "has 6 columns but logits has 5"),
+        ({"logits": np.array([{}, {}])}, "cannot be read as .npz without pickle"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        read_npz(write_npz(tmp_path / "outputs.npz", **changes))
+    assert message in str(error.value)
+
+
+def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.npz").write_text("logits")
+    (tmp_path / "empty.npz").touch()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for name in ("text.npz", "empty.npz", "array.npy"):
+        with pytest.raises(ValueError, match=r"cannot be read as \.npz"):
+            read_npz(tmp_path / name)
+    with pytest.raises(ValueError, match="there is no file"):
+        read_npz(tmp_path / "gone.npz")
