@@ -15,14 +15,12 @@ from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.metrics.calibration import calibration_metrics
 from tal_fast.metrics.failure import failure_metrics
 from tal_fast.metrics.settings import Mix, new_fd, ood
-from tal_fast.scores import features, logits
+from tal_fast.scores import logits
 from tal_fast.scores.temperature import fit_temperature, held_out
 from tests.helpers.evaluation import write_npz
 
 
-def test_score_names_are_those_of_the_scores() -> None:
-    assert tuple(logits.SCORES) == LOGIT_SCORES
-    assert tuple(features.FEATURE_SCORES) == (*FEATURE_SCORES, *SIRC_SCORES)
+def test_score_names_and_groups_are_resolved() -> None:
     assert check_scores(["max-logit", "features", "knn"]) == ["max_logit", *FEATURE_SCORES]
     with pytest.raises(ValueError, match="unknown score margin; choose from cosine, msp,"):
         check_scores(["cosine", "margin"])
