@@ -21,7 +21,8 @@ import torch
 from bench.harness import environment, write_json
 from tal_fast.metrics import bootstrap as intervals
 from tal_fast.metrics.calibration import calibration_metrics
-from tal_fast.metrics.failure import CONVENTIONS, failure_metrics, tied_share
+from tal_fast.metrics.failure import CONVENTIONS, failure_metrics
+from tal_fast.metrics.ranking import tied_share
 from tal_fast.scores.logits import SCORES
 
 SIZES = (1_000, 5_000, 10_000, 50_000)

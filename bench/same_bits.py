@@ -66,6 +66,8 @@ class Code:
 
     def __init__(self, checkout: Path, folder: Path) -> None:
         source, self.folder = folder / "source", folder / "work"
+        words = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=10"]
+        self.commit = subprocess.run(words, capture_output=True, text=True).stdout.strip()
         skipped = shutil.ignore_patterns(".*", "build", "dist", "runs", "data", "docs", "tests", "bench", "__pycache__")
         # Only the top folder holds what is skipped: tal_fast has a data package too.
         shutil.copytree(checkout, source, ignore=lambda d, names: skipped(d, names) if Path(d) == checkout else set())
@@ -178,15 +180,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{case:<16} " + (f"DIFFERENT ({len(places)}): {places[0]}" if places else agreement), flush=True)
     if args.out is not None:
         about = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
-        about |= {name: commit(path) for name, path in zip(("old", "new"), checkouts, strict=True)}
+        about |= {name: code.commit for name, code in zip(("old", "new"), codes, strict=True)}
         args.out.write_text(json.dumps({**about, "cases": results}, indent=1) + "\n")
     return int(any(found["differing"] for found in results))
-
-
-def commit(checkout: Path) -> str:
-    """Commit of a working tree, marked if it has changes."""
-    words = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=10"]
-    return subprocess.run(words, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

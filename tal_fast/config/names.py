@@ -18,17 +18,17 @@ LOGIT_SCORES = ("cosine", "msp", "max_logit", "energy", "neg_entropy", "doctor")
 FEATURE_SCORES = ("feature_norm", "gradnorm", "mahalanobis", "residual", "vim", "knn")
 """Confidence scores of features, see ``tal_fast.scores.features``."""
 
-SIRC_SCORES = tuple(
-    f"sirc_{first}_{second}"
+SIRC_SCORES = {
+    f"sirc_{first}_{second}": (first, second)
     for first in ("msp", "doctor", "cosine", "neg_entropy")
     for second in ("feature_norm", "residual", "knn")
-)
-"""SIRC's combinations of a logit score with a feature score, see ``tal_fast.scores.features``."""
+}
+"""SIRC score -> the logit score and the feature score it combines, see ``tal_fast.scores.features``."""
 
 SCORE_GROUPS = {
     "logits": LOGIT_SCORES,
     "features": FEATURE_SCORES,
-    "sirc": SIRC_SCORES,
+    "sirc": tuple(SIRC_SCORES),
     "all": (*LOGIT_SCORES, *FEATURE_SCORES, *SIRC_SCORES),
 }
 """Group name -> the scores it stands for."""

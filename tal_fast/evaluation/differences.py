@@ -17,8 +17,9 @@ import numpy as np
 from tal_fast.evaluation.compare import Column, Difference, Group
 from tal_fast.evaluation.report import resample_settings
 from tal_fast.metrics.bootstrap import LEVEL, interval
-from tal_fast.metrics.failure import METRICS, Floats
+from tal_fast.metrics.failure import METRICS
 from tal_fast.metrics.settings import Mix
+from tal_fast.utils.arrays import Floats
 
 OVER = ("images", "seeds", "both")
 """What intervals are over."""

@@ -16,9 +16,9 @@ from tal_fast.evaluation.predictions import CACHE
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import printable
 from tal_fast.evaluation.train_typicalness import TrainTypicalness, training_typicalness
-from tal_fast.metrics.failure import Floats, Ints
 from tal_fast.runs.checkpoint import FOLDER as CHECKPOINTS
 from tal_fast.runs.load import Run, load_run
+from tal_fast.utils.arrays import Floats, Ints
 
 if TYPE_CHECKING:
     from tal_fast.evaluation.evaluation import Evaluation

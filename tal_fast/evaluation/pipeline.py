@@ -15,10 +15,10 @@ from tal_fast.evaluation.prediction_store import Outputs
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sample_scores import Predictions, Samples, identity_of
 from tal_fast.metrics.calibration import calibration_metrics
-from tal_fast.metrics.failure import Floats, Ints
-from tal_fast.scores.features import FEATURE_SCORES, FeatureScorer, Training, training_needed
+from tal_fast.scores.features import FeatureScorer, Training, training_needed
 from tal_fast.scores.logits import SCORES
 from tal_fast.scores.temperature import fit_temperature, held_out
+from tal_fast.utils.arrays import Floats, Ints
 
 
 @dataclass
@@ -107,7 +107,7 @@ def evaluate_outputs(
     if temperature is not None:
         report["temperature"] = temperature
     report["left_out"] = left_out
-    if any(name in FEATURE_SCORES for name in names):
+    if any(name not in SCORES for name in names):
         report["fitted"] = scorer.about()
     report["versions"]["torch"] = torch.__version__
     return dataclasses.replace(evaluation, report=report)

@@ -35,7 +35,7 @@ def write_plots(evaluation: Evaluation, folder: str | Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
-        logger.warning('matplotlib is not installed, so no plots are written; pip install "tal-fast[plots]"')
+        logger.warning("matplotlib is not installed, so no plots are written; pip install matplotlib")
         return
     risk_coverage(evaluation, Path(folder) / "risk_coverage.png")
     confidence_histogram(evaluation, Path(folder) / "confidence_histogram.png")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tal_fast.metrics.failure import Ints
+from tal_fast.utils.arrays import Ints
 from tal_fast.utils.io import replacing
 
 logger = logging.getLogger(__name__)

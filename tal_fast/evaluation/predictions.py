@@ -28,7 +28,7 @@ import tal_fast
 from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import DataBundle, MemoryImages, Split
 from tal_fast.evaluation.prediction_store import Outputs, OutputStore, ShardWriter
-from tal_fast.metrics.failure import Ints
+from tal_fast.utils.arrays import Ints
 from tal_fast.utils.distributed import Ranks
 
 if TYPE_CHECKING:

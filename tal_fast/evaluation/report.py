@@ -20,17 +20,11 @@ from tal_fast.config.names import DEFAULT_SCORES
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import setting_title
 from tal_fast.metrics.bootstrap import LEVEL, bootstrap, interval, paired_differences
-from tal_fast.metrics.failure import (
-    METRICS,
-    Floats,
-    aurc_floor,
-    aurc_random,
-    failure_metrics,
-    tied_share,
-    undefined_reasons,
-)
+from tal_fast.metrics.failure import METRICS, aurc_floor, aurc_random, failure_metrics, undefined_reasons
+from tal_fast.metrics.ranking import tied_share
 from tal_fast.metrics.settings import Judged, Mix
 from tal_fast.scores.features import KNN_SAMPLES
+from tal_fast.utils.arrays import Floats
 from tal_fast.utils.io import replacing
 
 FILE = "report.json"

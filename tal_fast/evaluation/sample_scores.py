@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tal_fast.evaluation.prediction_store import Outputs
-from tal_fast.metrics.failure import Floats, Ints
 from tal_fast.metrics.settings import Judged, Mix, Shifts, judged_settings
 from tal_fast.scores.logits import msp
+from tal_fast.utils.arrays import Floats, Ints
 from tal_fast.utils.io import replacing
 
 FILE = "samples.npz"

@@ -22,7 +22,7 @@ from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.models.features import last_layer
 from tal_fast.models.pretrained import PRETRAINED, evaluation_data, load_weights
 from tal_fast.runs.load import load_run
-from tal_fast.scores.features import FEATURE_SCORES, Training, training_needed
+from tal_fast.scores.features import Training, training_needed
 
 
 def evaluate_run(
@@ -203,7 +203,7 @@ def _evaluate_model(
         name: inference.store(f"shift-{name}", images, corruption) for name, (images, corruption) in shifts.items()
     }
     train_store = None
-    needs_training = any(name in FEATURE_SCORES and training_needed(name) for name in options.scores)
+    needs_training = any(name not in LOGIT_SCORES and training_needed(name) for name in options.scores)
     if needs_training and len(data.split("train-eval")):
         train_store = inference.store("train-eval")
     if not passes.ranks.is_main:

@@ -23,9 +23,9 @@ from tal_fast.data.loader import IGNORED_LABEL
 from tal_fast.evaluation.predictions import cache_key, split_hash, weights_hash
 from tal_fast.loss.queue import FeatureQueue
 from tal_fast.loss.reference import RANGE_EPS, feature_statistics
-from tal_fast.metrics.failure import Floats, Ints
 from tal_fast.runs import checkpoint
 from tal_fast.runs.load import Run
+from tal_fast.utils.arrays import Floats, Ints
 from tal_fast.utils.io import replacing
 
 logger = logging.getLogger(__name__)

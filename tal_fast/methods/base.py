@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from tal_fast.config.methods import MethodOptions, read_options
 from tal_fast.config.schema import MethodConfig
-from tal_fast.scores.logits import NORM_EPS
+from tal_fast.scores.logits import SCORES
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class Method(nn.Module):
 
     def confidence(self, logits: Tensor) -> Tensor:
         """Confidence by the method's score: (B, C) logits -> (B,) float64, on the same device."""
-        return CONFIDENCES[self.score](logits.double())
+        return SCORES[self.score](logits)
 
     def inputs(self, images: Tensor, outliers: Tensor | None) -> Tensor:
         """Images that the network sees in a training step.
@@ -153,22 +152,3 @@ class Method(nn.Module):
             world_size: number of ranks now.
         """
         return states[rank % len(states)]
-
-
-def _cosine(z: Tensor) -> Tensor:
-    return z.amax(1) / (torch.linalg.vector_norm(z, dim=1) + NORM_EPS)
-
-
-def _msp(z: Tensor) -> Tensor:
-    return (z.amax(1) - z.logsumexp(1)).exp()
-
-
-CONFIDENCES: dict[str, Callable[[Tensor], Tensor]] = {
-    "msp": _msp,
-    "cosine": _cosine,
-    "max_logit": lambda z: z.amax(1),
-    "energy": lambda z: z.logsumexp(1),
-    "neg_entropy": lambda z: -torch.special.entr(z.softmax(1)).sum(1),
-    "doctor": lambda z: z.softmax(1).square().sum(1),
-}
-"""``tal_fast.scores.SCORES`` on the device: (B, C) float64 logits -> (B,)."""

@@ -1,18 +1,18 @@
-"""Bootstrap intervals of the failure-detection metrics, and of paired differences between scores or runs.
+"""Bootstrap intervals of failure-detection metrics, and of paired differences between scores or runs.
 
-A resample draws as many samples as there are, with replacement, ID and OOD samples each among themselves (stratified),
-so that the mix stays what the report says it is. All scores of a setting are judged on the *same* resamples, which
-pairs them: the interval of a difference is that of the differences, far narrower than two intervals side by side.
+A resample draws n of n samples with replacement, ID and OOD samples each among themselves (stratified), so that their
+mix stays the same. All scores of a setting get the same resamples: the interval of a difference is that of the paired
+differences, far narrower than two intervals side by side.
 
-Nothing is sorted more than once. A resample is a count of each sample; in the order of a score, the counts' cumulative
-sums are the numbers of successes and errors accepted at each threshold, from which every metric follows. A sample that
-is drawn twice ties with itself, and the expectation over orders of tied scores takes care of that too: the values are
-those of ``tal_fast.metrics.failure_metrics`` on the resampled arrays. The other conventions, which depend on the order
-of the input or on which thresholds are left, are computed by that function itself, one resample after the other (in
-the order of the samples, copies side by side), and take several times as long.
+Each score is sorted once. A resample is a count of each sample; in the order of a score, the cumulative sums of the
+counts are the numbers of successes and errors accepted at each threshold, from which every metric follows. Copies of a
+sample are tied, which the expectation over orders of tied scores accounts for: the values are those of
+``tal_fast.metrics.failure_metrics`` on the resampled arrays. The other conventions depend on the order of the input or
+on which thresholds are left; that function computes them for one resample at a time (in the order of the samples,
+copies side by side), which takes several times as long.
 
-Intervals are percentile intervals (Efron and Tibshirani, 1993, chapter 13) over the samples at hand: they say how much
-of a difference may be due to which test samples were drawn, not to the seed of training or of the mix.
+Intervals are percentile intervals (Efron and Tibshirani, 1993, chapter 13) over the test samples: they measure how much
+of a difference may be due to the choice of test samples, not to the seed of training or of the mix.
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tal_fast.metrics.failure import METRICS, Floats, Ints, as_correct, as_scores, check_convention, failure_metrics
+from tal_fast.metrics.failure import METRICS, check_convention, failure_metrics
+from tal_fast.metrics.ranking import as_correct, as_scores
+from tal_fast.utils.arrays import Floats, Ints
 
 LEVEL = 0.95
-# Resamples drawn from one seed. It decides which numbers are drawn, so it is no setting.
+"""Default level of the intervals."""
+# Number of resamples drawn from one seed. Another number would give other resamples.
 BLOCK = 64
-# Resamples are weighed in batches of about this many counts. Temporaries then stay below the 128 KiB from which the C
-# library maps fresh, zeroed pages for each: on a Zen 4 at n = 10,000, one resample at a time takes 21 ns a count, four
-# take 43 and sixteen 70.
+# Number of counts in a batch of resamples. Temporaries stay below the 128 KiB from which the C library maps fresh,
+# zeroed pages for each: on a Zen 4 at n = 10,000, one resample at a time takes 21 ns a count, four take 43, sixteen 70.
 _BATCH = 15_000
-# NumPy lets go of the interpreter in all that takes time here, so threads share it well; more than a few do not.
+# Maximum number of threads. NumPy releases the interpreter lock here, but more than a few threads bring no more.
 _THREADS = 4
 
 
 class Interval(NamedTuple):
-    """A percentile interval.
+    """Percentile interval.
 
     Attributes:
-        low, high: its ends; NaN where no resample defines the metric.
-        undefined: the share of resamples in which the metric is undefined (no errors, say), which are left out.
+        low, high: ends of the interval; NaN if the metric is undefined in all resamples.
+        undefined: share of resamples in which the metric is undefined (no errors, for instance); they are left out.
     """
 
     low: float
@@ -53,11 +55,11 @@ class Interval(NamedTuple):
 
 
 def interval(values: Any, level: float = LEVEL) -> Interval:
-    """The central percentile interval of the values of the resamples.
+    """Central percentile interval of the values of the resamples.
 
     Args:
         values: (resamples,) floats; NaN = undefined.
-        level: share of the resamples inside, in (0, 1).
+        level: share of the resamples inside the interval, in (0, 1).
 
     Raises:
         ValueError: a level outside (0, 1).
@@ -72,7 +74,7 @@ def interval(values: Any, level: float = LEVEL) -> Interval:
 
 
 def check_level(level: float) -> float:
-    """The level, or a ValueError: it must lie in (0, 1)."""
+    """Return the level; raise a ValueError unless it lies in (0, 1)."""
     if not 0 < level < 1:
         raise ValueError(f"the level of an interval must lie in (0, 1), not {level}; 0.95 is usual")
     return level
@@ -89,18 +91,17 @@ def bootstrap(
     convention: str = "tal_fast",
     progress: Any = None,
 ) -> dict[str, Floats]:
-    """Every metric of every score on the same resamples.
+    """Compute every metric of every score on the same resamples.
 
     Args:
-        scores: name -> (n,) confidences, higher = surer.
+        scores: name -> (n,) confidences, higher = more confident.
         success: (n,) 0/1 or bool.
-        n_ood: how many samples at the end are out-of-distribution; they are resampled among themselves. 0: one stratum.
-        resamples: how many.
-        seed: the same seed and sizes give the same resamples, whatever the scores, machine or number of threads; so
-            values for other runs on the same samples pair with these.
-        stream: of the OOD draws: sets under different numbers are drawn independently of each other while the ID
-            draws are the same.
-        convention: of the metrics.
+        n_ood: number of OOD samples, which are the last ones; they are resampled among themselves.
+        resamples: number of resamples.
+        seed: seed of the draws. The same seed and sizes give the same resamples for any scores, machine and number of
+            threads, so that values of several runs on the same samples are paired.
+        stream: number of the OOD draws: they are independent for different numbers, while the ID draws are the same.
+        convention: convention of the metrics.
         progress: called with the number of resamples just done for all scores, from several threads.
 
     Returns:
@@ -137,7 +138,7 @@ def bootstrap(
                 if ranked:
                     found[name][start:stop] = ranked[name].metrics(counts)
                 else:
-                    found[name][start:stop] = [_by_definition(values, outcomes, row, convention) for row in counts]
+                    found[name][start:stop] = [_resampled_metrics(values, outcomes, row, convention) for row in counts]
             if progress is not None:
                 progress(stop - start)
 
@@ -153,14 +154,14 @@ def _threads() -> int:
 
 
 class _Draws:
-    """A stream of resamples; how many are asked for at a time does not change them."""
+    """Stream of resamples, the same however many are drawn at a time."""
 
     def __init__(self, n_id: int, n_ood: int, seed: tuple[int, int], stream: int) -> None:
         kinds = ((n_id, 0), (n_ood, 1 + stream))
         self.strata = [(size, np.random.default_rng([*seed, kind])) for size, kind in kinds if size]
 
     def counts(self, rows: int) -> NDArray[np.int32]:
-        """(rows, n_id + n_ood) how often each sample is drawn."""
+        """(rows, n_id + n_ood) number of times each sample is drawn."""
         parts = []
         for size, rng in self.strata:
             drawn = rng.integers(size, size=(rows, size))
@@ -169,20 +170,20 @@ class _Draws:
         return np.concatenate(parts, axis=1).astype(np.int32)
 
 
-def _by_definition(scores: Floats, outcomes: Ints, counts: NDArray[np.int32], convention: str) -> list[float]:
+def _resampled_metrics(scores: Floats, outcomes: Ints, counts: NDArray[np.int32], convention: str) -> list[float]:
     values = failure_metrics(np.repeat(scores, counts), np.repeat(outcomes, counts), convention)
     return [values[metric] for metric in METRICS]
 
 
 @lru_cache(maxsize=4)
 def _harmonic(n: int) -> Floats:
-    """(n + 1,) Σ_{j=1..i} 1/j, added up in extended precision where there is one."""
+    """(n + 1,) harmonic numbers Σ_{j=1..i} 1/j, summed in extended precision where the platform has it."""
     terms = 1 / np.arange(1, n + 1, dtype=np.longdouble)
     return np.concatenate(([0.0], np.cumsum(terms))).astype(np.float64)
 
 
 class _Ranked:
-    """A score in its order, from the surest down, tied samples in groups, ready to be weighted."""
+    """Samples by falling score, tied ones in groups, for metrics of weighted samples."""
 
     def __init__(self, scores: Floats, outcomes: Ints) -> None:
         self.n = scores.size
@@ -192,8 +193,8 @@ class _Ranked:
         self.starts = None if first.all() else np.flatnonzero(first)
         self.order = order
         self.wrong = wrong
-        errors_of = wrong if self.starts is None else np.add.reduceat(wrong.astype(np.int64), self.starts)
-        self.with_errors = np.flatnonzero(errors_of)
+        group_errors = wrong if self.starts is None else np.add.reduceat(wrong.astype(np.int64), self.starts)
+        self.with_errors = np.flatnonzero(group_errors)
 
     def metrics(self, counts: NDArray[np.int32]) -> Floats:
         """(rows, n) counts -> (rows, len(METRICS))."""
@@ -203,35 +204,35 @@ class _Ranked:
         if self.starts is not None:
             weight = np.add.reduceat(weight, self.starts, axis=1)
             errors = np.add.reduceat(errors, self.starts, axis=1)
-        # After a group: how many samples, and how many errors, are at least as sure.
+        # Numbers of samples, errors and successes down to the end of each group.
         end = np.cumsum(weight, axis=1, dtype=np.int32)
         fp = np.cumsum(errors, axis=1, dtype=np.int32)
         tp = end - fp
         n, k = self.n, fp[:, -1].astype(np.int64)
-        right = n - k
+        successes = n - k
         rate = k / n
 
         aurc = self._aurc(weight, errors, end, fp)
         harmonic = _harmonic(n)
-        floor = (k - right * (harmonic[n] - harmonic[right])) / n
+        floor = (k - successes * (harmonic[n] - harmonic[successes])) / n
         with np.errstate(divide="ignore", invalid="ignore"):
             closed_form = np.where(rate < 1, rate + (1 - rate) * np.log1p(-np.minimum(rate, 1)), 1.0)
             w, e = self.with_errors, errors[:, self.with_errors].astype(np.float64)
             tp_w = tp[:, w].astype(np.float64)
-            # P(a success is surer), ties half: for each error the successes above it and half of those beside it.
+            # P(a success has the higher score), ties half: per error, successes above it and half of the tied ones.
             above = 2 * tp_w - (weight[:, w] - e)
-            auroc = np.einsum("ij,ij->i", e, above) / (2.0 * right * k)
-            # From the least sure up: errors found and samples seen down to the group.
+            auroc = np.einsum("ij,ij->i", e, above) / (2.0 * successes * k)
+            # Errors found and samples seen from the least confident group up.
             seen = (n - end[:, w] + weight[:, w]).astype(np.float64)
             found = (k[:, None] - fp[:, w]) + e
             aupr_error = np.einsum("ij,ij->i", e, found / np.maximum(seen, 1)) / k
             precision = tp / np.maximum(end, 1)
-            aupr_success = np.sum((weight - errors) * precision, axis=1) / right
-            # The first group at which 19 of 20 successes are accepted, in integers.
-            need = -(-19 * right // 20)
+            aupr_success = np.sum((weight - errors) * precision, axis=1) / successes
+            # The first group at which 95% of the successes are accepted, in integers.
+            need = -(-19 * successes // 20)
             at = [np.searchsorted(tp[i], need[i]) for i in range(rows)]
             fpr95 = fp[np.arange(rows), at] / k
-        both = (k > 0) & (right > 0)
+        both = (k > 0) & (successes > 0)
         augrc = rate * rate / 2 + np.where(both, rate * (1 - rate) * (1 - auroc), 0.0)
         values = {
             "aurc": aurc,
@@ -241,7 +242,7 @@ class _Ranked:
             "auroc": np.where(both, auroc, np.nan),
             "fpr95": np.where(both, fpr95, np.nan),
             "tnr95": np.where(both, 1 - fpr95, np.nan),
-            "aupr_success": np.where(right > 0, aupr_success, np.nan),
+            "aupr_success": np.where(successes > 0, aupr_success, np.nan),
             "aupr_error": np.where(k > 0, aupr_error, np.nan),
         }
         return np.stack([values[metric] for metric in METRICS], axis=1)
@@ -253,7 +254,7 @@ class _Ranked:
         end: NDArray[np.int32],
         fp: NDArray[np.int32],
     ) -> Floats:
-        """(rows,) the mean of R_i, expected over orders of ties.
+        """(rows,) AURC, expected over orders of tied samples.
 
         A group of m samples with e errors after B samples with b errors adds Σ_{i=B+1..B+m} (b + (i − B) e/m)/i =
         e + (b − B e/m)(H(B + m) − H(B)), H the harmonic numbers.
@@ -262,7 +263,7 @@ class _Ranked:
         steps = np.empty_like(upto)
         steps[:, 0] = upto[:, 0]
         np.subtract(upto[:, 1:], upto[:, :-1], out=steps[:, 1:])
-        # Groups of successes only: e = 0 and b = fp. The columns with errors are few in a good model: mended after.
+        # As if every group had successes only (e = 0, b = fp); the few groups with errors are corrected below.
         total = np.sum(fp * steps, axis=1)
         w = self.with_errors
         e, m, after = (x[:, w].astype(np.float64) for x in (errors, weight, end))
@@ -278,14 +279,14 @@ def paired_differences(
     """Intervals of each score's metrics minus the baseline's, on the same resamples.
 
     Args:
-        values: from ``bootstrap``.
-        baseline: one of its names.
-        level: of the intervals.
+        values: name -> metrics of the resamples, from ``bootstrap``.
+        baseline: one of the names.
+        level: level of the intervals.
 
     Yields:
-        Name and metric -> interval, for every name but the baseline.
+        Name, and metric -> interval, for every name but the baseline.
     """
-    for name, own in values.items():
+    for name, metrics in values.items():
         if name != baseline:
-            difference = own - values[baseline]
+            difference = metrics - values[baseline]
             yield name, {metric: interval(difference[:, j], level) for j, metric in enumerate(METRICS)}

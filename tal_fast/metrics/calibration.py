@@ -1,4 +1,4 @@
-"""How far softmax probabilities can be taken at their word, on in-distribution samples."""
+"""Calibration metrics of the softmax on in-distribution samples: ECE, NLL, Brier score."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ from typing import Any
 
 import numpy as np
 
-from tal_fast.metrics.failure import as_correct
-from tal_fast.scores.logits import Floats, as_matrix, by_blocks, energy, log_softmax, msp
+from tal_fast.metrics.ranking import as_correct
+from tal_fast.scores.logits import doctor, energy, msp
+from tal_fast.utils.arrays import as_matrix
 
 CALIBRATION = ("ece", "nll", "brier")
 BINS = 15
+"""Default number of bins of ECE and of reliability diagrams."""
 
 
 def expected_calibration_error(confidence: Any, correct: Any, bins: int = BINS) -> float:
-    """Σ over bins of (samples in the bin / n) · |accuracy − mean confidence| there (Guo et al., 2017).
+    """Expected calibration error (Guo et al., 2017).
+
+    Σ over bins of (samples in the bin / n) · |accuracy − mean confidence| in the bin.
 
     Args:
         confidence: (n,) probabilities of the predicted class.
         correct: (n,) 0/1 or bool.
-        bins: of equal width over [0, 1], closed on the right; 0 is in the first.
+        bins: number of bins of equal width over [0, 1], closed on the right; 0 is in the first.
 
     Returns:
         A fraction; NaN for no samples.
@@ -27,33 +31,33 @@ def expected_calibration_error(confidence: Any, correct: Any, bins: int = BINS) 
     Raises:
         ValueError: a confidence outside [0, 1], lengths that differ, or fewer than one bin.
     """
-    p, right = np.asarray(confidence, dtype=np.float64), as_correct(correct)
+    p, outcomes = np.asarray(confidence, dtype=np.float64), as_correct(correct)
     if bins < 1:
         raise ValueError(f"bins must be at least 1, not {bins}")
-    if p.shape != right.shape:
-        raise ValueError(f"confidence is of shape {p.shape} but correct of {right.shape}; they must match")
+    if p.shape != outcomes.shape:
+        raise ValueError(f"confidence is of shape {p.shape} but correct of {outcomes.shape}; they must match")
     outside = np.flatnonzero(~((p >= 0) & (p <= 1)))
     if outside.size:
         raise ValueError(f"confidence must be a probability in [0, 1], not {p[outside[0]]} (index {outside[0]})")
     if p.size == 0:
         return float("nan")
     inner_edges = np.linspace(0, 1, bins + 1)[1:-1]
-    # |Σ right − Σ p| of a bin, over n, is its share times the gap of its means.
-    gap = np.bincount(np.digitize(p, inner_edges, right=True), weights=right - p, minlength=bins)
+    # |Σ correct − Σ p| of a bin, over n, is its share of the samples times the gap of its means.
+    gap = np.bincount(np.digitize(p, inner_edges, right=True), weights=outcomes - p, minlength=bins)
     return float(np.abs(gap).sum() / p.size)
 
 
 def calibration_metrics(logits: Any, labels: Any, bins: int = BINS) -> dict[str, float]:
-    """ECE, NLL and Brier score of the softmax.
+    """Compute ECE, NLL and Brier score of the softmax.
 
     Args:
-        logits: (n, C) of any floating type; computed in float64.
+        logits: (n, C) of any real type; computed in float64.
         labels: (n,) integers in [0, C).
-        bins: of ECE.
+        bins: number of bins of ECE.
 
     Returns:
-        ``ece``: see ``expected_calibration_error``, of the largest probability. ``nll``: mean −log p of the label, in
-        nats. ``brier``: mean over samples of Σ_c (p_c − [c is the label])², in [0, 2]. NaN for no samples.
+        ``ece``: ``expected_calibration_error`` of the largest probability. ``nll``: mean −log p of the label, in nats.
+        ``brier``: mean over samples of Σ_c (p_c − [c is the label])², in [0, 2]. NaN for no samples.
 
     Raises:
         ValueError: shapes that do not match, or labels out of range.
@@ -66,15 +70,12 @@ def calibration_metrics(logits: Any, labels: Any, bins: int = BINS) -> dict[str,
     if not classes.size:
         return dict.fromkeys(CALIBRATION, float("nan"))
 
-    def squares(z: Floats) -> Floats:
-        return np.exp(2 * log_softmax(z)).sum(axis=1)
-
     log_p = matrix[np.arange(len(classes)), classes].astype(np.float64) - energy(matrix)
     # Σ (p_c − e_c)² = Σ p² − 2 p_label + 1.
-    brier = by_blocks(squares, matrix) - 2 * np.exp(log_p) + 1
-    right = matrix.argmax(axis=1) == classes
+    brier = doctor(matrix) - 2 * np.exp(log_p) + 1
+    correct = matrix.argmax(axis=1) == classes
     return {
-        "ece": expected_calibration_error(np.minimum(msp(matrix), 1), right, bins),
+        "ece": expected_calibration_error(np.minimum(msp(matrix), 1), correct, bins),
         "nll": float(-log_p.mean()),
         "brier": float(np.maximum(brier, 0).mean()),
     }

@@ -1,11 +1,11 @@
-"""The three settings of failure detection (Section 2 of the TAL paper) and how many samples of each kind they mix.
+"""Settings of failure detection (Section 2 of the TAL paper), and the mix of ID and OOD samples in them.
 
 =========  ==============================  ==========================
 setting    samples                         success
 =========  ==============================  ==========================
-Old FD     in-distribution (ID)            classified right
-OOD        ID and out-of-distribution      ID, classified right or not
-New FD     ID and out-of-distribution      ID and classified right
+Old FD     in-distribution (ID)            classified correctly
+OOD        ID and out-of-distribution      ID, correct or not
+New FD     ID and out-of-distribution      ID and classified correctly
 =========  ==============================  ==========================
 
 The ratio of ID to OOD samples decides the numbers of OOD and New FD, so a ``Mix`` names it and every report states it.
@@ -19,20 +19,24 @@ from typing import Any
 
 import numpy as np
 
-from tal_fast.metrics.failure import Floats, Ints, as_correct, as_scores
+from tal_fast.metrics.ranking import as_correct, as_scores
+from tal_fast.utils.arrays import Floats, Ints
 
 MIXES = "balanced-random, all, first-n, or prior=P with P in (0, 1)"
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Which ID and OOD samples OOD and New FD are computed on.
+    """Rule for which ID and OOD samples take part in the settings OOD and New FD.
 
     Attributes:
         kind: ``balanced-random``: the same number of each, the larger set thinned at random. ``all``: every sample.
             ``first-n``: the first min(n_ID, n_OOD) of each, as the released test script does. ``prior``: the largest
             random subset in which the given share is OOD.
-        prior: the OOD share, for ``prior`` only.
+        prior: share of OOD samples; for ``prior`` only.
+
+    Raises:
+        ValueError: an unknown kind, a prior without the kind ``prior`` (or the reverse), or one outside (0, 1).
     """
 
     kind: str = "balanced-random"
@@ -48,10 +52,10 @@ class Mix:
 
     @classmethod
     def parse(cls, text: str) -> Mix:
-        """A mix from its name: ``balanced-random``, ``all``, ``first-n`` or ``prior=0.2`` (20% OOD).
+        """Parse a mix's name: ``balanced-random``, ``all``, ``first-n`` or ``prior=0.2`` (20% OOD).
 
         Raises:
-            ValueError: anything else.
+            ValueError: any other name.
         """
         kind, equals, value = text.partition("=")
         if not equals:
@@ -68,21 +72,21 @@ class Mix:
 
     @property
     def random(self) -> bool:
-        """Whether a seed decides which samples take part."""
+        """Whether the choice of samples depends on a seed."""
         return self.kind in ("balanced-random", "prior")
 
     def __str__(self) -> str:
         return self.kind if self.prior is None else f"prior={self.prior:g}"
 
     def choose(self, n_id: int, n_ood: int, seed: int = 0) -> tuple[Ints, Ints]:
-        """Indices of the samples that take part, rising.
+        """Choose the samples that take part.
 
         Args:
-            n_id, n_ood: how many there are.
-            seed: of the random mixes. OOD sets of equal size meet the same ID samples.
+            n_id, n_ood: numbers of samples.
+            seed: of the random mixes. OOD sets of equal size get the same ID samples.
 
         Returns:
-            Two int64 arrays, into the ID and into the OOD samples.
+            Two ascending int64 arrays of indices, into the ID and into the OOD samples.
         """
         take_id, take_ood = n_id, n_ood
         if self.kind in ("balanced-random", "first-n"):
@@ -102,7 +106,7 @@ def _draw(n: int, take: int, seed: int) -> Ints:
 
 @dataclass(frozen=True)
 class Setting:
-    """Which samples take part, ID first, and which of them are successes.
+    """Samples that take part in a setting, ID first, and which of them are successes.
 
     Attributes:
         id_index: (n_id,) int64, into the ID samples.
@@ -115,11 +119,14 @@ class Setting:
     success: Ints
 
     def confidence(self, id_scores: Any, ood_scores: Any = None) -> Floats:
-        """The (n_id + n_ood,) scores of the samples that take part, in the order of ``success``.
+        """Scores of the samples that take part, in the order of ``success``.
 
         Args:
             id_scores: scores of all ID samples.
-            ood_scores: scores of all OOD samples; may be left out in Old FD.
+            ood_scores: scores of all OOD samples; not needed in Old FD.
+
+        Returns:
+            (n_id + n_ood,) float64.
         """
         chosen = as_scores(id_scores, "id_scores")[self.id_index]
         if not self.ood_index.size:
@@ -127,43 +134,43 @@ class Setting:
         return np.concatenate((chosen, as_scores(ood_scores, "ood_scores")[self.ood_index]))
 
 
-def old_fd(right: Any) -> Setting:
-    """ID samples only; success = classified right.
+def old_fd(correct: Any) -> Setting:
+    """Old FD: ID samples only; success = classified correctly.
 
     Args:
-        right: (n_id,) 0/1 or bool.
+        correct: (n_id,) 0/1 or bool.
     """
-    right = as_correct(right, "right")
-    return Setting(np.arange(right.size), np.zeros(0, dtype=np.int64), right)
+    outcomes = as_correct(correct)
+    return Setting(np.arange(outcomes.size), np.zeros(0, dtype=np.int64), outcomes)
 
 
-def ood(right: Any, n_ood: int, mix: Mix | None = None, seed: int = 0) -> Setting:
-    """ID samples, right or wrong, against OOD samples; success = ID. Arguments as for ``new_fd``."""
-    ids, oods = (mix or Mix()).choose(as_correct(right, "right").size, n_ood, seed)
+def ood(correct: Any, n_ood: int, mix: Mix | None = None, seed: int = 0) -> Setting:
+    """OOD: ID samples, correct or wrong, against OOD samples; success = ID. Arguments as for ``new_fd``."""
+    ids, oods = (mix or Mix()).choose(as_correct(correct).size, n_ood, seed)
     return Setting(ids, oods, np.repeat(np.array([1, 0]), (ids.size, oods.size)))
 
 
-def new_fd(right: Any, n_ood: int, mix: Mix | None = None, seed: int = 0) -> Setting:
-    """ID and OOD samples together; success = ID and classified right.
+def new_fd(correct: Any, n_ood: int, mix: Mix | None = None, seed: int = 0) -> Setting:
+    """New FD: ID and OOD samples together; success = ID and classified correctly.
 
     Args:
-        right: (n_id,) 0/1 or bool.
+        correct: (n_id,) 0/1 or bool.
         n_ood: number of OOD samples.
         mix: ``balanced-random`` unless given.
         seed: of a random mix.
     """
-    right = as_correct(right, "right")
-    ids, oods = (mix or Mix()).choose(right.size, n_ood, seed)
-    return Setting(ids, oods, np.concatenate((right[ids], np.zeros(oods.size, dtype=np.int64))))
+    outcomes = as_correct(correct)
+    ids, oods = (mix or Mix()).choose(outcomes.size, n_ood, seed)
+    return Setting(ids, oods, np.concatenate((outcomes[ids], np.zeros(oods.size, dtype=np.int64))))
 
 
 def all_settings(
-    right: Any, ood_sizes: Mapping[str, int], mix: Mix | None = None, seed: int = 0
+    correct: Any, ood_sizes: Mapping[str, int], mix: Mix | None = None, seed: int = 0
 ) -> dict[str, tuple[Setting, str | None]]:
-    """Old FD, and OOD and New FD for each OOD set.
+    """Build Old FD, and OOD and New FD for each OOD set.
 
     Args:
-        right: (n_id,) 0/1 or bool.
+        correct: (n_id,) 0/1 or bool.
         ood_sizes: number of samples of each OOD set.
         mix, seed: as for ``new_fd``.
 
@@ -171,23 +178,23 @@ def all_settings(
         Setting and OOD set (None in Old FD) by key: ``old_fd``, ``ood``, ``new_fd`` for a single OOD set;
         ``ood/NAME`` and ``new_fd/NAME`` for several.
     """
-    found: dict[str, tuple[Setting, str | None]] = {"old_fd": (old_fd(right), None)}
+    found: dict[str, tuple[Setting, str | None]] = {"old_fd": (old_fd(correct), None)}
     for name, size in ood_sizes.items():
         suffix = f"/{name}" if len(ood_sizes) > 1 else ""
-        found[f"ood{suffix}"] = ood(right, size, mix, seed), name
-        found[f"new_fd{suffix}"] = new_fd(right, size, mix, seed), name
+        found[f"ood{suffix}"] = ood(correct, size, mix, seed), name
+        found[f"new_fd{suffix}"] = new_fd(correct, size, mix, seed), name
     return found
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A setting with every score of the samples that take part.
+    """Setting with all scores of its samples.
 
     Attributes:
-        setting: who takes part, and what is a success.
-        name: of its OOD or shifted set; None in Old FD.
-        id_scores: score -> scores of all ID samples; in a shifted set, of all its samples.
-        ood_scores: score -> scores of all samples of the OOD set; empty elsewhere.
+        setting: which samples take part, and which are successes.
+        name: name of the OOD or shifted set; None in Old FD.
+        id_scores: score -> scores of all ID samples, or of all samples of the shifted set.
+        ood_scores: score -> scores of all samples of the OOD set; empty without one.
     """
 
     setting: Setting
@@ -197,28 +204,31 @@ class Judged:
 
     def confidences(self) -> dict[str, Floats]:
         """Score -> (n,) of the samples that take part, in the order of ``setting.success``."""
-        return {s: self.setting.confidence(own, self.ood_scores.get(s)) for s, own in self.id_scores.items()}
+        return {
+            score: self.setting.confidence(values, self.ood_scores.get(score))
+            for score, values in self.id_scores.items()
+        }
 
 
 Shifts = Mapping[str, tuple[Any, Mapping[str, Floats]]]
-"""Shifted set -> (m,) 0/1 or bool, which of its samples are classified right; and score -> their (m,) scores."""
+"""Shifted set -> (m,) 0/1 or bool, whether each sample is classified correctly; and score -> (m,) scores."""
 
 
 def judged_settings(
-    right: Any,
+    correct: Any,
     id_scores: Mapping[str, Floats],
     ood_scores: Mapping[str, Mapping[str, Floats]],
     shifts: Shifts | None = None,
     mix: Mix | None = None,
     seed: int = 0,
 ) -> dict[str, Judged]:
-    """Every setting that these scores can be judged in.
+    """Build every setting, each with its scores.
 
     Args:
-        right: (n_id,) 0/1 or bool, whether each ID sample is classified right.
+        correct: (n_id,) 0/1 or bool, whether each ID sample is classified correctly.
         id_scores: score -> (n_id,) scores of the ID samples.
         ood_scores: OOD set -> score -> scores of its samples.
-        shifts: shifted sets; each is judged as Old FD is.
+        shifts: shifted sets; each is a setting like Old FD.
         mix, seed: as for ``new_fd``.
 
     Returns:
@@ -227,9 +237,9 @@ def judged_settings(
     sizes = {name: len(next(iter(scores.values()))) for name, scores in ood_scores.items()}
     found = {
         key: Judged(setting, name, id_scores, {} if name is None else ood_scores[name])
-        for key, (setting, name) in all_settings(right, sizes, mix, seed).items()
+        for key, (setting, name) in all_settings(correct, sizes, mix, seed).items()
     }
     shifts = shifts or {}
-    for name, (of_shift, scores) in shifts.items():
-        found[f"shift/{name}" if len(shifts) > 1 else "shift"] = Judged(old_fd(of_shift), name, scores, {})
+    for name, (shift_correct, scores) in shifts.items():
+        found[f"shift/{name}" if len(shifts) > 1 else "shift"] = Judged(old_fd(shift_correct), name, scores, {})
     return found

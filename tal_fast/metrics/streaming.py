@@ -1,4 +1,4 @@
-"""Failure-detection metrics over batches, for anyone's loop: ``update``, ``compute``, ``reset``.
+"""Failure-detection metrics accumulated over batches: ``update``, ``compute``, ``reset``.
 
     metric = AURC()
     for images, labels in loader:
@@ -6,9 +6,9 @@
         metric.update(tal_fast.scores.cosine(logits), logits.argmax(1) == labels)
     print(float(metric.compute()))
 
-Under ``torch.distributed`` every rank updates with its own samples, as many as it has, and ``compute``, which all ranks
-must call, gives all of them the metric of the samples of all. The areas depend on the ranking of all samples, so
-nothing smaller than the samples themselves can be kept: their confidences and outcomes, as they come.
+Under ``torch.distributed`` each rank updates with its own samples, any number of them, and ``compute``, which all ranks
+must call, returns the metric of the samples of all ranks. The areas depend on the ranking of all samples, so that all
+confidences and outcomes are kept.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tal_fast.metrics.failure import Floats, Ints, as_correct, as_scores, check_convention, failure_metrics
+from tal_fast.metrics.failure import check_convention, failure_metrics
+from tal_fast.metrics.ranking import as_correct, as_scores
+from tal_fast.utils.arrays import Floats, Ints
 
 
 class FailureMetrics:
     """All metrics of ``tal_fast.metrics.METRICS``.
 
     Args:
-        convention: see ``tal_fast.metrics``.
-        group: of the ranks whose samples belong together; None: all ranks, if ``torch.distributed`` has been started.
+        convention: one of ``tal_fast.metrics.CONVENTIONS``.
+        group: process group whose samples belong together; None: all ranks, if ``torch.distributed`` is initialised.
 
     Raises:
         ValueError: an unknown convention.
@@ -40,14 +42,14 @@ class FailureMetrics:
         self._correct: list[Tensor] = []
 
     def update(self, confidence: Any, correct: Any) -> None:
-        """Add a batch, empty perhaps. Tensors stay on their device until ``compute``: a GPU is not waited for.
+        """Add a batch of n >= 0 samples. Tensors stay on their device until ``compute``, without synchronisation.
 
         Args:
-            confidence: (n,) higher = surer, of any floating or integer type.
+            confidence: (n,) higher = more confident, of any floating or integer type.
             correct: (n,) 0/1 or bool.
 
         Raises:
-            ValueError: not two vectors of the same length. What is in them is checked by ``compute``.
+            ValueError: not two vectors of the same length. Values are checked by ``compute``.
         """
         batch = [torch.as_tensor(values).detach().clone() for values in (confidence, correct)]
         if batch[0].ndim != 1 or batch[0].shape != batch[1].shape:
@@ -57,7 +59,7 @@ class FailureMetrics:
         self._correct.append(batch[1])
 
     def reset(self) -> None:
-        """Forget all samples."""
+        """Remove all samples."""
         self._confidence.clear()
         self._correct.clear()
 
@@ -67,21 +69,21 @@ class FailureMetrics:
         Raises:
             ValueError: NaN confidences, or outcomes other than 0 and 1, on any rank; all ranks raise it.
         """
-        own = tuple(
+        local = tuple(
             torch.cat([values.cpu().double() for values in batches]) if batches else torch.zeros(0).double()
             for batches in (self._confidence, self._correct)
         )
-        parts: list[Any] = [own]
+        parts: list[Any] = [local]
         if dist.is_available() and dist.is_initialized():
             parts = [None] * dist.get_world_size(self.group)
-            # Objects, for ranks may hold different numbers and types; once an evaluation that costs nothing.
-            dist.all_gather_object(parts, own, self.group)
-        # Checked after the exchange, so that no rank is left waiting for one that has refused.
+            # As objects: ranks may hold different numbers and types of values.
+            dist.all_gather_object(parts, local, self.group)
+        # Checked after the exchange, so that no rank waits for one that has raised.
         confidence, correct = (torch.cat(column) for column in zip(*parts, strict=True))
         return as_scores(confidence), as_correct(correct)
 
     def values(self) -> dict[str, float]:
-        """Each metric of the samples of all ranks; NaN where undefined."""
+        """Metric -> value over the samples of all ranks; NaN where undefined."""
         return failure_metrics(*self.samples(), self.convention)
 
     def compute(self) -> Any:
@@ -93,11 +95,11 @@ class FailureMetrics:
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in self.values().items()}
 
 
-class _Single(FailureMetrics):
+class _SingleMetric(FailureMetrics):
     name: str
 
     def compute(self) -> Tensor:
-        """The metric of the samples of all ranks, a float64 scalar; NaN where undefined.
+        """Metric of the samples of all ranks, a float64 scalar tensor; NaN where undefined.
 
         Raises:
             ValueError: see ``samples``.
@@ -105,31 +107,31 @@ class _Single(FailureMetrics):
         return torch.tensor(self.values()[self.name], dtype=torch.float64)
 
 
-class AURC(_Single):
+class AURC(_SingleMetric):
     """Area under the risk-coverage curve (Geifman and El-Yaniv, 2017); arguments as for ``FailureMetrics``."""
 
     name = "aurc"
 
 
-class EAURC(_Single):
-    """AURC minus the floor for n → ∞ (Geifman et al., 2019); arguments as for ``FailureMetrics``."""
+class EAURC(_SingleMetric):
+    """AURC minus its floor for n → ∞ (Geifman et al., 2019); arguments as for ``FailureMetrics``."""
 
     name = "eaurc"
 
 
-class AUGRC(_Single):
+class AUGRC(_SingleMetric):
     """Area under the generalised risk (Traub et al., 2024); arguments as for ``FailureMetrics``."""
 
     name = "augrc"
 
 
-class FPR95(_Single):
-    """Errors accepted where 95% of the successes are; arguments as for ``FailureMetrics``."""
+class FPR95(_SingleMetric):
+    """Share of errors accepted where 95% of the successes are accepted; arguments as for ``FailureMetrics``."""
 
     name = "fpr95"
 
 
-class AUROC(_Single):
-    """P(a success is surer than an error), ties half; arguments as for ``FailureMetrics``."""
+class AUROC(_SingleMetric):
+    """P(a success has a higher score than an error), ties half; arguments as for ``FailureMetrics``."""
 
     name = "auroc"

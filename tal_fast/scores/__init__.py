@@ -1,4 +1,4 @@
-"""Confidence scores over logits and features; higher means more confident."""
+"""Confidence scores of logits and features; higher means more confident."""
 
 from tal_fast.scores.logits import SCORES, cosine, doctor, energy, max_logit, msp, neg_entropy
 

@@ -1,118 +1,171 @@
-"""Confidence scores of a classifier's outputs; higher = surer, always.
+"""Confidence scores of logits; higher means more confident.
 
-Scores over logits need nothing else: each is a function (n, C) logits -> (n,) float64, listed in ``SCORES``. Those over
-features are fitted on training data: see ``tal_fast.scores.features``.
-Everything is computed in float64 whatever the logits' type: in bfloat16, rounding alone ties thousands of samples of a
-confident model and moves its AURC.
+``SCORES`` lists them by name. Each takes (n, C) logits of any real type and gives (n,) float64: an array, computed in
+blocks of rows, for an array or a list; a tensor on the same device for a tensor. ``LOG_GAPS`` has the logarithm of what
+is missing to a perfect score, for SIRC (``tal_fast.scores.features``).
+
+Training, evaluation, calibration and the exported ``SelectiveClassifier`` all call these functions. On a CPU a row's
+score has the same bits whatever the other rows of the call, so that a threshold chosen in one batch accepts the same
+rows in every other, ties included; sums therefore go through ``_row_sum``, and softmax and log-softmax treat each row
+by itself. Float64 because rounding to bfloat16 alone ties thousands of samples of a confident model and moves its AURC.
+
+Tensor methods serve for all of it, so that importing the names does not import PyTorch.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from tal_fast.utils.arrays import Floats, as_matrix, by_blocks, check_matrix_shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Added to ‖z‖ in the cosine, as in the loss.
 NORM_EPS = 1e-7
-# Rows are scored in blocks of about this many numbers, so that float64 copies of large outputs never exist at once.
-_BLOCK = 1 << 22
+# PyTorch divides the sum of 32,768 numbers or more among threads if it is the only one of its call, that is, for a
+# batch of one row.
+_SUM_COLUMNS = 1 << 14
 
 
-def as_matrix(values: Any, name: str) -> NDArray[Any]:
-    """(n, columns) as an array, not copied when it is one; a float64 one for tensors of any floating type.
-
-    Raises:
-        ValueError: not two-dimensional, no columns, or not numbers.
-    """
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-        values = (values if str(values.dtype) == "torch.float32" else values.double()).numpy()
-    matrix = np.asarray(values)
-    if matrix.ndim != 2 or matrix.shape[1] == 0:
-        raise ValueError(f"{name} must be (n, C) with C >= 1, not of shape {matrix.shape}")
-    if matrix.dtype.kind not in "fiu":
-        raise ValueError(f"{name} must be real numbers, not {matrix.dtype}")
-    return matrix
-
-
-def by_blocks(function: Callable[[Floats], Floats], matrix: NDArray[Any], columns: int = 0) -> Floats:
-    """``function`` of the rows, a block of them in float64 at a time.
+def logit_score(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    """Decorator: let a function of (n, C) float64 tensors take arrays, lists and tensors of any real type.
 
     Args:
-        function: (rows, columns of the matrix) -> (rows,).
-        matrix: (n, columns).
-        columns: of what the function makes on the way, where that is wider than the matrix.
+        function: (n, C) contiguous float64 -> (n,) float64, each row by itself, in operations that ``torch.export``
+            takes.
     """
-    rows = max(1, _BLOCK // max(matrix.shape[1], columns))
-    parts = [function(matrix[i : i + rows].astype(np.float64)) for i in range(0, len(matrix), rows)]
-    return np.concatenate(parts) if parts else np.zeros(0)
 
+    @functools.wraps(function)
+    def score(logits: Any) -> Any:
+        if hasattr(logits, "detach"):
+            check_matrix_shape(logits.shape, "logits")
+            return function(logits.double().contiguous())
+        import torch
 
-def _logit_score(function: Callable[[Floats], Floats]) -> Callable[[Any], Floats]:
-    def score(logits: Any) -> Floats:
-        # Logits that are not finite give NaN, which the metrics refuse; no need to warn as well.
-        with np.errstate(invalid="ignore", over="ignore"):
-            return by_blocks(function, as_matrix(logits, "logits"))
+        def of_block(block: Floats) -> Floats:
+            return function(torch.from_numpy(block)).numpy()
 
-    score.__name__ = score.__qualname__ = function.__name__.lstrip("_")
-    score.__doc__ = f"{function.__doc__}\n\n    (n, C) logits of any floating type -> (n,) float64.\n    "
+        return by_blocks(of_block, as_matrix(logits, "logits"))
+
     return score
 
 
-def log_softmax(z: Floats) -> Floats:
-    """(n, C) -> (n, C), row by row."""
-    shifted = z - z.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+def _row_sum(values: Tensor) -> Tensor:
+    """Sum of each row of (n, C), with the same bits for any number of rows."""
+    return functools.reduce(operator.add, [part.sum(1) for part in values.split(_SUM_COLUMNS, 1)])
 
 
-@_logit_score
-def cosine(z: Floats) -> Floats:
-    """max z / (‖z‖₂ + 1e-7): TAL's confidence, the cosine between the logits and the predicted class's axis."""
-    return z.max(axis=1) / (np.sqrt(np.sum(z * z, axis=1)) + NORM_EPS)
+@logit_score
+def cosine(z: Tensor) -> Tensor:
+    """TAL's confidence, max z / (‖z‖₂ + 1e-7): the cosine between the logits and the predicted class's axis."""
+    return z.amax(1) / (_row_sum(z * z).sqrt() + NORM_EPS)
 
 
-@_logit_score
-def msp(z: Floats) -> Floats:
+@logit_score
+def msp(z: Tensor) -> Tensor:
     """Maximum softmax probability (Hendrycks and Gimpel, 2017)."""
-    return 1 / np.exp(z - z.max(axis=1, keepdims=True)).sum(axis=1)
+    return z.softmax(1).amax(1)
 
 
-@_logit_score
-def max_logit(z: Floats) -> Floats:
-    """max z (Hendrycks et al., 2022)."""
-    return z.max(axis=1)
+@logit_score
+def max_logit(z: Tensor) -> Tensor:
+    """Maximum logit (Hendrycks et al., 2022)."""
+    return z.amax(1)
 
 
-@_logit_score
-def energy(z: Floats) -> Floats:
-    """log Σ exp z, the negative free energy at temperature 1 (Liu et al., 2020)."""
-    top = z.max(axis=1)
-    return top + np.log(np.exp(z - top[:, None]).sum(axis=1))
+@logit_score
+def energy(z: Tensor) -> Tensor:
+    """Negative free energy at temperature 1, log Σ exp z (Liu et al., 2020)."""
+    # max z − log p of the predicted class: the bits of logsumexp may depend on the batch.
+    return z.amax(1) - z.log_softmax(1).amax(1)
 
 
-@_logit_score
-def neg_entropy(z: Floats) -> Floats:
-    """Σ p log p: minus the entropy of the softmax, in nats."""
-    log_p = log_softmax(z)
-    p = np.exp(log_p)
-    return np.sum(np.where(p > 0, p * log_p, np.where(np.isnan(p), p, 0.0)), axis=1)
+@logit_score
+def neg_entropy(z: Tensor) -> Tensor:
+    """Negative entropy of the softmax, Σ p log p, in nats."""
+    p = z.softmax(1)
+    return _row_sum((p * z.log_softmax(1)).where(p > 0, p))
 
 
-@_logit_score
-def doctor(z: Floats) -> Floats:
-    """Σ p², the collision probability of the softmax (Granese et al., 2021)."""
-    return np.exp(2 * log_softmax(z)).sum(axis=1)
+@logit_score
+def doctor(z: Tensor) -> Tensor:
+    """Collision probability of the softmax, Σ p² (DOCTOR; Granese et al., 2021)."""
+    return _row_sum(z.softmax(1).square())
 
 
-SCORES: dict[str, Callable[[Any], Floats]] = {
+SCORES: dict[str, Callable[[Any], Any]] = {
     "cosine": cosine,
     "msp": msp,
     "max_logit": max_logit,
     "energy": energy,
     "neg_entropy": neg_entropy,
     "doctor": doctor,
+}
+
+
+@logit_score
+def distance_to_uniform(z: Tensor) -> Tensor:
+    """L1 distance between the softmax and the uniform distribution, ‖p − 1/C‖₁: the first factor of GradNorm."""
+    return _row_sum((z.softmax(1) - 1 / z.shape[1]).abs())
+
+
+def _log_probabilities(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logarithms of the softmax that do not saturate: 1 − p is summed over the other classes, in logarithms.
+
+    Returns:
+        (n, 1) predicted class; (n, 1) its log p; (n, 1) its log(1 − p); (n, C) log p of the other classes, −inf at the
+        predicted one.
+    """
+    predicted = z.argmax(1, keepdim=True)
+    others = (z - z.gather(1, predicted)).scatter(1, predicted, -math.inf)
+    odds = others.logsumexp(1, keepdim=True)  # log((1 − p) / p)
+    log_p = -odds.logaddexp(odds.new_zeros(()))
+    return predicted, log_p, odds + log_p, others + log_p
+
+
+@logit_score
+def log_gap_msp(z: Tensor) -> Tensor:
+    """log(1 − max p)."""
+    return _log_probabilities(z)[2].squeeze(1)
+
+
+@logit_score
+def log_gap_doctor(z: Tensor) -> Tensor:
+    """log(1 − Σ p²) = log Σ p (1 − p)."""
+    predicted, log_p, log_rest, others = _log_probabilities(z)
+    terms = others + (-others.exp()).log1p()
+    return terms.scatter(1, predicted, log_p + log_rest).logsumexp(1)
+
+
+@logit_score
+def log_gap_cosine(z: Tensor) -> Tensor:
+    """log(1 − max z / (‖z‖ + ε)), with ‖z‖ − max z = Σ z² over the other classes / (‖z‖ + max z)."""
+    squares, top = z * z, z.amax(1)
+    norm = _row_sum(squares).sqrt()
+    others = _row_sum(squares.scatter(1, z.argmax(1, keepdim=True), 0.0))
+    gap = (others / (norm + top)).where(top > 0, norm - top)
+    return ((gap + NORM_EPS) / (norm + NORM_EPS)).log()
+
+
+@logit_score
+def log_gap_neg_entropy(z: Tensor) -> Tensor:
+    """log(−Σ p log p)."""
+    predicted, log_p, log_rest, others = _log_probabilities(z)
+    # −log p = (1 − p)(1 + (1 − p)/2 + ...): for small 1 − p its logarithm is that of 1 − p.
+    log_surprise = (-log_p).clamp(min=np.finfo(np.float64).tiny).log().where(log_rest >= -20, log_rest)
+    return (others + (-others).log()).scatter(1, predicted, log_p + log_surprise).logsumexp(1)
+
+
+LOG_GAPS: dict[str, Callable[[Any], Any]] = {
+    "msp": log_gap_msp,
+    "doctor": log_gap_doctor,
+    "cosine": log_gap_cosine,
+    "neg_entropy": log_gap_neg_entropy,
 }

@@ -1,26 +1,32 @@
-"""Temperature scaling (Guo et al., 2017): one number that logits are divided by, fitted on held-out samples."""
+"""Temperature scaling of logits (Guo et al., 2017), fitted on held-out samples."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.optimize import brentq
 
-from tal_fast.metrics.failure import Ints
-from tal_fast.scores.logits import Floats, as_matrix, by_blocks, log_softmax
+from tal_fast.scores.logits import logit_score
+from tal_fast.utils.arrays import Ints, as_matrix
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HELD_OUT = 0.2
-"""Share of the validation samples that a temperature is fitted on, unless told otherwise."""
-# Beyond these the softmax is one-hot or uniform to float64.
+"""Default share of the validation samples that a temperature is fitted on."""
+# Beyond these temperatures the softmax is one-hot or uniform in float64.
 LOWEST, HIGHEST = 1e-4, 1e4
 
 
 def held_out(samples: int, share: float = HELD_OUT, seed: int = 0) -> tuple[Ints, Ints]:
-    """Indices of the samples to fit on, a random share, and of the rest; both rising.
+    """Split samples at random into those to fit on and the rest.
+
+    Returns:
+        Two arrays of indices, ascending: a share of the samples, and the others.
 
     Raises:
-        ValueError: the share leaves nothing on one side.
+        ValueError: one of the two would be empty.
     """
     take = round(samples * share)
     if not 0 < take < samples:
@@ -33,7 +39,7 @@ def held_out(samples: int, share: float = HELD_OUT, seed: int = 0) -> tuple[Ints
 
 
 def fit_temperature(logits: Any, labels: Any) -> float:
-    """The temperature T > 0 that minimises the mean cross-entropy of softmax(z / T), in float64.
+    """Find the temperature T > 0 that minimises the mean cross-entropy of softmax(z / T), in float64.
 
     Cross-entropy is convex in 1/T, so its derivative there, mean(Σ p z − z_label), has one root; it is bracketed and
     found by Brent's method to a relative 1e-10.
@@ -43,25 +49,28 @@ def fit_temperature(logits: Any, labels: Any) -> float:
         labels: (n,) integers in [0, C).
 
     Raises:
-        ValueError: no samples, or no minimum at a finite T > 0: with every label the largest logit it is T = 0, with
-            logits that say no more than chance about the labels it is infinite.
+        ValueError: no samples, or no minimum at a finite T > 0: it is at T = 0 if all samples are classified
+            correctly, at infinity if the logits carry no more than chance about the labels.
     """
+    from scipy.optimize import brentq
+
     matrix, classes = as_matrix(logits, "logits"), np.asarray(labels)
     if not len(matrix) or classes.shape != (len(matrix),):
         raise ValueError(f"a temperature needs samples: logits are {matrix.shape}, labels {classes.shape}")
-    of_label = matrix[np.arange(len(matrix)), classes].astype(np.float64)
+    label_logits = matrix[np.arange(len(matrix)), classes].astype(np.float64)
     scale = float(np.abs(matrix).max()) or 1.0
 
     def slope(log_temperature: float) -> float:
-        """Of the cross-entropy over 1/T."""
-        inverse = np.exp(-log_temperature)
+        """Derivative of the cross-entropy with respect to 1/T, over the scale of the logits."""
+        inverse = math.exp(-log_temperature)
 
-        def expected(z: Floats) -> Floats:
-            return (np.exp(log_softmax(z * inverse)) * z).sum(axis=1)
+        @logit_score
+        def expected_logit(z: Tensor) -> Tensor:
+            return ((z * inverse).softmax(1) * z).sum(1)
 
-        return float(np.mean(by_blocks(expected, matrix) - of_label)) / scale
+        return float(np.mean(expected_logit(matrix) - label_logits)) / scale
 
-    low, high = np.log(LOWEST * scale), np.log(HIGHEST * scale)
+    low, high = math.log(LOWEST * scale), math.log(HIGHEST * scale)
     if slope(high) >= 0:
         raise ValueError(
             f"no temperature fits: on the {len(matrix)} held-out samples the logits say no more than chance about the "
@@ -69,7 +78,7 @@ def fit_temperature(logits: Any, labels: Any) -> float:
         )
     if (matrix.argmax(axis=1) == classes).all() or slope(low) <= 0:
         raise ValueError(
-            f"no temperature fits: all {len(matrix)} held-out samples are classified right, and cross-entropy falls "
-            f"down to T = 0; hold out more samples"
+            f"no temperature fits: all {len(matrix)} held-out samples are classified correctly, and cross-entropy "
+            f"falls down to T = 0; hold out more samples"
         )
-    return float(np.exp(brentq(slope, low, high, xtol=1e-12, rtol=1e-10)))
+    return math.exp(brentq(slope, low, high, xtol=1e-12, rtol=1e-10))

@@ -38,5 +38,5 @@ def test_without_matplotlib_one_warning_names_it(
         write_plots(evaluation, tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert [record.getMessage() for record in caplog.records] == [
-        'matplotlib is not installed, so no plots are written; pip install "tal-fast[plots]"'
+        "matplotlib is not installed, so no plots are written; pip install matplotlib"
     ]

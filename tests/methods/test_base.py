@@ -19,7 +19,6 @@ import torch
 from tal_fast.config.methods import OPTIONS
 from tal_fast.config.schema import Config, MethodConfig
 from tal_fast.methods import Task, build_method, method_class, method_names
-from tal_fast.methods.base import CONFIDENCES
 from tal_fast.methods.ce import CrossEntropy
 from tal_fast.runs.resume import differences
 from tal_fast.scores.logits import SCORES
@@ -40,13 +39,6 @@ def test_methods_are_found_by_the_names_of_their_modules() -> None:
         assert method_class(name).score in SCORES
     with pytest.raises(ValueError, match="no method 'cee'; there are ce, crl, "):
         method_class("cee")
-
-
-@pytest.mark.parametrize("score", sorted(SCORES))
-def test_confidences_on_the_device_are_the_scores(score: str) -> None:
-    logits = 20 * torch.randn(50, 7, dtype=torch.float64)
-    np.testing.assert_allclose(CONFIDENCES[score](logits).numpy(), SCORES[score](logits), rtol=1e-9, atol=1e-14)
-    assert set(CONFIDENCES) == set(SCORES)
 
 
 def test_a_method_of_another_package_has_its_own_options(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,9 @@ from tal_fast.metrics.failure import (
     aurc_floor,
     aurc_random,
     failure_metrics,
-    risk_coverage_curve,
-    tied_share,
     undefined_reasons,
 )
+from tal_fast.metrics.ranking import risk_coverage_curve, tied_share
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "metrics_cases.json").read_text())
 pytestmark = pytest.mark.filterwarnings("error")

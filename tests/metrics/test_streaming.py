@@ -16,7 +16,7 @@ from tal_fast.metrics import streaming
 from tal_fast.metrics.failure import CONVENTIONS, METRICS, failure_metrics
 from tal_fast.metrics.streaming import AUGRC, AURC, AUROC, EAURC, FPR95, FailureMetrics
 
-SINGLE: dict[str, type[streaming._Single]] = {m.name: m for m in (AURC, EAURC, AUGRC, FPR95, AUROC)}
+SINGLE: dict[str, type[streaming._SingleMetric]] = {m.name: m for m in (AURC, EAURC, AUGRC, FPR95, AUROC)}
 
 
 def case(n: int = 300) -> tuple[np.ndarray, np.ndarray]:

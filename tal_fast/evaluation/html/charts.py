@@ -19,8 +19,8 @@ from tal_fast.evaluation.plots import (
 )
 from tal_fast.metrics.calibration import BINS
 from tal_fast.metrics.curves import OperatingPoints, ReliabilityBins, histograms, oracle_risk, thinned
-from tal_fast.metrics.failure import Floats
 from tal_fast.metrics.settings import Setting
+from tal_fast.utils.arrays import Floats
 
 WIDTH, HEIGHT = 420, 290
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 12, 44

@@ -1,0 +1,188 @@
+"""Command ``calibrate``: choose a confidence threshold on held-out samples and export the model with it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tal_fast
+from tal_fast.evaluation.selective import NoThreshold, calibrate
+from tal_fast.scores.logits import SCORES
+from tal_fast.utils.arguments import ArgumentParser, at_least
+from tal_fast.utils.io import replacing
+from tal_fast.utils.process import program_name
+
+JSON = "threshold.json"
+
+
+def calibrate_run(
+    run_dir: str | Path,
+    output: str | Path | None = None,
+    *,
+    score: str | None = None,
+    checkpoint: Literal["best", "last"] = "best",
+    batch_size: int = 256,
+    device: str = "cpu",
+    **options: Any,
+) -> dict[str, Any]:
+    """Choose a threshold on a run's validation images and export the model with it.
+
+    Args:
+        run_dir: folder of a run of ``python -m tal_fast.train``.
+        output: folder of the three files; ``calibrated`` in the run's folder unless given.
+        score: name from ``tal_fast.scores.SCORES``; the score of the run's method unless given.
+        checkpoint: ``best`` or ``last``.
+        batch_size, device: of the pass over the images, where its outputs are not cached.
+        options: arguments of ``calibrate``.
+
+    Returns:
+        The content of ``threshold.json``.
+
+    Raises:
+        NoThreshold: no threshold qualifies; nothing is written.
+        ValueError: no run, checkpoint or data there, an unknown score, or numbers out of range.
+    """
+    import torch
+
+    from tal_fast.evaluation.export import SelectiveClassifier, export
+    from tal_fast.evaluation.predictions import CACHE, collect_outputs
+    from tal_fast.runs.load import load_run
+
+    run = load_run(run_dir, checkpoint=checkpoint, device=device)
+    score = _check_score(score or run.score)
+    cache = Path(run_dir) / CACHE / run.checkpoint.stem
+    outputs = collect_outputs(run, "val", cache, batch_size=batch_size, device=device)
+    chosen, about = calibrate(SCORES[score](outputs.logits), outputs.correct, **options)
+    data = run.config.data
+    mean, std = data.normalization()
+    about |= {
+        "score": score, "run": str(run_dir), "checkpoint": run.checkpoint.stem, "epoch": run.epoch,
+        "class_names": list(run.class_names), "image_size": run.data.image_size, "channels": data.channels,
+        "mean": list(mean), "std": list(std),
+    }  # fmt: skip
+    folder = Path(run_dir) / "calibrated" if output is None else Path(output)
+    _write(about, folder)
+    example = torch.zeros(2, data.channels, run.data.image_size, run.data.image_size)
+    export(SelectiveClassifier(run.model.cpu(), score, chosen.threshold), example, folder)
+    return about
+
+
+def calibrate_npz(path: str | Path, output: str | Path | None = None, *, score: str, **options: Any) -> dict[str, Any]:
+    """Choose a threshold on outputs of any model, an ``.npz`` as ``python -m tal_fast.evaluate --npz`` takes it.
+
+    Args:
+        path: file with ``logits`` and ``labels``.
+        output: folder of ``threshold.json``; ``FILE-calibrated`` beside the file unless given.
+        score, options: as for ``calibrate_run``.
+
+    Raises:
+        NoThreshold, ValueError: as ``calibrate_run``.
+    """
+    from tal_fast.evaluation.npz import read_npz
+
+    path, score = Path(path), _check_score(score)
+    outputs = read_npz(path).id
+    _, about = calibrate(SCORES[score](outputs.logits), outputs.correct, **options)
+    about |= {"score": score, "npz": str(path)}
+    _write(about, path.with_name(path.stem + "-calibrated") if output is None else Path(output))
+    return about
+
+
+def _check_score(name: str) -> str:
+    plain = name.replace("-", "_")
+    if plain not in SCORES:
+        raise ValueError(f"unknown score {name!r}; choose a score of logits: {', '.join(SCORES)}")
+    return plain
+
+
+def _write(about: dict[str, Any], folder: Path) -> None:
+    import torch
+
+    about["versions"] = {"tal_fast": tal_fast.__version__, "torch": torch.__version__}
+    with replacing(folder / JSON) as temporary:
+        temporary.write_text(json.dumps(about, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def describe(about: dict[str, Any]) -> str:
+    """Summary of the content of ``threshold.json`` in a few lines."""
+    rule = "every prediction" if about["threshold"] is None else f"{about['score']} > {about['threshold']:.10g}"
+    lines = [
+        f"accept {rule}",
+        f"risk at most {about['risk']:.2%} with confidence {about['confidence']:.4g} (bound {about['bound']:.2%} over "
+        f"{about['candidates']} candidates)",
+        f"chosen on {about['samples']} held-out samples: coverage {about['coverage']:.2%}, {about['errors']} errors "
+        f"among {about['accepted']} accepted",
+    ]
+    if "test" in about:
+        test = about["test"]
+        lines.append(f"on the other {test['samples']}: coverage {test['coverage']:.2%}, {test['errors']} errors among ")
+        lines[-1] += f"{test['accepted']} accepted"
+        if test["accepted"]:
+            low, high = test["risk_interval"]
+            lines[-1] += f", risk {test['risk']:.2%} [{low:.2%}, {high:.2%}]"
+    return "\n".join(lines)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=program_name("calibrate"),
+        description="Choose a confidence threshold whose error rate is bounded, and export the model with it.",
+    )
+    source = parser.add_argument_group("held-out samples (one of these)").add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", metavar="DIR", help="Folder of a run of tal_fast.train: its validation images.")
+    source.add_argument("--npz", metavar="FILE", help="Logits and labels of any model on held-out samples.")
+    threshold = parser.add_argument_group("threshold")
+    threshold.add_argument(
+        "--risk", type=float, required=True, help="Error rate among accepted predictions not to exceed, such as 0.02."
+    )
+    threshold.add_argument(
+        "--confidence", type=float, default=0.95, help="Probability that the risk holds. Default: 0.95."
+    )
+    threshold.add_argument(
+        "--score", help=f"Confidence score: {', '.join(SCORES)}. Default: that of the run's method; needed with --npz."
+    )
+    threshold.add_argument(
+        "--calibration-share", type=float, default=0.5, metavar="SHARE",
+        help="Random share of the samples to choose the threshold on; the rest tests it. Default: 0.5.",
+    )  # fmt: skip
+    threshold.add_argument("--seed", type=at_least(0), default=0, help="Seed of the random share. Default: 0.")
+    run = parser.add_argument_group("options with --run")
+    run.add_argument("--checkpoint", choices=("best", "last"), default="best", help="Checkpoint. Default: best.")
+    run.add_argument("--batch-size", type=at_least(1), default=256, help="Images per step. Default: 256.")
+    run.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... Default: auto, a GPU if there is one."
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", metavar="DIR", help="Output folder. Default: RUN/calibrated, or FILE-calibrated.")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code: 0, 1 if no threshold qualifies, 2 for bad input."""
+    args = _parser().parse_args(argv)
+    options: dict[str, Any] = {
+        "risk": args.risk, "confidence": args.confidence, "share": args.calibration_share, "seed": args.seed,
+    }  # fmt: skip
+    try:
+        if args.npz is not None:
+            if args.score is None:
+                raise ValueError(f"an .npz names no score; choose one with --score: {', '.join(SCORES)}")
+            about = calibrate_npz(args.npz, args.output, score=args.score, **options)
+        else:
+            from tal_fast.utils.distributed import choose_device
+
+            about = calibrate_run(
+                args.run, args.output, score=args.score, checkpoint=args.checkpoint, batch_size=args.batch_size,
+                device=choose_device(args.device), **options,
+            )  # fmt: skip
+    except NoThreshold as refusal:
+        print(f"refused: {refusal}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    print(describe(about))
+    return 0
