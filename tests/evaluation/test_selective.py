@@ -1,24 +1,24 @@
-"""The threshold's guarantee by simulation, its bound against SciPy, and the exported module."""
+"""Confidence thresholds: their guarantee by simulation, and their bound against SciPy."""
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tal_fast.evaluation import selective as calibrate
-from tal_fast.evaluation.selective import NoThreshold, SelectiveClassifier, choose_threshold, lower_limit, upper_limit
-from tal_fast.runs.load import load_run
-from tal_fast.scores.logits import SCORES
-from tests.helpers.evaluation import make_run
+from tal_fast.evaluation.selective import (
+    NoThreshold,
+    candidate_ranks,
+    choose_threshold,
+    lower_limit,
+    split_samples,
+    upper_limit,
+)
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
@@ -49,15 +49,15 @@ def test_the_risk_holds_over_1000_draws(n: int, risk: float, discrete: bool) -> 
             continue
         violations += true_risk(found.threshold, discrete) > risk
         coverage.append(found.coverage)
-    # At most delta, but for what 1,000 draws can show: one in 10,000 correct methods would fail.
+    # More than delta only by the chance of 1,000 draws: a valid method fails once in 10,000 times.
     assert violations <= scipy.stats.binom.ppf(0.9999, 1000, delta)
-    # And it is no empty promise: the lowest thresholds within the risk cover 0.84, 0.84 and 0.43.
+    # Thresholds are found, and cover much: the lowest thresholds within the risk cover 0.84, 0.84 and 0.43.
     assert len(coverage) > 800
     assert np.mean(coverage) > {400: 0.5, 3000: 0.24}[n]
 
 
-def test_all_candidates_hold_at_once_where_the_risk_sits_on_the_edge() -> None:
-    # Every threshold has the same risk, exactly the one that must be rejected: the hardest case for the union bound.
+def test_the_union_bound_holds_where_every_candidate_is_just_above_the_risk() -> None:
+    # Every threshold has the same risk, just above the limit: the hardest case for the union bound.
     rng = np.random.default_rng(0)
     accepted = 0
     for _ in range(1000):
@@ -71,12 +71,12 @@ def test_all_candidates_hold_at_once_where_the_risk_sits_on_the_edge() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 60), st.integers(1, 60), st.floats(0.001, 0.5))
-def test_limits_are_clopper_and_pearsons(errors: int, more: int, delta: float) -> None:
+def test_limits_are_those_of_clopper_and_pearson(errors: int, more: int, delta: float) -> None:
     n = errors + more
     want = scipy.stats.binomtest(errors, n).proportion_ci(1 - 2 * delta, "exact")
     assert float(upper_limit(errors, n, delta)) == pytest.approx(want.high, abs=1e-9)
     assert lower_limit(errors, n, delta) == pytest.approx(want.low, abs=1e-9)
-    # By the definition: at the limit, so few errors have probability delta.
+    # By definition: at the limit, at most so many errors have probability delta.
     assert scipy.stats.binom.cdf(errors, n, float(upper_limit(errors, n, delta))) == pytest.approx(delta, rel=1e-6)
 
 
@@ -86,11 +86,11 @@ def test_limits_at_the_ends() -> None:
     assert float(upper_limit(0, 59, 0.05)) == pytest.approx(1 - 0.05 ** (1 / 59))
 
 
-def test_chosen_by_the_binomial_tail() -> None:
-    # 100 right, surest first, then 20 wrong, so that the first r accepted have max(0, r - 100) errors.
+def test_the_threshold_is_chosen_by_the_binomial_tail() -> None:
+    # 100 correct samples with the highest scores, then 20 wrong: the first r have max(0, r - 100) errors.
     scores, correct = np.arange(120, 0, -1), np.arange(120) < 100
     found = choose_threshold(scores, correct, risk=0.2, confidence=0.9)
-    ranks = calibrate.candidate_ranks(120, 0.2, 0.1)
+    ranks = candidate_ranks(120, 0.2, 0.1)
     assert (len(ranks), ranks[-1], found.candidates) == (13, 120, 13)
     # The fewest that could qualify: 0.8^22 is the first power below 0.1 / 13.
     assert ranks[0] == 22
@@ -105,7 +105,7 @@ def test_chosen_by_the_binomial_tail() -> None:
     assert (everything.threshold, everything.coverage) == (-math.inf, 1)
 
 
-def test_ties_are_all_in_or_all_out() -> None:
+def test_tied_samples_are_accepted_or_rejected_together() -> None:
     scores = np.repeat([3.0, 2.0, 1.0], 100)
     correct = np.repeat([1, 1, 0], 100)
     found = choose_threshold(scores, correct, risk=0.05)
@@ -118,7 +118,7 @@ def test_ties_are_all_in_or_all_out() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.randoms(use_true_random=False), st.integers(1, 400))
-def test_order_and_monotone_maps_do_not_matter(random: Any, n: int) -> None:
+def test_the_order_of_samples_and_monotone_maps_do_not_matter(random: Any, n: int) -> None:
     rng = np.random.default_rng(random.randrange(2**32))
     scores = rng.integers(0, 30, n).astype(float)
     correct = rng.random(n) < 0.6 + scores / 75
@@ -145,14 +145,14 @@ def test_order_and_monotone_maps_do_not_matter(random: Any, n: int) -> None:
         ([1, float("nan")], [1, 0], {"risk": 0.1}, ValueError, "1 NaN of 2"),
     ],
 )
-def test_refusals(scores: Any, correct: Any, options: dict[str, Any], kind: type, message: str) -> None:
+def test_the_reason_for_a_refusal_is_given(scores: Any, correct: Any, options: dict[str, Any], kind: type, message: str) -> None:
     with pytest.raises(kind) as refusal:
         choose_threshold(scores, correct, **options)
     assert message in str(refusal.value)
     assert (type(refusal.value) is NoThreshold) == (kind is NoThreshold)
 
 
-def test_so_many_samples_as_the_refusal_says_do() -> None:
+def test_the_number_of_samples_that_a_refusal_asks_for_is_enough() -> None:
     with pytest.raises(NoThreshold, match="hold out about") as refusal:
         choose_threshold(np.arange(50), np.ones(50), risk=0.02)
     needed = int(str(refusal.value).split("hold out about ")[1].split(",")[0])
@@ -160,128 +160,13 @@ def test_so_many_samples_as_the_refusal_says_do() -> None:
     assert needed < 300
 
 
-def test_split_is_a_partition_that_the_seed_decides() -> None:
-    held_out, rest = calibrate.split_samples(101, 0.4, 3)
+def test_the_split_is_a_partition_that_depends_on_the_seed() -> None:
+    held_out, rest = split_samples(101, 0.4, 3)
     assert (held_out.size, rest.size) == (40, 61)
     assert sorted([*held_out, *rest]) == list(range(101))
-    assert calibrate.split_samples(101, 0.4, 3)[0].tolist() == held_out.tolist()
-    assert calibrate.split_samples(101, 0.4, 4)[0].tolist() != held_out.tolist()
-    assert calibrate.split_samples(5, 1, 0)[1].size == 0
+    assert split_samples(101, 0.4, 3)[0].tolist() == held_out.tolist()
+    assert split_samples(101, 0.4, 4)[0].tolist() != held_out.tolist()
+    assert split_samples(5, 1, 0)[1].size == 0
     for share in (0, 1.1, -0.5):
         with pytest.raises(ValueError, match="calibration share must lie in"):
-            calibrate.split_samples(5, share, 0)
-
-
-@pytest.mark.parametrize("score", SCORES)
-def test_torch_scores_are_the_scores(score: str) -> None:
-    z = 5 * torch.randn(40, 7, dtype=torch.float64)
-    z[0] = 0
-    z[1] = torch.tensor([900.0, -900, 0, 0, 0, 0, 0])
-    np.testing.assert_allclose(calibrate.TORCH_SCORES[score](z).numpy(), SCORES[score](z), rtol=1e-12, atol=1e-12)
-    assert set(calibrate.TORCH_SCORES) == set(SCORES)
-
-
-def sure_run(folder: Path) -> Path:
-    """A run whose model is right on many images: its last layer is fitted to the validation features."""
-    make_run(folder)
-    path = folder / "checkpoints" / "best.pt"
-    content = torch.load(path, weights_only=True)
-    run = load_run(folder)
-    images, labels, _ = next(iter(run.data.loader("val", batch_size=1000)))
-    with torch.no_grad():
-        _, features = run.model(images)
-    design = torch.cat((features, torch.ones(len(features), 1)), 1).double()
-    solution = torch.linalg.lstsq(design, torch.nn.functional.one_hot(labels, 10).double()).solution.float()
-    names = [name for name in content["model"] if content["model"][name].shape in ((10, features.shape[1]), (10,))]
-    content["model"][names[-2]], content["model"][names[-1]] = solution[:-1].T.contiguous(), solution[-1].contiguous()
-    torch.save(content, path)
-    return folder
-
-
-def test_a_run_from_threshold_to_exported_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = sure_run(tmp_path / "run")
-    arguments = ["--run", str(folder), "--risk", "0.7", "--confidence", "0.9", "--device", "cpu", "--seed", "1"]
-    assert calibrate.main([*arguments, "--score", "max-logit", "--calibration-share", "0.6"]) == 0
-    printed = capsys.readouterr().out
-    about = json.loads((folder / "calibrated" / "threshold.json").read_text())
-    assert (about["score"], about["samples"], about["test"]["samples"]) == ("max_logit", 600, 400)
-    assert f"accept max_logit > {about['threshold']:.10g}" in printed
-    assert "on the other 400: coverage" in printed
-    run = load_run(folder)
-    images, labels, _ = next(iter(run.data.loader("val", batch_size=1000)))
-    module = torch.export.load(folder / "calibrated" / "selective.pt2").module()
-    prediction, confidence, accept = module(images)
-    assert (prediction.dtype, confidence.dtype, accept.dtype) == (torch.int64, torch.float64, torch.bool)
-    with torch.no_grad():
-        logits, _ = run.model(images)
-    torch.testing.assert_close(prediction, logits.argmax(1))
-    np.testing.assert_allclose(confidence.numpy(), SCORES["max_logit"](logits), rtol=1e-5)
-    held_out, rest = calibrate.split_samples(1000, 0.6, 1)
-    # The sample at the threshold itself may round to either side in another batch.
-    assert abs(int(accept[held_out].sum()) - about["accepted"]) <= 1
-    assert abs(int(accept[rest].sum()) - about["test"]["accepted"]) <= 1
-    assert 0 < about["accepted"] < 600
-    wrong = (prediction != labels)[held_out][accept[held_out]]
-    assert abs(int(wrong.sum()) - about["errors"]) <= 1
-    # Any batch size, and the state dict alone.
-    torch.testing.assert_close(module(images[:1])[1], confidence[:1], rtol=1e-5, atol=1e-6)
-    rebuilt = SelectiveClassifier(load_run(folder).model, "max_logit", 0.0)
-    rebuilt.load_state_dict(torch.load(folder / "calibrated" / "selective.pt", weights_only=True))
-    assert rebuilt.threshold.item() == about["threshold"]
-    torch.testing.assert_close(rebuilt.eval()(images)[1], confidence, rtol=1e-5, atol=1e-6)
-
-
-def test_npz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(5, size=2000)
-    logits = rng.normal(size=(2000, 5))
-    logits[np.arange(2000), labels] += 2.5
-    path = tmp_path / "o.npz"
-    np.savez(path, logits=logits, labels=labels)
-    assert calibrate.main(["--npz", str(path), "--risk", "0.02", "--score", "msp"]) == 0
-    about = json.loads((tmp_path / "o-calibrated" / "threshold.json").read_text())
-    held_out, rest = calibrate.split_samples(2000, 0.5, 0)
-    right, scores = logits.argmax(1) == labels, SCORES["msp"](logits)
-    want = choose_threshold(scores[held_out], right[held_out], risk=0.02)
-    assert (about["threshold"], about["accepted"], about["bound"]) == (want.threshold, want.accepted, want.bound)
-    accept = scores[rest] > want.threshold
-    assert about["test"]["risk"] == pytest.approx(1 - right[rest][accept].mean())
-    low, high = about["test"]["risk_interval"]
-    assert low <= about["test"]["risk"] <= high
-    assert calibrate.main(["--npz", str(path), "--risk", "0.9", "--score", "msp", "--calibration-share", "1"]) == 0
-    everything = json.loads((tmp_path / "o-calibrated" / "threshold.json").read_text())
-    assert everything["threshold"] is None
-    assert "test" not in everything
-    assert "accept every prediction" in capsys.readouterr().out
-
-
-def test_refusals_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "o.npz"
-    np.savez(path, logits=np.random.default_rng(0).normal(size=(800, 5)), labels=np.zeros(800, int))
-    out = tmp_path / "o-calibrated"
-    for arguments, code, message in (
-        (["--score", "msp", "--risk", "0.02"], 1, "refused: no threshold keeps the risk within 0.02"),
-        (["--score", "msp", "--risk", "0.0001"], 1, "refused: 400 held-out samples are too few"),
-        (["--risk", "0.02"], 2, "error: an .npz names no score of its own"),
-        (["--score", "knn", "--risk", "0.02"], 2, "error: unknown score 'knn'"),
-        (["--score", "msp", "--risk", "2"], 2, "error: risk must lie in (0, 1), not 2"),
-        (["--score", "msp", "--risk", "0.02", "--seed", "-1"], 2, "--seed at least 0"),
-    ):
-        assert calibrate.main(["--npz", str(path), *arguments]) == code
-        said = capsys.readouterr().err
-        assert message in said
-        assert said.count("\n") == 1
-        assert not out.exists()
-
-
-class Branching(torch.nn.Module):
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.flatten(1) if images.sum().item() > 0 else -images.flatten(1)
-
-
-def test_a_model_that_cannot_be_exported_keeps_its_weights(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="torch.export cannot take the model"):
-        calibrate.export(SelectiveClassifier(Branching(), "msp", 0.5), torch.ones(2, 1, 2, 2), tmp_path)
-    assert torch.load(tmp_path / "selective.pt", weights_only=True)["threshold"].item() == 0.5
-    with pytest.raises(ValueError, match="unknown score 'knn'"):
-        SelectiveClassifier(Branching(), "knn", 0.5)
+            split_samples(5, share, 0)

@@ -1,4 +1,4 @@
-"""Calibration of the softmax against plain loops, PyTorch, and a model that is calibrated by construction."""
+"""Calibration metrics against plain loops, PyTorch, and a model that is calibrated by construction."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def case(n: int = 300, classes: int = 6) -> tuple[np.ndarray, np.ndarray]:
 def test_against_loops() -> None:
     logits, labels = case()
     p = scipy.special.softmax(logits, axis=1)
-    confidence, right = p.max(1), p.argmax(1) == labels
+    confidence, correct = p.max(1), p.argmax(1) == labels
     ece = 0.0
     for b in range(15):
         inside = (confidence > b / 15) & (confidence <= (b + 1) / 15)
         if inside.any():
-            ece += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+            ece += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
     brier = np.mean([sum((p[i, c] - (c == labels[i])) ** 2 for c in range(6)) for i in range(300)])
     nll = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels)).item()
     assert calibration_metrics(logits, labels) == pytest.approx({"ece": ece, "nll": nll, "brier": brier}, rel=1e-10)
 
 
 def test_worked_example() -> None:
-    # (0, 0.5] holds 0.4 and 0.5, one right: |1 - 0.9| / 4. (0.5, 1] holds 0.9 and 1, one right: |1 - 1.9| / 4.
+    # (0, 0.5] holds 0.4 and 0.5, one correct: |1 - 0.9| / 4. (0.5, 1] holds 0.9 and 1, one correct: |1 - 1.9| / 4.
     assert expected_calibration_error([0.4, 0.5, 0.9, 1.0], [1, 0, 1, 0], bins=2) == pytest.approx(0.25)
     assert expected_calibration_error([0.0, 1.0], [0, 1]) == 0
 
@@ -49,7 +49,7 @@ def test_labels_drawn_from_the_softmax_are_calibrated() -> None:
         assert sharper[key] > value, key
 
 
-def test_sure_and_right_or_wrong() -> None:
+def test_certain_predictions_correct_or_wrong() -> None:
     logits = np.array([[1000.0, 0.0], [1000.0, 0.0]])
     assert calibration_metrics(logits, [0, 0]) == {"ece": 0, "nll": 0, "brier": 0}
     assert calibration_metrics(logits, [1, 1]) == {"ece": 1, "nll": 1000, "brier": 2}
@@ -73,7 +73,7 @@ def test_no_samples() -> None:
         (expected_calibration_error, ([0.5], [0], 0), "at least 1, not 0"),
     ],
 )
-def test_refusals(function: Any, args: tuple[Any, ...], message: str) -> None:
+def test_invalid_arguments_are_refused(function: Any, args: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError) as refusal:  # noqa: PT011
         function(*args)
     assert message in str(refusal.value)

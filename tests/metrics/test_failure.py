@@ -1,11 +1,10 @@
-"""Metrics against worked cases, the released code's numbers, scikit-learn, brute force and what must always hold."""
+"""Metrics against worked cases, the released code's numbers, scikit-learn, brute force and invariants."""
 
 from __future__ import annotations
 
 import doctest
 import itertools
 import json
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -111,7 +110,7 @@ def test_against_scikit_learn(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_fd_shifts(seed: int) -> None:
+def test_convention_of_fd_shifts(seed: int) -> None:
     scores, correct = random_case(seed, n=7 + 40 * seed)
     values = failure_metrics(scores, correct, "fd-shifts")
     coverage, risk, general = [1.0], [np.mean(correct == 0)], [np.mean(correct == 0)]
@@ -132,7 +131,7 @@ def test_fd_shifts(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_openood(seed: int) -> None:
+def test_convention_of_openood(seed: int) -> None:
     scores, correct = random_case(seed, n=7 + 40 * seed)
     values, ours = failure_metrics(scores, correct, "openood"), failure_metrics(scores, correct)
     fpr, tpr, _ = sk.roc_curve(1 - correct, -scores)
@@ -147,7 +146,7 @@ def test_openood(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_torch_uncertainty(seed: int) -> None:
+def test_convention_of_torch_uncertainty(seed: int) -> None:
     # Ties are left to chance there, so none for the areas.
     scores, correct = random_case(seed, n=7 + 40 * seed, decimals=12)
     values = failure_metrics(scores, correct, "torch-uncertainty")
@@ -258,26 +257,16 @@ def test_defined_metrics_are_fractions_and_the_rest_have_reasons(case: list[tupl
                 assert np.isnan(value) or 0 <= value <= 1, key
 
 
-@settings(deadline=None)
-@given(cases)
-def test_augrc_is_the_trapezoid_under_the_generalised_risk(case: list[tuple[int, bool]]) -> None:
-    scores, correct = split(case)
-    # Errors among the accepted over all samples, at each distinct threshold, from (0, 0).
-    kept = [scores >= threshold for threshold in np.unique(scores)[::-1]]
-    risk, coverage = ([0, *values] for values in ([np.mean(k & ~correct) for k in kept], [k.mean() for k in kept]))
-    assert failure_metrics(scores, correct)["augrc"] == pytest.approx(trapezoid(risk, coverage), abs=1e-12)
-
-
 def test_a_random_score_has_the_error_rate_as_aurc() -> None:
     correct = np.arange(12) % 3 > 0
     rng = np.random.default_rng(0)
-    drawn = [failure_metrics(rng.random(12), correct)["aurc"] for _ in range(4000)]
+    drawn = [failure_metrics(rng.random(12), correct)["aurc"] for _ in range(2000)]
     assert aurc_random(12, 4) == pytest.approx(1 / 3)
     assert np.mean(drawn) == pytest.approx(1 / 3, abs=0.01)
     assert failure_metrics(np.zeros(12), correct)["aurc"] == pytest.approx(1 / 3, abs=1e-12)
 
 
-def test_curve() -> None:
+def test_risk_coverage_curve() -> None:
     curve = risk_coverage_curve([0.7, 0.9, 0.8, 0.8], [1, 1, 0, 1])
     np.testing.assert_allclose(curve.coverage, [0.25, 0.5, 0.75, 1])
     np.testing.assert_allclose(curve.risk, [0, 0.25, 1 / 3, 0.25])
@@ -287,15 +276,15 @@ def test_curve() -> None:
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
-def test_all_right_all_wrong_and_nothing(convention: str) -> None:
+def test_all_correct_all_wrong_and_no_samples(convention: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        right = failure_metrics([0.1, 0.2, 0.3], [1, 1, 1], convention)
+        correct = failure_metrics([0.1, 0.2, 0.3], [1, 1, 1], convention)
         wrong = failure_metrics([0.1, 0.2, 0.3], [0, 0, 0], convention)
         nothing = failure_metrics([], [], convention)
-    assert [right[k] for k in ("aurc", "eaurc", "eaurc_exact", "augrc")] == [0, 0, 0, 0]
-    assert right["aupr_success"] == 1
-    assert {k for k, v in right.items() if np.isnan(v)} == {"auroc", "fpr95", "tnr95", "aupr_error"}
+    assert [correct[k] for k in ("aurc", "eaurc", "eaurc_exact", "augrc")] == [0, 0, 0, 0]
+    assert correct["aupr_success"] == 1
+    assert {k for k, v in correct.items() if np.isnan(v)} == {"auroc", "fpr95", "tnr95", "aupr_error"}
     # torch-uncertainty's trapezoid over (1/3, 2/3, 1) is spread over the whole range.
     augrc = 2 / 3 if convention == "torch-uncertainty" else 0.5
     assert [wrong[k] for k in ("aurc", "eaurc", "eaurc_exact", "augrc")] == [1, 0, 0, pytest.approx(augrc)]
@@ -366,31 +355,20 @@ def test_tied_share() -> None:
         ([0.5, 0.1], ["x", "y"], "must be booleans or 0 and 1"),
     ],
 )
-def test_refusals(confidence: Any, correct: Any, message: str) -> None:
+def test_invalid_samples_are_refused(confidence: Any, correct: Any, message: str) -> None:
     with pytest.raises(ValueError) as refusal:  # noqa: PT011
         failure_metrics(confidence, correct)
     assert message in str(refusal.value)
 
 
-def test_unknown_convention() -> None:
+def test_an_unknown_convention_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown convention 'fd'; choose from tal_fast, tal, tal-test, fd-shifts"):
         failure_metrics([0.5], [1], "fd")
 
 
-def test_the_documents_examples() -> None:
+def test_examples_of_the_documentation() -> None:
     path = Path(__file__).parents[2] / "docs" / "metrics.md"
     failed, tried = doctest.testfile(str(path), module_relative=False)
     assert (failed, tried) == (0, 9)
 
 
-def test_50000_samples_take_a_moment() -> None:
-    rng = np.random.default_rng(0)
-    scores, correct = rng.random(50_000), rng.random(50_000) < 0.8
-    best = min(timed(scores, correct) for _ in range(3))
-    assert best < 0.5, f"{best:.2f} s"
-
-
-def timed(scores: np.ndarray, correct: np.ndarray) -> float:
-    start = time.perf_counter()
-    failure_metrics(scores, correct)
-    return time.perf_counter() - start

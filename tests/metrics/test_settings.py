@@ -1,4 +1,4 @@
-"""Which samples take part in Old FD, OOD and New FD, and which are successes."""
+"""Samples of Old FD, OOD and New FD, and which of them are successes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 from tal_fast.metrics.failure import failure_metrics
 from tal_fast.metrics.settings import Mix, all_settings, new_fd, old_fd, ood
 
-ID_SCORES, RIGHT, OOD_SCORES = [0.9, 0.8, 0.7, 0.6], [1, 1, 0, 1], [0.75, 0.2]
+ID_SCORES, CORRECT, OOD_SCORES = [0.9, 0.8, 0.7, 0.6], [1, 1, 0, 1], [0.75, 0.2]
 ALL = Mix("all")
 
 
 def test_worked_example() -> None:
-    old, out, new = old_fd(RIGHT), ood(RIGHT, 2, ALL), new_fd(RIGHT, 2, ALL)
+    old, out, new = old_fd(CORRECT), ood(CORRECT, 2, ALL), new_fd(CORRECT, 2, ALL)
     values = {
         name: failure_metrics(setting.confidence(ID_SCORES, OOD_SCORES), setting.success)
         for name, setting in {"old": old, "ood": out, "new": new}.items()
@@ -24,12 +24,12 @@ def test_worked_example() -> None:
     assert {key: values["new"][key] for key in want} == pytest.approx(want, abs=1e-6)
 
 
-def test_who_succeeds() -> None:
-    assert old_fd(RIGHT).success.tolist() == [1, 1, 0, 1]
-    assert ood(RIGHT, 2, ALL).success.tolist() == [1, 1, 1, 1, 0, 0]
-    assert new_fd(RIGHT, 2, ALL).success.tolist() == [1, 1, 0, 1, 0, 0]
-    assert old_fd(RIGHT).confidence(ID_SCORES).tolist() == ID_SCORES
-    assert new_fd(RIGHT, 2, ALL).confidence(ID_SCORES, OOD_SCORES).tolist() == ID_SCORES + OOD_SCORES
+def test_successes_of_each_setting() -> None:
+    assert old_fd(CORRECT).success.tolist() == [1, 1, 0, 1]
+    assert ood(CORRECT, 2, ALL).success.tolist() == [1, 1, 1, 1, 0, 0]
+    assert new_fd(CORRECT, 2, ALL).success.tolist() == [1, 1, 0, 1, 0, 0]
+    assert old_fd(CORRECT).confidence(ID_SCORES).tolist() == ID_SCORES
+    assert new_fd(CORRECT, 2, ALL).confidence(ID_SCORES, OOD_SCORES).tolist() == ID_SCORES + OOD_SCORES
 
 
 @pytest.mark.parametrize(("n_id", "n_ood"), [(100, 30), (30, 100), (50, 50), (7, 0), (0, 7)])
@@ -55,7 +55,7 @@ def test_balanced_random_draws_evenly() -> None:
     assert np.all(np.abs(counts - 500) < 5 * 19.4)
 
 
-def test_ood_sets_of_one_size_meet_the_same_id_samples() -> None:
+def test_ood_sets_of_one_size_get_the_same_id_samples() -> None:
     ids, oods = Mix().choose(100, 40, seed=1)
     assert len(oods) == 40
     assert np.array_equal(ids, Mix().choose(100, 40, seed=1)[0])
@@ -74,22 +74,22 @@ def test_prior(n_id: int, n_ood: int, prior: float) -> None:
     ids, oods = Mix.parse(f"prior={prior}").choose(n_id, n_ood)
     share = len(oods) / (len(ids) + len(oods))
     assert share == pytest.approx(prior, abs=0.5 / min(len(ids), len(oods)))
-    # As many as there can be: one of the two sets is used up.
+    # The largest subset: one of the two sets is used as a whole.
     assert len(ids) == n_id or len(oods) == n_ood
     assert len(ids) <= n_id
     assert len(oods) <= n_ood
 
 
-def test_keys() -> None:
-    assert list(all_settings(RIGHT, {})) == ["old_fd"]
-    one = all_settings(RIGHT, {"svhn": 2})
+def test_keys_of_the_settings() -> None:
+    assert list(all_settings(CORRECT, {})) == ["old_fd"]
+    one = all_settings(CORRECT, {"svhn": 2})
     assert list(one) == ["old_fd", "ood", "new_fd"]
     assert [name for _, name in one.values()] == [None, "svhn", "svhn"]
-    several = all_settings(RIGHT, {"svhn": 2, "textures": 3})
+    several = all_settings(CORRECT, {"svhn": 2, "textures": 3})
     assert list(several) == ["old_fd", "ood/svhn", "new_fd/svhn", "ood/textures", "new_fd/textures"]
 
 
-def test_names_come_back() -> None:
+def test_names_of_mixes_are_parsed_as_printed() -> None:
     for text in ("balanced-random", "all", "first-n", "prior=0.2"):
         assert str(Mix.parse(text)) == text
 
@@ -106,12 +106,12 @@ def test_names_come_back() -> None:
         ("all=0.2", "unknown mix 'all=0.2'"),
     ],
 )
-def test_refusals(text: str, message: str) -> None:
+def test_invalid_mixes_are_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError) as refusal:  # noqa: PT011
         Mix.parse(text)
     assert message in str(refusal.value)
 
 
-def test_a_prior_without_the_mix_prior() -> None:
+def test_a_prior_needs_the_mix_prior() -> None:
     with pytest.raises(ValueError, match="belongs to the mix 'prior'"):
         Mix("all", 0.5)

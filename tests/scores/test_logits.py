@@ -1,19 +1,26 @@
-"""Scores over logits against independent formulas in float64, and where floating point is at its limits."""
+"""Logit scores against independent formulas in float64, and where floating point is at its limits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import mpmath  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
 import torch
 
+from tal_fast.config.names import LOGIT_SCORES
 from tal_fast.loss import reference
 from tal_fast.scores import logits as scores
-from tal_fast.scores.logits import SCORES
+from tal_fast.scores.logits import LOG_GAPS, SCORES
+from tal_fast.utils import arrays
+
+pytestmark = pytest.mark.filterwarnings("error")
 
 FORMULAS: dict[str, Callable[[np.ndarray], Any]] = {
     "cosine": lambda z: (z @ np.eye(z.shape[1])[z.argmax(1)].T).diagonal() / (np.linalg.norm(z, axis=1) + 1e-7),
@@ -23,7 +30,6 @@ FORMULAS: dict[str, Callable[[np.ndarray], Any]] = {
     "neg_entropy": lambda z: -scipy.stats.entropy(scipy.special.softmax(z, axis=1), axis=1),
     "doctor": lambda z: (scipy.special.softmax(z, axis=1) ** 2).sum(1),
 }
-pytestmark = pytest.mark.filterwarnings("error")
 
 
 def logits(rows: int = 50, classes: int = 7, scale: float = 4.0) -> np.ndarray:
@@ -37,36 +43,60 @@ def test_formula(name: str, classes: int) -> None:
     np.testing.assert_allclose(SCORES[name](z), FORMULAS[name](z), rtol=1e-12, atol=1e-12)
 
 
-def test_every_score_has_a_formula_here() -> None:
+def test_every_score_has_a_name_for_options_and_a_formula_here() -> None:
+    assert tuple(SCORES) == LOGIT_SCORES
     assert set(SCORES) == set(FORMULAS)
 
 
-def test_cosine_is_the_losses() -> None:
+def test_cosine_is_that_of_the_loss() -> None:
     z = torch.randn(20, 5, dtype=torch.float64)
     z[0] = 0
     want = z.amax(1) / (z.norm(dim=1) + reference.NORM_EPS)
-    np.testing.assert_allclose(scores.cosine(z), want.numpy(), rtol=1e-14)
+    torch.testing.assert_close(scores.cosine(z), want, rtol=1e-14, atol=0)
     assert scores.NORM_EPS == reference.NORM_EPS
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_types_and_layouts(name: str) -> None:
+def test_arrays_lists_and_tensors_have_the_same_scores(name: str) -> None:
     z32 = logits().astype(np.float32)
     want = SCORES[name](z32.astype(np.float64))
-    for form in (z32, torch.tensor(z32, requires_grad=True), np.asfortranarray(z32), z32.tolist()):
+    for form in (z32, np.asfortranarray(z32), z32.tolist()):
         got = SCORES[name](form)
         assert got.dtype == np.float64
         np.testing.assert_array_equal(got, want)
-    low = torch.tensor(z32).bfloat16()
-    np.testing.assert_array_equal(SCORES[name](low), SCORES[name](low.double()))
-    assert SCORES[name](np.zeros((0, 3))).shape == (0,)
+    tensor = torch.tensor(z32)
+    for form in (tensor, tensor.t().contiguous().t(), tensor.double()):
+        got = SCORES[name](form)
+        assert (got.dtype, got.device) == (torch.float64, form.device)
+        np.testing.assert_array_equal(got.numpy(), want)
+    low = tensor.bfloat16()
+    assert SCORES[name](low).equal(SCORES[name](low.double()))
+    assert SCORES[name](np.zeros((0, 3))).shape == SCORES[name](torch.zeros(0, 3)).shape == (0,)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("classes", [1, 10, 1003, 40_000])
+@pytest.mark.parametrize("name", SCORES)
+def test_a_rows_score_has_the_same_bits_in_every_batch(name: str, classes: int) -> None:
+    z = torch.from_numpy(logits(18, classes, 6.0))
+    whole = SCORES[name](z)
+    for size in (1, 3, 16):
+        assert torch.cat([SCORES[name](part) for part in z.split(size)]).equal(whole), size
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_do_not_change_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     z = logits(rows=23)
     whole = SCORES[name](z)
-    monkeypatch.setattr(scores, "_BLOCK", 30)
+    monkeypatch.setattr(arrays, "BLOCK", 30)
     np.testing.assert_array_equal(SCORES[name](z), whole)
 
 
@@ -79,7 +109,7 @@ def test_large_logits_stay_finite_and_nan_stays_nan(name: str) -> None:
     assert got[0] > got[1]
 
 
-def test_scores_that_softmax_decides_ignore_a_shift() -> None:
+def test_scores_of_the_softmax_ignore_a_shift() -> None:
     z = logits()
     for name in ("msp", "neg_entropy", "doctor"):
         np.testing.assert_allclose(SCORES[name](z + 300), SCORES[name](z), rtol=1e-9)
@@ -91,14 +121,46 @@ def test_minus_infinity_masks_a_class() -> None:
         np.testing.assert_allclose(SCORES[name](z), SCORES[name](z[:, :2]))
 
 
-def test_float64_keeps_apart_what_bfloat16_ties() -> None:
+def test_float64_distinguishes_what_bfloat16_ties() -> None:
     z = torch.tensor([[12.0, 0.0], [12.5, 0.0], [13.0, 0.0]])
-    assert len(set(scores.msp(z))) == 3
+    assert len(set(scores.msp(z).tolist())) == 3
     assert len(set(torch.softmax(z.bfloat16(), 1).amax(1).tolist())) == 1
 
 
 @pytest.mark.parametrize("bad", [np.zeros(3), np.zeros((2, 3, 4)), np.zeros((4, 0))])
-def test_refuses_shapes(bad: np.ndarray) -> None:
+def test_other_shapes_are_refused(bad: np.ndarray) -> None:
     for score in SCORES.values():
-        with pytest.raises(ValueError, match=r"logits must be \(n, C\)"):
-            score(bad)
+        for form in (bad, torch.from_numpy(bad)):
+            with pytest.raises(ValueError, match=r"logits must be \(n, C\)"):
+                score(form)
+
+
+def exact_log_gap(first: str, row: np.ndarray) -> float:
+    """log(s1_max − s1) with 2,000 digits."""
+    with mpmath.workdps(2000):
+        z = [mpmath.mpf(float(x)) for x in row]
+        total = mpmath.fsum(mpmath.exp(x) for x in z)
+        p = [mpmath.exp(x) / total for x in z]
+        gap = {
+            "msp": lambda: 1 - max(p),
+            "doctor": lambda: 1 - mpmath.fsum(x**2 for x in p),
+            "cosine": lambda: 1 - max(z) / (mpmath.sqrt(mpmath.fsum(x**2 for x in z)) + mpmath.mpf("1e-7")),
+            "neg_entropy": lambda: -mpmath.fsum(x * mpmath.log(x) for x in p),
+        }[first]()
+        return float(mpmath.log(gap))
+
+
+@pytest.mark.parametrize("name", LOG_GAPS)
+def test_log_gaps_keep_their_digits_where_scores_saturate(name: str) -> None:
+    rng = np.random.default_rng(1)
+    rows = [rng.normal(size=4) * scale for scale in (1e-3, 1, 10, 100, 1000)]
+    rows += [np.array([gap, 0.0, 0.0, 0.0]) for gap in (5.0, 15.0, 19.9, 20.1, 25.0, 36.0, 40.0, 800.0, 1500.0)]
+    rows += [np.array([-3.0, -4.0, -5.0, -6.0]), np.array([2.0, 2.0, 2.0, 2.0]), np.array([1.0, 1e-9, 0.0, 0.0])]
+    got = LOG_GAPS[name](np.array(rows))
+    np.testing.assert_allclose(got, [exact_log_gap(name, row) for row in rows], rtol=1e-12, atol=1e-12)
+
+
+def test_scores_and_metrics_are_imported_without_torch() -> None:
+    modules = ("tal_fast.metrics", "tal_fast.scores.features", "tal_fast.scores.temperature", "tal_fast.calibrate")
+    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
