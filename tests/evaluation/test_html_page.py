@@ -26,7 +26,7 @@ from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sources import evaluate_run
 from tal_fast.evaluation.tables import format_value
 from tal_fast.metrics.curves import OperatingPoints
-from tal_fast.metrics.failure import risk_coverage_curve
+from tal_fast.metrics.ranking import risk_coverage_curve
 from tests.helpers.chromium import PROGRAM, Chromium, chromium
 from tests.helpers.evaluation import Page, make_run, read_json, write_npz
 

@@ -145,7 +145,9 @@ def test_the_order_of_samples_and_monotone_maps_do_not_matter(random: Any, n: in
         ([1, float("nan")], [1, 0], {"risk": 0.1}, ValueError, "1 NaN of 2"),
     ],
 )
-def test_the_reason_for_a_refusal_is_given(scores: Any, correct: Any, options: dict[str, Any], kind: type, message: str) -> None:
+def test_the_reason_for_a_refusal_is_given(
+    scores: Any, correct: Any, options: dict[str, Any], kind: type, message: str
+) -> None:
     with pytest.raises(kind) as refusal:
         choose_threshold(scores, correct, **options)
     assert message in str(refusal.value)

@@ -9,7 +9,7 @@ import pytest
 
 from tal_fast.metrics.calibration import expected_calibration_error
 from tal_fast.metrics.curves import OperatingPoints, histograms, oracle_risk, reliability, thinned
-from tal_fast.metrics.failure import risk_coverage_curve
+from tal_fast.metrics.ranking import risk_coverage_curve
 
 
 @pytest.mark.parametrize("levels", [3, 7, 10_000])

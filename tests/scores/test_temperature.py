@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import scipy.optimize
 import scipy.special
 
-from tal_fast import evaluation as evaluate
-from tal_fast.evaluation.prediction_store import Outputs
-from tal_fast.metrics.calibration import calibration_metrics
 from tal_fast.scores.temperature import fit_temperature, held_out
 
 
@@ -68,51 +62,3 @@ def test_held_out_samples_are_a_part() -> None:
     assert held_out(100, 0.3, seed=5)[0].tolist() != fit.tolist()
     with pytest.raises(ValueError, match=r"a share of 0\.1 of 3 samples leaves 0 to fit a temperature on"):
         held_out(3, 0.1)
-
-
-def test_an_evaluation_with_a_temperature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    logits, labels = sampled(5.0, 1000)
-    rng = np.random.default_rng(2)
-    other = rng.normal(size=(300, 6))
-    weight, train = rng.normal(size=(6, 8)), rng.normal(size=(200, 8))
-    arrays = {
-        "features": rng.normal(size=(1000, 8)), "ood_far_features": rng.normal(size=(300, 8)),
-        "train_features": train, "fc_weight": weight, "train_logits": train @ weight.T,
-    }  # fmt: skip
-    np.savez(tmp_path / "a.npz", logits=logits, labels=labels, ood_far_logits=other, **arrays)
-    args = ["--npz", str(tmp_path / "a.npz"), "--scores", "msp", "cosine", "vim", "--mix", "all"]
-    assert evaluate.main([*args, "--temperature", "held-out=0.25"]) == 0
-    found = json.loads((tmp_path / "a-report" / "report.json").read_text())
-    fit, rest = held_out(1000, 0.25, 0)
-    t = fit_temperature(logits[fit], labels[fit])
-    assert found["temperature"]["value"] == t
-    assert (found["temperature"]["held_out"], found["counts"]["id"]) == (250, 750)
-    assert found["calibration"] == calibration_metrics(logits[rest] / t, labels[rest])
-    assert found["temperature"]["calibration_before"] == calibration_metrics(logits[rest], labels[rest])
-    assert found["calibration"]["ece"] < found["temperature"]["calibration_before"]["ece"] / 3
-    assert "logits divided by T = " in capsys.readouterr().out
-    # An evaluation of the same samples, divided beforehand, is the same.
-    arrays |= {"features": arrays["features"][rest], "fc_weight": weight / t, "train_logits": train @ weight.T / t}
-    np.savez(tmp_path / "b.npz", logits=logits[rest] / t, labels=labels[rest], ood_far_logits=other / t, **arrays)
-    assert evaluate.main(["--npz", str(tmp_path / "b.npz"), *args[2:]]) == 0
-    want = json.loads((tmp_path / "b-report" / "report.json").read_text())["settings"]
-    for key, by_score in want.items():
-        for score, values in by_score.items():
-            assert found["settings"][key][score] == pytest.approx(values, abs=1e-12), (key, score)
-    for text in ("held-out=1", "val", "held-out=x"):
-        with pytest.raises(SystemExit):
-            evaluate.main([*args, "--temperature", text])
-        assert "must be held-out or held-out=SHARE" in capsys.readouterr().err
-
-
-def test_held_out_samples_leave_their_corrupted_versions_too(tmp_path: Path) -> None:
-    logits, labels = sampled(5.0, 400)
-    of_id = Outputs(logits, None, labels)
-    # The same images twice, corrupted (by nothing): once known as such, once not.
-    found = evaluate.evaluate_outputs(
-        of_id, {}, tmp_path, scores=["msp"], temperature=0.25, shift_outputs={"blur": of_id, "folder": of_id},
-        corrupted=["blur"],
-    )  # fmt: skip
-    assert found["counts"]["shift"] == {"blur": 300, "folder": 400}
-    assert found["settings"]["shift/blur"] == found["settings"]["old_fd"]
-    assert found["settings"]["shift/folder"] != found["settings"]["old_fd"]
