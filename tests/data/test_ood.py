@@ -13,7 +13,7 @@ import scipy.io
 import torch
 from PIL import Image
 
-from tal_fast import evaluation as evaluate
+from tal_fast import evaluate
 from tal_fast.data.corruptions import CORRUPTIONS, Corruption
 from tal_fast.data.datasets import MemoryImages
 from tal_fast.data.image_folder import ImageFiles
@@ -294,7 +294,7 @@ def test_several_sets_in_one_evaluation(tmp_path: Path, capsys: pytest.CaptureFi
         each = [found["settings"][f"shift/{name}"][score]["aurc"] for name in ("fog", "bright")]
         assert found["settings"]["shift"][score]["aurc"] == pytest.approx(sum(each) / 2)
     printed = capsys.readouterr().out
-    assert "Old FD under shift bright: 1000 ID" in printed
+    assert "Old FD under shift (bright)\n1,000 ID, " in printed
     assert "Old FD under shift: mean over 2 shifted sets" in printed
     assert evaluate.main(["--run", str(run), "--ood", "noise=uniform"]) == 2
-    assert "there is an OOD set 'noise' already" in capsys.readouterr().err
+    assert "the data set has an OOD set 'noise' already" in capsys.readouterr().err

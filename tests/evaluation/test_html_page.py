@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import json
 import os
 import re
@@ -220,10 +221,20 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
         yield found
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("run", ["evaluated_run", "hostile_run"])
-def test_a_browser_shows_it_whole(
+@pytest.mark.parametrize(
+    ("run", "scheme", "width"),
+    [
+        ("evaluated_run", "light", 390),
+        *(
+            pytest.param(run, scheme, width, marks=pytest.mark.slow)
+            for run, scheme, width in itertools.product(
+                ("evaluated_run", "hostile_run"), ("light", "dark"), (390, 1280)
+            )
+            if (run, scheme, width) != ("evaluated_run", "light", 390)
+        ),
+    ],
+)
+def test_a_browser_shows_the_whole_page(
     run: str, scheme: str, width: int, browser: Chromium, request: pytest.FixtureRequest
 ) -> None:
     path = request.getfixturevalue(run) / FILE
@@ -246,8 +257,9 @@ def test_a_browser_shows_it_whole(
         assert all(0 < wide <= 420 for wide in chart[2:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out(scheme: str, evaluated_run: Path, browser: Chromium) -> None:
+def test_text_and_curves_have_enough_contrast(scheme: str, evaluated_run: Path, browser: Chromium) -> None:
     """WCAG AA: a contrast of 4.5 for all text, of 3 for the curves."""
     browser.open(evaluated_run / FILE, prefers_color_scheme=scheme)
     pairs = browser.evaluate("""
@@ -273,7 +285,8 @@ def test_text_stands_out(scheme: str, evaluated_run: Path, browser: Chromium) ->
         assert (light + 0.05) / (dark + 0.05) >= (3 if line else 4.5), (line, colour, back)
 
 
-def test_the_parts_have_names(evaluated_run: Path, browser: Chromium) -> None:
+@pytest.mark.slow
+def test_parts_of_the_page_have_accessible_names(evaluated_run: Path, browser: Chromium) -> None:
     browser.open(evaluated_run / FILE)
     nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
     names: dict[str, list[str]] = {}
@@ -290,7 +303,8 @@ def test_the_parts_have_names(evaluated_run: Path, browser: Chromium) -> None:
     assert max(np.diff(levels)) <= 1
 
 
-def test_hover_reads_the_curve(evaluated_run: Path, browser: Chromium) -> None:
+@pytest.mark.slow
+def test_the_tooltip_reads_the_curves(evaluated_run: Path, browser: Chromium) -> None:
     browser.open(evaluated_run / FILE)
     place = browser.evaluate("""
         (() => {
@@ -311,7 +325,8 @@ def test_hover_reads_the_curve(evaluated_run: Path, browser: Chromium) -> None:
         assert float(said[score].rstrip("%")) == pytest.approx(100 * risk, abs=0.8)
 
 
-def test_boxes_hide_scores(evaluated_run: Path, browser: Chromium) -> None:
+@pytest.mark.slow
+def test_checkboxes_hide_scores(evaluated_run: Path, browser: Chromium) -> None:
     browser.open(evaluated_run / FILE)
     visible = "[...document.querySelectorAll('.s1 polyline')].map(p => p.getClientRects().length > 0)"
     assert set(browser.evaluate(visible)) == {True}
@@ -319,7 +334,8 @@ def test_boxes_hide_scores(evaluated_run: Path, browser: Chromium) -> None:
     assert set(browser.evaluate(visible)) == {False}
 
 
-def test_on_paper(evaluated_run: Path, browser: Chromium, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_page_prints(evaluated_run: Path, browser: Chromium, tmp_path: Path) -> None:
     browser.open(evaluated_run / FILE, 794, media="print", prefers_color_scheme="dark")
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
@@ -328,7 +344,8 @@ def test_on_paper(evaluated_run: Path, browser: Chromium, tmp_path: Path) -> Non
     assert browser.evaluate("[...document.querySelectorAll('details')].every(d => d.open)")
 
 
-def test_a_policy_that_holds(evaluated_run: Path, browser: Chromium, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_security_policy_blocks_injected_scripts(evaluated_run: Path, browser: Chromium, tmp_path: Path) -> None:
     """Had a name slipped through, the browser would still run and load nothing of it."""
     text = (evaluated_run / FILE).read_text(encoding="utf-8")
     slip = "<script>document.title = 'taken'</script><img src='https://tracker.invalid/x.png'>"

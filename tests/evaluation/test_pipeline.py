@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tal_fast.metrics.failure import failure_metrics
 from tal_fast.metrics.settings import Mix, new_fd, ood
 from tal_fast.scores import logits
 from tal_fast.scores.temperature import fit_temperature, held_out
+from tal_fast.scores.training_statistics import Training
 from tests.helpers.evaluation import write_npz
 
 
@@ -135,3 +137,30 @@ def test_held_out_samples_take_part_in_nothing_but_the_temperature() -> None:
     assert report["settings"]["shift/folder"] != report["settings"]["old_fd"]
     np.testing.assert_array_equal(evaluation.samples.predictions["val"].index, rest)
     np.testing.assert_array_equal(evaluation.samples.predictions["val"].label, labels[rest])
+
+
+def test_a_temperature_equals_logits_divided_beforehand() -> None:
+    rng = np.random.default_rng(2)
+    labels = rng.integers(6, size=400)
+    outputs = Outputs(3 * (rng.normal(size=(400, 6)) + 2 * np.eye(6)[labels]), rng.normal(size=(400, 8)), labels)
+    far = Outputs(rng.normal(size=(100, 6)), rng.normal(size=(100, 8)), np.full(100, -1))
+    weight, train = rng.normal(size=(6, 8)), rng.normal(size=(200, 8))
+    training = Training(train, weight=weight, logits=train @ weight.T)
+    scores = ["msp", "cosine", "vim"]
+    options = EvaluationOptions(scores=scores, mix=Mix("all"), temperature=0.25)
+    scaled = evaluate_outputs(EvaluationInputs(outputs, {"far": far}, training=training), options).report
+    _, rest = held_out(400, 0.25, 0)
+    t = scaled["temperature"]["value"]
+    kept = outputs.subset(rest)
+    assert scaled["calibration"] == calibration_metrics(kept.logits / t, kept.labels)
+    assert scaled["temperature"]["calibration_before"] == calibration_metrics(kept.logits, kept.labels)
+    assert scaled["calibration"]["ece"] < scaled["temperature"]["calibration_before"]["ece"]
+    divided = EvaluationInputs(
+        dataclasses.replace(kept, logits=kept.logits / t),
+        {"far": dataclasses.replace(far, logits=far.logits / t)},
+        training=Training(train, weight=weight / t, logits=train @ weight.T / t),
+    )
+    expected = evaluate_outputs(divided, EvaluationOptions(scores=scores, mix=Mix("all"))).report
+    for key, by_score in expected["settings"].items():
+        for score, values in by_score.items():
+            assert scaled["settings"][key][score] == pytest.approx(values, abs=1e-12), (key, score)

@@ -13,6 +13,7 @@ import torch
 from tal_fast.evaluation.evaluation import evaluate_samples
 from tal_fast.evaluation.report import EvaluationOptions, read_report, write_report
 from tal_fast.evaluation.sample_scores import Samples
+from tal_fast.metrics.bootstrap import bootstrap, interval
 from tal_fast.metrics.failure import METRICS, failure_metrics
 from tal_fast.metrics.settings import Mix
 from tal_fast.runs.load import load_run
@@ -74,6 +75,46 @@ def test_a_report_without_samples(tmp_path: Path) -> None:
     found = read_json(tmp_path)
     assert found["id_accuracy"] is None
     assert found["undefined"]["new_fd"]["aurc"] == "there are no samples"
+
+
+def test_intervals_are_those_of_the_bootstrap() -> None:
+    rng = np.random.default_rng(1)
+
+    def scores(n: int, shift: float = 0.0) -> dict[str, np.ndarray]:
+        return {name: rng.normal(size=n) + shift for name in ("msp", "energy")}
+
+    correct = rng.random(200) < 0.8
+    ood, shifts = {"a": scores(90, -1), "b": scores(60)}, {"fog": (rng.random(80) < 0.5, scores(80))}
+    samples = Samples(correct, scores(200), ood, {}, shifts=shifts)
+    report = evaluate_samples(samples, EvaluationOptions(mix=Mix("all"), seed=3, resamples=60), "energy").report
+    assert report["bootstrap"]["resamples"] == 60
+    keys = ["old_fd", "ood/a", "new_fd/a", "ood/b", "new_fd/b", "shift", "ood", "new_fd"]
+    assert list(report["intervals"]) == list(report["differences"]) == keys
+    auroc = METRICS.index("auroc")
+    values = bootstrap(shifts["fog"][1], shifts["fog"][0], resamples=60, seed=3)
+    assert report["intervals"]["shift"]["msp"]["auroc"] == list(interval(values["msp"][:, auroc])[:2])
+    difference = interval(values["msp"][:, auroc] - values["energy"][:, auroc])
+    assert report["differences"]["shift"] == {"msp": report["differences"]["shift"]["msp"]}  # to the baseline, energy
+    assert report["differences"]["shift"]["msp"]["auroc"][1:] == list(difference[:2])
+    point = report["settings"]["shift"]
+    assert report["differences"]["shift"]["msp"]["auroc"][0] == point["msp"]["auroc"] - point["energy"]["auroc"]
+    # The mean over sets is that of each resample, in which the sets share the ID draws.
+    means = []
+    for stream, (name, size) in enumerate((("a", 90), ("b", 60))):
+        confidence = np.concatenate((samples.id_scores["msp"], ood[name]["msp"]))
+        success = np.concatenate((correct, np.zeros(size)))
+        means.append(bootstrap({"s": confidence}, success, size, resamples=60, seed=3, stream=stream)["s"][:, auroc])
+    expected = interval(np.mean(means, axis=0))
+    assert report["intervals"]["new_fd"]["msp"]["auroc"] == pytest.approx(list(expected[:2]))
+
+
+def test_metrics_undefined_on_resamples_have_no_interval(tmp_path: Path) -> None:
+    samples = Samples(np.ones(30, bool), {"msp": np.ones(30)}, {}, {})
+    write_report(evaluate_samples(samples, EvaluationOptions(resamples=10)).report, tmp_path / "report.json")
+    report = read_json(tmp_path)
+    assert report["intervals"]["old_fd"]["msp"]["aurc"] == [0, 0]
+    assert report["intervals"]["old_fd"]["msp"]["auroc"] == [None, None]
+    assert report["bootstrap"]["undefined_share"]["old_fd"]["auroc"] == 1
 
 
 def test_no_intervals_without_a_bootstrap() -> None:

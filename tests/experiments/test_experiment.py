@@ -24,7 +24,9 @@ import yaml
 from tal_fast.config.parse import load_config, parse_command_line
 from tal_fast.config.schema import MethodConfig
 from tal_fast.evaluation import compare, report
-from tal_fast.evaluation.sample_scores import Samples, write_samples
+from tal_fast.evaluation.differences import add_differences
+from tal_fast.evaluation.evaluation import evaluate_samples, write_evaluation
+from tal_fast.evaluation.sample_scores import Samples, read_samples
 from tal_fast.experiments import results, scheduler, select, sweep
 from tal_fast.experiments.command import main
 from tal_fast.experiments.folder import Folder
@@ -248,11 +250,12 @@ def judge(
     """Report and samples in a run's folder, as an evaluation would leave them."""
     rng = np.random.default_rng(seed + 1)
     correct = np.random.default_rng(0).random(300) < accuracy
-    right = {"msp": quality * correct + rng.normal(size=300)}
+    scores = {"msp": quality * correct + rng.normal(size=300)}
     ood = {name: {"msp": rng.normal(size=90) - i} for i, name in enumerate(sets)}
-    made = report.make_report(correct, right, ood, mix=Mix("all"))
-    report.write_report({**made, "score": "msp", "run": str(path)}, path / "report.json")
-    write_samples(Samples(correct, right, ood, dict.fromkeys(("val", *sets), "same")), path / "samples.npz")
+    samples = Samples(correct, scores, ood, dict.fromkeys(("val", *sets), "same"))
+    evaluation = evaluate_samples(samples, report.EvaluationOptions(mix=Mix("all")))
+    evaluation.report.update({"score": "msp", "run": str(path)})
+    write_evaluation(evaluation, path)
 
 
 # Stand-ins for training and evaluation, which take seconds to start: what they print and how they end is in a file.
@@ -487,7 +490,7 @@ def test_tables_from_runs_and_from_committed_results(tmp_path: Path, capsys: pyt
     finished(output, experiment, lambda job: (2.0 if job.method == "tal" else 1.0, 0.8))
     assert main(command) == 0
     said = capsys.readouterr().out
-    for title in ("Old FD\n", "Against far\n", "Against near\n", "Mean over the 2 OOD sets\n"):
+    for title in ("Old FD\n", "OOD against far\n", "New FD against near\n", "OOD: mean over 2 OOD sets\n"):
         assert title in said
     found = results.read_results(output)
     assert len(found["runs"]) == 6
@@ -496,10 +499,10 @@ def test_tables_from_runs_and_from_committed_results(tmp_path: Path, capsys: pyt
     folders = [output / "runs" / name for name in names]
     groups = compare.group_runs(
         [report.read_report(f) for f in folders], names, [name[:3] for name in names],
-        [compare.read_samples(f) for f in folders], seeds=[0, 1, 2] * 2,
+        [read_samples(f) for f in folders], seeds=[0, 1, 2] * 2,
     )  # fmt: skip
     columns = [("old_fd", "aurc"), ("ood/far", "fpr95"), ("new_fd", "auroc")]
-    compare.add_differences(groups, groups[0], columns, 200, "both")
+    add_differences(groups, groups[0], columns, 200, "both")
     by_column = {(d["label"], d["setting"], d["metric"]): d for d in found["differences"]}
     assert {key[0] for key in by_column} == {"tal"}
     for setting, metric in columns:

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tal_fast import evaluation as evaluate
+from tal_fast import evaluate
 from tal_fast.config.schema import DataConfig, ModelConfig
 from tal_fast.evaluation.predictions import weights_hash
+from tal_fast.evaluation.report import EvaluationOptions
+from tal_fast.evaluation.sources import evaluate_weights
 from tal_fast.models import build_model
 from tal_fast.models import pretrained as weights
 from tal_fast.models.pretrained import evaluation_data, load_weights, preprocessing, read_state
@@ -297,7 +299,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "val", "train-eval", "ood-noise", "shift-foggy",
     }  # fmt: skip
     printed = capsys.readouterr().out
-    assert "Old FD under shift foggy: 12 ID" in printed
+    assert "Old FD under shift (foggy)\n12 ID, " in printed
     assert f"{tmp_path / 'tal.pth'}: cifar_resnet8" in printed
     # The report of a run under the same weights is the same.
     assert "mahalanobis" in found["settings"]["shift"]
@@ -307,10 +309,11 @@ def test_without_training_images_scores_that_need_them_are_left_out(tmp_path: Pa
     data = folder(tmp_path / "data", "val")
     torch.save(network(3, 3).state_dict(), tmp_path / "w.pt")
     config = DataConfig(root=str(data), image_size=16, crop_area=None, loader="torch", workers=0)
-    found = evaluate.evaluate_weights(tmp_path / "w.pt", SMALL, config, scores=["msp", "knn", "gradnorm"])
-    assert found is not None
-    assert list(found["settings"]["old_fd"]) == ["msp", "gradnorm"]
-    assert found["left_out"] == {"knn": "it needs training features, and there are none"}
+    options = EvaluationOptions(scores=["msp", "knn", "gradnorm"])
+    evaluation = evaluate_weights(tmp_path / "w.pt", SMALL, config, options=options)
+    assert evaluation is not None
+    assert list(evaluation.report["settings"]["old_fd"]) == ["msp", "gradnorm"]
+    assert evaluation.report["left_out"] == {"knn": "it needs training features, and there are none"}
 
 
 @pytest.mark.parametrize(
