@@ -47,13 +47,7 @@ _CHUNK = 16
 
 @dataclass(frozen=True)
 class Finding:
-    """Problem or note about a file.
-
-    Attributes:
-        path: path relative to the folder.
-        kind: key of ``PROBLEMS`` or ``NOTES``.
-        detail: short description.
-    """
+    """Finding about a file, whose path is relative to the folder; ``kind`` is a key of ``PROBLEMS`` or ``NOTES``."""
 
     path: str
     kind: str
@@ -62,13 +56,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """Result for all files of a folder.
-
-    Attributes:
-        usable: sorted paths, relative to the folder, of the images that training can read.
-        findings: problems and notes in the order of their paths.
-        others: number of files that are no images and have no image's ending.
-    """
+    """Result for a folder: sorted relative paths of usable images, findings by path, and number of other files."""
 
     usable: list[str]
     findings: list[Finding]

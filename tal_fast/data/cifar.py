@@ -17,17 +17,10 @@ PIXELS = 3 * SIDE * SIDE
 
 @dataclass(frozen=True)
 class Layout:
-    """Files of a binary archive.
+    """Binary archive and the folder and files it unpacks to.
 
-    Attributes:
-        archive: name of the archive.
-        folder: folder that it unpacks to.
-        train: files of training records.
-        val: files of test records.
-        names: file with one class name per line.
-        label_bytes: bytes of label in a record; the last one is the class.
-        num_classes: number of classes.
-        pickles: folder that the archive for Python unpacks to.
+    ``names`` is the file of class names; the last of the ``label_bytes`` of a record is the class; ``pickles`` is the
+    folder of the archive for Python.
     """
 
     archive: str

@@ -85,10 +85,7 @@ deviation as a share of the side (blur), remaining share (contrast, resolution o
 class Corruption:
     """One corruption at one severity.
 
-    Attributes:
-        kind: one of ``tal_fast.config.names.CORRUPTIONS``.
-        severity: 1 to 5.
-        seed: seed of its noise.
+    ``kind`` is one of ``tal_fast.config.names.CORRUPTIONS``, ``severity`` is 1 to 5, ``seed`` that of the noise.
     """
 
     kind: str

@@ -39,7 +39,7 @@ class DaliSource:
     """Source of image files decoded, cropped, resized and normalized by DALI.
 
     Args:
-        plan: steps to make.
+        plan: order and crops of the images.
         files: images of the split.
         form: format of the batches.
         workers: number of decoding threads.

@@ -27,12 +27,8 @@ IGNORED_LABEL = -100
 class ImageFormat:
     """Format of the images of a batch.
 
-    Attributes:
-        channels: number of channels, 1 or 3.
-        mean: mean per channel, for values in [0, 1].
-        std: standard deviation per channel, for values in [0, 1].
-        device: device of the batches.
-        interpolation: filter for resizing, one of ``tal_fast.config.names.INTERPOLATIONS``.
+    ``mean`` and ``std`` are per channel for values in [0, 1]; ``interpolation`` is the filter for resizing, one of
+    ``tal_fast.config.names.INTERPOLATIONS``.
     """
 
     channels: int
@@ -203,11 +199,8 @@ class Normalizer:
     """Normalization ``(x / 255 - mean) / std`` of (B, H, W, C) uint8 to (B, C, H, W) float32.
 
     The strides are channels-first, too: for one channel PyTorch could not tell both memory formats apart, and the
-    network would run in channels-last format whatever ``model.channels_last`` is.
-
-    Attributes:
-        black: (C, 1, 1) normalized value of 0.
-        white: (C, 1, 1) normalized value of 255.
+    network would run in channels-last format whatever ``model.channels_last`` is. ``black`` and ``white`` are the
+    normalized values (C, 1, 1) of 0 and 255.
     """
 
     def __init__(self, form: ImageFormat) -> None:

@@ -22,6 +22,8 @@ def _fork_workers(loader: DataLoader) -> Iterator:
 
     A worker that collects the garbage of a DALI pipeline would wait forever for threads that only exist here.
     """
+    if loader.num_workers == 0:
+        return iter(loader)
     gc.collect()
     gc.freeze()
     try:
@@ -95,7 +97,7 @@ class TorchSource:
     """Source of image files decoded by worker processes.
 
     Args:
-        plan: steps to make.
+        plan: order and crops of the images.
         files: images of the split.
         form: format of the batches.
         workers: number of processes; 0 decodes in this one.

@@ -33,12 +33,7 @@ REPORT = "report.json"
 
 @dataclass(frozen=True)
 class Folder:
-    """Folder of a job.
-
-    Attributes:
-        job: the job.
-        path: the folder, which need not exist yet.
-    """
+    """Folder of a job, which need not exist yet."""
 
     job: Job
     path: Path

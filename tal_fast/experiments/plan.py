@@ -67,13 +67,8 @@ class GridKey:
 class Job:
     """One run to train and evaluate.
 
-    Attributes:
-        name: name of its folder.
-        label: row of the tables: method and grid values.
-        method: name of the method in the file.
-        grid: grid values by dotted option.
-        seed: seed of the run.
-        config: configuration of the run without ``output``.
+    ``name`` is its folder, ``label`` (method and grid values) its row in the tables; ``grid`` has the values by dotted
+    option, and ``config`` lacks only ``output``.
     """
 
     name: str
@@ -91,10 +86,7 @@ class Experiment:
     Attributes:
         base: nested values of the base configuration, overrides included.
         methods: nested overrides by method name.
-        seeds: seeds of the runs.
-        grid: options to vary.
         evaluate: options of ``tal_fast.evaluate`` as command-line words.
-        compare: options of the tables.
         select: criterion for the best grid point; None to choose nothing.
         threads: CPU threads of each job.
         jobs: all jobs in starting order: every method of the first seed comes first.

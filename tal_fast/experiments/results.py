@@ -32,11 +32,6 @@ Results = dict[str, Any]
 def collect(experiment: Experiment, folders: Sequence[Folder], name: str) -> Results:
     """Collect the results of the finished jobs.
 
-    Args:
-        experiment: the experiment.
-        folders: folders of all jobs.
-        name: name of the experiment.
-
     Returns:
         ``runs`` (name, label, method, grid, seed, config, seconds per stage, number of attempts, index per stage in
         ``environments``, report), ``missing`` (name, why), ``differences`` (label, baseline, setting, metric, value,

@@ -42,10 +42,7 @@ def job_folders(experiment: Experiment, output: Path) -> list[Folder]:
 def slots(experiment: Experiment, jobs: int | None = None) -> list[Environment]:
     """Environment variables for each of the jobs that run at the same time.
 
-    Args:
-        experiment: the experiment, whose configurations name the device and the number of threads.
-        jobs: number of jobs at a time; by default one per GPU, or on the CPU as many as there are cores for their
-            threads.
+    By default there is one job per GPU, or on the CPU as many as the cores allow for their threads.
     """
     only_cpu = all(job.config.device == "cpu" for job in experiment.jobs)
     gpus = [] if only_cpu else _gpus()
@@ -89,14 +86,7 @@ class _RunningJob:
 
 
 class Scheduler:
-    """Runs the unfinished jobs of an experiment.
-
-    Args:
-        experiment: the experiment.
-        output: folder of the experiment.
-        slots: environment variables of the jobs that run at the same time, from ``slots``.
-        report: called with each line of progress.
-    """
+    """Runs the unfinished jobs of an experiment, ``len(slots)`` at a time; ``report`` gets each line of progress."""
 
     def __init__(
         self, experiment: Experiment, output: Path, slots: Sequence[Environment], report: Callable[[str], None]

@@ -34,13 +34,8 @@ _ROUNDING = 1e-9
 class Candidate:
     """Grid point of a method.
 
-    Attributes:
-        method: name of the method.
-        label: row label of its jobs.
-        grid: grid values by dotted option.
-        accuracy: mean over seeds; NaN without a finished run.
-        value: value of the criterion; NaN if a run is missing or a metric undefined.
-        why_not: reason that the point may not be chosen; empty if it may.
+    ``value`` is the criterion, ``why_not`` the reason that the point may not be chosen, empty if it may. Accuracy
+    and value are NaN without a finished run.
     """
 
     method: str

@@ -24,7 +24,7 @@ def write_sweep(experiment: Experiment, path: Path, nproc: int | None = None) ->
     """Write the sweep file, and the methods' configurations to a folder next to it.
 
     Args:
-        experiment: the experiment.
+        experiment: experiment to export.
         path: YAML file of the sweep; the agent has to run where this path is valid as given.
         nproc: processes of each run, started by torchrun; None for one process without torchrun.
 

@@ -17,12 +17,7 @@ FILES = {"table": "table.txt", "markdown": "table.md", "csv": "table.csv"}
 
 
 def format_results(results: Results, style: str) -> str:
-    """Text of all tables.
-
-    Args:
-        results: from ``tal_fast.experiments.results``.
-        style: a key of ``FILES``; ``csv`` has one line per row and column, in natural units.
-    """
+    """Text of all tables in a style of ``FILES``; ``csv`` has one line per row and column, in natural units."""
     groups = groups_of(results)
     options = results["compare"]
     if style == "csv":

@@ -32,8 +32,6 @@ class ConvMixer(nn.Module):
         depth: number of blocks.
         kernel: side of the depthwise kernels.
         patch: side of a patch in pixels; pixels beyond the last whole patch are dropped.
-        num_classes: number of logits.
-        in_channels: channels of the images.
     """
 
     def __init__(self, width: int, depth: int, kernel: int, patch: int, num_classes: int, in_channels: int = 3) -> None:

@@ -42,8 +42,6 @@ class DenseNet(nn.Module):
     Args:
         layers: number of layers of each dense block.
         width: channels added by a layer, the growth rate k of the paper; the stem has 2k.
-        num_classes: number of logits.
-        in_channels: channels of the images.
     """
 
     def __init__(self, layers: int, width: int, num_classes: int, in_channels: int = 3) -> None:

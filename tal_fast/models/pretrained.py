@@ -107,13 +107,9 @@ def _rename_layers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], source: str, classes_from: str) -> None:
-    """Load a state dict into a network from ``build_model``.
+    """Load a state dict from ``read_state`` into a network from ``build_model``.
 
-    Args:
-        model: the network.
-        state: parameters and buffers from ``read_state``.
-        source: origin of the state, for error messages.
-        classes_from: origin of the number of classes, for error messages.
+    Error messages name ``source``, the origin of the state, and ``classes_from``, that of the number of classes.
 
     Raises:
         ValueError: the number of classes, a name or a shape does not fit.

@@ -87,8 +87,6 @@ class CifarResNet(nn.Module):
     Args:
         blocks: number of blocks of each stage.
         width: channels of the first stage.
-        num_classes: number of logits.
-        in_channels: channels of the images.
         projection: see ``BasicBlock``.
     """
 

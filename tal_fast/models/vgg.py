@@ -20,8 +20,6 @@ class VGG16(nn.Module):
 
     Args:
         width: channels of the first stage.
-        num_classes: number of logits.
-        in_channels: channels of the images.
     """
 
     def __init__(self, width: int, num_classes: int, in_channels: int = 3) -> None:

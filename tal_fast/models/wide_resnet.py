@@ -44,8 +44,6 @@ class WideResNet(nn.Module):
     Args:
         blocks: number of blocks of each stage; the channels double and the image halves from stage to stage.
         width: channels of the first stage.
-        num_classes: number of logits.
-        in_channels: channels of the images.
     """
 
     def __init__(self, blocks: Sequence[int], width: int, num_classes: int, in_channels: int = 3) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tal_fast.config.schema import DataConfig
-from tal_fast.data import build_data, builtin, dali
+from tal_fast.data import build, build_data, builtin, dali
 from tests.helpers.images import collect, config, make_folder, picture, write_fashion
 
 
@@ -146,23 +146,24 @@ def test_fashion_mnist_in_memory(tmp_path: Path) -> None:
         build_data(DataConfig(root=str(tmp_path / "fashion"), ood={"svhn": "x"}, **options))
 
 
-def test_large_synthetic_images_repeat() -> None:
-    options: dict[str, Any] = {"dataset": "synthetic", "crop_area": None, "image_size": 224, "flip": False}
-    data = build_data(DataConfig(synthetic_images=5000, synthetic_classes=1000, **options))
-    assert (data.num_classes, len(data.split("train")), len(data.split("val"))) == (1000, 5000, 2500)
-    assert data.split("train").pixels.nbytes <= 32 * 2**20  # type: ignore[union-attr]
+def test_large_synthetic_images_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "SYNTHETIC_POOL_BYTES", 2**20)  # 85 images
+    options: dict[str, Any] = {"dataset": "synthetic", "crop_area": None, "image_size": 64, "flip": False}
+    data = build_data(DataConfig(synthetic_images=500, synthetic_classes=100, **options))
+    assert (data.num_classes, len(data.split("train")), len(data.split("val"))) == (100, 500, 250)
+    assert data.split("train").pixels.nbytes <= 2**20  # type: ignore[union-attr]
     reader = data.loader("train-eval", batch_size=4)
     images = next(iter(reader))[0]
-    assert images.shape == (4, 3, 224, 224)
+    assert images.shape == (4, 3, 64, 64)
     period = len(data.split("train").pixels)  # type: ignore[union-attr]
     assert np.array_equal(data.split("train").labels[:100], data.split("train").labels[period : period + 100])
     reader.set_epoch(0, start_step=period // 4)
     again = next(iter(reader))
-    offset = 4 * (period // 4) - period  # the pool is no multiple of the batch
+    offset = 4 * (period // 4) - period  # the period is no multiple of the batch
     assert torch.equal(again[0][-offset:], images[: 4 + offset])
-    limited = build_data(DataConfig(synthetic_images=5000, train_limit=300, **options)).split("train")
-    assert len(limited) == 300
-    assert limited.pixels.nbytes <= 32 * 2**20  # type: ignore[union-attr]
+    limited = build_data(DataConfig(synthetic_images=500, train_limit=100, **options)).split("train")
+    assert len(limited) == 100
+    assert limited.pixels.nbytes <= 2**20  # type: ignore[union-attr]
 
 
 def test_synthetic_is_repeatable_and_resizable() -> None:

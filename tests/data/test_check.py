@@ -22,7 +22,7 @@ def picture(seed: int) -> Image.Image:
 
 
 def make_folder(root: Path) -> dict[str, str]:
-    """A folder of two classes with one file of each kind; path -> kind."""
+    """Make a folder of two classes with one file of each kind; returns path -> kind."""
     for split in ("train", "val"):
         for name in ("cat", "dog"):
             (root / split / name).mkdir(parents=True)

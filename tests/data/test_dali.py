@@ -49,7 +49,7 @@ def test_dali_and_torch_read_the_same_images(tmp_path: Path, split: str, channel
 @pytest.mark.parametrize(
     ("mode", "channels", "mean_bound", "max_bound"), [("RGB", 3, 0.25, 16), ("L", 1, 0.25, 16), ("CMYK", 3, 0.25, 16)]
 )
-def test_photos_differ_by_little_between_the_loaders(
+def test_photos_differ_little_between_the_loaders(
     tmp_path: Path, mode: str, channels: Any, mean_bound: float, max_bound: float
 ) -> None:
     from sklearn.datasets import load_sample_images
@@ -92,7 +92,7 @@ def test_a_file_that_only_dali_cannot_decode_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_workers_start_while_dali_pipelines_are_garbage(tmp_path: Path) -> None:
-    """A pipeline in a reference cycle is garbage that only the collector finds; found in a forked worker it hangs."""
+    """A worker that collects the garbage of a DALI pipeline hangs."""
     pytest.importorskip("nvidia.dali")
     make = """
 import gc, os, sys

@@ -13,7 +13,7 @@ from tal_fast.data import build_data, image_folder
 
 
 def unpack_imagenet(root: Path) -> dict[int, str]:
-    """train/WNID/..., val/ILSVRC2012_val_XXXXXXXX.JPEG; returns number of each validation image -> class."""
+    """Make ImageNet's folders as its archives unpack; returns number of each validation image -> class."""
     names = ["n01440764", "n01443537", "n01484850"]
     rng = np.random.default_rng(0)
     for name in names:

@@ -118,7 +118,7 @@ def test_progressive_resizing(tmp_path: Path, loader: Any) -> None:
     assert all(torch.equal(a, b) for one, two in zip(full, reader, strict=True) for a, b in zip(one, two, strict=True))
     small, _, indices = epochs[0][0]
     assert torch.equal(indices, full[0][2])
-    # The same crops, only smaller: averaged 2 x 2 the large ones are close to them.
+    # Smaller versions of the same crops: close to the 2 x 2 averages of the large ones.
     halved = torch.nn.functional.avg_pool2d(full[0][0], 2)
     assert (small - halved).abs().mean() < 0.5 * halved.std()
     fresh = data.loader("train", batch_size=4, seed=1)

@@ -205,6 +205,7 @@ def test_built_in_corruptions_by_specification() -> None:
         Corruption("rain")
 
 
+@pytest.mark.slow
 def test_several_sets_in_one_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tests.helpers.evaluation import make_run
 

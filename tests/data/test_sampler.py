@@ -32,7 +32,7 @@ def test_training_shards_are_one_shuffled_order(world: int, num_samples: int) ->
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("over", [0, 1, 4])
 def test_ranks_take_equally_many_full_steps_of_different_images(world: int, over: int) -> None:
-    """With ``over`` images too many for all ranks: where padded shards would end in a batch of one repeated image."""
+    """Padded shards would repeat an image if ``over`` images are left for the last step."""
     total, batch = 6 * world + min(over, world - 1), 3
     epochs = []
     for epoch in range(2):
@@ -111,7 +111,7 @@ def test_random_boxes_lie_within_the_image_and_have_the_given_area_and_shape() -
     assert (np.minimum(height, width) >= 1).all()
     assert (top + height <= sizes[:, 0]).all()
     assert (left + width <= sizes[:, 1]).all()
-    # Where no box needs narrowing, areas are uniform and shapes log-uniform over their ranges.
+    # Without narrowing, areas are uniform and aspect ratios log-uniform over their ranges.
     square = np.full((4000, 2), 1000.0)
     _, _, height, width = random_boxes(square, (0.1, 0.5), (0.5, 2.0), random).T
     area, shape = height * width / 1e6, np.log2(width / height)

@@ -100,7 +100,7 @@ def test_too_many_files_that_do_not_decode_end_the_iteration(tmp_path: Path, loa
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_resumed_run_skips_the_same_files(tmp_path: Path, loader: Any) -> None:
-    """DALI reads a crop out of the whole part of a truncated file; what it did in earlier epochs must not matter."""
+    """DALI can read a crop in the intact part of a truncated file, whatever happened in earlier epochs."""
     root = make_folder(tmp_path / "images", train=6)
     for i in range(2):
         cut_short(root / "train" / "cat" / f"cut{i}.jpg", i)

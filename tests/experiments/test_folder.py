@@ -29,7 +29,7 @@ def test_a_folder_of_another_configuration_is_rejected(tmp_path: Path, capsys: p
     ):
         write(tmp_path / "e.yaml", overrides={**SMALL, **changed})
         assert sentence in error_of(command, capsys)
-    # An option that is left out is its default, be it then or now.
+    # A missing option has its default value.
     for then, now, words in (({"tau": 0.3}, {}, "tau was 0.3 and is 0.04"), ({}, {"tau": 0.04}, None)):
         job = [tmp_path / "l.yaml", "--output", tmp_path / f"l{len(then)}", "--dry-run"]
         methods = [{"l": {"method": {"name": "logitnorm", "options": options}}} for options in (then, now)]
@@ -40,7 +40,7 @@ def test_a_folder_of_another_configuration_is_rejected(tmp_path: Path, capsys: p
             assert words in error_of(list(map(str, job)), capsys)
         else:
             assert main(list(map(str, job))) == 0
-    # Where and how fast it runs may differ; other seeds and methods are other folders.
+    # Threads and loggers may change; other seeds and methods have other folders.
     more = {"ce": {"method.name": "ce"}, "smooth": {"method": {"name": "ce", "label_smoothing": 0.1}}}
     write(tmp_path / "e.yaml", threads=2, overrides={**SMALL, "logger": "all"}, seeds=[1, 2], methods=more)
     assert main(command) == 0

@@ -29,7 +29,7 @@ def test_one_job_for_each_seed_method_and_grid_point(tmp_path: Path) -> None:
     want["optim"]["lr"] = 0.01
     want |= {"epochs": 2, "device": "cpu", "logger": "none", "seed": 1, "threads": 2, "resume": "auto"}
     assert job.config.to_dict() == want
-    # Names depend on the job alone, not on what else is in the file.
+    # Names depend on the job alone, not on the rest of the file.
     other = read_experiment(write(tmp_path / "f.yaml", grid={"optim.lr": [0.02, 0.01]}, seeds=[1, 7]))
     assert {job.name for job in other.jobs} >= {"ce-lr=0.01-seed1", "tal-lr=0.01-seed7"}
 

@@ -32,7 +32,7 @@ def test_tables_from_runs_and_from_committed_results(tmp_path: Path, capsys: pyt
         assert title in said
     found = results.read_results(output)
     assert len(found["runs"]) == 6
-    # The numbers are those of tal_fast.compare on the same folders.
+    # The results equal those of tal_fast.compare for the same folders.
     names = [f"{method}-seed{seed}" for method in ("ce", "tal") for seed in (0, 1, 2)]
     folders = [output / "runs" / name for name in names]
     groups = compare.group_runs(
@@ -48,7 +48,7 @@ def test_tables_from_runs_and_from_committed_results(tmp_path: Path, capsys: pyt
         assert [got[key] for key in ("value", "low", "high")] == pytest.approx(list(want[:3]))
         assert (got["over"], got["baseline"]) == ("both", "ce")
     assert len((output / "table.csv").read_text().splitlines()) == 1 + 2 * 3 * 7
-    # From the file alone.
+    # Tables from results.json alone.
     committed = tmp_path / "committed"
     committed.mkdir()
     shutil.copy(output / "results.json", committed)

@@ -24,13 +24,13 @@ from tal_fast.training.trainer import Trainer
 from tests.helpers.experiments import SMALL, write, write_evaluated_run
 from tests.helpers.training import assert_same_end
 
-# Stand-ins for training and evaluation, which take seconds to start: what they print and how they end is in a file.
+# Replaces training, which takes seconds to start, by the code in a file.
 TRAIN = "import sys, os, signal, pathlib; run = pathlib.Path(sys.argv[1]); exec(pathlib.Path(sys.argv[2]).read_text())"
 
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
-    """Let jobs run this code, with ``run`` the folder; the evaluation copies a report. What was run comes back."""
+    """Function that makes jobs run the given code in place of training; returns the list of started stages."""
     ran: list[str] = []
     script = tmp_path / "train.py"
     write_evaluated_run(tmp_path / "report", 1.0, 0)
@@ -86,7 +86,7 @@ def test_finished_jobs_are_skipped_and_failures_are_reported(
     assert ran == []
     record = json.loads((tmp_path / "out" / "runs" / "tal-seed0" / "job.json").read_text())
     assert [(a["stage"], a["exit_code"]) for a in record["attempts"]] == [("train", 2), ("train", 0), ("evaluate", 0)]
-    # Other options of the evaluation, or a report that somebody has written anew: evaluated again, not trained.
+    # Changed evaluation options or a changed report: evaluated again without training.
     write(tmp_path / "e.yaml", evaluate={"checkpoint": "last"}, compare=no_bootstrap)
     assert main(command) == 0
     assert sorted(ran) == sorted(f"evaluate {m}-seed{s}" for m in ("ce", "tal") for s in (0, 1))
@@ -120,7 +120,7 @@ def test_a_damaged_folder_does_not_stop_other_jobs(
 ) -> None:
     path = write(tmp_path / "e.yaml", seeds=[0], compare={"bootstrap": 0})
     output = tmp_path / "out"
-    # The first damages the folder of the second, and is told to stop by nobody.
+    # The first job damages the folder of the second.
     ran = stand_in(
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
         "(run.parent / 'tal-seed0').mkdir(exist_ok=True)\n"
@@ -212,7 +212,7 @@ def test_a_killed_scheduler_resumes_its_jobs(tmp_path: Path, capsys: pytest.Capt
         time.sleep(0.02)
     runner.kill()
     runner.wait()
-    # Its process ends by itself, saved, and only then is the job free.
+    # The process saves and ends, and the lock is free only then.
     while (lock := folder.lock()) is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)

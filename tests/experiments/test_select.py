@@ -22,14 +22,14 @@ def test_selection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "e.yaml", grid=grid, **options)
     experiment = read_experiment(path)
     output = tmp_path / "out"
-    # The surest is too often wrong, the next has a seed too few.
+    # The best point has too low an accuracy, the next one lacks a seed.
     quality = {0.1: (1.0, 0.8), 0.2: (3.2, 0.79), 0.3: (3.0, 0.8), 0.4: (2.0, 0.8)}
 
-    def made(job: Any) -> tuple[float, float]:
+    def quality_of(job: Any) -> tuple[float, float]:
         good, accuracy = quality[job.grid["optim.lr"]] if job.method == "tal" else (1.0, 0.8)
         return good, np.nan if job.name == "tal-lr=0.3-seed1" else accuracy
 
-    finish_jobs(output, experiment, made)
+    finish_jobs(output, experiment, quality_of)
     command = [str(path), "--output", str(output), "--table-only", "--select", "old_fd.aurc", "new_fd/far.auroc"]
     assert main(command) == 1
     said = capsys.readouterr().out
@@ -52,10 +52,10 @@ def test_selection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = yaml.safe_load((output / "selected.yaml").read_text())["methods"]
     assert chosen["tal"] == {"method": {"name": "tal", "options": {"queue_size": 150}}, "optim": {"lr": 0.4}}
     assert "set data.holdout to choose on held-out training images" in said
-    # The fragment is another experiment's methods.
+    # The file can be the methods of another experiment.
     again = read_experiment(write(tmp_path / "f.yaml", methods="out/selected.yaml", seeds=[0]))
     assert again.jobs[1].config == next(j.config for j in experiment.jobs if j.name == "tal-lr=0.4-seed0")
-    # A smaller accuracy is allowed if one says so; a metric of a set that is not there is refused.
+    # A lower accuracy can be allowed; a metric of an unknown set is rejected.
     free = select.candidates(experiment, results.read_results(output), SelectOptions(accuracy_loss=0.5))
     assert select.chosen(free)["tal"].label == "tal-lr=0.2"
     assert "no run is evaluated on 'x'" in error_of([*command[:5], "new_fd/x.aurc"], capsys)

@@ -23,7 +23,7 @@ from tests.helpers.experiments import write
 
 
 def agent_commands(path: Path) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """What an agent of Weights & Biases runs for the sweep: every combination, ``${...}`` in their places."""
+    """Command lines that the Weights & Biases agent runs for the sweep, with all macros expanded."""
     content = yaml.safe_load(path.read_text())
     parameters = {name: entry["values"] for name, entry in content["parameters"].items()}
     for values in itertools.product(*parameters.values()):
@@ -50,7 +50,7 @@ def test_a_sweep_has_the_same_jobs(nproc: int | None, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     options = [] if nproc is None else ["--nproc", str(nproc)]
     assert main(["e.yaml", "--export-sweep", "sweeps/mine.yaml", *options]) == 0
-    # In place of Python and torchrun, something that prints its arguments.
+    # Replace Python and torchrun by a script that prints its arguments.
     show = tmp_path / "bin"
     show.mkdir()
     for name in ("python", "torchrun"):

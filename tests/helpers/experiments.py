@@ -1,4 +1,4 @@
-"""Experiment files and finish_jobs runs for tests of the experiments package."""
+"""Experiment files and finished runs for tests of the experiments package."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL = {
 
 
 def write(path: Path, **changes: Any) -> Path:
-    """An experiment's file; None leaves a key out."""
+    """Write an experiment file; a change to None removes the key."""
     content = {
         "base": "digits-ce",
         "overrides": SMALL,
@@ -50,7 +50,7 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def write_evaluated_run(
     path: Path, quality: float, seed: int, accuracy: float = 0.8, sets: tuple[str, ...] = ("far", "near")
 ) -> None:
-    """Report and samples in a run's folder, as an evaluation would leave them."""
+    """Write the report and samples of an evaluation to a run's folder."""
     rng = np.random.default_rng(seed + 1)
     correct = np.random.default_rng(0).random(300) < accuracy
     scores = {"msp": quality * correct + rng.normal(size=300)}
@@ -62,7 +62,7 @@ def write_evaluated_run(
 
 
 def finish_jobs(output: Path, experiment: Experiment, quality: Callable[[Any], tuple[float, float]]) -> None:
-    """All jobs done, with reports of a quality and accuracy; an accuracy of NaN leaves a job out."""
+    """Finish all jobs, with reports of the quality and accuracy that ``quality`` returns; NaN skips a job."""
     for folder in scheduler.job_folders(experiment, output):
         good, accuracy = quality(folder.job)
         if np.isnan(accuracy):

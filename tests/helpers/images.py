@@ -20,7 +20,7 @@ needs_dali = pytest.mark.skipif(not dali.available(), reason="DALI is not instal
 
 
 def picture(height: int, width: int, seed: int) -> Image.Image:
-    """Smooth with some texture, as photos are: noise alone would test the resampling filters' last digits."""
+    """Smooth picture with some texture, like a photo; noise alone would test rounding in the resampling filters."""
     random = np.random.default_rng(seed)
     coarse = Image.fromarray(random.integers(256, size=(6, 6, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
@@ -28,7 +28,7 @@ def picture(height: int, width: int, seed: int) -> Image.Image:
 
 
 def make_folder(root: Path, train: int = 13, val: int = 7, classes: tuple[str, ...] = ("cat", "dog", "emu")) -> Path:
-    """Pictures of many shapes; PNG and JPEG; grayscale, palette, alpha, CMYK and EXIF-rotated among them."""
+    """Make a folder of pictures of many sizes, formats and modes."""
     for split, count in (("train", train), ("val", val)):
         for i in range(count):
             folder = root / split / classes[i % len(classes)]
@@ -49,8 +49,8 @@ def make_folder(root: Path, train: int = 13, val: int = 7, classes: tuple[str, .
                 image.save(folder / f"é{i}.jpeg", quality=95, exif=exif)
             else:
                 image.save(folder / f"{i}.{'jpg' if kind == 5 else 'bmp'}")
-    (root / "train" / classes[0] / "Thumbs.db").write_bytes(b"no image, passed over")
-    (root / "train" / classes[0] / ".hidden.jpg").write_bytes(b"no image, passed over")
+    (root / "train" / classes[0] / "Thumbs.db").write_bytes(b"no image, ignored")
+    (root / "train" / classes[0] / ".hidden.jpg").write_bytes(b"no image, ignored")
     return root
 
 
@@ -64,7 +64,7 @@ def collect(loader: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def cut_short(path: Path, seed: int = 0) -> None:
-    """A JPEG of 80 x 80 whose header is whole, so that only decoding fails."""
+    """Write a truncated JPEG of 80 x 80 pixels with an intact header."""
     picture(80, 80, seed).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -84,7 +84,7 @@ def write_fashion(folder: Path, train: int = 30, test: int = 20) -> None:
 
 
 def write_cifar(folder: Path, dataset: str, records: int = 7) -> np.ndarray:
-    """The binary files, small; returns all records of training and then of testing, (N, labels + 3072)."""
+    """Write small binary files of CIFAR; returns the training and test records (N, labels + 3072)."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(1)
     classes, label_bytes = (10, 1) if dataset == "cifar10" else (100, 2)

@@ -24,7 +24,7 @@ def images(size: int = 64, channels: int = 3) -> torch.Tensor:
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3) -> int:
-    """Parameters of a convolution without biases and of a BatchNorm on what it makes or takes."""
+    """Parameters of a convolution without biases and of a BatchNorm on its output."""
     return inputs * outputs * kernel**2 + 2 * outputs
 
 
@@ -121,12 +121,12 @@ def test_parameters_of_deit() -> None:
 
 
 def small(name: str) -> int:
-    """A width at which a network is small."""
+    """Width of a small version of a network."""
     return 16 if name == "cifar_wrn28_10" else 4
 
 
 def give_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Copy parameters and buffers by their order, and move them away from where a fresh network has them."""
+    """Copy parameters and buffers by their order, with random changes to the initial values."""
 
     def order(name: str) -> int:  # torchvision's DenseNet has its transitions between the dense blocks, ours after them
         return 2 if "norm5" in name or "classifier" in name else int(".transition" in name)
@@ -180,7 +180,7 @@ def test_networks_equal_other_implementations(name: str, make: Callable[[], nn.M
     other, model = make(), build_model(ModelConfig(name), 10, image_size=32).train()
     give_parameters(other, model)
     x = images(32)
-    # With the batch's own statistics, for with fresh ones deep networks say nearly the same of all images.
+    # In training mode: with initial BatchNorm statistics the outputs for all images are nearly equal.
     with torch.no_grad():
         logits, want = model(x)[0], other(x)
         assert (want[0] - want[1]).abs().max() > 0.1
@@ -227,7 +227,7 @@ def test_shortcuts_without_parameters(side: int) -> None:
 
 
 def check_outputs(model: nn.Module, x: torch.Tensor, classes: int) -> None:
-    """Shapes, and features that are what the last Linear layer takes."""
+    """Check the shapes, and that the features are the input of the last Linear layer."""
     model.eval()
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     taken: list[torch.Tensor] = []

@@ -135,7 +135,7 @@ def test_a_network_of_torchvision_and_one_of_timm(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     data = evaluation_data(DataConfig(root=str(folder(tmp_path / "data", "val")), image_size=32, crop_area=None))
     images = torch.randn(2, 3, 32, 32)
-    # The same network under the same names; timm's is a copy in other code.
+    # timm has the network of torchvision, with the same names.
     for name in ("resnet18", "timm/resnet18"):
         config = ModelConfig(name)
         model = network(3, 3, config)
@@ -223,12 +223,12 @@ def test_preprocessing_of_torchvision_weights() -> None:
 
 
 def test_images_equal_those_of_timms_transform(tmp_path: Path) -> None:
-    """A photo, cut and resized here and by timm's own transform for a network of bicubic images."""
+    """Compare a cropped and resized photo with timm's own transform."""
     pytest.importorskip("timm")
     from sklearn.datasets import load_sample_images
     from timm.data import create_transform, resolve_data_config
 
-    # Of a size whose central part is whole pixels both here and there.
+    # The central crop of this size has whole pixels in both.
     photo = Image.fromarray(load_sample_images().images[0]).crop((200, 50, 510, 360))
     for name in ("train", "val"):
         (tmp_path / name / "a").mkdir(parents=True)
@@ -242,7 +242,7 @@ def test_images_equal_those_of_timms_transform(tmp_path: Path) -> None:
     error = {}
     for ours in (interpolation, "bilinear"):
         ((images, _, _),) = evaluation_data(config, ours).loader("val", batch_size=1)
-        # of 255; the border of the cut, where timm sees what lies beyond, aside
+        # of 255, without the border, where timm's filter reaches beyond the crop
         error[ours] = float((images[0] - want)[:, 2:-2, 2:-2].abs().mean()) * 255 * 0.5
     assert error["bicubic"] < 1.0
     assert error["bilinear"] > 2 * error["bicubic"]
@@ -282,8 +282,8 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     torch.save(prefixed(network(3, 3).state_dict(), "module."), tmp_path / "tal.pth")
     args = [
         "--weights", str(tmp_path / "tal.pth"), "--model", "cifar_resnet8", "--width", "4", "--data-dir", str(data),
-        "--image-size", "16", "--device", "cpu", "--loader", "torch", "--workers", "0", "--scores", "all",
-        "--ood", "noise=uniform:20", "--shift", "foggy=contrast:5", "--mix", "all",
+        "--image-size", "16", "--device", "cpu", "--loader", "torch", "--workers", "0", "--scores", "msp",
+        "mahalanobis", "--ood", "noise=uniform:20", "--shift", "foggy=contrast:5", "--mix", "all",
     ]  # fmt: skip
     assert evaluate.main(args) == 0
     found = json.loads((tmp_path / "tal-report" / "report.json").read_text())
@@ -300,7 +300,6 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     assert "Old FD under shift (foggy)\n12 ID, " in printed
     assert f"{tmp_path / 'tal.pth'}: cifar_resnet8" in printed
-    # The report of a run under the same weights is the same.
     assert "mahalanobis" in found["settings"]["shift"]
 
 
