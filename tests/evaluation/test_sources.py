@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tal_fast.config.names import SCORE_GROUPS
 from tal_fast.evaluation.predictions import CACHE, Inference, PassOptions
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sources import default_output, evaluate_npz, evaluate_run
@@ -20,8 +21,9 @@ from tal_fast.metrics.failure import failure_metrics
 from tal_fast.metrics.settings import Mix
 from tal_fast.models.features import last_layer
 from tal_fast.runs.load import load_run
-from tal_fast.scores.features import FEATURE_SCORES, FeatureScorer, Training
+from tal_fast.scores.features import FeatureScorer
 from tal_fast.scores.logits import SCORES
+from tal_fast.scores.training_statistics import Training
 from tests.helpers.evaluation import SMALL, make_run, read_json, record_passes, write_npz
 
 
@@ -88,7 +90,7 @@ def test_feature_scores_of_a_run_are_those_of_its_features(tmp_path: Path) -> No
     folder = make_run(tmp_path / "run", "ce", data=SMALL)
     evaluation = evaluate_run(folder, options=EvaluationOptions(scores=["all"]))
     assert evaluation is not None
-    assert list(evaluation.report["settings"]["new_fd"]) == [*SCORES, *FEATURE_SCORES]
+    assert list(evaluation.report["settings"]["new_fd"]) == list(SCORE_GROUPS["all"])
     assert evaluation.report["fitted"]["training_samples"] == 400
     run = load_run(folder)
     inference = Inference(run.model, run.data, folder / CACHE / "best")
