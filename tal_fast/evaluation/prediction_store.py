@@ -101,7 +101,7 @@ class OutputStore:
             return np.flatnonzero(~stored)
         for path in self._paths():
             try:
-                with np.load(path, allow_pickle=False) as shard:
+                with path.open("rb") as file, np.load(file, allow_pickle=False) as shard:
                     stored[shard["indices"]] = True
             except _READ_ERRORS as error:
                 logger.warning("%s cannot be read (%s); it is computed again", path, error)
@@ -140,7 +140,7 @@ class OutputStore:
         seen = np.zeros(self.samples, dtype=bool)
         for path in self._paths():
             try:
-                with np.load(path, allow_pickle=False) as shard:
+                with path.open("rb") as file, np.load(file, allow_pickle=False) as shard:
                     indices = shard["indices"]
                     new = ~seen[indices]
                     arrays = {name: shard[name] for name in names if name in shard.files}

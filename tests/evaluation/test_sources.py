@@ -21,8 +21,9 @@ from tal_fast.metrics.failure import failure_metrics
 from tal_fast.metrics.settings import Mix
 from tal_fast.models.features import last_layer
 from tal_fast.runs.load import load_run
-from tal_fast.scores.features import FeatureScorer, Training
+from tal_fast.scores.features import FeatureScorer
 from tal_fast.scores.logits import SCORES
+from tal_fast.scores.training_statistics import Training
 from tests.helpers.evaluation import SMALL, make_run, read_json, record_passes, write_npz
 
 
