@@ -12,7 +12,7 @@ from tests.helpers.training import config, one_thread  # noqa: F401
 
 
 def test_a_loaded_run_has_the_network_in_eval_mode_and_the_data(tmp_path: Path) -> None:
-    trainer = Trainer(config(tmp_path, "openmix", method_options={"options": {"outliers": "uniform:70"}}))
+    trainer = Trainer(config(tmp_path, "openmix", method_options={"outliers": "uniform:70"}))
     trainer.save(best=True)
     assert trainer._writer.finish() is None
     run = load_run(tmp_path)

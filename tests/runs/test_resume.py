@@ -85,9 +85,9 @@ def test_another_configuration_is_refused_by_the_options_that_differ(tmp_path: P
     ("options", "expected"),
     [
         ({"eval_batch_size": 7, "progress": "lines", "data_options": {"workers": 3}}, []),
-        ({"method": "logitnorm", "method_options": {"options": {"tau": 0.04}}}, []),  # the default, written out
+        ({"method": "logitnorm", "method_options": {"tau": 0.04}}, []),  # the default, written out
         (
-            {"method": "logitnorm", "method_options": {"options": {"tau": 0.5}}},
+            {"method": "logitnorm", "method_options": {"tau": 0.5}},
             ["method.options.tau was 0.04 and is 0.5"],
         ),
         ({"data_options": {"crop_area": (0.2, 1.0)}}, ["data.crop_area was [0.5, 1.0] and is [0.2, 1.0]"]),

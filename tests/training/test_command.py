@@ -166,7 +166,7 @@ def test_two_processes_stop_and_resume_bit_for_bit(tmp_path: Path, capsys: pytes
     # Half the processes continue too, and say that the result is another.
     words = torchrun("--output", str(tmp_path / "fewer"), "--resume", "auto")
     main(words[words.index("--config") :])
-    assert "warning: ranks 2 -> 1 since" in capsys.readouterr().out
+    assert "warning: ranks 2 -> 1 since" in capsys.readouterr().err
     assert load_run(tmp_path / "fewer", "last").epoch == 5
 
 
