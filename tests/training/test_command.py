@@ -18,6 +18,7 @@ import yaml
 from tal_fast.runs import checkpoint
 from tal_fast.runs.load import load_run
 from tal_fast.training.command import main
+from tests.helpers.training import raise_signal_at
 
 ROOT = Path(__file__).parents[2]
 
@@ -113,6 +114,24 @@ def test_the_digits_preset_learns(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert 0 < rows[1]["typicalness"] < 1
     assert rows[-1]["queue_length"] == 2000
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == run.config.to_dict()
+
+
+def test_a_signal_saves_the_run_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", "digits-tal", "--epochs", "1", "--data.train-limit", "200", "--device", "cpu"]
+    words += ["--data.loader", "torch", "--data.workers", "0", "--logger", "none", "--output", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        raise_signal_at(patch, step=2, number=signal.SIGUSR1)
+        with pytest.raises(SystemExit) as caught:
+            main([*words, "--resume", "auto"])
+    assert caught.value.code == 75
+    out, err = capsys.readouterr()
+    assert out.startswith("tal on digits: ")
+    assert err == "stopped by SIGUSR1 and saved after 0 epochs and 2 steps; go on with --resume auto\n"
+    main([*words, "--resume", "auto", "--progress", "none"])
+    assert capsys.readouterr() == ("", "")
+    assert load_run(tmp_path / "run").epoch == 1
 
 
 def torchrun(*options: str) -> list[str]:
