@@ -151,6 +151,7 @@ def state(output: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@pytest.mark.slow
 def test_two_processes_stop_and_resume_bit_for_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     done = subprocess.run(torchrun("--output", str(straight)), check=True, capture_output=True, text=True)

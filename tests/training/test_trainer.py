@@ -17,8 +17,17 @@ from tal_fast.config.schema import OptimConfig
 from tal_fast.runs import checkpoint
 from tal_fast.runs.load import load_run
 from tal_fast.training.trainer import Trainer, TrainingFailed
+from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.signals import REQUEUE, Stopped
-from tests.helpers.training import assert_same_end, config, correct_predictions, final, raise_signal_at, read_metrics
+from tests.helpers.ranks import run_ranks
+from tests.helpers.training import (
+    assert_same_end,
+    config,
+    correct_predictions,
+    final,
+    raise_signal_at,
+    read_metrics,
+)
 
 EPOCHS = 3
 
@@ -76,6 +85,39 @@ def test_a_damaged_checkpoint_costs_one_epoch(tmp_path: Path, straight: Path, ca
     assert "last.pt cannot be read" in caplog.text
     assert "previous.pt: 1 epochs" in caplog.text
     assert_same_end(straight, tmp_path)
+
+
+def stop_and_resume(rank: int, folder: Path) -> tuple[str, torch.Tensor]:
+    """On one of two ranks: a straight run, and one that a signal to rank 1 stops within an epoch and that resumes."""
+    ranks = Ranks(rank, 2, torch.device("cpu"))
+    Trainer(config(folder / "straight", epochs=2), ranks).fit()
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            raise_signal_at(patch, step=9)  # of 6 in an epoch
+        try:
+            Trainer(config(folder / "parts", epochs=2), ranks).fit()
+        except Stopped as error:
+            message = str(error)
+    resumed = Trainer(config(folder / "parts", epochs=2, resume="auto"), ranks)
+    resumed.fit()
+    return message, torch.cat([p.detach().flatten() for p in resumed.network.parameters()])
+
+
+def test_two_ranks_stop_together_and_resume_bit_for_bit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (message, weights), (other_message, other_weights) = run_ranks(stop_and_resume, 2, tmp_path, tmp_path)
+    assert message == other_message
+    assert message.startswith("stopped by SIGTERM and saved after 1 epochs and 3 steps")
+    assert torch.equal(weights, other_weights)
+    assert_same_end(tmp_path / "straight", tmp_path / "parts")
+    tensors, _ = final(tmp_path / "straight")
+    queues = [tensors[f"rank{rank}.loss_fn.queue.mean"] for rank in (0, 1)]
+    assert not torch.equal(*queues)  # each rank has its own
+
+    run = load_run(tmp_path / "straight", "last")  # measures alone what both ranks measured together
+    correct = correct_predictions(run.model, run.data.loader("val", batch_size=128))
+    assert correct / 896 == pytest.approx(run.history[-1]["val_accuracy"])
+    Trainer(config(tmp_path / "parts", epochs=2, resume="auto"))
+    assert "ranks 2 -> 1 since" in caplog.text
 
 
 def test_resume_from_a_path_into_another_folder(tmp_path: Path, straight: Path) -> None:

@@ -2,51 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tal_fast.utils.distributed import Ranks, choose_device
-
-ROOT = Path(__file__).parents[2]
-TWO_RANKS = """
-import torch
-from tal_fast.utils.distributed import Ranks
-
-ranks = Ranks.start("cpu")
-rank = ranks.rank
-assert ranks.world_size == 2
-assert ranks.max(rank) == 1
-assert ranks.sum(torch.tensor([1.0 + rank])).tolist() == [3.0]
-assert ranks.gather({"rank": rank}) == ([{"rank": 0}, {"rank": 1}] if rank == 0 else [])
-calls = []
-assert ranks.on_main(lambda: calls.append(rank) or "result") == "result"
-assert calls == ([0] if rank == 0 else [])
-
-def refuse():
-    raise ValueError("refused")
-
-try:
-    ranks.on_main(refuse)
-except ValueError as error:
-    assert str(error) == "refused"
-else:
-    raise AssertionError("no rank may go on")
-norm = torch.nn.BatchNorm1d(1)
-norm.running_mean.fill_(2.0 * rank)
-ranks.average_buffers(norm)
-assert norm.running_mean.item() == 1.0
-norm.running_mean.fill_(rank + 5.0)
-ranks.broadcast_buffers(norm)
-assert norm.running_mean.item() == 5.0
-ranks.barrier()
-ranks.stop()
-print("done", flush=True)
-"""
+from tests.helpers.ranks import run_ranks
 
 
 def test_one_process_needs_no_process_group() -> None:
@@ -60,19 +22,34 @@ def test_one_process_needs_no_process_group() -> None:
     ranks.stop()
 
 
+def exchange(rank: int) -> None:
+    """Check every collective on one of two ranks."""
+    ranks = Ranks(rank, 2, torch.device("cpu"))
+    assert ranks.max(rank) == 1
+    assert ranks.sum(torch.tensor([1.0 + rank])).tolist() == [3.0]
+    assert ranks.gather({"rank": rank}) == ([{"rank": 0}, {"rank": 1}] if rank == 0 else [])
+    calls = []
+    assert ranks.on_main(lambda: calls.append(rank) or "result") == "result"  # type: ignore[func-returns-value]
+    assert calls == ([0] if rank == 0 else [])
+
+    def refuse() -> None:
+        raise ValueError("refused")
+
+    with pytest.raises(ValueError, match="refused"):
+        ranks.on_main(refuse)
+    norm = torch.nn.BatchNorm1d(1)
+    assert norm.running_mean is not None
+    norm.running_mean.fill_(2.0 * rank)
+    ranks.average_buffers(norm)
+    assert norm.running_mean.item() == 1.0
+    norm.running_mean.fill_(rank + 5.0)
+    ranks.broadcast_buffers(norm)
+    assert norm.running_mean.item() == 5.0
+    ranks.barrier()
+
+
 def test_two_ranks_exchange_values(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(TWO_RANKS)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            str(tmp_path / "program.py"),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done") == 2
+    assert run_ranks(exchange, 2, tmp_path) == [None, None]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
