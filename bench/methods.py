@@ -27,7 +27,7 @@ from tal_fast.experiments import select
 from tal_fast.experiments.plan import read_experiment
 from tal_fast.experiments.results import Results, groups_of, read_results
 from tal_fast.experiments.table import format_results
-from tal_fast.metrics.failure import risk_coverage_curve
+from tal_fast.metrics.ranking import risk_coverage_curve
 from tal_fast.metrics.settings import Mix, judged_settings
 
 RESULTS = ROOT / "bench" / "results" / "methods"

@@ -36,14 +36,9 @@ def sqrt_rn(x):
 
 @triton.jit
 def _nearest_in_split(
-    queue_mean_ptr,
-    queue_std_ptr,
-    length,
-    m,
-    s,
-    QUERIES: tl.constexpr,
-    ENTRIES: tl.constexpr,
-):
+    queue_mean_ptr, queue_std_ptr, length, m, s,
+    QUERIES: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
     """Smallest squared distance of each query to this program's split of the queue.
 
     Split i of n holds the tiles i, i + n, i + 2n, ... of ENTRIES queue entries. ``m`` and ``s`` are (QUERIES,).
@@ -81,28 +76,10 @@ def is_last_program(ticket_ptr, programs):
 
 @triton.jit
 def statistics_distance_kernel(
-    features_ptr,
-    labels_ptr,
-    queue_mean_ptr,
-    queue_std_ptr,
-    cursor_ptr,
-    ticket_ptr,
-    mean_ptr,
-    std_ptr,
-    distance_ptr,
-    batch_ptr,
-    scratch_ptr,
-    rows,
-    width,
-    features_stride_b,
-    features_stride_d,
-    labels_stride,
-    ignore_index,
-    QUERIES: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    features_ptr, labels_ptr, queue_mean_ptr, queue_std_ptr, cursor_ptr, ticket_ptr, mean_ptr, std_ptr, distance_ptr,
+    batch_ptr, scratch_ptr, rows, width, features_stride_b, features_stride_d, labels_stride, ignore_index,
+    QUERIES: tl.constexpr, ENTRIES: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Statistics of each row, its distance to the nearest queue entry, and the batch's distance range.
 
     Pointers:
@@ -182,16 +159,9 @@ def statistics_distance_kernel(
 
 @triton.jit
 def nearest_kernel(
-    mean_ptr,
-    std_ptr,
-    queue_mean_ptr,
-    queue_std_ptr,
-    cursor_ptr,
-    squared_ptr,
-    rows,
-    QUERIES: tl.constexpr,
-    ENTRIES: tl.constexpr,
-):
+    mean_ptr, std_ptr, queue_mean_ptr, queue_std_ptr, cursor_ptr, squared_ptr, rows,
+    QUERIES: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
     """Squared distance of each (mean, std) to the nearest entry of each split of the queue.
 
     Pointers:

@@ -1,11 +1,10 @@
 """TAL loss and its gradient from logits (paper, equations 2 to 6).
 
-Memory traffic is minimal: each logit is read once and each gradient element written once. While a row fits on chip (see
-``loss_config``), ``loss_kernel`` holds it in registers as float32 and ``packed_row_loss_kernel`` as pairs of
-half-precision values. Wider rows take ``long_row_loss_kernel``, which reads a row three times in blocks (norm and
-maximum; exponential sums; gradient), the second and third time mostly from the L2 cache. The programs loop over rows.
-Each stores one partial sum, and the last program to finish adds the partial sums in order, so the loss needs no second
-launch and does not depend on timing.
+While a row fits on chip (see ``loss_config``), each logit is read once and each gradient element written once:
+``loss_kernel`` holds the row in registers as float32, ``packed_row_loss_kernel`` as pairs of half-precision values.
+Wider rows take ``long_row_loss_kernel``, which reads a row three times in blocks (norm and maximum; exponential sums;
+gradient), the second and third time mostly from the L2 cache. Each program stores one partial sum of the loss, and the
+last program to finish adds them in order, so the loss needs no second launch and does not depend on timing.
 
 Variant ``released`` needs the mean weight of the batch before the loss of any row; ``batch_sums_kernel`` reads the
 logits once more for it. A batch is summarised by six numbers (``tal_fast.loss.reference.batch_summary``), which may
@@ -38,7 +37,9 @@ RANGE_EPS = tl.constexpr(1e-8)  # added to the batch's distance range; reference
 # Indices into the tensor of ``loss_constants``.
 T_MIN, T_RANGE, T_WRONG, THRESHOLD, SMOOTHING, OPAQUE_ONE, OPAQUE_ZERO = (tl.constexpr(i) for i in range(7))
 
-LONG_BLOCK = 512  # logits per iteration, 4 a thread: the largest that never spills (2,048: 8 to 16 bytes; 4,096: 56)
+# Logits per iteration of a long row, 4 a thread: the largest block that spills nowhere (2,048: 8 to 16 bytes, 4,096: up
+# to 56).
+LONG_BLOCK = 512
 SUMS_BLOCK = 1024  # logits per iteration of batch_sums_kernel
 SCALE_BLOCK = 4096  # values per program of scale_kernel
 
@@ -266,32 +267,11 @@ def _store_row_stats(row, rows, tau, w, temperature, correct, accepted, stats_pt
 
 @triton.jit
 def loss_kernel(
-    logits_ptr,
-    labels_ptr,
-    distance_ptr,
-    batch_ptr,
-    constants_ptr,
-    ticket_ptr,
-    partials_ptr,
-    loss_ptr,
-    grad_ptr,
-    stats_ptr,
-    flags_ptr,
-    rows,
-    classes,
-    logits_stride_b,
-    logits_stride_c,
-    labels_stride,
-    grad_stride_b,
-    ignore_index,
-    RELEASED: tl.constexpr,
-    HAS_T_WRONG: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    WARMUP: tl.constexpr,
-    NEED_GRAD: tl.constexpr,
-    RECOMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits_ptr, labels_ptr, distance_ptr, batch_ptr, constants_ptr, ticket_ptr, partials_ptr, loss_ptr, grad_ptr,
+    stats_ptr, flags_ptr, rows, classes, logits_stride_b, logits_stride_c, labels_stride, grad_stride_b, ignore_index,
+    RELEASED: tl.constexpr, HAS_T_WRONG: tl.constexpr, SMOOTH: tl.constexpr, WARMUP: tl.constexpr,
+    NEED_GRAD: tl.constexpr, RECOMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Loss, gradient and statistics of rows of up to BLOCK logits, held in registers.
 
     Pointers:
@@ -374,32 +354,11 @@ def _unpack_half(words, half: tl.constexpr, opaque_zero, dtype: tl.constexpr):
 
 @triton.jit
 def packed_row_loss_kernel(
-    logits_ptr,
-    labels_ptr,
-    distance_ptr,
-    batch_ptr,
-    constants_ptr,
-    ticket_ptr,
-    partials_ptr,
-    loss_ptr,
-    grad_ptr,
-    stats_ptr,
-    flags_ptr,
-    rows,
-    classes,
-    logits_stride_b,
-    logits_stride_c,
-    labels_stride,
-    grad_stride_b,
-    ignore_index,
-    RELEASED: tl.constexpr,
-    HAS_T_WRONG: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    WARMUP: tl.constexpr,
-    NEED_GRAD: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    HALF: tl.constexpr,
-):
+    logits_ptr, labels_ptr, distance_ptr, batch_ptr, constants_ptr, ticket_ptr, partials_ptr, loss_ptr, grad_ptr,
+    stats_ptr, flags_ptr, rows, classes, logits_stride_b, logits_stride_c, labels_stride, grad_stride_b, ignore_index,
+    RELEASED: tl.constexpr, HAS_T_WRONG: tl.constexpr, SMOOTH: tl.constexpr, WARMUP: tl.constexpr,
+    NEED_GRAD: tl.constexpr, CHUNKS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     """Loss, gradient and statistics of half-precision rows, held in registers as packed pairs.
 
     A row is CHUNKS chunks of 2 HALF logits. Pointers as for ``loss_kernel``; logits_stride_c is 1.
@@ -566,31 +525,11 @@ def store_long_row_gradient(
 
 @triton.jit
 def long_row_loss_kernel(
-    logits_ptr,
-    labels_ptr,
-    distance_ptr,
-    batch_ptr,
-    constants_ptr,
-    ticket_ptr,
-    partials_ptr,
-    loss_ptr,
-    grad_ptr,
-    stats_ptr,
-    flags_ptr,
-    rows,
-    classes,
-    logits_stride_b,
-    logits_stride_c,
-    labels_stride,
-    grad_stride_b,
-    ignore_index,
-    RELEASED: tl.constexpr,
-    HAS_T_WRONG: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    WARMUP: tl.constexpr,
-    NEED_GRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits_ptr, labels_ptr, distance_ptr, batch_ptr, constants_ptr, ticket_ptr, partials_ptr, loss_ptr, grad_ptr,
+    stats_ptr, flags_ptr, rows, classes, logits_stride_b, logits_stride_c, labels_stride, grad_stride_b, ignore_index,
+    RELEASED: tl.constexpr, HAS_T_WRONG: tl.constexpr, SMOOTH: tl.constexpr, WARMUP: tl.constexpr,
+    NEED_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Loss, gradient and statistics of rows read in blocks, one program per row. Pointers as for ``loss_kernel``."""
     dtype = stats_ptr.dtype.element_ty
     d_min, spread, count, w_bar, inactive = _batch_terms(batch_ptr, dtype, RELEASED, WARMUP)
@@ -631,22 +570,10 @@ def long_row_loss_kernel(
 
 @triton.jit
 def batch_sums_kernel(
-    logits_ptr,
-    labels_ptr,
-    distance_ptr,
-    batch_ptr,
-    constants_ptr,
-    ticket_ptr,
-    partials_ptr,
-    rows,
-    classes,
-    logits_stride_b,
-    logits_stride_c,
-    labels_stride,
-    ignore_index,
-    FLOAT64: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits_ptr, labels_ptr, distance_ptr, batch_ptr, constants_ptr, ticket_ptr, partials_ptr, rows, classes,
+    logits_stride_b, logits_stride_c, labels_stride, ignore_index,
+    FLOAT64: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Number of accepted rows, number of rows of weight 1, and sum of the other valid rows' distances.
 
     Pointers:
@@ -779,7 +706,6 @@ def loss_forward(
     distance: Tensor,
     batch: Tensor,
     ticket: Tensor,
-    *,
     variant: str,
     t_min: float,
     t_max: float,
@@ -872,7 +798,6 @@ def batch_sums(
     distance: Tensor,
     batch: Tensor,
     ticket: Tensor,
-    *,
     confidence_threshold: float,
     ignore_index: int,
 ) -> None:
@@ -887,11 +812,9 @@ def batch_sums(
 
 @triton.jit
 def scale_kernel(
-    values_ptr,
-    factor_ptr,
-    size,
+    values_ptr, factor_ptr, size,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Multiply values in place by a scalar; a factor of 1 moves no memory.
 
     Pointers:

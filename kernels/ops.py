@@ -1,6 +1,7 @@
 """Launchers as torch operators, which torch.compile keeps in its graph.
 
-Eager mode calls the launchers directly: the dispatcher would take longer than the kernels.
+Eager mode calls the launchers directly: the dispatcher would take longer than the kernels. No launcher has keyword-only
+arguments, because Inductor passes those of an operator by position.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ loss_forward = torch.library.custom_op(
     loss.loss_forward,
     mutates_args={"ticket"},
     schema=(
-        "(Tensor logits, Tensor labels, Tensor distance, Tensor batch, Tensor(a!) ticket, *, str variant, "
+        "(Tensor logits, Tensor labels, Tensor distance, Tensor batch, Tensor(a!) ticket, str variant, "
         "float t_min, float t_max, float? t_wrong, float confidence_threshold, float label_smoothing, "
         "int ignore_index, bool warmup, bool need_grad) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
@@ -46,12 +47,13 @@ def _(queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor, std: 
 
 @batch_sums.register_fake
 @push.register_fake
-def _(*_: Any, **__: Any) -> None:
+def _(*_: Any) -> None:
     return None
 
 
 @loss_forward.register_fake
-def _(logits: Tensor, *_: Any, need_grad: bool, **__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_grad = options[-1]
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     stored = wide if logits.dtype == torch.float16 else logits.dtype
     rows = logits.shape[0]

@@ -26,17 +26,9 @@ def _load_rows(mean_ptr, std_ptr, accepted_ptr, r, rows, HAS_ACCEPTED: tl.conste
 
 @triton.jit
 def push_kernel(
-    queue_mean_ptr,
-    queue_std_ptr,
-    cursor_ptr,
-    mean_ptr,
-    std_ptr,
-    accepted_ptr,
-    rows,
-    capacity,
-    HAS_ACCEPTED: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    queue_mean_ptr, queue_std_ptr, cursor_ptr, mean_ptr, std_ptr, accepted_ptr, rows, capacity,
+    HAS_ACCEPTED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Append rows to a ring buffer in batch order.
 
     Pointers:

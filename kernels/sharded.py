@@ -18,14 +18,9 @@ from tal_fast.kernels.loss import LONG_BLOCK, exp_sums_long_row, num_warps_for, 
 
 @triton.jit
 def scan_kernel(
-    logits_ptr,
-    out_ptr,
-    classes,
-    logits_stride_b,
-    logits_stride_c,
-    FLOAT64: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits_ptr, out_ptr, classes, logits_stride_b, logits_stride_c,
+    FLOAT64: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Largest logit, its index, norm, sum, and 1 where all logits are finite, of each row.
 
     Pointers:
@@ -64,17 +59,9 @@ def scan_kernel(
 
 @triton.jit
 def exp_sums_kernel(
-    logits_ptr,
-    local_label_ptr,
-    z_max_ptr,
-    scale_ptr,
-    out_ptr,
-    classes,
-    logits_stride_b,
-    logits_stride_c,
-    FLOAT64: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits_ptr, local_label_ptr, z_max_ptr, scale_ptr, out_ptr, classes, logits_stride_b, logits_stride_c,
+    FLOAT64: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Exponential sums of each row without its label, and x = z - z_max at the label.
 
     Pointers:
@@ -101,17 +88,9 @@ def exp_sums_kernel(
 
 @triton.jit
 def gradient_kernel(
-    logits_ptr,
-    local_label_ptr,
-    valid_ptr,
-    terms_ptr,
-    grad_ptr,
-    classes,
-    logits_stride_b,
-    logits_stride_c,
-    FLOAT64: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits_ptr, local_label_ptr, valid_ptr, terms_ptr, grad_ptr, classes, logits_stride_b, logits_stride_c,
+    FLOAT64: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Gradient of each row by these columns.
 
     Pointers:

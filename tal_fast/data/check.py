@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base as Tag
 
 from tal_fast.data.image_folder import EXTENSIONS, odd_pixels, why
-from tal_fast.utils.io import write_atomically
+from tal_fast.utils.io import replacing
 from tal_fast.utils.process import program_name
 
 PROBLEMS = {
@@ -161,7 +161,8 @@ def write_list(path: Path, usable: Sequence[str]) -> None:
         *(f"./{p}" if p.startswith("#") else p for p in usable),
     ]
     text = "".join(line + "\n" for line in lines).encode("utf-8", errors="surrogateescape")
-    write_atomically(path, lambda file: file.write(text))
+    with replacing(path) as temporary:
+        temporary.write_bytes(text)
 
 
 def _check_all(root: str, paths: Sequence[str], workers: int) -> Iterator[list[Finding] | None]:

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from tal_fast.data import imagenet
 from tal_fast.data.cache import cache_dir
-from tal_fast.utils.io import write_atomically
+from tal_fast.utils.io import replacing
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 """Endings, in any case, of the files that count as images; both loaders read all of them. Others are passed over."""
@@ -258,7 +258,8 @@ def _sizes(paths: Sequence[str], stamps: Sequence[tuple[int, int]]) -> np.ndarra
         pass  # not there or damaged: read the headers
     with ThreadPoolExecutor(_THREADS) as pool:
         sizes = np.array(list(pool.map(image_size, paths, chunksize=64)), np.int32)
-    write_atomically(cached, lambda file: np.save(file, sizes, allow_pickle=False))
+    with replacing(cached) as temporary:
+        np.save(temporary, sizes, allow_pickle=False)
     return sizes
 
 

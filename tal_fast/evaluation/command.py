@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from tal_fast.config.schema import DataConfig
     from tal_fast.evaluation.evaluation import Evaluation
     from tal_fast.metrics.settings import Mix
-    from tal_fast.utils.distributed import Ranks
 
 RUN_OPTIONS: dict[str, dict[str, Any]] = {
     "checkpoint": {"choices": ("best", "last"), "help": "Checkpoint of the run. Default: best."},
@@ -102,6 +101,7 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
     from tal_fast.evaluation.predictions import PassOptions
     from tal_fast.evaluation.report import EvaluationOptions
     from tal_fast.evaluation.sources import default_output, evaluate_npz, evaluate_run, evaluate_weights
+    from tal_fast.utils.distributed import Ranks
 
     options = EvaluationOptions(
         scores=[name for group in args.scores for name in group.split(",") if name],
@@ -116,7 +116,7 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
     if args.npz is not None:
         # There are no passes to share, so the first of torchrun's processes does everything.
         return evaluate_npz(args.npz, output, options) if os.environ.get("RANK", "0") == "0" else None, output
-    ranks = _start_ranks(args.device or "auto")
+    ranks = Ranks.start(args.device or "auto")
     try:
         shared: dict[str, Any] = {
             "ood": parse_named(args.ood, "--ood"),
@@ -132,17 +132,6 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
         return evaluate_weights(args.weights, model, data, output, interpolation=interpolation, **shared), output
     finally:
         ranks.stop()
-
-
-def _start_ranks(device: str) -> Ranks:
-    """Ranks of torchrun's processes, or of this process alone."""
-    import torch
-
-    from tal_fast.utils.distributed import Ranks, choose_device
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return Ranks.start(device)
-    return Ranks(0, 1, torch.device(choose_device(device)))
 
 
 def _data_config(args: argparse.Namespace) -> tuple[DataConfig, str]:

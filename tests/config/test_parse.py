@@ -164,7 +164,7 @@ def test_merging_changes_neither_side() -> None:
         ("--data.flip 1", "data.flip is 1 but must be bool"),
         ("--epochs 0", "epochs is 0 but must be at least 1"),
         ("--optim 3", "optim is 3 but must be a mapping"),
-        ("--method.name focal --method.options.gamma 3", "method.name is 'focal'; use 'ce' or "),
+        ("--method.name cee --method.options.gamma 3", "method.name is 'cee'; use 'ce' or "),
         ("--config digits-tal --method.options.gama 3", "method.options.gama is not an option; there are "),
     ],
 )

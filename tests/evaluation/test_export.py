@@ -25,7 +25,7 @@ class Logits(nn.Module):
 
 
 def tied_logits(samples: int = 3000, classes: int = 10) -> tuple[Tensor, Tensor]:
-    """80 different rows of logits on a coarse grid, a third of which saturate the softmax, and mostly correct labels."""
+    """80 different rows of logits on a coarse grid, a third with a saturated softmax, and mostly correct labels."""
     rng = np.random.default_rng(0)
     rows = rng.integers(-2, 3, size=(80, classes)).astype(np.float32)
     gap = rng.choice([2, 3, 40], size=80)

@@ -22,7 +22,7 @@ from tal_fast.scores.training_statistics import Training
 from tests.helpers.evaluation import write_npz
 
 
-def test_names_and_groups_of_scores_are_resolved() -> None:
+def test_score_names_and_groups_are_resolved() -> None:
     assert check_scores(["max-logit", "features", "knn"]) == ["max_logit", *FEATURE_SCORES]
     with pytest.raises(ValueError, match="unknown score margin; choose from cosine, msp,"):
         check_scores(["cosine", "margin"])

@@ -6,27 +6,38 @@ import pytest
 import torch
 
 from tal_fast.loss import reference
-from tests.helpers.loss_cases import CASES, exact, golden, options, random_batch, random_queue, relative, trace
+from tests.helpers.backends import every_variant
+from tests.helpers.loss_cases import (
+    CASES,
+    exact,
+    golden,
+    options,
+    random_batch,
+    random_queue,
+    reference_loss,
+    relative,
+    trace,
+)
 
 TOLERANCE = {torch.float64: (1e-12, 1e-7), torch.float32: (1e-5, 1e-5)}  # loss; gradient (golden: stored in float32)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("variant", ["paper", "released"])
+@every_variant
 @pytest.mark.parametrize("case", CASES)
 def test_golden_case(case: str, variant: str, dtype: torch.dtype) -> None:
     g = golden(case)
     logits = g["logits"].to(dtype).requires_grad_()
     mean, std = reference.feature_statistics(g["features"].to(dtype))
     distance = reference.nearest_distance(mean, std, g["queue_mean"].to(dtype), g["queue_std"].to(dtype))
-    loss, stats = reference.tal_loss(logits, g["labels"], distance, **options(g, variant), warmup=bool(g["warmup"]))
+    loss, stats = reference_loss(logits, g["labels"], distance, **options(g, variant), warmup=bool(g["warmup"]))
     (grad,) = torch.autograd.grad(loss, logits)
 
     loss_tol, grad_tol = TOLERANCE[dtype]
     assert loss.dtype == dtype
     assert relative(loss, g[f"{variant}/loss"]) <= loss_tol
     assert relative(grad, g[f"{variant}/grad"]) <= grad_tol
-    assert torch.equal(stats.right, g["correct"])
+    assert torch.equal(stats.correct, g["correct"])
     if dtype == torch.float64:
         if len(g["queue_mean"]):
             assert relative(distance, g["distance"]) <= 1e-12
@@ -47,14 +58,14 @@ def test_golden_push(case: str) -> None:
         torch.testing.assert_close(got, g[key].double(), rtol=1e-7, atol=0)
 
 
-@pytest.mark.parametrize("variant", ["paper", "released"])
+@every_variant
 def test_golden_trace(variant: str) -> None:
     t = trace()
     queue = torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
     for step in range(len(t["logits"])):
         mean, std = reference.feature_statistics(t["features"][step].double())
         distance = reference.nearest_distance(mean, std, *queue)
-        loss, stats = reference.tal_loss(
+        loss, stats = reference_loss(
             t["logits"][step].double(),
             t["labels"][step],
             distance,
@@ -70,30 +81,30 @@ def test_golden_trace(variant: str) -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("t_wrong", [20.0, None])
-@pytest.mark.parametrize("variant", ["paper", "released"])
-def test_closed_form(variant: str, t_wrong: float | None, smoothing: float) -> None:
+@every_variant
+def test_loss_and_gradient_equal_the_closed_form(variant: str, t_wrong: float | None, smoothing: float) -> None:
     logits, features, labels = random_batch(40, 17)
     labels[3] = labels[11] = -100
     logits = logits.double().requires_grad_()
     mean, std = reference.feature_statistics(features.double())
     distance = reference.nearest_distance(mean, std, *(q.double() for q in random_queue(200)))
     kwargs = {"variant": variant, "t_wrong": t_wrong, "label_smoothing": smoothing}
-    loss, stats = reference.tal_loss(logits, labels, distance, **kwargs)
+    loss, stats = reference_loss(logits, labels, distance, **kwargs)
     (grad,) = torch.autograd.grad(loss, logits)
     true_loss, true_grad = exact(logits, labels, stats.typicalness, **kwargs)
     assert relative(loss, true_loss) <= 1e-12
     assert relative(grad, true_grad) <= 1e-12
 
 
-@pytest.mark.parametrize("variant", ["paper", "released"])
-def test_summary_of_the_batch_itself_changes_nothing(variant: str) -> None:
+@every_variant
+def test_summary_of_the_batch_itself_gives_the_same_loss(variant: str) -> None:
     logits, features, labels = random_batch(64, 10)
     labels[5] = -100
     mean, std = reference.feature_statistics(features.double())
     distance = reference.nearest_distance(mean, std, *(q.double() for q in random_queue(300)))
-    batch = reference.batch_summary(logits.double(), labels, distance)
-    alone, _ = reference.tal_loss(logits.double(), labels, distance, variant=variant)
-    given, _ = reference.tal_loss(logits.double(), labels, distance, variant=variant, batch=batch)
+    summary = reference.batch_summary(logits.double(), labels, distance)
+    alone, _ = reference_loss(logits.double(), labels, distance, variant=variant)
+    given, _ = reference_loss(logits.double(), labels, distance, variant=variant, summary=summary)
     assert relative(given, alone) <= 1e-12
 
 
@@ -106,7 +117,7 @@ def test_statistics_are_rounded_once() -> None:
     assert torch.equal(std, wide.std(1).float())
 
 
-def test_length_limits_the_queue() -> None:
+def test_only_the_first_entries_of_the_queue_count() -> None:
     mean, std = torch.rand(9), torch.rand(9)
     queue_mean, queue_std = random_queue(70_000)  # more than one chunk
     for length in (0, 1, 69_999):

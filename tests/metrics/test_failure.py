@@ -370,5 +370,3 @@ def test_examples_of_the_documentation() -> None:
     path = Path(__file__).parents[2] / "docs" / "metrics.md"
     failed, tried = doctest.testfile(str(path), module_relative=False)
     assert (failed, tried) == (0, 9)
-
-

@@ -1,4 +1,4 @@
-"""Temperature scaling: the minimum of cross-entropy, on samples that take part in nothing else."""
+"""Temperature scaling: the minimum of cross-entropy, and the split into held-out samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray, temperature: float) ->
 
 
 @pytest.mark.parametrize("true", [0.2, 1.0, 7.0])
-def test_it_is_the_minimum_of_cross_entropy(true: float) -> None:
+def test_the_temperature_minimises_cross_entropy(true: float) -> None:
     logits, labels = sampled(true)
     found = fit_temperature(logits, labels)
     want = scipy.optimize.minimize_scalar(
@@ -36,16 +36,16 @@ def test_it_is_the_minimum_of_cross_entropy(true: float) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_it_scales_with_the_logits_and_their_type_does_not_matter(scale: float) -> None:
+def test_the_temperature_scales_with_logits_of_any_type(scale: float) -> None:
     logits, labels = sampled(2.0)
     want = fit_temperature(logits, labels)
     assert fit_temperature(scale * logits, labels) == pytest.approx(scale * want, rel=1e-8)
     assert fit_temperature(logits.astype(np.float32), labels) == pytest.approx(want, rel=1e-5)
 
 
-def test_no_minimum_is_said() -> None:
+def test_logits_without_a_minimum_are_refused() -> None:
     labels = np.arange(20) % 5
-    with pytest.raises(ValueError, match="all 20 held-out samples are classified right"):
+    with pytest.raises(ValueError, match="all 20 held-out samples are classified correctly"):
         fit_temperature(np.eye(5)[labels], labels)
     with pytest.raises(ValueError, match="no more than chance"):
         fit_temperature(-np.eye(5)[labels], labels)
@@ -55,7 +55,7 @@ def test_no_minimum_is_said() -> None:
         fit_temperature(np.zeros((0, 5)), np.zeros(0, int))
 
 
-def test_held_out_samples_are_a_part() -> None:
+def test_held_out_samples_and_the_rest_are_a_partition() -> None:
     fit, rest = held_out(100, 0.3, seed=4)
     assert (len(fit), len(rest)) == (30, 70)
     assert sorted([*fit, *rest]) == list(range(100))
