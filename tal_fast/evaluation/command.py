@@ -20,6 +20,7 @@ from tal_fast.config.names import (
     UNITS,
 )  # fmt: skip
 from tal_fast.utils.arguments import ArgumentParser, at_least, checked, whole_number
+from tal_fast.utils.logs import console_logging
 from tal_fast.utils.process import program_name
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         check_source(args)
-        evaluation, output = _evaluate(args)
+        with console_logging():
+            evaluation, output = _evaluate(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
