@@ -26,11 +26,7 @@ OVER = ("images", "seeds", "both")
 
 
 def add_differences(
-    groups: Sequence[Group],
-    baseline: Group,
-    columns: Sequence[Column],
-    resamples: int,
-    over: str = "images",
+    groups: Sequence[Group], baseline: Group, columns: Sequence[Column], resamples: int, over: str = "images"
 ) -> None:
     """Fill in every other group's differences to the baseline.
 

@@ -47,10 +47,6 @@ def risk_coverage(evaluation: Evaluation, path: str | Path) -> None:
     Old FD and, below it, each shifted set have the first column; each OOD set has a row of the other two. There is a
     line per score. Grey lines are the lower bound (dashed, every error ranked last) and a random score (dotted). The
     area under a line is its AURC in the convention ``tal_fast``.
-
-    Args:
-        evaluation: evaluation to draw.
-        path: path of the PNG.
     """
     kinds_of_settings = [key.partition("/")[0] for key in evaluation.settings]
     rows = max(1 + kinds_of_settings.count("shift"), kinds_of_settings.count("ood"))
@@ -87,10 +83,6 @@ def confidence_histogram(evaluation: Evaluation, path: str | Path) -> None:
     """Draw histograms of the scores of correct, incorrect and OOD samples, each as shares of the kind's own size.
 
     There is a panel per score. All samples are drawn, whatever the mix; shifted sets are not.
-
-    Args:
-        evaluation: evaluation to draw.
-        path: path of the PNG.
     """
     samples = evaluation.samples
     columns = min(3, len(samples.id_scores))

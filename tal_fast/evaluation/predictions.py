@@ -45,13 +45,8 @@ CACHE = "eval-cache"
 def check_finite(outputs: Outputs, name: str, indices: Ints | None = None) -> None:
     """Check that logits and features are finite.
 
-    Args:
-        outputs: outputs to check.
-        name: name of the split or array, for the message.
-        indices: (n,) positions of the samples in the split; default 0..n−1.
-
     Raises:
-        ValueError: a value is NaN or infinite; the message names the first such sample.
+        ValueError: a value is not; the message names ``name`` and the first such sample, by its entry in ``indices``.
     """
     for what, values in (("logits", outputs.logits), ("features", outputs.features)):
         if values is None:
