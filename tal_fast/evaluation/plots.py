@@ -14,7 +14,7 @@ import numpy as np
 
 from tal_fast.evaluation.evaluation import Evaluation
 from tal_fast.evaluation.tables import printable, setting_title
-from tal_fast.metrics.curves import histograms, kinds, oracle_risk
+from tal_fast.metrics.curves import histograms, oracle_risk, scores_by_kind
 from tal_fast.utils.io import replacing
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def confidence_histogram(evaluation: Evaluation, path: str | Path) -> None:
     for axis in axes.flat[len(samples.id_scores) :]:
         axis.set_visible(False)
     for axis, (score, values) in zip(axes.flat, samples.id_scores.items(), strict=False):
-        groups = kinds(samples.correct, values, samples.ood_scores, score)
+        groups = scores_by_kind(samples.correct, values, samples.ood_scores, score)
         edges, shares = histograms(list(groups.values()))
         axis.set(title=score, xlabel=f"confidence ({score})", ylabel=SHARE_TITLE)
         axis.grid(alpha=0.3)

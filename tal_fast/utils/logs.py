@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints messages on stdout, and warnings on stderr after the word ``warning``."""
+    """Prints messages on stdout, and warnings and errors on stderr after their level, such as ``warning: ``."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING
