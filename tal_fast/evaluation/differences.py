@@ -22,7 +22,7 @@ from tal_fast.metrics.settings import Mix
 from tal_fast.utils.arrays import Floats
 
 OVER = ("images", "seeds", "both")
-"""What intervals are over."""
+"""Sources of variation that intervals cover: test images, seeds of training, or both."""
 
 
 def add_differences(

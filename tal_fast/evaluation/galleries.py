@@ -83,7 +83,7 @@ def confidence_galleries(samples: Samples, score: str) -> list[Gallery]:
 
 def typicalness_galleries(typicalness: TrainTypicalness) -> list[Gallery]:
     """Choose the least and the most typical training images."""
-    # By distance, which tells apart images whose typicalness rounds to the same number.
+    # Distances differ where the typicalness rounds to the same number.
     distance = typicalness.distance
     everything = np.ones(len(distance), dtype=bool)
     return [

@@ -89,7 +89,7 @@ class Samples:
         return scored_settings(self.correct, self.id_scores, self.ood_scores, self.shifts, mix, seed)
 
     def with_score(self, score: str) -> Samples:
-        """The same samples with a single score."""
+        """Copy of the samples with a single score."""
         return replace(
             self,
             id_scores={score: self.id_scores[score]},

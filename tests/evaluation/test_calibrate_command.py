@@ -17,12 +17,12 @@ from tal_fast.evaluation.export import SelectiveClassifier
 from tal_fast.evaluation.selective import choose_threshold, split_samples
 from tal_fast.runs.load import load_run
 from tal_fast.scores.logits import SCORES
-from tests.helpers.evaluation import SMALL, make_run
+from tests.helpers.evaluation import make_run
 
 
 def fitted_run(folder: Path) -> Path:
     """A run whose last layer is fitted to the validation images, so that many predictions are correct."""
-    make_run(folder, data=SMALL)
+    make_run(folder)
     path = folder / "checkpoints" / "best.pt"
     content = torch.load(path, weights_only=True)
     run = load_run(folder)
