@@ -16,7 +16,7 @@ from tal_fast.config.schema import MethodConfig, ModelConfig, OptimConfig
 from tal_fast.methods import Task, build_method
 from tal_fast.models import build_model
 from tal_fast.training.optim import build_optimizer
-from tal_fast.training.runtime import Execution
+from tal_fast.training.runtime import Runtime
 from tal_fast.training.train_step import TrainStep
 
 
@@ -65,7 +65,7 @@ def make_training(
     optimizer = build_optimizer(OptimConfig(lr=0.01), network)
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if case.dtype == "bfloat16" else None
-    train_step = TrainStep(network, loss_fn, Execution(device, dtype, compile=on_gpu, channels_last=True))
+    train_step = TrainStep(network, loss_fn, Runtime(device, dtype, compile=on_gpu, channels_last=True))
     if on_gpu:
         train_step.compile()
 

@@ -36,7 +36,7 @@ timeout $((seconds + 60)) "$python" -m bench.gpu --seconds "$seconds" --out "$ou
 
 echo "== GPU tests ($SECONDS s)"
 # The files with such tests only: others import packages that this machine need not have.
-mapfile -t files < <(grep -rl --include="test_*.py" "mark.gpu" tests)
+mapfile -t files < <(grep -rlE --include="test_*.py" "mark\.gpu|gpu_too" tests)
 timeout $((limit - SECONDS)) "$python" -m pytest -m gpu "${files[@]}" -q --maxfail=20 --tb=short -p no:cacheprovider 2>&1 | tee "$out/tests.txt" | tail -n 30
 [ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
 exit $failed

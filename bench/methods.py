@@ -28,7 +28,7 @@ from tal_fast.experiments.parse import read_experiment
 from tal_fast.experiments.results import Results, groups_of, read_results
 from tal_fast.experiments.table import format_results
 from tal_fast.metrics.ranking import risk_coverage_curve
-from tal_fast.metrics.settings import Mix, judged_settings
+from tal_fast.metrics.settings import Mix, scored_settings
 
 RESULTS = ROOT / "bench" / "results" / "methods"
 EXPERIMENTS = ROOT / "examples" / "experiments"
@@ -304,7 +304,7 @@ def measure_curves(folder: Path) -> dict[str, Any]:
             id_scores = {score: samples[f"id/{score}"]}
             ood_scores = {name: {score: samples[f"ood/{name}/{score}"]} for name in report["ood_names"]}
             correct = samples["right"]
-        judged = judged_settings(correct, id_scores, ood_scores, mix=Mix.parse(report["mix"]), seed=report["seed"])
+        judged = scored_settings(correct, id_scores, ood_scores, mix=Mix.parse(report["mix"]), seed=report["seed"])
         for setting, one in judged.items():
             if setting == "old_fd" or setting.startswith("new_fd"):
                 curve = risk_coverage_curve(one.confidences()[score], one.setting.success)

@@ -3,7 +3,7 @@
 Both checkouts train every method anew for two epochs and go on with the interrupted runs of version 0.1.0 that lie in
 tests/data, then evaluate. Compared are all tensors and numbers of the final checkpoints, metrics.csv but for its
 timings, and the metrics of report.json. Only the command line is used, with the options as 0.1.0 spells them. Both run
-on the CPU with one thread and the C++ extension, which is built where a checkout has none.
+on the CPU with one thread and the C++ extension, which is built where a checkout has none or an outdated one.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class Code:
         link = source / "tal_fast" / "kernels"
         if not link.exists():
             link.symlink_to("../kernels")
-        if not list((source / "tal_fast").rglob("_C.*")):
+        built = [path.stat().st_mtime for path in (source / "tal_fast").rglob("_C.*")]
+        if max(built, default=0.0) < max(path.stat().st_mtime for path in (source / "csrc").iterdir()):
             self.run(["setup.py", "build_ext", "--inplace"], source)
         found = Path(self.run(["-c", "import tal_fast; print(tal_fast.__file__)"]).strip())
         if found.parents[1] != source:

@@ -1,9 +1,9 @@
-// A grid of cells over the plane of (mean, std), fine where a sample of points is dense.
+// Grid of cells over the (mean, std) plane that adapts to the density of a sample of points.
 //
-// Knots at quantiles of the sample cut the plane into strips by mean and each strip into tiles by std, so that tiles
-// hold about equally many points; a tile is cut evenly into cells that are about square. Knots go into gaps where there
-// are some, and a value that many points share has a strip or a tile of its own. Every step from a point to its cell is
-// monotone in floating point, so that the cells of a box of the plane hold every point in it, exactly.
+// Knots at quantiles of the sample cut the plane into strips by mean, and each strip into tiles by std, so that tiles
+// hold about equally many points. A tile is cut evenly into roughly square cells. Knots are moved into gaps of the
+// sample where it has some, and a value that many points share gets a strip or a tile of its own. Every step from a
+// point to its cell is monotone in floating point, so the cells of a box hold every point of the box, exactly.
 #pragma once
 
 #include <algorithm>
@@ -24,23 +24,24 @@ class Grid {
   struct Tile {
     T mean_low, std_low, mean_scale, std_scale;  // column = (mean - mean_low) * mean_scale, within [0, columns)
     uint32_t columns, rows, first_cell;
-    uint32_t newest;  // number of the newest entry, for its owner
+    uint32_t newest;  // number of the newest entry; set by the owner of the grid
   };
 
-  // Cells of a grid made for so many points: two points a cell are the quickest to search.
+  // Number of cells for a number of points: two points per cell are the fastest to search.
   static int64_t cells_for(int64_t points) { return std::max<int64_t>(1, points / 2); }
 
-  // Strips, and tiles a strip: a power of 2 such that a tile has 64 cells or more; 4,096 tiles are 128 KB, which stay
-  // in the L2 cache.
+  // Number of strips, and of tiles per strip: a power of 2 such that a tile has at least 64 cells. The limit of 64 x 64
+  // tiles keeps them (128 KB) in the L2 cache.
   static int side_for(int64_t points) {
     int side = 1;
     while (side < 64 && 4 * side * side * 64 <= cells_for(points)) side *= 2;
     return side;
   }
 
-  // Points that `build` wants to see: 8 a tile, or more where that is cheap.
+  // Sample size for `build`: 8 points per tile, and at least 2,048.
   static int64_t sample_for(int64_t points) { return std::max(8 * side_for(points) * side_for(points), 2048); }
 
+  // Bytes of memory for a number of points.
   static int64_t bytes(int64_t points) {
     const int64_t side = side_for(points), tiles = side * side;
     const int64_t all = side * sizeof(T) + tiles * (sizeof(T) + sizeof(Tile)) +
@@ -48,7 +49,7 @@ class Grid {
     return (all + 63) / 64 * 64;
   }
 
-  // A view of `bytes(points)` bytes at `at`; `build` gives them their meaning, except that heads keep what is there.
+  // View of the `bytes(points)` bytes at `at`. `build` initialises them, except for the heads; see `clear_heads`.
   Grid(uint8_t* at, int64_t points)
       : side_(side_for(points)),
         cells_(cells_for(points)),
@@ -58,11 +59,11 @@ class Grid {
         heads_(reinterpret_cast<uint32_t*>(tile_knots_ + side_ * side_)) {}
 
   Tile& tile(int64_t i) const { return tiles_[i]; }
-  // One value a cell, for the owner: the number of its newest entry.
+  // Number of the newest entry of a cell; set by the owner of the grid.
   uint32_t& head(uint32_t cell) const { return heads_[cell]; }
   void clear_heads() { std::fill_n(heads_, cells_ + side_ * side_, 0u); }
 
-  // From a point to its tile in two steps, each of which fetches ahead what the next one reads.
+  // Strip of a mean, and tile of a point. Each prefetches what the next lookup reads.
   int strip_of(T mean) const {
     const int strip = interval(strip_knots_, mean);
     const T* knots = tile_knots_ + strip * side_;
@@ -75,7 +76,7 @@ class Grid {
     return i;
   }
 
-  // The longer side of the tile's cells; 0 where the tile is one point.
+  // Longer side of the tile's cells; 0 if the tile is a single point.
   static T reach(const Tile& tile) {
     return std::max(tile.mean_scale > 0 ? 1 / tile.mean_scale : T(0), tile.std_scale > 0 ? 1 / tile.std_scale : T(0));
   }
@@ -85,8 +86,10 @@ class Grid {
            step(mean, tile.mean_low, tile.mean_scale, tile.columns);
   }
 
-  // visit(tile, first column, last, first row, last) for cells that hold every point of the box around `center`, which
-  // is in tile `home`, less the tiles no nearer to it than squared distance `*best`, which visits may lower.
+  // Call visit(tile, first column, last column, first row, last row) for cells that hold every point of a box.
+  //
+  // `center` is the query, in tile `home`. Tiles whose squared distance to it is not below `*best` are skipped; visits
+  // may lower `*best`.
   template <typename Visit>
   void cover(Point<T> low, Point<T> high, Point<T> center, int home, const T* best, Visit&& visit) const {
     const auto look = [&](const Tile& t) {
@@ -110,8 +113,8 @@ class Grid {
     }
   }
 
-  // Lay the grid by a sample, which is sorted in place. Returns how evenly it lies over the tiles: their entropy in
-  // bits, repeated points counted once.
+  // Build the grid from a sample, which is sorted in place. Returns the entropy, in bits, of the sample's distribution
+  // over the tiles, with repeated points counted once.
   double build(Point<T>* sample, int64_t count) {
     const auto by_mean = [](const Point<T>& a, const Point<T>& b) { return a.mean < b.mean; };
     const auto by_std = [](const Point<T>& a, const Point<T>& b) { return a.std < b.std; };
@@ -151,14 +154,14 @@ class Grid {
     double low, width;
   };
 
-  // Points that differ from the one before them.
+  // Number of points that differ from their predecessor.
   static int64_t distinct(const Point<T>* from, const Point<T>* to) {
     int64_t count = from < to;
     for (const Point<T>* p = from + 1; p < to; ++p) count += p->mean != p[-1].mean || p->std != p[-1].std;
     return count;
   }
 
-  // Which of `side_` intervals x lies in: how many of the rising knots are <= x.
+  // Index of the interval that holds x: the number of sorted knots <= x.
   int interval(const T* knots, T x) const {
     int at = 0;
     for (int half = side_ / 2; half > 0; half /= 2) at += knots[at + half - 1] <= x ? half : 0;
@@ -180,9 +183,10 @@ class Grid {
     return at > 0 ? (at < static_cast<T>(count - 1) ? static_cast<uint32_t>(at) : count - 1) : 0;
   }
 
-  // side_ - 1 knots that part the sorted points evenly, each moved to a gap that is most of the way to its neighbours
-  // and has more than a few points on either side; a value that would be a knot twice is followed by the next larger
-  // one. +inf where values run out.
+  // Choose side_ - 1 knots that split the sorted points evenly.
+  //
+  // A knot moves to a gap if the gap takes up more than half of its range and has more than a few points on either
+  // side. A value that would be a knot twice is followed by the next larger one. Unused knots are +inf.
   void choose_knots(const Point<T>* p, int64_t count, T Point<T>::* value, T* knots) const {
     std::fill_n(knots, side_, std::numeric_limits<T>::infinity());
     const int64_t reach = count / (2 * side_);
@@ -199,13 +203,13 @@ class Grid {
     }
   }
 
-  // Where the cells of an interval lie: as far as its knots and the points reach, but not to a few far ones (those
-  // share the outermost cells).
+  // Range covered by the cells of an interval: that of its points, within its knots and without a few outliers, which
+  // share the outermost cells.
   Extent extent(const Point<T>* from, const Point<T>* to, T Point<T>::* value, const T* knots, int i) const {
     const int64_t count = to - from;
     if (count == 0) return {0, 0};
     const double quarter = from[count / 4].*value, half = from[count * 3 / 4].*value - quarter;
-    const double beyond = 2 * half / static_cast<double>(count);  // where the next point may be expected
+    const double beyond = 2 * half / static_cast<double>(count);  // expected distance of the next point
     double low = from->*value - beyond, high = to[-1].*value + beyond;
     if (half > 0) {
       low = std::max(low, quarter - half);
@@ -216,7 +220,7 @@ class Grid {
     return {low, std::max(0.0, high - low)};
   }
 
-  // About `cells` cells, as square as can be.
+  // Tile of about `cells` cells that are as square as possible.
   static Tile make_tile(Extent mean, Extent std, int64_t cells) {
     Tile t{static_cast<T>(mean.low), static_cast<T>(std.low), 0, 0, 1, 1, 0, 0};
     const double most = static_cast<double>(cells);

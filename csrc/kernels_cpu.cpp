@@ -1,4 +1,4 @@
-// Compiles kernels_cpu.inc once per instruction set and picks one at run time.
+// Compiles kernels_cpu.inc once per instruction set and selects one at run time.
 #include "kernels_cpu.h"
 
 #include <cstdlib>
@@ -9,10 +9,10 @@
 namespace tal_fast {
 namespace {
 
-// Rows that are not finite, or whose sum of squares overflows: rare, so plain and scalar. A NaN counts as the largest
-// value, as it does in torch.argmax.
+// Scalar scan of the rare rows that are not finite or whose sum of squares overflows. A NaN counts as the largest
+// value, as in torch.argmax.
 template <typename T>
-RowScan<T> scan_row_carefully(const T* z, int64_t classes) {
+RowScan<T> scan_row_scalar(const T* z, int64_t classes) {
   RowScan<T> scan{z[0], 0, 0, true};
   long double squares = 0;
   for (int64_t c = 0; c < classes; ++c) {
@@ -71,6 +71,7 @@ namespace avx512 {
 #endif
 #endif  // TAL_X86
 
+// Best instruction set of this machine, or a lower one chosen by TAL_FAST_ISA.
 Isa detect() {
 #if TAL_X86
   Isa isa = Isa::kBase;
@@ -78,9 +79,9 @@ Isa detect() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     isa = Isa::kAvx512;
-  if (const char* wanted = std::getenv("TAL_FAST_ISA")) {
-    if (!std::strcmp(wanted, "base")) return Isa::kBase;
-    if (!std::strcmp(wanted, "avx2") && isa == Isa::kAvx512) return Isa::kAvx2;
+  if (const char* choice = std::getenv("TAL_FAST_ISA")) {
+    if (!std::strcmp(choice, "base")) return Isa::kBase;
+    if (!std::strcmp(choice, "avx2") && isa == Isa::kAvx512) return Isa::kAvx2;
   }
   return isa;
 #else

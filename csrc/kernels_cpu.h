@@ -5,13 +5,13 @@
 
 namespace tal_fast {
 
-// What one pass over a row of logits finds. `finite`: every logit is.
+// Result of one pass over a row of logits.
 template <typename T>
 struct RowScan {
   T largest;
   T norm;
   int64_t argmax;
-  bool finite;
+  bool finite;  // whether every logit is finite
 };
 
 template <typename T>
@@ -21,16 +21,19 @@ struct CpuKernels {
   // best[b] = min(best[b], squared distance of (m[b], s[b]) to the queue's entries [begin, end)).
   void (*nearest_squared)(const T* queue_mean, const T* queue_std, int64_t begin, int64_t end, const T* m, const T* s,
                           int64_t batch, T* best);
+  // Largest logit, norm, arg-max and finiteness of a row.
   RowScan<T> (*scan_row)(const T* z, int64_t classes);
-  // Loss of one row of finite logits; writes `gradient_scale` times its gradient unless `gradient` is null. `work`
-  // holds row_work_size(classes) values.
+  // Loss of one row of finite logits; also writes `gradient_scale` times its gradient unless `gradient` is null. `work`
+  // is scratch memory of row_work_size(classes) values.
   T (*row_loss)(const T* z, int64_t classes, int64_t label, const RowScan<T>& scan, T temperature, T weight,
                 T smoothing, T norm_eps, T gradient_scale, T* work, T* gradient);
 };
 
+// Kernels of the instruction set in use.
 template <typename T>
 const CpuKernels<T>& cpu_kernels();
 
+// Three rows, each padded by up to a pack.
 inline int64_t row_work_size(int64_t classes) { return 3 * (classes + 16); }
 
 // Name of the instruction set in use: base, avx2 or avx512.

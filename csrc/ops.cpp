@@ -1,8 +1,8 @@
-// Schemas of the tal_fast operators. Their CPU kernels are in ops_cpu.cpp and step_cpu.cpp, the CUDA ones in queue_cuda.cu.
+// Schemas of the tal_fast operators. CPU kernels are in ops_cpu.cpp and step_cpu.cpp, CUDA kernels in queue_cuda.cu.
 //
-// A queue is a ring: `queue_mean`, `queue_std` (N,) in float32 or float64, and `cursor` (2,) int64 = [slot the next
-// entry goes to, number of entries], all on one device so that no step reads anything back to the host. On the CPU a
-// queue may have an `index` beside it (index.h), which push_ keeps up to date and the search uses if it is.
+// A queue is a ring buffer: `queue_mean`, `queue_std` (N,) in float32 or float64, and `cursor` (2,) int64 = [next slot,
+// number of entries], all on one device, so that no step reads a value back to the host. On the CPU a queue may have an
+// `index` (index.h), which push_ updates and the search uses while it is up to date.
 #include <torch/library.h>
 
 #include <string>
@@ -17,46 +17,46 @@ TORCH_LIBRARY(tal_fast, m) {
   m.def(
       "nearest(Tensor queue_mean, Tensor queue_std, Tensor cursor, Tensor mean, Tensor std, Tensor? index=None) -> "
       "Tensor");
-  // -> mean, std, distance (B,) in the queue's dtype, and batch (6,) float64: see reference.batch_summary; the sums
-  // that need the logits are left 0.
+  // -> mean, std, distance (B,) in the queue's dtype, and batch (6,) float64 (tal_fast.loss.reference.batch_summary),
+  // with zeros for the sums that need the logits.
   m.def(
       "statistics_distance(Tensor features, Tensor labels, Tensor queue_mean, Tensor queue_std, Tensor cursor, "
       "int ignore_index, Tensor? index=None) -> (Tensor, Tensor, Tensor, Tensor)");
-  // -> batch (6,) with the sums that variant `released` needs of all rows before the loss of any.
+  // -> batch (6,) with the sums that variant `released` needs before the loss of any row.
   m.def(
       "batch_sums(Tensor logits, Tensor labels, Tensor distance, Tensor batch, float confidence_threshold, "
       "int ignore_index) -> Tensor");
-  // -> loss (), gradient (B, C) or empty, typicalness, weight, temperature (B,), right, accepted (B,) bool.
+  // -> loss (), gradient (B, C) or empty, typicalness, weight, temperature (B,), correct, accepted (B,) bool.
   m.def(
       "loss_forward(Tensor logits, Tensor labels, Tensor distance, Tensor batch, bool released, float t_min, "
       "float t_max, float? t_wrong, float confidence_threshold, float label_smoothing, int ignore_index, bool warmup, "
       "bool need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The same, the gradient in place of the logits.
+  // As loss_forward, with the gradient written over the logits.
   m.def(
       "loss_inplace_(Tensor(a!) logits, Tensor labels, Tensor distance, Tensor batch, bool released, float t_min, "
       "float t_max, float? t_wrong, float confidence_threshold, float label_smoothing, int ignore_index, bool warmup) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // All of the step but the push, on the CPU -> loss, gradient or empty, mean, std, distance, typicalness, weight,
-  // temperature, right, accepted.
+  // The step without the push, on the CPU -> loss, gradient or empty, mean, std, distance, typicalness, weight,
+  // temperature, correct, accepted.
   m.def(
       "step_forward(Tensor logits, Tensor features, Tensor labels, Tensor queue_mean, Tensor queue_std, Tensor cursor, "
       "Tensor? index, bool released, float t_min, float t_max, float? t_wrong, float confidence_threshold, "
       "float label_smoothing, int ignore_index, bool warmup, bool need_grad) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The whole step on the CPU -> loss, distance, typicalness, weight, temperature, right, accepted. The loss has a
-  // gradient by the logits; entries are pushed if `push`. Not for torch.compile, which takes the parts.
+  // The whole step on the CPU -> loss, distance, typicalness, weight, temperature, correct, accepted. The loss is
+  // differentiable by the logits; entries are pushed if `push`. torch.compile uses the parts instead.
   m.def(
       "step(Tensor logits, Tensor features, Tensor labels, Tensor(a!) queue_mean, Tensor(b!) queue_std, "
       "Tensor(c!) cursor, Tensor(d!)? index, bool released, float t_min, float t_max, float? t_wrong, "
       "float confidence_threshold, float label_smoothing, int ignore_index, bool warmup, bool push) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The same without a graph -> loss, its gradient by the logits, distance, ...
+  // As step, without an autograd graph -> loss, its gradient by the logits, distance, ...
   m.def(
       "step_with_gradient(Tensor logits, Tensor features, Tensor labels, Tensor(a!) queue_mean, Tensor(b!) queue_std, "
       "Tensor(c!) cursor, Tensor(d!)? index, bool released, float t_min, float t_max, float? t_wrong, "
       "float confidence_threshold, float label_smoothing, int ignore_index, bool warmup, bool push) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // Bytes of the `index` (uint8) of a queue on the CPU; 0 where brute force is as fast.
+  // Bytes of the `index` (uint8) of a queue on the CPU; 0 for capacities at which brute force is as fast.
   m.def("index_bytes(int capacity, bool double_precision) -> int", &tal_fast::index_bytes);
   m.def("cpu_isa() -> str", [] { return std::string(tal_fast::cpu_isa()); });
 #ifdef TAL_FAST_CUDA

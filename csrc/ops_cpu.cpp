@@ -1,4 +1,4 @@
-// CPU kernels of the tal_fast operators: checks, threads and dtypes around the row kernels of kernels_cpu.inc.
+// CPU operators: argument checks, threads and dtypes around the row kernels of kernels_cpu.inc.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ATen.h>
@@ -23,9 +23,10 @@ namespace {
 
 using at::Tensor;
 
-constexpr double kNormEps = 1e-7;
-constexpr double kRangeEps = 1e-8;
+constexpr double kNormEps = 1e-7;   // added to a row's norm; reference.NORM_EPS
+constexpr double kRangeEps = 1e-8;  // added to the batch's distance range; reference.RANGE_EPS
 
+// Call body(T{}) with T = double for float64, and float otherwise.
 template <typename F>
 void for_float_or_double(at::ScalarType type, F&& body) {
   if (type == at::kDouble) {
@@ -37,8 +38,8 @@ void for_float_or_double(at::ScalarType type, F&& body) {
 
 at::ScalarType compute_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// The rows of a (B, C) tensor as float or double, whatever its dtype and strides: rows that already are contiguous
-// values of that type are used in place, others are converted one at a time.
+// Rows of a (B, C) tensor as contiguous values of type T. Rows that are so already are used in place, others are
+// converted one at a time.
 template <typename T>
 class Rows {
  public:
@@ -47,7 +48,7 @@ class Rows {
       first_ = t.const_data_ptr<T>();
   }
 
-  // `buffer` holds size(1) values and is used when the row cannot be.
+  // `buffer` holds size(1) values; a converted row is written there.
   const T* row(int64_t i, T* buffer) const {
     if (first_) return first_ + i * step_;
     const int64_t n = tensor_.size(1), stride = tensor_.stride(1);
@@ -64,8 +65,8 @@ class Rows {
   int64_t step_;
 };
 
-// Where a row of the gradient is computed: in place if its tensor holds contiguous values of type T, else in a buffer
-// that is converted at the end of the row.
+// Memory for one row of the gradient: the tensor's own if its rows are contiguous values of type T, else a buffer that
+// is converted at the end of the row.
 template <typename T>
 class GradientRow {
  public:
@@ -78,7 +79,7 @@ class GradientRow {
       buffer_.resize(static_cast<size_t>(grad.size(1)));
   }
 
-  // Null where no gradient is wanted.
+  // Null if no gradient is computed.
   T* start(int64_t i) { return first_ ? first_ + i * step_ : buffer_.empty() ? nullptr : buffer_.data(); }
 
   void finish(int64_t i) {
@@ -96,11 +97,11 @@ class GradientRow {
   std::vector<T> buffer_;
 };
 
-// Rows per task such that a task is worth a thread: 65,536 values, 20 (statistics) to 100 (loss) microseconds of work.
-// Waking threads costs some 10 microseconds, and milliseconds where data-loading processes hold the other cores.
+// Rows per task: 65,536 values are 20 (statistics) to 100 (loss) microseconds of work. Waking a thread costs about
+// 10 microseconds, and milliseconds when data-loading processes occupy the other cores.
 int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, columns)); }
 
-// The queue's index over the block of memory given, if one is given.
+// Index over the given memory; none if the queue has no index.
 template <typename T>
 std::optional<QueueIndex<T>> index_of(const std::optional<Tensor>& index, int64_t capacity) {
   if (!index) return std::nullopt;
@@ -126,7 +127,7 @@ void push_cpu(Tensor& queue_mean, Tensor& queue_std, Tensor& cursor, const Tenso
     T *qm = queue_mean.mutable_data_ptr<T>(), *qs = queue_std.mutable_data_ptr<T>();
     const T *pm = m.const_data_ptr<T>(), *ps = s.const_data_ptr<T>();
     auto cells = index_of<T>(index, capacity);
-    const bool follows = cells && cells->describes(state[0], state[1]);
+    const bool index_is_current = cells && cells->matches(state[0], state[1]);
     std::vector<T> new_mean, new_std;
     for (int64_t b = 0; b < m.numel(); ++b) {
       if ((kept && !kept[b]) || !std::isfinite(pm[b]) || !std::isfinite(ps[b])) continue;
@@ -134,22 +135,24 @@ void push_cpu(Tensor& queue_mean, Tensor& queue_std, Tensor& cursor, const Tenso
       qs[state[0]] = ps[b];
       state[0] = state[0] + 1 == capacity ? 0 : state[0] + 1;
       state[1] = std::min(state[1] + 1, capacity);
-      if (!follows) continue;
+      if (!index_is_current) continue;
       new_mean.push_back(pm[b]);
       new_std.push_back(ps[b]);
     }
-    if (follows) cells->push(new_mean.data(), new_std.data(), static_cast<int64_t>(new_mean.size()));
-    // New, or the queue was loaded from a checkpoint.
-    if (cells && !follows) cells->rebuild(qm, qs, state[0], state[1]);
+    if (index_is_current) cells->push(new_mean.data(), new_std.data(), static_cast<int64_t>(new_mean.size()));
+    // A new queue, or one loaded from a checkpoint.
+    if (cells && !index_is_current) cells->rebuild(qm, qs, state[0], state[1]);
   });
 }
 
 namespace {
 
-// Squared distances are minimised per thread over a share of the queue, then over the threads: the minimum does not
-// depend on the order, so neither does the result on the number of threads.
+// Distances to the nearest entry by brute force.
+//
+// Each task takes the minimum over a part of the queue, then the minimum over the tasks is taken. A minimum does not
+// depend on the order, so the result does not depend on the number of threads.
 template <typename T>
-void nearest_into(const Tensor& queue_mean, const Tensor& queue_std, int64_t length, const T* m, const T* s,
+void nearest_by_brute_force(const Tensor& queue_mean, const Tensor& queue_std, int64_t length, const T* m, const T* s,
                   int64_t batch, T* distance) {
   const T *qm = queue_mean.const_data_ptr<T>(), *qs = queue_std.const_data_ptr<T>();
   const auto& kernels = cpu_kernels<T>();
@@ -169,14 +172,14 @@ void nearest_into(const Tensor& queue_mean, const Tensor& queue_std, int64_t len
   }
 }
 
-// The same by the index, if there is one and it is up to date; by brute force otherwise.
+// Distances to the nearest entry, by the index if it is up to date and by brute force otherwise.
 template <typename T>
 void search(const Tensor& queue_mean, const Tensor& queue_std, const Tensor& cursor,
             const std::optional<Tensor>& index, const T* m, const T* s, int64_t batch, T* distance) {
   const int64_t* state = cursor.const_data_ptr<int64_t>();
   const auto cells = index_of<T>(index, queue_mean.numel());
-  if (!cells || !cells->describes(state[0], state[1])) {
-    nearest_into<T>(queue_mean, queue_std, state[1], m, s, batch, distance);
+  if (!cells || !cells->matches(state[0], state[1])) {
+    nearest_by_brute_force<T>(queue_mean, queue_std, state[1], m, s, batch, distance);
     return;
   }
   const T *qm = queue_mean.const_data_ptr<T>(), *qs = queue_std.const_data_ptr<T>();
@@ -266,8 +269,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics_distance_cpu(const Tensor&
 }
 
 template <typename T>
-bool is_accepted(const RowScan<T>& scan, bool right, double threshold) {
-  return right && scan.finite && scan.largest / (scan.norm + static_cast<T>(kNormEps)) > static_cast<T>(threshold);
+bool is_accepted(const RowScan<T>& scan, bool correct, double threshold) {
+  return correct && scan.finite && scan.largest / (scan.norm + static_cast<T>(kNormEps)) > static_cast<T>(threshold);
 }
 
 void check_loss_inputs(const Tensor& logits, const Tensor& labels, const Tensor& distance) {
@@ -296,7 +299,7 @@ std::vector<RowScan<T>> scan_rows(const Rows<T>& rows, int64_t batch_size, int64
   return scans;
 }
 
-// The part of the summary that variant `released` needs of all rows before the loss of any.
+// Write the last three values of `summary`, which variant `released` needs before the loss of any row.
 template <typename T>
 void add_sums(const std::vector<RowScan<T>>& scans, const int64_t* label, const Tensor& distance,
               double confidence_threshold, int64_t ignore_index, double* summary) {
@@ -306,9 +309,9 @@ void add_sums(const std::vector<RowScan<T>>& scans, const int64_t* label, const 
     double accepted = 0, weight_1 = 0, distances = 0;
     for (size_t b = 0; b < scans.size(); ++b) {
       if (label[b] == ignore_index) continue;
-      const bool right = scans[b].argmax == label[b];
-      accepted += is_accepted(scans[b], right, confidence_threshold);
-      if (right && std::isfinite(pd[b])) {
+      const bool correct = scans[b].argmax == label[b];
+      accepted += is_accepted(scans[b], correct, confidence_threshold);
+      if (correct && std::isfinite(pd[b])) {
         distances += pd[b];
       } else {
         weight_1 += 1;
@@ -334,15 +337,15 @@ Tensor batch_sums_cpu(const Tensor& logits, const Tensor& labels, const Tensor& 
   return out;
 }
 
-// Mean weight of the batch from its sums: see reference.mean_weight.
+// Mean weight of the batch from its summary; see tal_fast.loss.reference.mean_weight.
 double mean_weight(const double* batch, bool warmup) {
   const double n_valid = batch[2], n_weighted = n_valid - batch[4];
   if (warmup || batch[3] == n_valid || n_weighted <= 0) return 1;
   return (batch[4] + n_weighted - (batch[5] - n_weighted * batch[0]) / (batch[1] - batch[0] + kRangeEps)) / n_valid;
 }
 
-// `grad` (B, C), in any of the dtypes, gets the gradient if it is defined; it may be `logits` itself. `summary` is of
-// the batch; the sums of `released` are added to it where they are not `summed`.
+// Loss, and gradient into `grad` if it is defined: (B, C) of any floating dtype, possibly `logits` itself. Unless
+// `summed`, the sums of variant `released` are added to `summary` first.
 LossOutput loss_into(const Tensor& logits, const Tensor& labels, const Tensor& distance, double* summary, bool summed,
                      const LossOptions& o, const Tensor& grad) {
   check_loss_inputs(logits, labels, distance);
@@ -375,7 +378,7 @@ LossOutput loss_into(const Tensor& logits, const Tensor& labels, const Tensor& d
     const T* pd = d.const_data_ptr<T>();
     T *tau = out.typicalness.mutable_data_ptr<T>(), *w = out.weight.mutable_data_ptr<T>(),
       *temp = out.temperature.mutable_data_ptr<T>();
-    bool *hit = out.right.mutable_data_ptr<bool>(), *accept = out.accepted.mutable_data_ptr<bool>();
+    bool *correct = out.correct.mutable_data_ptr<bool>(), *accept = out.accepted.mutable_data_ptr<bool>();
     const T d_min = static_cast<T>(summary[0]), range = static_cast<T>(summary[1]) - d_min + static_cast<T>(kRangeEps);
     const auto& kernels = cpu_kernels<T>();
     std::vector<T> row_losses(static_cast<size_t>(batch_size));
@@ -385,18 +388,18 @@ LossOutput loss_into(const Tensor& logits, const Tensor& labels, const Tensor& d
       for (int64_t b = begin; b < end; ++b) {
         T* row_grad = gradient.start(b);
         if (label[b] == o.ignore_index) {
-          tau[b] = 1, w[b] = 0, temp[b] = static_cast<T>(o.t_min), hit[b] = accept[b] = false, row_losses[b] = 0;
+          tau[b] = 1, w[b] = 0, temp[b] = static_cast<T>(o.t_min), correct[b] = accept[b] = false, row_losses[b] = 0;
           if (row_grad) std::fill_n(row_grad, classes, T(0));
           gradient.finish(b);
           continue;
         }
         const T* z = rows.row(b, buffer.data());
         const RowScan<T> scan = scans.empty() ? kernels.scan_row(z, classes) : scans[b];
-        hit[b] = scan.argmax == label[b];
-        accept[b] = is_accepted(scan, hit[b], o.confidence_threshold);
+        correct[b] = scan.argmax == label[b];
+        accept[b] = is_accepted(scan, correct[b], o.confidence_threshold);
         tau[b] = inactive || !std::isfinite(pd[b]) ? T(1) : 1 - (pd[b] - d_min) / range;
-        w[b] = hit[b] ? tau[b] : T(1);
-        temp[b] = !hit[b] && o.t_wrong ? static_cast<T>(*o.t_wrong)
+        w[b] = correct[b] ? tau[b] : T(1);
+        temp[b] = !correct[b] && o.t_wrong ? static_cast<T>(*o.t_wrong)
                                        : static_cast<T>(o.t_min) + (1 - tau[b]) * static_cast<T>(o.t_max - o.t_min);
         if (scan.finite) {
           row_losses[b] = kernels.row_loss(z, classes, label[b], scan, temp[b],
@@ -404,7 +407,7 @@ LossOutput loss_into(const Tensor& logits, const Tensor& labels, const Tensor& d
                                            static_cast<T>(o.label_smoothing), static_cast<T>(kNormEps),
                                            static_cast<T>(1 / count), work.data(), row_grad);
         } else {
-          // Plain cross-entropy is not finite here either, or a logit is -inf and the direction is undefined.
+          // Cross-entropy is not finite here either, or, with a logit of -inf, the direction is undefined.
           row_losses[b] = std::numeric_limits<T>::quiet_NaN();
           if (row_grad) std::fill_n(row_grad, classes, std::numeric_limits<T>::quiet_NaN());
         }
@@ -418,7 +421,7 @@ LossOutput loss_into(const Tensor& logits, const Tensor& labels, const Tensor& d
   return out;
 }
 
-// The summary as a tensor holds it, for a computation that may add to its copy.
+// Copy of a checked summary.
 std::array<double, kSummary> read_summary(const Tensor& batch) {
   check_summary(batch);
   std::array<double, kSummary> summary;
@@ -431,7 +434,7 @@ std::array<double, kSummary> read_summary(const Tensor& batch) {
 std::pair<LossOutput, Tensor> loss_and_gradient(const Tensor& logits, const Tensor& labels, const Tensor& distance,
                                                 double* summary, bool summed, const LossOptions& options,
                                                 bool need_grad) {
-  // For float16 it stays float32: small gradients would be lost before a gradient scaler multiplies them.
+  // float32 for float16 logits: float16 would lose small gradients before a gradient scaler multiplies them.
   const auto type = logits.scalar_type() == at::kHalf ? at::kFloat : logits.scalar_type();
   const Tensor grad = need_grad ? at::empty(logits.sizes(), logits.options().dtype(type)) : Tensor();
   LossOutput out = loss_into(logits, labels, distance, summary, summed, options, grad);
@@ -444,10 +447,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward_
     const Tensor& logits, const Tensor& labels, const Tensor& distance, const Tensor& batch, bool released,
     double t_min, double t_max, std::optional<double> t_wrong, double confidence_threshold, double label_smoothing,
     int64_t ignore_index, bool warmup, bool need_grad) {
-  const LossOptions options{released, t_min, t_max, t_wrong, confidence_threshold, label_smoothing, ignore_index, warmup};
+  const LossOptions options{released, t_min, t_max, t_wrong, confidence_threshold,
+                            label_smoothing, ignore_index, warmup};
   auto summary = read_summary(batch);
   const auto [out, grad] = loss_and_gradient(logits, labels, distance, summary.data(), true, options, need_grad);
-  return {out.loss, grad, out.typicalness, out.weight, out.temperature, out.right, out.accepted};
+  return {out.loss, grad, out.typicalness, out.weight, out.temperature, out.correct, out.accepted};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_inplace_cpu(
@@ -456,16 +460,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_inplace_cpu(
     int64_t ignore_index, bool warmup) {
   TORCH_CHECK_VALUE(logits.dim() == 2 && logits.is_non_overlapping_and_dense() && logits.stride(1) == 1,
                     "logits must be (B, C) with contiguous rows to be overwritten");
-  const LossOptions options{released, t_min, t_max, t_wrong, confidence_threshold, label_smoothing, ignore_index, warmup};
+  const LossOptions options{released, t_min, t_max, t_wrong, confidence_threshold,
+                            label_smoothing, ignore_index, warmup};
   auto summary = read_summary(batch);
   const LossOutput out = loss_into(logits, labels, distance, summary.data(), true, options, logits);
-  return {out.loss, out.typicalness, out.weight, out.temperature, out.right, out.accepted};
+  return {out.loss, out.typicalness, out.weight, out.temperature, out.correct, out.accepted};
 }
 
 }  // namespace
 
 int64_t index_bytes(int64_t capacity, bool double_precision) {
-  if (capacity < kIndexFrom || capacity > std::numeric_limits<int32_t>::max() / 2) return 0;
+  if (capacity < kMinIndexedCapacity || capacity > std::numeric_limits<int32_t>::max() / 2) return 0;
   return double_precision ? QueueIndex<double>::bytes(capacity) : QueueIndex<float>::bytes(capacity);
 }
 

@@ -1,4 +1,4 @@
-// What the operators on the CPU are made of, for step_cpu.cpp; ops.cpp has the operators' schemas.
+// Parts of the CPU operators that step_cpu.cpp shares; ops.cpp has the schemas.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -8,15 +8,15 @@
 
 namespace tal_fast {
 
-// Length of a batch's summary; see reference.batch_summary.
+// Number of values in the summary of a batch; see tal_fast.loss.reference.batch_summary.
 constexpr int kSummary = 6;
 
-// Of each sample's features, (B,) in the queue's dtype.
+// Mean, standard deviation and distance to the queue of each sample's features: (B,) in the queue's dtype.
 struct Statistics {
   at::Tensor mean, std, distance;
 };
 
-// Fills the first three values of `summary`.
+// Feature statistics and distances; writes the first three values of `summary`.
 Statistics statistics_distance(const at::Tensor& features, const at::Tensor& labels, const at::Tensor& queue_mean,
                                const at::Tensor& queue_std, const at::Tensor& cursor, int64_t ignore_index,
                                const std::optional<at::Tensor>& index, double* summary);
@@ -33,15 +33,16 @@ struct LossOptions {
 struct LossOutput {
   at::Tensor loss;                              // ()
   at::Tensor typicalness, weight, temperature;  // (B,)
-  at::Tensor right, accepted;                   // (B,) bool
+  at::Tensor correct, accepted;                 // (B,) bool
 };
 
-// -> also the gradient, empty unless `need_grad`. The last three values of `summary`, which variant `released` needs,
-// are computed first where they are not `summed`.
+// Loss and gradient, which is empty unless `need_grad`. Unless `summed`, the last three values of `summary`, which
+// variant `released` needs, are computed first.
 std::pair<LossOutput, at::Tensor> loss_and_gradient(const at::Tensor& logits, const at::Tensor& labels,
                                                     const at::Tensor& distance, double* summary, bool summed,
                                                     const LossOptions& options, bool need_grad);
 
+// Append the accepted rows to the queue, and to its index if there is one.
 void push_cpu(at::Tensor& queue_mean, at::Tensor& queue_std, at::Tensor& cursor, const at::Tensor& mean,
               const at::Tensor& std, const std::optional<at::Tensor>& accepted, const std::optional<at::Tensor>& index);
 

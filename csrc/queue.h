@@ -1,4 +1,4 @@
-// Checks shared by the CPU and CUDA kernels of the queue's operators.
+// Argument checks shared by the CPU and CUDA operators of the queue.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,7 +7,7 @@
 
 namespace tal_fast {
 
-// Bytes of the index of a queue on the CPU; 0 where it would not pay.
+// Bytes of the index of a queue on the CPU; 0 for capacities at which brute force is as fast.
 int64_t index_bytes(int64_t capacity, bool double_precision);
 
 inline void check_queue(const at::Tensor& queue_mean, const at::Tensor& queue_std, const at::Tensor& cursor) {

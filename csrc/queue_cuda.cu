@@ -1,7 +1,7 @@
-// CUDA kernels of the queue: push and nearest, without a host synchronisation.
+// CUDA operators of the queue: push and nearest, without host synchronisation.
 //
-// The fused GPU path of the loss is in Triton (kernels/); these serve FeatureQueue used alone. Products and sums are
-// rounded separately (no fused multiply-add), so that distances equal the CPU's.
+// The fused GPU path of the loss is in Triton (kernels/); these serve a FeatureQueue used on its own. Products and sums
+// are rounded separately, without fused multiply-add, so that distances equal those of the CPU.
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
@@ -18,12 +18,13 @@ namespace {
 
 using at::Tensor;
 
+// Products and sums without contraction.
 __device__ inline float product(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline double product(double a, double b) { return __dmul_rn(a, b); }
 __device__ inline float total(float a, float b) { return __fadd_rn(a, b); }
 __device__ inline double total(double a, double b) { return __dadd_rn(a, b); }
 
-// Non-negative floats order as their bit patterns do. A NaN never gets here: `<` has already refused it.
+// Atomic minimum of non-negative floats, which order as their bit patterns do. `<` has excluded NaN before.
 __device__ inline void atomic_min(float* p, float x) {
   atomicMin(reinterpret_cast<int*>(p), __float_as_int(x));
 }
@@ -31,10 +32,10 @@ __device__ inline void atomic_min(double* p, double x) {
   atomicMin(reinterpret_cast<long long*>(p), __double_as_longlong(x));
 }
 
-constexpr int kPushThreads = 1024;
+constexpr int kPushThreads = 1024;  // rows per iteration; 32 warps
 
-// One block walks the batch in order, 1024 rows at a time; a block-wide scan gives each kept row its slot. Of more kept
-// rows than the ring has slots only the last N are written, so that no slot is written twice.
+// Append the kept rows to the queue. One block walks the batch in order, and a block-wide scan gives each kept row its
+// slot. If more rows are kept than the queue has slots, only the last ones are written, so no slot is written twice.
 template <typename T>
 __global__ void push_kernel(T* queue_mean, T* queue_std, int64_t* cursor, const T* mean, const T* std,
                             const bool* accepted, int64_t batch, int64_t capacity) {
@@ -44,7 +45,7 @@ __global__ void push_kernel(T* queue_mean, T* queue_std, int64_t* cursor, const 
   const auto keeps = [&](int64_t b) {
     return b < batch && (!accepted || accepted[b]) && isfinite(mean[b]) && isfinite(std[b]);
   };
-  // First pass: how many rows are kept.
+  // 1. Count the kept rows.
   if (threadIdx.x == 0) kept_in_all = 0;
   __syncthreads();
   for (int64_t start = 0; start < batch; start += kPushThreads) {
@@ -53,7 +54,7 @@ __global__ void push_kernel(T* queue_mean, T* queue_std, int64_t* cursor, const 
   }
   __syncthreads();
   const int64_t head = cursor[0], skip = max(kept_in_all - capacity, static_cast<int64_t>(0));
-  // Second pass: place them.
+  // 2. Write them to their slots.
   int64_t before = 0;
   for (int64_t start = 0; start < batch; start += kPushThreads) {
     const int64_t b = start + threadIdx.x;
@@ -80,9 +81,10 @@ __global__ void push_kernel(T* queue_mean, T* queue_std, int64_t* cursor, const 
 }
 
 constexpr int kNearestThreads = 256;
-constexpr int kQueries = 4;
+constexpr int kQueries = 4;  // queries per block
 
-// Each block takes 4 queries and a strided share of the queue; blocks meet in an atomic minimum.
+// Squared distance of each query to the nearest entry. Each block takes 4 queries and a strided part of the queue; an
+// atomic minimum combines the blocks.
 template <typename T>
 __global__ void nearest_kernel(const T* __restrict__ queue_mean, const T* __restrict__ queue_std,
                                const int64_t* __restrict__ cursor, const T* __restrict__ mean,
@@ -142,7 +144,8 @@ Tensor nearest_cuda(const Tensor& queue_mean, const Tensor& queue_std, const Ten
   Tensor squared = at::full(m.sizes(), std::numeric_limits<double>::infinity(), m.options());
   if (m.numel() == 0) return squared;
   const int64_t query_blocks = (m.numel() + kQueries - 1) / kQueries;
-  // About 8 blocks a multiprocessor, and no block without work. The length is on the device, so the capacity decides.
+  // About 8 blocks per multiprocessor, and no block without work. The queue's length is on the device, so its capacity
+  // decides.
   const int64_t wanted = 8 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount / query_blocks;
   const int64_t most = (queue_mean.numel() + kNearestThreads - 1) / kNearestThreads;
   const dim3 grid(static_cast<unsigned>(query_blocks),

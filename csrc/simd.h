@@ -1,10 +1,9 @@
 // Portable SIMD for the CPU kernels.
 //
-// The kernels compute on packs of 64 bytes, which are as many registers as the instruction set needs: one with AVX-512,
-// two with AVX2, four with SSE2 or NEON. The lanes of a sum are so the same everywhere and contraction to fused
-// multiply-add is off (-ffp-contract=off in setup.py), so that a result does not depend on the machine it was
-// computed on. The .inc files hold packs and kernels and are compiled once per instruction set; kernels_cpu.cpp picks
-// one at run time, so the binary is portable without -march=native.
+// The kernels compute on packs of 64 bytes: one register with AVX-512, two with AVX2, four with SSE2 or NEON. The lanes
+// of a sum are therefore the same everywhere, and contraction to fused multiply-add is off (-ffp-contract=off in
+// setup.py), so that results do not depend on the machine. The .inc files hold packs and kernels and are compiled once
+// per instruction set; kernels_cpu.cpp selects one at run time, so the binary is portable without -march=native.
 #pragma once
 
 #include <cmath>
@@ -17,7 +16,7 @@
 
 namespace tal_fast {
 
-// TAL_FAST_ISA (base, avx2, avx512) lowers the choice, which is how the tests reach every build on one machine.
+// Instruction sets. TAL_FAST_ISA (base, avx2, avx512) selects a lower one, which lets tests reach all on one machine.
 enum class Isa { kBase, kAvx2, kAvx512 };
 
 }  // namespace tal_fast

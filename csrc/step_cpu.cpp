@@ -1,6 +1,5 @@
-// The whole TAL step on the CPU in one call: statistics, search, sums, loss, gradient and push, with its place in the
-// autograd graph or without a graph. At B = 128, C = 100 the calls between Python and four operators took longer than
-// their work.
+// The whole TAL step on the CPU in one call: statistics, search, sums, loss, gradient and push, with or without an
+// autograd graph. At B = 128, C = 100 the calls between Python and four separate operators took longer than their work.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -20,21 +19,23 @@ using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using OutputsAndGradient = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// The step without the push.
 Forward step_forward(const Tensor& logits, const Tensor& features, const Tensor& labels, const Tensor& queue_mean,
                      const Tensor& queue_std, const Tensor& cursor, const std::optional<Tensor>& index, bool released,
                      double t_min, double t_max, std::optional<double> t_wrong, double confidence_threshold,
                      double label_smoothing, int64_t ignore_index, bool warmup, bool need_grad) {
-  const LossOptions options{released, t_min, t_max, t_wrong, confidence_threshold, label_smoothing, ignore_index, warmup};
+  const LossOptions options{released, t_min, t_max, t_wrong, confidence_threshold,
+                            label_smoothing, ignore_index, warmup};
   double summary[kSummary] = {};
   const Statistics s =
       statistics_distance(features, labels, queue_mean, queue_std, cursor, ignore_index, index, summary);
   const auto [out, grad] = loss_and_gradient(logits, labels, s.distance, summary, false, options, need_grad);
   return {out.loss, grad,       s.mean,          s.std,     s.distance, out.typicalness,
-          out.weight, out.temperature, out.right, out.accepted};
+          out.weight, out.temperature, out.correct, out.accepted};
 }
 
-// Gives a loss whose gradient is known its place in the autograd graph. The logits are the only input, and what is
-// computed goes past the wrapper: less for it to do.
+// Attaches a gradient that is already computed to its loss. The logits are the only autograd input, and the computed
+// tensors bypass the wrapper, which saves it work.
 struct Attach : Function<Attach> {
   struct Computed {
     Tensor loss, gradient;
@@ -50,8 +51,8 @@ struct Attach : Function<Attach> {
                 "the gradient of the TAL loss is a constant to autograd, and a second derivative (create_graph=True) "
                 "would miss terms; use backend='reference' for it");
     const Tensor gradient = ctx->get_saved_variables()[0];
-    // loss.backward() gives 1, which costs no pass over memory. In any case the engine casts to the logits' dtype what
-    // was multiplied before: under a gradient scaler a float16 product keeps what float16 factors lose.
+    // An upstream gradient of 1, which loss.backward() gives, costs no pass over memory. The engine casts the product
+    // to the logits' dtype: under a gradient scaler a float16 product keeps small values that float16 factors lose.
     const bool kept = torch::autograd::get_current_graph_task_keep_graph();
     if (!kept && upstream[0].item<double>() == 1) return {gradient, Tensor()};
     const Tensor factor = upstream[0].to(gradient.scalar_type());
@@ -59,8 +60,8 @@ struct Attach : Function<Attach> {
   }
 };
 
-// What a step computes, and then its push. Both are called as operators, so that whatever else the dispatcher does for
-// their arguments is done; `between` gets the results before anything is pushed.
+// The step with its push. Both parts are called through the dispatcher, so that its other keys see their arguments;
+// `between` receives the results before anything is pushed.
 template <typename Between>
 Forward forward_and_push(const Tensor& logits, const Tensor& features, const Tensor& labels, Tensor& queue_mean,
                          Tensor& queue_std, Tensor& cursor, const std::optional<Tensor>& index, bool released,
@@ -90,15 +91,15 @@ Outputs step(const Tensor& logits, const Tensor& features, const Tensor& labels,
              std::optional<double> t_wrong, double confidence_threshold, double label_smoothing, int64_t ignore_index,
              bool warmup, bool push) {
   const bool need_grad = at::GradMode::is_enabled() && logits.requires_grad();
-  // Before the push: activation checkpointing, which computes a step again, ends it where the gradient is saved.
+  // Before the push, because activation checkpointing stops a recomputed step where the gradient is saved.
   const auto attach = [&](Forward& out) {
     auto& loss = std::get<0>(out);
     if (need_grad) loss = Attach::apply(logits, Attach::Computed{loss, std::get<1>(out)});
   };
-  auto [loss, gradient, mean, std, distance, typicalness, weight, temperature, right, accepted] =
+  auto [loss, gradient, mean, std, distance, typicalness, weight, temperature, correct, accepted] =
       forward_and_push(logits, features, labels, queue_mean, queue_std, cursor, index, released, t_min, t_max, t_wrong,
                        confidence_threshold, label_smoothing, ignore_index, warmup, push, need_grad, attach);
-  return {loss, distance, typicalness, weight, temperature, right, accepted};
+  return {loss, distance, typicalness, weight, temperature, correct, accepted};
 }
 
 OutputsAndGradient step_with_gradient(const Tensor& logits, const Tensor& features, const Tensor& labels,
@@ -106,10 +107,10 @@ OutputsAndGradient step_with_gradient(const Tensor& logits, const Tensor& featur
                                       const std::optional<Tensor>& index, bool released, double t_min, double t_max,
                                       std::optional<double> t_wrong, double confidence_threshold,
                                       double label_smoothing, int64_t ignore_index, bool warmup, bool push) {
-  auto [loss, gradient, mean, std, distance, typicalness, weight, temperature, right, accepted] = forward_and_push(
+  auto [loss, gradient, mean, std, distance, typicalness, weight, temperature, correct, accepted] = forward_and_push(
       logits, features, labels, queue_mean, queue_std, cursor, index, released, t_min, t_max, t_wrong,
       confidence_threshold, label_smoothing, ignore_index, warmup, push, /*need_grad=*/true, [](Forward&) {});
-  return {loss, gradient, distance, typicalness, weight, temperature, right, accepted};
+  return {loss, gradient, distance, typicalness, weight, temperature, correct, accepted};
 }
 
 }  // namespace

@@ -77,7 +77,7 @@ def is_last_program(ticket_ptr, programs):
 @triton.jit
 def statistics_distance_kernel(
     features_ptr, labels_ptr, queue_mean_ptr, queue_std_ptr, cursor_ptr, ticket_ptr, mean_ptr, std_ptr, distance_ptr,
-    batch_ptr, scratch_ptr, rows, width, features_stride_b, features_stride_d, labels_stride, ignore_index,
+    summary_ptr, scratch_ptr, rows, width, features_stride_b, features_stride_d, labels_stride, ignore_index,
     QUERIES: tl.constexpr, ENTRIES: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Statistics of each row, its distance to the nearest queue entry, and the batch's distance range.
@@ -89,7 +89,7 @@ def statistics_distance_kernel(
         cursor: (2,) int64: next slot, length.
         ticket: (1,) int32, zero before and after.
         mean, std, distance: (rows,) out, in the queue's dtype.
-        batch: (6,) float64 out: smallest and largest distance, number of valid rows, three zeros.
+        summary: (6,) float64 out: smallest and largest distance, number of valid rows, three zeros.
         scratch: (splits, rows), squared distance to each split of the queue.
     """
     row = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
@@ -150,11 +150,11 @@ def statistics_distance_kernel(
             smallest = tl.where(measured & (wide < smallest), wide, smallest)
             largest = tl.where(measured & (wide > largest), wide, largest)
             valid_rows += valid.to(tl.int64)
-        tl.store(batch_ptr, tl.min(smallest, axis=0))
-        tl.store(batch_ptr + 1, tl.max(largest, axis=0))
-        tl.store(batch_ptr + 2, tl.sum(valid_rows, axis=0).to(tl.float64))
+        tl.store(summary_ptr, tl.min(smallest, axis=0))
+        tl.store(summary_ptr + 1, tl.max(largest, axis=0))
+        tl.store(summary_ptr + 2, tl.sum(valid_rows, axis=0).to(tl.float64))
         for k in tl.static_range(3, 6):
-            tl.store(batch_ptr + k, tl.zeros((), tl.float64))
+            tl.store(summary_ptr + k, tl.zeros((), tl.float64))
 
 
 @triton.jit
@@ -200,7 +200,7 @@ def plan_statistics_distance(
     """Launch of ``statistics_distance_kernel``, and its outputs: mean, std, distance (B,) and the summary (6,)."""
     rows, width = features.shape
     mean, std, distance = (queue_mean.new_empty(rows) for _ in range(3))
-    batch = queue_mean.new_empty(6, dtype=torch.float64)
+    summary = queue_mean.new_empty(6, dtype=torch.float64)
     splits = num_splits_for(rows, queue_mean.numel(), target)
     arguments = {
         "features_ptr": features,
@@ -212,7 +212,7 @@ def plan_statistics_distance(
         "mean_ptr": mean,
         "std_ptr": std,
         "distance_ptr": distance,
-        "batch_ptr": batch,
+        "summary_ptr": summary,
         "scratch_ptr": queue_mean.new_empty(splits * rows),
         "rows": rows,
         "width": width,
@@ -223,7 +223,7 @@ def plan_statistics_distance(
     }
     constants = {"QUERIES": QUERIES, "ENTRIES": ENTRIES, "FEATURES": FEATURES, "ROWS": ROWS}
     grid = (max(1, cdiv(rows, QUERIES)), splits)  # an empty batch needs a program too: it writes the summary
-    return Launch(statistics_distance_kernel, grid, arguments, constants, NUM_WARPS), (mean, std, distance, batch)
+    return Launch(statistics_distance_kernel, grid, arguments, constants, NUM_WARPS), (mean, std, distance, summary)
 
 
 def statistics_distance(
@@ -246,8 +246,8 @@ def statistics_distance(
         ignore_index: label of the rows to ignore.
 
     Returns:
-        ``(mean, std, distance, batch)``. The first three are (B,) in the queue's dtype; ``batch`` is the (6,) float64
-        summary defined by ``tal_fast.loss.reference.batch_summary``, with zeros for the three sums that need logits.
+        ``(mean, std, distance, summary)``. The first three are (B,) in the queue's dtype; the (6,) float64 summary is
+        that of ``tal_fast.loss.reference.batch_summary``, with zeros for the three sums that need logits.
     """
     launch, results = plan_statistics_distance(
         features, labels, queue_mean, queue_std, cursor, ticket, ignore_index, device_target(features.device)

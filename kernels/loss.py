@@ -96,15 +96,15 @@ def num_warps_for(block: int, target: Target) -> int:
 
 
 @triton.jit
-def _batch_terms(batch_ptr, dtype: tl.constexpr, RELEASED: tl.constexpr, WARMUP: tl.constexpr):
+def _batch_terms(summary_ptr, dtype: tl.constexpr, RELEASED: tl.constexpr, WARMUP: tl.constexpr):
     """Smallest distance, distance range, loss divisor, mean weight (``released``) and whether typicalness is inactive.
 
-    ``batch_ptr`` is the (6,) float64 summary. Differences are taken in float64 and divisions in ``dtype``, because a
+    ``summary_ptr`` is the (6,) float64 summary. Differences are taken in float64 and divisions in ``dtype``, because a
     float64 division is a subroutine that needs a stack.
     """
-    low = tl.load(batch_ptr)
-    high = tl.load(batch_ptr + 1)
-    n_valid = tl.load(batch_ptr + 2)
+    low = tl.load(summary_ptr)
+    high = tl.load(summary_ptr + 1)
+    n_valid = tl.load(summary_ptr + 2)
     no_distance = low > high  # inf and -inf: no row has a distance
     low = tl.where(no_distance, 0.0, low)
     high = tl.where(no_distance, 0.0, high)
@@ -114,11 +114,11 @@ def _batch_terms(batch_ptr, dtype: tl.constexpr, RELEASED: tl.constexpr, WARMUP:
     w_bar = tl.full((), 1.0, dtype)
     inactive = n_valid < 0  # always false, as a tensor
     if RELEASED and not WARMUP:
-        n_one = tl.load(batch_ptr + 4)
-        inactive = tl.load(batch_ptr + 3) == n_valid
+        n_one = tl.load(summary_ptr + 4)
+        inactive = tl.load(summary_ptr + 3) == n_valid
         # Typicalness is affine in the distance, so its sum follows from the sum of the distances.
         n_weighted = n_valid - n_one
-        above = (tl.load(batch_ptr + 5) - n_weighted * low).to(dtype)
+        above = (tl.load(summary_ptr + 5) - n_weighted * low).to(dtype)
         mean = (n_valid.to(dtype) - above / spread) / count
         w_bar = tl.where(inactive | (n_weighted <= 0), 1.0, mean)
     return d_min, spread, count, w_bar, inactive
@@ -267,7 +267,7 @@ def _store_row_stats(row, rows, tau, w, temperature, correct, accepted, stats_pt
 
 @triton.jit
 def loss_kernel(
-    logits_ptr, labels_ptr, distance_ptr, batch_ptr, constants_ptr, ticket_ptr, partials_ptr, loss_ptr, grad_ptr,
+    logits_ptr, labels_ptr, distance_ptr, summary_ptr, constants_ptr, ticket_ptr, partials_ptr, loss_ptr, grad_ptr,
     stats_ptr, flags_ptr, rows, classes, logits_stride_b, logits_stride_c, labels_stride, grad_stride_b, ignore_index,
     RELEASED: tl.constexpr, HAS_T_WRONG: tl.constexpr, SMOOTH: tl.constexpr, WARMUP: tl.constexpr,
     NEED_GRAD: tl.constexpr, RECOMPUTE: tl.constexpr, BLOCK: tl.constexpr,
@@ -278,7 +278,7 @@ def loss_kernel(
         logits: (rows, classes), strides logits_stride_b and logits_stride_c.
         labels: (rows,) int64, stride labels_stride.
         distance: (rows,) distance to the queue.
-        batch: (6,) float64 summary of the batch.
+        summary: (6,) float64 summary of the batch.
         constants: (9,) float64 from ``loss_constants``.
         ticket: (1,) int32, zero before and after.
         partials: (programs,) float64 scratch.
@@ -288,7 +288,7 @@ def loss_kernel(
         flags: (2, rows) bool out: correct, accepted.
     """
     dtype = stats_ptr.dtype.element_ty
-    d_min, spread, count, w_bar, inactive = _batch_terms(batch_ptr, dtype, RELEASED, WARMUP)
+    d_min, spread, count, w_bar, inactive = _batch_terms(summary_ptr, dtype, RELEASED, WARMUP)
     c = tl.arange(0, BLOCK)
     inside = c < classes
     total = tl.zeros((), tl.float64)
@@ -354,7 +354,7 @@ def _unpack_half(words, half: tl.constexpr, opaque_zero, dtype: tl.constexpr):
 
 @triton.jit
 def packed_row_loss_kernel(
-    logits_ptr, labels_ptr, distance_ptr, batch_ptr, constants_ptr, ticket_ptr, partials_ptr, loss_ptr, grad_ptr,
+    logits_ptr, labels_ptr, distance_ptr, summary_ptr, constants_ptr, ticket_ptr, partials_ptr, loss_ptr, grad_ptr,
     stats_ptr, flags_ptr, rows, classes, logits_stride_b, logits_stride_c, labels_stride, grad_stride_b, ignore_index,
     RELEASED: tl.constexpr, HAS_T_WRONG: tl.constexpr, SMOOTH: tl.constexpr, WARMUP: tl.constexpr,
     NEED_GRAD: tl.constexpr, CHUNKS: tl.constexpr, HALF: tl.constexpr,
@@ -365,7 +365,7 @@ def packed_row_loss_kernel(
     """
     dtype = stats_ptr.dtype.element_ty
     stored = logits_ptr.dtype.element_ty
-    d_min, spread, count, w_bar, inactive = _batch_terms(batch_ptr, dtype, RELEASED, WARMUP)
+    d_min, spread, count, w_bar, inactive = _batch_terms(summary_ptr, dtype, RELEASED, WARMUP)
     c = tl.arange(0, HALF)
     total = tl.zeros((), tl.float64)
     row = tl.program_id(0).to(tl.int64)
@@ -525,14 +525,14 @@ def store_long_row_gradient(
 
 @triton.jit
 def long_row_loss_kernel(
-    logits_ptr, labels_ptr, distance_ptr, batch_ptr, constants_ptr, ticket_ptr, partials_ptr, loss_ptr, grad_ptr,
+    logits_ptr, labels_ptr, distance_ptr, summary_ptr, constants_ptr, ticket_ptr, partials_ptr, loss_ptr, grad_ptr,
     stats_ptr, flags_ptr, rows, classes, logits_stride_b, logits_stride_c, labels_stride, grad_stride_b, ignore_index,
     RELEASED: tl.constexpr, HAS_T_WRONG: tl.constexpr, SMOOTH: tl.constexpr, WARMUP: tl.constexpr,
     NEED_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Loss, gradient and statistics of rows read in blocks, one program per row. Pointers as for ``loss_kernel``."""
     dtype = stats_ptr.dtype.element_ty
-    d_min, spread, count, w_bar, inactive = _batch_terms(batch_ptr, dtype, RELEASED, WARMUP)
+    d_min, spread, count, w_bar, inactive = _batch_terms(summary_ptr, dtype, RELEASED, WARMUP)
     total = tl.zeros((), tl.float64)
     row = tl.program_id(0).to(tl.int64)
     if row < rows:  # false in the one program of an empty batch
@@ -570,7 +570,7 @@ def long_row_loss_kernel(
 
 @triton.jit
 def batch_sums_kernel(
-    logits_ptr, labels_ptr, distance_ptr, batch_ptr, constants_ptr, ticket_ptr, partials_ptr, rows, classes,
+    logits_ptr, labels_ptr, distance_ptr, summary_ptr, constants_ptr, ticket_ptr, partials_ptr, rows, classes,
     logits_stride_b, logits_stride_c, labels_stride, ignore_index,
     FLOAT64: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -578,7 +578,7 @@ def batch_sums_kernel(
 
     Pointers:
         logits, labels, distance, constants, ticket: as for ``loss_kernel``.
-        batch: (6,) float64 summary; its last three values are written.
+        summary: (6,) float64 summary; its last three values are written.
         partials: (3, programs) float64 scratch.
     """
     dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
@@ -609,7 +609,7 @@ def batch_sums_kernel(
     tl.store(partials_ptr + 2 * programs + pid, sum_distance)
     if is_last_program(ticket_ptr, programs):
         for k in range(3):
-            tl.store(batch_ptr + 3 + k, _ordered_sum(partials_ptr + k * programs, programs))
+            tl.store(summary_ptr + 3 + k, _ordered_sum(partials_ptr + k * programs, programs))
 
 
 def num_programs_for(rows: int, num_warps: int, target: Target) -> int:
@@ -636,7 +636,7 @@ def plan_loss(
     logits: Tensor,
     labels: Tensor,
     distance: Tensor,
-    batch: Tensor,
+    summary: Tensor,
     ticket: Tensor,
     constants: Tensor,
     *,
@@ -664,10 +664,10 @@ def plan_loss(
         "logits_ptr": logits,
         "labels_ptr": labels,
         "distance_ptr": distance,
-        "batch_ptr": batch,
+        "summary_ptr": summary,
         "constants_ptr": constants,
         "ticket_ptr": ticket,
-        "partials_ptr": batch.new_empty(programs),
+        "partials_ptr": summary.new_empty(programs),
         "loss_ptr": loss,
         "grad_ptr": grad,
         "stats_ptr": stats,
@@ -704,7 +704,7 @@ def loss_forward(
     logits: Tensor,
     labels: Tensor,
     distance: Tensor,
-    batch: Tensor,
+    summary: Tensor,
     ticket: Tensor,
     variant: str,
     t_min: float,
@@ -726,7 +726,7 @@ def loss_forward(
         labels: (B,) int64 in [0, C) or ``ignore_index``. They are not checked, which would wait for the device: a label
             out of range reads nothing outside the logits and gives a meaningless loss.
         distance: (B,) floating point, distance to the queue.
-        batch: (6,) float64, ``tal_fast.loss.reference.batch_summary``; the last three are read for ``released`` only.
+        summary: (6,) float64, ``tal_fast.loss.reference.batch_summary``; the last three are read for ``released`` only.
         ticket: (1,) int32, zero before and after.
         warmup: whether typicalness is 1 for every sample.
         need_grad: whether to compute the gradient.
@@ -742,7 +742,7 @@ def loss_forward(
         logits,
         labels,
         distance,
-        batch,
+        summary,
         ticket,
         constants,
         variant=variant,
@@ -762,7 +762,7 @@ def plan_batch_sums(
     logits: Tensor,
     labels: Tensor,
     distance: Tensor,
-    batch: Tensor,
+    summary: Tensor,
     ticket: Tensor,
     constants: Tensor,
     ignore_index: int,
@@ -777,10 +777,10 @@ def plan_batch_sums(
         "logits_ptr": logits,
         "labels_ptr": labels,
         "distance_ptr": distance,
-        "batch_ptr": batch,
+        "summary_ptr": summary,
         "constants_ptr": constants,
         "ticket_ptr": ticket,
-        "partials_ptr": batch.new_empty(3 * programs),
+        "partials_ptr": summary.new_empty(3 * programs),
         "rows": rows,
         "classes": classes,
         "logits_stride_b": logits.stride(0),
@@ -796,18 +796,18 @@ def batch_sums(
     logits: Tensor,
     labels: Tensor,
     distance: Tensor,
-    batch: Tensor,
+    summary: Tensor,
     ticket: Tensor,
     confidence_threshold: float,
     ignore_index: int,
 ) -> None:
-    """Fill in the last three values of ``batch`` (6,), which variant ``released`` needs before the loss.
+    """Fill in the last three values of ``summary`` (6,), which variant ``released`` needs before the loss.
 
     Arguments as for ``loss_forward``; ``tal_fast.loss.reference.batch_summary`` defines the values.
     """
     constants = loss_constants(logits.device, 0.0, 0.0, None, confidence_threshold, 0.0)
     target = device_target(logits.device)
-    plan_batch_sums(logits, labels, distance, batch, ticket, constants, ignore_index, target).run()
+    plan_batch_sums(logits, labels, distance, summary, ticket, constants, ignore_index, target).run()
 
 
 @triton.jit

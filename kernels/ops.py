@@ -17,7 +17,7 @@ statistics_distance = torch.library.custom_op(
     "tal_fast_triton::statistics_distance", distance.statistics_distance, mutates_args={"ticket"}
 )
 nearest = torch.library.custom_op("tal_fast_triton::nearest", distance.nearest, mutates_args=())
-batch_sums = torch.library.custom_op("tal_fast_triton::batch_sums", loss.batch_sums, mutates_args={"batch", "ticket"})
+batch_sums = torch.library.custom_op("tal_fast_triton::batch_sums", loss.batch_sums, mutates_args={"summary", "ticket"})
 push = torch.library.custom_op(
     "tal_fast_triton::push", queue_push.push, mutates_args={"queue_mean", "queue_std", "cursor"}
 )
@@ -27,7 +27,7 @@ loss_forward = torch.library.custom_op(
     loss.loss_forward,
     mutates_args={"ticket"},
     schema=(
-        "(Tensor logits, Tensor labels, Tensor distance, Tensor batch, Tensor(a!) ticket, str variant, "
+        "(Tensor logits, Tensor labels, Tensor distance, Tensor summary, Tensor(a!) ticket, str variant, "
         "float t_min, float t_max, float? t_wrong, float confidence_threshold, float label_smoothing, "
         "int ignore_index, bool warmup, bool need_grad) -> (Tensor, Tensor, Tensor, Tensor)"
     ),

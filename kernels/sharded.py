@@ -59,21 +59,21 @@ def scan_kernel(
 
 @triton.jit
 def exp_sums_kernel(
-    logits_ptr, local_label_ptr, z_max_ptr, scale_ptr, out_ptr, classes, logits_stride_b, logits_stride_c,
+    logits_ptr, label_column_ptr, z_max_ptr, scale_ptr, out_ptr, classes, logits_stride_b, logits_stride_c,
     FLOAT64: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Exponential sums of each row without its label, and x = z - z_max at the label.
 
     Pointers:
         logits: (rows, classes), strides logits_stride_b and logits_stride_c.
-        local_label: (rows,) int64, index of the label among these columns, or -1.
+        label_column: (rows,) int64, index of the label among these columns, or -1.
         z_max, scale: (rows,) float64.
         out: (rows, 4) float64 out: sums of exp(scale x), x exp(scale x) and exp(x); x at the label, or 0.
     """
     dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     row = tl.program_id(0).to(tl.int64)
     base = logits_ptr + row * logits_stride_b
-    label = tl.load(local_label_ptr + row)
+    label = tl.load(label_column_ptr + row)
     z_max = tl.load(z_max_ptr + row).to(dtype)
     scale = tl.load(scale_ptr + row).to(dtype)
     p_sum, p_weighted, q_sum = exp_sums_long_row(base, classes, logits_stride_c, label, z_max, scale, dtype, BLOCK)
@@ -88,14 +88,14 @@ def exp_sums_kernel(
 
 @triton.jit
 def gradient_kernel(
-    logits_ptr, local_label_ptr, valid_ptr, terms_ptr, grad_ptr, classes, logits_stride_b, logits_stride_c,
+    logits_ptr, label_column_ptr, valid_ptr, terms_ptr, grad_ptr, classes, logits_stride_b, logits_stride_c,
     FLOAT64: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of each row by these columns.
 
     Pointers:
         logits: (rows, classes), strides logits_stride_b and logits_stride_c.
-        local_label: (rows,) int64, index of the label among these columns, or -1.
+        label_column: (rows,) int64, index of the label among these columns, or -1.
         valid: (rows,) bool.
         terms: (rows, 7) float64: z_max, scale, g_p, g_q, g_label, z_coef, smooth_term.
         grad: (rows, classes) out, contiguous.
@@ -106,7 +106,7 @@ def gradient_kernel(
     smooth_term = tl.load(terms + 6).to(dtype)
     store_long_row_gradient(
         logits_ptr + row * logits_stride_b, grad_ptr + row * classes, classes, logits_stride_c,
-        tl.load(local_label_ptr + row), tl.load(valid_ptr + row) != 0, smooth_term == smooth_term,
+        tl.load(label_column_ptr + row), tl.load(valid_ptr + row) != 0, smooth_term == smooth_term,
         tl.load(terms).to(dtype), tl.load(terms + 1).to(dtype), tl.load(terms + 2).to(dtype),
         tl.load(terms + 3).to(dtype), tl.load(terms + 4).to(dtype), tl.load(terms + 5).to(dtype), smooth_term,
         dtype, BLOCK,
@@ -135,21 +135,21 @@ def plan_scan(logits: Tensor, target: Target) -> tuple[Launch, Tensor]:
 
 
 def plan_exp_sums(
-    logits: Tensor, local_label: Tensor, z_max: Tensor, scale: Tensor, target: Target
+    logits: Tensor, label_column: Tensor, z_max: Tensor, scale: Tensor, target: Target
 ) -> tuple[Launch, Tensor]:
     """Launch of ``exp_sums_kernel``, and its output."""
     out = logits.new_empty((len(logits), 4), dtype=torch.float64)
-    tensors = {"local_label_ptr": local_label, "z_max_ptr": z_max, "scale_ptr": scale, "out_ptr": out}
+    tensors = {"label_column_ptr": label_column, "z_max_ptr": z_max, "scale_ptr": scale, "out_ptr": out}
     return _plan(exp_sums_kernel, logits, tensors, target), out
 
 
 def plan_gradient(
-    logits: Tensor, local_label: Tensor, valid: Tensor, terms: Tensor, target: Target
+    logits: Tensor, label_column: Tensor, valid: Tensor, terms: Tensor, target: Target
 ) -> tuple[Launch, Tensor]:
     """Launch of ``gradient_kernel``, and its output."""
     stored = torch.float32 if logits.dtype == torch.float16 else logits.dtype
     grad = torch.empty(logits.shape, dtype=stored, device=logits.device)
-    tensors = {"local_label_ptr": local_label, "valid_ptr": valid, "terms_ptr": terms, "grad_ptr": grad}
+    tensors = {"label_column_ptr": label_column, "valid_ptr": valid, "terms_ptr": terms, "grad_ptr": grad}
     return _plan(gradient_kernel, logits, tensors, target), grad
 
 
@@ -166,28 +166,28 @@ def scan(logits: Tensor) -> Tensor:
     return _run(*plan_scan(logits, device_target(logits.device)))
 
 
-def exp_sums(logits: Tensor, local_label: Tensor, z_max: Tensor, scale: Tensor) -> Tensor:
+def exp_sums(logits: Tensor, label_column: Tensor, z_max: Tensor, scale: Tensor) -> Tensor:
     """Exponential sums of the columns given, without the label's.
 
     Args:
         logits: (B, C) floating point, any strides, C >= 0.
-        local_label: (B,) int64, index of the label among the columns, or -1 if another rank holds it.
+        label_column: (B,) int64, index of the label among the columns, or -1 if another rank holds it.
         z_max: (B,) float64, largest logit of the whole row.
         scale: (B,) float64, factor of the exponents.
 
     Returns:
         (B, 4) float64: sums of exp(scale x), x exp(scale x) and exp(x) with x = z - z_max, and x at the label or 0.
     """
-    vectors = local_label.contiguous(), z_max.contiguous(), scale.contiguous()
+    vectors = label_column.contiguous(), z_max.contiguous(), scale.contiguous()
     return _run(*plan_exp_sums(logits, *vectors, device_target(logits.device)))
 
 
-def gradient(logits: Tensor, local_label: Tensor, valid: Tensor, terms: Tensor) -> Tensor:
+def gradient(logits: Tensor, label_column: Tensor, valid: Tensor, terms: Tensor) -> Tensor:
     """Gradient of the loss by the columns given.
 
     Args:
         logits: (B, C) floating point, any strides, C >= 0.
-        local_label: (B,) int64, index of the label among the columns, or -1 if another rank holds it.
+        label_column: (B,) int64, index of the label among the columns, or -1 if another rank holds it.
         valid: (B,) bool; the gradient of the other rows is 0.
         terms: (B, 7) float64: z_max, scale, g_p, g_q, g_label, z_coef, smooth_term. The gradient is
             g_p exp(scale x) + g_q exp(x) - z_coef z - smooth_term, with g_label instead of the first two terms at the
@@ -196,7 +196,7 @@ def gradient(logits: Tensor, local_label: Tensor, valid: Tensor, terms: Tensor) 
     Returns:
         (B, C) in the logits' dtype, or float32 for float16.
     """
-    vectors = local_label.contiguous(), valid.contiguous(), terms.contiguous()
+    vectors = label_column.contiguous(), valid.contiguous(), terms.contiguous()
     return _run(*plan_gradient(logits, *vectors, device_target(logits.device)))
 
 

@@ -20,7 +20,7 @@ from PIL.ExifTags import Base as Tag
 
 from tal_fast.data.image_folder import EXTENSIONS, error_summary, unsupported_pixels
 from tal_fast.utils.arguments import ArgumentParser, at_least
-from tal_fast.utils.io import write_atomically
+from tal_fast.utils.io import replacing
 from tal_fast.utils.process import program_name
 
 PROBLEMS = {
@@ -149,7 +149,8 @@ def write_list(path: Path, usable: Sequence[str]) -> None:
         *(f"./{p}" if p.startswith("#") else p for p in usable),
     ]
     text = "".join(line + "\n" for line in lines).encode("utf-8", errors="surrogateescape")
-    write_atomically(path, lambda file: file.write(text))
+    with replacing(path) as temporary:
+        temporary.write_bytes(text)
 
 
 def _check_all(root: str, paths: Sequence[str], workers: int) -> Iterator[list[Finding] | None]:

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from tal_fast.data import imagenet
 from tal_fast.data.cache import cache_dir
-from tal_fast.utils.io import write_atomically
+from tal_fast.utils.io import replacing
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 """Endings of image files, in upper or lower case; other files are ignored."""
@@ -261,7 +261,8 @@ def _sizes(paths: Sequence[str], stamps: Sequence[tuple[int, int]]) -> np.ndarra
         pass  # missing or damaged
     with ThreadPoolExecutor(_THREADS) as pool:
         sizes = np.array(list(pool.map(image_size, paths, chunksize=64)), np.int32)
-    write_atomically(cached, lambda file: np.save(file, sizes, allow_pickle=False))
+    with replacing(cached) as temporary:
+        np.save(temporary, sizes, allow_pickle=False)
     return sizes
 
 

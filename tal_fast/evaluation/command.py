@@ -20,20 +20,53 @@ from tal_fast.config.names import (
     UNITS,
 )  # fmt: skip
 from tal_fast.utils.arguments import ArgumentParser, at_least, checked, whole_number
+from tal_fast.utils.logs import console_logging
 from tal_fast.utils.process import program_name
 
 if TYPE_CHECKING:
     from tal_fast.config.schema import DataConfig
     from tal_fast.evaluation.evaluation import Evaluation
     from tal_fast.metrics.settings import Mix
-    from tal_fast.utils.distributed import Ranks
 
-RUN_OPTIONS = ("checkpoint", "no_typicalness")
-WEIGHTS_OPTIONS = (
-    "model", "width", "data_dir", "dataset", "image_size", "crop_fraction", "interpolation", "mean", "std", "channels",
-    "loader", "workers",
-)  # fmt: skip
-PASS_OPTIONS = ("ood", "shift", "batch_size", "device", "amp", "fast", "cache")
+RUN_OPTIONS: dict[str, dict[str, Any]] = {
+    "checkpoint": {"choices": ("best", "last"), "help": "Checkpoint of the run. Default: best."},
+    "no_typicalness": {
+        "action": "store_true",
+        "help": "Leave the most and the least typical training images, which take a pass over all of them, out of "
+        "report.html.",
+    },
+}
+WEIGHTS_OPTIONS: dict[str, dict[str, Any]] = {
+    "model": {"metavar": "NAME", "help": "Network of torchvision, timm/NAME, or cifar_resnet18 and the like."},
+    "width": {"type": at_least(1), "help": "Width of a cifar_ network's first stage. Default: its paper's."},
+    "data_dir": {"metavar": "DIR", "help": "Folder with val/CLASS/*, and train/CLASS/* for feature scores."},
+    "dataset": {"help": "Data set instead of a folder: digits, fashion-mnist, ... Default: folder."},
+    "image_size": {"type": at_least(1), "help": "Side of the images in pixels. Default: timm's, else 224."},
+    "crop_fraction": {"type": float, "help": "Central share of the shorter side to keep. Default: timm's, else 0.875."},
+    "interpolation": {"choices": INTERPOLATIONS, "help": "Filter of the resizing. Default: timm's, else bilinear."},
+    "mean": {"type": float, "nargs": "+", "help": "Mean per channel in [0, 1]. Default: timm's, else ImageNet's."},
+    "std": {"type": float, "nargs": "+", "help": "Standard deviation per channel, likewise."},
+    "channels": {"type": int, "choices": (1, 3), "help": "Channels of the images. Default: 3."},
+    "loader": {"choices": ("auto", "dali", "torch"), "help": "Reader of image files. Default: auto."},
+    "workers": {"type": at_least(0), "help": "Workers that decode images. Default: 4."},
+}
+PASS_OPTIONS: dict[str, dict[str, Any]] = {
+    "ood": {
+        "action": "append", "default": [], "metavar": "NAME=WHERE",
+        "help": "OOD set: a folder, textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], fashion-mnist[:FOLDER], "
+        "cifar10:FOLDER, cifar100:FOLDER, npy:FILE, patches[:N], gaussian[:N] or uniform[:N]. May be repeated.",
+    },
+    "shift": {
+        "action": "append", "default": [], "metavar": "NAME=WHERE",
+        "help": "Shifted images of the same classes: a folder of class folders, cifar-c:FILE.npy[:SEVERITY], or "
+        f"{', '.join(CORRUPTIONS)}, each with [:SEVERITY]. May be repeated.",
+    },
+    "batch_size": {"type": at_least(1), "help": "Images per step on each rank. Default: 256."},
+    "device": {"help": "auto, cpu, cuda, cuda:1, ... Default: auto, a GPU if there is one."},
+    "amp": {"choices": ("bfloat16", "float16"), "help": "Run the network under autocast; outputs are kept in float32."},
+    "fast": {"action": "store_true", "help": f"Compute only {', '.join(LOGIT_SCORES)}; keep no features."},
+    "cache": {"metavar": "DIR", "help": "Folder of cached outputs. Default: eval-cache in the run's or output folder."},
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         check_source(args)
-        evaluation, output = _evaluate(args)
+        with console_logging():
+            evaluation, output = _evaluate(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -69,6 +103,7 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
     from tal_fast.evaluation.predictions import PassOptions
     from tal_fast.evaluation.report import EvaluationOptions
     from tal_fast.evaluation.sources import default_output, evaluate_npz, evaluate_run, evaluate_weights
+    from tal_fast.utils.distributed import Ranks
 
     options = EvaluationOptions(
         scores=[name for group in args.scores for name in group.split(",") if name],
@@ -83,7 +118,7 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
     if args.npz is not None:
         # There are no passes to share, so the first of torchrun's processes does everything.
         return evaluate_npz(args.npz, output, options) if os.environ.get("RANK", "0") == "0" else None, output
-    ranks = _start_ranks(args.device or "auto")
+    ranks = Ranks.start(args.device or "auto")
     try:
         shared: dict[str, Any] = {
             "ood": parse_named(args.ood, "--ood"),
@@ -99,17 +134,6 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
         return evaluate_weights(args.weights, model, data, output, interpolation=interpolation, **shared), output
     finally:
         ranks.stop()
-
-
-def _start_ranks(device: str) -> Ranks:
-    """Ranks of torchrun's processes, or of this process alone."""
-    import torch
-
-    from tal_fast.utils.distributed import Ranks, choose_device
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return Ranks.start(device)
-    return Ranks(0, 1, torch.device(choose_device(device)))
 
 
 def _data_config(args: argparse.Namespace) -> tuple[DataConfig, str]:
@@ -142,9 +166,14 @@ def parser() -> ArgumentParser:
     )  # fmt: skip
     source.add_argument("--npz", metavar="FILE", help="Logits, labels and more of any model.")
 
-    _add_run_options(parser.add_argument_group("options with --run"))
-    _add_weights_options(parser.add_argument_group("options with --weights"))
-    _add_pass_options(parser.add_argument_group("options with --run and --weights"))
+    for title, options in (
+        ("options with --run", RUN_OPTIONS),
+        ("options with --weights", WEIGHTS_OPTIONS),
+        ("options with --run and --weights", PASS_OPTIONS),
+    ):
+        group = parser.add_argument_group(title)
+        for name, settings in options.items():
+            group.add_argument(f"--{name.replace('_', '-')}", **settings)
 
     scores = parser.add_argument_group("scores")
     scores.add_argument(
@@ -187,74 +216,6 @@ def parser() -> ArgumentParser:
         "--units", choices=UNITS, default="natural", help="Units of the printed tables. Default: %(default)s."
     )
     return parser
-
-
-def _add_run_options(group: Any) -> None:
-    group.add_argument("--checkpoint", choices=("best", "last"), help="Checkpoint of the run. Default: best.")
-    group.add_argument(
-        "--no-typicalness", action="store_true",
-        help="Leave the most and the least typical training images out of report.html; they take a pass over all of "
-        "the training images.",
-    )  # fmt: skip
-
-
-def _add_weights_options(group: Any) -> None:
-    group.add_argument(
-        "--model", metavar="NAME", help="Network of torchvision, timm/NAME, or cifar_resnet18 and the like."
-    )
-    group.add_argument(
-        "--width", type=at_least(1), help="Width of a cifar_ network's first stage. Default: its paper's."
-    )
-    group.add_argument(
-        "--data-dir", metavar="DIR", help="Folder with val/CLASS/*, and train/CLASS/* for feature scores."
-    )
-    group.add_argument("--dataset", help="Data set instead of a folder: digits, fashion-mnist, ... Default: folder.")
-    group.add_argument(
-        "--image-size", type=at_least(1), help="Side of the images in pixels. Default: timm's for the model, else 224."
-    )
-    group.add_argument(
-        "--crop-fraction",
-        type=float,
-        help="Central share of the shorter side that is kept. Default: timm's, else 0.875.",
-    )
-    group.add_argument(
-        "--interpolation", choices=INTERPOLATIONS, help="Filter of the resizing. Default: timm's, else bilinear."
-    )
-    group.add_argument(
-        "--mean", type=float, nargs="+", help="Mean per channel in [0, 1]. Default: timm's, else ImageNet's."
-    )
-    group.add_argument("--std", type=float, nargs="+", help="Standard deviation per channel, likewise.")
-    group.add_argument("--channels", type=int, choices=(1, 3), help="Channels of the images. Default: 3.")
-    group.add_argument("--loader", choices=("auto", "dali", "torch"), help="Reader of image files. Default: auto.")
-    group.add_argument("--workers", type=at_least(0), help="Workers that decode images. Default: 4.")
-
-
-def _add_pass_options(group: Any) -> None:
-    group.add_argument(
-        "--ood", action="append", default=[], metavar="NAME=WHERE",
-        help="OOD set: a folder, textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], fashion-mnist[:FOLDER], "
-        "cifar10:FOLDER, cifar100:FOLDER, npy:FILE, patches[:N], gaussian[:N] or uniform[:N]. May be repeated.",
-    )  # fmt: skip
-    group.add_argument(
-        "--shift", action="append", default=[], metavar="NAME=WHERE",
-        help="Shifted images of the same classes: a folder of class folders, cifar-c:FILE.npy[:SEVERITY], or "
-        f"{', '.join(CORRUPTIONS)}, each with [:SEVERITY]. May be repeated.",
-    )  # fmt: skip
-    group.add_argument("--batch-size", type=at_least(1), help="Images per step on each rank. Default: 256.")
-    group.add_argument("--device", help="auto, cpu, cuda, cuda:1, ... Default: auto, a GPU if there is one.")
-    group.add_argument(
-        "--amp",
-        choices=("bfloat16", "float16"),
-        help="Run the network under autocast; outputs are float32 in any case.",
-    )
-    group.add_argument(
-        "--fast", action="store_true", help=f"Compute logit scores only ({', '.join(LOGIT_SCORES)}); keep no features."
-    )
-    group.add_argument(
-        "--cache",
-        metavar="DIR",
-        help="Folder of the cached outputs. Default: eval-cache in the run's or output folder.",
-    )
 
 
 def check_source(args: argparse.Namespace) -> None:

@@ -161,7 +161,7 @@ def _csv(groups: Sequence[Group], columns: Sequence[Column]) -> str:
 
 
 def describe(groups: Sequence[Group], units: str, resamples: int) -> list[str]:
-    """What the numbers of a comparison are, in one line or more."""
+    """Describe the conventions, units and intervals of a comparison, in one line or more."""
     report = groups[0].reports[0]
     line = f"convention {report['convention']}; ID:OOD mix {mix_with_seed(report)}; {UNIT_NAMES[units]}; * best"
     if any(len(group.runs) > 1 for group in groups):

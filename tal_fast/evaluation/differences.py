@@ -22,15 +22,11 @@ from tal_fast.metrics.settings import Mix
 from tal_fast.utils.arrays import Floats
 
 OVER = ("images", "seeds", "both")
-"""What intervals are over."""
+"""Sources of variation that intervals cover: test images, seeds of training, or both."""
 
 
 def add_differences(
-    groups: Sequence[Group],
-    baseline: Group,
-    columns: Sequence[Column],
-    resamples: int,
-    over: str = "images",
+    groups: Sequence[Group], baseline: Group, columns: Sequence[Column], resamples: int, over: str = "images"
 ) -> None:
     """Fill in every other group's differences to the baseline.
 

@@ -14,7 +14,7 @@ from tal_fast.evaluation.sample_scores import FILE as SAMPLES_FILE
 from tal_fast.evaluation.sample_scores import Samples, read_samples, write_samples
 from tal_fast.evaluation.train_typicalness import TrainTypicalness
 from tal_fast.metrics.curves import OperatingPoints
-from tal_fast.metrics.settings import Judged, Mix
+from tal_fast.metrics.settings import Mix, ScoredSetting
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Evaluation:
 
     report: Report
     samples: Samples
-    settings: Mapping[str, Judged]
+    settings: Mapping[str, ScoredSetting]
     galleries: tuple[Gallery, ...] = ()
     images: GalleryImages | None = None
     typicalness: TrainTypicalness | None = None

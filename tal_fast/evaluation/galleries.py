@@ -68,12 +68,7 @@ def largest(values: Floats, among: NDArray[np.bool_], count: int = GALLERY_SIZE)
 
 
 def confidence_galleries(samples: Samples, score: str) -> list[Gallery]:
-    """Choose the most confident mistakes, the least confident hits and the most confident images of each OOD set.
-
-    Args:
-        samples: scores and predictions of the evaluation.
-        score: score that measures confidence.
-    """
+    """Choose the most confident mistakes, the least confident hits and the most confident images of each OOD set."""
     values, correct = samples.id_scores[score], samples.predictions["val"].correct
     galleries = [
         Gallery("mistakes", "val", largest(values, ~correct)),
@@ -88,7 +83,7 @@ def confidence_galleries(samples: Samples, score: str) -> list[Gallery]:
 
 def typicalness_galleries(typicalness: TrainTypicalness) -> list[Gallery]:
     """Choose the least and the most typical training images."""
-    # By distance, which tells apart images whose typicalness rounds to the same number.
+    # Distances differ where the typicalness rounds to the same number.
     distance = typicalness.distance
     everything = np.ones(len(distance), dtype=bool)
     return [
@@ -98,12 +93,9 @@ def typicalness_galleries(typicalness: TrainTypicalness) -> list[Gallery]:
 
 
 def find_galleries(evaluation: Evaluation, folder: Path, **options: Any) -> Evaluation:
-    """Add the galleries of an evaluation that was read from ``folder``; its run is loaded if it is still there.
+    """Add the galleries of an evaluation that was read from ``folder``, if its run is still there.
 
-    Args:
-        evaluation: from ``read_evaluation``.
-        folder: folder of its report.
-        options: ``typicalness``, ``batch_size`` and ``device`` of ``add_galleries``.
+    Args: as for ``add_galleries``.
     """
     report = evaluation.report
     if "run" not in report:

@@ -68,10 +68,10 @@ def read_npz(path: str | Path) -> EvaluationInputs:
 
 def _load(path: str | Path) -> dict[str, Any]:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise ValueError("it is a single array")
-        with loaded:
+        with Path(path).open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array")
             return {name: loaded[name] for name in loaded.files}
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None

@@ -53,9 +53,7 @@ def check_set_names(ood: Collection[str]) -> None:
 
 
 def evaluate_outputs(
-    inputs: EvaluationInputs,
-    options: EvaluationOptions | None = None,
-    provenance: Mapping[str, Any] | None = None,
+    inputs: EvaluationInputs, options: EvaluationOptions | None = None, provenance: Mapping[str, Any] | None = None
 ) -> Evaluation:
     """Evaluate a model's outputs.
 

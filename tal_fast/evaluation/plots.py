@@ -14,7 +14,7 @@ import numpy as np
 
 from tal_fast.evaluation.evaluation import Evaluation
 from tal_fast.evaluation.tables import printable, setting_title
-from tal_fast.metrics.curves import histograms, kinds, oracle_risk
+from tal_fast.metrics.curves import histograms, oracle_risk, scores_by_kind
 from tal_fast.utils.io import replacing
 
 logger = logging.getLogger(__name__)
@@ -47,10 +47,6 @@ def risk_coverage(evaluation: Evaluation, path: str | Path) -> None:
     Old FD and, below it, each shifted set have the first column; each OOD set has a row of the other two. There is a
     line per score. Grey lines are the lower bound (dashed, every error ranked last) and a random score (dotted). The
     area under a line is its AURC in the convention ``tal_fast``.
-
-    Args:
-        evaluation: evaluation to draw.
-        path: path of the PNG.
     """
     kinds_of_settings = [key.partition("/")[0] for key in evaluation.settings]
     rows = max(1 + kinds_of_settings.count("shift"), kinds_of_settings.count("ood"))
@@ -87,10 +83,6 @@ def confidence_histogram(evaluation: Evaluation, path: str | Path) -> None:
     """Draw histograms of the scores of correct, incorrect and OOD samples, each as shares of the kind's own size.
 
     There is a panel per score. All samples are drawn, whatever the mix; shifted sets are not.
-
-    Args:
-        evaluation: evaluation to draw.
-        path: path of the PNG.
     """
     samples = evaluation.samples
     columns = min(3, len(samples.id_scores))
@@ -100,7 +92,7 @@ def confidence_histogram(evaluation: Evaluation, path: str | Path) -> None:
     for axis in axes.flat[len(samples.id_scores) :]:
         axis.set_visible(False)
     for axis, (score, values) in zip(axes.flat, samples.id_scores.items(), strict=False):
-        groups = kinds(samples.correct, values, samples.ood_scores, score)
+        groups = scores_by_kind(samples.correct, values, samples.ood_scores, score)
         edges, shares = histograms(list(groups.values()))
         axis.set(title=score, xlabel=f"confidence ({score})", ylabel=SHARE_TITLE)
         axis.grid(alpha=0.3)

@@ -71,10 +71,7 @@ class OutputStore:
         self.folder, self.key, self.samples = Path(folder), key, samples
 
     def prepare(self, features: bool) -> None:
-        """Create the folder, and delete shards of another key or, where features are needed, without features.
-
-        Args:
-            features: whether features are needed.
+        """Create the folder, and delete shards of another key or, if ``features`` are needed, without features.
 
         Raises:
             OSError: the folder cannot be written.
@@ -101,7 +98,7 @@ class OutputStore:
             return np.flatnonzero(~stored)
         for path in self._paths():
             try:
-                with np.load(path, allow_pickle=False) as shard:
+                with path.open("rb") as file, np.load(file, allow_pickle=False) as shard:
                     stored[shard["indices"]] = True
             except _READ_ERRORS as error:
                 logger.warning("%s cannot be read (%s); it is computed again", path, error)
@@ -109,15 +106,7 @@ class OutputStore:
         return np.flatnonzero(~stored)
 
     def write(self, indices: Ints, outputs: Outputs) -> None:
-        """Write a shard.
-
-        Args:
-            indices: (m,) positions of the samples in the split.
-            outputs: outputs of these m samples, in this order.
-
-        Raises:
-            OSError: the shard cannot be written.
-        """
+        """Write a shard: outputs of the m samples at the positions ``indices`` (m,) of the split."""
         arrays = {"indices": indices, "labels": outputs.labels, "logits": outputs.logits}
         if outputs.features is not None:
             arrays["features"] = outputs.features
@@ -140,7 +129,7 @@ class OutputStore:
         seen = np.zeros(self.samples, dtype=bool)
         for path in self._paths():
             try:
-                with np.load(path, allow_pickle=False) as shard:
+                with path.open("rb") as file, np.load(file, allow_pickle=False) as shard:
                     indices = shard["indices"]
                     new = ~seen[indices]
                     arrays = {name: shard[name] for name in names if name in shard.files}
@@ -184,12 +173,7 @@ class OutputStore:
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """Features of a store, one shard in memory at a time.
-
-    Attributes:
-        store: store that holds them.
-        shape: (n, D).
-    """
+    """Features of a store, (n, D), with one shard in memory at a time."""
 
     store: OutputStore
     shape: tuple[int, int]
@@ -201,11 +185,7 @@ class StoredFeatures:
 
 
 class ShardWriter:
-    """Collects batches and writes them to a store in shards.
-
-    Args:
-        store: store to write to.
-    """
+    """Collects batches and writes them to a store in shards."""
 
     def __init__(self, store: OutputStore) -> None:
         self._store = store

@@ -13,7 +13,9 @@ import json
 import logging
 import os
 import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,13 +45,8 @@ CACHE = "eval-cache"
 def check_finite(outputs: Outputs, name: str, indices: Ints | None = None) -> None:
     """Check that logits and features are finite.
 
-    Args:
-        outputs: outputs to check.
-        name: name of the split or array, for the message.
-        indices: (n,) positions of the samples in the split; default 0..n−1.
-
     Raises:
-        ValueError: a value is NaN or infinite; the message names the first such sample.
+        ValueError: a value is not; the message names ``name`` and the first such sample, by its entry in ``indices``.
     """
     for what, values in (("logits", outputs.logits), ("features", outputs.features)):
         if values is None:
@@ -184,7 +181,7 @@ class Inference:
     data: DataBundle
     cache: str | Path
     options: PassOptions = field(default_factory=PassOptions)
-    _temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+    _temporary: str | None = field(default=None, repr=False)
 
     @cached_property
     def _model_key(self) -> str:
@@ -230,7 +227,7 @@ class Inference:
         return store
 
     def _prepare(self, name: str, key: str, samples: int) -> OutputStore:
-        store = OutputStore(cache_path(self._temporary.name if self._temporary else self.cache, name), key, samples)
+        store = OutputStore(cache_path(self._temporary or self.cache, name), key, samples)
 
         def prepare() -> None:
             try:
@@ -246,7 +243,8 @@ class Inference:
             if self.options.ranks.world_size > 1 or self._temporary is not None:
                 raise
             logger.warning("%s; they go to a temporary folder", error)
-            self._temporary = tempfile.TemporaryDirectory(prefix="tal-fast-")
+            self._temporary = tempfile.mkdtemp(prefix="tal-fast-")
+            weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
             return self._prepare(name, key, samples)
         return store
 

@@ -22,7 +22,7 @@ from tal_fast.evaluation.tables import setting_title
 from tal_fast.metrics.bootstrap import LEVEL, bootstrap, interval, paired_differences
 from tal_fast.metrics.failure import METRICS, aurc_floor, aurc_random, failure_metrics, undefined_reasons
 from tal_fast.metrics.ranking import tied_share
-from tal_fast.metrics.settings import Judged, Mix
+from tal_fast.metrics.settings import Mix, ScoredSetting
 from tal_fast.scores.features import KNN_SAMPLES
 from tal_fast.utils.arrays import Floats
 from tal_fast.utils.io import replacing
@@ -57,7 +57,7 @@ class EvaluationOptions:
 
 
 def make_report(
-    samples: Samples, settings: Mapping[str, Judged], options: EvaluationOptions, baseline: str | None = None
+    samples: Samples, settings: Mapping[str, ScoredSetting], options: EvaluationOptions, baseline: str | None = None
 ) -> Report:
     """Compute all metrics of all scores in all settings.
 
@@ -115,7 +115,7 @@ def make_report(
 
 
 def resample_settings(
-    settings: Mapping[str, Judged], resamples: int, seed: int, convention: str
+    settings: Mapping[str, ScoredSetting], resamples: int, seed: int, convention: str
 ) -> Iterator[tuple[str, dict[str, Floats]]]:
     """Compute every metric of every score on resamples of each setting.
 
@@ -153,7 +153,7 @@ def resample_settings(
         yield kind, {score: array / counts[kind] for score, array in total.items()}
 
 
-def _add_setting(report: Report, key: str, judged: Judged) -> None:
+def _add_setting(report: Report, key: str, judged: ScoredSetting) -> None:
     setting, scores, convention = judged.setting, judged.confidences(), report["convention"]
     n, errors = setting.success.size, int(setting.success.size - setting.success.sum())
     report["settings"][key] = {s: failure_metrics(values, setting.success, convention) for s, values in scores.items()}

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tal_fast.evaluation.prediction_store import Outputs
-from tal_fast.metrics.settings import Judged, Mix, Shifts, judged_settings
+from tal_fast.metrics.settings import Mix, ScoredSetting, Shifts, scored_settings
 from tal_fast.scores.logits import msp
 from tal_fast.utils.arrays import Floats, Ints
 from tal_fast.utils.io import replacing
@@ -84,12 +84,12 @@ class Samples:
     predictions: Mapping[str, Predictions] = field(default_factory=dict)
     shifts: Shifts = field(default_factory=dict)
 
-    def settings(self, mix: Mix, seed: int) -> dict[str, Judged]:
-        """Every setting these samples can be judged in, see ``tal_fast.metrics.settings.judged_settings``."""
-        return judged_settings(self.correct, self.id_scores, self.ood_scores, self.shifts, mix, seed)
+    def settings(self, mix: Mix, seed: int) -> dict[str, ScoredSetting]:
+        """All settings of these samples, see ``tal_fast.metrics.settings.scored_settings``."""
+        return scored_settings(self.correct, self.id_scores, self.ood_scores, self.shifts, mix, seed)
 
     def with_score(self, score: str) -> Samples:
-        """The same samples with a single score."""
+        """Copy of the samples with a single score."""
         return replace(
             self,
             id_scores={score: self.id_scores[score]},
@@ -137,7 +137,7 @@ def read_samples(path: str | Path) -> Samples | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}
         predictions = {
             split: Predictions(**{name: arrays[f"{name}/{split}"] for name in _PREDICTION_ARRAYS})

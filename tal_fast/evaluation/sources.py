@@ -154,7 +154,7 @@ def _write(evaluation: Evaluation, output: str | Path) -> Evaluation:
 
 
 def _preprocessing(data: DataBundle) -> dict[str, Any]:
-    """How images are preprocessed, for the report."""
+    """Report entry for the preprocessing of the images."""
     mean, std = data.config.normalization()
     entry = {"image_size": data.image_size, "interpolation": data.interpolation, "mean": mean, "std": std}
     # Images in memory are resized whole.

@@ -150,12 +150,7 @@ def wrap(text: str) -> str:
 
 
 def format_report(report: Mapping[str, Any], units: str = "natural") -> str:
-    """Format a report: a summary and, for each setting, a table with a row per score.
-
-    Args:
-        report: from ``tal_fast.evaluation.report``.
-        units: ``natural`` or ``paper``.
-    """
+    """Format a report in natural or paper units: a summary, and for each setting a table with a row per score."""
     blocks = ["\n".join(wrap(line) for line in _summary(report, units))]
     blocks += [_format_setting(report, key, units) for key in report["settings"]]
     return "\n\n".join(blocks)
@@ -234,14 +229,7 @@ def undefined_notes(report: Mapping[str, Any], key: str, metrics: Sequence[str])
 def _metric_table(
     values: Mapping[str, Mapping[str, Sequence[float | None]]], metrics: Sequence[str], level: float, units: str
 ) -> str:
-    """A row per score and, below it, a row per end of its intervals.
-
-    Args:
-        values: score -> metric -> [value] or [value, low, high].
-        metrics: metrics of the columns.
-        level: level of the intervals.
-        units: ``natural`` or ``paper``.
-    """
+    """Table of score -> metric -> [value] or [value, low, high]: a row per score, and per end of its intervals."""
     labels = [f"  {percentile:.3g}%" for percentile in (50 * (1 - level), 50 * (1 + level))]
     rows = []
     for score, by_metric in values.items():

@@ -161,7 +161,7 @@ def _measure(run: Run, queue: FeatureQueue, n: int, batch_size: int, device: tor
 
 def _load(path: Path, key: str) -> tuple[Floats, Ints] | None:
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             return (data["distance"], data["prediction"]) if str(data["key"]) == key else None
     except (FileNotFoundError, NotADirectoryError):
         return None

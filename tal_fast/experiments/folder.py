@@ -24,7 +24,8 @@ import yaml
 from tal_fast.config.parse import parse_yaml
 from tal_fast.config.schema import Config
 from tal_fast.experiments.plan import Job
-from tal_fast.runs.resume import CONFIG_FILE, differences
+from tal_fast.runs.folder import CONFIG_FILE
+from tal_fast.runs.resume import differences
 from tal_fast.utils.io import replacing
 
 REQUESTED, RECORD, LOG, LOCK = "asked.yaml", "job.json", "log.txt", "lock"

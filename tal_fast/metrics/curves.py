@@ -18,7 +18,7 @@ HISTOGRAM_BINS = 40
 """Default number of histogram bins."""
 
 
-class Operating(NamedTuple):
+class OperatingPoint(NamedTuple):
     """Operating point: samples whose score is at least the threshold are kept.
 
     Attributes:
@@ -54,19 +54,19 @@ class OperatingPoints:
         ends = np.flatnonzero(last)
         self._points = RiskCoverage(*(values[ends] for values in self.curve))
 
-    def at_risk(self, limit: float) -> Operating | None:
+    def at_risk(self, limit: float) -> OperatingPoint | None:
         """Operating point of highest coverage whose risk is at most ``limit``; None if there is none."""
         fit = np.flatnonzero(self._points.risk <= limit)
         return self._point(fit[-1]) if fit.size else None
 
-    def at_coverage(self, least: float) -> Operating | None:
+    def at_coverage(self, least: float) -> OperatingPoint | None:
         """Operating point of highest threshold that keeps at least the share ``least``; None without samples."""
         # In floating point 0.95 can be larger than 19 / 20.
         fit = np.flatnonzero(self._points.coverage >= least - 1e-12)
         return self._point(fit[0]) if fit.size else None
 
-    def _point(self, i: int) -> Operating:
-        return Operating(*(float(values[i]) for values in self._points))
+    def _point(self, i: int) -> OperatingPoint:
+        return OperatingPoint(*(float(values[i]) for values in self._points))
 
 
 def oracle_risk(n: int, errors: int) -> Floats:
@@ -87,7 +87,7 @@ def thinned(n: int, points: int) -> Ints:
     return np.unique(np.concatenate((even, np.geomspace(1, n / points, 16).astype(np.int64) - 1)))
 
 
-def kinds(
+def scores_by_kind(
     correct: Any, values: Floats, ood_scores: Mapping[str, Mapping[str, Floats]], score: str
 ) -> dict[str, Floats]:
     """Values of a score by kind of sample: ``ID, correct``, ``ID, wrong`` and ``OOD: NAME`` for each OOD set.

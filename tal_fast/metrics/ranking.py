@@ -25,7 +25,7 @@ def as_scores(confidence: Any, name: str = "confidence") -> Floats:
     if nan.size:
         raise ValueError(
             f"{name} has {nan.size} NaN of {scores.size} scores (the first at index {nan[0]}); NaN has no rank: "
-            "leave these samples out or mend the score"
+            "leave these samples out or correct the score"
         )
     return scores
 

@@ -187,7 +187,7 @@ def all_settings(
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredSetting:
     """Setting with all scores of its samples.
 
     Attributes:
@@ -214,14 +214,14 @@ Shifts = Mapping[str, tuple[Any, Mapping[str, Floats]]]
 """Shifted set -> (m,) 0/1 or bool, whether each sample is classified correctly; and score -> (m,) scores."""
 
 
-def judged_settings(
+def scored_settings(
     correct: Any,
     id_scores: Mapping[str, Floats],
     ood_scores: Mapping[str, Mapping[str, Floats]],
     shifts: Shifts | None = None,
     mix: Mix | None = None,
     seed: int = 0,
-) -> dict[str, Judged]:
+) -> dict[str, ScoredSetting]:
     """Build every setting, each with its scores.
 
     Args:
@@ -236,10 +236,10 @@ def judged_settings(
     """
     sizes = {name: len(next(iter(scores.values()))) for name, scores in ood_scores.items()}
     found = {
-        key: Judged(setting, name, id_scores, {} if name is None else ood_scores[name])
+        key: ScoredSetting(setting, name, id_scores, {} if name is None else ood_scores[name])
         for key, (setting, name) in all_settings(correct, sizes, mix, seed).items()
     }
     shifts = shifts or {}
     for name, (shift_correct, scores) in shifts.items():
-        found[f"shift/{name}" if len(shifts) > 1 else "shift"] = Judged(old_fd(shift_correct), name, scores, {})
+        found[f"shift/{name}" if len(shifts) > 1 else "shift"] = ScoredSetting(old_fd(shift_correct), name, scores, {})
     return found

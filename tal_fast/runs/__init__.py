@@ -1,1 +1,1 @@
-"""Run folders: checkpoints, resuming, and loading trained models."""
+"""Run folders: their files, checkpoints, resuming, and loading trained models."""

@@ -1,15 +1,14 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, in one file.
+"""Checkpoints: the whole state of a run in one file, saved atomically while training goes on.
 
-A file is there whole or not at all: it is written under another name, flushed to disk and renamed, by a thread of its
-own while training goes on. The last two are kept, so that a damaged one costs what lies between them. They hold tensors
-and plain values only and load with ``torch.load(weights_only=True)``.
+A checkpoint is complete or absent: a thread writes it under a temporary name, flushes it to disk and renames it. The
+last two are kept, so that a damaged one costs only the work between them. They hold tensors and plain values only and
+load with ``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import random
 import shutil
 import zipfile
 from collections.abc import Sequence
@@ -17,16 +16,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tal_fast.utils.io import write_atomically
+from tal_fast.runs.folder import CONFIG_FILE, METRICS_FILE
+from tal_fast.utils.io import replacing
 
 FORMAT = 1
-"""Of the files; raised when older code could not read them."""
+"""Version of the file format; raised when older code could not read newer files."""
 
-FOLDER, LAST, PREVIOUS, BEST = "checkpoints", "last.pt", "previous.pt", "best.pt"
+FOLDER = "checkpoints"
+"""Folder of the checkpoints within a run folder."""
+
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+
 _KEYS = (
     "format",
     "config",
@@ -45,22 +48,26 @@ _KEYS = (
 
 
 class Damaged(ValueError):
-    """A checkpoint that cannot be read."""
+    """A checkpoint cannot be read."""
 
 
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
-    """Write a checkpoint; what was at ``path`` moves to ``previous``.
+    """Save a checkpoint atomically.
 
-    Whatever happens in between, ``path`` or ``previous`` is a whole checkpoint.
+    Args:
+        path: the file to write.
+        content: tensors and plain values.
+        previous: where the file already at ``path`` is moved; ``path`` or ``previous`` is complete at any time.
     """
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **content}, file), keep=previous)
+    with replacing(path, keep=previous) as temporary, temporary.open("wb") as file:
+        torch.save({"format": FORMAT, **content}, file)
 
 
 class Writer:
-    """Writes a run's checkpoints one after the other while training goes on.
+    """Background writer of a run's checkpoints, one at a time.
 
     Args:
-        folder: of the checkpoints; made when the first is written.
+        folder: folder of the checkpoints; created by the first write.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -69,30 +76,29 @@ class Writer:
         self._pending: Future[None] | None = None
 
     def start(self, content: dict[str, Any], copies: Sequence[str] = ()) -> str | None:
-        """Begin to write ``last.pt``.
+        """Start writing ``last.pt``, after waiting for the write before it.
 
         Args:
-            content: nothing in it may change later; see ``snapshot``.
-            copies: further names of the same checkpoint.
+            content: what to save; must not change later, see ``snapshot``.
+            copies: further names for the same checkpoint.
 
         Returns:
-            What went wrong with the one before, as one sentence; None if nothing did.
+            One sentence on why the write before it failed; None if it did not.
         """
         problem = self.finish()
         self._pending = self._thread.submit(self._write, content, list(copies))
         return problem
 
     def finish(self) -> str | None:
-        """Wait for the disk; what went wrong, as one sentence, or None."""
+        """Wait for the pending write; one sentence on why it failed, or None."""
         pending, self._pending = self._pending, None
         if pending is None:
             return None
         try:
             pending.result()
-        except (OSError, RuntimeError) as error:  # torch.save raises the latter when a disk is full
-            return (
-                f"a checkpoint could not be written to {self._folder} ({_first_line(error)}); the one before is whole"
-            )
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
+            reason = _first_line(error)
+            return f"a checkpoint could not be written to {self._folder} ({reason}); the one before is whole"
         return None
 
     def _write(self, content: dict[str, Any], copies: list[str]) -> None:
@@ -100,8 +106,7 @@ class Writer:
         if not copies:
             save(last, content, previous)
             return
-        # last.pt comes after the copies: were it the first and the process killed in between, the resumed run would
-        # take best.pt for written.
+        # last.pt is written after the copies: a run killed in between and resumed from last.pt writes them again.
         first = self._folder / copies[0]
         save(first, content)
         for name in copies[1:]:
@@ -112,7 +117,7 @@ class Writer:
 
 
 def _link(path: Path, other: Path) -> None:
-    """Give a file another name, in place of what had it; nothing is written where links are to be had."""
+    """Hard-link a file under another name, replacing the file there; copies it where there are no hard links."""
     temporary = other.with_name(f".{other.name}.link")
     temporary.unlink(missing_ok=True)
     try:
@@ -127,7 +132,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def snapshot(value: Any) -> Any:
-    """A copy on the CPU of tensors within dicts, lists and tuples, for a thread to write while training goes on."""
+    """Copy the tensors within dicts, lists and tuples to the CPU, for the writer's thread."""
     copied = _copy(value)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
@@ -147,10 +152,10 @@ def _copy(value: Any) -> Any:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint.
+    """Load a checkpoint.
 
     Raises:
-        Damaged: it is missing, incomplete, not a checkpoint, or of another format.
+        Damaged: the file is missing, incomplete, not a checkpoint, or has another format.
     """
     if not path.is_file():
         raise Damaged(f"there is no checkpoint {path}")
@@ -160,7 +165,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         if bad is not None:
             raise ValueError(f"the checksum of {bad} is wrong")
         content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged file can fail in any layer of unzipping and unpickling
+    except Exception as error:  # damage can surface anywhere in unzipping and unpickling
         raise Damaged(f"checkpoint {path} cannot be read ({type(error).__name__}); it is damaged or not one") from error
     if not isinstance(content, dict) or "format" not in content:
         raise Damaged(f"{path} is not a checkpoint of tal-fast")
@@ -173,10 +178,10 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
-    """The newest checkpoint in ``folder`` that can be read, its path, and a sentence for each newer one that cannot.
+    """Newest checkpoint in ``folder`` that can be read, its path, and a sentence on each newer one that cannot.
 
     Raises:
-        Damaged: none can be read.
+        Damaged: no checkpoint can be read.
     """
     problems: list[str] = []
     for path in _newest_first(folder):
@@ -188,12 +193,12 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
 
 
 def exists(folder: Path) -> bool:
-    """Whether ``folder`` has a checkpoint to go on from."""
+    """Whether ``folder`` holds a checkpoint to resume from."""
     return bool(_newest_first(folder))
 
 
 def epoch_name(epoch: int) -> str:
-    """Name of the checkpoint kept of an epoch."""
+    """File name of the checkpoint kept for an epoch."""
     return f"epoch-{epoch:04d}.pt"
 
 
@@ -204,31 +209,8 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def clean(output: Path) -> None:
-    """Remove what a run that was killed while writing left in its folder."""
-    for path in [*(output / FOLDER).glob(".*.pt.*"), *output.glob(".metrics.csv.*"), *output.glob(".config.yaml.*")]:
+    """Remove the temporary files that a killed run left in its folder."""
+    names = (f"{FOLDER}/.*.pt*", *(f".{Path(name).stem}*{Path(name).suffix}*" for name in (CONFIG_FILE, METRICS_FILE)))
+    for path in (path for name in names for path in output.glob(name)):
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def rng_state() -> dict[str, Any]:
-    """State of the random generators of Python, NumPy and PyTorch on the CPU and the current GPU."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one
-    return {
-        "python": [version, list(internal), gauss],
-        # As int64, for weights_only=True admits no NumPy array.
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what ``rng_state`` gave."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -1,4 +1,4 @@
-"""A finished or unfinished run, loaded for evaluation: ``load_run("runs/digits-tal").model(images)``."""
+"""Loading a trained model from a run folder: ``load_run("runs/digits-tal").model(images)``."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from tal_fast.config.schema import Config
 from tal_fast.data import DataBundle, build_data
 from tal_fast.methods import method_class
 from tal_fast.models import build_model, keep_classes
-from tal_fast.runs import checkpoint as checkpoints
+from tal_fast.runs.checkpoint import BEST, FOLDER, load, load_newest
 
 
 @dataclass
 class Run:
-    """A trained model with what it was trained on.
+    """A trained model and the run it comes from.
 
     Attributes:
-        config: the run's resolved configuration.
-        model: in eval mode, with the averaged weights if the run keeps an average (``optim.ema_decay``, FMFP's);
-            images (B, C, S, S) -> logits (B, classes), features (B, D), float32.
-        epoch: epochs the weights were trained for.
-        checkpoint: the file they come from.
-        method: what it was trained with.
-        score: confidence score the method is judged by; a key of ``tal_fast.scores.SCORES``.
-        class_names: a name for each logit.
-        history: a row of metrics.csv for each finished epoch.
+        config: resolved configuration of the run.
+        model: the network in eval mode, with averaged weights if the run keeps an average (``optim.ema_decay``,
+            FMFP); images (B, C, S, S) -> logits (B, classes), features (B, D), float32.
+        epoch: number of epochs the weights were trained for.
+        checkpoint: file of the weights.
+        method: name of the training method.
+        score: confidence score of the method; a key of ``tal_fast.scores.logits.SCORES``.
+        class_names: one name for each logit.
+        history: rows of metrics.csv, one for each finished epoch.
     """
 
     config: Config
@@ -44,10 +44,10 @@ class Run:
 
     @cached_property
     def data(self) -> DataBundle:
-        """The run's images, found and checked at the first use.
+        """Images of the run, found and checked at the first use.
 
         Raises:
-            ValueError: they have gone, or their classes have changed since training.
+            ValueError: the images are gone, or their classes have changed since training.
         """
         bundle = build_data(self.config.data)
         if bundle.class_names != self.class_names:
@@ -61,26 +61,26 @@ class Run:
 def load_run(
     run_dir: str | Path, checkpoint: Literal["best", "last"] = "best", device: torch.device | str = "cpu"
 ) -> Run:
-    """Load a run's model.
+    """Load the model of a run.
 
     Args:
         run_dir: the ``output`` folder of ``python -m tal_fast.train``.
-        checkpoint: ``best``: of the highest validation accuracy; ``last``: the newest (or the one before, when the
-            newest is damaged).
-        device: where the model goes.
+        checkpoint: ``best``: the one of the highest validation accuracy; ``last``: the newest, or the one before it if
+            the newest is damaged.
+        device: device of the model.
 
     Raises:
-        ValueError: no such folder, no checkpoint in it, or none that can be read.
+        ValueError: there is no such folder, no checkpoint in it, or none that can be read.
     """
     run_dir = Path(run_dir)
-    folder = run_dir / checkpoints.FOLDER
+    folder = run_dir / FOLDER
     if not run_dir.is_dir():
         raise ValueError(f"there is no run folder {run_dir}")
     if checkpoint == "best":
-        path = folder / checkpoints.BEST
-        content = checkpoints.load(path)
+        path = folder / BEST
+        content = load(path)
     elif checkpoint == "last":
-        content, path, _ = checkpoints.load_newest(folder)
+        content, path, _ = load_newest(folder)
     else:
         raise ValueError(f"checkpoint is {checkpoint!r}; use 'best' or 'last'")
     config = Config.from_dict(content["config"])

@@ -1,18 +1,20 @@
-"""Finding the checkpoint a run goes on from, and refusing what would spoil a run."""
+"""Finding the checkpoint a run resumes from, and refusing one of another configuration or other data."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tal_fast.config.methods import read_options
 from tal_fast.config.schema import Config
-from tal_fast.runs import checkpoint as checkpoints
+from tal_fast.methods import method_class
+from tal_fast.runs import checkpoint
+from tal_fast.runs.folder import CONFIG_FILE, METRICS_FILE
 
-CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.csv"
+logger = logging.getLogger(__name__)
 
 MAY_DIFFER = {
     "output",
@@ -38,28 +40,24 @@ MAY_DIFFER = {
     "method.options.backend",
     "method.options.outliers",
 }
-"""Options a resumed run may have otherwise than before: where and how fast it runs, not what it computes."""
+"""Options that a resumed run may change: where and how fast it runs, not what it computes."""
 
 
-def find_checkpoint(config: Config, say: Callable[[str], None]) -> tuple[dict[str, Any], Path] | None:
-    """The checkpoint that ``config.resume`` asks for, if there is one.
-
-    Args:
-        config: of the run that starts now.
-        say: told of damaged checkpoints that are passed over.
+def find_checkpoint(config: Config) -> tuple[dict[str, Any], Path] | None:
+    """Checkpoint that ``config.resume`` asks for, with its path; None for a new run.
 
     Raises:
         ValueError: the output folder holds another run, or the checkpoint is of another configuration.
         Damaged: there are checkpoints, but none can be read.
     """
     output = Path(config.output)
-    folder = output / checkpoints.FOLDER
-    holds_run = checkpoints.exists(folder) or any((output / f).exists() for f in (CONFIG_FILE, METRICS_FILE))
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is a file; name a folder")
-    resume = config.resume
-    if resume == "never" and _restarted_by_torchrun():
-        resume = "auto"
+    folder = output / checkpoint.FOLDER
+    holds_run = checkpoint.exists(folder) or any((output / name).exists() for name in (CONFIG_FILE, METRICS_FILE))
+    # torchrun restarts a failed run with the same command line (--max-restarts).
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    resume = "auto" if config.resume == "never" and restarted else config.resume
     if resume == "never":
         if holds_run:
             raise ValueError(
@@ -67,30 +65,35 @@ def find_checkpoint(config: Config, say: Callable[[str], None]) -> tuple[dict[st
             )
         return None
     if resume == "auto":
-        if not checkpoints.exists(folder):
+        if not checkpoint.exists(folder):
             return None
-        content, path, problems = checkpoints.load_newest(folder)
+        content, path, problems = checkpoint.load_newest(folder)
         for problem in problems:
-            say(f"warning: {problem}; going on from {path} instead")
+            logger.warning("%s; going on from %s instead", problem, path)
     else:
         path = Path(resume)
         if holds_run and path.absolute().parent != folder.absolute():
             raise ValueError(
                 f"{output} holds a run already, which resuming from {path} would overwrite; name another --output"
             )
-        content = checkpoints.load(path)
-    _refuse_other_config(content["config"], config, path)
+        content = checkpoint.load(path)
+    differing = differences(content["config"], config)
+    if differing:
+        raise ValueError(
+            f"{path} was made by another configuration ({', '.join(differing)}); set it back, or start anew in another "
+            "--output"
+        )
     return content, path
 
 
-def _restarted_by_torchrun() -> bool:
-    """Whether torchrun starts this process anew, after one of its processes died (``--max-restarts``)."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-
-
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
-    """What a configuration computes otherwise than a saved one, such as ``epochs was 4 and is 5``."""
-    before, now = _computed(Config.from_dict(saved)), _computed(config)
+    """Differences in what two configurations compute, such as ``epochs was 4 and is 5``.
+
+    Args:
+        saved: the earlier configuration, as ``Config.to_dict`` gives it.
+        config: the configuration now.
+    """
+    before, now = _all_options(Config.from_dict(saved)), _all_options(config)
     return [
         f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in {**now, **before}
@@ -98,49 +101,38 @@ def differences(saved: dict[str, Any], config: Config) -> list[str]:
     ]
 
 
-def _computed(config: Config) -> dict[str, Any]:
-    """All options, those of the method's own too, be they given or its defaults."""
-    from tal_fast.methods import method_class  # here, for it loads torch
-
-    values = config.to_dict()
-    name = config.method.name
-    values["method"]["options"] = asdict(read_options(name, method_class(name).Options, config.method.options))
-    return _flat(values)
-
-
-def _refuse_other_config(saved: dict[str, Any], config: Config, path: Path) -> None:
-    differing = differences(saved, config)
-    if differing:
-        raise ValueError(
-            f"{path} was made by another configuration ({', '.join(differing)}); set it back, or start anew in another "
-            "--output"
-        )
-
-
 def refuse_other_data(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """ValueError if a checkpoint's classes or image size are not those of the data."""
-    for name, what in (("class_names", "the classes"), ("image_size", "the image size")):
+    """Raise ValueError if the classes or the image size of a checkpoint are not those of the data."""
+    for name, title in (("class_names", "the classes"), ("image_size", "the image size")):
         if saved[name] != now[name]:
             raise ValueError(
-                f"{path} was made with {what} {saved[name]} but the data have {now[name]}; "
+                f"{path} was made with {title} {saved[name]} but the data have {now[name]}; "
                 "point data.root at the same data, or start anew in another --output"
             )
 
 
-def changes(saved: dict[str, Any], world_size: int, train_images: int) -> list[str]:
-    """What is no longer as it was, so that the run cannot go on inside an epoch nor bit for bit."""
-    pairs = (
+def changed_conditions(saved: dict[str, Any], world_size: int, train_images: int) -> list[str]:
+    """Changes since a checkpoint that rule out going on within its epoch, and bit for bit, such as ``ranks 2 -> 1``."""
+    conditions = (
         ("ranks", saved["world_size"], world_size),
         ("training images", saved["shape"]["train_images"], train_images),
     )
-    return [f"{what} {before} -> {now}" for what, before, now in pairs if before != now]
+    return [f"{title} {before} -> {now}" for title, before, now in conditions if before != now]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _all_options(config: Config) -> dict[str, Any]:
+    """Dotted name -> value of all options, with the defaults of the method's own."""
+    values = config.to_dict()
+    name = config.method.name
+    values["method"]["options"] = asdict(read_options(name, method_class(name).Options, config.method.options))
+    return _flatten(values)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and key != "ood":
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

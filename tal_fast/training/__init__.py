@@ -1,1 +1,1 @@
-"""The training loop and everything it is made of."""
+"""Training loop and its parts."""

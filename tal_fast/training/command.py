@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from tal_fast.config.parse import parse_command_line
 from tal_fast.config.schema import Config
+from tal_fast.utils.logs import console_logging
 from tal_fast.utils.process import program_name
 from tal_fast.utils.signals import Stopped, StopRequest
 
@@ -24,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         config, bench = parse_command_line(sys.argv[1:] if argv is None else argv, program_name("train"))
     except ValueError as error:
         _exit(error)
-    with StopRequest() as stop:  # early, because loading PyTorch and finding a million images take a while
+    level = logging.WARNING if config.progress == "none" else logging.INFO
+    # Early, because loading PyTorch and finding a million images take a while.
+    with console_logging(level), StopRequest() as stop:
         _train(config, stop, bench)
 
 

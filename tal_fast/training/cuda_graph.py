@@ -1,4 +1,4 @@
-"""A training step replayed as one CUDA graph, so that small steps are not bound by the launching of their kernels."""
+"""CUDA graph of a training step, so that small steps are not bound by kernel launches."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import torch
 from torch import Tensor
 
 WARM_UP = 3
-"""Real steps before the capture: cuDNN chooses its algorithms and ``torch.compile`` compiles in them."""
+"""Number of eager steps before the capture, in which cuDNN chooses its algorithms and ``torch.compile`` compiles."""
 
 
 class GraphedStep:
-    """Runs a step eagerly at first, then captures it, then replays it; every call trains.
+    """Training step that runs eagerly at first, is captured, and then replayed; every call trains.
 
     Args:
         step: the tensors of a batch, images first, -> None; forward, backward and update in place, without waiting for
             the device. It must leave gradients None or overwrite them.
-        before_capture: called once before the capture; frees the gradients, so that the graph owns theirs.
+        before_capture: called once before the capture to free the gradients, so that the graph owns them.
     """
 
     def __init__(self, step: Callable[..., None], before_capture: Callable[[], None]) -> None:
         self._step = step
         self._before_capture = before_capture
         self._key: Hashable = None
-        self._seen = 0
+        self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
         self._stream = torch.cuda.Stream()
@@ -33,14 +33,14 @@ class GraphedStep:
         """Train on a batch.
 
         Args:
-            batch: of the step.
-            key: whatever the step depends on besides; a change of it, or of the images' shape, captures anew.
+            batch: arguments of the step.
+            key: whatever else the step depends on; a new key, or another shape of the images, means a new capture.
         """
         key = (key, batch[0].shape, batch[0].dtype)
         if key != self._key:
-            self._key, self._seen, self._graph, self._inputs = key, 0, None, []
-        if self._graph is None and self._seen < WARM_UP:
-            self._seen += 1
+            self._key, self._steps, self._graph, self._inputs = key, 0, None, []
+        if self._graph is None and self._steps < WARM_UP:
+            self._steps += 1
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 self._step(*batch)
@@ -52,6 +52,6 @@ class GraphedStep:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
                 self._step(*self._inputs)
-        for mine, given in zip(self._inputs, batch, strict=True):
-            mine.copy_(given)
+        for static, tensor in zip(self._inputs, batch, strict=True):
+            static.copy_(tensor)
         self._graph.replay()

@@ -1,8 +1,10 @@
-"""TensorBoard and Weights & Biases, beside metrics.csv, which is always written."""
+"""TensorBoard and Weights & Biases loggers, beside metrics.csv, which is always written."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import logging
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,31 +13,34 @@ from typing import Protocol
 import numpy as np
 
 from tal_fast.config.schema import Config
-from tal_fast.training.train_step import Histogram
+from tal_fast.runs.folder import METRICS_FILE
+from tal_fast.training.epoch_stats import Histogram
+
+logger = logging.getLogger(__name__)
 
 
 class Logger(Protocol):
-    """Somewhere numbers go."""
+    """Interface of a logger."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers of a step of the run."""
+        """Log numbers of one step of the run."""
         ...
 
     def histograms(self, values: Mapping[str, Histogram], step: int) -> None:
-        """Distributions at a step of the run."""
+        """Log distributions at one step of the run."""
         ...
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the logger."""
         ...
 
 
 class TensorBoard:
-    """Event files in ``folder``, for ``tensorboard --logdir``.
+    """TensorBoard event files, for ``tensorboard --logdir``.
 
     Args:
-        folder: of the event files.
-        first_step: steps done; what an earlier part of the run logged of later ones is void.
+        folder: folder of the event files.
+        first_step: number of finished steps; events of later steps, from before the run was resumed, are purged.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -44,12 +49,10 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """See ``Logger``."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def histograms(self, values: Mapping[str, Histogram], step: int) -> None:
-        """See ``Logger``."""
         for name, histogram in values.items():
             centres = [(a + b) / 2 for a, b in zip(histogram.edges, histogram.edges[1:], strict=False)]
             total = sum(histogram.counts)
@@ -66,16 +69,15 @@ class TensorBoard:
             )
 
     def close(self) -> None:
-        """See ``Logger``."""
         self._writer.close()
 
 
 class WandB:
-    """A run of Weights & Biases, gone on with when the training is; ``WANDB_MODE=offline`` needs no account.
+    """Run of Weights & Biases, continued when the training is resumed; ``WANDB_MODE=offline`` needs no account.
 
     Args:
-        output: the run's folder, where its identity is kept too.
-        config: of the run.
+        output: the run folder, which also holds the identity of the W&B run.
+        config: configuration of the run.
     """
 
     def __init__(self, output: Path, config: Config) -> None:
@@ -96,43 +98,36 @@ class WandB:
         )
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """See ``Logger``."""
         self._run.log({**values, "step": step})
 
     def histograms(self, values: Mapping[str, Histogram], step: int) -> None:
-        """See ``Logger``."""
-        made = {
+        histograms = {
             name: self._wandb.Histogram(np_histogram=(np.array(h.counts), np.array(h.edges)))
             for name, h in values.items()
         }
-        self._run.log({**made, "step": step})
+        self._run.log({**histograms, "step": step})
 
     def close(self) -> None:
-        """See ``Logger``."""
         self._run.finish()
 
 
 class Loggers:
-    """Those that a configuration asks for.
+    """All loggers of a run; errors of writing, such as a full disk, do not end it.
 
     Args:
-        config: of the run.
-        output: its folder.
-        first_step: of the run, that this process begins with.
-
-    Attributes:
-        missing: a sentence for each that was asked for but is not installed.
+        config: configuration of the run.
+        output: the run folder.
+        first_step: number of finished steps of the run.
     """
 
     def __init__(self, config: Config, output: Path, first_step: int) -> None:
-        self.missing: list[str] = []
         self._loggers: list[Logger] = []
         if config.logger in ("tensorboard", "all"):
             try:
                 self._loggers.append(TensorBoard(output / "tensorboard", first_step))
             except ImportError:
-                self.missing.append(
-                    "TensorBoard is not installed (pip install tensorboard); logging to metrics.csv only"
+                logger.info(
+                    "note: TensorBoard is not installed (pip install tensorboard); logging to %s only", METRICS_FILE
                 )
         if config.logger in ("wandb", "all"):
             self._loggers.append(WandB(output, config))
@@ -141,20 +136,26 @@ class Loggers:
         return bool(self._loggers)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """To all of them."""
-        for logger in self._loggers:
-            with contextlib.suppress(OSError):  # a full disk must not end the run for a curve's sake
-                logger.scalars(values, step)
+        """Log numbers of one step of the run."""
+        for each in self._loggers:
+            with contextlib.suppress(OSError):
+                each.scalars(values, step)
 
     def histograms(self, values: Mapping[str, Histogram], step: int) -> None:
-        """To all of them."""
-        for logger in self._loggers:
+        """Log distributions at one step of the run."""
+        for each in self._loggers:
             with contextlib.suppress(OSError):
-                logger.histograms(values, step)
+                each.histograms(values, step)
 
     def close(self) -> None:
-        """Write what is left."""
-        for logger in self._loggers:
+        """Flush and close all loggers."""
+        for each in self._loggers:
             with contextlib.suppress(OSError):
-                logger.close()
+                each.close()
         self._loggers = []
+
+
+def check_installed(name: str) -> None:
+    """Raise ValueError if ``Config.logger`` asks for a logger that is required but not installed."""
+    if name in ("wandb", "all") and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"logger is {name!r} but wandb is not installed; pip install wandb, or set it to tensorboard")

@@ -1,4 +1,4 @@
-"""Optimizers, and the learning rate as a function of the step alone."""
+"""Optimizers and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ _NORMS = (
     nn.RMSNorm,
     nn.LocalResponseNorm,
 )
+"""Normalisation layers, whose parameters do not decay."""
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Fused SGD or AdamW over a model's parameters, its learning rate a tensor on their device.
+    """Fused SGD or AdamW over the parameters of a model, with the learning rate as a tensor on their device.
 
-    Unless ``decay_all`` is on, biases, the parameters of normalisation layers and those that the model itself exempts
-    (``no_weight_decay``, as timm's models do) do not decay.
+    Unless ``decay_all`` is on, there is no weight decay on biases, on the parameters of normalisation layers and on
+    those that the model itself exempts through ``no_weight_decay``, as timm's models do.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     exempt = set() if config.decay_all else _exempt(model)
@@ -33,23 +34,23 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     ]
     groups = [group for group in groups if group["params"]]
     device = named[0][1].device
-    # A tensor, so that setting it neither recompiles nor leaves a CUDA graph with the rate it was captured at.
+    # A tensor: changing a number would recompile the step, and a CUDA graph would keep the captured rate.
     rate = torch.tensor(config.lr, dtype=torch.float32, device=device)
-    # Fused needs every parameter in a dtype and on a device that has such a kernel; float32 on the CPU and GPUs does.
+    # Fused kernels exist for float32 on the CPU and on CUDA GPUs, among others.
     fused = device.type in ("cpu", "cuda") and all(p.dtype == torch.float32 for _, p in named)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=rate, fused=fused)
     sgd = torch.optim.SGD(groups, lr=rate, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
     if config.momentum:
-        # The fused kernel takes uninitialised memory for momentum when a gradient scaler skips the very first step
-        # (torch 2.14). From zeros, the first step is what it would have been.
+        # The fused kernel reads uninitialised momentum if a gradient scaler skips the very first step (torch 2.14).
+        # Zeros leave the first step as it is.
         for _, p in named:
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return sgd
 
 
 def _exempt(model: nn.Module) -> set[str]:
-    """Names of the parameters that do not decay."""
+    """Names of the parameters without weight decay."""
     names = {f"{path}.bias".lstrip(".") for path, module in model.named_modules() if hasattr(module, "bias")}
     for path, module in model.named_modules():
         if isinstance(module, _NORMS):
@@ -65,12 +66,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def learning_rate(config: OptimConfig, epochs: int, epoch: float) -> float:
-    """The learning rate at a point of the run, so that a resumed run needs no scheduler's state.
+    """Learning rate at a point of the run, a function of the epoch alone, so that resuming needs no scheduler state.
 
     Args:
-        config: peak, schedule and warm-up.
-        epochs: of the whole run.
-        epoch: epochs that have passed, fractions included; at half of a step, the rate is 0 at neither end.
+        config: peak learning rate, learning-rate schedule and warm-up.
+        epochs: number of epochs of the run.
+        epoch: finished epochs with fractions; the trainer asks for the middle of a step.
     """
     if epoch < config.warmup_epochs:
         return config.lr * epoch / config.warmup_epochs

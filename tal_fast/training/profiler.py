@@ -1,4 +1,4 @@
-"""A window of steps recorded by torch.profiler, as a Chrome trace."""
+"""Chrome trace of a window of training steps, recorded by torch.profiler."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Profiler:
 
     Args:
         start, stop: the window; an empty one records nothing.
-        path: of the trace; chrome://tracing and ui.perfetto.dev show it.
+        path: file of the trace, for chrome://tracing and ui.perfetto.dev.
     """
 
     def __init__(self, start: int, stop: int, path: Path) -> None:
@@ -25,7 +25,7 @@ class Profiler:
         self._profile: Any = None
 
     def before_step(self) -> None:
-        """Called before each step."""
+        """Start recording before the first step of the window; called before each step."""
         if self._step == self._start < self._stop:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if torch.cuda.is_available():
@@ -34,12 +34,12 @@ class Profiler:
             self._profile.__enter__()
 
     def after_step(self) -> Path | None:
-        """Called after each step; the trace's path after the window's last one."""
+        """Write the trace after the last step of the window and return its path; called after each step."""
         self._step += 1
         return self.close() if self._step == self._stop else None
 
     def close(self) -> Path | None:
-        """Write what was recorded, if a recording is on."""
+        """Write the trace if a recording is on, and return its path."""
         profile, self._profile = self._profile, None
         if profile is None:
             return None

@@ -1,50 +1,26 @@
-"""What a run tells while it trains: a bar on a terminal, a line an epoch everywhere, metrics.csv."""
+"""Progress on the console: a bar for each epoch and one line when it is finished."""
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from tal_fast.utils.io import write_atomically
-
-if TYPE_CHECKING:
-    import torch
+import torch
 
 REFRESH_SECONDS = 1.0
-
-COLUMNS = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "train_accuracy",
-    "val_loss",
-    "val_accuracy",
-    "aurc",
-    "auroc",
-    "fpr95",
-    "images_per_s",
-    "seconds",
-    "data_wait",
-    "unreadable",
-)
-"""Of metrics.csv, before the method's own. ``val_loss`` is cross-entropy for every method; ``aurc``, ``auroc`` and
-``fpr95`` are of the method's score on the validation images (Old FD); ``seconds`` are of training, ``data_wait`` is the
-share of them spent waiting for images; ``unreadable`` counts the files that did not decode so far and were left out."""
+"""Seconds between two readings of the loss for the bar."""
 
 
 class Progress:
-    """The steps of one epoch.
+    """Progress bar over the images of one epoch.
 
     Args:
-        title: shown before the bar.
-        total: images of the epoch; ``done`` of them are through already.
-        show: draw a bar.
+        title: text before the bar.
+        total: images of the epoch.
+        done: images trained on already, in a resumed epoch.
+        show: draw the bar.
     """
 
     def __init__(self, title: str, total: int, done: int, show: bool) -> None:
@@ -57,8 +33,8 @@ class Progress:
                 total=total, initial=done, desc=title, leave=False, unit=" images", unit_scale=True, dynamic_ncols=True
             )
 
-    def step(self, images: int, describe: Callable[[], str]) -> None:
-        """A step of so many images is through. ``describe``, which may wait for the GPU, is called once a second."""
+    def advance(self, images: int, describe: Callable[[], str]) -> None:
+        """Advance by a number of images; once a second ``describe``, which may wait for the GPU, gives the text."""
         if self._bar is None:
             return
         self._bar.update(images)
@@ -74,45 +50,44 @@ class Progress:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: of the GPU's memory that PyTorch holds, or of this process's at its largest."""
-    import torch
-
+    """Bytes of GPU memory that PyTorch holds, or on the CPU the peak memory of the process."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
 
 
 def shows_bar(mode: str) -> bool:
-    """Whether a run with this ``Config.progress`` draws bars here."""
+    """Whether ``Config.progress`` asks for bars on this terminal."""
     return mode == "auto" and sys.stderr.isatty()
 
 
 def epoch_line(row: Mapping[str, float], epochs: int, seconds: float) -> str:
-    """One line for a finished epoch that took so many seconds, validation and saving included."""
-    parts = [
-        f"epoch {int(row['epoch']):>{len(str(epochs))}}/{epochs}",
-        f"loss {row['train_loss']:.4f}",
-        f"acc {row['train_accuracy']:.2%}",
-        f"val loss {row['val_loss']:.4f}",
-        f"val acc {row['val_accuracy']:.2%}",
-        f"AURC {row['aurc'] * 1000:.2f}e-3",
-    ]
-    if "typicalness" in row:
-        parts.append(f"typicalness {row['typicalness']:.3f}")
-        parts.append(f"queue {int(row['queue_length'])}")
-    remaining = timedelta(seconds=round(seconds * (epochs - row["epoch"])))
-    parts += [f"{row['images_per_s']:,.0f} images/s", f"data wait {row['data_wait']:.0%}", f"ETA {remaining}"]
-    return "  ".join(parts)
+    """Line for a finished epoch, of at most 100 characters.
+
+    Args:
+        row: the epoch's row of metrics.csv.
+        epochs: number of epochs of the run.
+        seconds: duration of the epoch, validation and saving included.
+    """
+    loss, rate = row["train_loss"], row["images_per_s"]
+    return "  ".join(
+        [
+            f"epoch {int(row['epoch']):>{len(str(epochs))}}/{epochs}",
+            f"loss {loss:.4f}" if loss < 10 else f"loss {loss:.3g}",
+            f"acc {row['train_accuracy']:.2%}",
+            f"val {row['val_accuracy']:.2%}",
+            f"AURC {row['aurc']:.5f}",
+            f"{rate:,.0f} images/s" if rate < 100_000 else f"{rate / 1000:,.0f}k images/s",
+            f"ETA {_duration(seconds * (epochs - row['epoch']))}",
+        ]
+    )
 
 
-def write_metrics(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Write metrics.csv: a row for each of one or more epochs, whole or not at all."""
-    text = io.StringIO()
-    extra = [name for name in rows[0] if name not in COLUMNS]
-    writer = csv.DictWriter(text, [*COLUMNS, *extra], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+def _duration(seconds: float) -> str:
+    """``H:MM:SS``, or days and hours from 100 hours on."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours < 100 else f"{hours // 24} d {hours % 24} h"

@@ -1,4 +1,4 @@
-"""How a configuration runs on a device: what is ``auto`` or None in it, decided."""
+"""Runtime options: device, precision, compilation and memory order."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tal_fast.config.schema import Config
 
 
 @dataclass(frozen=True)
-class Execution:
-    """Decided options of speed.
+class Runtime:
+    """Resolved runtime options.
 
     Attributes:
-        device: of the network.
-        dtype: autocast's, or None for float32.
-        compile: ``torch.compile`` the step.
+        device: device of the network.
+        dtype: dtype of autocast; None for float32 without autocast.
+        compile: whether to ``torch.compile`` the step.
         channels_last: memory order of images and weights.
     """
 
@@ -27,11 +27,11 @@ class Execution:
     channels_last: bool
 
     @staticmethod
-    def of(config: Config, device: torch.device) -> Execution:
-        """What a configuration means on a device.
+    def resolve(config: Config, device: torch.device, world_size: int = 1) -> Runtime:
+        """Resolve runtime options: replace ``auto`` and None in a configuration by values for a device.
 
         Raises:
-            ValueError: options that do not go together, or not with the device.
+            ValueError: options that do not fit each other, the device or the number of ranks.
         """
         on_gpu = device.type == "cuda"
         names = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,18 +44,19 @@ class Execution:
         if config.cuda_graphs and not on_gpu:
             raise ValueError(f"cuda_graphs is on but the device is {device.type}; set cuda_graphs to false")
         if config.cuda_graphs and dtype is torch.float16:
-            raise ValueError(
-                "cuda_graphs cannot skip the steps a float16 scaler wants skipped; use bfloat16 or float32"
-            )
+            raise ValueError("cuda_graphs cannot skip steps as a float16 scaler must; use bfloat16 or float32")
+        if config.cuda_graphs and world_size > 1:
+            raise ValueError(f"cuda_graphs is for one GPU but there are {world_size} ranks; set it to false")
         if config.model.sync_batchnorm and not on_gpu:
             raise ValueError("model.sync_batchnorm works on GPUs only; set it to false")
+        _check_batch_size(config, world_size)
         compile = on_gpu if config.model.compile is None else config.model.compile
         channels_last = on_gpu if config.model.channels_last is None else config.model.channels_last
-        return Execution(device, dtype, compile, channels_last)
+        return Runtime(device, dtype, compile, channels_last)
 
     @property
     def scales_gradients(self) -> bool:
-        """Whether gradients need a scaler, for they would vanish in float16."""
+        """Whether gradients need a scaler because they would underflow in float16."""
         return self.dtype is torch.float16
 
     def autocast(self) -> torch.autocast:
@@ -67,10 +68,24 @@ class Execution:
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
     def summary(self) -> str:
-        """In a few words."""
+        """Precision, memory order and compilation in a few words."""
         words = [str(self.dtype or torch.float32).removeprefix("torch.")]
         if self.channels_last:
             words.append("channels last")
         if self.compile:
             words.append("compiled")
         return ", ".join(words)
+
+
+def _check_batch_size(config: Config, world_size: int) -> None:
+    if config.batch_size % world_size:
+        raise ValueError(
+            f"batch_size {config.batch_size} is for all ranks together but does not divide among {world_size}; "
+            f"use {max(1, config.batch_size // world_size) * world_size}"
+        )
+    images, parts = config.batch_size // world_size, config.optim.accumulate
+    if images % parts:
+        raise ValueError(
+            f"optim.accumulate is {parts} but a rank's {images} images do not divide into as many parts; "
+            f"use a divisor of {images}"
+        )

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation: the gradient is taken where the loss is worst nearby."""
+"""Sharpness-aware minimisation (SAM)."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ import torch
 from torch import Tensor, nn
 
 
-class Ascent:
-    """The way up and back of a step of SAM (Foret et al., "Sharpness-Aware Minimization", ICLR 2021, algorithm 1).
+class SAM:
+    """Perturbation of the weights in sharpness-aware minimisation.
 
-    With a gradient g in place, ``climb`` moves the weights w to w + ρ g / ‖g‖, where the caller takes the gradient that
-    the optimizer then steps by, from w, to which ``back`` returns. The norm is over all weights together. Nothing
-    waits for the device; a gradient scaler's factor cancels, and where it made g infinite, w stays.
+    Foret et al., "Sharpness-Aware Minimization", ICLR 2021, algorithm 1. From the gradient g at the weights w,
+    ``perturb`` moves the weights to w + ρ g / ‖g‖, with the norm over all weights together. The caller takes the
+    gradient there, ``restore`` returns to w, and the optimizer steps by that gradient. Nothing waits for the device. A
+    gradient scaler's factor cancels; where it made g infinite, the weights stay.
 
     Args:
-        parameters: of the network.
+        parameters: parameters of the network.
         radius: ρ, above 0.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], radius: float) -> None:
         self._parameters: list[Tensor] = [p for p in parameters if p.requires_grad]
         self._radius = radius
-        # Kept rather than subtracted from: (w + e) - e is not w in floating point.
-        self._kept = [torch.empty_like(p, requires_grad=False) for p in self._parameters]
+        # Copies, because (w + e) - e differs from w in floating point.
+        self._originals = [torch.empty_like(p, requires_grad=False) for p in self._parameters]
 
     @torch.no_grad()
-    def climb(self) -> None:
-        """Up the gradients that the parameters have; one without stays."""
-        torch._foreach_copy_(self._kept, self._parameters)
+    def perturb(self) -> None:
+        """Move the weights along their gradients; those without a gradient stay."""
+        torch._foreach_copy_(self._originals, self._parameters)
         moved = [(p, p.grad) for p in self._parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([gradient for _, gradient in moved])))
         scale = self._radius / (norm + 1e-12)
@@ -37,6 +38,6 @@ class Ascent:
             parameter.add_(torch.where(norm.isfinite(), gradient * scale, 0.0))
 
     @torch.no_grad()
-    def back(self) -> None:
-        """To the weights before ``climb``, to the bit."""
-        torch._foreach_copy_(self._parameters, self._kept)
+    def restore(self) -> None:
+        """Restore the weights from before ``perturb``, bit for bit."""
+        torch._foreach_copy_(self._parameters, self._originals)

@@ -1,174 +1,169 @@
-"""``python -m tal_fast.train --bench``: where a run's time goes, as JSON.
+"""Throughput of a configuration, as JSON: ``python -m tal_fast.train --bench``.
 
-Four rates of the configuration at hand: images from the loader alone; training steps on images that are on the device
-already, by cross-entropy and by the run's method (TAL, if that is cross-entropy); training from the loader. The two
-kinds of step take turns, so that whatever else slows the machine slows both; what the method costs over cross-entropy
-is the median of the differences within a turn.
+Four rates: images from the loader alone; training steps on images already on the device, with cross-entropy and with
+the run's method (TAL, if that is cross-entropy); training from the loader. Steps of the two methods alternate, so that
+whatever slows the machine slows both, and the cost of the method over cross-entropy is the median difference within a
+pair.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tal_fast.config.schema import Config
-from tal_fast.methods.tal import TAL
+from tal_fast.loss.queue import FeatureQueue
+from tal_fast.methods import Method
 from tal_fast.training.progress import memory_in_use
 from tal_fast.training.trainer import Trainer
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.environment import environment
 
 WARM_UP_STEPS = 5
-"""Compiling, cuDNN's search and the first batches of the workers happen in these."""
+"""Number of steps before each measurement, for compilation, cuDNN's search and the workers' first batches."""
 
 MAX_STEPS = 200
+"""Largest number of steps of a measurement."""
+
 MAX_SECONDS = 30.0
-"""Of each measurement, whichever comes first; a step of a large network on the CPU takes seconds."""
+"""Longest duration of a measurement; a step of a large network on the CPU takes seconds."""
+
+MIN_STEPS = 3
+"""Smallest number of steps of a measurement, however long they take."""
+
+LEARNING_RATE = 1e-4
+"""Learning rate of the measured steps."""
 
 
 def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """Rates of all ranks together.
+    """Measure the throughput of all ranks together.
 
     Args:
-        config: of a run; nothing is trained in its ``output``.
+        config: configuration of a run; nothing is written to its ``output``.
         ranks: this process among the others.
 
     Returns:
         Plain values for JSON; times in ms, rates in images/s.
     """
-    trainers: dict[str, Trainer] = {}
     other = "tal" if config.method.name == "ce" else config.method.name
+    trainers: dict[str, Trainer] = {}
     for name in ("ce", other):
-        own = copy.deepcopy(config)
-        own.resume, own.output = "never", str(Path(config.output) / "bench")
+        run = copy.deepcopy(config)
+        run.resume, run.output = "never", str(Path(config.output) / "bench")
         if name != config.method.name:
-            own.method = dataclasses.replace(config.method, name=name, options={})
-        trainers[name] = Trainer(own, ranks)
-    method = trainers[other].method
-    if isinstance(method, TAL):
-        _fill(method)
+            run.method = dataclasses.replace(config.method, name=name, options={})
+        trainers[name] = Trainer(run, ranks)
+    fill_queues(trainers[other].method)
     for trainer in trainers.values():
         trainer.model.train()
-        trainer.method.start_epoch(max(0, config.epochs - 1))  # past any warm-up
-    loader = _loader_alone(trainers["ce"])
-    steps = _steps_in_turns(trainers, ranks)
-    both = _training(trainers[config.method.name], ranks)
-    ce, difference = statistics.median(steps["ce"]), _median_difference(steps["ce"], steps[other])
+        trainer.method.start_epoch(max(0, config.epochs - 1))  # after any warm-up
+    loader = _loader_rate(trainers["ce"])
+    steps = _alternating_steps(trainers)
+    training = _training(trainers[config.method.name])
+    ce = statistics.median(steps["ce"])
+    difference = statistics.median(b - a for a, b in zip(steps["ce"], steps[other], strict=True))
     batch = config.batch_size
     return {
         "what": "training throughput",
         "environment": environment(),
         "configuration": config.to_dict(),
         "ranks": ranks.world_size,
-        "execution": trainers["ce"].execution.summary(),
+        "execution": trainers["ce"].runtime.summary(),
         "batch_size": batch,
         "turns": len(steps["ce"]),
         "loader_alone_images_per_s": ranks.world_size * loader,
         "step_ms": {name: 1e3 * statistics.median(times) for name, times in steps.items()},
         "compute_alone_images_per_s": {name: batch / statistics.median(times) for name, times in steps.items()},
-        "training_images_per_s": both["images_per_s"],
-        "training_data_wait": both["data_wait"],
+        "training_images_per_s": training["images_per_s"],
+        "training_data_wait": training["data_wait"],
         f"{other}_over_ce_percent": 100 * difference / ce,
         "memory_GiB": memory_in_use(ranks.device) / 2**30,
     }
 
 
-def _fill(method: TAL) -> None:
-    """A full queue, as after the first epochs: a search among few would be too cheap."""
-    queue = method.loss_fn.queue
+def fill_queues(method: Method) -> None:
+    """Fill a method's feature queues with random entries; searching a nearly empty queue would be too cheap."""
     generator = torch.Generator().manual_seed(0)
-    mean, std = (0.3 + 0.2 * torch.rand(queue.capacity, generator=generator) for _ in range(2))
-    queue.push(mean.to(queue.device), std.to(queue.device))
+    for queue in method.modules():
+        if isinstance(queue, FeatureQueue):
+            mean, std = (0.3 + 0.2 * torch.rand(queue.capacity, generator=generator) for _ in range(2))
+            queue.push(mean.to(queue.device), std.to(queue.device))
 
 
-def _loader_alone(trainer: Trainer) -> float:
-    """Images a second on this rank."""
-    batches = _endless(trainer)
+def _endless_batches(trainer: Trainer) -> Iterator[tuple[Tensor, ...]]:
+    return itertools.chain.from_iterable(map(trainer.batches.epoch, itertools.count()))
+
+
+def _loader_rate(trainer: Trainer) -> float:
+    """Images per second from the loader alone, on this rank."""
+    batches = _endless_batches(trainer)
     for _ in range(WARM_UP_STEPS):
         next(batches)
-    _finish(trainer.ranks)
-    started = time.perf_counter()
+    started = _time(trainer)
     images = steps = 0
-    while steps < MAX_STEPS and (steps < 3 or time.perf_counter() - started < MAX_SECONDS):
+    while steps < MAX_STEPS and (steps < MIN_STEPS or time.perf_counter() - started < MAX_SECONDS):
         images += len(next(batches)[0])
         steps += 1
-    _finish(trainer.ranks)
-    return images / (time.perf_counter() - started)
+    return images / (_time(trainer) - started)
 
 
-def _endless(trainer: Trainer) -> Any:
-    epoch = 0
-    while True:
-        yield from trainer.batches(epoch)
-        epoch += 1
-
-
-def _steps_in_turns(trainers: dict[str, Trainer], ranks: Ranks) -> dict[str, list[float]]:
-    """Seconds of each step, CE's and TAL's in turns, each turn on images of its own."""
-    kept = {}
+def _alternating_steps(trainers: dict[str, Trainer]) -> dict[str, list[float]]:
+    """Seconds of each step, of the trainers in turns."""
+    batches = {}
     for name, trainer in trainers.items():
-        batches = _endless(trainer)
-        kept[name] = [tuple(t.clone() for t in next(batches)) for _ in range(4)]
+        endless = _endless_batches(trainer)
+        batches[name] = [tuple(tensor.clone() for tensor in next(endless)) for _ in range(4)]
     times: dict[str, list[float]] = {name: [] for name in trainers}
 
     def step(name: str, turn: int) -> float:
-        batch = kept[name][turn % 4]
-        _finish(ranks)
-        started = time.perf_counter()
-        trainers[name]._train_step(batch, 1e-4)
-        _finish(ranks)
-        return time.perf_counter() - started
+        started = _time(trainers[name])
+        trainers[name].train_step(batches[name][turn % 4], LEARNING_RATE)
+        return _time(trainers[name]) - started
 
     for turn in range(WARM_UP_STEPS):
         for name in trainers:
             step(name, turn)
-
-    def turn_of_both() -> None:
-        turn = len(times["ce"])
-        order = list(trainers) if turn % 2 else list(trainers)[::-1]
-        for name in order:
+    end = time.perf_counter() + 2 * MAX_SECONDS
+    ranks = trainers["ce"].ranks
+    for turn in range(MAX_STEPS):
+        for name in list(trainers)[:: 1 if turn % 2 else -1]:
             times[name].append(step(name, turn))
-
-    ends = time.perf_counter() + 2 * MAX_SECONDS
-    while len(times["ce"]) < MAX_STEPS:
-        turn_of_both()
-        # All ranks must make equally many steps.
-        if len(times["ce"]) >= 3 and ranks.max(int(time.perf_counter() > ends)):
+        # Agreed upon by all ranks, which must take equally many steps.
+        if turn + 1 >= MIN_STEPS and ranks.max(int(time.perf_counter() > end)):
             break
     return times
 
 
-def _median_difference(ce: list[float], other: list[float]) -> float:
-    return statistics.median(b - a for a, b in zip(ce, other, strict=True))
-
-
-def _training(trainer: Trainer, ranks: Ranks) -> dict[str, float]:
-    """Steps on images from the loader, as a run makes them."""
-    batches = _endless(trainer)
+def _training(trainer: Trainer) -> dict[str, float]:
+    """Rate of training on images from the loader, and share of the time spent waiting for it."""
+    batches = _endless_batches(trainer)
     for _ in range(WARM_UP_STEPS):
-        trainer._train_step(next(batches), 1e-4)
-    _finish(ranks)
-    started = time.perf_counter()
+        trainer.train_step(next(batches), LEARNING_RATE)
+    started = _time(trainer)
     waited, steps = 0.0, 0
     while steps < MAX_STEPS:
-        asked = time.perf_counter()
+        before_batch = time.perf_counter()
         batch = next(batches)
-        waited += time.perf_counter() - asked
-        trainer._train_step(batch, 1e-4)
+        waited += time.perf_counter() - before_batch
+        trainer.train_step(batch, LEARNING_RATE)
         steps += 1
-        if steps >= 3 and ranks.max(int(time.perf_counter() - started > MAX_SECONDS)):
+        if steps >= MIN_STEPS and trainer.ranks.max(int(time.perf_counter() - started > MAX_SECONDS)):
             break
-    _finish(ranks)
-    seconds = time.perf_counter() - started
+    seconds = _time(trainer) - started
     return {"images_per_s": steps * trainer.config.batch_size / seconds, "data_wait": waited / seconds}
 
 
-def _finish(ranks: Ranks) -> None:
-    if ranks.device.type == "cuda":
+def _time(trainer: Trainer) -> float:
+    """Time in seconds, after all work of the device."""
+    if trainer.ranks.device.type == "cuda":
         torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,139 +1,128 @@
-"""Network and method as one module: what DDP wraps and ``torch.compile`` sees as one graph."""
+"""One training step: forward and loss as one module, and the update of the weights around it."""
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from tal_fast.data.loader import IGNORED_LABEL
+from tal_fast.config.schema import OptimConfig
 from tal_fast.methods import Method
-from tal_fast.training.runtime import Execution
-
-BINS = 50
-"""Of the histograms of per-sample values."""
+from tal_fast.training.cuda_graph import GraphedStep
+from tal_fast.training.epoch_stats import batch_sums
+from tal_fast.training.optim import set_learning_rate
+from tal_fast.training.runtime import Runtime
+from tal_fast.training.sam import SAM
+from tal_fast.training.state import TrainingState
 
 
 class TrainStep(nn.Module):
-    """From images and labels to the loss, and to the sums an epoch's numbers are made of.
+    """Network and method as one module, which DDP wraps and ``torch.compile`` compiles as one graph.
 
     Args:
         network: images -> (logits, features).
-        method: the loss.
-        execution: how the network runs.
+        method: the training method.
+        runtime: resolved runtime options.
     """
 
-    def __init__(self, network: nn.Module, method: Method, execution: Execution) -> None:
+    def __init__(self, network: nn.Module, method: Method, runtime: Runtime) -> None:
         super().__init__()
         self.network = network
         self.method = method
-        self._execution = execution
+        self._runtime = runtime
 
     def forward(
         self, images: Tensor, labels: Tensor, indices: Tensor, outliers: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The loss of a batch; nothing here waits for the device.
+        """Loss of a batch; does not wait for the device.
 
         Args:
             images: (B, C, H, W) float32.
             labels: (B,) int64, ``IGNORED_LABEL`` where there is no image.
-            indices: (B,) int64, places of the images among the training images.
-            outliers: (B, C, H, W) float32, for a method that has some.
+            indices: (B,) int64, positions of the images among the training images.
+            outliers: (B, C, H, W) float32, for methods that train on outliers.
 
         Returns:
-            loss, a scalar; and (K,) float64, no gradient: what ``EpochSums`` adds up.
+            the scalar loss, and the batch's sums for ``EpochSums``: (K,) float64 without gradient.
         """
-        with self._execution.autocast():
+        with self._runtime.autocast():
             logits, features = self.network(self.method.inputs(images, outliers))
         loss, samples = self.method(logits, features, labels, indices)
         with torch.no_grad():
-            valid = labels != IGNORED_LABEL
-            weight = valid.double()
-            count = weight.sum()
-            right = (logits[: len(labels)].argmax(1) == labels).sum().double()
-            parts = [torch.stack([count, torch.where(count > 0, loss.detach().double() * count, 0.0), right])]
-            for name in self.method.sample_names:
-                value = samples[name].double()
-                parts.append(torch.where(valid, value, 0.0).sum()[None])
-                if name in self.method.ranges:
-                    low, high = self.method.ranges[name]
-                    place = ((value - low) * (BINS / max(high - low, 1e-12))).clamp(0, BINS - 1).long()
-                    parts.append(weight.new_zeros(BINS).index_add(0, place, weight))
-            return loss, torch.cat(parts)
+            return loss, batch_sums(self.method, loss, samples, logits, labels)
 
 
-class EpochSums:
-    """Sums over the images of an epoch, on the device.
+class Update:
+    """Update of the weights by one batch: gradients, clipping, optimizer, moving average.
 
     Args:
-        method: whose samples' values are summed beside the loss.
-        device: where.
-
-    Attributes:
-        total: (K,) float64, of this rank; part of a checkpoint inside an epoch.
+        model: a ``TrainStep``, or DDP around it.
+        state: network, optimizer, method, sums; updated in place.
+        optim: clipping and gradient accumulation.
+        runtime: resolved runtime options.
+        graphed: replay the step as a CUDA graph.
     """
 
-    def __init__(self, method: Method, device: torch.device) -> None:
-        self._names = method.sample_names
-        self._ranges = method.ranges
-        size = 3 + sum(1 + (BINS if name in method.ranges else 0) for name in method.sample_names)
-        self.total = torch.zeros(size, dtype=torch.float64, device=device)
+    def __init__(
+        self, model: nn.Module, state: TrainingState, optim: OptimConfig, runtime: Runtime, graphed: bool
+    ) -> None:
+        self._model = model
+        self._state = state
+        self._optim = optim
+        self._runtime = runtime
+        radius = state.method.radius
+        self._sam = None if radius is None else SAM(state.network.parameters(), radius)
+        self._graph = GraphedStep(self._step, self._free_gradients) if graphed else None
 
-    def add(self, part: Tensor) -> None:
-        """Add a batch's, as ``TrainStep`` gives them; in place, for a CUDA graph knows this one tensor."""
-        self.total += part
+    def __call__(self, batch: tuple[Tensor, ...], learning_rate: float) -> None:
+        """Train on a batch; does not wait for the device.
 
-    def reset(self) -> None:
-        """Begin an epoch."""
-        self.total.zero_()
+        Args:
+            batch: images, labels, indices and, for methods that train on them, outliers.
+            learning_rate: learning rate of this step.
+        """
+        set_learning_rate(self._state.optimizer, learning_rate)
+        images, labels, indices, *outliers = batch
+        batch = (self._runtime.arrange(images), labels, indices, *map(self._runtime.arrange, outliers))
+        if self._graph is None:
+            self._step(*batch)
+        else:
+            self._graph(*batch, key=self._state.method.phase)
 
-    def means(self, total: Tensor) -> dict[str, float]:
-        """Loss, accuracy and the samples' mean values from sums, this rank's or those of all; waits for the device."""
-        values = total.tolist()
-        images = values[0] or float("nan")
-        means = {"train_loss": values[1] / images, "train_accuracy": values[2] / images}
-        at = 3
-        for name in self._names:
-            means[name] = values[at] / images
-            at += 1 + (BINS if name in self._ranges else 0)
-        return means
+    def _step(self, *batch: Tensor) -> None:
+        state = self._state
+        self._free_gradients()
+        if self._sam is None:
+            state.sums.add(self._backward(batch))
+        else:
+            state.method.ascends = True
+            state.sums.add(self._backward(batch))
+            state.method.ascends = False
+            self._sam.perturb()
+            self._free_gradients()
+            self._backward(batch)
+            self._sam.restore()
+        if self._optim.clip_norm is not None:
+            state.scaler.unscale_(state.optimizer)
+            nn.utils.clip_grad_norm_(state.network.parameters(), self._optim.clip_norm)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        if state.average is not None:
+            state.average.update_after_step(state.network)
 
-    def histograms(self, total: Tensor) -> dict[str, Histogram]:
-        """The samples' distributions from the same sums; waits for the device."""
-        made = {}
-        at = 3
-        for name in self._names:
-            at += 1
-            if name in self._ranges:
-                made[name] = Histogram(*self._ranges[name], total[at : at + BINS].tolist())
-                at += BINS
-        return made
+    def _backward(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Accumulate the gradients of a batch, part by part; returns its sums for ``EpochSums``."""
+        count = self._optim.accumulate
+        sums = []
+        for number, part in enumerate(zip(*(tensor.chunk(count) for tensor in batch), strict=True)):
+            synchronise = number == count - 1 or not isinstance(self._model, DistributedDataParallel)
+            with contextlib.nullcontext() if synchronise else self._model.no_sync():  # type: ignore[operator]
+                loss, part_sums = self._model(*part)
+                self._state.scaler.scale(loss if count == 1 else loss / count).backward()
+            sums.append(part_sums)
+        return sums[0] if count == 1 else torch.stack(sums).sum(0)
 
-
-class Histogram:
-    """Counts in equal bins.
-
-    Args:
-        low, high: ends of the range.
-        counts: of each bin.
-    """
-
-    def __init__(self, low: float, high: float, counts: list[float]) -> None:
-        self.low, self.high, self.counts = low, high, counts
-
-    @property
-    def edges(self) -> list[float]:
-        """Ends of the bins, one more than there are bins."""
-        width = (self.high - self.low) / len(self.counts)
-        return [self.low + width * i for i in range(len(self.counts) + 1)]
-
-    def quantile(self, share: float) -> float:
-        """The value below which this share of the samples lies, to within a bin; NaN without samples."""
-        total, edges = sum(self.counts), self.edges
-        if total == 0:
-            return float("nan")
-        below = 0.0
-        for i, count in enumerate(self.counts):
-            if count and below + count >= share * total:
-                return edges[i] + (edges[i + 1] - edges[i]) * (share * total - below) / count
-            below += count
-        return self.high
+    def _free_gradients(self) -> None:
+        self._state.optimizer.zero_grad(set_to_none=True)

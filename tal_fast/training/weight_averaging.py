@@ -1,4 +1,4 @@
-"""Averages of a network's weights, which validation, the best checkpoint and the evaluator use in their place."""
+"""Weight averages, which validation, the best checkpoint and the evaluator use in place of the network."""
 
 from __future__ import annotations
 
@@ -9,23 +9,48 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
+from tal_fast.methods import Method
+
 STATISTICS_IMAGES = 50_000
-"""That batch statistics of averaged weights are taken from: CIFAR's whole training set, as the released FMFP does, and
-enough for a mean over batches where there are more images."""
+"""Number of training images from which the BatchNorm statistics of averaged weights are taken: CIFAR's whole training
+set, as in the released FMFP code, and enough for a mean over batches on larger sets."""
 
 
-class MovingAverage:
-    """Exponential moving average of a network's parameters: ``average += (1 - decay) · (weights - average)``.
-
-    Buffers, such as BatchNorm's statistics, are averages already and are copied. ``torch.optim.swa_utils`` has this
-    too, but reads a counter from the device at every step.
-
-    Args:
-        network: to follow; the average starts from its weights.
-        decay: in (0, 1).
+class WeightAverage:
+    """Average of a network's weights over a run.
 
     Attributes:
-        network: a copy with the averaged weights.
+        network: copy of the network with the averaged weights.
+    """
+
+    network: nn.Module
+
+    def update_after_step(self, network: nn.Module) -> None:
+        """Take in the weights after a step of the optimizer; must not wait for the device."""
+
+    def update_after_epoch(self, network: nn.Module, epochs: int, batches: Iterable[Tensor]) -> None:
+        """Take in the weights after an epoch.
+
+        Args:
+            network: the network with its present weights.
+            epochs: number of finished epochs.
+            batches: training images (B, C, H, W) for BatchNorm statistics; read only where these are needed.
+        """
+
+    def in_use(self, epochs: int) -> bool:
+        """Whether the average replaces the network after this number of epochs."""
+        return True
+
+
+class MovingAverage(WeightAverage):
+    """Exponential moving average of the parameters: ``average += (1 - decay) · (weights - average)``.
+
+    Buffers, such as the running statistics of BatchNorm, are averages already and are copied. Unlike
+    ``torch.optim.swa_utils``, it does not read a counter from the device at every step.
+
+    Args:
+        network: the network to follow; the average starts from its weights.
+        decay: decay per step, in (0, 1).
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -33,49 +58,52 @@ class MovingAverage:
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        """Follow a step of the optimizer; does not wait for the device."""
+    def update_after_step(self, network: nn.Module) -> None:
         torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), 1 - self.decay)
-        for mine, current in zip(self.network.buffers(), network.buffers(), strict=True):
-            mine.copy_(current)
+        for averaged, current in zip(self.network.buffers(), network.buffers(), strict=True):
+            averaged.copy_(current)
 
 
-class StochasticAverage:
-    """Stochastic weight averaging (Izmailov et al., UAI 2018): the mean of the weights at the ends of some epochs.
+class StochasticAverage(WeightAverage):
+    """Stochastic weight averaging (Izmailov et al., UAI 2018): mean of the weights at the ends of epochs.
 
     Args:
-        network: to average.
-        first_epoch: the first one, from 0, whose end counts.
-
-    Attributes:
-        network: a copy with the averaged weights.
+        network: the network to average.
+        first_epoch: the first epoch, from 0, whose final weights count.
     """
 
     def __init__(self, network: nn.Module, first_epoch: int) -> None:
         self._average = AveragedModel(network).requires_grad_(False)
         self._first_epoch = first_epoch
+        self.network = self._average.module
 
-    @property
-    def network(self) -> nn.Module:
-        """See the class."""
-        return self._average.module
+    def update_after_epoch(self, network: nn.Module, epochs: int, batches: Iterable[Tensor]) -> None:
+        if not self.in_use(epochs):
+            return
+        self._average.n_averaged.fill_(epochs - self._first_epoch - 1)  # so that a resumed run needs no counter
+        self._average.update_parameters(network)
+        update_bn(batches, self.network)
+        self.network.eval()
 
-    def epochs_averaged(self, epochs: int) -> int:
-        """Weights in the mean after this many epochs of the run."""
-        return max(0, epochs - self._first_epoch)
+    def in_use(self, epochs: int) -> bool:
+        return epochs > self._first_epoch
 
-    def update(self, network: nn.Module, epochs: int, batches: Iterable[Tensor]) -> None:
-        """Take in the weights at an epoch's end, if it counts, and give the mean's BatchNorm layers statistics.
 
-        Args:
-            network: with the weights of now.
-            epochs: of the run that have ended.
-            batches: training images (B, C, H, W) for the statistics, which the layers have none of for averaged
-                weights; not asked for where there are no such layers.
-        """
-        count = self.epochs_averaged(epochs)
-        if count:
-            self._average.n_averaged.fill_(count - 1)  # so that a resumed run needs no counter
-            self._average.update_parameters(network)
-            update_bn(batches, self.network)
-            self.network.eval()
+def build_average(network: nn.Module, ema_decay: float | None, method: Method) -> WeightAverage | None:
+    """Weight average of a run, or None.
+
+    Args:
+        network: the network to average.
+        ema_decay: decay of an exponential moving average; None: none.
+        method: the training method, which may average the weights epoch by epoch.
+
+    Raises:
+        ValueError: both averages at once.
+    """
+    if method.averages_from is None:
+        return None if ema_decay is None else MovingAverage(network, ema_decay)
+    if ema_decay is not None:
+        raise ValueError(
+            f"optim.ema_decay is {ema_decay} but {method.name} averages the weights itself; set it to null"
+        )
+    return StochasticAverage(network, int(method.averages_from * method.task.epochs))

@@ -1,4 +1,4 @@
-"""This process among those of a distributed run, as torchrun starts them; a run of one process needs none of it."""
+"""Ranks and devices of a distributed run, as torchrun starts it; a run of one process needs no process group."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tal_fast.utils.process import world_size as launched_processes
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Rank, number of ranks and device of this process.
+    """Rank of this process, number of ranks, and the collectives between them.
 
     Attributes:
-        rank: over all machines.
+        rank: rank over all machines.
         world_size: number of processes.
-        device: this process's own.
+        device: device of this process.
     """
 
     rank: int
@@ -35,17 +37,21 @@ class Ranks:
 
     @staticmethod
     def start(device: str) -> Ranks:
-        """Join the run torchrun describes in the environment, if any.
+        """Join the run that torchrun describes in the environment, if any.
 
         Args:
-            device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+            device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``; without torchrun, any device of PyTorch.
 
         Raises:
-            ValueError: ``cuda`` without a GPU for this rank.
+            ValueError: the device cannot be used, or there is no GPU for this rank.
         """
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = launched_processes()
         rank = int(os.environ.get("RANK", "0"))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if device not in ("auto", "cpu", "cuda"):
+            if world_size > 1:
+                raise ValueError(f"device is {device!r} but torchrun's processes choose theirs; use auto, cpu or cuda")
+            return Ranks(0, 1, torch.device(choose_device(device)))
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device == "cuda" and gpus == 0:
             raise ValueError("device is 'cuda' but PyTorch sees no GPU here; use --device cpu or auto")
@@ -55,26 +61,26 @@ class Ranks:
                 f"there are {gpus} GPUs here but torchrun started a process number {local_rank + 1}; "
                 f"use --nproc-per-node={gpus} or --device cpu"
             )
-        own = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+        chosen = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
         if on_gpu:
-            torch.cuda.set_device(own)
+            torch.cuda.set_device(chosen)
         if world_size > 1 and not dist.is_initialized():
-            # gloo on GPUs too: stop flags and states travel from CPU to CPU without waiting for the GPU.
+            # gloo on GPUs too: stop flags and states are exchanged on the CPU without waiting for the GPU.
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
             dist.init_process_group(backend, **_fresh_store(rank, world_size))
-        return Ranks(rank, world_size, own)
+        return Ranks(rank, world_size, chosen)
 
     def stop(self) -> None:
-        """Leave the run."""
+        """Leave the process group."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait for all ranks."""
         self.max(0)
 
     def max(self, value: int) -> int:
-        """The largest of all ranks' values; waits for the other processes but not for a GPU."""
+        """Maximum over all ranks; waits for the other processes but not for a GPU."""
         if self.world_size == 1:
             return value
         tensor = torch.tensor([value])
@@ -82,13 +88,13 @@ class Ranks:
         return int(tensor)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, in place."""
+        """Sum a tensor over all ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value in rank order, on rank 0; an empty list elsewhere."""
+        """Values of all ranks in rank order, on rank 0; an empty list elsewhere."""
         if self.world_size == 1:
             return [value]
         values: list[Any] | None = [None] * self.world_size if self.is_main else None
@@ -96,10 +102,10 @@ class Ranks:
         return values or []
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns on rank 0, which alone calls it, on every rank.
+        """Call a function on rank 0 and give its result to every rank.
 
         Raises:
-            ValueError: it raised one; on every rank.
+            ValueError: the function raised one; on every rank.
         """
         if self.world_size == 1:
             return function()
@@ -115,23 +121,23 @@ class Ranks:
         return outcome[0]
 
     def broadcast_buffers(self, module: nn.Module) -> None:
-        """Give every rank rank 0's buffers, such as the running statistics of BatchNorm."""
+        """Copy rank 0's buffers, such as the running statistics of BatchNorm, to every rank."""
         if self.world_size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
 
     def average_buffers(self, module: nn.Module) -> None:
-        """Give every rank the mean of all ranks' floating-point buffers, such as BatchNorm's statistics."""
+        """Average the floating-point buffers, such as BatchNorm's statistics, over all ranks."""
         if self.world_size > 1:
             for buffer in filter(torch.is_floating_point, module.buffers()):
                 self.sum(buffer).div_(self.world_size)
 
 
 def choose_device(name: str) -> str:
-    """``auto`` -> cuda if there is one, else cpu; other names are checked.
+    """Name of a usable device: ``auto`` becomes cuda if there is a GPU, else cpu.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: the device cannot be used on this machine.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,10 +149,10 @@ def choose_device(name: str) -> str:
 
 
 def _fresh_store(rank: int, world_size: int) -> dict[str, Any]:
-    """What ``init_process_group`` needs to know when torchrun has restarted its processes.
+    """Arguments of ``init_process_group`` for processes that torchrun has restarted.
 
-    The store in which they leave each other their addresses outlives them with torchrun, and the processes of a second
-    attempt would look for those of the first (pytorch issue 135712); names of their own keep them apart.
+    torchrun's store, where ranks leave their addresses, outlives them, and restarted ranks would connect to those of
+    the attempt before (pytorch issue 135712); a prefix for each attempt separates them.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):

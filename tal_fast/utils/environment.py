@@ -1,4 +1,4 @@
-"""Versions, devices and commit of the environment."""
+"""Hardware, package versions and commit of the environment."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-import tal_fast
-
 PACKAGES = ("torchvision", "triton", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "timm", "wandb")
+"""Packages whose versions ``describe`` lists."""
 
 
 def version_of(package: str) -> str:
-    """The installed version, or 'not installed'."""
+    """Installed version of a package, or ``not installed``."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -25,7 +24,7 @@ def version_of(package: str) -> str:
 
 
 def devices() -> list[str]:
-    """One line a device."""
+    """One line for the CPU and for each GPU."""
     lines = [f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads in use"]
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         p = torch.cuda.get_device_properties(i)
@@ -36,15 +35,9 @@ def devices() -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """Hardware, versions and commit, to lie beside a measurement."""
-    cpu_info = Path("/proc/cpuinfo")
-    models = (
-        [line for line in cpu_info.read_text().splitlines() if line.startswith("model name")]
-        if cpu_info.exists()
-        else []
-    )
+    """Hardware, versions, load and commit, to be stored with a measurement."""
     return {
-        "cpu": models[0].split(":", 1)[1].strip() if models else platform.processor(),
+        "cpu": _cpu_model() or platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -52,13 +45,31 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version_of("triton"),
-        "tal_fast": tal_fast.__version__,
+        "tal_fast": version_of("tal-fast"),
         "commit": _commit(),
     }
 
 
+def describe() -> list[str]:
+    """Versions of the packages and the devices, one line each."""
+    return [
+        f"tal_fast {version_of('tal-fast')}, Python {platform.python_version()}, torch {torch.__version__}",
+        *(f"  {package}: {version_of(package)}" for package in PACKAGES),
+        *devices(),
+    ]
+
+
+def _cpu_model() -> str | None:
+    """Model name of the first CPU, where the system lists it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+
+
 def _commit() -> str | None:
-    """Of the source tree this runs from, marked if it has changes; None where it is installed without one."""
+    """Commit of the source tree, marked ``-dirty`` if it has changes; None outside a git repository."""
     try:
         git = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=10"],
@@ -69,12 +80,3 @@ def _commit() -> str | None:
     except OSError:
         return None
     return git.stdout.strip() or None
-
-
-def describe() -> list[str]:
-    """Versions of the packages, and the devices, one line each."""
-    return [
-        f"tal_fast {tal_fast.__version__}, Python {platform.python_version()}, torch {torch.__version__}",
-        *(f"  {package}: {version_of(package)}" for package in PACKAGES),
-        *devices(),
-    ]

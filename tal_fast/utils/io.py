@@ -1,62 +1,30 @@
-"""Files that are there whole or not at all, whatever interrupts their writing."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
 
-# Read once: it can be read only by setting it, which threads would notice.
+# Read once, at import: reading the mask means setting it, which other threads would notice.
 UMASK = os.umask(0o022)
 os.umask(UMASK)
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
-    """Write a file under another name, flush it to disk and rename it; any number of processes may do so at once.
+@contextmanager
+def replacing(path: str | os.PathLike[str], keep: Path | None = None) -> Iterator[Path]:
+    """Write a file atomically: a temporary path to write to, which becomes ``path`` on success.
+
+    The temporary file lies beside ``path`` and has its suffix, which some writers go by. It is flushed to disk, then
+    renamed, and the rename is flushed too. On failure it is removed and ``path`` stays as it was. Any number of
+    processes may write the same file at once.
 
     Args:
-        path: the file; its folder is made.
-        write: called with the open file.
-        keep: where a file that is at ``path`` already moves; ``path`` or ``keep`` is whole at any time.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~UMASK)
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renames last through a loss of power."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass  # some network file systems cannot
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path``; on success it becomes ``path``, on failure ``path`` stays as it was.
-
-    The parent folder is made if need be. The name keeps the suffix, which some writers go by.
+        path: the file to write; its folder is created.
+        keep: where a file already at ``path`` is moved; ``path`` or ``keep`` is complete at any time.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,8 +35,22 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files private; results are as readable as anything else the user writes.
-        temporary.chmod(0o666 & ~UMASK)
-        temporary.replace(target)
+        temporary.chmod(0o666 & ~UMASK)  # mkstemp makes files private
+        if keep is not None and target.exists():
+            os.replace(target, keep)
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a loss of power."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot
+            os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,4 +1,4 @@
-"""The end of a process."""
+"""Number of processes and the end of a process, without importing PyTorch."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ import threading
 from collections.abc import Callable
 
 
-def run_and_exit(main: Callable[[], int | None]) -> None:
-    """Call ``main`` and end this process with the code that it returns or exits with.
+def world_size() -> int:
+    """Number of processes that torchrun started for this command; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
-    A process among several (``WORLD_SIZE`` above 1) ends when its threads are done, its exit handlers called and its
-    output written, without taking the interpreter down: threads of gloo that let go of their last tensor meanwhile
-    abort the process (pytorch issue 190489), 1 finished run in 12 of four processes here, and torchrun takes that for
-    a failure of the run.
+
+def run_and_exit(main: Callable[[], int | None]) -> None:
+    """Call ``main`` and end the process with the code that it returns or exits with.
+
+    One process of several ends after joining its threads, running its exit handlers and flushing its output, but
+    without finalising the interpreter: gloo threads that release their last tensor during finalisation abort the
+    process (pytorch issue 190489; 1 finished run in 12 with four processes), which torchrun reports as a failed run.
     """
-    alone = int(os.environ.get("WORLD_SIZE") or 1) == 1
+    alone = world_size() == 1
     try:
         code = main()
     except SystemExit as leaving:
         if isinstance(leaving.code, str):
             raise
         code = leaving.code
-    if alone or sys.getprofile() or sys.gettrace():  # a profiler writes its result when main has returned
+    if alone or sys.getprofile() or sys.gettrace():  # profilers write their result after main returns
         sys.exit(code)
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()

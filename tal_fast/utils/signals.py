@@ -1,4 +1,4 @@
-"""Being told to stop: noted when it comes, acted on between two steps."""
+"""Graceful shutdown on signals."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from types import FrameType
 from typing import Any
 
 REQUEUE = 75
-"""Exit code after SIGTERM and SIGUSR1: saved, run the same command again. (EX_TEMPFAIL of sysexits.h.)"""
+"""Exit code after SIGTERM and SIGUSR1: saved, run the same command again (EX_TEMPFAIL of sysexits.h)."""
 
-_STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
 
 class Stopped(Exception):
-    """A signal ended the run early; it is saved.
+    """A signal ended the run early, after it was saved.
 
     Attributes:
-        signal: its number.
+        signal: the signal's number.
     """
 
     def __init__(self, number: int, message: str) -> None:
@@ -27,51 +27,52 @@ class Stopped(Exception):
 
     @property
     def exit_code(self) -> int:
-        """Of the process: ``REQUEUE``, or 130 after Ctrl-C, which nobody wants run again by itself."""
+        """Exit code of the process: ``REQUEUE``, or 130 after Ctrl-C, so that a scheduler does not run it again."""
         return 128 + self.signal if self.signal == signal.SIGINT else REQUEUE
 
 
 class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
-    """Turns SIGTERM, SIGUSR1 and, while training, the first Ctrl-C into a note to stop between two steps.
+    """Signal handler that records SIGTERM, SIGUSR1 and Ctrl-C for the training loop to poll between two steps.
 
-    Also notes when torchrun, which started this process, is no more: the ranks it left behind would train on while
-    whoever watches over the job starts it anew.
+    The death of the torchrun process that started this one counts as SIGTERM: otherwise orphaned ranks would train on
+    while a scheduler starts the job anew. May be entered more than once; the outermost ``with`` installs the handlers.
 
     Attributes:
-        number: of the signal that came, or 0.
-        training: steps are being made; before that, and at a second time, Ctrl-C stops at once.
+        number: the signal received, or 0.
+        training: whether training steps are running. Before that, and on the second time, Ctrl-C raises
+            KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self.training = False
-        self._depth = 0  # of with statements, the outermost of which counts
-        self._before: dict[int, Any] = {}
+        self._depth = 0
+        self._previous: dict[int, Any] = {}
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> StopRequest:
         self._depth += 1
         if self._depth > 1:
             return self
-        with contextlib.suppress(ValueError):  # not in the main thread: whoever called it decides
-            for number in _STOPPING:
-                self._before[number] = signal.signal(number, self._note)
+        with contextlib.suppress(ValueError):  # not the main thread, which alone may install handlers
+            for number in _SIGNALS:
+                self._previous[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
         if self._depth:
             return
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def poll(self) -> int:
-        """The number of the signal that came, or SIGTERM's when the launcher has gone, or 0."""
+        """The signal received, SIGTERM if the launcher has died, or 0."""
         if self._launcher is not None and os.getppid() != self._launcher:
             return self.number or signal.SIGTERM
         return self.number
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and (self.number or not self.training):
             raise KeyboardInterrupt
         self.number = int(number)

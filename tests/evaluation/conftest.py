@@ -10,7 +10,7 @@ import torch
 
 from tal_fast.evaluation import sources
 from tal_fast.evaluation.report import EvaluationOptions
-from tests.helpers.evaluation import SMALL, make_run
+from tests.helpers.evaluation import make_run
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +31,6 @@ def no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(scope="session")
 def evaluated_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a TAL run on images in memory, evaluated with all logit scores and a shifted set. Read only."""
-    run = make_run(tmp_path_factory.mktemp("runs") / "synthetic-tal", data=SMALL)
+    run = make_run(tmp_path_factory.mktemp("runs") / "synthetic-tal")
     sources.evaluate_run(run, shifts={"noisy": "gaussian-noise"}, options=EvaluationOptions(scores=["logits"]))
     return run

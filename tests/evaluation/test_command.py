@@ -13,11 +13,11 @@ from tal_fast.config.names import CONVENTIONS, check_scores
 from tal_fast.evaluation import command
 from tal_fast.evaluation.tables import WIDTH
 from tal_fast.metrics import failure
-from tests.helpers.evaluation import SMALL, make_run, read_json, write_npz
+from tests.helpers.evaluation import make_run, read_json, write_npz
 
 
 def test_a_run_is_reported_and_the_page_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = make_run(tmp_path / "run", "ce", data=SMALL)
+    run = make_run(tmp_path / "run", "ce")
     options = ["--mix", "all", "--units", "paper", "--output", str(tmp_path / "out"), "--batch_size", "100"]
     options += ["--ood", "far=uniform:20", "--shift", "foggy=contrast:5", "--scores", "logits,knn", "--device", "cpu"]
     assert evaluate.main(["--run", str(run), *options, "--knn-samples", "all"]) == 0

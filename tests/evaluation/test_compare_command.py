@@ -16,13 +16,11 @@ from tal_fast.evaluation.differences import OVER
 from tal_fast.evaluation.sources import evaluate_run
 from tal_fast.metrics import failure
 from tests.helpers.compare import table_lines, write_run
-from tests.helpers.evaluation import SMALL, make_run
+from tests.helpers.evaluation import make_run
 
 
 def test_evaluated_runs_are_compared(evaluated_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = evaluate_run(
-        make_run(tmp_path / "synthetic-ce", "ce", seed=1, data=SMALL), shifts={"noisy": "gaussian-noise"}
-    )
+    other = evaluate_run(make_run(tmp_path / "synthetic-ce", "ce", seed=1), shifts={"noisy": "gaussian-noise"})
     assert other is not None
     lines = table_lines([str(evaluated_run), str(tmp_path / "synthetic-ce"), "--bootstrap", "20"], capsys)
     assert lines[1] == "95% intervals of differences: paired bootstrap over the test images, 20 resamples"

@@ -11,7 +11,7 @@ from tal_fast.evaluation.evaluation import read_evaluation
 from tal_fast.evaluation.galleries import GALLERY_SIZE, confidence_galleries, find_galleries, largest
 from tal_fast.evaluation.predictions import CACHE
 from tal_fast.evaluation.sample_scores import Predictions, Samples
-from tests.helpers.evaluation import SMALL, make_run, record_passes
+from tests.helpers.evaluation import make_run, record_passes
 
 
 def test_the_largest_are_finite_ordered_and_few() -> None:
@@ -56,7 +56,7 @@ def test_reasons_for_missing_galleries_are_noted(evaluated_run: Path, tmp_path: 
     evaluation = read_evaluation(folder)
     evaluation.report["run"] = str(tmp_path / "gone")
     assert find_galleries(evaluation, folder).notes == (f"No images: there is no run folder {tmp_path / 'gone'}.",)
-    evaluation.report["run"] = str(make_run(tmp_path / "run", "ce", data=SMALL))
+    evaluation.report["run"] = str(make_run(tmp_path / "run", "ce"))
     assert find_galleries(evaluation, folder).notes == (
         "No typicalness: only runs trained by TAL keep the queue that it is measured by.",
     )

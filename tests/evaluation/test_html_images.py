@@ -19,7 +19,7 @@ from tal_fast.evaluation.html.page import FILE, write_html
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sources import evaluate_run
 from tal_fast.runs.load import load_run
-from tests.helpers.evaluation import SMALL, Page, make_run
+from tests.helpers.evaluation import Page, make_run
 
 
 def decoded(uri: str) -> Image.Image:
@@ -65,7 +65,7 @@ def test_galleries_show_the_chosen_images(evaluated_run: Path) -> None:
 
 def test_held_out_samples_do_not_shift_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "fit_temperature", lambda logits, labels: 2.0)  # random weights have none
-    run = make_run(tmp_path / "run", "ce", data=SMALL)
+    run = make_run(tmp_path / "run", "ce")
     evaluation = evaluate_run(run, options=EvaluationOptions(scores=["msp"], temperature=0.25))
     assert evaluation is not None
     assert evaluation.images is not None

@@ -20,7 +20,7 @@ from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sources import evaluate_run
 from tal_fast.runs.load import load_run
 from tal_fast.utils.distributed import Ranks
-from tests.helpers.evaluation import SMALL, make_run
+from tests.helpers.evaluation import make_run
 
 
 class IndexModel(nn.Module):
@@ -61,7 +61,7 @@ def test_every_split_name_has_its_own_cache_folder(tmp_path: Path) -> None:
 
 
 def test_precision_of_the_network_is_part_of_the_cache_key(tmp_path: Path) -> None:
-    run = load_run(make_run(tmp_path / "run", data=SMALL))
+    run = load_run(make_run(tmp_path / "run"))
     exact, narrow = (
         Inference(run.model, run.data, tmp_path / "cache", PassOptions(amp=amp)).store("val").load()
         for amp in (None, "bfloat16")
@@ -80,7 +80,7 @@ def test_an_unreadable_image_loses_nothing_computed_before(tmp_path: Path, monke
                 raise ValueError("an image does not decode")
             yield batch
 
-    run = load_run(make_run(tmp_path / "run", data=SMALL))
+    run = load_run(make_run(tmp_path / "run"))
     inference = Inference(run.model, run.data, tmp_path / "cache", PassOptions(batch_size=20))
     with monkeypatch.context() as patch:
         patch.setattr(predictions, "run_model", broken)
@@ -116,7 +116,7 @@ evaluate_run(sys.argv[1], passes=PassOptions(batch_size=40), options=options)
 
 def test_a_killed_evaluation_resumes_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes, options = PassOptions(batch_size=40), EvaluationOptions(scores=["cosine", "mahalanobis"])
-    run, whole = make_run(tmp_path / "run", data=SMALL), make_run(tmp_path / "whole", data=SMALL)
+    run, whole = make_run(tmp_path / "run"), make_run(tmp_path / "whole")
     killed = subprocess.run([sys.executable, "-c", KILLED, str(run)], capture_output=True, text=True, timeout=280)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (run / "report.json").exists()
@@ -142,7 +142,7 @@ def test_a_killed_evaluation_resumes_from_its_cache(tmp_path: Path, monkeypatch:
 def test_ranks_share_a_pass_and_finish_what_others_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ranks, "barrier", lambda self: None)
     monkeypatch.setattr(Ranks, "on_main", lambda self, function: function())
-    run = load_run(make_run(tmp_path / "run", data=SMALL))
+    run = load_run(make_run(tmp_path / "run"))
     whole = Inference(run.model, run.data, tmp_path / "whole").store("val").load()
 
     def rank(number: int, ranks: int) -> Inference:

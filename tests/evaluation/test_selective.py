@@ -123,7 +123,7 @@ def test_the_order_of_samples_and_monotone_maps_do_not_matter(random: Any, n: in
     scores = rng.integers(0, 30, n).astype(float)
     correct = rng.random(n) < 0.6 + scores / 75
     order = rng.permutation(n)
-    results = []
+    results: list[Any] = []
     for s, c in ((scores, correct), (scores[order], correct[order]), (np.exp(scores), correct)):
         try:
             found = choose_threshold(s, c, risk=0.2, confidence=0.9)

@@ -21,14 +21,15 @@ from tal_fast.metrics.failure import failure_metrics
 from tal_fast.metrics.settings import Mix
 from tal_fast.models.features import last_layer
 from tal_fast.runs.load import load_run
-from tal_fast.scores.features import FeatureScorer, Training
+from tal_fast.scores.features import FeatureScorer
 from tal_fast.scores.logits import SCORES
-from tests.helpers.evaluation import SMALL, make_run, read_json, record_passes, write_npz
+from tal_fast.scores.training_statistics import Training
+from tests.helpers.evaluation import make_run, read_json, record_passes, write_npz
 
 
 def test_one_pass_serves_until_the_weights_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = record_passes(monkeypatch)
-    folder = make_run(tmp_path / "run", "ce", data=SMALL)
+    folder = make_run(tmp_path / "run", "ce")
     first = evaluate_run(folder, options=EvaluationOptions(scores=["max-logit"]))
     assert first is not None
     assert list(first.report["settings"]["old_fd"]) == ["max_logit", "msp"]  # the method's own score is added
@@ -37,7 +38,7 @@ def test_one_pass_serves_until_the_weights_change(tmp_path: Path, monkeypatch: p
     assert again is not None
     assert again.report["mix"] == "all"
     assert passes == ["val", "ood-noise"]
-    make_run(folder, "ce", seed=1, data=SMALL)
+    make_run(folder, "ce", seed=1)
     second = evaluate_run(folder)
     assert second is not None
     assert passes == ["val", "ood-noise"] * 2
@@ -74,7 +75,7 @@ def test_one_pass_serves_until_an_image_changes(tmp_path: Path, monkeypatch: pyt
 def test_a_cache_that_cannot_be_written_costs_only_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = make_run(tmp_path / "run", "ce", data=SMALL)
+    run = make_run(tmp_path / "run", "ce")
     (run / CACHE).write_text("in the way")
     passes = record_passes(monkeypatch)
     with caplog.at_level(logging.WARNING):
@@ -86,7 +87,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
 
 
 def test_feature_scores_of_a_run_are_those_of_its_features(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", "ce", data=SMALL)
+    folder = make_run(tmp_path / "run", "ce")
     evaluation = evaluate_run(folder, options=EvaluationOptions(scores=["all"]))
     assert evaluation is not None
     assert list(evaluation.report["settings"]["new_fd"]) == list(SCORE_GROUPS["all"])
@@ -105,7 +106,7 @@ def test_feature_scores_of_a_run_are_those_of_its_features(tmp_path: Path) -> No
 
 
 def test_fast_evaluations_keep_no_features(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", "ce", data=SMALL)
+    run = make_run(tmp_path / "run", "ce")
     passes = PassOptions(features=False)
     evaluation = evaluate_run(run, passes=passes, options=EvaluationOptions(scores=["all"]))
     assert evaluation is not None
@@ -133,7 +134,7 @@ def test_saved_outputs_are_reported_beside_their_file(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torchrun_evaluates_as_one_process_does(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", "ce", data=SMALL)
+    run = make_run(tmp_path / "run", "ce")
     options = EvaluationOptions(scores=["msp", "mahalanobis"], mix=Mix("all"))
     one = evaluate_run(run, tmp_path / "one", cache=tmp_path / "one-cache", options=options)
     assert one is not None

@@ -13,7 +13,7 @@ from tal_fast.evaluation.train_typicalness import queue_of, rescale, training_ty
 from tal_fast.loss.reference import feature_statistics, nearest_distance
 from tal_fast.runs import checkpoint
 from tal_fast.runs.load import load_run
-from tests.helpers.evaluation import SMALL, make_run, queue_state
+from tests.helpers.evaluation import make_run, queue_state
 
 
 def test_local_queues_of_all_ranks_are_merged() -> None:
@@ -44,7 +44,7 @@ def test_distances_are_rescaled_over_the_whole_set() -> None:
 
 
 def test_typicalness_against_the_reference_and_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make_run(tmp_path / "run", ranks=[queue_state(25, seed=3), queue_state(15, seed=4)], data=SMALL)
+    folder = make_run(tmp_path / "run", ranks=[queue_state(25, seed=3), queue_state(15, seed=4)])
     run = load_run(folder)
     found = training_typicalness(run, tmp_path / "cache", batch_size=300)
     images = torch.cat([batch for batch, _, _ in run.data.loader("train-eval", batch_size=500)])
@@ -59,6 +59,6 @@ def test_typicalness_against_the_reference_and_its_cache(tmp_path: Path, monkeyp
     # The result is cached until the queue changes.
     monkeypatch.setattr(run.model, "forward", None)
     np.testing.assert_array_equal(training_typicalness(run, tmp_path / "cache").distance, found.distance)
-    make_run(folder, ranks=[queue_state(40, seed=5)], data=SMALL)
+    make_run(folder, ranks=[queue_state(40, seed=5)])
     changed = training_typicalness(load_run(folder), tmp_path / "cache")
     assert not np.array_equal(changed.distance, found.distance)

@@ -1,4 +1,4 @@
-"""Headless Chromium, driven over its debugging pipe: what a page logs, loads and looks like."""
+"""Headless Chromium, controlled through its debugging pipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
-_HAND_OVER = """
+_START = """
 import fcntl, os, sys
 read, write = (fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3])
 os.dup2(read, 3)
@@ -27,10 +27,10 @@ os.execvp(sys.argv[3], sys.argv[3:])
 
 
 class Chromium:
-    """A browser with one page.
+    """Browser with one page.
 
     Attributes:
-        events: messages of the browser that answer nothing, in order: (method, params).
+        events: events of the browser in order, as (method, params).
     """
 
     def __init__(self, write: int, read: int) -> None:
@@ -43,7 +43,7 @@ class Chromium:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """A command of the DevTools protocol and its answer."""
+        """Send a command of the DevTools protocol and return its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         if self._session is not None:
@@ -58,7 +58,7 @@ class Chromium:
             self._note(answer)
 
     def open(self, page: Path, width: int = 1280, height: int = 900, **emulated: str) -> None:
-        """Load a file at a window size and wait for it; events before are forgotten.
+        """Load a file and wait for it; earlier events are cleared.
 
         Args:
             page: the file.
@@ -78,24 +78,24 @@ class Chromium:
         self.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression; promises are waited for."""
+        """Evaluate a JavaScript expression; promises are awaited."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(answer["exceptionDetails"])
         return answer["result"].get("value")
 
     def complaints(self) -> list[str]:
-        """Everything logged, thrown or found wrong since the page was opened."""
+        """Console messages, exceptions and issues since the page was opened."""
         kinds = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded", "Audits.issueAdded")
         return [f"{method}: {json.dumps(params)}" for method, params in self.events if method in kinds]
 
     def requests(self) -> list[str]:
-        """Addresses asked for since the page was opened, without what pages carry in themselves."""
+        """URLs requested since the page was opened, without data URIs."""
         urls = [p["request"]["url"] for method, p in self.events if method == "Network.requestWillBeSent"]
         return [url for url in urls if not url.startswith("data:")]
 
     def picture(self, path: Path, full: bool = True) -> Path:
-        """A screenshot as PNG, of the whole page or of the window."""
+        """Take a PNG screenshot of the whole page or of the window."""
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=full, **self._clip(full))["data"]
         path.write_bytes(base64.b64decode(data))
         return path
@@ -125,7 +125,7 @@ class Chromium:
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Chromium]:
-    """A browser with a fresh profile, ended afterwards.
+    """Start a browser with a fresh profile, and end it afterwards.
 
     Args:
         profile: an empty folder for it.
@@ -141,9 +141,9 @@ def chromium(profile: Path) -> Iterator[Chromium]:
         "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", "--hide-scrollbars",
     ]  # fmt: skip
-    # The browser reads from file descriptor 3 and writes to 4; whatever the pipes are here may be among these.
+    # The browser reads from file descriptor 3 and writes to 4, which may be in use in this process.
     process = subprocess.Popen(
-        [sys.executable, "-c", _HAND_OVER, str(to_browser), str(from_browser), *command],
+        [sys.executable, "-c", _START, str(to_browser), str(from_browser), *command],
         pass_fds=(to_browser, from_browser),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -18,9 +18,7 @@ from tal_fast.loss.queue import FeatureQueue
 from tal_fast.models import build_model
 from tal_fast.runs import checkpoint
 
-SYNTHETIC = {"dataset": "synthetic", "crop_area": None, "image_size": 16, "channels": 1}
-"""2,000 training, 1,000 validation and 1,000 OOD images (``noise``) of 10 classes."""
-SMALL = {**SYNTHETIC, "synthetic_images": 400}
+SYNTHETIC = {"dataset": "synthetic", "crop_area": None, "image_size": 16, "channels": 1, "synthetic_images": 400}
 """400 training, 200 validation and 1,000 OOD images (``noise``) of 10 classes."""
 
 

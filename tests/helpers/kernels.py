@@ -5,6 +5,7 @@ Without a GPU the kernels run in Triton's interpreter; on a GPU they run compile
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -12,21 +13,16 @@ import torch
 from torch import Tensor
 
 from tal_fast import kernels
+from tal_fast.loss.options import LossOptions
+from tests.helpers.backends import DEVICE
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 AVAILABLE, REASON = kernels.is_available(DEVICE)
 
 # The interpreter computes with NumPy, which warns where a test has NaN or infinity on purpose.
 NAN_WARNINGS = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 LOSS_OPTIONS: dict[str, Any] = {
-    "variant": "paper",
-    "t_min": 10.0,
-    "t_max": 100.0,
-    "t_wrong": 20.0,
-    "confidence_threshold": 0.0,
-    "label_smoothing": 0.0,
-    "ignore_index": -100,
+    **{name: value for name, value in asdict(LossOptions()).items() if name != "inplace"},
     "warmup": False,
     "need_grad": True,
 }

@@ -1,4 +1,4 @@
-"""Small training runs for tests, and what to compare of them."""
+"""Small training runs, and the comparison of their results."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ from tal_fast.config.schema import Config, DataConfig, MethodConfig, ModelConfig
 from tal_fast.data.loader import IGNORED_LABEL
 from tal_fast.methods import Method, Step, Task, build_method
 from tal_fast.runs import checkpoint
-from tal_fast.training.trainer import Trainer
+from tal_fast.training.train_step import Update
+
+TIMINGS = ("seconds", "images_per_s", "data_wait")
+"""Columns of metrics.csv that differ from run to run."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("TAL_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(autouse=True, scope="module")
+def one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One PyTorch thread, which is fastest for networks this small, and a cache of the test session."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # networks this small are slower with more
-    yield
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TAL_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
     torch.set_num_threads(threads)
 
 
 def config(output: Path, method: str = "tal", **options: Any) -> Config:
-    """Digits, small and with all that is random: crops, shuffling, queue."""
+    """Configuration of a small run on digits, with everything that is random: crops, shuffling, queue."""
     method_options = {"queue_size": 150, **options.pop("method_options", {})}
     data_options, label_smoothing = options.pop("data_options", {}), method_options.pop("label_smoothing", 0.0)
     return Config(
@@ -67,9 +72,9 @@ def method(config: MethodConfig, epochs: int = 10, classes: int = 10, images: in
     return build_method(config, Task(epochs, classes, images, learning_rate=0.1))
 
 
-def step_of(made: Method, logits: torch.Tensor, features: torch.Tensor, labels: torch.Tensor) -> Step:
-    """Its step on the first training images."""
-    return made(logits, features, labels, torch.arange(len(labels)))
+def step_of(method: Method, logits: torch.Tensor, features: torch.Tensor, labels: torch.Tensor) -> Step:
+    """A method's step on the first training images."""
+    return method(logits, features, labels, torch.arange(len(labels)))
 
 
 def labelled_batch(rows: int = 9, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -79,49 +84,58 @@ def labelled_batch(rows: int = 9, classes: int = 4) -> tuple[torch.Tensor, torch
     return 3 * torch.randn(rows, classes), torch.rand(rows, 6), labels
 
 
-def untimed(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s", "data_wait")} for row in rows]
+def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of metrics.csv without timings."""
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
 
 
 def final(output: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """All tensors of the last checkpoint by name, and its metrics."""
+    """All tensors of a run's last checkpoint by name, and its metrics."""
     content = checkpoint.load(output / "checkpoints" / "last.pt")
     tensors = {f"model.{k}": v for k, v in content["model"].items()}
     tensors |= {f"average.{k}": v for k, v in (content["average"] or {}).items()}
     for number, state in content["optimizer"]["state"].items():
         tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    for rank, own in enumerate(content["ranks"]):
-        state = dict(own["method"])
+    for rank, saved in enumerate(content["ranks"]):
+        state = dict(saved["method"])
         extra = state.pop("_extra_state", {})
         tensors |= {f"rank{rank}.{k}": torch.as_tensor(v) for k, v in {**state, **extra}.items()}
-        tensors |= {f"rank{rank}.rng": own["rng"]["torch"]}
+        tensors |= {f"rank{rank}.rng": saved["rng"]["torch"]}
     return tensors, {"history": untimed(content["history"]), "best": content["best"], "epoch": content["epoch"]}
 
 
 def assert_same_end(one: Path, other: Path) -> None:
+    """Assert that two runs ended with equal tensors and metrics."""
     tensors, numbers = final(one)
     others, other_numbers = final(other)
     assert tensors.keys() == others.keys()
     for name, tensor in tensors.items():
         assert torch.equal(tensor, others[name]), name
     assert numbers == other_numbers
-    assert untimed(read_metrics(one)) == untimed(read_metrics(other))  # type: ignore[arg-type]
+    assert untimed(read_metrics(one)) == untimed(read_metrics(other))
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
+    """Rows of a run's metrics.csv."""
     with open(output / "metrics.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
+def correct_predictions(model: torch.nn.Module, batches: Any) -> int:
+    """Number of correct predictions of a model over the batches of a loader."""
+    with torch.no_grad():
+        return sum(int((model(images)[0].argmax(1) == labels).sum()) for images, labels, _ in batches)
+
+
 def raise_signal_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
-    """As if the scheduler asked this process to end during the step-th step from now."""
-    original = Trainer._train_step
+    """Send this process a signal during the ``step``-th training step from now."""
+    original = Update.__call__
     count = [0]
 
-    def train_step(self: Trainer, *args: Any) -> None:
+    def update(self: Update, *args: Any) -> None:
         original(self, *args)
         count[0] += 1
         if count[0] == step:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Trainer, "_train_step", train_step)
+    monkeypatch.setattr(Update, "__call__", update)

@@ -16,13 +16,14 @@ import torch
 
 from tal_fast import compare, evaluate, experiment, html_report
 from tal_fast.config.parse import load_config, parse_command_line
+from tal_fast.evaluation.export import SelectiveClassifier
 from tal_fast.evaluation.report import read_report
 from tal_fast.evaluation.sample_scores import read_samples
-from tal_fast.evaluation.selective import SelectiveClassifier
 from tal_fast.evaluation.selective import calibrate as choose
 from tal_fast.runs import checkpoint
 from tal_fast.runs.load import load_run
 from tal_fast.training.trainer import Trainer
+from tal_fast.utils.rng import rng_state
 
 FILES = Path(__file__).parents[1] / "data" / "v0.1.0"
 EXPECTED: dict[str, Any] = json.loads((FILES / "expected.json").read_text())
@@ -108,23 +109,24 @@ def test_checkpoint_loads_tensor_by_tensor(run: str) -> None:
 @pytest.mark.parametrize("run", RUNS)
 def test_trainer_restores_the_state(run: str, tmp_path: Path) -> None:
     trainer = resumed(run, tmp_path / "run")
+    state = trainer.state
     content = checkpoint.load(FILES / run / "checkpoints" / "last.pt")
-    generators = fingerprints(checkpoint.rng_state(), "ranks/0/rng")
+    generators = fingerprints(rng_state(), "ranks/0/rng")
     assert generators == expected_tensors(run, "ranks/0/rng")
-    assert (trainer.epoch, trainer.step) == (content["epoch"], content["step"])
-    assert (trainer.history, trainer.best) == (content["history"], content["best"])
-    assert fingerprints(trainer.network.state_dict(), "model") == expected_tensors(run, "model")
-    assert fingerprints(trainer.optimizer.state_dict(), "optimizer") == expected_tensors(run, "optimizer")
-    average = {} if trainer.average is None else fingerprints(trainer.average.network.state_dict(), "average")
+    assert (state.epoch, state.step) == (content["epoch"], content["step"])
+    assert (state.history, state.best) == (content["history"], content["best"])
+    assert fingerprints(state.network.state_dict(), "model") == expected_tensors(run, "model")
+    assert fingerprints(state.optimizer.state_dict(), "optimizer") == expected_tensors(run, "optimizer")
+    average = {} if state.average is None else fingerprints(state.average.network.state_dict(), "average")
     assert average == expected_tensors(run, "average")
-    assert len(average) == (0 if run in ("run", "mid-epoch/crl") else len(trainer.network.state_dict()))
+    assert len(average) == (0 if run in ("run", "mid-epoch/crl") else len(state.network.state_dict()))
     # The queue, or the counts of CRL; by value, for a method may give its state other names.
-    of_method = fingerprints(trainer.method.state_dict(), "")
+    of_method = fingerprints(state.method.state_dict(), "")
     assert sorted(of_method.values()) == sorted(expected_tensors(run, "ranks/0/method").values())
     # Its options too: they decide the loss of a batch.
-    trainer.method.start_epoch(trainer.epoch)
+    state.method.start_epoch(state.epoch)
     logits, features = 3 * torch.arange(160.0).sin().view(16, 10), torch.arange(256.0).cos().abs().view(16, 16)
-    step = trainer.method(logits, features, torch.arange(16) % 10, torch.arange(16))
+    step = state.method(logits, features, torch.arange(16) % 10, torch.arange(16))
     assert float(step.loss) == pytest.approx(EXPECTED["losses"][run], rel=1e-5)
 
 
@@ -134,7 +136,7 @@ def test_interrupted_run_goes_on_to_its_end(run: str, tmp_path: Path) -> None:
     before = list(trainer.history)
     trainer.fit()
     assert trainer.history[: len(before)] == before
-    assert trainer.epoch == trainer.config.epochs == len(trainer.history)
+    assert trainer.state.epoch == trainer.config.epochs == len(trainer.history)
     last = trainer.history[-1]
     # Another machine rounds otherwise, and steps amplify that; bench/same_bits.py compares bits on one machine.
     for name, value in EXPECTED["continued"][run].items():

@@ -129,7 +129,7 @@ def test_process_dies_at_the_chosen_point(
         path = tmp_path / name
         found = torch.load(path, weights_only=True)["step"] if path.exists() else None
         assert found == step, name
-    assert bool(list(tmp_path.glob(".last.pt.*"))) == temporary
+    assert bool(list(tmp_path.glob(".last-*.pt"))) == temporary
 
 
 def test_job_kills_its_children(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_remaining_host_continues_without_a_lost_host(hosts: tuple[Host, Host], 
         wait_for("the loss of a host", lambda: any(job.process.poll() is not None for job in jobs))
         (left,) = (job for job in jobs if job.process.poll() is None)
         lost = time.monotonic()
-        wait_for("the other to go on", lambda: "warning: ranks 2 -> 1 since" in left.out)
+        wait_for("the other to go on", lambda: "warning: ranks 2 -> 1 since" in left.err)
         print(f"went on after {time.monotonic() - lost:.0f} s")
         ended_well(left)
     assert f"epoch {EPOCHS}/{EPOCHS}" in left.out

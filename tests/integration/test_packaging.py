@@ -43,6 +43,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(0)
 def test_sdist_and_wheel_contents(artifacts: tuple[Path, Path]) -> None:
     sdist, wheel = artifacts
     with tarfile.open(sdist) as archive:
@@ -59,6 +61,8 @@ def test_sdist_and_wheel_contents(artifacts: tuple[Path, Path]) -> None:
         assert "tal_fast/_C.abi3.so" in names
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(0)
 def test_wheel_works_in_a_clean_environment(artifacts: tuple[Path, Path], tmp_path: Path) -> None:
     """A new virtual environment that sees this one's torch and nothing else that is installed editable here."""
     home = tmp_path / "venv"
@@ -88,6 +92,8 @@ print(_extension.load()[1])
     assert "tal_fast" in run(str(home / "bin" / "tal-fast"), "info", cwd=tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(0)
 def test_old_setuptools_is_refused_in_one_sentence(tmp_path: Path) -> None:
     names = "Command = Extension = find_packages = setup = None"
     (tmp_path / "setuptools").mkdir()
@@ -102,6 +108,8 @@ def test_old_setuptools_is_refused_in_one_sentence(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(0)
 def test_installed_build_has_cuda_where_nvcc_is() -> None:
     if not shutil.which("nvcc") or torch.version.cuda is None or os.environ.get("TAL_FAST_NO_EXTENSION") == "1":
         pytest.skip("needs nvcc and a CUDA build of torch")
@@ -122,7 +130,7 @@ def test_installed_build_has_cuda_where_nvcc_is() -> None:
 @pytest.mark.parametrize("damage", ["missing", "unloadable"])
 def test_an_extension_that_does_not_load_costs_one_warning(damage: str, tmp_path: Path) -> None:
     package = tmp_path / "tal_fast"
-    shutil.copytree(ROOT / "tal_fast", package, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    shutil.copytree(ROOT / "tal_fast", package, ignore=shutil.ignore_patterns("_C*", "kernels", "__pycache__"))
     shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     if damage == "unloadable":
         (package / "_C.abi3.so").write_bytes(b"not a library")

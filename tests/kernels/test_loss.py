@@ -23,7 +23,7 @@ from tests.helpers.kernels import (
     new_ticket,
     on_device,
 )
-from tests.helpers.loss_cases import CASES, exact, golden, options, random_batch, relative
+from tests.helpers.loss_cases import CASES, exact, golden, options, random_batch, reference_loss, relative
 
 if not AVAILABLE:
     pytest.skip(REASON, allow_module_level=True)
@@ -55,16 +55,16 @@ class Result:
 
 
 def run_loss(
-    logits: Tensor, labels: Tensor, distance: Tensor, batch: Tensor | None = None, ticket: Tensor | None = None,
+    logits: Tensor, labels: Tensor, distance: Tensor, summary: Tensor | None = None, ticket: Tensor | None = None,
     **changes: Any,
 ) -> Result:  # fmt: skip
     """Run the loss kernel, after the batch's own summary unless one is given."""
     arguments = {**LOSS_OPTIONS, **changes}
     ticket = new_ticket() if ticket is None else ticket
-    if batch is None:
+    if summary is None:
         summary_options = {key: arguments[key] for key in ("confidence_threshold", "ignore_index")}
-        batch = reference.batch_summary(logits, labels, distance, **summary_options)
-    result = Result(kernels.loss_forward(*on_device(logits, labels, distance, batch), ticket, **arguments))
+        summary = reference.batch_summary(logits, labels, distance, **summary_options)
+    result = Result(kernels.loss_forward(*on_device(logits, labels, distance, summary), ticket, **arguments))
     assert ticket.item() == 0
     return result
 
@@ -76,7 +76,7 @@ def check_loss(logits: Tensor, labels: Tensor, distance: Tensor, **changes: Any)
     """
     result = run_loss(logits, labels, distance, **changes)
     leaf = logits.detach().clone().requires_grad_()
-    eager, stats = reference.tal_loss(leaf, labels, distance, **{k: v for k, v in changes.items() if k != "need_grad"})
+    eager, stats = reference_loss(leaf, labels, distance, **{k: v for k, v in changes.items() if k != "need_grad"})
     (eager_grad,) = torch.autograd.grad(eager, leaf)
     exact_options = {k: changes[k] for k in ("variant", "label_smoothing", "t_wrong", "ignore_index") if k in changes}
     true_loss, true_grad = exact(logits, labels, result.typicalness, **exact_options)
@@ -94,7 +94,7 @@ def check_loss(logits: Tensor, labels: Tensor, distance: Tensor, **changes: Any)
     torch.testing.assert_close(result.typicalness, stats.typicalness, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(result.weight, stats.weight, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(result.temperature, stats.temperature, rtol=1e-4, atol=1e-3)
-    assert torch.equal(result.correct, stats.right)
+    assert torch.equal(result.correct, stats.correct)
     assert torch.equal(result.accepted, stats.accepted)
     return result
 
@@ -178,7 +178,7 @@ def test_temperatures_and_ignore_index(path_dtype: torch.dtype, variant: str) ->
     distance = torch.rand(5)
     result = run_loss(logits, labels, distance, **changes)
     leaf = logits.double().requires_grad_()
-    expected, stats = reference.tal_loss(leaf, labels, distance.double(), **changes)
+    expected, stats = reference_loss(leaf, labels, distance.double(), **changes)
     (grad,) = torch.autograd.grad(expected, leaf)
     assert relative(result.loss, expected.detach()) <= 1e-5
     assert relative(result.grad, grad) <= 10 * TOLERANCE[path_dtype]
@@ -304,11 +304,11 @@ def test_addresses_beyond_32_bits(strides: tuple[int, int], tmp_path: Path) -> N
     far.copy_(torch.randn(rows, classes))
     near = far.contiguous()
     labels, distance = torch.tensor([0, 3, 1], device=DEVICE), torch.rand(3, device=DEVICE)
-    batch = reference.batch_summary(near, labels, distance)
+    summary = reference.batch_summary(near, labels, distance)
     grads, sums = [], []
     for z in (far, near):
-        sums.append(batch.clone())
-        grads.append(kernels.loss_forward(z, labels, distance, batch.clone(), new_ticket(), **LOSS_OPTIONS)[1])
+        sums.append(summary.clone())
+        grads.append(kernels.loss_forward(z, labels, distance, summary.clone(), new_ticket(), **LOSS_OPTIONS)[1])
         kernels.batch_sums(z, labels, distance, sums[-1], new_ticket(), confidence_threshold=0.0, ignore_index=-100)
     assert torch.equal(*grads)
     assert torch.equal(*sums)
@@ -327,7 +327,7 @@ def test_part_of_a_larger_batch(path_dtype: torch.dtype, variant: str) -> None:
     total, grads = 0.0, []
     for part in (slice(0, 3), slice(3, 7)):
         result = run_loss(logits[part], labels[part], distance[part], whole, variant=variant)
-        expected, _ = reference.tal_loss(logits[part], labels[part], distance[part], variant=variant, batch=whole)
+        expected, _ = reference_loss(logits[part], labels[part], distance[part], variant=variant, summary=whole)
         assert relative(result.loss, expected) <= 1e-5
         total += float(result.loss) / 2
         grads.append(result.grad / 2)
@@ -338,8 +338,8 @@ def test_part_of_a_larger_batch(path_dtype: torch.dtype, variant: str) -> None:
 
 def test_label_out_of_range_reads_nothing_outside(path_dtype: torch.dtype) -> None:
     logits, labels, distance = torch.randn(3, 70).to(path_dtype), torch.tensor([70, -1, 10**15]), torch.rand(3)
-    batch = torch.tensor([0, 1, 3, 0, 3, 0], dtype=torch.float64)
-    result = run_loss(logits, labels, distance, batch)
+    summary = torch.tensor([0, 1, 3, 0, 3, 0], dtype=torch.float64)
+    result = run_loss(logits, labels, distance, summary)
     assert not result.correct.any()
     assert not result.accepted.any()
 
@@ -363,14 +363,14 @@ def test_user_chosen_numbers_are_not_compiled_in(monkeypatch: pytest.MonkeyPatch
     float32, and constants would compile one kernel per value."""
     planned: list[launch.Launch] = []
     monkeypatch.setattr(launch.Launch, "run", lambda self: planned.append(self))
-    logits, labels, distance, batch = on_device(
+    logits, labels, distance, summary = on_device(
         torch.randn(4, 9), torch.zeros(4, dtype=torch.int64), torch.rand(4), torch.ones(6, dtype=torch.float64)
     )
     for t_max, t_wrong, smoothing, threshold in ((100.0, 20.0, 0.1, 0.0), (33.3, 21.0, 0.2, 0.5)):
         changes = {"t_max": t_max, "t_wrong": t_wrong, "label_smoothing": smoothing, "confidence_threshold": threshold}
-        loss.loss_forward(logits, labels, distance, batch, new_ticket(), **{**LOSS_OPTIONS, **changes})
+        loss.loss_forward(logits, labels, distance, summary, new_ticket(), **{**LOSS_OPTIONS, **changes})
         loss.batch_sums(
-            logits, labels, distance, batch, new_ticket(), confidence_threshold=threshold, ignore_index=-100
+            logits, labels, distance, summary, new_ticket(), confidence_threshold=threshold, ignore_index=-100
         )
     assert len(planned) == 4
     for one, other in ((planned[0], planned[2]), (planned[1], planned[3])):
@@ -401,9 +401,9 @@ def test_golden_loss_and_gradient(case: str, variant: str) -> None:
     assert torch.equal(result.correct, g["correct"])
 
 
-def run_sums(logits: Tensor, labels: Tensor, distance: Tensor, batch: Tensor, threshold: float) -> Tensor:
+def run_sums(logits: Tensor, labels: Tensor, distance: Tensor, summary: Tensor, threshold: float) -> Tensor:
     """The summary with its last three values computed by the kernel."""
-    unfinished = batch.clone()
+    unfinished = summary.clone()
     unfinished[3:] = torch.nan
     ticket = new_ticket()
     moved = on_device(logits, labels, distance, unfinished)

@@ -44,8 +44,8 @@ def check_compiled(backend: str, variant: str, compiler: str) -> None:
         return inner(z * 1.0, f, y)
 
     compiled = torch.compile(step, fullgraph=True, backend=compiler)
-    for _ in range(3):
-        logits, features, labels = (t.to(device) for t in random_batch(6, 10))
+    for _ in range(2):
+        logits, features, labels = (t.to(device) for t in random_batch(4, 10))
         a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
         want, got = eager(a, features, labels), compiled(b, features, labels)
         (want * 3).backward()
@@ -242,9 +242,9 @@ def test_step_in_one_call_accepts_an_undefined_upstream_gradient() -> None:
 def test_loss_and_gradient_equals_forward_and_backward(backend: str, variant: str, options: dict[str, Any]) -> None:
     torch.manual_seed(4)
     device = device_of(backend)
-    losses = [TALLoss(variant, queue_size=5, backend=backend, **options).to(device) for _ in range(2)]
+    losses = [TALLoss(variant, queue_size=3, backend=backend, **options).to(device) for _ in range(2)]
     for step, dtype in enumerate((torch.float32, torch.float64, torch.bfloat16, torch.float32)):
-        logits, features, labels = (t.to(device) for t in random_batch(5 + step, 9 + 4 * step, 17))
+        logits, features, labels = (t.to(device) for t in random_batch(3 + step, 9 + 4 * step, 17))
         labels[::5] = -100
         for loss_fn in losses:
             loss_fn.train(step != 2)
@@ -261,7 +261,7 @@ def test_loss_and_gradient_equals_forward_and_backward(backend: str, variant: st
             assert torch.equal(got, expected)
     state, expected = (loss_fn.state_dict() for loss_fn in losses)
     assert all(torch.equal(state[key], expected[key]) for key in expected)
-    assert len(losses[1].queue) == 5
+    assert len(losses[1].queue) == 3
 
 
 @every_backend
@@ -356,19 +356,3 @@ def test_queue_and_logits_must_be_on_one_device() -> None:
     logits, features, labels = (t.to("meta") for t in random_batch(4, 5))
     with pytest.raises(ValueError, match=r"the queue is on cpu but the logits are on meta; move the loss with .to\("):
         TALLoss(queue_size=5, backend="reference")(logits, features, labels)
-
-
-@pytest.mark.gpu
-def test_steps_do_not_wait_for_a_gpu() -> None:
-    loss_fn = TALLoss(queue_size=100).cuda()
-    logits, features = torch.randn(16, 10, device="cuda", requires_grad=True), torch.rand(16, 32, device="cuda")
-    labels = torch.randint(10, (16,), device="cuda")
-    loss_fn(logits, features, labels).backward()  # compiles
-    torch.cuda.synchronize()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        for _ in range(3):
-            loss_fn(logits, features, labels).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len(loss_fn.queue) > 0

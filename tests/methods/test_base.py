@@ -70,7 +70,7 @@ def test_a_method_with_a_parameter_that_no_optimizer_updates_is_refused(
 ) -> None:
     method = build_method(MethodConfig("ce"), Task(3, 10, 40, 0.1))
     method.scale = torch.nn.Parameter(torch.ones(()))
-    monkeypatch.setattr("tal_fast.training.trainer.build_method", lambda *_: method)
+    monkeypatch.setattr("tal_fast.training.state.build_method", lambda *_: method)
     with pytest.raises(ValueError, match="the method ce has the parameter scale, which no optimizer steps"):
         Trainer(config(tmp_path, "ce"))
 
@@ -85,7 +85,7 @@ def test_each_method_trains_and_resumes_bit_for_bit(tmp_path: Path, name: str) -
     straight.fit()
     assert np.isfinite([row["train_loss"] for row in straight.history]).all()
     parts = Trainer(small_run("parts", checkpoint_every_steps=2))
-    steps, train_step = 0, parts._train_step
+    steps, train_step = 0, parts.train_step
 
     def interrupted_step(batch: Any, rate: float) -> None:
         nonlocal steps
@@ -94,11 +94,11 @@ def test_each_method_trains_and_resumes_bit_for_bit(tmp_path: Path, name: str) -
         steps += 1
         train_step(batch, rate)
 
-    parts._train_step = interrupted_step  # type: ignore[method-assign]
+    parts.train_step = interrupted_step  # type: ignore[assignment]
     with pytest.raises(KeyboardInterrupt):
         parts.fit()
     resumed = Trainer(small_run("parts", resume="auto", checkpoint_every_steps=2))
-    assert (resumed.epoch, resumed.step) == (1, 2)
+    assert (resumed.state.epoch, resumed.state.step) == (1, 2)
     resumed.fit()
     assert_same_end(tmp_path / "straight", tmp_path / "parts")
 
@@ -117,8 +117,8 @@ ranks = Ranks.start("cpu")
 trainer = Trainer(training.config(sys.argv[2], sys.argv[3], epochs=4, method_options=eval(sys.argv[4])), ranks)
 trainer.fit()
 state = torch.cat([p.detach().flatten() for p in trainer.network.parameters()])
-if trainer.average is not None:
-    state = torch.cat([state, *[t.flatten().float() for t in trainer.average.network.state_dict().values()]])
+if trainer.state.average is not None:
+    state = torch.cat([state, *[t.flatten().float() for t in trainer.state.average.network.state_dict().values()]])
 extra = trainer.method.state_dict().get("_extra_state")
 if extra is not None:
     state = torch.cat([state, extra["times_right"]])

@@ -23,8 +23,8 @@ def test_fmfp_steps_by_the_gradient_at_the_perturbed_weights(tmp_path: Path) -> 
     trainer = Trainer(config(tmp_path, "fmfp", optim=optim, method_options={"rho": 0.2}))
     trainer.model.eval()  # BatchNorm by its running statistics, so that the parts of a batch are independent
     network = copy.deepcopy(trainer.network)
-    images, labels, indices = next(trainer.batches(0))
-    trainer._train_step((images, labels, indices), 0.05)
+    images, labels, indices = next(trainer.batches.epoch(0))
+    trainer.train_step((images, labels, indices), 0.05)
 
     def gradient(module: nn.Module) -> list[torch.Tensor]:
         return list(torch.autograd.grad(F.cross_entropy(module(images)[0], labels), list(module.parameters())))
@@ -45,23 +45,23 @@ def test_fmfp_tal_updates_the_queue_once_a_step_and_has_no_temperature_for_wrong
     assert loss_fn.options.t_wrong is None
     trainer.model.train()
     pushed = []
-    for batch in list(trainer.batches(0))[:3]:
+    for batch in list(trainer.batches.epoch(0))[:3]:
         before = len(loss_fn.queue)
-        trainer._train_step(batch, 0.01)
+        trainer.train_step(batch, 0.01)
         pushed.append(len(loss_fn.queue) - before)
-    correct = trainer.sums.total[2]  # in the first pass, at almost the same weights
+    correct = trainer.state.sums.total[2]  # in the first pass, at almost the same weights
     assert abs(sum(pushed) - float(correct)) <= 0.3 * float(correct) + 3
 
 
 def test_weights_are_averaged_from_six_tenths_of_the_epochs(tmp_path: Path) -> None:
     trainer = Trainer(config(tmp_path, "fmfp", epochs=5))
-    weights, rates, train_step = [], [], trainer._train_step
+    weights, rates, train_step = [], [], trainer.train_step
 
     def recorded_step(batch: Any, rate: float) -> None:
         rates.append(rate)
         train_step(batch, rate)
 
-    trainer._train_step = recorded_step  # type: ignore[method-assign]
+    trainer.train_step = recorded_step  # type: ignore[assignment]
     for epoch in range(1, 6):
         trainer.fit(until=epoch)
         weights.append([p.detach().clone() for p in trainer.network.parameters()])
@@ -71,7 +71,7 @@ def test_weights_are_averaged_from_six_tenths_of_the_epochs(tmp_path: Path) -> N
     for average, *parts in zip(run.model.parameters(), *weights[3:], strict=True):
         torch.testing.assert_close(average, torch.stack(parts).mean(0))
     assert rates[-1] == pytest.approx(0.025)  # half the peak
-    assert trainer.best["epoch"] >= 4
+    assert trainer.state.best["epoch"] >= 4
     correct = sum(int((run.model(x)[0].argmax(1) == y).sum()) for x, y, _ in run.data.loader("val", batch_size=128))
     assert correct / 896 == pytest.approx(trainer.history[-1]["val_accuracy"])
 

@@ -101,7 +101,8 @@ def _rank(rank: int, world: int, folder: str) -> None:
     want = failure_metrics(scores, correct, "tal")
     assert {name: value.item() for name, value in metric.compute().items()} == want
     assert area.compute().item() == failure_metrics(scores, correct)["aurc"]
-    alone = AURC(group=[dist.new_group([r]) for r in range(world)][rank])
+    groups: list[Any] = [dist.new_group([r]) for r in range(world)]
+    alone = AURC(group=groups[rank])
     alone.update(scores[: rank + 5], correct[: rank + 5])
     assert alone.compute().item() == failure_metrics(scores[: rank + 5], correct[: rank + 5])["aurc"]
     if rank == 0:

@@ -1,10 +1,9 @@
-"""Checkpoint files: whole or not at all, readable without running code, the last two kept."""
+"""Checkpoint files: complete or absent, readable without running code, the last two kept."""
 
 from __future__ import annotations
 
 import os
 import pickle
-import random
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from tal_fast.runs import checkpoint
 from tal_fast.runs.checkpoint import Damaged
-from tal_fast.utils.io import write_atomically
+from tal_fast.utils.rng import rng_state
 
 
 def content(epoch: int = 1) -> dict[str, Any]:
@@ -28,31 +27,19 @@ def content(epoch: int = 1) -> dict[str, Any]:
         "average": None,
         "scaler": {},
         "optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]},
-        "ranks": [{"rng": checkpoint.rng_state()}],
+        "ranks": [{"rng": rng_state()}],
         "best": {},
         "history": [{"epoch": 1, "train_loss": 0.5}],
     }
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+def test_a_saved_checkpoint_loads(tmp_path: Path) -> None:
     path = tmp_path / "new" / "last.pt"
     checkpoint.save(path, content())
     loaded = checkpoint.load(path)
     assert torch.equal(loaded["model"]["weight"], torch.arange(5000.0))
     assert loaded["history"] == [{"epoch": 1, "train_loss": 0.5}]
     assert os.listdir(path.parent) == ["last.pt"]
-
-
-def test_random_generators_go_on_where_they_were(tmp_path: Path) -> None:
-    def draw() -> list[float]:
-        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), float(torch.rand(()))]  # noqa: NPY002
-
-    draw()  # an odd number of normal draws, so that both generators hold one back
-    checkpoint.save(tmp_path / "last.pt", content())
-    first = draw()
-    draw()
-    checkpoint.set_rng_state(checkpoint.load(tmp_path / "last.pt")["ranks"][0]["rng"])
-    assert draw() == first
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
@@ -73,7 +60,7 @@ def test_a_cut_file_is_refused_and_the_previous_one_used(tmp_path: Path, share: 
         checkpoint.load_newest(tmp_path)
 
 
-def test_flipped_bytes_are_noticed(tmp_path: Path) -> None:
+def test_a_flipped_byte_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     checkpoint.save(path, content())
     data = bytearray(path.read_bytes())
@@ -137,28 +124,7 @@ def test_a_failing_write_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
-def test_a_write_that_stops_half_way_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, lambda file: file.write(b"old"))
-
-    def half(file: Any) -> None:
-        file.write(b"ne")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, half)
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
-    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()  # as any file, not as a private temporary one
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     with pytest.raises(Damaged, match=r"there is no checkpoint .*x.pt"):
         checkpoint.load(path)
@@ -178,7 +144,7 @@ class Evil:
         return os.mkdir, ("evil-was-here",)
 
 
-def test_no_code_in_a_checkpoint_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"format": 1, "model": Evil()}, tmp_path / "torch.pt")
     torch.save({"format": 1, "model": Evil()}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
@@ -187,3 +153,25 @@ def test_no_code_in_a_checkpoint_runs(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(Damaged, match="cannot be read"):
             checkpoint.load(tmp_path / name)
     assert not (tmp_path / "evil-was-here").exists()
+
+
+def test_temporary_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    folder = tmp_path / checkpoint.FOLDER
+    folder.mkdir()
+    stale = [".last-x1.pt", ".last.pt.x2", ".epoch-0002.pt.link"]  # the second as version 0.1.0 named them
+    for path in [*(folder / name for name in stale), tmp_path / ".metrics-x.csv", tmp_path / ".config.yaml.x"]:
+        path.touch()
+    kept = [folder / "last.pt", tmp_path / "metrics.csv", tmp_path / ".notes.txt"]
+    for path in kept:
+        path.touch()
+    checkpoint.clean(tmp_path)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
+
+
+def test_a_snapshot_does_not_change_with_the_original() -> None:
+    tensor = torch.zeros(2)
+    value = {"a": [tensor, 1], "b": (tensor,), "c": "text"}
+    copied = checkpoint.snapshot(value)
+    tensor.add_(1)
+    assert copied["a"][0].tolist() == copied["b"][0].tolist() == [0, 0]
+    assert (copied["a"][1], copied["c"]) == (1, "text")

@@ -89,8 +89,8 @@ def test_vim() -> None:
 
 
 def test_vim_without_bias_is_about_the_origin() -> None:
-    both = [CASE.score("vim", Training(CASE.train, None, CASE.weight, bias)) for bias in (None, np.zeros(CLASSES))]
-    np.testing.assert_array_equal(*both)
+    without, zero = (CASE.score("vim", Training(CASE.train, None, CASE.weight, b)) for b in (None, np.zeros(CLASSES)))
+    np.testing.assert_array_equal(without, zero)
 
 
 def test_training_logits_determine_the_scale_of_vim() -> None:

@@ -18,6 +18,7 @@ import yaml
 from tal_fast.runs import checkpoint
 from tal_fast.runs.load import load_run
 from tal_fast.training.command import main
+from tests.helpers.training import raise_signal_at
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,6 +116,24 @@ def test_the_digits_preset_learns(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == run.config.to_dict()
 
 
+def test_a_signal_saves_the_run_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", "digits-tal", "--epochs", "1", "--data.train-limit", "200", "--device", "cpu"]
+    words += ["--data.loader", "torch", "--data.workers", "0", "--logger", "none", "--output", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        raise_signal_at(patch, step=2, number=signal.SIGUSR1)
+        with pytest.raises(SystemExit) as caught:
+            main([*words, "--resume", "auto"])
+    assert caught.value.code == 75
+    out, err = capsys.readouterr()
+    assert out.startswith("tal on digits: ")
+    assert err == "stopped by SIGUSR1 and saved after 0 epochs and 2 steps; go on with --resume auto\n"
+    main([*words, "--resume", "auto", "--progress", "none"])
+    assert capsys.readouterr() == ("", "")
+    assert load_run(tmp_path / "run").epoch == 1
+
+
 def torchrun(*options: str) -> list[str]:
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tal_fast.train"),
@@ -132,6 +151,7 @@ def state(output: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@pytest.mark.slow
 def test_two_processes_stop_and_resume_bit_for_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     done = subprocess.run(torchrun("--output", str(straight)), check=True, capture_output=True, text=True)
@@ -166,7 +186,7 @@ def test_two_processes_stop_and_resume_bit_for_bit(tmp_path: Path, capsys: pytes
     # Half the processes continue too, and say that the result is another.
     words = torchrun("--output", str(tmp_path / "fewer"), "--resume", "auto")
     main(words[words.index("--config") :])
-    assert "warning: ranks 2 -> 1 since" in capsys.readouterr().out
+    assert "warning: ranks 2 -> 1 since" in capsys.readouterr().err
     assert load_run(tmp_path / "fewer", "last").epoch == 5
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tal_fast.utils.arguments import ArgumentParser, at_least
+from tal_fast.utils.logs import console_logging
 from tal_fast.utils.process import program_name
 
 
@@ -43,10 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         folder, device = Path(args.folder), choose_device(args.device)
-        evaluation = find_galleries(
-            read_evaluation(folder), folder, typicalness=args.typicalness, batch_size=args.batch_size, device=device
-        )
-        print(write_html(evaluation, folder))
+        with console_logging():
+            evaluation = find_galleries(
+                read_evaluation(folder), folder, typicalness=args.typicalness, batch_size=args.batch_size, device=device
+            )
+            print(write_html(evaluation, folder))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ from tal_fast.evaluation.tables import (
     printable,
     setting_title,
 )
-from tal_fast.metrics.curves import kinds, reliability
+from tal_fast.metrics.curves import reliability, scores_by_kind
 from tal_fast.utils.io import replacing
 
 FILE = "report.html"
@@ -162,7 +162,7 @@ def _histograms(evaluation: Evaluation, scores: list[str]) -> list[charts.Chart]
     samples = evaluation.samples
     found = []
     for score in scores:
-        groups = kinds(samples.correct, samples.id_scores[score], samples.ood_scores, score)
+        groups = scores_by_kind(samples.correct, samples.id_scores[score], samples.ood_scores, score)
         found.append(charts.confidence_histogram(score, {printable(kind): values for kind, values in groups.items()}))
     return [chart for chart in found if chart is not None]
 

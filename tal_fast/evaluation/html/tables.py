@@ -19,7 +19,7 @@ from tal_fast.evaluation.tables import (
     undefined_notes,
 )
 from tal_fast.metrics.calibration import BINS
-from tal_fast.metrics.curves import Operating, OperatingPoints, ReliabilityBins
+from tal_fast.metrics.curves import OperatingPoint, OperatingPoints, ReliabilityBins
 from tal_fast.metrics.failure import HIGHER_IS_BETTER, METRICS
 
 RISKS = (0.01, 0.02, 0.05)
@@ -107,7 +107,7 @@ def operating_tables(evaluation: Evaluation) -> list[tuple[str, dict[str, list[C
 def _operating_rows(points: Mapping[str, OperatingPoints]) -> dict[str, list[Cell]]:
     rows: dict[str, list[Cell]] = {score: [] for score in points}
 
-    def add(column: Sequence[Operating | None], values: Sequence[float | None], higher_is_better: bool) -> None:
+    def add(column: Sequence[OperatingPoint | None], values: Sequence[float | None], higher_is_better: bool) -> None:
         numbers = [nan_if_none(value) for value in values]
         best = mark_best(numbers, higher_is_better)
         for score, point, value, is_best in zip(points, column, numbers, best, strict=True):

@@ -1,0 +1,56 @@
+"""Files of a run folder besides the checkpoints: config.yaml and metrics.csv."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tal_fast.utils.io import replacing
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.csv"
+
+COLUMNS = (
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "aurc",
+    "auroc",
+    "fpr95",
+    "images_per_s",
+    "seconds",
+    "data_wait",
+    "unreadable",
+)
+"""Columns of metrics.csv before the method's own.
+
+``val_loss`` is the cross-entropy for every method; ``aurc``, ``auroc`` and ``fpr95`` are of the method's confidence
+score on the validation images (Old FD); ``seconds`` are of training alone and ``data_wait`` is the share of them spent
+waiting for images; ``unreadable`` counts the files left out so far because they do not decode.
+"""
+
+
+def epoch_row(epoch: int, *parts: Mapping[str, float]) -> dict[str, float]:
+    """Row of metrics.csv for one epoch: ``COLUMNS``, then the method's own columns.
+
+    Args:
+        epoch: number of the epoch, from 1.
+        parts: column -> value; together they hold all columns.
+    """
+    values: dict[str, float] = {"epoch": epoch}
+    for part in parts:
+        values.update(part)
+    return {name: values.pop(name) for name in COLUMNS} | values
+
+
+def write_metrics(output: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Write metrics.csv atomically, one row for each of one or more epochs."""
+    with replacing(output / METRICS_FILE) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        extra = [name for name in rows[0] if name not in COLUMNS]
+        writer = csv.DictWriter(file, [*COLUMNS, *extra], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,90 @@
+"""Training batches of one rank."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+from torch import Tensor
+
+from tal_fast.config.schema import Config
+from tal_fast.data import DataBundle, Loader
+from tal_fast.data.loader import Images
+from tal_fast.data.ood import ood_set
+
+
+class TrainingBatches:
+    """Batches of training images and, for methods that train on them, of outliers; ``len()`` is in steps an epoch.
+
+    Args:
+        config: configuration of the run.
+        data: images of the run.
+        outliers: the method's outliers, as ``ood_set`` takes them; None: none.
+        batch_size: images of a step on this rank.
+        options: further options of ``DataBundle.loader``.
+
+    Attributes:
+        num_images: training images of an epoch over all ranks.
+
+    Raises:
+        ValueError: too few images for a step.
+    """
+
+    def __init__(
+        self, config: Config, data: DataBundle, outliers: str | None, batch_size: int, options: dict[str, Any]
+    ) -> None:
+        self._config = config
+        self._images = data.loader("train", batch_size=batch_size, seed=config.seed, **options)
+        self._outliers: Loader | None = None
+        self.num_images = self._images.num_samples
+        if outliers is not None:
+            found = ood_set(outliers, data.image_size, data.channels)
+            # Another seed than that of the images, or images and outliers would meet in the same pairs every epoch.
+            seed = config.seed + 1
+            try:
+                self._outliers = data.loader(found, batch_size=batch_size, seed=seed, training=True, **options)
+            except ValueError as problem:
+                raise ValueError(f"the outliers {outliers}: {problem}") from None
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Path -> reason, of the files that did not decode so far on this rank."""
+        return self._images.unreadable | (self._outliers.unreadable if self._outliers is not None else {})
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """Batches of an epoch from step ``first`` on.
+
+        Yields:
+            images, labels, indices and, if there are any, outliers, whose own epochs follow one another across those
+            of the images.
+        """
+        size = self._config.image_size_at(epoch)
+        self._images.set_epoch(epoch, first, size)
+        if self._outliers is None:
+            yield from self._images
+            return
+        outlier_batches = _endless(self._outliers, epoch * len(self) + first, size)
+        for batch, (outliers, _, _) in zip(self._images, outlier_batches, strict=False):
+            yield *batch, outliers
+
+    def images(self, epoch: int, limit: int) -> Iterator[Tensor]:
+        """Training images (B, C, H, W) of an epoch from its start, about ``limit`` of them over all ranks."""
+        steps = -(-limit // self._config.batch_size)
+        self._images.set_epoch(epoch, 0, self._config.image_size_at(epoch))
+        with closing(iter(self._images)) as batches:
+            for images, _, _ in itertools.islice(batches, steps):
+                yield images
+
+
+def _endless(loader: Loader, step: int, image_size: int | None) -> Iterator[Images]:
+    """Batches of a loader from step ``step`` on, epoch after epoch."""
+    while True:
+        epoch, first = divmod(step, len(loader))
+        loader.set_epoch(epoch, first, image_size)
+        yield from loader
+        step += len(loader) - first

@@ -1,0 +1,133 @@
+"""Statistics of an epoch: sums over its images on the device, and the means and histograms they give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tal_fast.data.loader import IGNORED_LABEL
+from tal_fast.methods import Method
+
+BINS = 50
+"""Number of histogram bins; part of the checkpoint format, whose sums hold the counts."""
+
+PERCENTILES = (10, 50, 90)
+"""Percentiles of per-sample values that metrics.csv reports."""
+
+
+def batch_sums(method: Method, loss: Tensor, samples: Mapping[str, Tensor], logits: Tensor, labels: Tensor) -> Tensor:
+    """Sums of one batch, for ``EpochSums``; does not wait for the device.
+
+    Args:
+        method: the training method, which names the per-sample values and their ranges.
+        loss: scalar, the mean over the batch.
+        samples: name -> (B,) per-sample values.
+        logits: (B or more, C) floating point; the first B rows belong to the labels.
+        labels: (B,) int64, ``IGNORED_LABEL`` where there is no image.
+
+    Returns:
+        (K,) float64: images, summed loss, correct predictions; then the sum of each per-sample value and, if it has a
+        range, its histogram.
+    """
+    valid = labels != IGNORED_LABEL
+    weight = valid.double()
+    count = weight.sum()
+    correct = (logits[: len(labels)].argmax(1) == labels).sum().double()
+    parts = [torch.stack([count, torch.where(count > 0, loss.detach().double() * count, 0.0), correct])]
+    for name in method.sample_names:
+        value = samples[name].double()
+        parts.append(torch.where(valid, value, 0.0).sum()[None])
+        if name in method.ranges:
+            low, high = method.ranges[name]
+            bins = ((value - low) * (BINS / max(high - low, 1e-12))).clamp(0, BINS - 1).long()
+            parts.append(weight.new_zeros(BINS).index_add(0, bins, weight))
+    return torch.cat(parts)
+
+
+class EpochSums:
+    """Sums over the images of an epoch, on the device.
+
+    Args:
+        method: the training method, which names the per-sample values and their ranges.
+        device: device of the sums.
+
+    Attributes:
+        total: (K,) float64, sums of this rank in the layout of ``batch_sums``; part of a checkpoint within an epoch.
+    """
+
+    def __init__(self, method: Method, device: torch.device) -> None:
+        self._names = method.sample_names
+        self._ranges = method.ranges
+        size = 3 + sum(1 + (BINS if name in method.ranges else 0) for name in method.sample_names)
+        self.total = torch.zeros(size, dtype=torch.float64, device=device)
+
+    def add(self, sums: Tensor) -> None:
+        """Add the sums of a batch; in place, because a CUDA graph holds this tensor."""
+        self.total += sums
+
+    def reset(self) -> None:
+        """Set all sums to zero."""
+        self.total.zero_()
+
+    def means(self, total: Tensor) -> dict[str, float]:
+        """Mean loss, accuracy and per-sample values from the sums of one or all ranks; waits for the device."""
+        values = total.tolist()
+        images = values[0] or float("nan")
+        means = {"train_loss": values[1] / images, "train_accuracy": values[2] / images}
+        at = 3
+        for name in self._names:
+            means[name] = values[at] / images
+            at += 1 + (BINS if name in self._ranges else 0)
+        return means
+
+    def histograms(self, total: Tensor) -> dict[str, Histogram]:
+        """Histograms of the per-sample values from the same sums; waits for the device."""
+        histograms = {}
+        at = 3
+        for name in self._names:
+            at += 1
+            if name in self._ranges:
+                histograms[name] = Histogram(*self._ranges[name], total[at : at + BINS].tolist())
+                at += BINS
+        return histograms
+
+
+class Histogram:
+    """Counts in bins of equal width.
+
+    Args:
+        low, high: ends of the range.
+        counts: count of each bin.
+    """
+
+    def __init__(self, low: float, high: float, counts: list[float]) -> None:
+        self.low, self.high, self.counts = low, high, counts
+
+    @property
+    def edges(self) -> list[float]:
+        """Ends of the bins, one more than there are bins."""
+        width = (self.high - self.low) / len(self.counts)
+        return [self.low + width * i for i in range(len(self.counts) + 1)]
+
+    def quantile(self, share: float) -> float:
+        """Quantile to within a bin; NaN without samples."""
+        total, edges = sum(self.counts), self.edges
+        if total == 0:
+            return float("nan")
+        below = 0.0
+        for i, count in enumerate(self.counts):
+            if count and below + count >= share * total:
+                return edges[i] + (edges[i + 1] - edges[i]) * (share * total - below) / count
+            below += count
+        return self.high
+
+
+def percentile_columns(histograms: Mapping[str, Histogram]) -> dict[str, float]:
+    """Columns of metrics.csv such as ``typicalness_p10``."""
+    return {
+        f"{name}_p{percentile}": histogram.quantile(percentile / 100)
+        for name, histogram in histograms.items()
+        for percentile in PERCENTILES
+    }

@@ -1,0 +1,34 @@
+"""Console output of the commands: the package's log messages, as plain lines."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints messages on stdout, and warnings and errors on stderr after their level, such as ``warning: ``."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        line = f"{record.levelname.lower()}: {record.getMessage()}\n" if warning else f"{record.getMessage()}\n"
+        with contextlib.suppress(OSError):  # a closed terminal must not end a run
+            stream = sys.stderr if warning else sys.stdout
+            stream.write(line)  # in one piece: several ranks write at the same time
+            stream.flush()
+
+
+@contextlib.contextmanager
+def console_logging(level: int = logging.INFO) -> Iterator[None]:
+    """Print the package's messages of ``level`` and above while the ``with`` block runs."""
+    logger = logging.getLogger(__name__.partition(".")[0])
+    handler, before = ConsoleHandler(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

@@ -1,0 +1,29 @@
+"""metrics.csv: columns and rows."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from tal_fast.runs.folder import COLUMNS, epoch_row, write_metrics
+
+
+def test_a_row_has_the_common_columns_first_and_the_methods_own_after() -> None:
+    values = {name: float(i) for i, name in enumerate(COLUMNS) if name != "epoch"}
+    row = epoch_row(3, {"own": 7.0, **dict(list(values.items())[5:])}, dict(list(values.items())[:5]))
+    assert list(row) == [*COLUMNS, "own"]
+    assert row == {"epoch": 3, **values, "own": 7.0}
+    with pytest.raises(KeyError, match="lr"):
+        epoch_row(3, {"own": 7.0})
+
+
+def test_metrics_csv_has_a_row_for_each_epoch(tmp_path: Path) -> None:
+    rows = [epoch_row(epoch, dict.fromkeys(COLUMNS[1:], 0.1), {"own": epoch / 3}) for epoch in (1, 2)]
+    write_metrics(tmp_path / "new", rows)
+    with open(tmp_path / "new" / "metrics.csv", newline="") as file:
+        header, *lines = list(csv.reader(file))
+    assert header == [*COLUMNS, "own"]
+    assert [(line[0], float(line[-1])) for line in lines] == [("1", 1 / 3), ("2", 2 / 3)]
+    assert (tmp_path / "new" / "metrics.csv").read_bytes().count(b"\r") == 0

@@ -1,0 +1,37 @@
+"""Loading a trained model from a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tal_fast.runs.load import load_run
+from tal_fast.training.trainer import Trainer
+from tests.helpers.training import config, one_thread  # noqa: F401
+
+
+def test_a_loaded_run_has_the_network_in_eval_mode_and_the_data(tmp_path: Path) -> None:
+    trainer = Trainer(config(tmp_path, "openmix", method_options={"outliers": "uniform:70"}))
+    trainer.save(best=True)
+    assert trainer._writer.finish() is None
+    run = load_run(tmp_path)
+    assert (run.method, run.epoch, run.checkpoint.name) == ("openmix", 0, "best.pt")
+    assert not run.model.training
+    images, _, _ = next(iter(run.data.loader("val", batch_size=3)))
+    logits, features = run.model(images)
+    assert logits.shape == (3, 10)  # without the outlier class
+    assert features.shape == (3, 32)
+    run = load_run(tmp_path, "last")
+    run.class_names = ("a", "b")
+    with pytest.raises(ValueError, match="the data have classes 0, 1, .* but the model was trained on a, b"):
+        _ = run.data
+
+
+def test_missing_runs_and_checkpoints_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no run folder"):
+        load_run(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"there is no checkpoint .*best.pt"):
+        load_run(tmp_path)
+    with pytest.raises(ValueError, match="checkpoint is 'first'; use 'best' or 'last'"):
+        load_run(tmp_path, "first")  # type: ignore[arg-type]

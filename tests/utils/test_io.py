@@ -1,0 +1,76 @@
+"""Atomic writing of files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tal_fast.utils.io import replacing
+
+
+def test_a_file_is_replaced_when_the_block_succeeds(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    for text in ("old", "new"):
+        with replacing(path) as temporary:
+            assert temporary.suffix == ".txt"
+            temporary.write_text(text)
+            assert not path.exists() or path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert os.listdir(path.parent) == ["file.txt"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask  # not private, as temporary files are
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write_half() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("ne")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("fails_at", [0, 1])
+def test_the_old_file_is_kept_under_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    path, keep = tmp_path / "file", tmp_path / "kept"
+    for text in ("first", "second"):
+        with replacing(path, keep=keep) as temporary:
+            temporary.write_text(text)
+    assert (path.read_text(), keep.read_text()) == ("second", "first")
+    renames = []
+    replace = os.replace
+
+    def failing(source: Any, target: Any) -> None:
+        if len(renames) == fails_at:
+            raise OSError("no space left on device")
+        renames.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="no space"), replacing(path, keep=keep) as temporary:
+        temporary.write_text("third")
+    assert "second" in [p.read_text() for p in tmp_path.iterdir()]  # moved aside or not
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_the_file_is_on_disk_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    with replacing(tmp_path / "file") as temporary:
+        temporary.write_text("text")
+    assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the folder
