@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tal_fast.utils.arguments import ArgumentParser, at_least
+from tal_fast.utils.logs import console_logging
 from tal_fast.utils.process import program_name
 from tal_fast.utils.signals import Stopped, StopRequest
 
@@ -97,16 +98,12 @@ def _run(args: argparse.Namespace) -> int:
             print(f"{folder.path}: {'done' if done else 'to evaluate' if folder.is_trained() else 'to train'}")
         return 0
     if not args.table_only:
-        with StopRequest() as stop:
+        with console_logging(), StopRequest() as stop:
             stop.training = True  # the first Ctrl-C asks the jobs to save, too
-            Scheduler(experiment, output, slots(experiment, args.jobs), _print_progress).run(stop)
+            Scheduler(experiment, output, slots(experiment, args.jobs)).run(stop)
         if stop.number:
             return Stopped(stop.number, "").exit_code
     return _report(experiment, output, Path(args.file).stem)
-
-
-def _print_progress(line: str) -> None:
-    print(line, flush=True)
 
 
 def _report(experiment: Experiment, output: Path, name: str) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import shlex
 import signal
@@ -25,6 +26,8 @@ from typing import Any
 from tal_fast.experiments.folder import LOG, REQUESTED, Folder
 from tal_fast.experiments.plan import Experiment
 from tal_fast.utils.signals import REQUEUE, StopRequest
+
+logger = logging.getLogger(__name__)
 
 RUNS = "runs"
 _POLL_S = 0.1
@@ -86,15 +89,12 @@ class _RunningJob:
 
 
 class Scheduler:
-    """Runs the unfinished jobs of an experiment, ``len(slots)`` at a time; ``report`` gets each line of progress."""
+    """Runs the unfinished jobs of an experiment, ``len(slots)`` at a time."""
 
-    def __init__(
-        self, experiment: Experiment, output: Path, slots: Sequence[Environment], report: Callable[[str], None]
-    ) -> None:
+    def __init__(self, experiment: Experiment, output: Path, slots: Sequence[Environment]) -> None:
         self.experiment = experiment
         self._failed = 0
         self._slots = slots
-        self._report = report
         self._folders = job_folders(experiment, output)
         self._waiting: list[Folder] = []
         self._running: list[_RunningJob] = []
@@ -107,13 +107,13 @@ class Scheduler:
         self._waiting = [folder for folder in self._folders if not folder.is_done(self.experiment.evaluate)]
         done = len(self._folders) - len(self._waiting)
         if done:
-            self._report(f"{done} of {len(self._folders)} jobs are done already")
+            logger.info("%d of %d jobs are done already", done, len(self._folders))
         stopping = False
         try:
             while self._running or (self._waiting and not stopping):
                 if stop.poll() and not stopping:
                     stopping = True
-                    self._report("stopping: the jobs save and end; the same command resumes them")
+                    logger.info("stopping: the jobs save and end; the same command resumes them")
                     for running in self._running:
                         running.terminate()
                 if not stopping:
@@ -139,13 +139,13 @@ class Scheduler:
             lock = folder.lock()
             if lock is None:
                 if name not in self._last_tries:
-                    self._report(f"{name} is being run by {folder.holder()}")
+                    logger.info("%s is being run by %s", name, folder.holder())
                 self._last_tries[name] = time.monotonic()
                 continue
             self._waiting.remove(folder)
             if folder.is_done(self.experiment.evaluate):
                 os.close(lock)
-                self._report(f"{name} was done by another scheduler")
+                logger.info("%s was done by another scheduler", name)
                 continue
             running = _RunningJob(folder, lock, free[0], time.monotonic())
             with self._isolating_failures(running):
@@ -162,7 +162,7 @@ class Scheduler:
             yield
         except (ValueError, OSError, subprocess.SubprocessError) as error:
             self._failed += 1
-            self._report(f"{running.folder.job.name}: failed, {error}")
+            logger.info("%s: failed, %s", running.folder.job.name, error)
             if running in self._running:
                 self._running.remove(running)
             running.terminate()
@@ -218,12 +218,12 @@ class Scheduler:
         if code == 0 and stage == "evaluate":
             folder.set_evaluated(self.experiment.evaluate)
             self._seconds.append(time.monotonic() - running.start)
-            self._report(f"{name}: done in {duration(self._seconds[-1])}; {self._remaining()}")
+            logger.info("%s: done in %s; %s", name, duration(self._seconds[-1]), self._remaining())
         elif not stopping:
             reason = _failure(running, code)
             self._failed += 1
             folder.update(failed=reason)
-            self._report(f"{name}: {stage} failed, {reason}; see {folder.path / LOG}")
+            logger.info("%s: %s failed, %s; see %s", name, stage, reason, folder.path / LOG)
         os.close(running.lock)
 
     def _remaining(self) -> str:

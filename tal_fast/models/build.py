@@ -100,8 +100,8 @@ def _torchvision(config: ModelConfig, num_classes: int, image_size: int) -> nn.M
 
 def _replace_stem(model: nn.Module, in_channels: int) -> None:
     path, stem = next((p, m) for p, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    shape: Any = (stem.out_channels, stem.kernel_size, stem.stride, stem.padding)
-    new = nn.Conv2d(in_channels, *shape, bias=stem.bias is not None)
+    kept: dict[str, Any] = {name: getattr(stem, name) for name in ("out_channels", "kernel_size", "stride", "padding")}
+    new = nn.Conv2d(in_channels, **kept, bias=stem.bias is not None)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, new)

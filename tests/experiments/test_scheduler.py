@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from tal_fast.experiments.command import main
 from tal_fast.experiments.parse import read_experiment
 from tal_fast.runs import checkpoint
 from tal_fast.training.trainer import Trainer
+from tal_fast.utils.logs import console_logging
 from tests.helpers.experiments import SMALL, write, write_evaluated_run
 from tests.helpers.training import assert_same_end
 
@@ -136,25 +138,33 @@ def test_a_damaged_folder_does_not_stop_other_jobs(
 
 def test_two_schedulers_share_the_jobs(tmp_path: Path, stand_in: Callable[[str], list[str]]) -> None:
     experiment = read_experiment(write(tmp_path / "e.yaml"))
-    ran = stand_in("")
+    started = stand_in("")
     taken = scheduler.job_folders(experiment, tmp_path)[0]
     taken.prepare()
     lock = taken.lock()
     assert lock is not None
-    said: list[str] = []
+    lines: list[str] = []
 
-    def say(line: str) -> None:
-        said.append(line)
-        if sum("done in" in line for line in said) == 3 and "done in" in line:  # the other runner comes to its end
-            write_evaluated_run(taken.path, 1.0, 0)
-            taken.set_evaluated(experiment.evaluate)
-            os.close(lock)
+    class OtherScheduler(logging.Handler):
+        """Finishes its job after the three others are done."""
 
-    runner = scheduler.Scheduler(experiment, tmp_path, [{}, {}], say)
-    runner.run(scheduler.StopRequest())
-    assert not any("ce-seed0" in line for line in ran)
-    assert any(line.startswith("ce-seed0 is being run by") for line in said)
-    assert said[-1] == "ce-seed0 was done by another scheduler"
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+            if "done in" in lines[-1] and sum("done in" in line for line in lines) == 3:
+                write_evaluated_run(taken.path, 1.0, 0)
+                taken.set_evaluated(experiment.evaluate)
+                os.close(lock)
+
+    handler = OtherScheduler()
+    scheduler.logger.addHandler(handler)
+    try:
+        with console_logging(), scheduler.StopRequest() as stop:
+            scheduler.Scheduler(experiment, tmp_path, [{}, {}]).run(stop)
+    finally:
+        scheduler.logger.removeHandler(handler)
+    assert not any("ce-seed0" in line for line in started)
+    assert any(line.startswith("ce-seed0 is being run by") for line in lines)
+    assert lines[-1] == "ce-seed0 was done by another scheduler"
 
 
 def test_number_of_jobs_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
