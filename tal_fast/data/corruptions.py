@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from tal_fast.config.names import CORRUPTIONS
 from tal_fast.data.loader import ImageFormat, Normalizer
 
 Pixels = NDArray[np.uint8]
@@ -78,7 +79,6 @@ _KINDS: dict[str, tuple[Callable[..., Any], tuple[float, ...]]] = {
     "jpeg": (_jpeg, (60, 40, 25, 15, 8)),
     "pixelate": (_pixelate, (0.8, 0.65, 0.5, 0.4, 0.3)),
 }
-CORRUPTIONS = tuple(_KINDS)
 
 
 @dataclass(frozen=True)

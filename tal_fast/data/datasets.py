@@ -73,7 +73,7 @@ class DataBundle:
         ood_names: names of the out-of-distribution sets, which ``loader`` takes as splits.
         image_size: side of the images, in pixels.
         channels: 1 or 3.
-        interpolation: that images are resized with, one of ``tal_fast.data.loader.INTERPOLATIONS``. Bilinear, unless
+        interpolation: that images are resized with, one of ``tal_fast.config.names.INTERPOLATIONS``. Bilinear, unless
             an evaluation of weights from elsewhere asks for what they were trained with.
     """
 

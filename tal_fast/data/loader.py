@@ -19,9 +19,6 @@ Images = tuple[Tensor, Tensor, Tensor]
 """(images, labels, indices): (B, C, H, W) float32 normalised; (B,) int64, -1 for OOD, -100 for a file that did not
 decode; (B,) int64 line of the split."""
 
-INTERPOLATIONS = ("bilinear", "bicubic")
-"""Filters that images are resized with, stretched where they shrink (antialiasing), as in Pillow."""
-
 IGNORED_LABEL = -100
 """Of an image that could not be read: what cross-entropy and ``TALLoss`` take as ``ignore_index``."""
 
@@ -34,7 +31,7 @@ class ImageFormat:
         channels: 1 or 3.
         mean, std: per channel, of values scaled to [0, 1].
         device: where they end up.
-        interpolation: one of ``INTERPOLATIONS``.
+        interpolation: one of ``tal_fast.config.names.INTERPOLATIONS``.
     """
 
     channels: int

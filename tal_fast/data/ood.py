@@ -44,10 +44,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tal_fast.config.names import CORRUPTIONS
 from tal_fast.data import builtin as embedded
 from tal_fast.data import cifar
 from tal_fast.data import image_folder as files
-from tal_fast.data.corruptions import CORRUPTIONS, SEVERITIES, Corruption
+from tal_fast.data.corruptions import SEVERITIES, Corruption
 from tal_fast.data.datasets import MemoryImages, Split
 from tal_fast.data.image_folder import OOD_LABEL, ImageFiles
 from tal_fast.data.pixels import as_channels

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tal_fast.config.names import INTERPOLATIONS
 from tal_fast.config.schema import DataConfig, ModelConfig
 from tal_fast.data import image_folder as files
 from tal_fast.data.datasets import FOLDER_IMAGE_SIZE, DataBundle, build_data
-from tal_fast.data.loader import INTERPOLATIONS
 from tal_fast.models.build import build_model, timm_name
 from tal_fast.models.features import FeatureLinear
 from tal_fast.models.registry import NETWORKS
@@ -240,7 +240,7 @@ def evaluation_data(config: DataConfig, interpolation: str = "bilinear") -> Data
     Args:
         config: as for training. A ``folder`` needs only ``val/``: without ``train/`` there are no training images, and
             the classes are those of ``val/``.
-        interpolation: that images are resized with, one of ``tal_fast.data.loader.INTERPOLATIONS``.
+        interpolation: that images are resized with, one of ``tal_fast.config.names.INTERPOLATIONS``.
 
     Raises:
         ValueError: as ``tal_fast.data.build_data``, or an unknown interpolation.

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tal_fast.config.names import INTERPOLATIONS
 from tal_fast.config.schema import DataConfig
 from tal_fast.data import build_data
 from tal_fast.data import builtin as embedded
@@ -24,7 +25,7 @@ from tal_fast.data import image_folder as files
 from tal_fast.data.cache import make_folder_once
 from tal_fast.data.datasets import MemoryImages
 from tal_fast.data.image_folder import UnreadableImage
-from tal_fast.data.loader import INTERPOLATIONS, ImageFormat, Normalizer, prefetch
+from tal_fast.data.loader import ImageFormat, Normalizer, prefetch
 from tal_fast.data.sampler import Augmentation, Plan, central_boxes, random_boxes
 
 LOADERS = ["torch"] + (["dali"] if dali_loader.available() else [])

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from tal_fast import evaluate
-from tal_fast.data.corruptions import CORRUPTIONS, Corruption
+from tal_fast.config.names import CORRUPTIONS
+from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import MemoryImages
 from tal_fast.data.image_folder import ImageFiles
 from tal_fast.data.loader import ImageFormat, Normalizer
