@@ -49,8 +49,9 @@ def test_float16_gradient_survives_a_gradient_scaler(backend: str) -> None:
 
 
 @every_variant
-@pytest.mark.parametrize("classes", [7, 1003])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("classes", "dtype"), [(7, torch.float64), (7, torch.float32), (1003, torch.float32), (1003, torch.bfloat16)]
+)
 @kernel_backends
 def test_inplace_gradient_takes_the_logits_memory(backend: str, dtype: torch.dtype, classes: int, variant: str) -> None:
     device = device_of(backend)

@@ -33,9 +33,21 @@ from tests.helpers.loss_cases import (
 )
 
 
-@every_backend
+def golden_marks(case: str) -> list[pytest.MarkDecorator]:
+    """Markers of a golden case for Triton, whose interpreter spends half of its time in those of 17 rows and more."""
+    slow = INTERPRETED and len(golden(case)["labels"]) > 16
+    return [*TRITON.marks, *([pytest.mark.slow] if slow else [])]
+
+
+GOLDEN = [
+    *(("reference", case) for case in CASES),
+    *(pytest.param("native", case, marks=NEEDS_EXTENSION) for case in CASES),
+    *(pytest.param("triton", case, marks=golden_marks(case)) for case in CASES),
+]
+
+
 @every_variant
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("backend", "case"), GOLDEN)
 def test_golden_case(case: str, variant: str, backend: str) -> None:
     check_golden_case(case, torch.float32, variant, backend)
 
