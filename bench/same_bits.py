@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import platform
 import shutil
@@ -48,11 +49,11 @@ METHODS = {
 EVERYWHERE = "--device cpu --threads 1 --logger none --progress none"
 EVALUATION = "--device cpu --no-typicalness --scores all --ood noise=gaussian:99 --shift dim=contrast:3 --bootstrap 20"
 
-RESUMED = "resumed-"
-"""Start of the names of cases that go on with an interrupted run."""
+RESUMED = "resumed-"  # prefix of the cases that go on with an interrupted run
 TIMINGS = {"images_per_s", "seconds", "data_wait"}
 COMPARED = ("epoch", "step", "model", "average", "optimizer", "scaler", "ranks", "best", "history")
 """Parts of a checkpoint that must be the same; its configuration may be arranged otherwise."""
+MISSING, METRICS = "missing", "evaluation metrics"
 REPORTED = ("id_accuracy", "settings", "calibration", "intervals", "differences", "aurc_floor", "aurc_random")
 
 
@@ -132,7 +133,7 @@ def outcome(run: Path) -> dict[str, dict[str, Any]]:
         "tensors": {name: value for name, value in found.items() if isinstance(value, torch.Tensor)},
         "numbers": {name: value for name, value in found.items() if not isinstance(value, torch.Tensor)},
         "cells of metrics.csv": leaves(rows),
-        "evaluation metrics": leaves({part: report.get(part) for part in REPORTED}),
+        METRICS: leaves({part: report.get(part) for part in REPORTED}),
     }
 
 
@@ -144,9 +145,11 @@ def same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and repr(one) == repr(other)
 
 
-def compare(case: str, codes: Sequence[Code]) -> dict[str, Any]:
-    """Run a case with both codes; ``counts`` of what was compared and the ``differing`` places."""
-    result: dict[str, Any] = {"case": case, "counts": {}, "differing": []}
+def compare(case: str, codes: Sequence[Code], tolerance: float = 0.0) -> dict[str, Any]:
+    """Run a case with both codes: ``counts`` of what was compared, the ``differing`` places beyond the tolerance of
+    evaluation metrics, and the ``largest`` difference of one.
+    """
+    result: dict[str, Any] = {"case": case, "counts": {}, "differing": [], "largest": 0.0}
     try:
         with ThreadPoolExecutor() as pool:
             old, new = map(outcome, pool.map(lambda code: code.train_and_evaluate(case), codes))
@@ -154,11 +157,15 @@ def compare(case: str, codes: Sequence[Code]) -> dict[str, Any]:
         return {**result, "differing": [str(problem)]}
     for kind, values in old.items():
         places = {**values, **new[kind]}
-        missing = object()
         result["counts"][kind] = len(places)
-        result["differing"] += [
-            f"{kind}: {p}" for p in places if not same(values.get(p, missing), new[kind].get(p, missing))
-        ]
+        for place in places:
+            one, other = values.get(place, MISSING), new[kind].get(place, MISSING)
+            difference = 0.0 if same(one, other) else math.inf
+            if difference and kind == METRICS and isinstance(one, float) and isinstance(other, float):
+                difference = abs(one - other)
+                result["largest"] = max(result["largest"], difference)
+            if not difference <= tolerance:
+                result["differing"].append(f"{kind}: {place}")
     return result
 
 
@@ -168,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--old", type=Path, required=True, metavar="CHECKOUT", help="working tree of the older commit")
     parser.add_argument("--new", type=Path, default=ROOT, metavar="CHECKOUT", help="of the newer one (this checkout)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="of evaluation metrics alone (%(default)s)")
     args = parser.parse_args(argv)
     checkouts = [args.old.resolve(), args.new.resolve()]
     cases = [*METHODS, *sorted(f"{RESUMED}{path.name}" for path in INTERRUPTED.iterdir())]
@@ -175,13 +183,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         codes = [Code(path, Path(folder) / name) for path, name in zip(checkouts, ("old", "new"), strict=True)]
         results = []
         for case in cases:
-            results.append(compare(case, codes))
+            results.append(compare(case, codes, args.tolerance))
             counts, places = results[-1]["counts"], results[-1]["differing"]
-            agreement = "same: " + ", ".join(f"{count} {kind}" for kind, count in counts.items())
-            print(f"{case:<16} " + (f"DIFFERENT ({len(places)}): {places[0]}" if places else agreement), flush=True)
+            verdict = f"DIFFERENT ({len(places)}), such as {places[0]}; compared" if places else "same:"
+            compared = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+            print(f"{case:<16} {verdict} {compared} (largest difference {results[-1]['largest']:.2g})", flush=True)
     if args.out is not None:
-        about = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
-        about |= {name: code.commit for name, code in zip(("old", "new"), codes, strict=True)}
+        about = {"old": codes[0].commit, "new": codes[1].commit, "tolerance": args.tolerance}
+        about |= {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
         args.out.write_text(json.dumps({**about, "cases": results}, indent=1) + "\n")
     return int(any(found["differing"] for found in results))
 

@@ -44,3 +44,10 @@ def test_every_difference_but_timings_is_found(tmp_path: Path, change: dict[str,
     found = compare("case", [old, new])  # type: ignore[list-item]
     assert found["differing"] == differing
     assert found["counts"]["tensors"] == 1
+
+
+def test_tolerance_is_for_evaluation_metrics_alone(tmp_path: Path) -> None:
+    old, new = FinishedRun(tmp_path / "old", 1.0, 1.0, 0.25), FinishedRun(tmp_path / "new", 1.0 + 2**-23, 1.0, 0.25001)
+    found = compare("case", [old, new], tolerance=1e-3)  # type: ignore[list-item]
+    assert found["differing"] == ["tensors: /model/weight"]
+    assert found["largest"] == pytest.approx(1e-5)
