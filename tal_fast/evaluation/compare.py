@@ -29,7 +29,7 @@ Column = tuple[str, str]
 
 
 class Summary(NamedTuple):
-    """A metric over the runs of a group: mean (NaN if undefined in any run), standard deviation (NaN for one run)."""
+    """Mean (NaN if undefined in any run) and standard deviation (NaN for one run) of a metric over a group's runs."""
 
     mean: float
     std: float
@@ -53,17 +53,13 @@ class Difference(NamedTuple):
 
 @dataclass
 class Group:
-    """Runs that differ in nothing but their seed.
+    """Runs that differ in nothing but their seed, one entry each in ``runs``, ``reports``, ``samples`` and ``seeds``.
 
     Attributes:
-        name: name of the group.
-        runs: names of the runs.
-        reports: reports of the runs.
         samples: samples of the runs, None where there are none.
         score: score the runs are judged by.
         seeds: seeds of the runs, None where unknown.
         baseline: name of the group that the differences are taken to; empty if there are none.
-        differences: column -> difference to the baseline.
     """
 
     name: str
@@ -95,11 +91,7 @@ def _summarize(values: Sequence[float]) -> Summary:
 
 
 def check_comparable(reports: Sequence[Report], names: Sequence[str]) -> None:
-    """Check that the numbers of several reports mean the same.
-
-    Raises:
-        ValueError: the reports differ in convention, mix, its seed, OOD or shifted sets, or numbers of samples.
-    """
+    """Raise a ValueError if reports differ in convention, mix, its seed, OOD or shifted sets, or numbers of samples."""
     first = _conditions(reports[0])
     for report, name in zip(reports[1:], names[1:], strict=True):
         for (what, expected), value in zip(first.items(), _conditions(report).values(), strict=True):
@@ -123,11 +115,7 @@ def _conditions(report: Report) -> dict[str, str]:
 
 
 def judging_score(report: Report, name: str, score: str | None = None) -> str:
-    """Score a report is judged by: the given one, the run's own, or the only one there is.
-
-    Raises:
-        ValueError: the report does not have the score, or leaves open which it is.
-    """
+    """Score a report is judged by: the given one, the run's own, or the only one there is."""
     available = list(report["settings"]["old_fd"])
     chosen = score or report.get("score") or (available[0] if len(available) == 1 else None)
     if chosen is None:
@@ -138,14 +126,9 @@ def judging_score(report: Report, name: str, score: str | None = None) -> str:
 
 
 def read_method(run: str | Path) -> tuple[str | None, int | None]:
-    """Method and seed of a run, from its ``config.yaml``.
+    """Method and seed of a run, from its ``config.yaml``; None twice without one.
 
-    Returns:
-        The configuration as text, without the seed and options that do not change what is trained, and the seed; None
-        twice without a ``config.yaml``.
-
-    Raises:
-        ValueError: the file cannot be read.
+    The method is the configuration as text, without the seed and options that do not change what is trained.
     """
     path = Path(run) / "config.yaml"
     if not path.is_file():
@@ -174,9 +157,6 @@ def group_runs(
         methods, seeds: from ``read_method``.
         samples: from ``tal_fast.evaluation.sample_scores.read_samples``.
         score: score to judge all runs by; default each run's own.
-
-    Raises:
-        ValueError: the reports cannot be compared, or do not have the score.
     """
     check_comparable(reports, names)
     seeds = seeds or [None] * len(reports)
@@ -215,11 +195,7 @@ def common_name(names: Sequence[str]) -> str:
 
 
 def find_group(groups: Sequence[Group], name: str) -> Group:
-    """Find the group of this name, or with a run of this name.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Find the group of this name, or with a run of this name."""
     for group in groups:
         if name == group.name or name in group.runs or Path(name).name in group.runs:
             return group

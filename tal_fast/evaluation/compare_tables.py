@@ -35,13 +35,9 @@ MAX_NAME = 30
 def format_comparison(groups: Sequence[Group], columns: Sequence[Column], style: str, units: str = "natural") -> str:
     """Format groups of runs and their differences to the baseline, if they have any.
 
-    Args:
-        groups: from ``tal_fast.evaluation.compare.group_runs``.
-        columns: settings and metrics.
-        style: one of ``FORMATS``. ``table`` has a block per setting with a row per metric and group. ``markdown`` and
-            ``latex`` have a row per group and a column per setting and metric, and the differences in a second table.
-            ``csv`` has a row per group, setting and metric, in natural units and with all digits.
-        units: ``natural`` or ``paper``.
+    ``table`` has a block per setting with a row per metric and group. ``markdown`` and ``latex`` have a row per group
+    and a column per setting and metric, and the differences in a second table. ``csv`` has a row per group, setting and
+    metric, in natural units and with all digits.
     """
     if style == "csv":
         return _csv(groups, columns)

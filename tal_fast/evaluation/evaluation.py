@@ -74,11 +74,7 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path) -> None:
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:
-    """Read an evaluation, without galleries, from the ``report.json`` and ``samples.npz`` in a folder.
-
-    Raises:
-        ValueError: a file is missing or cannot be read, or they are of different evaluations.
-    """
+    """Read an evaluation, without galleries, from the ``report.json`` and ``samples.npz`` in a folder."""
     folder = Path(folder)
     report, samples = read_report(folder), read_samples(folder)
     if samples is None:

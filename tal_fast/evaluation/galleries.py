@@ -93,10 +93,7 @@ def typicalness_galleries(typicalness: TrainTypicalness) -> list[Gallery]:
 
 
 def find_galleries(evaluation: Evaluation, folder: Path, **options: Any) -> Evaluation:
-    """Add the galleries of an evaluation that was read from ``folder``, if its run is still there.
-
-    Args: as for ``add_galleries``.
-    """
+    """Add the galleries of an evaluation that was read from ``folder``, if its run is still there."""
     report = evaluation.report
     if "run" not in report:
         return add_galleries(evaluation, None)
@@ -116,7 +113,7 @@ def add_galleries(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
-    """Choose the images of an evaluation for display.
+    """Choose the images of an evaluation for display: ``galleries``, ``images``, ``typicalness`` and ``notes``.
 
     Args:
         evaluation: the evaluation.
@@ -124,9 +121,6 @@ def add_galleries(
         typicalness: measure the typicalness of the training images of a TAL run, which takes a pass over all of them
             unless it is cached.
         batch_size, device: batch size and device of that pass.
-
-    Returns:
-        The evaluation with ``galleries``, ``images``, ``typicalness`` and ``notes``.
     """
     if run is None:
         return replace(evaluation, notes=("No images: they are known for training runs only.",))
@@ -158,11 +152,7 @@ def add_galleries(
 
 
 def _images_of(run: Run, samples: Samples, held_out: int) -> GalleryImages:
-    """Images of the evaluated splits.
-
-    Raises:
-        ValueError: the data are gone, or a split has another number of images than at the evaluation.
-    """
+    """Images of the evaluated splits; a ValueError if a split has another number of images than at the evaluation."""
     splits = {name: run.data.split(name) for name in samples.predictions if name in ("val", *run.data.ood_names)}
     for name, split in splits.items():
         evaluated = len(samples.predictions[name]) + (held_out if name == "val" else 0)

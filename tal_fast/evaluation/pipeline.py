@@ -43,11 +43,7 @@ class EvaluationInputs:
 
 
 def check_set_names(ood: Collection[str]) -> None:
-    """Check the names of OOD sets.
-
-    Raises:
-        ValueError: a set is called ``val``, the name of the ID samples.
-    """
+    """Raise a ValueError if an OOD set is called ``val``, the name of the ID samples."""
     if "val" in ood:
         raise ValueError("an OOD set cannot be called 'val', which are the ID samples; give it another name")
 
@@ -66,10 +62,6 @@ def evaluate_outputs(
         options: options of the evaluation.
         provenance: first entries of the report, such as the run. Paired differences are taken to its ``score``, else to
             the first score.
-
-    Raises:
-        ValueError: an unknown score or convention, an OOD set called ``val``, no score that can be computed, or no
-            temperature that fits.
     """
     options, provenance = options or EvaluationOptions(), provenance or {}
     names = check_scores(options.scores)
@@ -123,8 +115,7 @@ def _scale(inputs: EvaluationInputs, share: float, seed: int) -> tuple[Evaluatio
     """Fit a temperature on a share of the ID samples and divide the logits of all others by it.
 
     Returns:
-        The scaled outputs without the held-out samples, the positions of the remaining ID samples, and the report's
-        entry.
+        The scaled outputs without the held-out samples, the positions of the other ID samples, and the report's entry.
     """
     fit, rest = held_out(len(inputs.id.labels), share, seed)
     temperature = fit_temperature(inputs.id.logits[fit], inputs.id.labels[fit])

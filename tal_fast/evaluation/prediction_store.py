@@ -71,11 +71,7 @@ class OutputStore:
         self.folder, self.key, self.samples = Path(folder), key, samples
 
     def prepare(self, features: bool) -> None:
-        """Create the folder, and delete shards of another key or, if ``features`` are needed, without features.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
+        """Create the folder; delete shards of another key or, if ``features`` are needed, without features."""
         metadata = self._metadata()
         if metadata.get("key") == self.key and (metadata.get("features") or not features):
             return
@@ -140,19 +136,12 @@ class OutputStore:
             yield arrays if new.all() else {name: values[new] for name, values in arrays.items()}
 
     def load(self) -> Outputs:
-        """Read the whole store into memory, in the order of the split.
-
-        Raises:
-            ValueError: a shard is damaged.
-        """
-        columns = self._columns("labels", "logits", "features")
+        """Read the whole store into memory, in the order of the split."""
+        columns = self.columns("labels", "logits", "features")
         return Outputs(columns["logits"], columns.get("features"), columns["labels"])
 
-    def column(self, name: str) -> NDArray[Any]:
-        """Array ``labels`` or ``logits`` of all samples, in the order of the split."""
-        return self._columns(name)[name]
-
-    def _columns(self, *names: str) -> dict[str, NDArray[Any]]:
+    def columns(self, *names: str) -> dict[str, NDArray[Any]]:
+        """Arrays ``labels``, ``logits`` or ``features`` of all samples, in the order of the split."""
         columns: dict[str, NDArray[Any]] = {}
         for shard in self.shards(("indices", *names)):
             indices = shard.pop("indices")

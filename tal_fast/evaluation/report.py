@@ -71,10 +71,9 @@ def make_report(
         ``settings[key][score][metric]`` with the keys ``old_fd``, ``ood``, ``new_fd`` and ``shift``. With several OOD
         sets there are ``ood/NAME`` and ``new_fd/NAME`` for each, and ``ood`` and ``new_fd`` are their plain mean;
         likewise ``shift/NAME`` and ``shift`` with several shifted sets. Also, by setting: ``samples``, ``aurc_floor``,
-        ``aurc_random``, ``undefined`` (metric -> reason) and ``tied_share`` (score -> share). Further ``id_accuracy``,
-        ``counts`` (of all samples, before the mix), ``mix``, ``seed``, ``convention``, ``ood_names``, ``shift_names``
-        and ``versions``. With resamples, ``intervals[key][score][metric]`` = [low, high],
-        ``differences[key][score][metric]`` = [score − baseline, low, high], and ``bootstrap`` describes the method.
+        ``aurc_random``, ``undefined`` (metric -> reason) and ``tied_share`` (score -> share). ``counts`` are of all
+        samples, before the mix. With resamples, ``intervals[key][score][metric]`` = [low, high] and
+        ``differences[key][score][metric]`` = [score − baseline, low, high].
     """
     correct = samples.correct
     ood_sizes = {name: len(next(iter(scores.values()))) for name, scores in samples.ood_scores.items()}
@@ -119,12 +118,7 @@ def resample_settings(
 ) -> Iterator[tuple[str, dict[str, Floats]]]:
     """Compute every metric of every score on resamples of each setting.
 
-    The same seed and numbers of samples give the same resamples. Sets of equal size share their draws, so shifted
-    versions of the same images are paired.
-
-    Args:
-        settings: from ``Samples.settings``.
-        resamples, seed, convention: see ``tal_fast.metrics.bootstrap``.
+    Sets of equal size share their draws, so shifted versions of the same images are paired.
 
     Yields:
         A setting's key, and score -> (resamples, len(METRICS)) float64 as from ``tal_fast.metrics.bootstrap``. With
@@ -221,9 +215,6 @@ def read_report(path: str | Path) -> Report:
 
     Args:
         path: the file, or the folder that holds ``report.json``.
-
-    Raises:
-        ValueError: the file is missing, is not JSON, or is not a report of this format.
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path

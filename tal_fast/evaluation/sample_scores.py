@@ -121,16 +121,10 @@ def write_samples(samples: Samples, path: str | Path) -> None:
 
 
 def read_samples(path: str | Path) -> Samples | None:
-    """Read the ``samples.npz`` of a report.
+    """Read the ``samples.npz`` of a report; None if there is no such file.
 
     Args:
         path: folder of the report, or a file in it.
-
-    Returns:
-        The samples; None if there is no such file.
-
-    Raises:
-        ValueError: the file cannot be read.
     """
     path = Path(path)
     path = (path if path.is_dir() else path.parent) / FILE

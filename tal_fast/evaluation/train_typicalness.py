@@ -57,9 +57,6 @@ def queue_of(content: dict[str, Any]) -> FeatureQueue:
 
     Args:
         content: checkpoint from ``tal_fast.runs.checkpoint.load``.
-
-    Raises:
-        ValueError: the checkpoint has no queue, or an empty or damaged one.
     """
     ranks = content["ranks"]
     if Config.from_dict(content["config"]).method.options.get("queue_scope") == "global":
@@ -90,13 +87,9 @@ def queue_of(content: dict[str, Any]) -> FeatureQueue:
 
 
 def rescale(distance: Floats) -> Floats:
-    """Typicalness from distances (TAL paper, equation 3), with minimum and maximum over all of them.
+    """Typicalness (n,) from distances (n,), with minimum and maximum over all of them (TAL paper, equation 3).
 
-    Args:
-        distance: (n,) float64.
-
-    Returns:
-        (n,) float64 in [0, 1]; 1 where the distance is not finite.
+    It lies in [0, 1]; 1 where the distance is not finite.
     """
     finite = np.isfinite(distance)
     if not finite.any():
@@ -110,13 +103,7 @@ def training_typicalness(
 ) -> TrainTypicalness:
     """Measure the typicalness of a run's training images, in one pass over them unless the result is cached.
 
-    Args:
-        run: a TAL run.
-        cache: folder of the cached result, which is valid for these weights, this queue and these images.
-        batch_size, device: batch size and device of the pass.
-
-    Raises:
-        ValueError: the run has no queue, or its data are gone.
+    The cached result is valid for these weights, this queue and these images.
     """
     queue = queue_of(checkpoint.load(run.checkpoint))
     split = run.data.split("train-eval")

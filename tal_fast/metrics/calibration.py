@@ -18,18 +18,12 @@ BINS = 15
 def expected_calibration_error(confidence: Any, correct: Any, bins: int = BINS) -> float:
     """Expected calibration error (Guo et al., 2017).
 
-    Σ over bins of (samples in the bin / n) · |accuracy − mean confidence| in the bin.
+    Σ over bins of (samples in the bin / n) · |accuracy − mean confidence| in the bin; NaN for no samples.
 
     Args:
         confidence: (n,) probabilities of the predicted class.
         correct: (n,) 0/1 or bool.
         bins: number of bins of equal width over [0, 1], closed on the right; 0 is in the first.
-
-    Returns:
-        A fraction; NaN for no samples.
-
-    Raises:
-        ValueError: a confidence outside [0, 1], lengths that differ, or fewer than one bin.
     """
     p, outcomes = np.asarray(confidence, dtype=np.float64), as_correct(correct)
     if bins < 1:

@@ -1,7 +1,4 @@
-"""Curves of a failure-detection report as numbers: operating points, histograms, reliability diagrams.
-
-Everything is in natural units (fractions).
-"""
+"""Curves of a failure-detection report as numbers, in fractions: operating points, histograms, reliability diagrams."""
 
 from __future__ import annotations
 
@@ -41,9 +38,6 @@ class OperatingPoints:
     Args:
         confidence: (n,) scores, higher = more confident.
         success: (n,) 0/1 or bool.
-
-    Raises:
-        ValueError: as ``tal_fast.metrics.risk_coverage_curve``.
     """
 
     def __init__(self, confidence: Any, success: Any) -> None:
@@ -76,10 +70,9 @@ def oracle_risk(n: int, errors: int) -> Floats:
 
 
 def thinned(n: int, points: int) -> Ints:
-    """Indices that thin a curve of n points to at most ``points`` + 16.
+    """Ascending indices that thin a curve of n points to at most ``points`` + 16.
 
-    Returns:
-        Ascending indices, both ends among them, dense at the start, where the risk jumps.
+    Both ends are among them; they are dense at the start, where the risk jumps.
     """
     if n <= points:
         return np.arange(n)
@@ -105,10 +98,6 @@ def scores_by_kind(
 
 def histograms(groups: Sequence[Floats], bins: int = HISTOGRAM_BINS) -> tuple[Floats, list[Floats]]:
     """Histograms of the finite values of each group over common bins.
-
-    Args:
-        groups: arrays of any length.
-        bins: number of bins.
 
     Returns:
         (bins + 1,) edges, and for each group (bins,) shares of its size; no edges if no value is finite.

@@ -52,11 +52,7 @@ class Mix:
 
     @classmethod
     def parse(cls, text: str) -> Mix:
-        """Parse a mix's name: ``balanced-random``, ``all``, ``first-n`` or ``prior=0.2`` (20% OOD).
-
-        Raises:
-            ValueError: any other name.
-        """
+        """Parse a mix's name: ``balanced-random``, ``all``, ``first-n`` or ``prior=0.2`` (20% OOD)."""
         kind, equals, value = text.partition("=")
         if not equals:
             if kind == "prior":
@@ -97,11 +93,8 @@ class Mix:
             take_ood = min(n_ood, round(total * self.prior))
         if not self.random:
             return np.arange(take_id), np.arange(take_ood)
-        return _draw(n_id, take_id, seed), _draw(n_ood, take_ood, seed)
-
-
-def _draw(n: int, take: int, seed: int) -> Ints:
-    return np.sort(np.random.default_rng(seed).permutation(n)[:take]).astype(np.int64)
+        ids, oods = (np.random.default_rng(seed).permutation(n)[:k] for n, k in ((n_id, take_id), (n_ood, take_ood)))
+        return np.sort(ids), np.sort(oods)
 
 
 @dataclass(frozen=True)
@@ -119,14 +112,11 @@ class Setting:
     success: Ints
 
     def confidence(self, id_scores: Any, ood_scores: Any = None) -> Floats:
-        """Scores of the samples that take part, in the order of ``success``.
+        """Scores of the samples that take part, (n_id + n_ood,) float64 in the order of ``success``.
 
         Args:
             id_scores: scores of all ID samples.
             ood_scores: scores of all OOD samples; not needed in Old FD.
-
-        Returns:
-            (n_id + n_ood,) float64.
         """
         chosen = as_scores(id_scores, "id_scores")[self.id_index]
         if not self.ood_index.size:
@@ -135,11 +125,7 @@ class Setting:
 
 
 def old_fd(correct: Any) -> Setting:
-    """Old FD: ID samples only; success = classified correctly.
-
-    Args:
-        correct: (n_id,) 0/1 or bool.
-    """
+    """Old FD: ID samples only; success = classified correctly, from (n_id,) 0/1 or bool."""
     outcomes = as_correct(correct)
     return Setting(np.arange(outcomes.size), np.zeros(0, dtype=np.int64), outcomes)
 
@@ -156,34 +142,11 @@ def new_fd(correct: Any, n_ood: int, mix: Mix | None = None, seed: int = 0) -> S
     Args:
         correct: (n_id,) 0/1 or bool.
         n_ood: number of OOD samples.
-        mix: ``balanced-random`` unless given.
-        seed: of a random mix.
+        mix, seed: a ``Mix``, ``balanced-random`` unless given, and its seed.
     """
     outcomes = as_correct(correct)
     ids, oods = (mix or Mix()).choose(outcomes.size, n_ood, seed)
     return Setting(ids, oods, np.concatenate((outcomes[ids], np.zeros(oods.size, dtype=np.int64))))
-
-
-def all_settings(
-    correct: Any, ood_sizes: Mapping[str, int], mix: Mix | None = None, seed: int = 0
-) -> dict[str, tuple[Setting, str | None]]:
-    """Build Old FD, and OOD and New FD for each OOD set.
-
-    Args:
-        correct: (n_id,) 0/1 or bool.
-        ood_sizes: number of samples of each OOD set.
-        mix, seed: as for ``new_fd``.
-
-    Returns:
-        Setting and OOD set (None in Old FD) by key: ``old_fd``, ``ood``, ``new_fd`` for a single OOD set;
-        ``ood/NAME`` and ``new_fd/NAME`` for several.
-    """
-    found: dict[str, tuple[Setting, str | None]] = {"old_fd": (old_fd(correct), None)}
-    for name, size in ood_sizes.items():
-        suffix = f"/{name}" if len(ood_sizes) > 1 else ""
-        found[f"ood{suffix}"] = ood(correct, size, mix, seed), name
-        found[f"new_fd{suffix}"] = new_fd(correct, size, mix, seed), name
-    return found
 
 
 @dataclass(frozen=True)
@@ -232,13 +195,15 @@ def scored_settings(
         mix, seed: as for ``new_fd``.
 
     Returns:
-        By key: those of ``all_settings``, and ``shift`` for a single shifted set, ``shift/NAME`` for several.
+        By key: ``old_fd``, ``ood``, ``new_fd`` and ``shift`` for a single OOD or shifted set; ``ood/NAME``,
+        ``new_fd/NAME`` and ``shift/NAME`` for several.
     """
-    sizes = {name: len(next(iter(scores.values()))) for name, scores in ood_scores.items()}
-    found = {
-        key: ScoredSetting(setting, name, id_scores, {} if name is None else ood_scores[name])
-        for key, (setting, name) in all_settings(correct, sizes, mix, seed).items()
-    }
+    found = {"old_fd": ScoredSetting(old_fd(correct), None, id_scores, {})}
+    for name, scores in ood_scores.items():
+        suffix = f"/{name}" if len(ood_scores) > 1 else ""
+        for kind, build in (("ood", ood), ("new_fd", new_fd)):
+            setting = build(correct, len(next(iter(scores.values()))), mix, seed)
+            found[f"{kind}{suffix}"] = ScoredSetting(setting, name, id_scores, scores)
     shifts = shifts or {}
     for name, (shift_correct, scores) in shifts.items():
         found[f"shift/{name}" if len(shifts) > 1 else "shift"] = ScoredSetting(old_fd(shift_correct), name, scores, {})

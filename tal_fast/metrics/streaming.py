@@ -87,11 +87,7 @@ class FailureMetrics:
         return failure_metrics(*self.samples(), self.convention)
 
     def compute(self) -> Any:
-        """Metric -> float64 scalar tensor, over the samples of all ranks; NaN where undefined.
-
-        Raises:
-            ValueError: see ``samples``.
-        """
+        """Metric -> float64 scalar tensor, over the samples of all ranks; NaN where undefined."""
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in self.values().items()}
 
 
@@ -99,11 +95,7 @@ class _SingleMetric(FailureMetrics):
     name: str
 
     def compute(self) -> Tensor:
-        """Metric of the samples of all ranks, a float64 scalar tensor; NaN where undefined.
-
-        Raises:
-            ValueError: see ``samples``.
-        """
+        """Metric of the samples of all ranks, a float64 scalar tensor; NaN where undefined."""
         return torch.tensor(self.values()[self.name], dtype=torch.float64)
 
 

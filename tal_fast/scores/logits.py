@@ -101,12 +101,7 @@ def doctor(z: Tensor) -> Tensor:
 
 
 SCORES: dict[str, Callable[[Any], Any]] = {
-    "cosine": cosine,
-    "msp": msp,
-    "max_logit": max_logit,
-    "energy": energy,
-    "neg_entropy": neg_entropy,
-    "doctor": doctor,
+    function.__name__: function for function in (cosine, msp, max_logit, energy, neg_entropy, doctor)
 }
 
 

@@ -31,9 +31,6 @@ class Neighbours:
     Attributes:
         samples: number of training features compared with.
         method: ``exact`` or ``faiss``.
-
-    Raises:
-        ValueError: fewer than ten training features.
     """
 
     def __init__(self, training: Training, limit: int | None, seed: int) -> None:

@@ -41,7 +41,7 @@ def test_shards_in_any_order_make_up_the_split(tmp_path: Path) -> None:
     np.testing.assert_array_equal(outputs.logits, LOGITS)
     np.testing.assert_array_equal(outputs.features, FEATURES)
     np.testing.assert_array_equal(outputs.labels, LABELS)
-    np.testing.assert_array_equal(store.column("labels"), LABELS)
+    np.testing.assert_array_equal(store.columns("labels")["labels"], LABELS)
     assert outputs.logits.dtype == np.float64
     assert outputs.features is not None
     assert outputs.features.dtype == np.float32

@@ -54,7 +54,7 @@ def test_resamples_against_explicit_arrays(decimals: int, convention: str) -> No
 def test_resamples_depend_on_nothing_but_the_seed_and_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     scores, correct = case()
     first = bootstrap({"a": scores}, correct, 50, resamples=200, seed=1)["a"]
-    monkeypatch.setattr(module, "_threads", lambda: 1)
+    monkeypatch.setattr(module, "_THREADS", 1)
     both = bootstrap({"b": -scores, "a": scores}, correct, 50, resamples=300, seed=1)
     np.testing.assert_array_equal(both["a"][:192], first[:192])
     # The batch changes only the order in which NumPy sums.

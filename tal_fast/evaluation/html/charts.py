@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from tal_fast.evaluation.evaluation import Evaluation
+from tal_fast.evaluation.html.tables import COVERAGES, RISKS
 from tal_fast.evaluation.plots import (
     COLOURS,
     COVERAGE_TITLE,
@@ -17,9 +19,9 @@ from tal_fast.evaluation.plots import (
     RISK_TITLE,
     SHARE_TITLE,
 )
+from tal_fast.evaluation.tables import setting_title
 from tal_fast.metrics.calibration import BINS
-from tal_fast.metrics.curves import OperatingPoints, ReliabilityBins, histograms, oracle_risk, thinned
-from tal_fast.metrics.settings import Setting
+from tal_fast.metrics.curves import ReliabilityBins, histograms, oracle_risk, thinned
 from tal_fast.utils.arrays import Floats
 
 WIDTH, HEIGHT = 420, 290
@@ -93,29 +95,13 @@ def _ticks(
     return [(round(position((v - low) / (high - low)), 2), f"{v:.6g}") for v in values]
 
 
-def risk_coverage(
-    title: str,
-    setting: Setting,
-    scores: Mapping[str, OperatingPoints],
-    primary: str,
-    risks: Sequence[float],
-    coverages: Sequence[float],
-    points: int = MAX_CURVE_POINTS,
-) -> Chart | None:
-    """Risk-coverage chart with a line per score, the lower bound and a random score.
+def risk_coverage(evaluation: Evaluation, key: str, points: int) -> Chart | None:
+    """Risk-coverage chart of a setting: a line of at most ``points`` points per score, the floor and a random score.
 
-    Args:
-        title: heading of the panel.
-        setting: setting that is drawn.
-        scores: score -> its operating points in this setting.
-        primary: score whose operating points are marked.
-        risks, coverages: where operating points are marked.
-        points: largest number of points of a line.
-
-    Returns:
-        The chart; None for a setting without samples.
+    The operating points of the primary score are marked. None for a setting without samples.
     """
-    n, errors = setting.success.size, int(setting.success.size - setting.success.sum())
+    success, scores = evaluation.settings[key].setting.success, evaluation.operating_points[key]
+    title, n, errors = setting_title(key, evaluation.report), success.size, int(success.size - success.sum())
     if n == 0:
         return None
     coverage = np.arange(1, n + 1) / n
@@ -133,9 +119,9 @@ def risk_coverage(
     for i, (name, operating) in enumerate(scores.items()):
         risk = operating.curve.risk[index]
         markers = []
-        if name == primary:
-            chosen = [(f"risk at most {r:.0%}", operating.at_risk(r)) for r in risks]
-            chosen += [(f"coverage at least {c:.0%}", operating.at_coverage(c)) for c in coverages]
+        if name == evaluation.primary_score:
+            chosen = [(f"risk at most {r:.0%}", operating.at_risk(r)) for r in RISKS]
+            chosen += [(f"coverage at least {c:.0%}", operating.at_coverage(c)) for c in COVERAGES]
             for criterion, p in chosen:
                 if p is not None:
                     values = f"coverage {p.coverage:.1%}, risk {p.risk:.2%}, threshold {p.threshold:.5g}"

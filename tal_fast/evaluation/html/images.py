@@ -143,9 +143,6 @@ def thumbnail(pixels: np.ndarray | Path, channels: int) -> tuple[str, int, int]:
     Args:
         pixels: (H, W, C) uint8, or an image file.
         channels: 1 or 3, as the model reads the file.
-
-    Raises:
-        OSError, ValueError, SyntaxError: the file does not decode.
     """
     mode = "L" if channels == 1 else "RGB"
     if isinstance(pixels, Path):
