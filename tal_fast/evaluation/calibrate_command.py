@@ -112,11 +112,12 @@ def describe(about: dict[str, Any]) -> str:
     ]
     if "test" in about:
         test = about["test"]
-        lines.append(f"on the other {test['samples']}: coverage {test['coverage']:.2%}, {test['errors']} errors among ")
-        lines[-1] += f"{test['accepted']} accepted"
-        if test["accepted"]:
-            low, high = test["risk_interval"]
-            lines[-1] += f", risk {test['risk']:.2%} [{low:.2%}, {high:.2%}]"
+        low, high = test["risk_interval"]
+        risk = f", risk {test['risk']:.2%} [{low:.2%}, {high:.2%}]" if test["accepted"] else ""
+        lines.append(
+            f"on the other {test['samples']}: coverage {test['coverage']:.2%}, {test['errors']} errors among "
+            f"{test['accepted']} accepted{risk}"
+        )
     return "\n".join(lines)
 
 

@@ -37,38 +37,25 @@ class Summary(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A group's mean minus the baseline's, with its interval.
+    """A group's mean minus the baseline's, with its interval."""
 
-    Attributes:
-        value: the difference.
-        low, high: ends of the interval; NaN without one.
-        over: what the interval is over: ``images``, ``seeds``, ``both``, or empty without one.
-    """
-
-    value: float
-    low: float
-    high: float
-    over: str
+    value: float  # the difference
+    low: float  # end of the interval; NaN without one
+    high: float  # the other end
+    over: str  # what the interval is over: ``images``, ``seeds``, ``both``, or empty without one
 
 
 @dataclass
 class Group:
-    """Runs that differ in nothing but their seed, one entry each in ``runs``, ``reports``, ``samples`` and ``seeds``.
-
-    Attributes:
-        samples: samples of the runs, None where there are none.
-        score: score the runs are judged by.
-        seeds: seeds of the runs, None where unknown.
-        baseline: name of the group that the differences are taken to; empty if there are none.
-    """
+    """Runs that differ in nothing but their seed; the lists have an entry for each of them."""
 
     name: str
     runs: list[str]
     reports: list[Report]
-    samples: list[Samples | None]
-    score: str
-    seeds: list[int | None]
-    baseline: str = ""
+    samples: list[Samples | None]  # samples of the runs, None where there are none
+    score: str  # score the runs are judged by
+    seeds: list[int | None]  # seeds of the runs, None where unknown
+    baseline: str = ""  # name of the group that the differences are taken to; empty if there are none
     differences: dict[Column, Difference] = field(default_factory=dict)
 
     def values(self, column: Column) -> list[float]:
@@ -152,10 +139,8 @@ def group_runs(
     """Group runs of the same method, in the order of their first runs; a run of unknown method is a group of its own.
 
     Args:
-        reports: from ``tal_fast.evaluation.report.read_report``.
-        names: names of the runs.
+        reports, names, samples: of the runs.
         methods, seeds: from ``read_method``.
-        samples: from ``tal_fast.evaluation.sample_scores.read_samples``.
         score: score to judge all runs by; default each run's own.
     """
     check_comparable(reports, names)

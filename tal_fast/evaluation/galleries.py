@@ -15,7 +15,7 @@ from tal_fast.data.datasets import Split
 from tal_fast.evaluation.predictions import CACHE
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import printable
-from tal_fast.evaluation.train_typicalness import TrainTypicalness, training_typicalness
+from tal_fast.evaluation.train_typicalness import training_typicalness
 from tal_fast.runs.checkpoint import FOLDER as CHECKPOINTS
 from tal_fast.runs.load import Run, load_run
 from tal_fast.utils.arrays import Floats, Ints
@@ -33,35 +33,23 @@ ALL_OOD_IMAGES = 240
 
 @dataclass(frozen=True)
 class Gallery:
-    """Images chosen for display.
+    """Images chosen for display."""
 
-    Attributes:
-        kind: ``mistakes``, ``correct``, ``ood``, ``least_typical`` or ``most_typical``.
-        split: split the images are from: ``val``, an OOD set or ``train-eval``.
-        chosen: (k,) int64, places in the split's predictions (of training images: in the split), in display order.
-    """
-
-    kind: str
-    split: str
-    chosen: Ints
+    kind: str  # ``mistakes``, ``correct``, ``ood``, ``least_typical`` or ``most_typical``
+    split: str  # split the images are from: ``val``, an OOD set or ``train-eval``
+    chosen: Ints  # (k,) int64, places in the split's predictions (of training images: in the split), in display order
 
 
 @dataclass(frozen=True)
 class GalleryImages:
-    """Data set that the pixels of gallery images are read from.
+    """Data set that the pixels of gallery images are read from."""
 
-    Attributes:
-        splits: images by split: ``val``, OOD sets and ``train-eval``.
-        class_names: a name for each label.
-        channels: 1 or 3, as the model reads image files.
-    """
-
-    splits: Mapping[str, Split]
-    class_names: Sequence[str]
-    channels: int
+    splits: Mapping[str, Split]  # images by split: ``val``, OOD sets and ``train-eval``
+    class_names: Sequence[str]  # a name for each label
+    channels: int  # 1 or 3, as the model reads image files
 
 
-def largest(values: Floats, among: NDArray[np.bool_], count: int = GALLERY_SIZE) -> Ints:
+def largest(values: Floats, among: NDArray[np.bool_] | bool = True, count: int = GALLERY_SIZE) -> Ints:
     """Indices of the largest finite values where ``among`` holds, descending; the first of equal ones first."""
     index = np.flatnonzero(among & np.isfinite(values))
     return index[np.argsort(-values[index], kind="stable")][:count]
@@ -76,20 +64,8 @@ def confidence_galleries(samples: Samples, score: str) -> list[Gallery]:
     ]
     size = max(1, min(OOD_GALLERY_SIZE, ALL_OOD_IMAGES // max(1, len(samples.ood_scores))))
     for name, scores in samples.ood_scores.items():
-        everything = np.ones(len(scores[score]), dtype=bool)
-        galleries.append(Gallery("ood", name, largest(scores[score], everything, size)))
+        galleries.append(Gallery("ood", name, largest(scores[score], count=size)))
     return galleries
-
-
-def typicalness_galleries(typicalness: TrainTypicalness) -> list[Gallery]:
-    """Choose the least and the most typical training images."""
-    # Distances differ where the typicalness rounds to the same number.
-    distance = typicalness.distance
-    everything = np.ones(len(distance), dtype=bool)
-    return [
-        Gallery("least_typical", "train-eval", largest(distance, everything)),
-        Gallery("most_typical", "train-eval", largest(-distance, everything)),
-    ]
 
 
 def find_galleries(evaluation: Evaluation, folder: Path, **options: Any) -> Evaluation:
@@ -116,7 +92,6 @@ def add_galleries(
     """Choose the images of an evaluation for display: ``galleries``, ``images``, ``typicalness`` and ``notes``.
 
     Args:
-        evaluation: the evaluation.
         run: run that was evaluated; None for weights and saved outputs, whose images are not known.
         typicalness: measure the typicalness of the training images of a TAL run, which takes a pass over all of them
             unless it is cached.
@@ -145,7 +120,9 @@ def add_galleries(
             cache = run.checkpoint.parents[1] / CACHE / run.checkpoint.stem
             measured = training_typicalness(run, cache, batch_size=batch_size, device=device)
             images = replace(images, splits={**images.splits, "train-eval": run.data.split("train-eval")})
-            galleries += typicalness_galleries(measured)
+            # Distances differ where the typicalness rounds to the same number.
+            galleries.append(Gallery("least_typical", "train-eval", largest(measured.distance)))
+            galleries.append(Gallery("most_typical", "train-eval", largest(-measured.distance)))
         except (ValueError, OSError) as error:
             notes.append(f"No typicalness: {error}.")
     return replace(evaluation, galleries=tuple(galleries), images=images, typicalness=measured, notes=tuple(notes))

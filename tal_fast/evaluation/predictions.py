@@ -72,9 +72,6 @@ def run_model(
         amp: ``bfloat16`` or ``float16`` for autocast; outputs narrower than float32 are widened to it.
         show: draw a progress bar if standard error is a terminal.
         steps: number of batches, for the progress bar.
-
-    Raises:
-        ValueError: an output is not finite.
     """
     from tqdm import tqdm
 
@@ -136,37 +133,25 @@ def cache_path(folder: str | Path, split: str) -> Path:
 
 @dataclass(frozen=True)
 class PassOptions:
-    """Options of the passes of a model over images.
+    """Options of the passes of a model over images."""
 
-    Attributes:
-        batch_size: images per step on each rank.
-        amp: ``bfloat16`` or ``float16`` for autocast of the network; outputs are at least float32 in any case.
-        features: keep features; without them only logit scores can be computed.
-        ranks: this process among those that share the passes; all of them have to share the cache too.
-    """
-
-    batch_size: int = 256
+    batch_size: int = 256  # images per step on each rank
+    # ``bfloat16`` or ``float16`` for autocast of the network; outputs are at least float32 in any case.
     amp: str | None = None
-    features: bool = True
+    features: bool = True  # keep features; without them only logit scores can be computed
+    # This process among those that share the passes; all of them have to share the cache too.
     ranks: Ranks = field(default_factory=lambda: Ranks(0, 1, torch.device("cpu")))
 
 
 @dataclass
 class Inference:
-    """Cached passes of a model over the splits of a data set.
+    """Cached passes of a model over the splits of a data set."""
 
-    Attributes:
-        model: images (B, C, S, S) -> logits (B, classes), features (B, D).
-        data: the data set, which also defines the preprocessing.
-        cache: folder of the stores. If it cannot be written, outputs go to a temporary folder that is deleted with this
-            object.
-        options: options of the passes.
-    """
-
-    model: nn.Module
-    data: DataBundle
+    model: nn.Module  # images (B, C, S, S) -> logits (B, classes), features (B, D)
+    data: DataBundle  # the data set, which also defines the preprocessing
+    # Folder of the stores. If it cannot be written, outputs go to a temporary folder that is deleted with this object.
     cache: str | Path
-    options: PassOptions = field(default_factory=PassOptions)
+    options: PassOptions = field(default_factory=PassOptions)  # options of the passes
     _temporary: str | None = field(default=None, repr=False)
 
     @cached_property

@@ -167,11 +167,6 @@ def calibrate(
 ) -> tuple[Threshold, dict[str, Any]]:
     """Choose a threshold on a random share of the samples and test it on the rest.
 
-    Args:
-        scores, correct, risk, confidence: as for ``choose_threshold``.
-        share: share of the samples to choose on.
-        seed: seed of the random split.
-
     Returns:
         The threshold, and the content of ``threshold.json``: its fields (an infinite threshold is null) with
         ``coverage``, ``calibration_share``, ``seed`` and, where samples are left, ``test``: ``samples``, ``accepted``,

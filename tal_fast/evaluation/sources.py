@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tal_fast.config.names import LOGIT_SCORES, check_scores
+from tal_fast.config.names import LOGIT_SCORES
 from tal_fast.config.schema import DataConfig, ModelConfig
 from tal_fast.data.datasets import DataBundle, Split
 from tal_fast.data.ood import ood_set, shift_set
@@ -55,9 +55,8 @@ def evaluate_run(
         The evaluation; None on ranks other than 0.
     """
     passes, options = passes or PassOptions(), options or EvaluationOptions()
-    scores = check_scores(options.scores)
     run = load_run(run_dir, checkpoint=checkpoint, device=passes.ranks.device)
-    options = dataclasses.replace(options, scores=check_scores([*scores, run.score]))
+    options = dataclasses.replace(options, scores=[*options.scores, run.score])
     cache = Path(run_dir) / CACHE / run.checkpoint.stem if cache is None else cache
     provenance = {
         "run": str(run_dir), "checkpoint": run.checkpoint.stem, "epoch": run.epoch, "method": run.method,
@@ -93,14 +92,12 @@ def evaluate_weights(
         output: folder of the report and of the cache; default ``default_output``.
         interpolation: filter that images are resized with, ``bilinear`` or ``bicubic``.
     """
-    options = options or EvaluationOptions()
-    options = dataclasses.replace(options, scores=check_scores(options.scores))
     bundle = evaluation_data(data, interpolation)
     network = load_weights(weights, model, bundle)
     output = default_output(weights, model.name) if output is None else output
     provenance = {"weights": str(weights), "model": model.name, "images": _preprocessing(bundle)}
     inference = Inference(network, bundle, Path(output) / CACHE if cache is None else cache, passes or PassOptions())
-    evaluation = _evaluate_model(inference, ood or {}, shifts or {}, options, provenance)
+    evaluation = _evaluate_model(inference, ood or {}, shifts or {}, options or EvaluationOptions(), provenance)
     return None if evaluation is None else _write(evaluation, output)
 
 
@@ -181,7 +178,7 @@ def _evaluate_model(
     training = None
     if train_store is not None:
         labels = train_store.columns("labels")["labels"]
-        training = Training(train_store.features(), labels, *last_layer(inference.model))
+        training = Training(train_store, labels, *last_layer(inference.model))
     inputs = EvaluationInputs(
         id_store.load(),
         {name: store.load() for name, store in ood_stores.items()},

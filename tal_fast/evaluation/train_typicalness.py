@@ -36,28 +36,19 @@ _QUEUE_PREFIX = "loss_fn.queue."
 
 
 class TrainTypicalness(NamedTuple):
-    """Typicalness of training images without augmentation, in the order of the split ``train-eval``.
+    """Typicalness of training images without augmentation, in the order of the split ``train-eval``."""
 
-    Attributes:
-        distance: (n,) float64, distance to the nearest entry of the queue; not finite where the features are not, NaN
-            where the image file does not decode.
-        typicalness: (n,) float64, 1 for the nearest image and 0 for the farthest; 1 where the distance is not finite.
-        prediction: (n,) int64, predicted classes.
-        queue_length: number of queue entries.
-    """
-
+    # (n,) float64, distance to the nearest entry of the queue; not finite where the features are not, NaN where the
+    # image file does not decode.
     distance: Floats
+    # (n,) float64, 1 for the nearest image and 0 for the farthest; 1 where the distance is not finite.
     typicalness: Floats
-    prediction: Ints
-    queue_length: int
+    prediction: Ints  # (n,) int64, predicted classes
+    queue_length: int  # number of queue entries
 
 
 def queue_of(content: dict[str, Any]) -> FeatureQueue:
-    """Read the queue from a TAL run's checkpoint; the local queues of several ranks are merged.
-
-    Args:
-        content: checkpoint from ``tal_fast.runs.checkpoint.load``.
-    """
+    """Read the queue from the content of a TAL run's checkpoint; the local queues of several ranks are merged."""
     ranks = content["ranks"]
     if Config.from_dict(content["config"]).method.options.get("queue_scope") == "global":
         ranks = ranks[:1]  # every rank holds the same queue

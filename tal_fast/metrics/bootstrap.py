@@ -15,7 +15,7 @@ resample at a time, which takes several times as long.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -41,24 +41,15 @@ _THREADS = 4
 
 
 class Interval(NamedTuple):
-    """Percentile interval.
+    """Percentile interval."""
 
-    Attributes:
-        low, high: ends of the interval; NaN if the metric is undefined in all resamples.
-        undefined: share of resamples in which the metric is undefined (no errors, for instance); they are left out.
-    """
-
-    low: float
+    low: float  # NaN if the metric is undefined in all resamples
     high: float
-    undefined: float
+    undefined: float  # share of resamples in which the metric is undefined (no errors, for instance); they are left out
 
 
 def interval(values: Any, level: float = LEVEL) -> Interval:
-    """Central percentile interval of the values of the resamples, (resamples,); NaN = undefined.
-
-    Raises:
-        ValueError: a level outside (0, 1).
-    """
+    """Central percentile interval of the values of the resamples, (resamples,); NaN = undefined."""
     if not 0 < level < 1:
         raise ValueError(f"the level of an interval must lie in (0, 1), not {level}; 0.95 is usual")
     values = np.asarray(values, dtype=np.float64)
@@ -244,17 +235,3 @@ class _Ranked:
         slope = e / np.maximum(m, 1)
         total += np.einsum("ij,ij->i", (b - before * slope) - fp[:, w], steps[:, w]) + e.sum(axis=1)
         return total / self.n
-
-
-def paired_differences(
-    values: Mapping[str, Floats], baseline: str, level: float = LEVEL
-) -> Iterator[tuple[str, dict[str, Interval]]]:
-    """Yield name and metric -> interval of each score's metrics minus the baseline's, on the same resamples.
-
-    Args:
-        values: name -> metrics of the resamples, from ``bootstrap``.
-    """
-    for name, metrics in values.items():
-        if name != baseline:
-            difference = metrics - values[baseline]
-            yield name, {metric: interval(difference[:, j], level) for j, metric in enumerate(METRICS)}

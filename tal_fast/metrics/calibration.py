@@ -52,9 +52,6 @@ def calibration_metrics(logits: Any, labels: Any, bins: int = BINS) -> dict[str,
     Returns:
         ``ece``: ``expected_calibration_error`` of the largest probability. ``nll``: mean −log p of the label, in nats.
         ``brier``: mean over samples of Σ_c (p_c − [c is the label])², in [0, 2]. NaN for no samples.
-
-    Raises:
-        ValueError: shapes that do not match, or labels out of range.
     """
     matrix, classes = as_matrix(logits, "logits"), np.asarray(labels)
     if classes.shape != matrix.shape[:1]:

@@ -40,21 +40,13 @@ def as_correct(correct: Any, name: str = "correct") -> Ints:
 
 
 class Ranking(NamedTuple):
-    """Samples by falling confidence, and cumulative counts at the end of each group of tied scores.
+    """Samples by falling confidence, and cumulative counts at the end of each group of tied scores."""
 
-    Attributes:
-        scores: (n,) falling.
-        correct: (n,) in the same order; tied samples stay in the input's order.
-        end: (groups,) number of samples down to the end of each group.
-        tp: (groups,) successes among them.
-        fp: (groups,) errors among them.
-    """
-
-    scores: Floats
-    correct: Ints
-    end: Ints
-    tp: Ints
-    fp: Ints
+    scores: Floats  # (n,) falling
+    correct: Ints  # (n,) in the same order; tied samples stay in the input's order
+    end: Ints  # (groups,) number of samples down to the end of each group
+    tp: Ints  # (groups,) successes among them
+    fp: Ints  # (groups,) errors among them
 
 
 def rank(confidence: Any, correct: Any) -> Ranking:
@@ -85,17 +77,11 @@ def expected_errors(ranking: Ranking) -> Floats:
 
 
 class RiskCoverage(NamedTuple):
-    """Risk-coverage curve; entry i − 1 is for keeping the i most confident samples. Its area is AURC.
+    """Risk-coverage curve; entry i − 1 is for keeping the i most confident samples. Its area is AURC."""
 
-    Attributes:
-        coverage: (n,) float64, i / n.
-        risk: (n,) float64, errors among the i most confident / i, expected over all orders of tied scores.
-        threshold: (n,) float64, the i-th largest score.
-    """
-
-    coverage: Floats
-    risk: Floats
-    threshold: Floats
+    coverage: Floats  # (n,) float64, i / n
+    risk: Floats  # (n,) float64, errors among the i most confident / i, expected over all orders of tied scores
+    threshold: Floats  # (n,) float64, the i-th largest score
 
 
 def risk_coverage_curve(confidence: Any, correct: Any) -> RiskCoverage:

@@ -34,9 +34,6 @@ class Mix:
             ``first-n``: the first min(n_ID, n_OOD) of each, as the released test script does. ``prior``: the largest
             random subset in which the given share is OOD.
         prior: share of OOD samples; for ``prior`` only.
-
-    Raises:
-        ValueError: an unknown kind, a prior without the kind ``prior`` (or the reverse), or one outside (0, 1).
     """
 
     kind: str = "balanced-random"
@@ -75,11 +72,7 @@ class Mix:
         return self.kind if self.prior is None else f"prior={self.prior:g}"
 
     def choose(self, n_id: int, n_ood: int, seed: int = 0) -> tuple[Ints, Ints]:
-        """Choose the samples that take part.
-
-        Args:
-            n_id, n_ood: numbers of samples.
-            seed: of the random mixes. OOD sets of equal size get the same ID samples.
+        """Choose the samples that take part; OOD sets of equal size get the same ID samples.
 
         Returns:
             Two ascending int64 arrays of indices, into the ID and into the OOD samples.
@@ -99,25 +92,14 @@ class Mix:
 
 @dataclass(frozen=True)
 class Setting:
-    """Samples that take part in a setting, ID first, and which of them are successes.
+    """Samples that take part in a setting, ID first, and which of them are successes."""
 
-    Attributes:
-        id_index: (n_id,) int64, into the ID samples.
-        ood_index: (n_ood,) int64, into the OOD samples; empty in Old FD.
-        success: (n_id + n_ood,) int64 of 0 and 1.
-    """
-
-    id_index: Ints
-    ood_index: Ints
-    success: Ints
+    id_index: Ints  # (n_id,) int64, into the ID samples
+    ood_index: Ints  # (n_ood,) int64, into the OOD samples; empty in Old FD
+    success: Ints  # (n_id + n_ood,) int64 of 0 and 1
 
     def confidence(self, id_scores: Any, ood_scores: Any = None) -> Floats:
-        """Scores of the samples that take part, (n_id + n_ood,) float64 in the order of ``success``.
-
-        Args:
-            id_scores: scores of all ID samples.
-            ood_scores: scores of all OOD samples; not needed in Old FD.
-        """
+        """Scores of the samples that take part, in the order of ``success``, from those of all ID and OOD samples."""
         chosen = as_scores(id_scores, "id_scores")[self.id_index]
         if not self.ood_index.size:
             return chosen
@@ -137,13 +119,7 @@ def ood(correct: Any, n_ood: int, mix: Mix | None = None, seed: int = 0) -> Sett
 
 
 def new_fd(correct: Any, n_ood: int, mix: Mix | None = None, seed: int = 0) -> Setting:
-    """New FD: ID and OOD samples together; success = ID and classified correctly.
-
-    Args:
-        correct: (n_id,) 0/1 or bool.
-        n_ood: number of OOD samples.
-        mix, seed: a ``Mix``, ``balanced-random`` unless given, and its seed.
-    """
+    """New FD: ID and OOD samples together; success = ID and classified correctly. The mix is ``Mix()`` unless given."""
     outcomes = as_correct(correct)
     ids, oods = (mix or Mix()).choose(outcomes.size, n_ood, seed)
     return Setting(ids, oods, np.concatenate((outcomes[ids], np.zeros(oods.size, dtype=np.int64))))

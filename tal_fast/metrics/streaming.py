@@ -30,9 +30,6 @@ class FailureMetrics:
     Args:
         convention: one of ``tal_fast.metrics.CONVENTIONS``.
         group: process group whose samples belong together; None: all ranks, if ``torch.distributed`` is initialised.
-
-    Raises:
-        ValueError: an unknown convention.
     """
 
     def __init__(self, convention: str = "tal_fast", group: dist.ProcessGroup | None = None) -> None:

@@ -24,7 +24,6 @@ class Neighbours:
     either way.
 
     Args:
-        training: its features are used.
         limit: number of features kept in memory; None compares with all of them, read anew for each block of samples.
         seed: of the random choice.
 

@@ -17,7 +17,7 @@ ROWS = 4096
 
 
 class Rows(Protocol):
-    """Training features on disk, such as ``tal_fast.evaluation.prediction_store.StoredFeatures``."""
+    """Training features on disk, such as ``tal_fast.evaluation.prediction_store.OutputStore``."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -124,9 +124,6 @@ class Moments:
 
 class ClassScatter:
     """Class means of features that come a block at a time, and the scatter about them.
-
-    Args:
-        width: D.
 
     Attributes:
         classes: (K,) labels seen so far, rising.

@@ -9,16 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from tal_fast.evaluation import plots
 from tal_fast.evaluation.evaluation import Evaluation
 from tal_fast.evaluation.html.tables import COVERAGES, RISKS
-from tal_fast.evaluation.plots import (
-    COLOURS,
-    COVERAGE_TITLE,
-    LINE_STYLES,
-    MIN_SCALED_COVERAGE,
-    RISK_TITLE,
-    SHARE_TITLE,
-)
 from tal_fast.evaluation.tables import setting_title
 from tal_fast.metrics.calibration import BINS
 from tal_fast.metrics.curves import ReliabilityBins, histograms, oracle_risk, thinned
@@ -59,7 +52,7 @@ class Chart:
 
 def style(i: int) -> str:
     """CSS classes of the i-th line; colours and dashes as in ``tal_fast.evaluation.plots``."""
-    return f"c{i % len(COLOURS)} d{i % len(LINE_STYLES)}"
+    return f"c{i % len(plots.COLOURS)} d{i % len(plots.LINE_STYLES)}"
 
 
 def nice_ticks(low: float, high: float, count: int = 6) -> list[float]:
@@ -107,7 +100,7 @@ def risk_coverage(evaluation: Evaluation, key: str, points: int) -> Chart | None
     coverage = np.arange(1, n + 1) / n
     top = errors / n
     for operating in scores.values():
-        top = max(top, float(operating.curve.risk[coverage >= MIN_SCALED_COVERAGE / 100].max()))
+        top = max(top, float(operating.curve.risk[coverage >= plots.MIN_SCALED_COVERAGE / 100].max()))
     top = 1.05 * top if top else 0.01
     index = thinned(n, points)
     x = _x(coverage[index])
@@ -136,7 +129,7 @@ def risk_coverage(evaluation: Evaluation, key: str, points: int) -> Chart | None
         f"at half the coverage: {', '.join(half_coverage)}. The tables hold the numbers."
     )
     x_ticks, y_ticks = _ticks(range(0, 101, 20), 0, 100, _x), _ticks(nice_ticks(0, 100 * top), 0, 100 * top, _y)
-    return Chart("risk", title, label, COVERAGE_TITLE, RISK_TITLE, x_ticks, y_ticks, lines, 100 * top)
+    return Chart("risk", title, label, plots.COVERAGE_TITLE, plots.RISK_TITLE, x_ticks, y_ticks, lines, 100 * top)
 
 
 def confidence_histogram(score: str, groups: Mapping[str, Floats]) -> Chart | None:
@@ -159,7 +152,9 @@ def confidence_histogram(score: str, groups: Mapping[str, Floats]) -> Chart | No
     label = f"Histogram of {score}; medians: {'; '.join(medians)}."
     x_ticks = _ticks(nice_ticks(low, high), low, high, _x)
     y_ticks = _ticks(nice_ticks(0, 100 * top), 0, 100 * top, _y)
-    return Chart("histogram", score, label, f"confidence ({score})", SHARE_TITLE, x_ticks, y_ticks, lines, 100 * top)
+    return Chart(
+        "histogram", score, label, f"confidence ({score})", plots.SHARE_TITLE, x_ticks, y_ticks, lines, 100 * top
+    )
 
 
 def reliability_diagram(bins: ReliabilityBins, ece: float) -> Chart | None:
