@@ -34,10 +34,7 @@ WEIGHTS_OPTIONS: dict[str, dict[str, Any]] = {
     "dataset": {"help": "Data set instead of a folder: digits, fashion-mnist, ... Default: folder."},
     "image_size": {"type": at_least(1), "help": "Side of the images in pixels. Default: timm's, else 224."},
     "crop_fraction": {"type": float, "help": "Central share of the shorter side to keep. Default: timm's, else 0.875."},
-    "interpolation": {
-        "choices": names.INTERPOLATIONS,
-        "help": "Filter of the resizing. Default: timm's, else bilinear.",
-    },
+    "interpolation": {"choices": names.INTERPOLATIONS, "help": "Filter of resizing. Default: timm's, else bilinear."},
     "mean": {"type": float, "nargs": "+", "help": "Mean per channel in [0, 1]. Default: timm's, else ImageNet's."},
     "std": {"type": float, "nargs": "+", "help": "Standard deviation per channel, likewise."},
     "channels": {"type": int, "choices": (1, 3), "help": "Channels of the images. Default: 3."},

@@ -107,7 +107,7 @@ class ReliabilityBins(NamedTuple):
 
 
 def reliability(probability: Any, correct: Any, bins: int = BINS) -> ReliabilityBins:
-    """Bin the probabilities of the predicted classes; Σ samples/n · |accuracy − confidence| over the bins is the ECE."""
+    """Bin probabilities of the predicted classes; Σ samples/n · |accuracy − confidence| over the bins is the ECE."""
     p, outcomes = np.asarray(probability, dtype=np.float64), as_correct(correct)
     place = np.digitize(p, np.linspace(0, 1, bins + 1)[1:-1], right=True)
     samples = np.bincount(place, minlength=bins)
