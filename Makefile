@@ -39,8 +39,8 @@ demo: setup
 	$(BIN)/python -m tal_fast.evaluate --run $(RUNS)/digits-tal
 	$(BIN)/python -m tal_fast.compare $(RUNS)/digits-ce $(RUNS)/digits-tal
 
-# The tests of a file stay in one process, which makes the runs they share once.
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# The tests of a file stay in one process, which makes the runs they share once; one thread each, as all cores are in use.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test: setup
 	$(PYTEST) -m "not slow"

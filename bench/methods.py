@@ -24,7 +24,7 @@ from bench.report import FIGURES, ROOT, table, update_pages
 from tal_fast.config.methods import option_path
 from tal_fast.evaluation.compare import Group
 from tal_fast.experiments import select
-from tal_fast.experiments.plan import read_experiment
+from tal_fast.experiments.parse import read_experiment
 from tal_fast.experiments.results import Results, groups_of, read_results
 from tal_fast.experiments.table import format_results
 from tal_fast.metrics.ranking import risk_coverage_curve

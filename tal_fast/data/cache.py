@@ -1,4 +1,4 @@
-"""The folder for what can be made again: embedded images, sizes of a folder's images."""
+"""Cache of files that can be made again."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """``TAL_FAST_CACHE``, else ``~/.cache/tal_fast``."""
+    """Folder of the cache: ``TAL_FAST_CACHE``, or else ``~/.cache/tal_fast``."""
     return Path(os.environ.get("TAL_FAST_CACHE") or Path.home() / ".cache" / "tal_fast")
 
 
 def make_folder_once(path: Path, fill: Callable[[Path], None]) -> Path:
-    """``path``, made by ``fill`` if it is not there: whole or not at all, however many processes make it at once."""
+    """Make a folder atomically if it does not exist; any number of processes may do so at once.
+
+    Args:
+        path: the folder.
+        fill: writes the content into the folder it is given.
+
+    Returns:
+        ``path``.
+    """
     if path.is_dir():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +33,7 @@ def make_folder_once(path: Path, fill: Callable[[Path], None]) -> Path:
         temporary.chmod(0o755)
         temporary.rename(path)
     except OSError:
-        if not path.is_dir():  # else another process was first, with the same content
+        if not path.is_dir():  # otherwise another process was first, with the same content
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

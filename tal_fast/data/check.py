@@ -1,12 +1,11 @@
-"""``python -m tal_fast.check_data FOLDER --out list.txt``: decode every image, name the bad ones, list the others.
+"""Check of image files: ``python -m tal_fast.check_data FOLDER --out list.txt``.
 
-The list is what training takes as ``data.file_list``: UTF-8 text, one path a line relative to FOLDER, sorted, lines
-that start with ``#`` left out; an image's class is its folder, ``train/CLASS/...`` or ``val/CLASS/...``.
+The list is for ``data.file_list``: UTF-8 text with one path per line relative to FOLDER, sorted; lines that start with
+``#`` are skipped.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections import Counter
@@ -19,41 +18,36 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base as Tag
 
-from tal_fast.data.image_folder import EXTENSIONS, odd_pixels, why
+from tal_fast.data.image_folder import EXTENSIONS, error_summary, unsupported_pixels
+from tal_fast.utils.arguments import ArgumentParser, at_least
 from tal_fast.utils.io import replacing
 from tal_fast.utils.process import program_name
 
 PROBLEMS = {
-    "empty": "of 0 bytes",
-    "not an image": "no image format fits the content, whatever the ending says",
+    "empty": "file of 0 bytes",
+    "not an image": "no image format fits the content, whatever the ending",
     "truncated": "the end is missing",
     "damaged": "does not decode, or cannot be read",
-    "odd pixels": "16 bits or floating point, or a format that only one loader reads",
-    "odd name": "a line break in the path, which a list cannot hold",
+    "unsupported pixels": "16 bits or floating point, or a format that only one loader reads",
+    "unsupported name": "a line break in the path, which a list cannot hold",
 }
 """Kinds of files that training cannot use."""
 
 NOTES = {
     "CMYK": "converted to RGB; usable",
-    "EXIF-rotated": "read as stored, not as EXIF would turn them; usable",
-    "ending": "the ending names another format than the content has; usable",
-    "passed over": "an image, but its ending is none that training reads",
+    "EXIF-rotated": "read as stored, without the rotation; usable",
+    "ending": "the content has another format than the ending says; usable",
+    "ignored": "an image with an ending that training does not read",
 }
-"""Kinds that are worth knowing and no problem."""
+"""Kinds of files that are no problem but worth knowing."""
 
 _CHUNK = 16
-"""Files handed to a process at a time: many enough to be cheap, few enough for the bar to move."""
+"""Files per task of a process: enough to be cheap, few enough for the progress bar to move."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What there is to say about a file.
-
-    Attributes:
-        path: relative to the folder.
-        kind: a key of ``PROBLEMS`` or ``NOTES``.
-        detail: in a few words.
-    """
+    """Finding about a file, whose path is relative to the folder; ``kind`` is a key of ``PROBLEMS`` or ``NOTES``."""
 
     path: str
     kind: str
@@ -62,13 +56,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """All files of a folder.
-
-    Attributes:
-        usable: paths, sorted, relative to the folder, of what training can read.
-        findings: in the order of their paths.
-        others: number of files that are no images and do not claim to be.
-    """
+    """Result for a folder: sorted relative paths of usable images, findings by path, and number of other files."""
 
     usable: list[str]
     findings: list[Finding]
@@ -76,20 +64,20 @@ class Report:
 
     @property
     def problems(self) -> list[Finding]:
-        """The findings that keep a file from being used."""
+        """Findings about files that training cannot use."""
         return [f for f in self.findings if f.kind in PROBLEMS]
 
 
 def check_folder(root: Path, workers: int, show_bar: bool | None = None) -> Report:
-    """Decode all images under a folder, at any depth; hidden files and folders are passed over.
+    """Decode all images under a folder, at any depth, without hidden files and folders.
 
     Args:
-        root: of any layout.
-        workers: processes; with 1, this one.
-        show_bar: None: on a terminal.
+        root: folder of any layout.
+        workers: number of processes; 1 uses this one.
+        show_bar: whether to show a progress bar; by default on a terminal.
 
     Raises:
-        ValueError: no such folder, no image in it, or a process that was killed.
+        ValueError: the folder is missing or has no images, or a process was killed.
     """
     from tqdm import tqdm
 
@@ -108,11 +96,11 @@ def check_folder(root: Path, workers: int, show_bar: bool | None = None) -> Repo
                     others += 1
                     continue
                 findings += found
-                if not any(f.kind in PROBLEMS or f.kind == "passed over" for f in found):
+                if not any(f.kind in PROBLEMS or f.kind == "ignored" for f in found):
                     usable.append(path)
     except BrokenProcessPool:
         raise ValueError(
-            "a checking process was killed, perhaps for want of memory; run it again with fewer --workers"
+            "a process was killed, perhaps because memory ran out; run the check again with fewer --workers"
         ) from None
     if not usable and not findings:
         raise ValueError(f"{root} holds no images ({', '.join(EXTENSIONS)})")
@@ -120,20 +108,20 @@ def check_folder(root: Path, workers: int, show_bar: bool | None = None) -> Repo
 
 
 def check_file(root: str, path: str) -> list[Finding] | None:
-    """What there is to say about one file; None: it neither is an image nor claims to be one."""
+    """Findings about one file; None if it is no image and has no image's ending."""
     full = os.path.join(root, path)
-    claims = path.lower().endswith(EXTENSIONS)
+    has_ending = path.lower().endswith(EXTENSIONS)
     found = []
     try:
         if os.path.getsize(full) == 0:
-            return [Finding(path, "empty", PROBLEMS["empty"])] if claims else None
+            return [Finding(path, "empty", PROBLEMS["empty"])] if has_ending else None
         with Image.open(full) as image:
-            if not claims:
-                return [Finding(path, "passed over", f"{image.format}, add an ending such as {EXTENSIONS[0]}")]
+            if not has_ending:
+                return [Finding(path, "ignored", f"{image.format}, add an ending such as {EXTENSIONS[0]}")]
             image.load()
-            problem = odd_pixels(image)
+            problem = unsupported_pixels(image)
             if problem is not None:
-                return [Finding(path, "odd pixels", problem)]
+                return [Finding(path, "unsupported pixels", problem)]
             if image.mode == "CMYK":
                 found.append(Finding(path, "CMYK", NOTES["CMYK"]))
             orientation = image.getexif().get(Tag.Orientation, 1)
@@ -143,19 +131,19 @@ def check_file(root: str, path: str) -> list[Finding] | None:
             if expected is not None and expected != image.format:
                 found.append(Finding(path, "ending", f"content is {image.format}"))
     except UnidentifiedImageError:
-        return [Finding(path, "not an image", "no image format fits it")] if claims else None
-    except Exception as error:  # a decoder may fail in any way
-        if not claims:
+        return [Finding(path, "not an image", "no image format fits it")] if has_ending else None
+    except Exception as error:  # decoders raise many types of errors
+        if not has_ending:
             return None
-        reason = why(error, full)
+        reason = error_summary(error, full)
         return [Finding(path, "truncated" if "truncated" in reason.lower() else "damaged", reason)]
     if "\n" in path or "\r" in path:
-        found.append(Finding(path, "odd name", PROBLEMS["odd name"]))
+        found.append(Finding(path, "unsupported name", PROBLEMS["unsupported name"]))
     return found
 
 
 def write_list(path: Path, usable: Sequence[str]) -> None:
-    """Write the paths as ``data.file_list`` takes them, whole or not at all."""
+    """Write the list for ``data.file_list`` atomically."""
     lines = [
         "# usable images, by python -m tal_fast.check_data",
         *(f"./{p}" if p.startswith("#") else p for p in usable),
@@ -187,10 +175,9 @@ def _walk(root: str, below: str) -> Iterator[str]:
 
 
 def _printable(path: str) -> str:
-    """A path that any terminal takes, though it holds line breaks or bytes that are no UTF-8."""
-    return (
-        path.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="backslashreplace").replace("\n", "\\n")
-    )
+    """Path with line breaks and bytes that are not UTF-8 escaped."""
+    text = path.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="backslashreplace")
+    return text.replace("\n", "\\n")
 
 
 def _print_report(report: Report, root: Path) -> None:
@@ -205,20 +192,25 @@ def _print_report(report: Report, root: Path) -> None:
                 print(f"  {title}: {counts[kind]:,} {kind} ({meaning})")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0: all images are usable; 1: some are not; 2: a mistake of the user's."""
-    parser = argparse.ArgumentParser(
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog=program_name("check-data"),
-        description="Decode every image under a folder of any layout, name those that training cannot use, and list "
-        "the others. Exit code: 0 all are usable, 1 some are not, 2 a mistake.",
+        description="Decode every image under a folder, name those that training cannot use, and list the others.",
+        epilog="Exit code: 0 if all images are usable, 1 if some are not, 2 for bad input.",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="what data.root names, or any folder of images")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the usable images, for --data.file_list FILE")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
-    options = parser.parse_args(argv)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="Folder of images of any layout.")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="List of the usable images, for --data.file_list.")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N",
+        help="Number of processes. Default: %(default)s.",
+    )  # fmt: skip
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0 if all images are usable, 1 if some are not, 2 for bad input."""
+    options = _parser().parse_args(argv)
     try:
-        if options.workers < 1:
-            raise ValueError(f"--workers is {options.workers} but must be at least 1")
         report = check_folder(options.folder, options.workers)
         _print_report(report, options.folder)
         if options.out is not None:

@@ -1,7 +1,6 @@
-"""CIFAR-10 and CIFAR-100 as their authors publish them for C programs: fixed-length records of labels and pixels.
+"""CIFAR-10 and CIFAR-100 from their binary versions, see https://www.cs.toronto.edu/~kriz/cifar.html.
 
-https://www.cs.toronto.edu/~kriz/cifar.html: a record is one byte of label (CIFAR-100: one of superclass, then one of
-class), then 1,024 bytes each of red, green and blue, row by row.
+A record is one byte of label (CIFAR-100: a superclass and a class), then 1,024 bytes each of red, green and blue.
 """
 
 from __future__ import annotations
@@ -18,15 +17,10 @@ PIXELS = 3 * SIDE * SIDE
 
 @dataclass(frozen=True)
 class Layout:
-    """Files of a binary archive.
+    """Binary archive and the folder and files it unpacks to.
 
-    Attributes:
-        archive, folder: the archive's name, and the folder it unpacks to.
-        train, val: files of records.
-        names: file with the name of each class, one a line.
-        label_bytes: of a record; the last of them is the class.
-        num_classes: their number.
-        pickles: folder that the archive for Python unpacks to.
+    ``names`` is the file of class names; the last of the ``label_bytes`` of a record is the class; ``pickles`` is the
+    folder of the archive for Python.
     """
 
     archive: str
@@ -64,18 +58,21 @@ LAYOUTS = {
 
 
 def find_folder(dataset: str, root: str | Path) -> Path | None:
-    """``root`` or the archive's folder in it, whichever holds the test records; None if neither does."""
+    """Folder of the binary files: ``root``, or the archive's folder in it; None if neither has them."""
     layout = LAYOUTS[dataset]
     return next((f for f in (Path(root), Path(root) / layout.folder) if (f / layout.val[0]).is_file()), None)
 
 
 def read(dataset: str, root: str | None, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 32, 32, 3) uint8, RGB, and classes (N,) int64.
+    """Read the images and classes of a split.
 
     Args:
         dataset: ``cifar10`` or ``cifar100``.
         root: folder of the binary files, or the one they were unpacked in.
         split: ``train`` (50,000 as published) or ``val`` (10,000).
+
+    Returns:
+        Images (N, 32, 32, 3) uint8, RGB, and classes (N,) int64.
 
     Raises:
         ValueError: a file is missing or damaged, or there are only pickles.
@@ -86,20 +83,20 @@ def read(dataset: str, root: str | None, split: str) -> tuple[np.ndarray, np.nda
 
 
 def class_names(dataset: str, root: str | None) -> Sequence[str]:
-    """A name for each class, from the archive's list.
+    """Read the names of the classes.
 
     Raises:
-        ValueError: it is missing or has too few or too many names.
+        ValueError: the list is missing or has too few or too many names.
     """
     layout, folder = LAYOUTS[dataset], _folder(dataset, root)
     path = folder / layout.names
     if not path.is_file():
-        raise ValueError(f"{folder} has no {layout.names}; unpack {layout.archive} anew")
+        raise ValueError(f"{folder} has no {layout.names}; unpack {layout.archive} again")
     names = path.read_text(errors="replace").split()
     if len(names) != layout.num_classes or len(set(names)) != len(names):
         raise ValueError(
             f"{path} has {len(names)} names but must have {layout.num_classes}, all different; "
-            f"unpack {layout.archive} anew"
+            f"unpack {layout.archive} again"
         )
     return names
 
@@ -112,7 +109,7 @@ def _folder(dataset: str, root: str | None) -> Path:
     folder = find_folder(dataset, root)
     if folder is not None:
         return folder
-    # Unpickling runs whatever program the file holds, so that a pickle is not taken for data.
+    # Pickles are not read: unpickling can run any program.
     if any((p / "meta").is_file() or (p / "batches.meta").is_file() for p in (Path(root), Path(root) / layout.pickles)):
         raise ValueError(
             f"{root} holds CIFAR's version for Python, pickles, which can run programs and are not read; "
@@ -123,20 +120,20 @@ def _folder(dataset: str, root: str | None) -> Path:
 
 def _read_records(path: Path, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}; unpack {layout.archive} anew")
+        raise ValueError(f"{path.parent} has no {path.name}; unpack {layout.archive} again")
     length = layout.label_bytes + PIXELS
     data = np.fromfile(path, np.uint8)
     if data.size == 0 or data.size % length:
         raise ValueError(
             f"{path} has {data.size:,} bytes, which is not a whole number of records of {length:,}; "
-            f"unpack {layout.archive} anew"
+            f"unpack {layout.archive} again"
         )
     records = data.reshape(-1, length)
     labels = records[:, layout.label_bytes - 1].astype(np.int64)
     if labels.max() >= layout.num_classes:
         raise ValueError(
             f"{path} has a label {labels.max()} but there are {layout.num_classes} classes; "
-            f"unpack {layout.archive} anew"
+            f"unpack {layout.archive} again"
         )
     planes = records[:, layout.label_bytes :].reshape(-1, 3, SIDE, SIDE)
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels

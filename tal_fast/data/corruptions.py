@@ -1,8 +1,8 @@
-"""Covariate shift made on the spot: six corruptions of images at five severities, for small runs.
+"""Covariate shift: six image corruptions at five severities.
 
-They are in the spirit of ImageNet-C (Hendrycks and Dietterich, 2019) but are no replacement for its files: the
-strengths below are for images of any size, the published ones for 224 or 32 pixels. What an image becomes depends on
-the seed, the image's index and the corruption, and on nothing else: not on batch size, ranks, or what was read before.
+They follow ImageNet-C (Hendrycks and Dietterich, 2019) but do not replace its files: the strengths below are for images
+of any size, the published ones for 224 or 32 pixels. A corrupted image depends on the seed, the image's index and the
+corruption alone, not on batch size, ranks or earlier reads.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from tal_fast.config.names import CORRUPTIONS
 from tal_fast.data.loader import ImageFormat, Normalizer
 
 Pixels = NDArray[np.uint8]
@@ -68,8 +69,6 @@ def _through_pillow(pixels: Pixels, change: Callable[[Image.Image], Image.Image]
     return np.asarray(image).reshape(pixels.shape)
 
 
-# What is done, and how strongly at severities 1 to 5. Noise and brightness: share of full scale; blur: standard
-# deviation as a share of the side; contrast: what is left; jpeg: quality; pixelate: what is left of the resolution.
 _KINDS: dict[str, tuple[Callable[..., Any], tuple[float, ...]]] = {
     "gaussian-noise": (_gaussian_noise, (0.04, 0.08, 0.12, 0.18, 0.26)),
     "blur": (_blur, (0.01, 0.02, 0.03, 0.045, 0.06)),
@@ -78,17 +77,15 @@ _KINDS: dict[str, tuple[Callable[..., Any], tuple[float, ...]]] = {
     "jpeg": (_jpeg, (60, 40, 25, 15, 8)),
     "pixelate": (_pixelate, (0.8, 0.65, 0.5, 0.4, 0.3)),
 }
-CORRUPTIONS = tuple(_KINDS)
+"""Corruption -> function and its strength at severities 1 to 5: share of full scale (noise, brightness), standard
+deviation as a share of the side (blur), remaining share (contrast, resolution of pixelate), quality (jpeg)."""
 
 
 @dataclass(frozen=True)
 class Corruption:
     """One corruption at one severity.
 
-    Attributes:
-        kind: one of ``CORRUPTIONS``.
-        severity: 1 to 5.
-        seed: of what is random in it.
+    ``kind`` is one of ``tal_fast.config.names.CORRUPTIONS``, ``severity`` is 1 to 5, ``seed`` that of the noise.
     """
 
     kind: str
@@ -102,25 +99,26 @@ class Corruption:
             raise ValueError(f"the severity of a corruption is 1 to 5, not {self.severity}")
 
     def image(self, pixels: Pixels, index: int) -> Pixels:
-        """(H, W, C) uint8 -> the same, corrupted; C is 1 or 3, ``index`` the image's place in its split."""
+        """Corrupt an image (H, W, C) uint8, C 1 or 3, whose index in its split is ``index``."""
         function, strengths = _KINDS[self.kind]
         random = np.random.default_rng([self.seed, index, CORRUPTIONS.index(self.kind), self.severity])
         changed = function(pixels, strengths[self.severity - 1], random)
         return np.clip(np.round(changed), 0, 255).astype(np.uint8)
 
     def of_batches(self, loader: Iterable[Any], mean: list[float], std: list[float]) -> Iterator[Any]:
-        """The (images, labels, indices) of a loader with corrupted images.
+        """Corrupt the images of a loader's (images, labels, indices).
 
-        Normalisation is undone and done again; images that were resized as floats are rounded to bytes in between.
+        The images are converted back to bytes first, which rounds those that were resized as floats.
 
         Args:
-            loader: yields images (B, C, S, S) float32, normalised.
-            mean, std: of the normalisation, per channel.
+            loader: yields images (B, C, S, S) float32, normalized.
+            mean: mean of the normalization, per channel.
+            std: standard deviation of the normalization, per channel.
         """
         normalize = Normalizer(ImageFormat(3 if len(mean) == 3 else 1, mean, std, torch.device("cpu")))
         scale, offset = (torch.tensor(v).view(1, -1, 1, 1) for v in (std, mean))
         for images, labels, indices in loader:
-            shown: Tensor = (images.cpu() * scale + offset) * 255
-            pixels = shown.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-            changed = np.stack([self.image(p, int(i)) for p, i in zip(pixels, indices, strict=True)])
-            yield normalize(torch.from_numpy(changed)).to(images.device), labels, indices
+            restored: Tensor = (images.cpu() * scale + offset) * 255
+            pixels = restored.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            corrupted = np.stack([self.image(p, int(i)) for p, i in zip(pixels, indices, strict=True)])
+            yield normalize(torch.from_numpy(corrupted)).to(images.device), labels, indices

@@ -1,30 +1,29 @@
-"""Image files through NVIDIA DALI, on the CPU or decoded by the GPU.
+"""Source of image files decoded by NVIDIA DALI, on the CPU or the GPU.
 
-DALI's file reader keeps its own order, shards and padding; here it gets the plan's paths, boxes and mirroring one step
-at a time instead. So it reads the same images as the PyTorch loader, no rank ever repeats one to fill a batch, and any
-step can be the first: also the one that a file which does not decode has ended the pipeline in.
+DALI's own file reader would choose order, shards and padding. Instead its external source passes paths, crops and
+mirroring of the plan one step at a time. So the images are those of the PyTorch loader, no image is repeated to fill a
+batch, and reading can start at any step, also after a file that does not decode has ended the pipeline.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from tal_fast.data.cache import cache_dir, make_folder_once
 from tal_fast.data.image_folder import ImageFiles, undecodable
 from tal_fast.data.loader import ImageFormat, Step
 from tal_fast.data.sampler import Batch, Plan
 
 PREFETCH = 2
-"""Steps made ahead."""
+"""Number of steps that are prepared in advance."""
 
 
 def available() -> bool:
@@ -37,13 +36,13 @@ def available() -> bool:
 
 
 class DaliSource:
-    """Image files, decoded, cut, resized and normalised by DALI; see ``tal_fast.data.loader.Source``.
+    """Source of image files decoded, cropped, resized and normalized by DALI.
 
     Args:
-        plan: the steps to make.
-        files: the split.
-        form: of the batches.
-        workers: decoding threads.
+        plan: order and crops of the images.
+        files: images of the split.
+        form: format of the batches.
+        workers: number of decoding threads.
     """
 
     def __init__(self, plan: Plan, files: ImageFiles, form: ImageFormat, workers: int) -> None:
@@ -53,10 +52,9 @@ class DaliSource:
         self._workers = max(1, workers)
         self._prober = _Prober(form)
         self._requests = _Requests(files, plan, self._prober)
-        self._ready: tuple[int, Any] | None = None  # the size of images and the iterator of an epoch that is through
+        self._ready: tuple[int, Any] | None = None  # image size and iterator of a finished epoch
 
     def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[Step, None, None]:
-        """See ``Source``."""
         requests, step = self._requests, start_step
         while step < len(self._plan):
             requests.epoch, requests.start_step = epoch, step
@@ -67,29 +65,28 @@ class DaliSource:
                     batch, unreadable = requests.pending.popleft()
                     yield Step(outputs["images"], torch.from_numpy(batch.indices), unreadable)
                     step += 1
-            except RuntimeError:  # ends the pipeline, and does not say which file it was
+            except RuntimeError:  # DALI ends the pipeline without naming the file
                 iterator = None
                 if not self._find_suspects([batch for batch, _ in requests.pending]):
                     raise
                 continue
-            # Kept only once the epoch is through: an epoch left early leaves its next steps in the pipeline.
+            # Reused only after a finished epoch: otherwise the pipeline still holds the next steps.
             self._ready = image_size, iterator
 
     def _iterator(self, image_size: int) -> Any:
         ready, self._ready = self._ready, None
         if ready is None or ready[0] != image_size:
             return self._build(image_size)  # takes some 40 ms
-        ready[1].reset()  # not before now: it asks for the first steps at once
+        ready[1].reset()  # requests the first steps at once
         return ready[1]
 
     def close(self) -> None:
-        """See ``Source``."""
         self._ready = None
         self._prober.close()
 
     def _find_suspects(self, pending: list[Batch]) -> bool:
-        """Find the files that do not decode in the first of the steps that has any; whether there is one."""
-        for find in (self._refused_by_pillow, self._refused_by_dali):  # the first is faster and says why
+        """Find the files that do not decode in the first step that has any; returns whether there are some."""
+        for find in (self._rejected_by_pillow, self._rejected_by_dali):  # Pillow is faster and gives the reason
             for batch in pending:
                 found = find(batch)
                 self._requests.suspects.update(found)
@@ -97,26 +94,26 @@ class DaliSource:
                     return True
         return False
 
-    def _refused_by_pillow(self, batch: Batch) -> dict[int, str]:
+    def _rejected_by_pillow(self, batch: Batch) -> dict[int, str]:
         paths, sizes = self._files.paths, self._files.sizes
         with ThreadPoolExecutor(self._workers) as pool:
             problems = list(pool.map(lambda i: undecodable(paths[i], sizes[i]), batch.indices))
         return {
             int(i): problem
             for i, box, problem in zip(batch.indices, batch.boxes, problems, strict=True)
-            if problem is not None and int(i) not in self._requests.suspects and self._prober.refusal(paths[i], box)
+            if problem is not None and int(i) not in self._requests.suspects and self._prober.error(paths[i], box)
         }
 
-    def _refused_by_dali(self, batch: Batch) -> dict[int, str]:
+    def _rejected_by_dali(self, batch: Batch) -> dict[int, str]:
         found = {}
         for i, box in zip(batch.indices, batch.boxes, strict=True):
             path = self._files.paths[i]
-            if int(i) not in self._requests.suspects and (reason := self._prober.refusal(path, box)):
+            if int(i) not in self._requests.suspects and (reason := self._prober.error(path, box)):
                 found[int(i)] = f"{path} cannot be decoded (by DALI: {reason})"
         return found
 
     def _build(self, image_size: int) -> Any:
-        # Any: DALI makes its operators at import, out of sight of type checkers.
+        # Any: DALI creates its operators at import, unseen by type checkers.
         dali: Any = import_module("nvidia.dali")
         fn, types = dali.fn, dali.types
         torch_plugin: Any = import_module("nvidia.dali.plugin.pytorch")
@@ -163,26 +160,26 @@ class DaliSource:
 
 
 class _Prober:
-    """Decodes one file at a time, to find the one that ended a pipeline."""
+    """Pipeline that decodes one file at a time, to find the one that ended another pipeline."""
 
     def __init__(self, form: ImageFormat) -> None:
         self._form = form
         self._request: list[Any] = []
         self._pipeline: Any = None
 
-    def refusal(self, path: str, box: np.ndarray) -> str | None:
-        """Why DALI cannot cut a box out of a file; None if it can."""
+    def error(self, path: str, box: np.ndarray) -> str | None:
+        """Reason that DALI cannot decode a box of a file; None if it can."""
         self._request[:] = [[_encoded(path)], [box[:2]], [box[2:]]]
         try:
             self._pipeline = self._pipeline or self._build()
             self._pipeline.run()
         except RuntimeError as error:
             self._pipeline = None
-            return _gist(error)
+            return _error_line(error)
         return None
 
     def close(self) -> None:
-        """End its thread; the next file starts one anew."""
+        """End the pipeline's thread; the next file starts a new one."""
         self._pipeline = None
 
     def _build(self) -> Any:
@@ -205,21 +202,22 @@ class _Prober:
 
 
 class _Requests:
-    """What DALI's external source asks for: an epoch's steps, from any on.
+    """External source of a pipeline: the steps of an epoch.
 
     Attributes:
-        epoch, start_step: where the next iteration starts.
-        pending: the steps that were asked for and have not come out of the pipeline yet, oldest first, each with
-            row -> sentence for the files in whose place a black image is read.
-        suspects: index -> sentence, of files that did not decode before. A truncated file may hold the box of another
-            epoch whole, so that each time DALI is asked: what a run gets does not depend on what it met earlier.
+        epoch: epoch of the next iteration.
+        start_step: first step of the next iteration.
+        pending: steps that have entered the pipeline but not left it, oldest first, each with row -> reason for the
+            files that a black image replaces.
+        suspects: index -> reason of files that did not decode before. They are tried again each time, because a
+            truncated file may contain the box of another epoch: a resumed run must read the same images.
     """
 
     def __init__(self, files: ImageFiles, plan: Plan, prober: _Prober) -> None:
         self._paths = files.paths
         self._plan = plan
         self._prober = prober
-        self._blank = _BlankFile()
+        self._black: str | None = None
         self.epoch, self.start_step = 0, 0
         self.pending: deque[tuple[Batch, dict[int, str]]] = deque()
         self.suspects: dict[int, str] = {}
@@ -231,32 +229,23 @@ class _Requests:
             paths = [_encoded(self._paths[i]) for i in batch.indices]
             unreadable = self._unreadable(batch)
             for row in unreadable:
-                paths[row], boxes[row] = _encoded(self._blank.path), (0, 0, 1, 1)
+                paths[row], boxes[row] = _encoded(self._black_file()), (0, 0, 1, 1)
             self.pending.append((batch, unreadable))
             yield paths, np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:]), batch.mirror
 
+    def _black_file(self) -> str:
+        """Path of an image file of one black pixel."""
+        if self._black is None:
+            folder = make_folder_once(cache_dir() / "black-1", lambda f: Image.new("RGB", (1, 1)).save(f / "black.png"))
+            self._black = str(folder / "black.png")
+        return self._black
+
     def _unreadable(self, batch: Batch) -> dict[int, str]:
-        if not self.suspects:
-            return {}
         return {
             row: self.suspects[int(i)]
             for row, i in enumerate(batch.indices)
-            if int(i) in self.suspects and self._prober.refusal(self._paths[i], batch.boxes[row])
+            if int(i) in self.suspects and self._prober.error(self._paths[i], batch.boxes[row])
         }
-
-
-class _BlankFile:
-    """An image file of one black pixel, for as long as this object lives; made when it is first asked for."""
-
-    def __init__(self) -> None:
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-
-    @property
-    def path(self) -> str:
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="tal-fast-")
-            Image.new("RGB", (1, 1)).save(Path(self._folder.name) / "black.png")
-        return str(Path(self._folder.name) / "black.png")
 
 
 def _device_id(form: ImageFormat) -> int | None:
@@ -264,7 +253,7 @@ def _device_id(form: ImageFormat) -> int | None:
 
 
 def _decode(dali: Any, form: ImageFormat, paths: Any, corners: Any, sizes: Any) -> Any:
-    """Boxes of files, (height, width, channels) uint8."""
+    """Decode boxes of files to (height, width, channels) uint8."""
     return dali.fn.decoders.image_slice(
         dali.fn.io.file.read(paths),
         corners,
@@ -274,17 +263,17 @@ def _decode(dali: Any, form: ImageFormat, paths: Any, corners: Any, sizes: Any) 
         normalized_anchor=False,
         normalized_shape=False,
         output_type=dali.types.RGB if form.channels == 3 else dali.types.GRAY,
-        adjust_orientation=False,  # as Pillow, and as the sizes the boxes were drawn for
+        adjust_orientation=False,  # as in Pillow, and in the sizes that the boxes are for
     )
 
 
 def _encoded(path: str) -> np.ndarray:
-    """A path as DALI takes it: bytes in an array."""
+    """Bytes of a path, as an array for DALI."""
     return np.frombuffer(path.encode(errors="surrogateescape"), np.uint8)
 
 
-def _gist(error: Exception) -> str:
-    """The line of DALI's report that says what is wrong."""
+def _error_line(error: Exception) -> str:
+    """Line of a DALI report that names the error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next(
         (line for line in lines if "rror" in line and not line.startswith("Critical")), lines[0] if lines else ""

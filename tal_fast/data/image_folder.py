@@ -1,4 +1,4 @@
-"""Image files on disk: finding them, checking each one's header before training starts."""
+"""Image files on disk: search for them, and a check of their headers before training starts."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ from tal_fast.data.cache import cache_dir
 from tal_fast.utils.io import replacing
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-"""Endings, in any case, of the files that count as images; both loaders read all of them. Others are passed over."""
+"""Endings of image files, in upper or lower case; other files are ignored."""
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
-"""Pillow's names of the formats that both loaders read, whatever the files' endings."""
+"""Pillow's names of the formats that Pillow and DALI both read, whatever the ending of the file."""
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-"""Pillow's modes that both loaders make the same 8-bit pixels of; of 16-bit gray or floating point they do not."""
+"""Pillow's modes that both loaders convert to the same 8-bit pixels, unlike 16-bit gray or floating point."""
 
 OOD_LABEL = -1
+"""Label of out-of-distribution images."""
 
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
 
 
 class UnreadableImage(ValueError):
-    """A file that is no image, or does not decode."""
+    """Error for a file that is no image or does not decode."""
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The images of one split; an image's index is its place here.
+    """Image files of one split.
 
     Attributes:
         paths: N absolute paths.
         labels: (N,) int64 classes, or ``OOD_LABEL``.
-        sizes: (N, 2) int32, (height, width) in pixels as stored, before any rotation that EXIF asks for.
+        sizes: (N, 2) int32 heights and widths in pixels as stored, without the rotation in EXIF.
     """
 
     paths: Sequence[str]
@@ -52,12 +53,12 @@ class ImageFiles:
         return len(self.paths)
 
     def subset(self, indices: np.ndarray) -> ImageFiles:
-        """The images at ``indices``."""
+        """Images at ``indices``."""
         return ImageFiles([self.paths[i] for i in indices], self.labels[indices], self.sizes[indices])
 
 
 def class_folders(root: Path, split: str) -> list[str]:
-    """Names of the class folders of ``root/split``, sorted.
+    """Sorted names of the class folders of ``root/split``.
 
     Raises:
         ValueError: the folder is missing or has no class folder.
@@ -69,16 +70,17 @@ def class_folders(root: Path, split: str) -> list[str]:
         raise ValueError(f"{root} has no folder {split}/; it must hold train/ and val/ with one folder a class in each")
     names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
     if not names:
-        raise ValueError(f"{folder} is empty of class folders; put each class's images into a folder of its own")
+        raise ValueError(f"{folder} has no class folders; put each class's images into a folder of its own")
     return names
 
 
 def read_list(path: Path, root: Path) -> set[str]:
-    """Absolute paths of the files a list names: one a line, relative to ``root``; empty lines and ``#`` comments are
-    passed over.
+    """Absolute paths of the files in a list of one path per line, relative to ``root``.
+
+    Empty lines and lines that start with ``#`` are skipped.
 
     Raises:
-        ValueError: the list is not there, is empty or names a file that is not there.
+        ValueError: the list cannot be read, is empty, or names a missing file.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
@@ -95,19 +97,19 @@ def read_list(path: Path, root: Path) -> set[str]:
         missing = [name for name, there in zip(names, pool.map(os.path.isfile, listed), strict=True) if not there]
     if missing:
         raise ValueError(
-            f"data.file_list {path} names {len(missing)} files that are not in {root} ({_some(missing)}); "
-            f"write it anew with python -m tal_fast.check_data {root} --out {path}"
+            f"data.file_list {path} names {len(missing)} files that are not in {root} ({first_names(missing)}); "
+            f"write it again with python -m tal_fast.check_data {root} --out {path}"
         )
     return set(listed)
 
 
 def files_by_class(root: Path, split: str) -> dict[str, list[tuple[str, int, int]]]:
-    """The image files of each class of ``root/split``, as ``_walk`` lists them, by the class's name in order.
+    """Image files of each class of ``root/split``, as ``_walk`` lists them, sorted by class.
 
-    A class is a folder; but ``val`` may also be ImageNet's as it unpacks, see ``tal_fast.data.imagenet``.
+    Each class has a folder; only ``val`` may also be ImageNet's without class folders, see ``tal_fast.data.imagenet``.
 
     Raises:
-        ValueError: the folder is missing, has neither, or holds an image that no file gives a class.
+        ValueError: the folder is missing or empty, or has an image without a class.
     """
     folder = root / split
     if (
@@ -118,7 +120,7 @@ def files_by_class(root: Path, split: str) -> dict[str, list[tuple[str, int, int
         return {name: _walk(str(folder / name)) for name in class_folders(root, split)}
     images = _walk(str(folder))
     if not images:
-        return {name: [] for name in class_folders(root, split)}  # which says that it is empty
+        return {name: [] for name in class_folders(root, split)}  # raises the error
     classes = imagenet.validation_classes(root)
     found: dict[str, list[tuple[str, int, int]]] = {}
     for image in images:
@@ -130,15 +132,16 @@ def files_by_class(root: Path, split: str) -> dict[str, list[tuple[str, int, int
 
 
 def read_split(root: Path, split: str, class_names: Sequence[str], listed: Set[str] | None = None) -> ImageFiles:
-    """The images of ``root/split/CLASS/**`` (see ``files_by_class``); labels are places in ``class_names``.
+    """Images of ``root/split/CLASS/**``, see ``files_by_class``.
 
     Args:
-        root, split: where.
-        class_names: folders, in the order of their labels.
-        listed: absolute paths of the files to use; None: all.
+        root: folder of the splits.
+        split: name of the split's folder.
+        class_names: class folders in the order of their labels.
+        listed: absolute paths of the files to use; None for all.
 
     Raises:
-        ValueError: a class folder that ``class_names`` lacks, one without images, or a file that is no image.
+        ValueError: a class folder is not in ``class_names`` or has no images, or a file is no image.
     """
     label_of = {name: label for label, name in enumerate(class_names)}
     paths: list[str] = []
@@ -148,7 +151,7 @@ def read_split(root: Path, split: str, class_names: Sequence[str], listed: Set[s
         folder = root / split / name
         if name not in label_of:
             raise ValueError(
-                f"{folder} has no counterpart among the training classes ({_some(class_names)}); "
+                f"{folder} has no counterpart among the training classes ({first_names(class_names)}); "
                 f"rename it, or move a test set of other classes to data.ood"
             )
         if not found:
@@ -167,7 +170,7 @@ def read_split(root: Path, split: str, class_names: Sequence[str], listed: Set[s
 
 
 def read_flat(folder: Path, name: str) -> ImageFiles:
-    """All images under an out-of-distribution folder, whatever folders they are in, labelled ``OOD_LABEL``.
+    """All images under an out-of-distribution folder, at any depth.
 
     Raises:
         ValueError: there are none, or a file is no image.
@@ -183,54 +186,54 @@ def read_flat(folder: Path, name: str) -> ImageFiles:
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """(height, width) from the header.
+    """Height and width from the header of an image file.
 
     Raises:
-        UnreadableImage: the file is not an image, cannot be read, or holds pixels the loaders do not agree on.
+        UnreadableImage: the file is no image, cannot be read, or has pixels that the loaders read differently.
     """
     try:
         with Image.open(path) as image:
-            problem = odd_pixels(image)
+            problem = unsupported_pixels(image)
             if problem is None:
                 return image.height, image.width
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        problem = why(error, path)
+        problem = error_summary(error, path)
     raise UnreadableImage(
         f"{path} cannot be read as an image ({problem}); remove or replace it, or leave it out with "
         "python -m tal_fast.check_data FOLDER --out list.txt and --data.file_list list.txt"
     )
 
 
-def odd_pixels(image: Image.Image) -> str | None:
-    """Why the loaders would not make the same 8-bit pixels of an opened image; None if they do."""
+def unsupported_pixels(image: Image.Image) -> str | None:
+    """Reason that the loaders would read different 8-bit pixels of an opened image; None if they read the same."""
     if image.format not in FORMATS:
-        return f"format {image.format}, which the loaders do not both read"
+        return f"format {image.format}, which not every loader reads"
     if image.mode not in MODES:
-        return f"pixels of mode {image.mode}, which have no one meaning in 8 bits"
+        return f"pixels of mode {image.mode}, which the loaders convert to 8 bits in different ways"
     return None
 
 
 def undecodable(path: str, size: np.ndarray) -> str | None:
-    """A sentence on why a file that was (height, width) pixels large does not decode; None if it does."""
+    """Reason that a file of ``size`` (height, width) does not decode; None if it does."""
     try:
         with Image.open(path) as image:
             if (image.height, image.width) != tuple(size):
                 return f"{path} cannot be used (it was {size[0]} x {size[1]} and is {image.height} x {image.width} now)"
             image.load()
     except Exception as error:
-        return f"{path} cannot be decoded ({why(error, path)})"
+        return f"{path} cannot be decoded ({error_summary(error, path)})"
     return None
 
 
-def why(error: Exception, path: str) -> str:
-    """What an error of Pillow's says about a file, in a few words."""
+def error_summary(error: Exception, path: str) -> str:
+    """Short text of a Pillow error about a file."""
     if isinstance(error, UnidentifiedImageError):
         return "it is empty" if os.path.exists(path) and os.path.getsize(path) == 0 else "no image format fits it"
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _walk(folder: str) -> list[tuple[str, int, int]]:
-    """(path, bytes, time of change in ns) of the images at any depth, sorted by path; hidden ones are passed over."""
+    """Path, size in bytes and time of change in ns of the images at any depth, sorted, without hidden ones."""
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -245,7 +248,7 @@ def _walk(folder: str) -> list[tuple[str, int, int]]:
 
 
 def _sizes(paths: Sequence[str], stamps: Sequence[tuple[int, int]]) -> np.ndarray:
-    """(N, 2) sizes of the images; kept in the cache, for reading a million headers takes minutes."""
+    """(N, 2) int32 heights and widths of images, from the cache if possible: a million headers take minutes."""
     digest = hashlib.sha256()
     for path, stamp in zip(paths, stamps, strict=True):
         digest.update(f"{path}\0{stamp}\n".encode(errors="surrogateescape"))
@@ -255,7 +258,7 @@ def _sizes(paths: Sequence[str], stamps: Sequence[tuple[int, int]]) -> np.ndarra
         if sizes.shape == (len(paths), 2) and sizes.dtype == np.int32:
             return sizes
     except (OSError, ValueError, EOFError):
-        pass  # not there or damaged: read the headers
+        pass  # missing or damaged
     with ThreadPoolExecutor(_THREADS) as pool:
         sizes = np.array(list(pool.map(image_size, paths, chunksize=64)), np.int32)
     with replacing(cached) as temporary:
@@ -263,5 +266,6 @@ def _sizes(paths: Sequence[str], stamps: Sequence[tuple[int, int]]) -> np.ndarra
     return sizes
 
 
-def _some(names: Sequence[str], limit: int = 5) -> str:
+def first_names(names: Sequence[str], limit: int = 5) -> str:
+    """Text with the first names of a list and the number of the others."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,8 +1,8 @@
-"""ImageNet's validation images as their archive unpacks: 50,000 files in one folder, their classes in a file elsewhere.
+"""Classes of ImageNet's validation images, which unpack to 50,000 files in one folder.
 
-Two distributions say which is which: the development kit (``data/ILSVRC2012_validation_ground_truth.txt`` numbers the
-classes, ``data/meta.mat`` names them) and Kaggle's (``LOC_val_solution.csv``). Either lies beside ``train`` and
-``val``, or in one of the folders above, where Kaggle's archive has it.
+The classes are in the development kit (numbers in ``data/ILSVRC2012_validation_ground_truth.txt``, names in
+``data/meta.mat``) or in ``LOC_val_solution.csv`` of Kaggle. Either is next to ``train`` and ``val``, or in a folder
+above, as in Kaggle's archive.
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ from pathlib import Path
 
 GROUND_TRUTH, META, SOLUTION = "ILSVRC2012_validation_ground_truth.txt", "meta.mat", "LOC_val_solution.csv"
 _KITS = ("", "data", "ILSVRC2012_devkit_t12", "ILSVRC2012_devkit_t12/data")
-_ABOVE = 3
-"""Folders between ``train`` and the top of Kaggle's archive: CLS-LOC, Data, ILSVRC."""
+_PARENTS = 3
+"""Number of parent folders to search: CLS-LOC, Data and ILSVRC in Kaggle's archive."""
 
 
 def validation_classes(root: Path) -> dict[str, str]:
-    """Stem of each validation image's name -> name of its class's folder in ``train`` (a WordNet id).
+    """Class of each validation image.
 
     Args:
-        root: the folder that holds ``train`` and ``val``.
+        root: folder that holds ``train`` and ``val``.
+
+    Returns:
+        File name of the image without its ending -> name of the class folder in ``train`` (a WordNet id).
 
     Raises:
-        ValueError: there is no such file, or it cannot be read as one.
+        ValueError: the file of the classes is missing or damaged.
     """
     root = root.absolute()
-    for folder in (root, *list(root.parents)[:_ABOVE]):
+    for folder in (root, *list(root.parents)[:_PARENTS]):
         if (folder / SOLUTION).is_file():
             return _solution(folder / SOLUTION)
         for kit in _KITS:
@@ -42,7 +45,7 @@ def _solution(path: Path) -> dict[str, str]:
     with open(path, newline="") as file:
         rows = list(csv.reader(file))
     if not rows or rows[0][:2] != ["ImageId", "PredictionString"] or not all(len(r) > 1 and r[1] for r in rows[1:]):
-        raise ValueError(f"{path} has no columns ImageId,PredictionString with a class in each line; fetch it anew")
+        raise ValueError(f"{path} has no columns ImageId,PredictionString with a class in each line; get it again")
     return {row[0]: row[1].split()[0] for row in rows[1:]}
 
 
@@ -57,7 +60,7 @@ def _development_kit(folder: Path) -> dict[str, str]:
         names = {int(number): str(name) for number, name in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
         numbers = [int(line) for line in truth.read_text().split()]
         return {f"ILSVRC2012_val_{i:08d}": names[number] for i, number in enumerate(numbers, 1)}
-    except Exception as error:  # loadmat fails in many ways on what is no such file
+    except Exception as error:  # loadmat raises many types of errors for other files
         raise ValueError(
-            f"{truth} and {META} are not those of ImageNet's development kit ({type(error).__name__}); fetch them anew"
+            f"{truth} and {META} are not those of ImageNet's development kit ({type(error).__name__}); get them again"
         ) from error

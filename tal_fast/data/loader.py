@@ -1,4 +1,4 @@
-"""The loader every split is read through, whatever reads the images."""
+"""Loader of one split, and the source of images in memory."""
 
 from __future__ import annotations
 
@@ -16,25 +16,19 @@ from tal_fast.data.image_folder import UnreadableImage
 from tal_fast.data.sampler import Batch, Plan
 
 Images = tuple[Tensor, Tensor, Tensor]
-"""(images, labels, indices): (B, C, H, W) float32 normalised; (B,) int64, -1 for OOD, -100 for a file that did not
-decode; (B,) int64 line of the split."""
-
-INTERPOLATIONS = ("bilinear", "bicubic")
-"""Filters that images are resized with, stretched where they shrink (antialiasing), as in Pillow."""
+"""Images (B, C, H, W) float32, normalized; labels (B,) int64, -1 for OOD, -100 for a file that did not decode; indices
+(B,) int64 in the split."""
 
 IGNORED_LABEL = -100
-"""Of an image that could not be read: what cross-entropy and ``TALLoss`` take as ``ignore_index``."""
+"""Label of an image that could not be read: the ``ignore_index`` of cross-entropy and ``TALLoss``."""
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What images are made into.
+    """Format of the images of a batch.
 
-    Attributes:
-        channels: 1 or 3.
-        mean, std: per channel, of values scaled to [0, 1].
-        device: where they end up.
-        interpolation: one of ``INTERPOLATIONS``.
+    ``mean`` and ``std`` are per channel for values in [0, 1]; ``interpolation`` is the filter for resizing, one of
+    ``tal_fast.config.names.INTERPOLATIONS``.
     """
 
     channels: int
@@ -46,12 +40,12 @@ class ImageFormat:
 
 @dataclass(frozen=True)
 class Step:
-    """What a source makes of a batch of the plan.
+    """Images of one step.
 
     Attributes:
-        images: (B, C, S, S) float32, normalised, on the loader's device.
+        images: (B, C, S, S) float32, normalized, on the loader's device.
         indices: (B,) int64 on the CPU.
-        unreadable: row -> a sentence that names its file and why it does not decode; the image is black.
+        unreadable: row -> reason that its file does not decode; the image is black.
     """
 
     images: Tensor
@@ -60,26 +54,25 @@ class Step:
 
 
 class Source(Protocol):
-    """Reads the images of a split. One for each way of reading: PyTorch, DALI, memory."""
+    """Reader of the images of a split: from memory, through Pillow or through DALI."""
 
     def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[Step, None, None]:
-        """The plan's steps of an epoch from ``start_step`` on, with images of so many pixels a side."""
+        """Steps of an epoch from ``start_step`` on, with images of ``image_size`` pixels a side."""
         ...
 
     def close(self) -> None:
-        """End workers and threads; ``steps`` starts them anew."""
+        """End workers and threads; ``steps`` starts new ones."""
         ...
 
 
 class Loader:
     """Iterable over the (images, labels, indices) of an epoch's steps on one rank.
 
-    ``len()`` is in steps. In training each epoch has another order, which depends on the seed and the epoch alone;
-    call ``set_epoch`` before iterating.
+    The length is the number of steps. The order of a training epoch depends on the seed and the epoch alone; call
+    ``set_epoch`` before iterating.
 
     Attributes:
-        num_samples: images of the split over all ranks; with one rank, those an epoch of evaluation yields.
-        unreadable: path -> why, of the files that did not decode so far on this rank.
+        unreadable: path -> reason, for the files that did not decode so far on this rank.
     """
 
     def __init__(
@@ -107,23 +100,23 @@ class Loader:
 
     @property
     def num_samples(self) -> int:
-        """See the class."""
+        """Images of the split over all ranks."""
         return self._plan.num_samples
 
     def __len__(self) -> int:
         return len(self._plan)
 
     def set_epoch(self, epoch: int, start_step: int = 0, image_size: int | None = None) -> None:
-        """The epoch to read next, from ``start_step`` on; following iterations read the same one again.
+        """Choose the epoch that iterations read.
 
         Args:
-            epoch: from 0.
-            start_step: of the epoch.
-            image_size: side of this epoch's images in pixels, for progressive resizing; None: the data set's. What is
-                cut out of an image does not depend on it.
+            epoch: epoch, counted from 0.
+            start_step: first step of the epoch to read.
+            image_size: side of the images in pixels, for progressive resizing; by default the data set's. The crops do
+                not depend on it.
 
         Raises:
-            ValueError: an image size below 1.
+            ValueError: the image size is below 1.
         """
         if image_size is not None and image_size < 1:
             raise ValueError(f"image_size is {image_size} but must be at least 1")
@@ -137,13 +130,13 @@ class Loader:
                     labels = self._labels[step.indices]
                     for row, reason in step.unreadable.items():
                         labels[row] = IGNORED_LABEL
-                        self._note(self._paths[int(step.indices[row])], reason)
+                        self._record_unreadable(self._paths[int(step.indices[row])], reason)
                     yield step.images, to_device(labels, self._device), to_device(step.indices, self._device)
         except UnreadableImage:
-            self._source.close()  # now: collected as garbage, worker processes would be waited for in vain
+            self._source.close()  # garbage collection of the workers would wait for them forever
             raise
 
-    def _note(self, path: str, reason: str) -> None:
+    def _record_unreadable(self, path: str, reason: str) -> None:
         self.unreadable[path] = reason
         if self._max_unreadable == 0:
             raise UnreadableImage(f"{reason}; remove or replace it, or {self._check_command}")
@@ -155,58 +148,59 @@ class Loader:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on ``device``, without waiting for a GPU."""
+    """Copy a CPU tensor to ``device`` without waiting for a GPU."""
     if device.type != "cuda":
         return tensor.to(device)
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
-Made = TypeVar("Made")
-Raw = TypeVar("Raw")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def prefetch(
-    items: Iterable[Raw], make: Callable[[Raw], Made], tensors: Callable[[Made], Sequence[Tensor]], device: torch.device
-) -> Generator[Made, None, None]:
-    """``map(make, items)``, on a GPU one item ahead and on a stream of its own, so that copies run beside the step.
+    items: Iterable[Item],
+    make: Callable[[Item], Result],
+    tensors: Callable[[Result], Sequence[Tensor]],
+    device: torch.device,
+) -> Generator[Result, None, None]:
+    """Yield ``map(make, items)``; on a GPU one item ahead on a separate stream, so that copies overlap the step.
 
     Args:
-        items: on the CPU, in pinned memory.
-        make: copies to the device and works there; must not wait for it.
-        tensors: those of a made item that live on the device.
-        device: where.
+        items: inputs on the CPU, in pinned memory.
+        make: copies an item to the device and processes it there without waiting.
+        tensors: returns the tensors of a result that are on the device.
+        device: device of the results.
     """
     if device.type != "cuda":
         yield from map(make, items)
         return
-    rest = iter(items)
+    remaining = iter(items)
     side = torch.cuda.Stream(device)
 
-    def start() -> tuple[Made, torch.cuda.Event] | None:
-        for item in rest:
+    def start() -> tuple[Result, torch.cuda.Event] | None:
+        for item in remaining:
             with torch.cuda.stream(side):
                 return make(item), side.record_event()
         return None
 
     ahead = start()
     while ahead is not None:
-        made, ready = ahead
+        result, ready = ahead
         ahead = start()
         current = torch.cuda.current_stream(device)
         current.wait_event(ready)
-        for tensor in tensors(made):
-            tensor.record_stream(current)  # its memory is the side stream's, and must not be given out while in use
-        yield made
+        for tensor in tensors(result):
+            tensor.record_stream(current)  # the side stream must not reuse the memory before the step is done
+        yield result
 
 
 class Normalizer:
-    """``(x / 255 - mean) / std`` from (B, H, W, C) uint8 to (B, C, H, W) float32; the constants stay on the device.
+    """Normalization ``(x / 255 - mean) / std`` of (B, H, W, C) uint8 to (B, C, H, W) float32.
 
-    The memory order is channels first, in the strides too: with one channel both orders are the same memory, PyTorch
-    would go by the strides, and the network would run in channels-last order whatever ``model.channels_last`` says.
-
-    Attributes:
-        black, white: (C, 1, 1), what 0 and 255 become.
+    The strides are channels-first, too: for one channel PyTorch could not tell both memory formats apart, and the
+    network would run in channels-last format whatever ``model.channels_last`` is. ``black`` and ``white`` are the
+    normalized values (C, 1, 1) of 0 and 255.
     """
 
     def __init__(self, form: ImageFormat) -> None:
@@ -222,13 +216,13 @@ class Normalizer:
 
 
 class MemorySource:
-    """A split held in memory on the loader's device; see ``Source``.
+    """Source of images held in memory on the loader's device.
 
     Args:
-        plan: the steps to make.
+        plan: steps to make.
         pixels: (P, H, W, C) uint8.
-        rows: (N,) int64, where in ``pixels`` each image of the split is; None: in order.
-        form: of the batches; they are resized if need be.
+        rows: (N,) int64 row of ``pixels`` of each image; None if they are in order.
+        form: format of the batches.
     """
 
     def __init__(self, plan: Plan, pixels: Tensor, rows: Tensor | None, form: ImageFormat) -> None:
@@ -240,12 +234,11 @@ class MemorySource:
         self._interpolation = form.interpolation
 
     def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[Step, None, None]:
-        """See ``Source``."""
         batches = self._plan.batches(epoch, start_step)
         return prefetch(batches, lambda batch: self._make(batch, image_size), lambda step: [step.images], self._device)
 
     def close(self) -> None:
-        """See ``Source``: there is nothing to end."""
+        pass
 
     def _make(self, batch: Batch, image_size: int) -> Step:
         indices = torch.from_numpy(batch.indices)
@@ -259,7 +252,7 @@ class MemorySource:
         size = (image_size, image_size)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode=self._interpolation, antialias=True)
-            if self._interpolation == "bicubic":  # which shoots over at edges; pixels of files end at 0 and 255
+            if self._interpolation == "bicubic":  # overshoots at edges, unlike the resizing of 8-bit files
                 images = images.clamp(self._normalize.black, self._normalize.white)
         return Step(images, indices)
 
@@ -268,9 +261,9 @@ class MemorySource:
 
 
 def _shift(pixels: Tensor, shift: Tensor) -> Tensor:
-    """(B, H, W, C) moved by (B, 2) pixels (down, right); black moves in."""
+    """Move images (B, H, W, C) down and right by (B, 2) pixels, padding with black."""
     rows, height, width = pixels.shape[:3]
-    y = torch.arange(height, device=pixels.device) - shift[:, :1]  # (B, H), where each row comes from
+    y = torch.arange(height, device=pixels.device) - shift[:, :1]  # (B, H) source of each row
     x = torch.arange(width, device=pixels.device) - shift[:, 1:]
     inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
     at = torch.arange(rows, device=pixels.device)[:, None, None]

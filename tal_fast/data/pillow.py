@@ -1,4 +1,4 @@
-"""Image files through Pillow and PyTorch's DataLoader."""
+"""Source of image files decoded by Pillow in the workers of PyTorch's DataLoader."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from tal_fast.data.sampler import Batch, Plan
 
 
 def _fork_workers(loader: DataLoader) -> Iterator:
-    """``iter(loader)``, which forks the workers, with nothing left for their garbage collectors.
+    """Start the workers without any garbage of this process.
 
-    A DALI pipeline that waits in this process as garbage would be collected in a worker, whose copy of it has no
-    threads to shut down: the worker would wait for them for ever.
+    A worker that collects the garbage of a DALI pipeline would wait forever for threads that only exist here.
     """
+    if loader.num_workers == 0:
+        return iter(loader)
     gc.collect()
     gc.freeze()
     try:
@@ -31,19 +32,19 @@ def _fork_workers(loader: DataLoader) -> Iterator:
         gc.unfreeze()
 
 
-_Read = tuple[Tensor, Tensor, dict[int, str]]
-"""(B, S, S, C) uint8, (B,) indices, and row -> sentence where a file does not decode."""
+_Decoded = tuple[Tensor, Tensor, dict[int, str]]
+"""Pixels (B, S, S, C) uint8, indices (B,), and row -> reason for files that do not decode."""
 
 
-class _Reader(Dataset):
-    """One item is one batch at one size of images."""
+class _BatchDataset(Dataset):
+    """Dataset whose items are decoded batches."""
 
     def __init__(self, files: ImageFiles, channels: int, interpolation: str) -> None:
         self._files = files
         self._channels = channels
         self._filter = Image.Resampling[interpolation.upper()]
 
-    def __getitem__(self, request: tuple[Batch, int]) -> _Read:
+    def __getitem__(self, request: tuple[Batch, int]) -> _Decoded:
         batch, size = request
         pixels = np.empty((len(batch.indices), size, size, self._channels), np.uint8)
         unreadable = {}
@@ -63,7 +64,7 @@ class _Reader(Dataset):
         top, left, height, width = (int(v) for v in box)
         with Image.open(path) as file:
             if (file.height, file.width) != tuple(stored):
-                raise ValueError(f"{path} is of another size than before")
+                raise ValueError(f"{path} has changed its size")
             image = file.convert("RGB" if self._channels == 3 else "L")
         image = image.crop((left, top, left + width, top + height)).resize((size, size), self._filter)
         if mirror:
@@ -71,8 +72,8 @@ class _Reader(Dataset):
         return np.asarray(image).reshape(size, size, self._channels)
 
 
-class _Requests(Sampler):
-    """What the DataLoader asks its dataset for: the steps of the epoch set last."""
+class _BatchSampler(Sampler):
+    """Sampler of the batches of one epoch."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -86,34 +87,33 @@ class _Requests(Sampler):
         return len(self._plan)
 
 
-def _outlive_a_signal(worker: int) -> None:
-    """Let the training process finish its step: Ctrl-C and torchrun's SIGTERM reach its workers as well."""
+def _ignore_first_signal(worker: int) -> None:
+    """Keep a worker alive when Ctrl-C or torchrun's SIGTERM reaches it, so that training can finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class TorchSource:
-    """Image files, decoded by worker processes; see ``tal_fast.data.loader.Source``.
+    """Source of image files decoded by worker processes.
 
     Args:
-        plan: the steps to make.
-        files: the split.
-        form: of the batches.
-        workers: processes; 0 decodes in this one.
+        plan: order and crops of the images.
+        files: images of the split.
+        form: format of the batches.
+        workers: number of processes; 0 decodes in this one.
     """
 
     def __init__(self, plan: Plan, files: ImageFiles, form: ImageFormat, workers: int) -> None:
         self._device = form.device
-        self._requests = _Requests(plan)
-        self._reader = _Reader(files, form.channels, form.interpolation)
+        self._sampler = _BatchSampler(plan)
+        self._dataset = _BatchDataset(files, form.channels, form.interpolation)
         self._normalize = Normalizer(form)
         self._workers = min(workers, len(plan))
         self._loader: DataLoader | None = None
 
     def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[Step, None, None]:
-        """See ``Source``."""
-        requests = self._requests
-        requests.epoch, requests.start_step, requests.image_size = epoch, start_step, image_size
+        sampler = self._sampler
+        sampler.epoch, sampler.start_step, sampler.image_size = epoch, start_step, image_size
         if self._loader is None:
             self._loader = self._start()
             batches = _fork_workers(self._loader)
@@ -122,23 +122,22 @@ class TorchSource:
         yield from prefetch(batches, self._make, lambda step: [step.images], self._device)
 
     def close(self) -> None:
-        """See ``Source``."""
         self._loader = None
 
-    def _make(self, read: _Read) -> Step:
-        pixels, indices, unreadable = read
-        # Normalised on the device, so that bytes travel to it, not floats.
+    def _make(self, decoded: _Decoded) -> Step:
+        pixels, indices, unreadable = decoded
+        # Normalized on the device, which copies bytes instead of floats.
         return Step(self._normalize(to_device(pixels, self._device)), indices, unreadable)
 
     def _start(self) -> DataLoader:
         return DataLoader(
-            self._reader,
+            self._dataset,
             batch_size=None,
-            sampler=self._requests,
+            sampler=self._sampler,
             num_workers=self._workers,
             persistent_workers=self._workers > 0,
             pin_memory=self._device.type == "cuda",
-            worker_init_fn=_outlive_a_signal,
-            # The DataLoader draws a seed for its workers; drawn from here, it leaves the global generator alone.
+            worker_init_fn=_ignore_first_signal,
+            # The seed of the workers is drawn from this generator, not from the global one.
             generator=torch.Generator().manual_seed(0),
         )

@@ -1,21 +1,32 @@
-"""Arrays of pixels made alike."""
+"""Conversion of pixel arrays between grayscale and colour."""
 
 from __future__ import annotations
 
 import numpy as np
 
+_LUMA = np.array([19595, 38470, 7471], np.uint32)
+"""ITU-R 601 luma of red, green and blue in 16-bit fixed point, as in Pillow."""
+_BLOCK = 4096
+"""Images converted at a time: the sums need four times the memory of the pixels."""
+
 
 def as_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """(N, H, W), (N, H, W, 1) or (N, H, W, 3) uint8 to (N, H, W, channels): grey repeated, or colour's luma."""
+    """Convert images to a number of channels: gray is repeated, colour becomes its luma.
+
+    Args:
+        pixels: (N, H, W), (N, H, W, 1) or (N, H, W, 3) uint8.
+        channels: 1 or 3.
+
+    Returns:
+        (N, H, W, channels) uint8, contiguous and writable.
+    """
     if pixels.ndim == 3:
         pixels = pixels[..., None]
     if pixels.shape[3] == channels:
-        return np.ascontiguousarray(pixels)
+        return np.require(pixels, requirements=["C", "W", "E"])
     if channels == 3:
         return np.repeat(pixels, 3, axis=3)
-    # Pillow's: ITU-R 601 in 16-bit fixed point, rounded. A block at a time, for the sums are four times as wide.
     luma = np.empty((*pixels.shape[:3], 1), np.uint8)
-    for i in range(0, len(pixels), 4096):
-        block = pixels[i : i + 4096].astype(np.uint32)
-        luma[i : i + 4096, ..., 0] = (block @ np.array([19595, 38470, 7471], np.uint32) + 0x8000) >> 16
+    for i in range(0, len(pixels), _BLOCK):
+        luma[i : i + _BLOCK, ..., 0] = (pixels[i : i + _BLOCK].astype(np.uint32) @ _LUMA + 0x8000) >> 16
     return luma

@@ -1,8 +1,8 @@
-"""Which images a rank reads in an epoch, in which order, cropped and mirrored how.
+"""Order, crops and mirroring of the images of an epoch.
 
-All of it is a function of (seed, epoch, index of the image): it does not depend on the loader, the number of ranks or
-workers, or on what was read before. So both loaders give the same batches, k ranks see in each step the same images as
-one rank with the whole batch, and a run resumes at any step without replaying what came before.
+All of it is a function of (seed, epoch, image index) and does not depend on the loader, the number of ranks or workers,
+or earlier reads. So all loaders give the same batches, k ranks together see the images of one rank with the whole
+batch, and a run resumes at any step.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Batch:
-    """What to read for one step of one rank.
+    """Images of one step of one rank.
 
     Attributes:
-        indices: (B,) int64, lines of the split.
-        boxes: (B, 4) int32, (top, left, height, width) to cut out, in pixels of the image as stored.
-        mirror: (B,) int32, 1: swap left and right.
-        shift: (B, 2) int64, pixels to move (down, right); in-memory images only.
+        indices: (B,) int64 in the split.
+        boxes: (B, 4) int32 crops (top, left, height, width) in pixels of the stored image.
+        mirror: (B,) int32, 1 to swap left and right.
+        shift: (B, 2) int64 shift (down, right) in pixels, for images in memory.
     """
 
     indices: np.ndarray
@@ -32,7 +32,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Ranges of the random part; see ``tal_fast.config.DataConfig``."""
+    """Random augmentation; the fields are those of ``tal_fast.config.schema.DataConfig``."""
 
     crop_area: tuple[float, float] | None = None
     crop_ratio: tuple[float, float] = (1.0, 1.0)
@@ -42,20 +42,22 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Plan:
-    """The epochs of one split on one rank.
+    """Batches of one split on one rank.
 
     Args:
-        sizes: (N, 2) int32, (height, width) of each image in pixels.
-        batch_size: images of a step on this rank.
-        rank, world_size: this rank and the number of ranks.
-        training: shuffle, drop what does not fill a step of all ranks, so that each has equally many steps; otherwise
-            each image comes once over all ranks, in order, and the last batch may be short or a rank have no batch.
-        seed: of order and augmentation.
-        crop_fraction: side of the central square to cut out as a share of the shorter side.
-        augmentation: how training varies the images; None: as validation.
+        sizes: (N, 2) int32 height and width of each image in pixels.
+        batch_size: images per step on this rank.
+        rank: this rank.
+        world_size: number of ranks.
+        training: shuffle, and drop the images that do not fill a step of all ranks, so that all have the same number
+            of steps. Otherwise each image is read once over all ranks, in order; the last batch may be short, and a
+            rank may have none.
+        seed: seed of the order and augmentation.
+        crop_fraction: side of the central crop as a share of the shorter side.
+        augmentation: augmentation in training; None for crops as in validation.
 
     Raises:
-        ValueError: fewer training images than a step of all ranks takes.
+        ValueError: there are fewer training images than one step of all ranks takes.
     """
 
     sizes: np.ndarray
@@ -80,7 +82,7 @@ class Plan:
 
     @property
     def num_samples(self) -> int:
-        """Images of the split, over all ranks."""
+        """Images of the split over all ranks."""
         return len(self.sizes)
 
     def __len__(self) -> int:
@@ -93,7 +95,7 @@ class Plan:
         return np.arange(self.rank, self.num_samples, self.world_size)
 
     def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
-        """The steps of an epoch from ``start_step`` on."""
+        """Batches of an epoch from ``start_step`` on."""
         if not self.training:
             share = self._share()
             for step in range(start_step, len(self)):
@@ -102,7 +104,7 @@ class Plan:
         order = np.random.default_rng([self.seed, epoch, 0]).permutation(self.num_samples)
         random = None
         if self.augmentation is not None:
-            # One row an image, by its index: what an image gets does not depend on where it falls in the order.
+            # One row per image, so that its augmentation does not depend on its place in the order.
             random = np.random.default_rng([self.seed, epoch, 1]).random((self.num_samples, 7), dtype=np.float32)
         for step in range(start_step, len(self)):
             first = (step * self.world_size + self.rank) * self.batch_size
@@ -128,14 +130,16 @@ class Plan:
 
 
 def central_boxes(sizes: np.ndarray, fraction: float) -> np.ndarray:
-    """The central square of side ``fraction`` times the shorter side: what resizing the shorter side to
-    size / fraction and cutting out the centre keeps.
+    """Central squares whose side is ``fraction`` of the shorter side.
+
+    They hold the same pixels as resizing the shorter side to ``size / fraction`` and cropping the centre.
 
     Args:
-        sizes: (B, 2) float64, (height, width).
+        sizes: (B, 2) float64 heights and widths.
+        fraction: share of the shorter side.
 
     Returns:
-        (B, 4) int32, (top, left, height, width).
+        (B, 4) int32 (top, left, height, width).
     """
     side = np.maximum(1, np.round(sizes.min(axis=1) * fraction))
     corner = np.floor((sizes - side[:, None]) / 2)
@@ -145,18 +149,18 @@ def central_boxes(sizes: np.ndarray, fraction: float) -> np.ndarray:
 def random_boxes(
     sizes: np.ndarray, area: tuple[float, float], ratio: tuple[float, float], random: np.ndarray
 ) -> np.ndarray:
-    """Boxes of a random area, shape (log-uniform) and place, as in Inception's and torchvision's training.
+    """Boxes of random area, aspect ratio (log-uniform) and position, as in the training of Inception and torchvision.
 
-    A box that would leave the image is narrowed to it, where torchvision draws again.
+    A box that exceeds the image is narrowed to it, where torchvision draws again.
 
     Args:
-        sizes: (B, 2) float64, (height, width).
+        sizes: (B, 2) float64 heights and widths.
         area: smallest and largest share of the image's area.
-        ratio: smallest and largest width / height.
-        random: (B, 4) in [0, 1).
+        ratio: smallest and largest ratio of width to height.
+        random: (B, 4) random numbers in [0, 1).
 
     Returns:
-        (B, 4) int32, (top, left, height, width).
+        (B, 4) int32 (top, left, height, width).
     """
     pixels = sizes.prod(axis=1) * (area[0] + random[:, 0] * (area[1] - area[0]))
     shape = np.exp(np.log(ratio[0]) + random[:, 1] * (np.log(ratio[1]) - np.log(ratio[0])))

@@ -1,1 +1,1 @@
-"""Comparing methods under one protocol with one file: ``python -m tal_fast.experiment FILE.yaml --output DIR``."""
+"""Comparisons of methods under one protocol: ``python -m tal_fast.experiment FILE.yaml --output DIR``."""

@@ -1,4 +1,4 @@
-"""The command line of ``tal_fast.experiment``."""
+"""Command line of ``python -m tal_fast.experiment``; torch is imported after the options are parsed."""
 
 from __future__ import annotations
 
@@ -7,113 +7,123 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tal_fast.experiments.plan import Experiment, SelectOptions, check_selection, read_experiment
-from tal_fast.experiments.scheduler import Scheduler, folders, slots
+from tal_fast.utils.arguments import ArgumentParser, at_least
+from tal_fast.utils.logs import console_logging
 from tal_fast.utils.process import program_name
 from tal_fast.utils.signals import Stopped, StopRequest
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program_name("experiment"),
-        description="Train and evaluate methods over grids and seeds, and compare them; see docs/experiments.md.",
-    )
-    parser.add_argument("file", metavar="FILE", help="YAML of the experiment")
-    parser.add_argument("--output", metavar="DIR", help="of runs, results and tables (runs/ and the file's name)")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at the same time (one a GPU, or as cores allow)")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="only say what would be run, and what is done already")
-    what.add_argument(
-        "--table-only", action="store_true", help="run nothing; tables from the runs or from results.json"
-    )
-    what.add_argument("--export-sweep", metavar="YAML", help="write a sweep of Weights & Biases with the same jobs")
-    parser.add_argument(
-        "--select", nargs="+", metavar="METRIC", help="choose each method's best grid point by these, such as "
-        "old_fd.aurc new_fd.aurc, and write selected.yaml",
-    )  # fmt: skip
-    parser.add_argument("--nproc", type=int, metavar="N", help="with --export-sweep: processes of each run (torchrun)")
-    return parser
+if TYPE_CHECKING:
+    from tal_fast.experiments.plan import Experiment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code.
+    """Run the command.
 
-    0: all is done; 1: runs are missing; 2: bad input, said in one sentence; 75 and 130: stopped by SIGTERM or Ctrl-C,
-    the jobs are saved.
+    Returns:
+        0: every job is done; 1: runs are missing; 2: bad input, named in one sentence; 75 or 130: stopped by SIGTERM
+        or Ctrl-C after the jobs were saved.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.nproc is not None and args.export_sweep is None:
+        parser.error("--nproc goes with --export-sweep; leave it out")
     try:
-        for option in ("jobs", "nproc"):
-            value = getattr(args, option)
-            if value is not None and value < 1:
-                raise ValueError(f"--{option} must be at least 1, not {value}")
-        if args.nproc is not None and args.export_sweep is None:
-            raise ValueError("--nproc goes with --export-sweep; leave it out")
-        experiment = read_experiment(args.file)
-        if args.select is not None:
-            select = dataclasses.replace(experiment.select or SelectOptions(), metrics=args.select)
-            check_selection(select, experiment)
-            experiment = dataclasses.replace(experiment, select=select)
-        if args.export_sweep is not None:
-            return _export(experiment, Path(args.export_sweep), args.nproc)
-        output = Path(args.output if args.output is not None else Path("runs") / Path(args.file).stem)
-        for folder in folders(experiment, output):
-            folder.check()
-        if args.dry_run:
-            return _list(experiment, output)
-        if not args.table_only:
-            with StopRequest() as stop:
-                stop.training = True  # the first Ctrl-C is a request too
-                Scheduler(experiment, output, slots(experiment, args.jobs), _say).run(stop)
-            if stop.number:
-                return Stopped(stop.number, "").exit_code
-        return _report(experiment, output, Path(args.file).stem)
-    except (ValueError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        return _run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=program_name("experiment"),
+        description="Train and evaluate methods over grids and seeds, and compare them; see docs/experiments.md.",
+    )
+    parser.add_argument("file", metavar="FILE", help="YAML file of the experiment.")
+    jobs = parser.add_argument_group("jobs")
+    jobs.add_argument(
+        "--output", metavar="DIR", help="Folder of the runs, results and tables. Default: runs/ and the file's name.",
+    )  # fmt: skip
+    jobs.add_argument(
+        "--jobs", type=at_least(1), metavar="N",
+        help="Jobs that run at the same time. Default: one for each GPU; on the CPU, as many as the cores allow.",
+    )  # fmt: skip
+    results = parser.add_argument_group("results")
+    results.add_argument(
+        "--select", nargs="+", metavar="METRIC",
+        help="Choose each method's best grid point by these metrics, such as old_fd.aurc new_fd.aurc, and write "
+        "selected.yaml.",
+    )  # fmt: skip
+    instead_group = parser.add_argument_group("instead of running the jobs (one of these)")
+    instead = instead_group.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="List the jobs and what is left to do for each.")
+    instead.add_argument(
+        "--table-only", action="store_true", help="Write the tables from the runs that are there, or from results.json."
+    )
+    instead.add_argument("--export-sweep", metavar="YAML", help="Write a Weights & Biases sweep of the same jobs.")
+    instead_group.add_argument(
+        "--nproc", type=at_least(1), metavar="N",
+        help="With --export-sweep: processes of each run, started by torchrun. Default: one, without torchrun.",
+    )  # fmt: skip
+    return parser
 
 
-def _list(experiment: Experiment, output: Path) -> int:
-    for folder in folders(experiment, output):
-        done = folder.is_done(experiment.evaluate)
-        state = "done" if done else "to evaluate" if folder.is_trained() else "to train"
-        _say(f"{folder.path}: {state}")
-    return 0
+def _run(args: argparse.Namespace) -> int:
+    from tal_fast.experiments.parse import check_selection, read_experiment
+    from tal_fast.experiments.plan import SelectOptions
+    from tal_fast.experiments.scheduler import Scheduler, job_folders, slots
 
+    experiment = read_experiment(args.file)
+    if args.select is not None:
+        select = dataclasses.replace(experiment.select or SelectOptions(), metrics=args.select)
+        check_selection(select, experiment)
+        experiment = dataclasses.replace(experiment, select=select)
+    if args.export_sweep is not None:
+        from tal_fast.experiments.sweep import write_sweep
 
-def _export(experiment: Experiment, path: Path, nproc: int | None) -> int:
-    from tal_fast.experiments.sweep import write_sweep
-
-    for file in write_sweep(experiment, path, nproc):
-        _say(str(file))
-    return 0
+        for file in write_sweep(experiment, Path(args.export_sweep), args.nproc):
+            print(file)
+        return 0
+    output = Path(args.output if args.output is not None else Path("runs") / Path(args.file).stem)
+    folders = job_folders(experiment, output)
+    for folder in folders:
+        folder.check()
+    if args.dry_run:
+        for folder in folders:
+            done = folder.is_done(experiment.evaluate)
+            print(f"{folder.path}: {'done' if done else 'to evaluate' if folder.is_trained() else 'to train'}")
+        return 0
+    if not args.table_only:
+        with console_logging(), StopRequest() as stop:
+            stop.training = True  # the first Ctrl-C asks the jobs to save, too
+            Scheduler(experiment, output, slots(experiment, args.jobs)).run(stop)
+        if stop.number:
+            return Stopped(stop.number, "").exit_code
+    return _report(experiment, output, Path(args.file).stem)
 
 
 def _report(experiment: Experiment, output: Path, name: str) -> int:
-    # Imported when there is something to report: they take seconds.
-    from tal_fast.experiments import results as of_runs
-    from tal_fast.experiments import select, table
+    """Write and print results and tables; returns 1 if runs are missing."""
+    from tal_fast.experiments import results, select, table
+    from tal_fast.experiments.scheduler import job_folders
 
-    found = folders(experiment, output)
-    if any(folder.path.is_dir() for folder in found):
-        results = of_runs.collect(experiment, found, name)
-        of_runs.refuse_to_lose(results, output)
-        of_runs.write_results(results, output)
-    # Read back, so that the table of runs is that of a committed file.
-    results = of_runs.read_results(output)
-    of_runs.check_options(results, experiment)
-    table.write_tables(results, output)
-    _say(f"\n{table.format_results(results, 'table')}")
-    _say(f"\n{output / of_runs.FILE}, {', '.join(str(output / file) for file in table.FILES.values())}")
+    folders = job_folders(experiment, output)
+    if any(folder.path.is_dir() for folder in folders):
+        collected = results.collect(experiment, folders, name)
+        results.check_complete(collected, output)
+        results.write_results(collected, output)
+    # Read back, so that tables from runs and from a committed file are the same.
+    found = results.read_results(output)
+    results.check_options(found, experiment)
+    table.write_tables(found, output)
+    print(f"\n{table.format_results(found, 'table')}")
+    print("\n" + "\n".join(str(output / file) for file in (results.FILE, *table.FILES.values())))
     if experiment.select is not None:
-        points = select.candidates(experiment, results, experiment.select)
+        points = select.candidates(experiment, found, experiment.select)
         select.write_selection(points, experiment, experiment.select, output)
-        _say(f"\n{select.format_selection(points, experiment, experiment.select)}\n{output / select.FILE}")
-    return 1 if results["missing"] else 0
+        print(f"\n{select.format_selection(points, experiment, experiment.select)}\n{output / select.FILE}")
+    return 1 if found["missing"] else 0

@@ -1,7 +1,8 @@
-"""Running jobs beside each other: one a GPU, or as many as the cores allow, each a process that trains, then evaluates.
+"""Scheduler that runs the jobs of an experiment side by side: one per GPU, or as many as the cores allow.
 
-Everything a runner has to know lies in the jobs' folders, so runners may be killed at any point and started again, and
-several of them (on one machine, or on several with one file system that has locks) share the jobs of an experiment.
+Each job is a process that trains, followed by one that evaluates. All state is in the jobs' folders, so a scheduler may
+be killed and started again at any time, and several schedulers, on one machine or on a file system with locks, share
+the jobs of an experiment.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import shlex
 import signal
@@ -21,31 +23,32 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tal_fast.experiments.folder import ASKED, LOG, Folder
+from tal_fast.experiments.folder import LOG, REQUESTED, Folder
 from tal_fast.experiments.plan import Experiment
 from tal_fast.utils.signals import REQUEUE, StopRequest
 
+logger = logging.getLogger(__name__)
+
 RUNS = "runs"
 _POLL_S = 0.1
-_BUSY_S = 2.0  # between two looks at a job that another runner has
+_RETRY_S = 2.0
+"""Seconds between two attempts to lock a job that another scheduler holds."""
 
 Environment = dict[str, str]
 
 
-def folders(experiment: Experiment, output: Path) -> list[Folder]:
-    """Of the jobs, in their order."""
+def job_folders(experiment: Experiment, output: Path) -> list[Folder]:
+    """Folders of the jobs, in their order."""
     return [Folder(job, output / RUNS / job.name) for job in experiment.jobs]
 
 
 def slots(experiment: Experiment, jobs: int | None = None) -> list[Environment]:
-    """What to add to the environment of each job that runs at the same time as the others.
+    """Environment variables for each of the jobs that run at the same time.
 
-    Args:
-        experiment: its jobs say whether they use GPUs and how many threads.
-        jobs: how many at once; None: one a GPU, on the CPU as many as there are cores for their threads.
+    By default there is one job per GPU, or on the CPU as many as the cores allow for their threads.
     """
-    on_cpu = all(job.config.device == "cpu" for job in experiment.jobs)
-    gpus = [] if on_cpu else _gpus()
+    only_cpu = all(job.config.device == "cpu" for job in experiment.jobs)
+    gpus = [] if only_cpu else _gpus()
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs or len(gpus))]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -56,128 +59,116 @@ def _gpus() -> list[str]:
     import torch
 
     count = torch.cuda.device_count()
-    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return named[:count] if named else [str(i) for i in range(count)]
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[:count] if visible else [str(i) for i in range(count)]
 
 
 @dataclass
-class _Running:
-    """A job's process."""
+class _RunningJob:
+    """Job whose process is running."""
 
     folder: Folder
     lock: int
     slot: int
-    began: float
+    start: float
     stage: str = ""
-    stage_began: float = 0.0
+    stage_start: float = 0.0
     log_start: int = 0
     process: subprocess.Popen[bytes] | None = None
 
-    def tell(self) -> None:
-        """To save and end: the process alone, whose loaders' processes it still needs for that."""
+    def terminate(self) -> None:
+        """Ask the process to save and end; its data-loading workers stay, for it needs them until then."""
         if self.process is not None:
             self.process.terminate()
 
     def kill(self) -> None:
-        """The process and those it has started."""
+        """Kill the process and its children."""
         if self.process is not None and self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
 
 class Scheduler:
-    """Runs what is not done yet.
+    """Runs the unfinished jobs of an experiment, ``len(slots)`` at a time."""
 
-    Args:
-        experiment: whose jobs to run.
-        output: folder of the experiment.
-        slots: from ``slots``.
-        say: told of progress.
-
-    """
-
-    def __init__(
-        self, experiment: Experiment, output: Path, slots: Sequence[Environment], say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, experiment: Experiment, output: Path, slots: Sequence[Environment]) -> None:
         self.experiment = experiment
         self._failed = 0
         self._slots = slots
-        self._say = say
-        self._folders = folders(experiment, output)
+        self._folders = job_folders(experiment, output)
         self._waiting: list[Folder] = []
-        self._running: list[_Running] = []
-        self._seconds: list[float] = []  # of the jobs finished here
+        self._running: list[_RunningJob] = []
+        self._seconds: list[float] = []  # durations of the jobs finished here
+        self._last_tries: dict[str, float] = {}  # name -> time at which another scheduler held the job
         self._environment: dict[str, Any] | None = None
 
     def run(self, stop: StopRequest) -> None:
-        """Run all jobs to their end, or until ``stop`` has a signal: then the processes save and end too."""
-        words = self.experiment.evaluate
-        self._waiting = [folder for folder in self._folders if not folder.is_done(words)]
+        """Run all jobs, or until ``stop`` has received a signal; then the running jobs save and end first."""
+        self._waiting = [folder for folder in self._folders if not folder.is_done(self.experiment.evaluate)]
         done = len(self._folders) - len(self._waiting)
         if done:
-            self._say(f"{done} of {len(self._folders)} jobs are done already")
-        told = False
-        looked: dict[str, float] = {}  # job -> when another runner had it
+            logger.info("%d of %d jobs are done already", done, len(self._folders))
+        stopping = False
         try:
-            while self._running or (self._waiting and not told):
-                if stop.poll() and not told:
-                    told = True
-                    self._say("stopping: the jobs save and end; the same command goes on with them")
+            while self._running or (self._waiting and not stopping):
+                if stop.poll() and not stopping:
+                    stopping = True
+                    logger.info("stopping: the jobs save and end; the same command resumes them")
                     for running in self._running:
-                        running.tell()
-                if not told:
-                    self._start_some(looked)
+                        running.terminate()
+                if not stopping:
+                    self._start_jobs()
                 for running in list(self._running):
-                    with self._failing_alone(running):
-                        self._look_at(running, told)
+                    with self._isolating_failures(running):
+                        self._update(running, stopping)
                 time.sleep(_POLL_S)
         finally:
             for running in self._running:
                 running.kill()
 
-    def _start_some(self, looked: dict[str, float]) -> None:
+    def _start_jobs(self) -> None:
         taken = {running.slot for running in self._running}
         free = [slot for slot in range(len(self._slots)) if slot not in taken]
         for folder in list(self._waiting):
             if not free:
                 return
             name = folder.job.name
-            if time.monotonic() - looked.get(name, -_BUSY_S) < _BUSY_S:
+            if time.monotonic() - self._last_tries.get(name, -_RETRY_S) < _RETRY_S:
                 continue
             folder.path.mkdir(parents=True, exist_ok=True)
             lock = folder.lock()
             if lock is None:
-                if name not in looked:
-                    self._say(f"{name} is being run by {folder.holder()}")
-                looked[name] = time.monotonic()
+                if name not in self._last_tries:
+                    logger.info("%s is being run by %s", name, folder.holder())
+                self._last_tries[name] = time.monotonic()
                 continue
             self._waiting.remove(folder)
             if folder.is_done(self.experiment.evaluate):
                 os.close(lock)
-                self._say(f"{name} was done by another runner")
+                logger.info("%s was done by another scheduler", name)
                 continue
-            running = _Running(folder, lock, free[0], time.monotonic())
-            with self._failing_alone(running):
-                folder.check()  # again, now that nobody else may change it
+            running = _RunningJob(folder, lock, free[0], time.monotonic())
+            with self._isolating_failures(running):
+                folder.check()  # again, now that no other scheduler can change it
                 folder.prepare()
                 self._start(running, "evaluate" if folder.is_trained() else "train")
                 self._running.append(running)
                 free.pop(0)
 
     @contextlib.contextmanager
-    def _failing_alone(self, running: _Running) -> Iterator[None]:
-        """A job whose folder cannot be read or written fails; the others go on."""
+    def _isolating_failures(self, running: _RunningJob) -> Iterator[None]:
+        """Let a job fail whose folder cannot be read or written, and continue with the others."""
         try:
             yield
-        except (ValueError, OSError, subprocess.SubprocessError) as problem:
+        except (ValueError, OSError, subprocess.SubprocessError) as error:
             self._failed += 1
-            self._say(f"{running.folder.job.name}: failed, {problem}")
+            logger.info("%s: failed, %s", running.folder.job.name, error)
             if running in self._running:
                 self._running.remove(running)
-            running.tell()
+            running.terminate()
             os.close(running.lock)
 
-    def _start(self, running: _Running, stage: str) -> None:
+    def _start(self, running: _RunningJob, stage: str) -> None:
         folder = running.folder
         words = command(stage, folder.path, self.experiment.evaluate, folder.job.config.device)
         environment = {
@@ -188,8 +179,7 @@ class Scheduler:
         }
         if self._environment is None:
             self._environment = _describe_machine(environment)
-        running.stage, running.stage_began = stage, time.monotonic()
-        record = folder.record()
+        running.stage, running.stage_start = stage, time.monotonic()
         attempt = {
             "stage": stage,
             "began": time.strftime("%Y-%m-%d %H:%M:%S%z"),
@@ -197,73 +187,73 @@ class Scheduler:
             "seconds": None,
             "exit_code": None,
         }
-        folder.update(attempts=[*record["attempts"], attempt], failed=None)
+        folder.update(attempts=[*folder.record()["attempts"], attempt], failed=None)
         with open(folder.path / LOG, "ab") as log:
             running.log_start = log.tell()
             log.write(f"$ {shlex.join(words)}\n".encode())
             log.flush()
-            # Its own session: Ctrl-C is the runner's to pass on. It keeps the lock for as long as it lives.
+            # In a new session, so that only the scheduler passes Ctrl-C on; the lock is inherited.
             running.process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
                 start_new_session=True, pass_fds=(running.lock,), preexec_fn=_end_with_parent(),
             )  # fmt: skip
 
-    def _look_at(self, running: _Running, told: bool) -> None:
-        """Go on to the next stage, or let go of the job, when its process has ended."""
+    def _update(self, running: _RunningJob, stopping: bool) -> None:
+        """Start the next stage, or release the job, once its process has ended."""
         assert running.process is not None
         code = running.process.poll()
         if code is None:
             return
         folder, stage = running.folder, running.stage
         attempts = folder.record()["attempts"]
-        attempts[-1] |= {"seconds": round(time.monotonic() - running.stage_began, 2), "exit_code": code}
+        attempts[-1] |= {"seconds": round(time.monotonic() - running.stage_start, 2), "exit_code": code}
         folder.update(attempts=attempts)
         if code == 0 and stage == "train":
             folder.update(trained=True)
-            if not told:
+            if not stopping:
                 self._start(running, "evaluate")
                 return
         self._running.remove(running)
         name = folder.job.name
         if code == 0 and stage == "evaluate":
             folder.set_evaluated(self.experiment.evaluate)
-            self._seconds.append(time.monotonic() - running.began)
-            self._say(f"{name}: done in {duration(self._seconds[-1])}; {self._left()}")
-        elif not told:
-            why = self._why(running, code)
+            self._seconds.append(time.monotonic() - running.start)
+            logger.info("%s: done in %s; %s", name, duration(self._seconds[-1]), self._remaining())
+        elif not stopping:
+            reason = _failure(running, code)
             self._failed += 1
-            folder.update(failed=why)
-            self._say(f"{name}: {stage} failed, {why}; see {folder.path / LOG}")
+            folder.update(failed=reason)
+            logger.info("%s: %s failed, %s; see %s", name, stage, reason, folder.path / LOG)
         os.close(running.lock)
 
-    def _why(self, running: _Running, code: int) -> str:
-        if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
-        if code == REQUEUE:
-            return "told to stop, and saved; the same command goes on with it"
-        return f"exit code {code}: {running.folder.last_words(running.log_start)}"
-
-    def _left(self) -> str:
+    def _remaining(self) -> str:
         left = len(self._waiting) + len(self._running)
         done = f"{len(self._folders) - left - self._failed} of {len(self._folders)} done"
         if not left:
             return done
-        # Of the running ones half is still to come, on the average.
+        # Running jobs are half done on average.
         turns = (len(self._waiting) + 0.5 * len(self._running)) / len(self._slots)
         return f"{done}, about {duration(turns * sum(self._seconds) / len(self._seconds))} left"
 
 
+def _failure(running: _RunningJob, code: int) -> str:
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    if code == REQUEUE:
+        return "stopped by a signal and saved; the same command resumes it"
+    return f"exit code {code}: {running.folder.last_error(running.log_start)}"
+
+
 def command(stage: str, run: Path, evaluate: Sequence[str], device: str) -> list[str]:
-    """Of a job's process: ``train``, which goes on where it was, or ``evaluate``, on the ``device`` of the training
-    unless the evaluation names one."""
+    """Command line of a stage, ``train`` or ``evaluate``; evaluation is on ``device`` unless its options name one."""
     if stage == "train":
-        return [sys.executable, "-m", "tal_fast.train", "--config", str(run / ASKED)]
-    where = [] if "--device" in evaluate else ["--device", device]
-    return [sys.executable, "-m", "tal_fast.evaluate", "--run", str(run), *evaluate, *where]
+        return [sys.executable, "-m", "tal_fast.train", "--config", str(run / REQUESTED)]
+    device_options = [] if "--device" in evaluate else ["--device", device]
+    return [sys.executable, "-m", "tal_fast.evaluate", "--run", str(run), *evaluate, *device_options]
 
 
 def duration(seconds: float) -> str:
-    """``47 s``, ``12 min`` or ``3 h 05 min``."""
+    """Text of a duration: ``47 s``, ``12 min`` or ``3 h 05 min``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -271,19 +261,20 @@ def duration(seconds: float) -> str:
 
 
 def _describe_machine(environment: Environment) -> dict[str, Any]:
-    """Hardware, versions and commit as a job sees them; asked of a process, for the runner itself uses no GPU."""
+    """Hardware, versions and commit, from a process of its own: the scheduler itself must not occupy a GPU."""
     code = "import json; from tal_fast.utils.environment import environment; print(json.dumps(environment()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    del found["load"]
-    return found
+    machine = json.loads(done.stdout.splitlines()[-1])
+    del machine["load"]
+    return machine
 
 
 @cache
 def _end_with_parent() -> Callable[[], None] | None:
-    """For a child of a runner that is killed: on Linux it is told to stop then, which saves it.
+    """Function that makes a child save and end when its scheduler is killed; None outside Linux.
 
-    Elsewhere it trains to its end, with the lock. Loaded here, before the fork: the child makes one system call.
+    Elsewhere the child finishes its training and holds the lock meanwhile. The library is loaded here, before the fork:
+    the child only makes one system call.
     """
     if sys.platform != "linux":
         return None

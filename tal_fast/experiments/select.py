@@ -1,10 +1,9 @@
-"""Each method's best grid point.
+"""Choice of each method's best grid point.
 
-The criterion is one number: the geometric mean, over the metrics named, of the metric's mean over seeds, where a metric
-of which more is better counts as its distance to 1 (1 − AUROC). Lower is better. A ratio in one metric weighs as much
-as the same ratio in another, whatever their scales, and points that are added or left out do not change the order of
-the others. A point has to have all its seeds, and a mean accuracy no further below the baseline's best point than
-``accuracy_loss``. Of points that are equal, the first in the file's order is taken.
+The criterion is the geometric mean, over the named metrics, of the metric's mean over seeds; lower is better. A metric
+of which more is better counts as its distance to 1, such as 1 - AUROC. Relative changes of all metrics thus weigh
+equally, and adding or removing points does not change the order of the others. A point needs all of its seeds, and a
+mean accuracy at most ``accuracy_loss`` below the baseline's best. The first of equal points wins.
 """
 
 from __future__ import annotations
@@ -17,29 +16,26 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from tal_fast.config.methods import option_path
-from tal_fast.config.parse import merged
 from tal_fast.evaluation.compare import Group
-from tal_fast.evaluation.tables import format_table
-from tal_fast.experiments.plan import Experiment, SelectOptions, Values, nest
+from tal_fast.evaluation.tables import format_table, wrap
+from tal_fast.experiments.plan import Experiment, SelectOptions, Values, with_point
 from tal_fast.experiments.results import Results, groups_of
 from tal_fast.metrics.failure import HIGHER_IS_BETTER
 from tal_fast.utils.io import replacing
 
 FILE = "selected.yaml"
-# A criterion of 0 in one metric (no error at all) must not make all others worth nothing.
-_FLOOR = 1e-9
+_SMALLEST_LOSS = 1e-9
+"""Lower bound of a metric, so that a 0 in one does not hide all others."""
+_ROUNDING = 1e-9
+"""Tolerance of accuracies, for the rounding of their means."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A grid point with what it is judged by.
+    """Grid point of a method.
 
-    Attributes:
-        method, label, grid: as of its jobs.
-        accuracy: mean over seeds; NaN where no run is done.
-        value: the criterion; NaN where a run is missing or a metric undefined.
-        why_not: empty for one that may be chosen.
+    ``value`` is the criterion, ``why_not`` the reason that the point may not be chosen, empty if it may. Accuracy
+    and value are NaN without a finished run.
     """
 
     method: str
@@ -51,30 +47,25 @@ class Candidate:
 
 
 def candidates(experiment: Experiment, results: Results, select: SelectOptions) -> list[Candidate]:
-    """All grid points, in the file's order.
+    """All grid points, in the order of the file.
 
     Raises:
-        ValueError: the reports lack a setting that a metric is of.
+        ValueError: the reports lack a setting of the criterion.
     """
     groups = {group.name: group for group in groups_of(results)}
-    of_method: dict[str, list[str]] = {}
-    grids: dict[str, Values] = {}
-    for job in experiment.jobs:
-        if job.label not in grids:
-            of_method.setdefault(job.method, []).append(job.label)
-            grids[job.label] = job.grid
-    wanted = experiment.compare.baseline or next(iter(experiment.methods))
-    of_baseline = [wanted] if wanted in grids else of_method[wanted]
+    points = [job for job in experiment.jobs if job.seed == experiment.seeds[0]]
+    baseline = experiment.compare.baseline or next(iter(experiment.methods))
     accuracies = {label: group.accuracy.mean for label, group in groups.items()}
-    best = max((accuracies[label] for label in of_baseline if label in groups), default=math.nan)
+    baseline_labels = {job.label for job in points if baseline in (job.label, job.method)}
+    best = max((accuracies[label] for label in baseline_labels if label in accuracies), default=math.nan)
     found = []
-    for method, labels in of_method.items():
-        for label in labels:
-            accuracy, value, why = math.nan, math.nan, "no run is done"
-            if label in groups:
-                accuracy, value = accuracies[label], _criterion(groups[label], select.metrics)
-                why = _why_not(len(groups[label].runs), len(experiment.seeds), accuracy, best, value, select)
-            found.append(Candidate(method, label, grids[label], accuracy, value, why))
+    for job in points:
+        accuracy, value, reason = math.nan, math.nan, "no run is done"
+        if job.label in groups:
+            group = groups[job.label]
+            accuracy, value = accuracies[job.label], _criterion(group, select.metrics)
+            reason = _exclusion(len(group.runs), len(experiment.seeds), accuracy, best, value, select)
+        found.append(Candidate(job.method, job.label, job.grid, accuracy, value, reason))
     return found
 
 
@@ -88,24 +79,24 @@ def _criterion(group: Group, metrics: Sequence[str]) -> float:
             )
         mean = group.summary((setting, metric)).mean
         losses.append(1 - mean if HIGHER_IS_BETTER[metric] else mean)
-    return float(np.exp(np.mean(np.log(np.maximum(losses, _FLOOR)))))
+    return float(np.exp(np.mean(np.log(np.maximum(losses, _SMALLEST_LOSS)))))
 
 
-def _why_not(runs: int, seeds: int, accuracy: float, best: float, value: float, select: SelectOptions) -> str:
+def _exclusion(runs: int, seeds: int, accuracy: float, best: float, value: float, select: SelectOptions) -> str:
+    """Reason to exclude a point; empty if there is none."""
     if runs < seeds:
         return f"{runs} of {seeds} seeds"
     if math.isnan(value):
         return "a metric is undefined"
     if math.isnan(best):
         return "no run of the baseline is done"
-    # A rounding of the mean must not decide.
-    if accuracy < best - select.accuracy_loss - 1e-9:
+    if accuracy < best - select.accuracy_loss - _ROUNDING:
         return f"accuracy more than {select.accuracy_loss:.2%} below {best:.2%}"
     return ""
 
 
 def chosen(found: Sequence[Candidate]) -> dict[str, Candidate]:
-    """Method -> its best; methods of which none may be chosen are left out."""
+    """Best candidate of each method that has one."""
     best: dict[str, Candidate] = {}
     for candidate in found:
         if not candidate.why_not and (candidate.method not in best or candidate.value < best[candidate.method].value):
@@ -114,12 +105,12 @@ def chosen(found: Sequence[Candidate]) -> dict[str, Candidate]:
 
 
 def format_selection(found: Sequence[Candidate], experiment: Experiment, select: SelectOptions) -> str:
-    """A table of the candidates, the chosen ones marked, and what they were chosen by."""
+    """Table of the candidates with the chosen ones marked."""
     best = chosen(found)
-    lines = [f"chosen (*) by the geometric mean of {', '.join(select.metrics)}, lower is better"]
+    lines = [wrap(f"chosen (*) by the geometric mean of {', '.join(select.metrics)}, lower is better")]
     if any(job.config.data.holdout is None for job in experiment.jobs):
         lines.append(
-            "note: these are the images the table reports on; set data.holdout to choose on held-out training images"
+            wrap("note: the tables report on these images; set data.holdout to choose on held-out training images")
         )
     rows = [
         [
@@ -131,18 +122,15 @@ def format_selection(found: Sequence[Candidate], experiment: Experiment, select:
         for c in found
     ]
     lines.append(format_table(["run", "criterion", "accuracy", "left out"], rows))
-    lines += [f"of {method} none may be chosen" for method in experiment.methods if method not in best]
+    lines += [f"no run of {method} may be chosen" for method in experiment.methods if method not in best]
     return "\n".join(lines)
 
 
 def write_selection(found: Sequence[Candidate], experiment: Experiment, select: SelectOptions, output: Path) -> None:
-    """Write ``selected.yaml``, which another experiment's ``methods`` may name; nothing if nothing is chosen."""
-    values = {}
-    for method, candidate in chosen(found).items():
-        overrides = experiment.methods[method]
-        for key, value in candidate.grid.items():
-            overrides = merged(overrides, nest({option_path(key): value}))
-        values[method] = overrides
+    """Write ``selected.yaml``, usable as the ``methods`` of another experiment; nothing if no point may be chosen."""
+    values = {
+        method: with_point(experiment.methods[method], candidate.grid) for method, candidate in chosen(found).items()
+    }
     if not values:
         return
     head = f"# Chosen by the geometric mean of {', '.join(select.metrics)} over seeds {list(experiment.seeds)}.\n"

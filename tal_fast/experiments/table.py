@@ -1,4 +1,4 @@
-"""The tables of an experiment, from its results: for the terminal, as Markdown and as CSV."""
+"""Tables of an experiment, as text, Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ from tal_fast.evaluation.tables import escape, wrap
 from tal_fast.experiments.results import Results, all_columns, groups_of
 from tal_fast.utils.io import replacing
 
-# The table's file by style of tal_fast.compare.
 FILES = {"table": "table.txt", "markdown": "table.md", "csv": "table.csv"}
+"""Style of the table -> file name."""
 
 
 def format_results(results: Results, style: str) -> str:
-    """All tables in one text.
-
-    Args:
-        results: from ``tal_fast.experiments.results``.
-        style: a key of ``FILES``. ``csv`` has a line a row and column, in natural units.
-    """
+    """Text of all tables in a style of ``FILES``; ``csv`` has one line per row and column, in natural units."""
     groups = groups_of(results)
     options = results["compare"]
     if style == "csv":
@@ -45,13 +40,13 @@ def _head(results: Results, groups: Sequence[Group], style: str) -> str:
     if groups:
         about = describe(groups, results["compare"]["units"], results["compare"]["bootstrap"])
         lines += [line.replace("* best", "bold: best") for line in about] if markdown else about
-    lines += [_source(environment) for environment in results["environments"] if environment]
+    lines += [_machine(environment) for environment in results["environments"] if environment]
     lines += [f"missing: {missing['name']} ({missing['why']})" for missing in results["missing"]]
     return "\n".join(f"{escape(line, style)}  " if markdown else wrap(line) for line in lines)
 
 
-def _source(environment: dict[str, Any]) -> str:
-    """Hardware, versions and commit in a line."""
+def _machine(environment: dict[str, Any]) -> str:
+    """Hardware, versions and commit."""
     device = environment["gpu"] or f"{environment['cpu']}, {environment['cores']} cores"
     return (
         f"{device}; Python {environment['python']}, torch {environment['torch']}; tal_fast {environment['tal_fast']}, "
@@ -60,11 +55,10 @@ def _source(environment: dict[str, Any]) -> str:
 
 
 def _parts(groups: Sequence[Group], metrics: Sequence[str]) -> list[tuple[str, list[Column]]]:
-    """(title, columns) of each table: Old FD; OOD and New FD against each set; their mean; Old FD under shift."""
+    """Title and columns of each table: Old FD, OOD and New FD against each set, their mean, Old FD under shift."""
     if not groups:
         return []
     report = groups[0].reports[0]
-    there = report["settings"]
     sets, shifts = report["ood_names"], report.get("shift_names", [])
     parts = [("Old FD", ["old_fd"])]
     if len(sets) == 1:
@@ -77,12 +71,12 @@ def _parts(groups: Sequence[Group], metrics: Sequence[str]) -> list[tuple[str, l
     return [
         (title, [(key, metric) for key in keys for metric in metrics])
         for title, keys in parts
-        if all(key in there for key in keys)
+        if all(key in report["settings"] for key in keys)
     ]
 
 
 def write_tables(results: Results, output: Path) -> None:
-    """Write each of ``FILES``."""
+    """Write the files of ``FILES``."""
     for style, name in FILES.items():
         with replacing(output / name) as temporary:
             temporary.write_text(format_results(results, style) + "\n", encoding="utf-8")

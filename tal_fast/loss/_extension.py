@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-BUILD = "`pip install --no-build-isolation .` in the source tree builds it with a C++ compiler such as g++"
+BUILD = "run `pip install --no-build-isolation .` in the source tree, with a C++ compiler such as g++ installed"
 
 
 @cache
@@ -32,7 +32,7 @@ def load() -> tuple[bool, str]:
         cuda = torch.ops.tal_fast.built_with_cuda()
     except (OSError, RuntimeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
-        return False, f"built, but {files[0].name} does not load ({reason}); {BUILD} again"
+        return False, f"built, but {files[0].name} does not load ({reason}); {BUILD}"
     _register_fakes()
     return True, f"{isa} kernels, {'with' if cuda else 'without'} CUDA"
 

@@ -190,15 +190,9 @@ class FeatureQueue(nn.Module):
             destination[prefix + key] = getattr(self.ring, key)
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
         """Load a queue; of one with another capacity, the newest entries are kept."""
         known = [prefix + key for key in _KEYS]
         missing = [key for key in known if key not in state_dict]

@@ -137,12 +137,7 @@ def nearest_distance(
 
 
 def batch_summary(
-    logits: Tensor,
-    labels: Tensor,
-    distance: Tensor,
-    *,
-    confidence_threshold: float = 0.0,
-    ignore_index: int = -100,
+    logits: Tensor, labels: Tensor, distance: Tensor, *, confidence_threshold: float = 0.0, ignore_index: int = -100
 ) -> Tensor:
     """Six numbers of a batch that the loss of each of its samples depends on.
 

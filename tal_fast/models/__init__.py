@@ -1,4 +1,4 @@
-"""Networks that return (logits, features)."""
+"""Networks that return logits and features."""
 
 from tal_fast.models.build import build_model
 from tal_fast.models.features import FeatureLinear, expose_features, keep_classes

@@ -1,4 +1,4 @@
-"""Networks by name."""
+"""Networks by name: the project's own, torchvision's and timm's."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tal_fast.models.registry import NETWORKS
 
 
 def build_model(config: ModelConfig, num_classes: int, in_channels: int = 3, image_size: int = 64) -> nn.Module:
-    """A network with fresh weights that returns ``(logits, features)``.
+    """Build a network with random weights that returns ``(logits, features)``.
 
     Args:
-        config: its name and width. A name is looked for among the project's networks, torchvision's and timm's;
-            ``timm/NAME`` means timm's.
+        config: name and width. The name is searched for in the project's networks, torchvision's and timm's;
+            ``timm/NAME`` is always timm's.
         num_classes: number of logits.
-        in_channels: of the images; a network of torchvision gets a new first convolution when it is not 3.
-        image_size: side of the images in pixels, for networks that need to know.
+        in_channels: channels of the images; unless 3, a network of torchvision gets a new first convolution.
+        image_size: side of the images in pixels, for networks that depend on it.
 
     Returns:
-        images (B, in_channels, S, S) -> logits (B, num_classes), features (B, D).
+        Network of images (B, in_channels, S, S) to logits (B, num_classes) and features (B, D).
 
     Raises:
-        ValueError: no network of that name, or one that does not expose its features.
+        ValueError: there is no network of that name, or it does not expose its features.
     """
     if config.name in NETWORKS:
         width = {} if config.width is None else {"width": config.width}
@@ -42,14 +42,14 @@ def build_model(config: ModelConfig, num_classes: int, in_channels: int = 3, ima
 
 
 def timm_name(name: str) -> str | None:
-    """What timm calls the network ``timm/NAME``, or NAME that only timm has; None where that is not timm's.
+    """timm's name of a network that is given as ``timm/NAME``, or that only timm has; None for other networks.
 
     Raises:
-        ValueError: ``timm/NAME`` where timm is not installed or has no NAME.
+        ValueError: timm is not installed or has no NAME.
     """
-    asked = name.startswith("timm/")
+    explicit = name.startswith("timm/")
     name = name.removeprefix("timm/")
-    if not asked:
+    if not explicit:
         from torchvision import models
 
         if name in models.list_models(module=models):
@@ -57,12 +57,12 @@ def timm_name(name: str) -> str | None:
     try:
         import timm
     except ImportError:
-        if asked:
+        if explicit:
             raise ValueError(f"the model timm/{name} needs timm; install it with: pip install timm") from None
         return None
     if timm.is_model(name):
         return name
-    if asked:
+    if explicit:
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
     return None
@@ -76,7 +76,7 @@ def _timm(config: ModelConfig, name: str, num_classes: int, in_channels: int, im
     options: dict[str, Any] = {"pretrained": False, "num_classes": num_classes, "in_chans": in_channels}
     try:
         return timm.create_model(name, img_size=image_size, **options)
-    except TypeError:  # networks of convolutions take any size and refuse to be told one
+    except TypeError:  # convolutional networks take any size and have no such option
         return timm.create_model(name, **options)
 
 
@@ -94,20 +94,14 @@ def _torchvision(config: ModelConfig, num_classes: int, image_size: int) -> nn.M
     if config.name.startswith("vit_"):
         extra = {"image_size": image_size}
     elif config.name in ("googlenet", "inception_v3"):
-        extra = {"aux_logits": False, "init_weights": True}  # more than one output in training otherwise
+        extra = {"aux_logits": False, "init_weights": True}  # otherwise several outputs in training
     return models.get_model(config.name, weights=None, num_classes=num_classes, **extra)
 
 
 def _replace_stem(model: nn.Module, in_channels: int) -> None:
     path, stem = next((p, m) for p, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    new = nn.Conv2d(
-        in_channels,
-        stem.out_channels,
-        stem.kernel_size,  # type: ignore[arg-type]
-        stem.stride,  # type: ignore[arg-type]
-        stem.padding,  # type: ignore[arg-type]
-        bias=stem.bias is not None,
-    )
+    kept: dict[str, Any] = {name: getattr(stem, name) for name in ("out_channels", "kernel_size", "stride", "padding")}
+    new = nn.Conv2d(in_channels, **kept, bias=stem.bias is not None)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, new)

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 
 class MixerBlock(nn.Module):
-    """A depthwise convolution with a residual around it, then a 1x1 convolution; GELU and BatchNorm after each
-    (the paper's equations 2 and 3)."""
+    """Residual depthwise convolution and 1x1 convolution, each followed by GELU and BatchNorm (equations 2 and 3)."""
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
@@ -19,23 +18,20 @@ class MixerBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, H, W) to (B, width, H, W)."""
-        # An even kernel makes a row and a column too many; without the first ones it is PyTorch's padding="same".
+        # An even kernel adds a row and a column; dropping the first ones is PyTorch's padding="same".
         y = self.depthwise(x)[:, :, -x.shape[2] :, -x.shape[3] :]
         x = x + self.bn1(F.gelu(y))
         return self.bn2(F.gelu(self.pointwise(x)))
 
 
 class ConvMixer(nn.Module):
-    """ConvMixer-``width``/``depth``: all blocks have the same channels and see the same grid of patches.
+    """ConvMixer-``width``/``depth``.
 
     Args:
-        width: channels, the paper's h.
+        width: number of channels, h in the paper.
         depth: number of blocks.
-        kernel: side of the depthwise convolutions' kernels.
-        patch: side of a patch in pixels; pixels beyond the last whole patch are not seen.
-        num_classes: number of logits.
-        in_channels: of the images.
+        kernel: side of the depthwise kernels.
+        patch: side of a patch in pixels; pixels beyond the last whole patch are dropped.
     """
 
     def __init__(self, width: int, depth: int, kernel: int, patch: int, num_classes: int, in_channels: int = 3) -> None:
@@ -46,6 +42,6 @@ class ConvMixer(nn.Module):
         self.fc = nn.Linear(width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, num_classes) logits; H, W >= patch."""
+        """Logits (B, num_classes) of images (B, in_channels, H, W); H, W >= patch."""
         x = self.blocks(self.bn1(F.gelu(self.stem(images))))
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))

@@ -10,7 +10,7 @@ from tal_fast.models.initialize import he_initialize
 
 
 class DenseLayer(nn.Module):
-    """Adds ``growth`` channels, made of all those before: a 1x1 convolution to ``4 * growth`` (the B of BC), a 3x3."""
+    """Bottleneck layer: a 1x1 convolution to ``4 * growth`` channels and a 3x3 to ``growth``, appended to the input."""
 
     def __init__(self, in_channels: int, growth: int) -> None:
         super().__init__()
@@ -20,13 +20,12 @@ class DenseLayer(nn.Module):
         self.conv2 = nn.Conv2d(4 * growth, growth, 3, 1, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, in_channels + growth, H, W)."""
         y = self.conv1(F.relu(self.bn1(x)))
         return torch.cat([x, self.conv2(F.relu(self.bn2(y)))], 1)
 
 
 class Transition(nn.Module):
-    """Halves channels (θ = 0.5, the C of BC) and image between two dense blocks."""
+    """Transition between dense blocks, which halves the channels (θ = 0.5, the C of BC) and the image, rounded up."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -34,18 +33,15 @@ class Transition(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, channels, ceil(H / 2), ceil(W / 2))."""
         return F.avg_pool2d(self.conv1(F.relu(self.bn1(x))), 2, ceil_mode=True)
 
 
 class DenseNet(nn.Module):
-    """DenseNet-BC of depth L has ``layers = (L - 4) / 6`` in each of its three dense blocks.
+    """DenseNet-BC with three dense blocks; depth L has ``layers = (L - 4) / 6``.
 
     Args:
-        layers: of each dense block.
-        width: channels that a layer adds, the paper's growth rate k; the stem has 2k.
-        num_classes: number of logits.
-        in_channels: of the images.
+        layers: number of layers of each dense block.
+        width: channels added by a layer, the growth rate k of the paper; the stem has 2k.
     """
 
     def __init__(self, layers: int, width: int, num_classes: int, in_channels: int = 3) -> None:
@@ -66,7 +62,7 @@ class DenseNet(nn.Module):
         he_initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, num_classes) logits; H, W >= 1."""
+        """Logits (B, num_classes) of images (B, in_channels, H, W); H, W >= 1."""
         x = self.stages[0](self.conv1(images))
         for transition, stage in zip(self.transitions, self.stages[1:], strict=True):
             x = stage(transition(x))

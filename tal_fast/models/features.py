@@ -1,4 +1,4 @@
-"""Penultimate features: the input of a classifier's last Linear layer, from this one place."""
+"""Penultimate features: the input of a classifier's last Linear layer."""
 
 from __future__ import annotations
 
@@ -12,38 +12,37 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class FeatureLinear(nn.Linear):
-    """A last Linear layer that returns ``(logits, features)``, where features are its input.
+    """Linear layer that returns ``(logits, features)``, where the features are its input.
 
-    Parameters and state-dict keys are those of ``nn.Linear``, so weights load into either.
+    Parameters and state-dict keys are those of ``nn.Linear``.
     """
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """(B, D) features to ((B, C) logits, (B, D) features)."""
+        """Logits (B, C), and the features (B, D) themselves."""
         return F.linear(input, self.weight, self.bias), input
 
 
 def expose_features(model: Model, images: Tensor | None = None) -> Model:
     """Make ``model(images)`` return ``(logits, features)`` instead of logits, in place.
 
-    Swaps the model's last ``nn.Linear`` for a ``FeatureLinear`` with the same parameters; no hooks, so that it works
-    under ``torch.compile``, DDP and ``torch.export``. The model must return that layer's output as it is.
+    The model's last ``nn.Linear`` is replaced by a ``FeatureLinear`` with the same parameters. There are no hooks, so
+    the model works under ``torch.compile``, DDP and ``torch.export``. It must return that layer's output unchanged.
 
     Args:
-        model: a classifier of (B, C) logits.
-        images: a small batch to try the model on, in eval mode; (2, 3, 64, 64) zeros by default.
+        model: classifier that returns logits (B, C).
+        images: small batch to test the model on, in eval mode; by default (2, 3, 64, 64) zeros.
 
     Returns:
-        The same model. One whose features are exposed already is returned as it is.
+        The same model; it is unchanged if its features are exposed already.
 
     Raises:
-        ValueError: the model has no ``nn.Linear``, or does not return the last one's output unchanged. It is left as
-            it was.
+        ValueError: the model has no ``nn.Linear``, or changes the last one's output; the model is then unchanged.
     """
     name = type(model).__name__
     linears = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linears:
         raise ValueError(
-            f"{name} has no nn.Linear layer whose input could be the features; end it with one that makes the logits"
+            f"{name} has no nn.Linear layer whose input could be the features; end it with one that returns the logits"
         )
     path, last = linears[-1]
     if isinstance(last, FeatureLinear):
@@ -55,7 +54,7 @@ def expose_features(model: Model, images: Tensor | None = None) -> Model:
     exposed = FeatureLinear.__new__(FeatureLinear)
     exposed.__dict__ = last.__dict__
     setattr(holder, child, exposed)
-    problem = _problem(model, exposed, torch.zeros(2, 3, 64, 64) if images is None else images)
+    problem = _output_problem(model, exposed, torch.zeros(2, 3, 64, 64) if images is None else images)
     if problem is not None:
         setattr(holder, child, last)
         raise ValueError(
@@ -66,12 +65,7 @@ def expose_features(model: Model, images: Tensor | None = None) -> Model:
 
 
 def keep_classes(model: nn.Module, num_classes: int) -> None:
-    """Cut the last layer of a model whose features are exposed down to its first logits, in place.
-
-    Args:
-        model: from ``expose_features``.
-        num_classes: logits to keep; nothing is done where there are no more.
-    """
+    """Keep the first ``num_classes`` logits of a model from ``expose_features``, in place."""
     last = next(m for m in reversed(list(model.modules())) if isinstance(m, FeatureLinear))
     if num_classes < last.out_features:
         last.weight = nn.Parameter(last.weight.detach()[:num_classes].clone())
@@ -80,7 +74,8 @@ def keep_classes(model: nn.Module, num_classes: int) -> None:
         last.out_features = num_classes
 
 
-def _problem(model: nn.Module, last: FeatureLinear, images: Tensor) -> str | None:
+def _output_problem(model: nn.Module, last: FeatureLinear, images: Tensor) -> str | None:
+    """Difference between the model's outputs and (logits, features) of its last layer; None if there is none."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -103,7 +98,7 @@ def _problem(model: nn.Module, last: FeatureLinear, images: Tensor) -> str | Non
 
 
 def last_layer(model: nn.Module) -> tuple[Any, Any]:
-    """Weight (C, D) and bias (C,) or None, as float64 arrays, of the layer that exposes the features."""
+    """Weight (C, D) and bias (C,), or None, of the layer that exposes the features, as float64 arrays."""
     layer = [module for module in model.modules() if isinstance(module, FeatureLinear)][-1]
     bias = None if layer.bias is None else layer.bias.detach().cpu().double().numpy()
     return layer.weight.detach().cpu().double().numpy(), bias

@@ -1,4 +1,4 @@
-"""Initial weights."""
+"""Initialization of weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from torch import nn
 
 
 def he_initialize(model: nn.Module) -> None:
-    """Draw the convolutions' weights, in place, from N(0, 2 / (k·k·out_channels)), as He et al. 2015 in their backward
-    form (equation 14) and as code for CIFAR does; biases, if any, become 0. Not for grouped convolutions."""
+    """Initialize convolutions in place: weights from N(0, 2 / (k·k·out_channels)), biases 0.
+
+    This is the backward form of He et al. 2015 (equation 14), as in most code for CIFAR. Not for grouped convolutions.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

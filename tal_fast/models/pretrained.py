@@ -1,15 +1,15 @@
-"""Weights from anywhere for evaluation: ``load_weights("resnet50.pth", "resnet50", data)``.
+"""Weights from files of other projects, and the preprocessing they need.
 
-Reads state dicts of PyTorch (``.pt``, ``.pth``; tensors and plain values only, never code) and safetensors: plain,
-under ``state_dict`` or ``model`` in a checkpoint, with the prefixes that DDP, ``torch.compile`` and averaged models
-add. So the released TAL code's checkpoints load too.
+State dicts of PyTorch (``.pt``, ``.pth``, read without running code) and safetensors are read: plain, under
+``state_dict`` or ``model`` in a checkpoint, and with the prefixes of DDP, ``torch.compile`` and averaged models. The
+checkpoints of the released TAL code load, too.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,28 +18,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tal_fast.config.names import INTERPOLATIONS
 from tal_fast.config.schema import DataConfig, ModelConfig
-from tal_fast.data import image_folder as files
-from tal_fast.data.datasets import FOLDER_IMAGE_SIZE, DataBundle, build_data
-from tal_fast.data.loader import INTERPOLATIONS
+from tal_fast.data import image_folder
+from tal_fast.data.build import FOLDER_IMAGE_SIZE, build_data
+from tal_fast.data.datasets import DataBundle
 from tal_fast.models.build import build_model, timm_name
 from tal_fast.models.features import FeatureLinear
 from tal_fast.models.registry import NETWORKS
 
-PRETRAINED = "pretrained"
-"""Instead of a file: torchvision's own weights, where its cache holds them."""
+logger = logging.getLogger(__name__)
 
-_UNDER = ("state_dict", "model_state_dict", "model", "net")
+PRETRAINED = "pretrained"
+"""Name instead of a file, for torchvision's own weights in its cache."""
+
+_STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.")
-# Classifiers for training only, which evaluation builds without.
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
+"""Prefixes of classifiers that are for training only."""
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The parameters and buffers in a file, by name, without wrappers' prefixes.
+    """Read the parameters and buffers in a file by name, without the prefixes of wrappers.
 
     Raises:
-        ValueError: there is no file, it cannot be read without running code, or it holds no state dict.
+        ValueError: the file is missing, cannot be read without running code, or has no state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -51,27 +54,29 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} needs safetensors; install it with: pip install safetensors") from None
         try:
             content: Any = load_file(path)
-        except Exception as problem:  # its own type of error, not exported
-            raise ValueError(f"{path} cannot be read as safetensors ({_one_line(problem)})") from None
+        except Exception as error:  # safetensors does not export its type of error
+            raise ValueError(f"{path} cannot be read as safetensors ({_first_line(error)})") from None
     else:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as problem:  # a damaged file can fail in any layer of unzipping and unpickling
+        except Exception as error:  # unzipping and unpickling raise many types of errors
             raise ValueError(
-                f"{path} cannot be read as weights only ({_one_line(problem)}); save it with "
+                f"{path} cannot be read as weights only ({_first_line(error)}); save it with "
                 f"torch.save(model.state_dict(), PATH)"
             ) from None
     state = _state_in(content)
     if state is None:
-        held = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
-        raise ValueError(f"{path} holds no state dict: neither itself nor under {', '.join(_UNDER)} (it has {held})")
-    # AveragedModel counts beside its module.
-    return {_plain(name): value for name, value in state.items() if name != "n_averaged"}
+        keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(
+            f"{path} holds no state dict: neither itself nor under {', '.join(_STATE_KEYS)} (it has {keys})"
+        )
+    # n_averaged is a counter of AveragedModel.
+    return {_without_prefixes(name): value for name, value in state.items() if name != "n_averaged"}
 
 
-def _one_line(problem: Exception) -> str:
-    first = str(problem).strip().splitlines()
-    return first[0][:160] if first else type(problem).__name__
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
 
 
 def _state_in(content: Any) -> dict[str, Tensor] | None:
@@ -79,18 +84,18 @@ def _state_in(content: Any) -> dict[str, Tensor] | None:
         return None
     if content and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         return dict(content)
-    return next((found for key in _UNDER if (found := _state_in(content.get(key))) is not None), None)
+    return next((found for key in _STATE_KEYS if (found := _state_in(content.get(key))) is not None), None)
 
 
-def _plain(name: str) -> str:
+def _without_prefixes(name: str) -> str:
     while name.startswith(_PREFIXES):
         name = name[len(next(p for p in _PREFIXES if name.startswith(p))) :]
     return name
 
 
-def _as_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of a ``cifar_`` network as most public code for CIFAR names its layers, FMFP's and OpenMix's among it; names that
-    are the project's already stay."""
+def _rename_layers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of a ``cifar_`` network with the layer names of public code, such as FMFP's and OpenMix's, renamed to
+    the project's; the project's own names stay."""
     renamed = {}
     for name, value in state.items():
         name = re.sub(r"^(?:layer(\d)|block(\d)\.layer)\.", lambda m: f"stages.{int(m[1] or m[2]) - 1}.", name)
@@ -102,16 +107,12 @@ def _as_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], source: str, classes_from: str) -> None:
-    """Load a state dict into a network whose features are exposed.
+    """Load a state dict from ``read_state`` into a network from ``build_model``.
 
-    Args:
-        model: from ``build_model``.
-        state: from ``read_state``.
-        source: where the state is from, for errors.
-        classes_from: what the number of classes is from, for errors.
+    Error messages name ``source``, the origin of the state, and ``classes_from``, that of the number of classes.
 
     Raises:
-        ValueError: another number of classes, or names or shapes that do not fit.
+        ValueError: the number of classes, a name or a shape does not fit.
     """
     wanted = model.state_dict()
     state = {name: value for name, value in state.items() if name in wanted or not name.startswith(_AUXILIARY)}
@@ -123,10 +124,14 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str, classes_f
             f"evaluate it on the classes it was trained on"
         )
     missing, unknown = [n for n in wanted if n not in state], [n for n in state if n not in wanted]
-    # Old files lack the count of batches that BatchNorm has seen; evaluation does not use it.
+    # Old files lack BatchNorm's count of batches, which evaluation does not use.
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or unknown:
-        parts = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("also has", unknown)) if names]
+        parts = [
+            f"{verb} {image_folder.first_names(names, 3)}"
+            for verb, names in (("lacks", missing), ("also has", unknown))
+            if names
+        ]
         raise ValueError(f"{source} does not fit this --model: it {' and '.join(parts)}; choose the network it is for")
     other = [n for n in wanted if n in state and state[n].shape != wanted[n].shape]
     if other:
@@ -137,32 +142,27 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str, classes_f
     model.load_state_dict(state, strict=False)
 
 
-def _some(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
 def load_weights(file: str | Path, model: ModelConfig, data: DataBundle) -> nn.Module:
-    """A network for a data set, with weights from a file.
+    """Build a network for a data set and load its weights from a file.
 
     Args:
-        file: see the module; or ``pretrained`` for torchvision's own weights, if they are in its cache.
+        file: file of weights, or ``pretrained`` for torchvision's own weights in its cache.
         model: name and width of the network.
-        data: gives the number of classes, channels and the image size.
+        data: data set, which defines the number of classes, channels and the image size.
 
     Returns:
-        In eval mode; images (B, C, S, S) -> logits (B, classes), features (B, D).
+        Network in eval mode, of images (B, C, S, S) to logits (B, classes) and features (B, D).
 
     Raises:
-        ValueError: no such network or file, or weights that do not fit.
+        ValueError: the network or file is unknown, or the weights do not fit.
     """
     if str(file) == PRETRAINED:
         file = _pretrained(model.name)
     state = read_state(file)
     network = build_model(model, data.num_classes, data.channels, data.image_size)
     if model.name in NETWORKS:
-        state = _as_ours(state)
-    where = data.config.root or data.config.dataset
-    load_into(network, state, str(file), where)
+        state = _rename_layers(state)
+    load_into(network, state, str(file), data.config.root or data.config.dataset)
     return network.eval()
 
 
@@ -182,20 +182,22 @@ def _pretrained(name: str) -> Path:
 
 
 def preprocessing(model: str, given: Mapping[str, Any], pretrained: bool = False) -> dict[str, Any]:
-    """How a network wants its images: as given, else as timm says of a network of timm and torchvision of its own
-    weights, else the defaults (224 pixels out of 256, bilinear, ImageNet's mean and standard deviation).
+    """Preprocessing of the images of a network.
+
+    Values that are not given are those of timm for a network of timm, or of torchvision for its own weights. Other
+    fields are left out, so that the defaults of ``DataConfig`` apply.
 
     Args:
-        model: its name.
-        given: ``image_size``, ``mean``, ``std``, ``crop_fraction``, ``channels``, ``interpolation``; None where not
-            given.
+        model: name of the network.
+        given: values of ``image_size``, ``mean``, ``std``, ``crop_fraction``, ``channels`` and ``interpolation``, or
+            None.
         pretrained: whether the weights are torchvision's own.
 
     Returns:
         Fields of ``DataConfig``, and ``interpolation``.
     """
     found: dict[str, Any] = {}
-    # What is said of images in colour does not fit others.
+    # timm's and torchvision's values are for colour images.
     if model not in NETWORKS and given.get("channels") in (None, 3):
         name = timm_name(model)
         if name is not None:
@@ -209,14 +211,14 @@ def _timm_preprocessing(name: str) -> dict[str, Any]:
     import timm
 
     own = timm.get_pretrained_cfg(name)
-    if own is None:  # a network without weights of its own says nothing about images
+    if own is None:  # a network without pretrained weights
         return {}
     if own.crop_mode != "center":
-        print(f"note: {name} was trained on images cut by {own.crop_mode!r}; here the centre is cut", file=sys.stderr)
+        logger.warning("%s was trained with the crop mode %r; evaluation crops the centre", name, own.crop_mode)
     size = own.input_size[-1]
     return {
         "image_size": size, "mean": list(own.mean), "std": list(own.std),
-        "crop_fraction": min(1.0, size / math.floor(size / own.crop_pct)),  # whole pixels, as timm resizes to
+        "crop_fraction": min(1.0, size / math.floor(size / own.crop_pct)),  # timm resizes to whole pixels
         "interpolation": own.interpolation if own.interpolation in INTERPOLATIONS else "bilinear",
     }  # fmt: skip
 
@@ -226,7 +228,7 @@ def _torchvision_preprocessing(name: str) -> dict[str, Any]:
 
     try:
         own = models.get_model_weights(name).DEFAULT.transforms()
-    except (ValueError, AttributeError):  # ``load_weights`` says that there are none
+    except (ValueError, AttributeError):  # load_weights raises the error
         return {}
     return {
         "image_size": own.crop_size[0], "mean": list(own.mean), "std": list(own.std),
@@ -235,29 +237,30 @@ def _torchvision_preprocessing(name: str) -> dict[str, Any]:
 
 
 def evaluation_data(config: DataConfig, interpolation: str = "bilinear") -> DataBundle:
-    """The data set that weights are evaluated on.
+    """Build the data set that weights are evaluated on.
 
     Args:
-        config: as for training. A ``folder`` needs only ``val/``: without ``train/`` there are no training images, and
-            the classes are those of ``val/``.
-        interpolation: that images are resized with, one of ``tal_fast.data.loader.INTERPOLATIONS``.
+        config: configuration of the data set. A ``folder`` without ``train/`` has no training images and the classes of
+            ``val/``.
+        interpolation: filter that images are resized with, one of ``tal_fast.config.names.INTERPOLATIONS``.
 
     Raises:
-        ValueError: as ``tal_fast.data.build_data``, or an unknown interpolation.
+        ValueError: as for ``build_data``, or the interpolation is unknown.
     """
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation is {interpolation!r}; choose from {', '.join(INTERPOLATIONS)}")
-    bundle = _bundle(config)
+    bundle = _data_without_training(config) or build_data(config)
     bundle.interpolation = interpolation
     return bundle
 
 
-def _bundle(config: DataConfig) -> DataBundle:
+def _data_without_training(config: DataConfig) -> DataBundle | None:
+    """Data set of a folder that has no ``train/``; None for other data sets."""
     root = Path(config.root or "")
     if config.dataset != "folder" or config.root is None or (root / "train").is_dir() or not root.is_dir():
-        return build_data(config)
+        return None
     config.check()
-    class_names = list(files.files_by_class(root, "val"))
-    none = files.ImageFiles([], np.zeros(0, np.int64), np.zeros((0, 2), np.int32))
-    val = files.read_split(root, "val", class_names)
+    class_names = list(image_folder.files_by_class(root, "val"))
+    none = image_folder.ImageFiles([], np.zeros(0, np.int64), np.zeros((0, 2), np.int32))
+    val = image_folder.read_split(root, "val", class_names)
     return DataBundle(config, class_names, config.image_size or FOLDER_IMAGE_SIZE, none, val, {})

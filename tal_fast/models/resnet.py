@@ -1,8 +1,9 @@
-"""ResNets for small images: a 3x3 stem and no pooling before the first stage."""
+"""ResNets for small images, with a 3x3 stem and no pooling before the first stage (He et al. 2016)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,9 @@ from tal_fast.models.initialize import he_initialize
 
 
 class PaddedShortcut(nn.Module):
-    """A shortcut without parameters: every ``stride``-th pixel, zeros for the new channels (He et al. 2016, option A).
+    """Shortcut without parameters: every ``stride``-th pixel, and zeros for new channels (He et al. 2016, option A).
 
-    Half of the new channels come before the old ones and half after, as in most public code, so that its weights fit.
+    Half of the new channels precede the old ones, as in most public code, so that its weights fit.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -24,7 +25,6 @@ class PaddedShortcut(nn.Module):
         self.padding = (0, 0, 0, 0, new // 2, new - new // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, channels, ceil(H / stride), ceil(W / stride))."""
         return F.pad(x[:, :, :: self.stride, :: self.stride], self.padding)
 
 
@@ -32,8 +32,10 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (He et al. 2016, figure 2).
 
     Args:
-        in_channels, channels, stride: of the block; its first convolution has the stride.
-        projection: a shortcut that changes the shape is a 1x1 convolution with BatchNorm (option B) instead of a
+        in_channels: channels of the input.
+        channels: channels of the output.
+        stride: stride of the first convolution.
+        projection: use a 1x1 convolution with BatchNorm (option B) for a shortcut that changes the shape, instead of a
             ``PaddedShortcut`` (option A).
     """
 
@@ -54,19 +56,37 @@ class BasicBlock(nn.Module):
             self.shortcut = PaddedShortcut(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, channels, ceil(H / stride), ceil(W / stride))."""
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
+def residual_stages(
+    block: Callable[[int, int, int], nn.Module], blocks: Sequence[int], channels: int, width: int
+) -> nn.Sequential:
+    """Stages of residual blocks; the channels double and the image halves from stage to stage.
+
+    Args:
+        block: constructor of a block from its input channels, output channels and stride.
+        blocks: number of blocks of each stage.
+        channels: channels of the input.
+        width: channels of the first stage.
+    """
+    stages = []
+    for stage, count in enumerate(blocks):
+        parts = []
+        for i in range(count):
+            parts.append(block(channels, width * 2**stage, 2 if i == 0 and stage > 0 else 1))
+            channels = width * 2**stage
+        stages.append(nn.Sequential(*parts))
+    return nn.Sequential(*stages)
+
+
 class CifarResNet(nn.Module):
-    """A stage for each entry of ``blocks``; the channels double and the image halves from stage to stage.
+    """ResNet whose channels double and whose image halves from stage to stage.
 
     Args:
         blocks: number of blocks of each stage.
         width: channels of the first stage.
-        num_classes: number of logits.
-        in_channels: of the images.
         projection: see ``BasicBlock``.
     """
 
@@ -76,24 +96,11 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        stages = []
-        channels = width
-        for stage, count in enumerate(blocks):
-            out = width * 2**stage
-            stages.append(
-                nn.Sequential(
-                    *(
-                        BasicBlock(channels if i == 0 else out, out, 2 if i == 0 and stage > 0 else 1, projection)
-                        for i in range(count)
-                    )
-                )
-            )
-            channels = out
-        self.stages = nn.Sequential(*stages)
-        self.fc = nn.Linear(channels, num_classes)
+        self.stages = residual_stages(partial(BasicBlock, projection=projection), blocks, width, width)
+        self.fc = nn.Linear(width * 2 ** (len(blocks) - 1), num_classes)
         he_initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, num_classes) logits; H, W >= 1."""
+        """Logits (B, num_classes) of images (B, in_channels, H, W); H, W >= 1."""
         x = F.relu(self.bn1(self.conv1(images)))
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(self.stages(x), 1), 1))

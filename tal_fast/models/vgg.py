@@ -8,20 +8,18 @@ from torch import Tensor, nn
 
 from tal_fast.models.initialize import he_initialize
 
-# of each stage: (convolutions, channels as a multiple of the first stage's)
 _STAGES = ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))
+"""Convolutions of each stage, and its channels as a multiple of the first stage's."""
 
 
 class VGG16(nn.Module):
-    """Thirteen 3x3 convolutions with BatchNorm in five stages, and one Linear instead of the paper's three.
+    """VGG-16 with thirteen 3x3 convolutions in five stages, and one Linear instead of the paper's three.
 
-    The convolutions have the biases that BatchNorm makes idle, and are named and numbered as torchvision's
-    ``vgg16_bn().features``: so weights of either, and of public code for CIFAR, fit.
+    The convolutions have biases and the names of torchvision's ``vgg16_bn().features``, so that its weights and those
+    of public code for CIFAR fit.
 
     Args:
         width: channels of the first stage.
-        num_classes: number of logits.
-        in_channels: of the images.
     """
 
     def __init__(self, width: int, num_classes: int, in_channels: int = 3) -> None:
@@ -32,12 +30,12 @@ class VGG16(nn.Module):
             for _ in range(count):
                 parts += [nn.Conv2d(channels, width * factor, 3, 1, 1), nn.BatchNorm2d(width * factor), nn.ReLU()]
                 channels = width * factor
-            # Rounding up, five poolings leave something of images smaller than 32 pixels.
+            # Rounding up keeps at least one pixel of images smaller than 32 pixels.
             parts.append(nn.MaxPool2d(2, ceil_mode=True))
         self.features = nn.Sequential(*parts)
         self.fc = nn.Linear(channels, num_classes)
         he_initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, num_classes) logits; H, W >= 1."""
+        """Logits (B, num_classes) of images (B, in_channels, H, W); H, W >= 1."""
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(self.features(images), 1), 1))

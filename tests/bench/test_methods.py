@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import methods
-from tal_fast.experiments.plan import read_experiment
+from tal_fast.experiments.parse import read_experiment
 from tal_fast.experiments.results import check_options, read_results
 from tal_fast.runs.resume import differences
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from tal_fast import evaluate
-from tal_fast.config.names import CONVENTIONS, CORRUPTIONS, INTERPOLATIONS, check_scores
-from tal_fast.data import corruptions, loader
+from tal_fast.config.names import CONVENTIONS, check_scores
 from tal_fast.evaluation import command
 from tal_fast.evaluation.tables import WIDTH
 from tal_fast.metrics import failure
@@ -138,8 +137,6 @@ def test_underscores_are_read_as_hyphens() -> None:
 
 def test_choices_are_those_of_the_library() -> None:
     assert failure.CONVENTIONS == CONVENTIONS
-    assert loader.INTERPOLATIONS == INTERPOLATIONS
-    assert corruptions.CORRUPTIONS == CORRUPTIONS
 
 
 def test_commands_in_the_documentation_are_understood() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tal_fast import kernels
 from tal_fast.loss.options import LossOptions
-from tests.helpers.backends import DEVICE
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 AVAILABLE, REASON = kernels.is_available(DEVICE)
 
 # The interpreter computes with NumPy, which warns where a test has NaN or infinity on purpose.

@@ -60,7 +60,7 @@ def test_missing_extension_is_named_with_the_command_that_builds_it(
     monkeypatch.setattr(_extension, "__file__", str(tmp_path / "loss" / "_extension.py"))
     usable, why = _extension.load.__wrapped__()
     assert not usable
-    assert why.startswith("not built; `pip install --no-build-isolation .`")
+    assert why.startswith("not built; run `pip install --no-build-isolation .`")
     (tmp_path / "_C.abi3.so").write_bytes(b"no library")
     usable, why = _extension.load.__wrapped__()
     assert not usable

@@ -1,4 +1,4 @@
-"""Weights from anywhere: what files hold them, how they are named, and what does not fit."""
+"""Weights of other projects: their files, names and preprocessing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from tal_fast.config.schema import DataConfig, ModelConfig
 from tal_fast.evaluation.predictions import weights_hash
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sources import evaluate_weights
-from tal_fast.models import build_model
-from tal_fast.models import pretrained as weights
+from tal_fast.models import build_model, pretrained
 from tal_fast.models.pretrained import evaluation_data, load_weights, preprocessing, read_state
 from tal_fast.models.registry import NETWORKS
 
@@ -70,7 +69,7 @@ def test_averaged_models_and_safetensors(tmp_path: Path) -> None:
         assert weights_hash(loaded) == weights_hash(model), name
 
 
-def test_layers_as_public_cifar_code_names_them(tmp_path: Path) -> None:
+def test_layer_names_of_public_cifar_code(tmp_path: Path) -> None:
     config = ModelConfig("cifar_resnet18", width=4)
     model = network(config=config)
     foreign = {}
@@ -117,26 +116,26 @@ def test_layers_as_public_cifar_code_names_them(tmp_path: Path) -> None:
         ("cifar_vgg16_bn", {"features.40.weight": "features.40.weight", "classifier.weight": "fc.weight"}),
     ],
 )
-def test_layers_as_failure_detections_public_code_names_them(name: str, theirs: dict[str, str]) -> None:
+def test_layer_names_of_public_failure_detection_code(name: str, theirs: dict[str, str]) -> None:
     with torch.device("meta"):
         ours = NETWORKS[name](num_classes=10, in_channels=3).state_dict()
     for public, own in theirs.items():
         assert own in ours
-        assert list(weights._as_ours({public: torch.zeros(1)})) == [own]
+        assert list(pretrained._rename_layers({public: torch.zeros(1)})) == [own]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_projects_own_names_stay(name: str) -> None:
+def test_the_names_of_the_project_stay(name: str) -> None:
     with torch.device("meta"):
         ours = NETWORKS[name](num_classes=10, in_channels=3).state_dict()
-    assert list(weights._as_ours(ours)) == list(ours)
+    assert list(pretrained._rename_layers(ours)) == list(ours)
 
 
 def test_a_network_of_torchvision_and_one_of_timm(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     data = evaluation_data(DataConfig(root=str(folder(tmp_path / "data", "val")), image_size=32, crop_area=None))
     images = torch.randn(2, 3, 32, 32)
-    # The same network under the same names; timm's is a copy in other code.
+    # timm has the network of torchvision, with the same names.
     for name in ("resnet18", "timm/resnet18"):
         config = ModelConfig(name)
         model = network(3, 3, config)
@@ -173,7 +172,7 @@ def changed(state: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Ten
         (lambda s: {"model": network()}, "cannot be read as weights only"),
     ],
 )
-def test_what_does_not_fit(tmp_path: Path, content: Any, message: str) -> None:
+def test_weights_that_do_not_fit_are_rejected(tmp_path: Path, content: Any, message: str) -> None:
     torch.save(content(network().state_dict()), tmp_path / "weights.pt")
     with pytest.raises(ValueError) as refusal:  # noqa: PT011
         load_weights(tmp_path / "weights.pt", SMALL, evaluation_data(DIGITS))
@@ -181,7 +180,7 @@ def test_what_does_not_fit(tmp_path: Path, content: Any, message: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
-def test_files_that_are_no_weights(tmp_path: Path) -> None:
+def test_other_files_are_rejected(tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     for name, message in (
         ("x.pt", "cannot be read as weights only"),
@@ -200,7 +199,7 @@ def test_old_files_without_batch_counts_load(tmp_path: Path) -> None:
     load_weights(tmp_path / "weights.pt", SMALL, evaluation_data(DIGITS))
 
 
-def test_preprocessing_is_timms_unless_given() -> None:
+def test_preprocessing_of_timm_networks() -> None:
     timm = pytest.importorskip("timm")
     cfg = timm.get_pretrained_cfg("vit_tiny_patch16_224")
     found = preprocessing("timm/vit_tiny_patch16_224", {"image_size": None, "mean": None})
@@ -214,7 +213,7 @@ def test_preprocessing_is_timms_unless_given() -> None:
     assert (own["image_size"], own["interpolation"]) == (96, "bilinear")
 
 
-def test_preprocessing_of_torchvisions_own_weights_is_theirs() -> None:
+def test_preprocessing_of_torchvision_weights() -> None:
     given = {"std": [1.0, 1.0, 1.0], "mean": None}
     assert preprocessing("resnet50", given) == {"std": [1.0, 1.0, 1.0], "interpolation": "bilinear"}
     found = preprocessing("efficientnet_b3", given, pretrained=True)
@@ -223,13 +222,13 @@ def test_preprocessing_of_torchvisions_own_weights_is_theirs() -> None:
     assert preprocessing("cifar_resnet8", given, pretrained=True) == preprocessing("resnet50", given)
 
 
-def test_images_are_what_timm_makes_of_them(tmp_path: Path) -> None:
-    """A photo, cut and resized here and by timm's own transform for a network of bicubic images."""
+def test_images_equal_those_of_timms_transform(tmp_path: Path) -> None:
+    """Compare a cropped and resized photo with timm's own transform."""
     pytest.importorskip("timm")
     from sklearn.datasets import load_sample_images
     from timm.data import create_transform, resolve_data_config
 
-    # Of a size whose central part is whole pixels both here and there.
+    # The central crop of this size has whole pixels in both.
     photo = Image.fromarray(load_sample_images().images[0]).crop((200, 50, 510, 360))
     for name in ("train", "val"):
         (tmp_path / name / "a").mkdir(parents=True)
@@ -243,7 +242,7 @@ def test_images_are_what_timm_makes_of_them(tmp_path: Path) -> None:
     error = {}
     for ours in (interpolation, "bilinear"):
         ((images, _, _),) = evaluation_data(config, ours).loader("val", batch_size=1)
-        # of 255; the border of the cut, where timm sees what lies beyond, aside
+        # of 255, without the border, where timm's filter reaches beyond the crop
         error[ours] = float((images[0] - want)[:, 2:-2, 2:-2].abs().mean()) * 255 * 0.5
     assert error["bicubic"] < 1.0
     assert error["bilinear"] > 2 * error["bicubic"]
@@ -255,27 +254,27 @@ def timm_cfg(name: str) -> dict[str, Any]:
     return timm.get_pretrained_cfg(name.removeprefix("timm/")).to_dict()
 
 
-def test_an_interpolation_that_is_not_there() -> None:
+def test_an_unknown_interpolation_is_rejected() -> None:
     with pytest.raises(ValueError, match="interpolation is 'nearest'; choose from bilinear, bicubic"):
         evaluation_data(DIGITS, "nearest")
 
 
-def test_names_that_are_not_timms() -> None:
+def test_unknown_timm_names_are_rejected() -> None:
     pytest.importorskip("timm")
     with pytest.raises(ValueError, match="timm has no model 'resnet1'; did you mean resnet"):
         network(config=ModelConfig("timm/resnet1"))
 
 
-def test_pretrained_comes_from_the_cache_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_weights_come_from_the_cache_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(ValueError, match=r"torchvision's weights for resnet18 are not in .*; download https://"):
-        weights._pretrained("resnet18")
+        pretrained._pretrained("resnet18")
     path = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
     path.parent.mkdir()
     path.touch()
-    assert weights._pretrained("resnet18") == path
+    assert pretrained._pretrained("resnet18") == path
     with pytest.raises(ValueError, match="is for networks of torchvision, not cifar_resnet8"):
-        weights._pretrained("cifar_resnet8")
+        pretrained._pretrained("cifar_resnet8")
 
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,8 +282,8 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     torch.save(prefixed(network(3, 3).state_dict(), "module."), tmp_path / "tal.pth")
     args = [
         "--weights", str(tmp_path / "tal.pth"), "--model", "cifar_resnet8", "--width", "4", "--data-dir", str(data),
-        "--image-size", "16", "--device", "cpu", "--loader", "torch", "--workers", "0", "--scores", "all",
-        "--ood", "noise=uniform:20", "--shift", "foggy=contrast:5", "--mix", "all",
+        "--image-size", "16", "--device", "cpu", "--loader", "torch", "--workers", "0", "--scores", "msp",
+        "mahalanobis", "--ood", "noise=uniform:20", "--shift", "foggy=contrast:5", "--mix", "all",
     ]  # fmt: skip
     assert evaluate.main(args) == 0
     found = json.loads((tmp_path / "tal-report" / "report.json").read_text())
@@ -301,7 +300,6 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     assert "Old FD under shift (foggy)\n12 ID, " in printed
     assert f"{tmp_path / 'tal.pth'}: cifar_resnet8" in printed
-    # The report of a run under the same weights is the same.
     assert "mahalanobis" in found["settings"]["shift"]
 
 
@@ -330,7 +328,7 @@ def test_without_training_images_scores_that_need_them_are_left_out(tmp_path: Pa
         (["--run", "x", "--shift", "a=b", "--shift", "a=c"], "--shift names 'a' twice"),
     ],
 )
-def test_options_that_do_not_go_together(capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
+def test_options_that_exclude_each_other(capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
     assert evaluate.main(args) == 2
     said = capsys.readouterr().err
     assert message in said

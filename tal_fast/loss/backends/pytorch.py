@@ -28,12 +28,9 @@ class PyTorchBackend(Backend):
     def complete_summary(self, inputs: LossInputs) -> Tensor:
         options = inputs.options
         return reference.batch_summary(
-            inputs.logits,
-            inputs.labels,
-            inputs.distance,
-            confidence_threshold=options.confidence_threshold,
-            ignore_index=options.ignore_index,
-        )
+            inputs.logits, inputs.labels, inputs.distance,
+            confidence_threshold=options.confidence_threshold, ignore_index=options.ignore_index,
+        )  # fmt: skip
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, TALStats]:
         return reference.tal_loss(

@@ -31,14 +31,9 @@ class TritonBackend(KernelBackend):
 
         assert inputs.summary is not None
         kernels.batch_sums(
-            inputs.logits.detach(),
-            inputs.labels,
-            inputs.distance,
-            inputs.summary,
-            inputs.ring.ticket,
-            confidence_threshold=inputs.options.confidence_threshold,
-            ignore_index=inputs.options.ignore_index,
-        )
+            inputs.logits.detach(), inputs.labels, inputs.distance, inputs.summary, inputs.ring.ticket,
+            confidence_threshold=inputs.options.confidence_threshold, ignore_index=inputs.options.ignore_index,
+        )  # fmt: skip
         return inputs.summary
 
     def forward(self, inputs: LossInputs, need_grad: bool) -> tuple[Tensor, Tensor, TALStats]:
@@ -47,22 +42,11 @@ class TritonBackend(KernelBackend):
         options = inputs.options
         inplace = need_grad and may_overwrite(inputs.logits, options)
         loss, grad, stats, flags = kernels.loss_forward(
-            inputs.logits.detach(),
-            inputs.labels,
-            inputs.distance,
-            inputs.summary,
-            inputs.ring.ticket,
-            variant=options.variant,
-            t_min=options.t_min,
-            t_max=options.t_max,
-            t_wrong=options.t_wrong,
-            confidence_threshold=options.confidence_threshold,
-            label_smoothing=options.label_smoothing,
-            ignore_index=options.ignore_index,
-            warmup=inputs.warmup,
-            need_grad=need_grad,
-            inplace=inplace,
-        )
+            inputs.logits.detach(), inputs.labels, inputs.distance, inputs.summary, inputs.ring.ticket,
+            variant=options.variant, t_min=options.t_min, t_max=options.t_max, t_wrong=options.t_wrong,
+            confidence_threshold=options.confidence_threshold, label_smoothing=options.label_smoothing,
+            ignore_index=options.ignore_index, warmup=inputs.warmup, need_grad=need_grad, inplace=inplace,
+        )  # fmt: skip
         if inplace:
             mark_overwritten(grad)
         return loss, grad, TALStats(inputs.distance, *stats.unbind(), *flags.unbind())

@@ -1,11 +1,10 @@
-"""Networks that return (logits, features)."""
+"""The project's networks: parameters, other implementations, and training steps."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ import torchvision
 from torch import nn
 
 from tal_fast.config.schema import ModelConfig
-from tal_fast.models import FeatureLinear, build_model, expose_features
+from tal_fast.models import build_model
 from tal_fast.models.registry import NETWORKS
 from tal_fast.models.resnet import BasicBlock
 from tal_fast.models.wide_resnet import WideResNet
@@ -24,83 +23,8 @@ def images(size: int = 64, channels: int = 3) -> torch.Tensor:
     return torch.randn(2, channels, size, size)
 
 
-def test_torchvision_resnet_is_unchanged_but_for_its_features() -> None:
-    plain = torchvision.models.resnet18(num_classes=7).eval()
-    x = images()
-    want = plain(x)
-    pooled: list[torch.Tensor] = []
-    plain.avgpool.register_forward_hook(lambda module, args, out: pooled.append(out.flatten(1)))
-    plain(x)
-    keys = list(plain.state_dict())
-    weight = plain.fc.weight
-    model = expose_features(plain)
-    logits, features = model(x)
-    assert model is plain
-    assert torch.equal(logits, want)
-    assert torch.equal(features, pooled[0])
-    assert list(model.state_dict()) == keys
-    assert model.fc.weight is weight
-    assert isinstance(model.fc, FeatureLinear)
-    assert expose_features(model) is model  # once is enough
-
-
-def test_weights_load_from_and_into_the_plain_network() -> None:
-    plain = torchvision.models.resnet18(num_classes=5)
-    model = build_model(ModelConfig("resnet18"), 5)
-    model.load_state_dict(plain.state_dict())
-    x = images()
-    assert torch.equal(model.eval()(x)[0], plain.eval()(x))
-    plain.load_state_dict(model.state_dict())
-
-
-def test_trying_a_model_leaves_it_as_it_was() -> None:
-    model = torchvision.models.resnet18(num_classes=5).train()
-    model.layer1.eval()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    expose_features(model)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert (model.training, model.layer1.training, model.fc.training) == (True, False, True)
-
-
-class Wrapped(nn.Module):
-    def __init__(self, end: Any) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 9), nn.ReLU())
-        self.head = nn.Linear(9, 4)
-        self.end = end
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.end(self.head(self.body(x)))
-
-
-@pytest.mark.parametrize(
-    ("end", "sentence"),
-    [
-        (lambda out: {"logits": out}, "it returns dict"),
-        (lambda out: out[0], "it returns Tensor"),
-        (lambda out: (2 * out[0], out[1]) if isinstance(out, tuple) else 2 * out, "its logits are not that layer's"),
-        (lambda out: (out[0].softmax(1)[:, :2], out[1]), "it returns shapes"),
-        (lambda out: out.softmax(1), "AttributeError"),
-    ],
-)
-def test_models_that_change_the_logits_are_refused(end: Any, sentence: str) -> None:
-    model = Wrapped(end)
-    with pytest.raises(ValueError, match=f"Wrapped does not return the output of its last nn.Linear .*{sentence}"):
-        expose_features(model)
-    assert type(model.head) is nn.Linear  # as it was
-
-
-def test_models_without_a_last_linear_are_refused() -> None:
-    with pytest.raises(ValueError, match="SqueezeNet has no nn.Linear layer whose input could be the features"):
-        build_model(ModelConfig("squeezenet1_1"), 5)
-    with pytest.raises(ValueError, match="the model is a single nn.Linear; put it into an nn.Sequential"):
-        expose_features(nn.Linear(3, 2))
-    model = expose_features(Wrapped(lambda out: out))
-    assert [o.shape for o in model(images())] == [(2, 4), (2, 9)]
-
-
 def conv(inputs: int, outputs: int, kernel: int = 3) -> int:
-    """Parameters of a convolution without biases and of a BatchNorm on what it makes or takes."""
+    """Parameters of a convolution without biases and of a BatchNorm on its output."""
     return inputs * outputs * kernel**2 + 2 * outputs
 
 
@@ -177,7 +101,7 @@ def test_parameters(name: str, classes: int, formula: int, parameters: int, publ
         assert f"{parameters / 1e6:.{len(published.partition('.')[2])}f}" == published
 
 
-def test_all_networks_have_their_parameters_checked_and_listed() -> None:
+def test_parameters_of_all_networks_are_tested_and_documented() -> None:
     assert {name for name, *_ in PARAMETERS} == set(NETWORKS)
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     for name, classes, _, parameters, _ in PARAMETERS:
@@ -197,12 +121,12 @@ def test_parameters_of_deit() -> None:
 
 
 def small(name: str) -> int:
-    """A width at which a network is small."""
+    """Width of a small version of a network."""
     return 16 if name == "cifar_wrn28_10" else 4
 
 
 def give_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Copy parameters and buffers by their order, and move them away from where a fresh network has them."""
+    """Copy parameters and buffers by their order, with random changes to the initial values."""
 
     def order(name: str) -> int:  # torchvision's DenseNet has its transitions between the dense blocks, ours after them
         return 2 if "norm5" in name or "classifier" in name else int(".transition" in name)
@@ -251,12 +175,12 @@ def timm_convmixer(depth: int, kernel: int, patch: int) -> nn.Module:
         ("cifar_convmixer_256_16", lambda: timm_convmixer(16, 8, 1)),
     ],
 )
-def test_networks_are_those_of_other_implementations(name: str, make: Callable[[], nn.Module]) -> None:
+def test_networks_equal_other_implementations(name: str, make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     other, model = make(), build_model(ModelConfig(name), 10, image_size=32).train()
     give_parameters(other, model)
     x = images(32)
-    # With the batch's own statistics, for with fresh ones deep networks say nearly the same of all images.
+    # In training mode: with initial BatchNorm statistics the outputs for all images are nearly equal.
     with torch.no_grad():
         logits, want = model(x)[0], other(x)
         assert (want[0] - want[1]).abs().max() > 0.1
@@ -303,7 +227,7 @@ def test_shortcuts_without_parameters(side: int) -> None:
 
 
 def check_outputs(model: nn.Module, x: torch.Tensor, classes: int) -> None:
-    """Shapes, and features that are what the last Linear layer takes."""
+    """Check the shapes, and that the features are the input of the last Linear layer."""
     model.eval()
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     taken: list[torch.Tensor] = []
@@ -341,7 +265,7 @@ def test_a_step_of_every_network(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_for_other_images(name: str) -> None:
+def test_networks_take_small_grayscale_images(name: str) -> None:
     config = ModelConfig(name, width=small(name))
     torch.manual_seed(0)
     model = build_model(config, 7, in_channels=1, image_size=28)
@@ -356,32 +280,3 @@ def test_networks_for_other_images(name: str) -> None:
         assert not torch.equal(other(x)[0], model(x)[0])
         other.load_state_dict(torch.load(saved, weights_only=True))
         assert torch.equal(other(x)[0], model(x)[0])
-
-
-def test_width_channels_and_size() -> None:
-    model = build_model(ModelConfig("cifar_resnet8", width=4), 3, in_channels=1, image_size=8)
-    assert [o.shape for o in model(images(8, channels=1))] == [(2, 3), (2, 16)]
-    model = build_model(ModelConfig("resnet18"), 3, in_channels=1)
-    assert model.conv1.weight.shape == (64, 1, 7, 7)
-    assert [o.shape for o in model(images(channels=1))] == [(2, 3), (2, 512)]
-
-
-@pytest.mark.parametrize("name", ["mobilenet_v3_small", "googlenet", "densenet121"])
-def test_other_torchvision_classifiers_train(name: str) -> None:
-    model = build_model(ModelConfig(name), 6).train()
-    logits, features = model(images())
-    assert logits.shape == (2, 6)
-    logits.sum().backward()
-    assert features.shape[0] == 2
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-def test_unknown_names_and_widths_are_refused() -> None:
-    with pytest.raises(ValueError, match="no model 'resnet51': did you mean resnet50"):
-        build_model(ModelConfig("resnet51"), 5)
-    with pytest.raises(ValueError, match="no model 'cifar_wrn_28_10': did you mean cifar_wrn28_10"):
-        build_model(ModelConfig("cifar_wrn_28_10"), 5)
-    with pytest.raises(ValueError, match="no model 'xyzzy': names are torchvision's. There are also cifar_resnet8"):
-        build_model(ModelConfig("xyzzy"), 5)
-    with pytest.raises(ValueError, match="resnet18 has a fixed width; leave it out"):
-        build_model(ModelConfig("resnet18", width=3), 5)

@@ -1,0 +1,142 @@
+"""Construction of a data set from its configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from tal_fast.config.schema import DataConfig
+from tal_fast.data import builtin, cifar, dali, image_folder
+from tal_fast.data.datasets import DataBundle, MemoryImages, Split
+from tal_fast.data.pixels import as_channels
+
+FOLDER_IMAGE_SIZE = 224
+SYNTHETIC_IMAGE_SIZE = 32
+SYNTHETIC_POOL_BYTES = 32 * 2**20
+"""Memory limit of a split of ``synthetic``: 222 images of 224 x 224 x 3, which repeat if more are configured."""
+
+
+def build_data(config: DataConfig) -> DataBundle:
+    """Find and check the images of a data set.
+
+    The header of each image file is read once and its size kept in the cache, so that a file that is no image is
+    reported before training starts.
+
+    Raises:
+        ValueError: a missing or empty folder, a class that only validation has, a class without images, a file that
+            is no image, or an option that does not fit the data set.
+    """
+    config.check()
+    if config.loader == "dali" and not dali.available():
+        raise ValueError(
+            "data.loader is 'dali' but DALI cannot be imported; install nvidia-dali-cuda130 or set data.loader to torch"
+        )
+    if config.file_list is not None and config.dataset != "folder":
+        raise ValueError(f"data.file_list is for data.dataset folder, not {config.dataset}; set it to null")
+    if config.crop_area is not None and config.dataset not in ("folder", "digits"):
+        raise ValueError(
+            f"data.crop_area is for image files, {config.dataset} is in memory; set data.crop_area to null and use "
+            "data.shift"
+        )
+    make = {
+        "folder": _folder,
+        "digits": _digits,
+        "cifar10": _cifar,
+        "cifar100": _cifar,
+        "fashion-mnist": _fashion_mnist,
+        "synthetic": _synthetic,
+    }
+    bundle = make[config.dataset](config)
+    train = bundle.split("train")
+    if config.holdout is not None:
+        if config.holdout >= len(train):
+            raise ValueError(
+                f"data.holdout is {config.holdout} but there are {len(train)} training images; leave some to train on"
+            )
+        order = np.random.default_rng(1).permutation(len(train))
+        held_out, rest = (np.sort(part) for part in np.split(order, [config.holdout]))
+        bundle.replace(train=train.subset(rest), val=train.subset(held_out))
+        train = bundle.split("train")
+    if config.train_limit is not None and config.train_limit < len(train):
+        kept = np.sort(np.random.default_rng(0).permutation(len(train))[: config.train_limit])
+        bundle.replace(train=train.subset(kept))
+    return bundle
+
+
+def _folder(config: DataConfig) -> DataBundle:
+    if config.root is None:
+        raise ValueError("data.root is not set; name the folder that holds train/ and val/ with --data.root FOLDER")
+    if config.shift:
+        raise ValueError("data.shift is for in-memory data sets; set it to 0 and use data.crop_area for image files")
+    root = Path(config.root)
+    class_names = image_folder.class_folders(root, "train")
+    if not (root / "val").is_dir():
+        image_folder.class_folders(root, "val")  # raises the error
+    listed = None if config.file_list is None else image_folder.read_list(Path(config.file_list), root)
+    train = image_folder.read_split(root, "train", class_names, listed)
+    val = image_folder.read_split(root, "val", class_names, listed)
+    ood = {name: image_folder.read_flat(Path(path), name) for name, path in config.ood.items()}
+    getters: dict[str, Callable[[], Split]] = {name: partial(ood.__getitem__, name) for name in ood}
+    return DataBundle(config, class_names, config.image_size or FOLDER_IMAGE_SIZE, train, val, getters)
+
+
+def _digits(config: DataConfig) -> DataBundle:
+    folder = builtin.digits_folder()
+    ood = {"photos": str(folder / "ood" / "photos"), **config.ood}
+    bundle = _folder(dataclasses.replace(config, root=str(folder), ood=ood, image_size=config.image_size or 8))
+    bundle.config = config
+    return bundle
+
+
+def _cifar(config: DataConfig) -> DataBundle:
+    train, val = (
+        MemoryImages(as_channels(images, config.channels), labels)
+        for images, labels in (cifar.read(config.dataset, config.root, split) for split in ("train", "val"))
+    )
+
+    def ood_set(name: str, path: str) -> Split:
+        for dataset in cifar.LAYOUTS:
+            if cifar.find_folder(dataset, path) is not None:
+                return MemoryImages.unlabelled(cifar.read(dataset, path, "val")[0], config.channels)
+        return image_folder.read_flat(Path(path), name)
+
+    ood: dict[str, Callable[[], Split]] = {name: partial(ood_set, name, path) for name, path in config.ood.items()}
+    names = cifar.class_names(config.dataset, config.root)
+    return DataBundle(config, names, config.image_size or cifar.SIDE, train, val, ood)
+
+
+def _fashion_mnist(config: DataConfig) -> DataBundle:
+    train, val = (
+        MemoryImages(as_channels(images, config.channels), labels)
+        for images, labels in builtin.fashion_mnist(config.root).values()
+    )
+    unknown = [name for name in config.ood if name != "mnist"]
+    if unknown:
+        raise ValueError(f"data.ood {unknown[0]!r} is not an out-of-distribution set of fashion-mnist; it has 'mnist'")
+    root = config.ood.get("mnist")
+    ood: dict[str, Callable[[], Split]] = {}
+    if builtin.mnist_available(root):
+        ood["mnist"] = lambda: MemoryImages.unlabelled(builtin.mnist(root), config.channels)
+    return DataBundle(config, builtin.FASHION_CLASSES, config.image_size or 28, train, val, ood)
+
+
+def _synthetic(config: DataConfig) -> DataBundle:
+    size, channels, classes = config.image_size or SYNTHETIC_IMAGE_SIZE, config.channels, config.synthetic_classes
+    pool = max(1, SYNTHETIC_POOL_BYTES // (size * size * channels))
+
+    def images(split: str, count: int) -> Split:
+        pixels, labels = builtin.synthetic(split, min(count, pool), size, channels, classes)
+        if count <= pool:
+            return MemoryImages(pixels, labels)
+        rows = np.arange(count) % pool
+        return MemoryImages(pixels, labels[rows], rows)
+
+    train, val = images("train", config.synthetic_images), images("val", config.synthetic_images // 2)
+    noise: dict[str, Callable[[], Split]] = {
+        "noise": lambda: MemoryImages.unlabelled(builtin.synthetic_noise(min(1000, pool), size, channels), channels)
+    }
+    return DataBundle(config, [f"bars-{c}" for c in range(classes)], size, train, val, noise)

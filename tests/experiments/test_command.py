@@ -1,0 +1,44 @@
+"""Command line of experiments."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tal_fast.experiments.command import main
+from tests.helpers.experiments import error_of, write
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--jobs", "0"], "--jobs: must be at least 1, not 0"), (["--nproc", "2"], "--nproc goes with --export-sweep")],
+)
+def test_bad_options_exit_with_2(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([str(write(tmp_path / "e.yaml")), *options])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write(tmp_path / "e.yaml"))
+    assert "must be SETTING.METRIC" in error_of([path, "--select", "aurc"], capsys)
+    assert "there is no file gone.yaml" in error_of(["gone.yaml"], capsys)
+    options = [path, "--output", str(tmp_path / "gone"), "--table_only"]  # underscores are accepted
+    assert "results.json, and there are no runs to make it from; leave --table-only out" in error_of(options, capsys)
+
+
+def test_help_is_shown_without_importing_torch() -> None:
+    code = (
+        "import sys\nfrom tal_fast.experiments.command import main\n"
+        "try:\n    main(['--help'])\nfinally:\n    assert 'torch' not in sys.modules, 'torch is imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "show this help message" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
