@@ -173,7 +173,7 @@ def parser() -> ArgumentParser:
         f"{', '.join(names.SCORE_GROUPS)}. Default: {' '.join(names.DEFAULT_SCORES)}.",
     )  # fmt: skip
     scores.add_argument(
-        "--knn-samples", type=checked(_count_or_all), metavar="N",
+        "--knn-samples", type=checked(lambda text: 0 if text == "all" else whole_number(text, 10)), metavar="N",
         help="Training features that knn compares with, chosen at random; or all. Default: 50000.",
     )  # fmt: skip
     scores.add_argument(
@@ -248,8 +248,3 @@ def _held_out_share(text: str) -> float:
     if kind != "held-out" or not 0 < share < 1:
         raise ValueError(f"must be held-out or held-out=SHARE with SHARE in (0, 1), not {text!r}")
     return share
-
-
-def _count_or_all(text: str) -> int:
-    """Number of samples; 0 stands for all."""
-    return 0 if text == "all" else whole_number(text, 10)

@@ -117,12 +117,9 @@ def _with_std(metric: str, summary: Summary, units: str) -> str:
 
 
 def _difference(metric: str, difference: Difference, units: str) -> str:
-    value, low, high = (_signed(tables.format_value(metric, v, units)) for v in difference[:3])
+    texts = [tables.format_value(metric, number, units) for number in difference[:3]]
+    value, low, high = (text if text[0] in "-+" else f"+{text}" for text in texts)
     return f"{value} [{low}, {high}]" if difference.over else value
-
-
-def _signed(text: str) -> str:
-    return text if text[0] in "-+" else f"+{text}"
 
 
 def _csv(groups: Sequence[Group], columns: Sequence[Column]) -> str:

@@ -35,8 +35,7 @@ class Evaluation:
         """Setting -> score -> its risk-coverage curve and operating points."""
         return {
             key: {
-                score: OperatingPoints(confidence, judged.setting.success)
-                for score, confidence in judged.confidences().items()
+                score: OperatingPoints(values, judged.setting.success) for score, values in judged.confidences().items()
             }
             for key, judged in self.settings.items()
         }

@@ -33,10 +33,7 @@ class SelectiveClassifier(nn.Module):
         self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float64))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Classify images.
-
-        Args:
-            images: (B, channels, H, W).
+        """Classify images (B, channels, H, W).
 
         Returns:
             Predicted class (B,) int64, confidence (B,) float64, and whether the prediction is accepted (B,) bool.

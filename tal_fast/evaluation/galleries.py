@@ -58,10 +58,8 @@ def largest(values: Floats, among: NDArray[np.bool_] | bool = True, count: int =
 def confidence_galleries(samples: Samples, score: str) -> list[Gallery]:
     """Choose the most confident mistakes, the least confident hits and the most confident images of each OOD set."""
     values, correct = samples.id_scores[score], samples.predictions["val"].correct
-    galleries = [
-        Gallery("mistakes", "val", largest(values, ~correct)),
-        Gallery("correct", "val", largest(-values, correct)),
-    ]
+    mistakes, hits = largest(values, ~correct), largest(-values, correct)
+    galleries = [Gallery("mistakes", "val", mistakes), Gallery("correct", "val", hits)]
     size = max(1, min(OOD_GALLERY_SIZE, ALL_OOD_IMAGES // max(1, len(samples.ood_scores))))
     for name, scores in samples.ood_scores.items():
         galleries.append(Gallery("ood", name, largest(scores[score], count=size)))

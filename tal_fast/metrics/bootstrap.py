@@ -227,7 +227,7 @@ class _Ranked:
         steps = np.empty_like(upto)
         steps[:, 0] = upto[:, 0]
         np.subtract(upto[:, 1:], upto[:, :-1], out=steps[:, 1:])
-        # As if every group had successes only (e = 0, b = fp); the few groups with errors are corrected below.
+        # Every group is taken to have successes only (e = 0, b = fp); the few with errors are corrected below.
         total = np.sum(fp * steps, axis=1)
         w = self.with_errors
         e, m, after = (x[:, w].astype(np.float64) for x in (errors, weight, end))

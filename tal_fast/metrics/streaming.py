@@ -73,7 +73,7 @@ class FailureMetrics:
         parts: list[Any] = [local]
         if dist.is_available() and dist.is_initialized():
             parts = [None] * dist.get_world_size(self.group)
-            # As objects: ranks may hold different numbers and types of values.
+            # Objects, because ranks may hold different numbers and types of values.
             dist.all_gather_object(parts, local, self.group)
         # Checked after the exchange, so that no rank waits for one that has raised.
         confidence, correct = (torch.cat(column) for column in zip(*parts, strict=True))

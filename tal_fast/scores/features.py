@@ -199,8 +199,8 @@ class FeatureScorer:
         residuals, largest = Moments(), 0.0
         for indices, block in training.blocks():
             residuals.update(self._residual(block))
-            of_block = block @ weight.T + bias if logits is None else logits[indices].astype(np.float64)
-            largest += float(of_block.max(axis=1).sum())
+            block_logits = block @ weight.T + bias if logits is None else logits[indices].astype(np.float64)
+            largest += float(block_logits.max(axis=1).sum())
         return residuals, largest
 
     @cached_property

@@ -49,10 +49,10 @@ def logit_score(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
             return function(logits.double().contiguous())
         import torch
 
-        def of_block(block: Floats) -> Floats:
+        def block_scores(block: Floats) -> Floats:
             return function(torch.from_numpy(block)).numpy()
 
-        return by_blocks(of_block, as_matrix(logits, "logits"))
+        return by_blocks(block_scores, as_matrix(logits, "logits"))
 
     return score
 

@@ -95,7 +95,7 @@ class Training:
         return found
 
     def scaled(self, temperature: float) -> Training:
-        """The same training data with logits divided by a temperature."""
+        """Training data with the logits divided by a temperature."""
         divided = (None if x is None else np.asarray(x) / temperature for x in (self.weight, self.bias, self.logits))
         return Training(self.features, self.labels, *divided)
 
