@@ -8,7 +8,7 @@ module                contents
 ``predictions``       passes of a model over images; ``prediction_store`` caches their outputs
 ``pipeline``          from outputs to scores and metrics
 ``evaluation``        ``Evaluation``, the result that everything below is written from
-``report``            ``report.json``; ``sample_scores``: ``samples.npz``; ``report_tables``: printed tables
+``report``            ``report.json``; ``sample_scores``: ``samples.npz``; ``tables``: printed tables
 ``plots``, ``html``   PNG plots and ``report.html``, with the images that ``galleries`` chooses
 ``compare``           groups of runs; ``differences`` and ``compare_tables``: their differences and tables
 ``selective``         thresholds with a bounded risk, ``python -m tal_fast.calibrate``

@@ -28,7 +28,7 @@ def calibrate_run(
     device: str = "cpu",
     **options: Any,
 ) -> dict[str, Any]:
-    """Choose a threshold on a run's validation images and export the model with it.
+    """Choose a threshold on a run's validation images, export the model with it and return ``threshold.json``.
 
     Args:
         run_dir: folder of a run of ``python -m tal_fast.train``.
@@ -38,9 +38,6 @@ def calibrate_run(
         batch_size, device: of the pass over the images, where its outputs are not cached.
         options: arguments of ``calibrate``.
 
-    Returns:
-        The content of ``threshold.json``.
-
     Raises:
         NoThreshold: no threshold qualifies; nothing is written.
         ValueError: no run, checkpoint or data there, an unknown score, or numbers out of range.
@@ -48,13 +45,15 @@ def calibrate_run(
     import torch
 
     from tal_fast.evaluation.export import SelectiveClassifier, export
-    from tal_fast.evaluation.predictions import CACHE, collect_outputs
+    from tal_fast.evaluation.predictions import CACHE, Inference, PassOptions
     from tal_fast.runs.load import load_run
+    from tal_fast.utils.distributed import Ranks
 
     run = load_run(run_dir, checkpoint=checkpoint, device=device)
     score = _check_score(score or run.score)
     cache = Path(run_dir) / CACHE / run.checkpoint.stem
-    outputs = collect_outputs(run, "val", cache, batch_size=batch_size, device=device)
+    passes = PassOptions(batch_size, ranks=Ranks(0, 1, torch.device(device)))
+    outputs = Inference(run.model, run.data, cache, passes).store("val").load()
     chosen, about = calibrate(SCORES[score](outputs.logits), outputs.correct, **options)
     data = run.config.data
     mean, std = data.normalization()
@@ -73,13 +72,8 @@ def calibrate_run(
 def calibrate_npz(path: str | Path, output: str | Path | None = None, *, score: str, **options: Any) -> dict[str, Any]:
     """Choose a threshold on outputs of any model, an ``.npz`` as ``python -m tal_fast.evaluate --npz`` takes it.
 
-    Args:
-        path: file with ``logits`` and ``labels``.
-        output: folder of ``threshold.json``; ``FILE-calibrated`` beside the file unless given.
-        score, options: as for ``calibrate_run``.
-
-    Raises:
-        NoThreshold, ValueError: as ``calibrate_run``.
+    ``threshold.json`` goes to ``FILE-calibrated`` beside the file unless ``output`` names a folder; the rest is as for
+    ``calibrate_run``.
     """
     from tal_fast.evaluation.npz import read_npz
 
@@ -118,11 +112,12 @@ def describe(about: dict[str, Any]) -> str:
     ]
     if "test" in about:
         test = about["test"]
-        lines.append(f"on the other {test['samples']}: coverage {test['coverage']:.2%}, {test['errors']} errors among ")
-        lines[-1] += f"{test['accepted']} accepted"
-        if test["accepted"]:
-            low, high = test["risk_interval"]
-            lines[-1] += f", risk {test['risk']:.2%} [{low:.2%}, {high:.2%}]"
+        low, high = test["risk_interval"]
+        risk = f", risk {test['risk']:.2%} [{low:.2%}, {high:.2%}]" if test["accepted"] else ""
+        lines.append(
+            f"on the other {test['samples']}: coverage {test['coverage']:.2%}, {test['errors']} errors among "
+            f"{test['accepted']} accepted{risk}"
+        )
     return "\n".join(lines)
 
 

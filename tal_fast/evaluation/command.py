@@ -9,16 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tal_fast.config.names import (
-    CONVENTIONS,
-    CORRUPTIONS,
-    DEFAULT_SCORES,
-    FEATURE_SCORES,
-    INTERPOLATIONS,
-    LOGIT_SCORES,
-    SCORE_GROUPS,
-    UNITS,
-)  # fmt: skip
+from tal_fast.config import names
 from tal_fast.utils.arguments import ArgumentParser, at_least, checked, whole_number
 from tal_fast.utils.logs import console_logging
 from tal_fast.utils.process import program_name
@@ -43,7 +34,7 @@ WEIGHTS_OPTIONS: dict[str, dict[str, Any]] = {
     "dataset": {"help": "Data set instead of a folder: digits, fashion-mnist, ... Default: folder."},
     "image_size": {"type": at_least(1), "help": "Side of the images in pixels. Default: timm's, else 224."},
     "crop_fraction": {"type": float, "help": "Central share of the shorter side to keep. Default: timm's, else 0.875."},
-    "interpolation": {"choices": INTERPOLATIONS, "help": "Filter of the resizing. Default: timm's, else bilinear."},
+    "interpolation": {"choices": names.INTERPOLATIONS, "help": "Filter of resizing. Default: timm's, else bilinear."},
     "mean": {"type": float, "nargs": "+", "help": "Mean per channel in [0, 1]. Default: timm's, else ImageNet's."},
     "std": {"type": float, "nargs": "+", "help": "Standard deviation per channel, likewise."},
     "channels": {"type": int, "choices": (1, 3), "help": "Channels of the images. Default: 3."},
@@ -59,12 +50,12 @@ PASS_OPTIONS: dict[str, dict[str, Any]] = {
     "shift": {
         "action": "append", "default": [], "metavar": "NAME=WHERE",
         "help": "Shifted images of the same classes: a folder of class folders, cifar-c:FILE.npy[:SEVERITY], or "
-        f"{', '.join(CORRUPTIONS)}, each with [:SEVERITY]. May be repeated.",
+        f"{', '.join(names.CORRUPTIONS)}, each with [:SEVERITY]. May be repeated.",
     },
     "batch_size": {"type": at_least(1), "help": "Images per step on each rank. Default: 256."},
     "device": {"help": "auto, cpu, cuda, cuda:1, ... Default: auto, a GPU if there is one."},
     "amp": {"choices": ("bfloat16", "float16"), "help": "Run the network under autocast; outputs are kept in float32."},
-    "fast": {"action": "store_true", "help": f"Compute only {', '.join(LOGIT_SCORES)}; keep no features."},
+    "fast": {"action": "store_true", "help": f"Compute only {', '.join(names.LOGIT_SCORES)}; keep no features."},
     "cache": {"metavar": "DIR", "help": "Folder of cached outputs. Default: eval-cache in the run's or output folder."},
 }  # fmt: skip
 
@@ -141,8 +132,8 @@ def _data_config(args: argparse.Namespace) -> tuple[DataConfig, str]:
     from tal_fast.config.schema import Config
     from tal_fast.models.pretrained import PRETRAINED, preprocessing
 
-    names = ("image_size", "mean", "std", "crop_fraction", "channels", "interpolation")
-    fields = preprocessing(args.model, {name: getattr(args, name) for name in names}, args.weights == PRETRAINED)
+    given = ("image_size", "mean", "std", "crop_fraction", "channels", "interpolation")
+    fields = preprocessing(args.model, {name: getattr(args, name) for name in given}, args.weights == PRETRAINED)
     interpolation = fields.pop("interpolation")
     fields |= {name: getattr(args, name) for name in ("loader", "workers") if getattr(args, name) is not None}
     # crop_area is for training, and not allowed for images in memory.
@@ -177,12 +168,12 @@ def parser() -> ArgumentParser:
 
     scores = parser.add_argument_group("scores")
     scores.add_argument(
-        "--scores", nargs="+", default=list(DEFAULT_SCORES), metavar="SCORE",
-        help=f"Confidence scores: {', '.join((*LOGIT_SCORES, *FEATURE_SCORES))}, sirc_S1_S2; or groups: "
-        f"{', '.join(SCORE_GROUPS)}. Default: {' '.join(DEFAULT_SCORES)}.",
+        "--scores", nargs="+", default=list(names.DEFAULT_SCORES), metavar="SCORE",
+        help=f"Confidence scores: {', '.join((*names.LOGIT_SCORES, *names.FEATURE_SCORES))}, sirc_S1_S2; or groups: "
+        f"{', '.join(names.SCORE_GROUPS)}. Default: {' '.join(names.DEFAULT_SCORES)}.",
     )  # fmt: skip
     scores.add_argument(
-        "--knn-samples", type=checked(_count_or_all), metavar="N",
+        "--knn-samples", type=checked(lambda text: 0 if text == "all" else whole_number(text, 10)), metavar="N",
         help="Training features that knn compares with, chosen at random; or all. Default: 50000.",
     )  # fmt: skip
     scores.add_argument(
@@ -193,7 +184,10 @@ def parser() -> ArgumentParser:
 
     metrics = parser.add_argument_group("metrics")
     metrics.add_argument(
-        "--convention", choices=CONVENTIONS, default="tal_fast", help="Convention of the metrics. Default: %(default)s."
+        "--convention",
+        choices=names.CONVENTIONS,
+        default="tal_fast",
+        help="Convention of the metrics. Default: %(default)s.",
     )
     metrics.add_argument(
         "--mix", type=checked(_mix), default="balanced-random",
@@ -213,7 +207,7 @@ def parser() -> ArgumentParser:
         "--output", metavar="DIR", help="Folder of the report. Default: the run's folder, or FILE-report next to FILE.",
     )  # fmt: skip
     output.add_argument(
-        "--units", choices=UNITS, default="natural", help="Units of the printed tables. Default: %(default)s."
+        "--units", choices=names.UNITS, default="natural", help="Units of the printed tables. Default: %(default)s."
     )
     return parser
 
@@ -254,8 +248,3 @@ def _held_out_share(text: str) -> float:
     if kind != "held-out" or not 0 < share < 1:
         raise ValueError(f"must be held-out or held-out=SHARE with SHARE in (0, 1), not {text!r}")
     return share
-
-
-def _count_or_all(text: str) -> int:
-    """Number of samples; 0 stands for all."""
-    return 0 if text == "all" else whole_number(text, 10)

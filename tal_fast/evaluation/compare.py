@@ -29,7 +29,7 @@ Column = tuple[str, str]
 
 
 class Summary(NamedTuple):
-    """A metric over the runs of a group: mean (NaN if undefined in any run), standard deviation (NaN for one run)."""
+    """Mean (NaN if undefined in any run) and standard deviation (NaN for one run) of a metric over a group's runs."""
 
     mean: float
     std: float
@@ -37,42 +37,25 @@ class Summary(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A group's mean minus the baseline's, with its interval.
+    """A group's mean minus the baseline's, with its interval."""
 
-    Attributes:
-        value: the difference.
-        low, high: ends of the interval; NaN without one.
-        over: what the interval is over: ``images``, ``seeds``, ``both``, or empty without one.
-    """
-
-    value: float
-    low: float
-    high: float
-    over: str
+    value: float  # the difference
+    low: float  # end of the interval; NaN without one
+    high: float  # the other end
+    over: str  # what the interval is over: ``images``, ``seeds``, ``both``, or empty without one
 
 
 @dataclass
 class Group:
-    """Runs that differ in nothing but their seed.
-
-    Attributes:
-        name: name of the group.
-        runs: names of the runs.
-        reports: reports of the runs.
-        samples: samples of the runs, None where there are none.
-        score: score the runs are judged by.
-        seeds: seeds of the runs, None where unknown.
-        baseline: name of the group that the differences are taken to; empty if there are none.
-        differences: column -> difference to the baseline.
-    """
+    """Runs that differ in nothing but their seed; the lists have an entry for each of them."""
 
     name: str
     runs: list[str]
     reports: list[Report]
-    samples: list[Samples | None]
-    score: str
-    seeds: list[int | None]
-    baseline: str = ""
+    samples: list[Samples | None]  # samples of the runs, None where there are none
+    score: str  # score the runs are judged by
+    seeds: list[int | None]  # seeds of the runs, None where unknown
+    baseline: str = ""  # name of the group that the differences are taken to; empty if there are none
     differences: dict[Column, Difference] = field(default_factory=dict)
 
     def values(self, column: Column) -> list[float]:
@@ -95,11 +78,7 @@ def _summarize(values: Sequence[float]) -> Summary:
 
 
 def check_comparable(reports: Sequence[Report], names: Sequence[str]) -> None:
-    """Check that the numbers of several reports mean the same.
-
-    Raises:
-        ValueError: the reports differ in convention, mix, its seed, OOD or shifted sets, or numbers of samples.
-    """
+    """Raise a ValueError if reports differ in convention, mix, its seed, OOD or shifted sets, or numbers of samples."""
     first = _conditions(reports[0])
     for report, name in zip(reports[1:], names[1:], strict=True):
         for (what, expected), value in zip(first.items(), _conditions(report).values(), strict=True):
@@ -123,11 +102,7 @@ def _conditions(report: Report) -> dict[str, str]:
 
 
 def judging_score(report: Report, name: str, score: str | None = None) -> str:
-    """Score a report is judged by: the given one, the run's own, or the only one there is.
-
-    Raises:
-        ValueError: the report does not have the score, or leaves open which it is.
-    """
+    """Score a report is judged by: the given one, the run's own, or the only one there is."""
     available = list(report["settings"]["old_fd"])
     chosen = score or report.get("score") or (available[0] if len(available) == 1 else None)
     if chosen is None:
@@ -138,14 +113,9 @@ def judging_score(report: Report, name: str, score: str | None = None) -> str:
 
 
 def read_method(run: str | Path) -> tuple[str | None, int | None]:
-    """Method and seed of a run, from its ``config.yaml``.
+    """Method and seed of a run, from its ``config.yaml``; None twice without one.
 
-    Returns:
-        The configuration as text, without the seed and options that do not change what is trained, and the seed; None
-        twice without a ``config.yaml``.
-
-    Raises:
-        ValueError: the file cannot be read.
+    The method is the configuration as text, without the seed and options that do not change what is trained.
     """
     path = Path(run) / "config.yaml"
     if not path.is_file():
@@ -169,14 +139,9 @@ def group_runs(
     """Group runs of the same method, in the order of their first runs; a run of unknown method is a group of its own.
 
     Args:
-        reports: from ``tal_fast.evaluation.report.read_report``.
-        names: names of the runs.
+        reports, names, samples: of the runs.
         methods, seeds: from ``read_method``.
-        samples: from ``tal_fast.evaluation.sample_scores.read_samples``.
         score: score to judge all runs by; default each run's own.
-
-    Raises:
-        ValueError: the reports cannot be compared, or do not have the score.
     """
     check_comparable(reports, names)
     seeds = seeds or [None] * len(reports)
@@ -215,11 +180,7 @@ def common_name(names: Sequence[str]) -> str:
 
 
 def find_group(groups: Sequence[Group], name: str) -> Group:
-    """Find the group of this name, or with a run of this name.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Find the group of this name, or with a run of this name."""
     for group in groups:
         if name == group.name or name in group.runs or Path(name).name in group.runs:
             return group

@@ -7,27 +7,13 @@ import io
 import math
 from collections.abc import Sequence
 
+from tal_fast.evaluation import tables
 from tal_fast.evaluation.compare import Column, Difference, Group, Summary, find_group
 from tal_fast.evaluation.differences import OVER, seed_pairs
-from tal_fast.evaluation.tables import (
-    METRIC_TITLES,
-    SETTING_TITLES,
-    STYLES,
-    UNIT_NAMES,
-    emphasize,
-    escape,
-    format_percent,
-    format_table,
-    format_value,
-    mark_best,
-    mix_with_seed,
-    setting_title,
-    wrap,
-)
 from tal_fast.metrics.bootstrap import LEVEL
 from tal_fast.metrics.failure import HIGHER_IS_BETTER
 
-FORMATS = (*STYLES, "csv")
+FORMATS = (*tables.STYLES, "csv")
 MAX_NAME = 30
 """Longest name of a group in the rows of a text table; longer ones are numbered."""
 
@@ -35,13 +21,9 @@ MAX_NAME = 30
 def format_comparison(groups: Sequence[Group], columns: Sequence[Column], style: str, units: str = "natural") -> str:
     """Format groups of runs and their differences to the baseline, if they have any.
 
-    Args:
-        groups: from ``tal_fast.evaluation.compare.group_runs``.
-        columns: settings and metrics.
-        style: one of ``FORMATS``. ``table`` has a block per setting with a row per metric and group. ``markdown`` and
-            ``latex`` have a row per group and a column per setting and metric, and the differences in a second table.
-            ``csv`` has a row per group, setting and metric, in natural units and with all digits.
-        units: ``natural`` or ``paper``.
+    ``table`` has a block per setting with a row per metric and group. ``markdown`` and ``latex`` have a row per group
+    and a column per setting and metric, and the differences in a second table. ``csv`` has a row per group, setting and
+    metric, in natural units and with all digits.
     """
     if style == "csv":
         return _csv(groups, columns)
@@ -49,14 +31,14 @@ def format_comparison(groups: Sequence[Group], columns: Sequence[Column], style:
 
 
 def _text(groups: Sequence[Group], columns: Sequence[Column], units: str) -> str:
-    names = {group.name: escape(group.name, "table") for group in groups}
+    names = {group.name: tables.escape(group.name, "table") for group in groups}
     baselines = list(dict.fromkeys(group.baseline for group in groups if group.differences))
     blocks = []
     if len(baselines) > 1 or max(map(len, names.values())) > MAX_NAME:
         blocks.append("\n".join(f"({i}) {name}" for i, name in enumerate(names.values(), 1)))
         names = {name: f"({i})" for i, name in enumerate(names, 1)}
     header, rows = _run_columns(groups, list(names.values()), "table")
-    blocks.append(format_table(header, rows, left=2))
+    blocks.append(tables.format_table(header, rows, left=2))
     header = ["metric", "run", "value "]
     if baselines:
         header.append("difference" + (f" to\n{names[baselines[0]]}" if len(baselines) == 1 else ""))
@@ -65,48 +47,50 @@ def _text(groups: Sequence[Group], columns: Sequence[Column], units: str) -> str
         for metric in (m for s, m in columns if s == setting):
             values = _value_cells(groups, (setting, metric), "table", units)
             for i, (group, value) in enumerate(zip(groups, values, strict=True)):
-                row = ["" if i else METRIC_TITLES[metric], names[group.name], value]
+                row = ["" if i else tables.METRIC_TITLES[metric], names[group.name], value]
                 if baselines:
                     difference = group.differences.get((setting, metric))
                     text = "" if difference is None else _difference(metric, difference, units)
                     row.append(f"{text} to {names[group.baseline]}" if text and len(baselines) > 1 else text)
                 rows.append(row)
-        title = setting_title(setting, groups[0].reports[0])
-        blocks.append(f"{title}\n{format_table(header, rows, left=2)}")
+        title = tables.setting_title(setting, groups[0].reports[0])
+        blocks.append(f"{title}\n{tables.format_table(header, rows, left=2)}")
     return "\n\n".join(blocks)
 
 
 def _wide(groups: Sequence[Group], columns: Sequence[Column], style: str, units: str) -> str:
-    names = [escape(group.name, style) for group in groups]
+    names = [tables.escape(group.name, style) for group in groups]
     # In columns against single OOD sets only the kind of the setting is named.
-    titles = [f"{SETTING_TITLES[key.partition('/')[0]]} {METRIC_TITLES[metric]}" for key, metric in columns]
+    titles = [
+        f"{tables.SETTING_TITLES[key.partition('/')[0]]} {tables.METRIC_TITLES[metric]}" for key, metric in columns
+    ]
     header, rows = _run_columns(groups, names, style)
     cells = zip(*(_value_cells(groups, column, style, units) for column in columns), strict=True)
     rows = [[*row, *values] for row, values in zip(rows, cells, strict=True)]
-    tables = [format_table([*header, *titles], rows, style)]
+    blocks = [tables.format_table([*header, *titles], rows, style)]
     rows = [
         [
-            escape(f"{group.name} - {group.baseline}", style),
-            *(escape(_difference(column[1], group.differences[column], units), style) for column in columns),
+            tables.escape(f"{group.name} - {group.baseline}", style),
+            *(tables.escape(_difference(column[1], group.differences[column], units), style) for column in columns),
         ]
         for group in groups
         if group.differences
     ]
     if rows:
-        tables.append(format_table(["difference", *titles], rows, style))
-    return "\n\n".join(tables)
+        blocks.append(tables.format_table(["difference", *titles], rows, style))
+    return "\n\n".join(blocks)
 
 
 def _run_columns(groups: Sequence[Group], names: Sequence[str], style: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows of name, score, number of runs (if there are several) and accuracy."""
     several = any(len(group.runs) > 1 for group in groups)
-    best = mark_best([group.accuracy.mean for group in groups], True)
+    best = tables.mark_best([group.accuracy.mean for group in groups], True)
     rows = [
         [
             name,
-            escape(group.score, style),
+            tables.escape(group.score, style),
             *([str(len(group.runs))] if several else []),
-            emphasize(escape(_accuracy(group.accuracy), style), is_best, style),
+            tables.emphasize(tables.escape(_accuracy(group.accuracy), style), is_best, style),
         ]
         for name, group, is_best in zip(names, groups, best, strict=True)
     ]
@@ -116,29 +100,26 @@ def _run_columns(groups: Sequence[Group], names: Sequence[str], style: str) -> t
 
 def _value_cells(groups: Sequence[Group], column: Column, style: str, units: str) -> list[str]:
     summaries = [group.summary(column) for group in groups]
-    best = mark_best([summary.mean for summary in summaries], HIGHER_IS_BETTER[column[1]])
+    best = tables.mark_best([summary.mean for summary in summaries], HIGHER_IS_BETTER[column[1]])
     return [
-        emphasize(escape(_with_std(column[1], summary, units), style), is_best, style)
+        tables.emphasize(tables.escape(_with_std(column[1], summary, units), style), is_best, style)
         for summary, is_best in zip(summaries, best, strict=True)
     ]
 
 
 def _accuracy(accuracy: Summary) -> str:
-    return format_percent(accuracy.mean) + (f" ± {100 * accuracy.std:.2f}" if accuracy.runs > 1 else "")
+    return tables.format_percent(accuracy.mean) + (f" ± {100 * accuracy.std:.2f}" if accuracy.runs > 1 else "")
 
 
 def _with_std(metric: str, summary: Summary, units: str) -> str:
-    text = format_value(metric, summary.mean, units)
-    return text if summary.runs == 1 else f"{text} ± {format_value(metric, summary.std, units)}"
+    text = tables.format_value(metric, summary.mean, units)
+    return text if summary.runs == 1 else f"{text} ± {tables.format_value(metric, summary.std, units)}"
 
 
 def _difference(metric: str, difference: Difference, units: str) -> str:
-    value, low, high = (_signed(format_value(metric, v, units)) for v in difference[:3])
+    texts = [tables.format_value(metric, number, units) for number in difference[:3]]
+    value, low, high = (text if text[0] in "-+" else f"+{text}" for text in texts)
     return f"{value} [{low}, {high}]" if difference.over else value
-
-
-def _signed(text: str) -> str:
-    return text if text[0] in "-+" else f"+{text}"
 
 
 def _csv(groups: Sequence[Group], columns: Sequence[Column]) -> str:
@@ -148,7 +129,7 @@ def _csv(groups: Sequence[Group], columns: Sequence[Column]) -> str:
     writer.writerow(header.split(","))
     for setting, metric in columns:
         summaries = [group.summary((setting, metric)) for group in groups]
-        best = mark_best([summary.mean for summary in summaries], HIGHER_IS_BETTER[metric])
+        best = tables.mark_best([summary.mean for summary in summaries], HIGHER_IS_BETTER[metric])
         for group, summary, is_best in zip(groups, summaries, best, strict=True):
             difference = group.differences.get((setting, metric), Difference(math.nan, math.nan, math.nan, ""))
             numbers = [summary.mean, summary.std, int(is_best), *difference[:3]]
@@ -163,7 +144,8 @@ def _csv(groups: Sequence[Group], columns: Sequence[Column]) -> str:
 def describe(groups: Sequence[Group], units: str, resamples: int) -> list[str]:
     """Describe the conventions, units and intervals of a comparison, in one line or more."""
     report = groups[0].reports[0]
-    line = f"convention {report['convention']}; ID:OOD mix {mix_with_seed(report)}; {UNIT_NAMES[units]}; * best"
+    conditions = f"convention {report['convention']}; ID:OOD mix {tables.mix_with_seed(report)}"
+    line = f"{conditions}; {tables.UNIT_NAMES[units]}; * best"
     if any(len(group.runs) > 1 for group in groups):
         line += "; mean ± standard deviation over runs"
     over = {difference.over for group in groups for difference in group.differences.values()}
@@ -193,8 +175,8 @@ def add_description(lines: Sequence[str], text: str, style: str) -> str:
     if style == "csv":
         return text
     if style == "table":
-        return "\n".join([*map(wrap, lines), "", text])
+        return "\n".join([*map(tables.wrap, lines), "", text])
     lines = [line.replace("* best", "bold: best") for line in lines]
     if style == "latex":
         return "".join(f"% {line}\n" for line in lines) + text
-    return escape("\n".join(lines), style) + "\n\n" + text
+    return tables.escape("\n".join(lines), style) + "\n\n" + text

@@ -28,11 +28,10 @@ OVER = ("images", "seeds", "both")
 def add_differences(
     groups: Sequence[Group], baseline: Group, columns: Sequence[Column], resamples: int, over: str = "images"
 ) -> None:
-    """Fill in every other group's differences to the baseline.
+    """Fill in the differences of the other groups to the baseline, which is one of the groups.
 
     Args:
-        groups, baseline: from ``tal_fast.evaluation.compare.group_runs``; the baseline is one of them.
-        columns: settings and metrics.
+        groups, baseline, columns: what is compared.
         resamples: resamples of the bootstrap over images; 0: intervals over seeds only.
         over: one of ``OVER``, as far as the runs allow it: seeds alone if the images differ, images alone for single
             runs.

@@ -19,33 +19,23 @@ from tal_fast.metrics.settings import Mix, ScoredSetting
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything an evaluation found out; renderers compute nothing but layout.
+    """Everything an evaluation found out; renderers compute nothing but layout."""
 
-    Attributes:
-        report: metrics, intervals, differences and provenance, as in ``report.json``.
-        samples: scores and predictions of every sample, as in ``samples.npz``.
-        settings: setting -> which samples take part and their scores.
-        galleries: chosen images.
-        images: data set that the pixels of the chosen images are read from; None if it is not available.
-        typicalness: typicalness of the training images; None if it was not measured.
-        notes: why galleries are missing, one sentence each.
-    """
-
-    report: Report
-    samples: Samples
-    settings: Mapping[str, ScoredSetting]
-    galleries: tuple[Gallery, ...] = ()
+    report: Report  # metrics, intervals, differences and provenance, as in ``report.json``
+    samples: Samples  # scores and predictions of every sample, as in ``samples.npz``
+    settings: Mapping[str, ScoredSetting]  # setting -> which samples take part and their scores
+    galleries: tuple[Gallery, ...] = ()  # chosen images
+    # Data set that the pixels of the chosen images are read from; None if it is not available.
     images: GalleryImages | None = None
-    typicalness: TrainTypicalness | None = None
-    notes: tuple[str, ...] = ()
+    typicalness: TrainTypicalness | None = None  # typicalness of the training images; None if it was not measured
+    notes: tuple[str, ...] = ()  # why galleries are missing, one sentence each
 
     @cached_property
     def operating_points(self) -> dict[str, dict[str, OperatingPoints]]:
         """Setting -> score -> its risk-coverage curve and operating points."""
         return {
             key: {
-                score: OperatingPoints(confidence, judged.setting.success)
-                for score, confidence in judged.confidences().items()
+                score: OperatingPoints(values, judged.setting.success) for score, values in judged.confidences().items()
             }
             for key, judged in self.settings.items()
         }
@@ -74,11 +64,7 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path) -> None:
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:
-    """Read an evaluation, without galleries, from the ``report.json`` and ``samples.npz`` in a folder.
-
-    Raises:
-        ValueError: a file is missing or cannot be read, or they are of different evaluations.
-    """
+    """Read an evaluation, without galleries, from the ``report.json`` and ``samples.npz`` in a folder."""
     folder = Path(folder)
     report, samples = read_report(folder), read_samples(folder)
     if samples is None:

@@ -20,9 +20,6 @@ class SelectiveClassifier(nn.Module):
         model: images -> logits (B, C), or (logits, features).
         score: name from ``tal_fast.scores.SCORES``.
         threshold: a prediction is accepted if its confidence is strictly above; part of the state dict.
-
-    Raises:
-        ValueError: an unknown score.
     """
 
     threshold: Tensor
@@ -36,10 +33,7 @@ class SelectiveClassifier(nn.Module):
         self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float64))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Classify images.
-
-        Args:
-            images: (B, channels, H, W).
+        """Classify images (B, channels, H, W).
 
         Returns:
             Predicted class (B,) int64, confidence (B,) float64, and whether the prediction is accepted (B,) bool.
@@ -51,7 +45,7 @@ class SelectiveClassifier(nn.Module):
 
 
 def export(classifier: SelectiveClassifier, images: Tensor, folder: str | Path) -> list[Path]:
-    """Write an exported program and a state dict.
+    """Write an exported program and a state dict; return their paths.
 
     ``selective.pt2`` takes any batch size (``torch.export.load(path).module()(images)``); ``selective.pt`` is the
     state dict.
@@ -60,9 +54,6 @@ def export(classifier: SelectiveClassifier, images: Tensor, folder: str | Path) 
         classifier: on the CPU; it is put into eval mode and its gradients are turned off.
         images: example input, two images or more.
         folder: created if it does not exist.
-
-    Returns:
-        Paths of the two files.
 
     Raises:
         ValueError: the model cannot be exported; the state dict is written nevertheless.

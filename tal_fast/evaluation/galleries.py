@@ -15,7 +15,7 @@ from tal_fast.data.datasets import Split
 from tal_fast.evaluation.predictions import CACHE
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import printable
-from tal_fast.evaluation.train_typicalness import TrainTypicalness, training_typicalness
+from tal_fast.evaluation.train_typicalness import training_typicalness
 from tal_fast.runs.checkpoint import FOLDER as CHECKPOINTS
 from tal_fast.runs.load import Run, load_run
 from tal_fast.utils.arrays import Floats, Ints
@@ -33,35 +33,23 @@ ALL_OOD_IMAGES = 240
 
 @dataclass(frozen=True)
 class Gallery:
-    """Images chosen for display.
+    """Images chosen for display."""
 
-    Attributes:
-        kind: ``mistakes``, ``correct``, ``ood``, ``least_typical`` or ``most_typical``.
-        split: split the images are from: ``val``, an OOD set or ``train-eval``.
-        chosen: (k,) int64, places in the split's predictions (of training images: in the split), in display order.
-    """
-
-    kind: str
-    split: str
-    chosen: Ints
+    kind: str  # ``mistakes``, ``correct``, ``ood``, ``least_typical`` or ``most_typical``
+    split: str  # split the images are from: ``val``, an OOD set or ``train-eval``
+    chosen: Ints  # (k,) int64, places in the split's predictions (of training images: in the split), in display order
 
 
 @dataclass(frozen=True)
 class GalleryImages:
-    """Data set that the pixels of gallery images are read from.
+    """Data set that the pixels of gallery images are read from."""
 
-    Attributes:
-        splits: images by split: ``val``, OOD sets and ``train-eval``.
-        class_names: a name for each label.
-        channels: 1 or 3, as the model reads image files.
-    """
-
-    splits: Mapping[str, Split]
-    class_names: Sequence[str]
-    channels: int
+    splits: Mapping[str, Split]  # images by split: ``val``, OOD sets and ``train-eval``
+    class_names: Sequence[str]  # a name for each label
+    channels: int  # 1 or 3, as the model reads image files
 
 
-def largest(values: Floats, among: NDArray[np.bool_], count: int = GALLERY_SIZE) -> Ints:
+def largest(values: Floats, among: NDArray[np.bool_] | bool = True, count: int = GALLERY_SIZE) -> Ints:
     """Indices of the largest finite values where ``among`` holds, descending; the first of equal ones first."""
     index = np.flatnonzero(among & np.isfinite(values))
     return index[np.argsort(-values[index], kind="stable")][:count]
@@ -70,33 +58,16 @@ def largest(values: Floats, among: NDArray[np.bool_], count: int = GALLERY_SIZE)
 def confidence_galleries(samples: Samples, score: str) -> list[Gallery]:
     """Choose the most confident mistakes, the least confident hits and the most confident images of each OOD set."""
     values, correct = samples.id_scores[score], samples.predictions["val"].correct
-    galleries = [
-        Gallery("mistakes", "val", largest(values, ~correct)),
-        Gallery("correct", "val", largest(-values, correct)),
-    ]
+    mistakes, hits = largest(values, ~correct), largest(-values, correct)
+    galleries = [Gallery("mistakes", "val", mistakes), Gallery("correct", "val", hits)]
     size = max(1, min(OOD_GALLERY_SIZE, ALL_OOD_IMAGES // max(1, len(samples.ood_scores))))
     for name, scores in samples.ood_scores.items():
-        everything = np.ones(len(scores[score]), dtype=bool)
-        galleries.append(Gallery("ood", name, largest(scores[score], everything, size)))
+        galleries.append(Gallery("ood", name, largest(scores[score], count=size)))
     return galleries
 
 
-def typicalness_galleries(typicalness: TrainTypicalness) -> list[Gallery]:
-    """Choose the least and the most typical training images."""
-    # Distances differ where the typicalness rounds to the same number.
-    distance = typicalness.distance
-    everything = np.ones(len(distance), dtype=bool)
-    return [
-        Gallery("least_typical", "train-eval", largest(distance, everything)),
-        Gallery("most_typical", "train-eval", largest(-distance, everything)),
-    ]
-
-
 def find_galleries(evaluation: Evaluation, folder: Path, **options: Any) -> Evaluation:
-    """Add the galleries of an evaluation that was read from ``folder``, if its run is still there.
-
-    Args: as for ``add_galleries``.
-    """
+    """Add the galleries of an evaluation that was read from ``folder``, if its run is still there."""
     report = evaluation.report
     if "run" not in report:
         return add_galleries(evaluation, None)
@@ -116,17 +87,13 @@ def add_galleries(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
-    """Choose the images of an evaluation for display.
+    """Choose the images of an evaluation for display: ``galleries``, ``images``, ``typicalness`` and ``notes``.
 
     Args:
-        evaluation: the evaluation.
         run: run that was evaluated; None for weights and saved outputs, whose images are not known.
         typicalness: measure the typicalness of the training images of a TAL run, which takes a pass over all of them
             unless it is cached.
         batch_size, device: batch size and device of that pass.
-
-    Returns:
-        The evaluation with ``galleries``, ``images``, ``typicalness`` and ``notes``.
     """
     if run is None:
         return replace(evaluation, notes=("No images: they are known for training runs only.",))
@@ -151,18 +118,16 @@ def add_galleries(
             cache = run.checkpoint.parents[1] / CACHE / run.checkpoint.stem
             measured = training_typicalness(run, cache, batch_size=batch_size, device=device)
             images = replace(images, splits={**images.splits, "train-eval": run.data.split("train-eval")})
-            galleries += typicalness_galleries(measured)
+            # Distances differ where the typicalness rounds to the same number.
+            galleries.append(Gallery("least_typical", "train-eval", largest(measured.distance)))
+            galleries.append(Gallery("most_typical", "train-eval", largest(-measured.distance)))
         except (ValueError, OSError) as error:
             notes.append(f"No typicalness: {error}.")
     return replace(evaluation, galleries=tuple(galleries), images=images, typicalness=measured, notes=tuple(notes))
 
 
 def _images_of(run: Run, samples: Samples, held_out: int) -> GalleryImages:
-    """Images of the evaluated splits.
-
-    Raises:
-        ValueError: the data are gone, or a split has another number of images than at the evaluation.
-    """
+    """Images of the evaluated splits; a ValueError if a split has another number of images than at the evaluation."""
     splits = {name: run.data.split(name) for name in samples.predictions if name in ("val", *run.data.ood_names)}
     for name, split in splits.items():
         evaluated = len(samples.predictions[name]) + (held_out if name == "val" else 0)

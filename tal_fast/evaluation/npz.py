@@ -34,9 +34,6 @@ def read_npz(path: str | Path) -> EvaluationInputs:
               ``shift_NAME_features`` (m, D);
             - for feature scores, as far as they need them, ``train_features`` (k, D), ``train_labels`` (k,),
               ``train_logits`` (k, C), and ``fc_weight`` (C, D) and ``fc_bias`` (C,) of the last Linear layer.
-
-    Raises:
-        ValueError: the file is missing, is not an ``.npz``, or an array has the wrong shape or type.
     """
     arrays = _load(path)
     for name in ("logits", "labels"):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from tal_fast.config.names import check_scores
 from tal_fast.evaluation.evaluation import Evaluation, evaluate_samples
 from tal_fast.evaluation.prediction_store import Outputs
 from tal_fast.evaluation.report import EvaluationOptions
@@ -23,31 +22,20 @@ from tal_fast.utils.arrays import Floats, Ints
 
 @dataclass
 class EvaluationInputs:
-    """Outputs of a model on everything it is evaluated on.
+    """Outputs of a model on everything it is evaluated on."""
 
-    Attributes:
-        id: outputs on the validation split.
-        ood: OOD set -> outputs.
-        shifts: shifted set -> outputs, with labels.
-        training: training features that feature scores are fitted on.
-        identity: split -> hash of its samples, see ``tal_fast.evaluation.sample_scores``; default a hash of the labels.
-        corrupted: shifted sets that are corrupted versions of the validation images, sample by sample.
-    """
-
-    id: Outputs
-    ood: dict[str, Outputs] = field(default_factory=dict)
-    shifts: dict[str, Outputs] = field(default_factory=dict)
-    training: Training | None = None
+    id: Outputs  # outputs on the validation split
+    ood: dict[str, Outputs] = field(default_factory=dict)  # OOD set -> outputs
+    shifts: dict[str, Outputs] = field(default_factory=dict)  # shifted set -> outputs, with labels
+    training: Training | None = None  # training features that feature scores are fitted on
+    # Split -> hash of its samples, see ``tal_fast.evaluation.sample_scores``; default a hash of the labels.
     identity: Mapping[str, str] | None = None
+    # Shifted sets that are corrupted versions of the validation images, sample by sample.
     corrupted: Collection[str] = ()
 
 
 def check_set_names(ood: Collection[str]) -> None:
-    """Check the names of OOD sets.
-
-    Raises:
-        ValueError: a set is called ``val``, the name of the ID samples.
-    """
+    """Raise a ValueError if an OOD set is called ``val``, the name of the ID samples."""
     if "val" in ood:
         raise ValueError("an OOD set cannot be called 'val', which are the ID samples; give it another name")
 
@@ -62,17 +50,11 @@ def evaluate_outputs(
     fitted, ``temperature``.
 
     Args:
-        inputs: outputs of the model.
-        options: options of the evaluation.
+        inputs, options: what is evaluated, and how.
         provenance: first entries of the report, such as the run. Paired differences are taken to its ``score``, else to
             the first score.
-
-    Raises:
-        ValueError: an unknown score or convention, an OOD set called ``val``, no score that can be computed, or no
-            temperature that fits.
     """
     options, provenance = options or EvaluationOptions(), provenance or {}
-    names = check_scores(options.scores)
     check_set_names(inputs.ood)
     index, temperature = None, None
     if options.temperature is not None:
@@ -82,8 +64,8 @@ def evaluate_outputs(
         # The held-out samples depend on the seed and the share.
         identity["val"] += f" without {temperature['held_out']}, seed {options.seed}"
     scorer = FeatureScorer(inputs.training, options.knn_samples, options.seed)
-    left_out = _unavailable_scores(names, scorer, inputs)
-    names = [name for name in names if name not in left_out]
+    left_out = _unavailable_scores(options.scores, scorer, inputs)
+    names = [name for name in options.scores if name not in left_out]
     if not names:
         score, reason = next(iter(left_out.items()))
         raise ValueError(f"none of the scores can be computed; {score}: {reason}")
@@ -123,8 +105,7 @@ def _scale(inputs: EvaluationInputs, share: float, seed: int) -> tuple[Evaluatio
     """Fit a temperature on a share of the ID samples and divide the logits of all others by it.
 
     Returns:
-        The scaled outputs without the held-out samples, the positions of the remaining ID samples, and the report's
-        entry.
+        The scaled outputs without the held-out samples, the positions of the other ID samples, and the report's entry.
     """
     fit, rest = held_out(len(inputs.id.labels), share, seed)
     temperature = fit_temperature(inputs.id.logits[fit], inputs.id.labels[fit])

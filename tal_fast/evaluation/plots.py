@@ -114,7 +114,7 @@ def _title(report: Mapping[str, Any]) -> str:
 
 
 def _new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    # Not through pyplot, which would choose the user's backend and keep state.
+    # pyplot would choose the user's backend and keep state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

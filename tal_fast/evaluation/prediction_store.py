@@ -14,6 +14,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,11 @@ _READ_ERRORS = (OSError, ValueError, TypeError, KeyError, EOFError, IndexError, 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Logits, features and labels of a split, in the order of the split.
+    """Logits, features and labels of a split, in the order of the split."""
 
-    Attributes:
-        logits: (n, C) float32 or float64.
-        features: (n, D), the input of the last Linear layer, in the same type; None if unknown.
-        labels: (n,) int64; −1 in OOD sets.
-    """
-
-    logits: NDArray[Any]
-    features: NDArray[Any] | None
-    labels: NDArray[np.int64]
+    logits: NDArray[Any]  # (n, C) float32 or float64
+    features: NDArray[Any] | None  # (n, D), the input of the last Linear layer, in the same type; None if unknown
+    labels: NDArray[np.int64]  # (n,) int64; −1 in OOD sets
 
     @property
     def correct(self) -> NDArray[np.bool_]:
@@ -59,23 +54,13 @@ class Outputs:
 
 
 class OutputStore:
-    """Stored outputs of one split.
-
-    Args:
-        folder: folder of the store.
-        key: hash of everything the outputs depend on.
-        samples: number of samples in the split.
-    """
+    """Stored outputs of the samples of one split; ``key`` is a hash of everything they depend on."""
 
     def __init__(self, folder: str | Path, key: str, samples: int) -> None:
         self.folder, self.key, self.samples = Path(folder), key, samples
 
     def prepare(self, features: bool) -> None:
-        """Create the folder, and delete shards of another key or, if ``features`` are needed, without features.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
+        """Create the folder; delete shards of another key or, if ``features`` are needed, without features."""
         metadata = self._metadata()
         if metadata.get("key") == self.key and (metadata.get("features") or not features):
             return
@@ -140,19 +125,12 @@ class OutputStore:
             yield arrays if new.all() else {name: values[new] for name, values in arrays.items()}
 
     def load(self) -> Outputs:
-        """Read the whole store into memory, in the order of the split.
-
-        Raises:
-            ValueError: a shard is damaged.
-        """
-        columns = self._columns("labels", "logits", "features")
+        """Read the whole store into memory, in the order of the split."""
+        columns = self.columns("labels", "logits", "features")
         return Outputs(columns["logits"], columns.get("features"), columns["labels"])
 
-    def column(self, name: str) -> NDArray[Any]:
-        """Array ``labels`` or ``logits`` of all samples, in the order of the split."""
-        return self._columns(name)[name]
-
-    def _columns(self, *names: str) -> dict[str, NDArray[Any]]:
+    def columns(self, *names: str) -> dict[str, NDArray[Any]]:
+        """Arrays ``labels``, ``logits`` or ``features`` of all samples, in the order of the split."""
         columns: dict[str, NDArray[Any]] = {}
         for shard in self.shards(("indices", *names)):
             indices = shard.pop("indices")
@@ -162,26 +140,18 @@ class OutputStore:
                 columns[name][indices] = values
         return columns
 
-    def features(self) -> StoredFeatures:
-        """Features of all samples, read from disk shard by shard."""
-        width = next(shard["features"].shape[1] for shard in self.shards(("features",)))
-        return StoredFeatures(self, (self.samples, width))
-
-    def _paths(self) -> list[Path]:
-        return sorted(self.folder.glob("[0-9]*.npz"))
-
-
-@dataclass(frozen=True)
-class StoredFeatures:
-    """Features of a store, (n, D), with one shard in memory at a time."""
-
-    store: OutputStore
-    shape: tuple[int, int]
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """(n, D) of the features."""
+        return self.samples, next(shard["features"].shape[1] for shard in self.shards(("features",)))
 
     def blocks(self) -> Iterator[tuple[Ints, NDArray[Any]]]:
         """Yield (indices, features) of each shard; each sample once, in no particular order."""
-        for shard in self.store.shards(("indices", "features")):
+        for shard in self.shards(("indices", "features")):
             yield shard["indices"], shard["features"]
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob("[0-9]*.npz"))
 
 
 class ShardWriter:

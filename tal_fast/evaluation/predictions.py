@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +33,6 @@ from tal_fast.evaluation.prediction_store import Outputs, OutputStore, ShardWrit
 from tal_fast.utils.arrays import Ints
 from tal_fast.utils.distributed import Ranks
 
-if TYPE_CHECKING:
-    from tal_fast.runs.load import Run
-
 logger = logging.getLogger(__name__)
 
 CACHE = "eval-cache"
@@ -43,11 +40,7 @@ CACHE = "eval-cache"
 
 
 def check_finite(outputs: Outputs, name: str, indices: Ints | None = None) -> None:
-    """Check that logits and features are finite.
-
-    Raises:
-        ValueError: a value is not; the message names ``name`` and the first such sample, by its entry in ``indices``.
-    """
+    """Raise a ValueError that names the first sample whose logits or features are not finite, by its ``indices``."""
     for what, values in (("logits", outputs.logits), ("features", outputs.features)):
         if values is None:
             continue
@@ -69,22 +62,16 @@ def run_model(
     show: bool = True,
     steps: int | None = None,
 ) -> Iterator[tuple[Ints, Outputs]]:
-    """Run a model over the batches of a loader.
+    """Run a model over the batches of a loader and yield the indices and outputs of each.
 
     Args:
         model: ``model(images)`` returns ``(logits, features)``; it is put into eval mode.
         loader: yields ``(images, labels, indices)``.
         device: device to run on.
         name: name of the split, for the progress bar and error messages.
-        amp: ``bfloat16`` or ``float16`` to run the network under autocast.
+        amp: ``bfloat16`` or ``float16`` for autocast; outputs narrower than float32 are widened to it.
         show: draw a progress bar if standard error is a terminal.
         steps: number of batches, for the progress bar.
-
-    Yields:
-        Indices and outputs of each batch; types narrower than float32 are widened to float32.
-
-    Raises:
-        ValueError: an output is not finite.
     """
     from tqdm import tqdm
 
@@ -116,11 +103,7 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def split_hash(split: Split) -> str:
-    """SHA-256 of a split: its labels, and the paths, sizes and modification times of its files or its pixels in memory.
-
-    Raises:
-        ValueError: an image file is missing.
-    """
+    """SHA-256 of a split: labels, and its pixels in memory or the paths, sizes and modification times of its files."""
     digest = hashlib.sha256(np.ascontiguousarray(split.labels).tobytes())
     if isinstance(split, MemoryImages):
         digest.update(str(split.pixels.shape).encode())
@@ -138,7 +121,7 @@ def split_hash(split: Split) -> str:
 
 
 def cache_key(*parts: str) -> str:
-    """SHA-256 of everything a pass depends on, such as a weights hash, a description of the data and versions."""
+    """SHA-256 of everything a pass depends on."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -150,37 +133,25 @@ def cache_path(folder: str | Path, split: str) -> Path:
 
 @dataclass(frozen=True)
 class PassOptions:
-    """Options of the passes of a model over images.
+    """Options of the passes of a model over images."""
 
-    Attributes:
-        batch_size: images per step on each rank.
-        amp: ``bfloat16`` or ``float16`` for autocast of the network; outputs are at least float32 in any case.
-        features: keep features; without them only logit scores can be computed.
-        ranks: this process among those that share the passes; all of them have to share the cache too.
-    """
-
-    batch_size: int = 256
+    batch_size: int = 256  # images per step on each rank
+    # ``bfloat16`` or ``float16`` for autocast of the network; outputs are at least float32 in any case.
     amp: str | None = None
-    features: bool = True
+    features: bool = True  # keep features; without them only logit scores can be computed
+    # This process among those that share the passes; all of them have to share the cache too.
     ranks: Ranks = field(default_factory=lambda: Ranks(0, 1, torch.device("cpu")))
 
 
 @dataclass
 class Inference:
-    """Cached passes of a model over the splits of a data set.
+    """Cached passes of a model over the splits of a data set."""
 
-    Attributes:
-        model: images (B, C, S, S) -> logits (B, classes), features (B, D).
-        data: the data set, which also defines the preprocessing.
-        cache: folder of the stores. If it cannot be written, outputs go to a temporary folder that is deleted with this
-            object.
-        options: options of the passes.
-    """
-
-    model: nn.Module
-    data: DataBundle
+    model: nn.Module  # images (B, C, S, S) -> logits (B, classes), features (B, D)
+    data: DataBundle  # the data set, which also defines the preprocessing
+    # Folder of the stores. If it cannot be written, outputs go to a temporary folder that is deleted with this object.
     cache: str | Path
-    options: PassOptions = field(default_factory=PassOptions)
+    options: PassOptions = field(default_factory=PassOptions)  # options of the passes
     _temporary: str | None = field(default=None, repr=False)
 
     @cached_property
@@ -203,10 +174,6 @@ class Inference:
             name: name of the split, for the cache and for messages.
             images: the split; default the data set's split of that name.
             corruption: corruption applied to the images.
-
-        Raises:
-            ValueError: there is no such split, an image is missing or does not decode, an output is not finite, or the
-                ranks do not share the cache.
         """
         images = self.data.split(name) if images is None else images
         if not len(images):
@@ -255,7 +222,8 @@ class Inference:
         loader = self.data.loader(
             images, batch_size=options.batch_size, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device
         )
-        batches = _renumbered(loader, missing)
+        positions = torch.from_numpy(missing)  # batches of a subset get each sample's position in the whole split
+        batches: Iterator[Any] = ((x, labels, positions[index.cpu()]) for x, labels, index in loader)
         if corruption is not None:
             batches = corruption.of_batches(batches, *self.data.config.normalization())
         writer = ShardWriter(store)
@@ -266,18 +234,3 @@ class Inference:
                 writer.add(indices, outputs if options.features else Outputs(outputs.logits, None, outputs.labels))
         finally:
             writer.flush()  # keeps what was computed before an unreadable image
-
-
-def _renumbered(loader: Iterable[Any], indices: Ints) -> Iterator[Any]:
-    """Batches of a subset of a split, with each sample's position in the whole split."""
-    for images, labels, positions in loader:
-        yield images, labels, torch.from_numpy(indices)[positions.cpu()]
-
-
-def collect_outputs(
-    run: Run, split: str, cache: str | Path, *, batch_size: int = 256, device: torch.device | str = "cpu"
-) -> Outputs:
-    """Outputs of a run on ``train-eval``, ``val`` or an OOD set, in memory; computed if they are not cached."""
-    options = PassOptions(batch_size, ranks=Ranks(0, 1, torch.device(device)))
-    name = f"ood-{split}" if split in run.data.ood_names else split
-    return Inference(run.model, run.data, cache, options).store(name, run.data.split(split)).load()

@@ -16,10 +16,10 @@ import numpy as np
 from tqdm import tqdm
 
 import tal_fast
-from tal_fast.config.names import DEFAULT_SCORES
+from tal_fast.config.names import DEFAULT_SCORES, check_scores
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import setting_title
-from tal_fast.metrics.bootstrap import LEVEL, bootstrap, interval, paired_differences
+from tal_fast.metrics.bootstrap import LEVEL, Interval, bootstrap, interval
 from tal_fast.metrics.failure import METRICS, aurc_floor, aurc_random, failure_metrics, undefined_reasons
 from tal_fast.metrics.ranking import tied_share
 from tal_fast.metrics.settings import Mix, ScoredSetting
@@ -34,26 +34,20 @@ Report = dict[str, Any]
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Options of an evaluation.
+    """Options of an evaluation."""
 
-    Attributes:
-        scores: names or groups of scores.
-        mix: ratio of ID to OOD samples, see ``tal_fast.metrics.settings``.
-        seed: seed of a random mix, of held-out samples, of ``knn``'s training samples and of the bootstrap.
-        convention: convention of the metrics, see ``tal_fast.metrics.failure``.
-        knn_samples: training features that ``knn`` compares with; None: all.
-        temperature: share of the validation samples that a temperature is fitted on. They take part in nothing else,
-            and all other logits are divided by the temperature. None: no temperature.
-        resamples: resamples of the bootstrap; 0: no intervals.
-    """
-
-    scores: Sequence[str] = DEFAULT_SCORES
-    mix: Mix = field(default_factory=Mix)
-    seed: int = 0
-    convention: str = "tal_fast"
-    knn_samples: int | None = KNN_SAMPLES
+    scores: Sequence[str] = DEFAULT_SCORES  # names or groups of scores
+    mix: Mix = field(default_factory=Mix)  # ratio of ID to OOD samples, see ``tal_fast.metrics.settings``
+    seed: int = 0  # seed of a random mix, of held-out samples, of ``knn``'s training samples and of the bootstrap
+    convention: str = "tal_fast"  # convention of the metrics, see ``tal_fast.metrics.failure``
+    knn_samples: int | None = KNN_SAMPLES  # training features that ``knn`` compares with; None: all
+    # Share of the validation samples that a temperature is fitted on. They take part in nothing else, and all other
+    # logits are divided by the temperature. None: no temperature.
     temperature: float | None = None
-    resamples: int = 0
+    resamples: int = 0  # resamples of the bootstrap; 0: no intervals
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scores", check_scores(self.scores))
 
 
 def make_report(
@@ -71,10 +65,9 @@ def make_report(
         ``settings[key][score][metric]`` with the keys ``old_fd``, ``ood``, ``new_fd`` and ``shift``. With several OOD
         sets there are ``ood/NAME`` and ``new_fd/NAME`` for each, and ``ood`` and ``new_fd`` are their plain mean;
         likewise ``shift/NAME`` and ``shift`` with several shifted sets. Also, by setting: ``samples``, ``aurc_floor``,
-        ``aurc_random``, ``undefined`` (metric -> reason) and ``tied_share`` (score -> share). Further ``id_accuracy``,
-        ``counts`` (of all samples, before the mix), ``mix``, ``seed``, ``convention``, ``ood_names``, ``shift_names``
-        and ``versions``. With resamples, ``intervals[key][score][metric]`` = [low, high],
-        ``differences[key][score][metric]`` = [score − baseline, low, high], and ``bootstrap`` describes the method.
+        ``aurc_random``, ``undefined`` (metric -> reason) and ``tied_share`` (score -> share). ``counts`` are of all
+        samples, before the mix. With resamples, ``intervals[key][score][metric]`` = [low, high] and
+        ``differences[key][score][metric]`` = [score − baseline, low, high].
     """
     correct = samples.correct
     ood_sizes = {name: len(next(iter(scores.values()))) for name, scores in samples.ood_scores.items()}
@@ -119,12 +112,7 @@ def resample_settings(
 ) -> Iterator[tuple[str, dict[str, Floats]]]:
     """Compute every metric of every score on resamples of each setting.
 
-    The same seed and numbers of samples give the same resamples. Sets of equal size share their draws, so shifted
-    versions of the same images are paired.
-
-    Args:
-        settings: from ``Samples.settings``.
-        resamples, seed, convention: see ``tal_fast.metrics.bootstrap``.
+    Sets of equal size share their draws, so shifted versions of the same images are paired.
 
     Yields:
         A setting's key, and score -> (resamples, len(METRICS)) float64 as from ``tal_fast.metrics.bootstrap``. With
@@ -185,20 +173,25 @@ def _add_mean(report: Report, kind: str, keys: Sequence[str]) -> None:
 
 def _add_intervals(report: Report, key: str, values: Mapping[str, Floats], baseline: str) -> None:
     """Add intervals and differences of a setting from score -> (resamples, len(METRICS))."""
+
+    def intervals(score: str, origin: Any = 0.0) -> dict[str, Interval]:
+        return {metric: interval(column) for metric, column in zip(METRICS, (values[score] - origin).T, strict=True)}
+
     point = report["settings"][key]
-    intervals = {
-        score: {metric: interval(array[:, j]) for j, metric in enumerate(METRICS)} for score, array in values.items()
-    }
-    report["intervals"][key] = {
-        score: {metric: [i.low, i.high] for metric, i in by_metric.items()} for score, by_metric in intervals.items()
-    }
+    by_score = {score: intervals(score) for score in values}
+    report["intervals"][key] = {s: {m: [i.low, i.high] for m, i in found.items()} for s, found in by_score.items()}
+    # On the same resamples.
     report["differences"][key] = {
-        score: {m: [point[score][m] - point[baseline][m], i.low, i.high] for m, i in by_metric.items()}
-        for score, by_metric in paired_differences(values, baseline)
+        score: {
+            m: [point[score][m] - point[baseline][m], i.low, i.high]
+            for m, i in intervals(score, values[baseline]).items()
+        }
+        for score in values
+        if score != baseline
     }
     # Whether a metric is defined depends on the outcomes alone, so the share is the same for all scores.
     report["bootstrap"]["undefined_share"][key] = {
-        metric: i.undefined for metric, i in intervals[baseline].items() if i.undefined
+        metric: i.undefined for metric, i in by_score[baseline].items() if i.undefined
     }
 
 
@@ -217,14 +210,7 @@ def _nan_to_none(value: Any) -> Any:
 
 
 def read_report(path: str | Path) -> Report:
-    """Read a report; null metrics become NaN.
-
-    Args:
-        path: the file, or the folder that holds ``report.json``.
-
-    Raises:
-        ValueError: the file is missing, is not JSON, or is not a report of this format.
-    """
+    """Read a report from the file or the folder that holds ``report.json``; null metrics become NaN."""
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     try:

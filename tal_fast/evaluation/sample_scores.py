@@ -32,19 +32,12 @@ _PREDICTION_ARRAYS = ("label", "prediction", "probability", "index")
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions for one split.
+    """Predictions for one split."""
 
-    Attributes:
-        label: (n,) int64; −1 in OOD sets.
-        prediction: (n,) int64, the class of the largest logit (the first on ties).
-        probability: (n,) float64, softmax probability of the predicted class.
-        index: (n,) int64, position of each sample in the split.
-    """
-
-    label: Ints
-    prediction: Ints
-    probability: Floats
-    index: Ints
+    label: Ints  # (n,) int64; −1 in OOD sets
+    prediction: Ints  # (n,) int64, the class of the largest logit (the first on ties)
+    probability: Floats  # (n,) float64, softmax probability of the predicted class
+    index: Ints  # (n,) int64, position of each sample in the split
 
     @classmethod
     def from_outputs(cls, outputs: Outputs, index: Ints | None = None) -> Predictions:
@@ -66,22 +59,14 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Samples:
-    """Scores and predictions of every sample of an evaluation.
+    """Scores and predictions of every sample of an evaluation."""
 
-    Attributes:
-        correct: (n,) bool, whether each ID sample is classified correctly.
-        id_scores: score -> (n,) float64.
-        ood_scores: OOD set -> score -> (m,) float64.
-        identity: split -> hash of its samples; ``val`` is the ID split.
-        predictions: split -> predictions for its samples.
-        shifts: shifted set -> (m,) bool, whether each sample is classified correctly, and score -> (m,) float64.
-    """
-
-    correct: NDArray[np.bool_]
-    id_scores: Mapping[str, Floats]
-    ood_scores: Mapping[str, Mapping[str, Floats]]
-    identity: Mapping[str, str]
-    predictions: Mapping[str, Predictions] = field(default_factory=dict)
+    correct: NDArray[np.bool_]  # (n,) bool, whether each ID sample is classified correctly
+    id_scores: Mapping[str, Floats]  # score -> (n,) float64
+    ood_scores: Mapping[str, Mapping[str, Floats]]  # OOD set -> score -> (m,) float64
+    identity: Mapping[str, str]  # split -> hash of its samples; ``val`` is the ID split
+    predictions: Mapping[str, Predictions] = field(default_factory=dict)  # split -> predictions for its samples
+    # Shifted set -> (m,) bool, whether each sample is classified correctly, and score -> (m,) float64.
     shifts: Shifts = field(default_factory=dict)
 
     def settings(self, mix: Mix, seed: int) -> dict[str, ScoredSetting]:
@@ -121,17 +106,7 @@ def write_samples(samples: Samples, path: str | Path) -> None:
 
 
 def read_samples(path: str | Path) -> Samples | None:
-    """Read the ``samples.npz`` of a report.
-
-    Args:
-        path: folder of the report, or a file in it.
-
-    Returns:
-        The samples; None if there is no such file.
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
+    """Read the ``samples.npz`` in the folder of a report, or beside a file in it; None if there is none."""
     path = Path(path)
     path = (path if path.is_dir() else path.parent) / FILE
     if not path.is_file():

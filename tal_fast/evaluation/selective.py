@@ -68,13 +68,8 @@ class Threshold:
 def upper_limit(errors: Any, samples: Any, delta: float) -> Any:
     """Clopper-Pearson upper limit of an error rate, exceeded by the true rate with probability at most delta.
 
-    Args:
-        errors, samples: integers or arrays of them, 0 <= errors <= samples.
-        delta: in (0, 1).
-
-    Returns:
-        The rate at which at most ``errors`` errors have probability delta; 1 where all samples are errors or there are
-        none.
+    It is the rate at which at most ``errors`` errors have probability delta; 1 where all samples are errors or there
+    are none. Takes integers or arrays of them.
     """
     from scipy.stats import beta
 
@@ -159,14 +154,7 @@ def choose_threshold(scores: Any, correct: Any, *, risk: float, confidence: floa
 
 
 def split_samples(samples: int, share: float, seed: int) -> tuple[Ints, Ints]:
-    """Split samples at random into those to choose the threshold on and those to test it on.
-
-    Returns:
-        Two ascending arrays of indices.
-
-    Raises:
-        ValueError: a share outside (0, 1].
-    """
+    """Split samples at random into those to choose the threshold on and those to test it on, as ascending indices."""
     if not 0 < share <= 1:
         raise ValueError(f"the calibration share must lie in (0, 1], not {share}")
     order = np.random.default_rng(seed).permutation(samples)
@@ -179,19 +167,11 @@ def calibrate(
 ) -> tuple[Threshold, dict[str, Any]]:
     """Choose a threshold on a random share of the samples and test it on the rest.
 
-    Args:
-        scores, correct, risk, confidence: as for ``choose_threshold``.
-        share: share of the samples to choose on.
-        seed: seed of the random split.
-
     Returns:
         The threshold, and the content of ``threshold.json``: its fields (an infinite threshold is null) with
         ``coverage``, ``calibration_share``, ``seed`` and, where samples are left, ``test``: ``samples``, ``accepted``,
         ``errors``, ``coverage``, ``risk`` and ``risk_interval``, its two-sided Clopper-Pearson interval at
         ``confidence``.
-
-    Raises:
-        NoThreshold, ValueError: as ``choose_threshold``.
     """
     values, outcomes = as_scores(scores, "scores"), as_correct(correct)
     held_out, rest = split_samples(values.size, share, seed)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tal_fast.config.names import LOGIT_SCORES, check_scores
+from tal_fast.config.names import LOGIT_SCORES
 from tal_fast.config.schema import DataConfig, ModelConfig
 from tal_fast.data.datasets import DataBundle, Split
 from tal_fast.data.ood import ood_set, shift_set
@@ -21,7 +21,7 @@ from tal_fast.evaluation.predictions import CACHE, Inference, PassOptions, split
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.models.features import last_layer
 from tal_fast.models.pretrained import PRETRAINED, evaluation_data, load_weights
-from tal_fast.runs.load import load_run
+from tal_fast.runs.load import Run, load_run
 from tal_fast.scores.features import Training, training_needed
 
 
@@ -53,14 +53,10 @@ def evaluate_run(
 
     Returns:
         The evaluation; None on ranks other than 0.
-
-    Raises:
-        ValueError: the run, its checkpoint or its data are missing, or an output is not finite.
     """
     passes, options = passes or PassOptions(), options or EvaluationOptions()
-    scores = check_scores(options.scores)
     run = load_run(run_dir, checkpoint=checkpoint, device=passes.ranks.device)
-    options = dataclasses.replace(options, scores=check_scores([*scores, run.score]))
+    options = dataclasses.replace(options, scores=[*options.scores, run.score])
     cache = Path(run_dir) / CACHE / run.checkpoint.stem if cache is None else cache
     provenance = {
         "run": str(run_dir), "checkpoint": run.checkpoint.stem, "epoch": run.epoch, "method": run.method,
@@ -70,14 +66,8 @@ def evaluate_run(
     evaluation = _evaluate_model(inference, ood or {}, shifts or {}, options, provenance)
     if evaluation is None:
         return None
-    output = run_dir if output is None else output
-    write_evaluation(evaluation, output)  # the numbers are kept if anything below fails
-    evaluation = add_galleries(
-        evaluation, run, typicalness=typicalness, batch_size=passes.batch_size, device=passes.ranks.device
-    )
-    write_plots(evaluation, output)
-    write_html(evaluation, output)
-    return evaluation
+    pass_options = {"typicalness": typicalness, "batch_size": passes.batch_size, "device": passes.ranks.device}
+    return _write(evaluation, run_dir if output is None else output, run, **pass_options)
 
 
 def evaluate_weights(
@@ -93,47 +83,28 @@ def evaluate_weights(
     passes: PassOptions | None = None,
     options: EvaluationOptions | None = None,
 ) -> Evaluation | None:
-    """Evaluate a network's weights from a file and write their report.
+    """Evaluate a network's weights from a file and write their report; arguments and result as for ``evaluate_run``.
 
     Args:
         weights: the file, or ``pretrained``, see ``tal_fast.models.pretrained``.
         model: the network they are for.
         data: data set and preprocessing; a ``folder`` needs ``train/`` only for scores fitted on training features.
-        output: folder of the report; default ``default_output``.
+        output: folder of the report and of the cache; default ``default_output``.
         interpolation: filter that images are resized with, ``bilinear`` or ``bicubic``.
-        ood, shifts, passes, options: as for ``evaluate_run``.
-        cache: folder of the cached outputs; default ``eval-cache`` in ``output``.
-
-    Returns:
-        The evaluation; None on ranks other than 0.
-
-    Raises:
-        ValueError: weights or data cannot be read or do not fit, or an output is not finite.
     """
-    options = options or EvaluationOptions()
-    options = dataclasses.replace(options, scores=check_scores(options.scores))
     bundle = evaluation_data(data, interpolation)
     network = load_weights(weights, model, bundle)
     output = default_output(weights, model.name) if output is None else output
     provenance = {"weights": str(weights), "model": model.name, "images": _preprocessing(bundle)}
     inference = Inference(network, bundle, Path(output) / CACHE if cache is None else cache, passes or PassOptions())
-    evaluation = _evaluate_model(inference, ood or {}, shifts or {}, options, provenance)
+    evaluation = _evaluate_model(inference, ood or {}, shifts or {}, options or EvaluationOptions(), provenance)
     return None if evaluation is None else _write(evaluation, output)
 
 
 def evaluate_npz(
     path: str | Path, output: str | Path | None = None, options: EvaluationOptions | None = None
 ) -> Evaluation:
-    """Evaluate saved outputs of any model and write their report.
-
-    Args:
-        path: the file, see ``tal_fast.evaluation.npz``.
-        output: folder of the report; default ``default_output``.
-        options: options of the evaluation.
-
-    Raises:
-        ValueError: the file cannot be read, or its arrays do not fit.
-    """
+    """Evaluate saved outputs of any model, see ``tal_fast.evaluation.npz``, and write their report."""
     evaluation = evaluate_outputs(read_npz(path), options, {"npz": str(path)})
     return _write(evaluation, default_output(path) if output is None else output)
 
@@ -145,9 +116,9 @@ def default_output(path: str | Path, model: str = "") -> Path:
     return Path(path).with_name(f"{Path(path).stem}-report")
 
 
-def _write(evaluation: Evaluation, output: str | Path) -> Evaluation:
-    write_evaluation(evaluation, output)
-    evaluation = add_galleries(evaluation, None)
+def _write(evaluation: Evaluation, output: str | Path, run: Run | None = None, **options: Any) -> Evaluation:
+    write_evaluation(evaluation, output)  # the numbers are kept if anything below fails
+    evaluation = add_galleries(evaluation, run, **options)
     write_plots(evaluation, output)
     write_html(evaluation, output)
     return evaluation
@@ -162,11 +133,7 @@ def _preprocessing(data: DataBundle) -> dict[str, Any]:
 
 
 def _ood_splits(data: DataBundle, specs: Mapping[str, str]) -> dict[str, Split]:
-    """OOD sets by name, those of the data set first.
-
-    Raises:
-        ValueError: a name is taken, or a set cannot be read.
-    """
+    """OOD sets by name, those of the data set first."""
     check_set_names(specs)
     splits = {name: data.split(name) for name in data.ood_names}
     for name, spec in specs.items():
@@ -210,7 +177,8 @@ def _evaluate_model(
         return None
     training = None
     if train_store is not None:
-        training = Training(train_store.features(), train_store.column("labels"), *last_layer(inference.model))
+        labels = train_store.columns("labels")["labels"]
+        training = Training(train_store, labels, *last_layer(inference.model))
     inputs = EvaluationInputs(
         id_store.load(),
         {name: store.load() for name, store in ood_stores.items()},

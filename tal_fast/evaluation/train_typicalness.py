@@ -36,31 +36,19 @@ _QUEUE_PREFIX = "loss_fn.queue."
 
 
 class TrainTypicalness(NamedTuple):
-    """Typicalness of training images without augmentation, in the order of the split ``train-eval``.
+    """Typicalness of training images without augmentation, in the order of the split ``train-eval``."""
 
-    Attributes:
-        distance: (n,) float64, distance to the nearest entry of the queue; not finite where the features are not, NaN
-            where the image file does not decode.
-        typicalness: (n,) float64, 1 for the nearest image and 0 for the farthest; 1 where the distance is not finite.
-        prediction: (n,) int64, predicted classes.
-        queue_length: number of queue entries.
-    """
-
+    # (n,) float64, distance to the nearest entry of the queue; not finite where the features are not, NaN where the
+    # image file does not decode.
     distance: Floats
+    # (n,) float64, 1 for the nearest image and 0 for the farthest; 1 where the distance is not finite.
     typicalness: Floats
-    prediction: Ints
-    queue_length: int
+    prediction: Ints  # (n,) int64, predicted classes
+    queue_length: int  # number of queue entries
 
 
 def queue_of(content: dict[str, Any]) -> FeatureQueue:
-    """Read the queue from a TAL run's checkpoint; the local queues of several ranks are merged.
-
-    Args:
-        content: checkpoint from ``tal_fast.runs.checkpoint.load``.
-
-    Raises:
-        ValueError: the checkpoint has no queue, or an empty or damaged one.
-    """
+    """Read the queue from the content of a TAL run's checkpoint; the local queues of several ranks are merged."""
     ranks = content["ranks"]
     if Config.from_dict(content["config"]).method.options.get("queue_scope") == "global":
         ranks = ranks[:1]  # every rank holds the same queue
@@ -90,13 +78,9 @@ def queue_of(content: dict[str, Any]) -> FeatureQueue:
 
 
 def rescale(distance: Floats) -> Floats:
-    """Typicalness from distances (TAL paper, equation 3), with minimum and maximum over all of them.
+    """Typicalness (n,) from distances (n,), with minimum and maximum over all of them (TAL paper, equation 3).
 
-    Args:
-        distance: (n,) float64.
-
-    Returns:
-        (n,) float64 in [0, 1]; 1 where the distance is not finite.
+    It lies in [0, 1]; 1 where the distance is not finite.
     """
     finite = np.isfinite(distance)
     if not finite.any():
@@ -110,13 +94,7 @@ def training_typicalness(
 ) -> TrainTypicalness:
     """Measure the typicalness of a run's training images, in one pass over them unless the result is cached.
 
-    Args:
-        run: a TAL run.
-        cache: folder of the cached result, which is valid for these weights, this queue and these images.
-        batch_size, device: batch size and device of the pass.
-
-    Raises:
-        ValueError: the run has no queue, or its data are gone.
+    The cached result is valid for these weights, this queue and these images.
     """
     queue = queue_of(checkpoint.load(run.checkpoint))
     split = run.data.split("train-eval")

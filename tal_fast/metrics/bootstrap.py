@@ -2,23 +2,20 @@
 
 A resample draws n of n samples with replacement, ID and OOD samples each among themselves (stratified), so that their
 mix stays the same. All scores of a setting get the same resamples: the interval of a difference is that of the paired
-differences, far narrower than two intervals side by side.
+differences. Intervals are percentile intervals (Efron and Tibshirani, 1993, chapter 13) over the test samples; they do
+not cover the seed of training or of the mix.
 
 Each score is sorted once. A resample is a count of each sample; in the order of a score, the cumulative sums of the
 counts are the numbers of successes and errors accepted at each threshold, from which every metric follows. Copies of a
-sample are tied, which the expectation over orders of tied scores accounts for: the values are those of
-``tal_fast.metrics.failure_metrics`` on the resampled arrays. The other conventions depend on the order of the input or
-on which thresholds are left; that function computes them for one resample at a time (in the order of the samples,
-copies side by side), which takes several times as long.
-
-Intervals are percentile intervals (Efron and Tibshirani, 1993, chapter 13) over the test samples: they measure how much
-of a difference may be due to the choice of test samples, not to the seed of training or of the mix.
+sample are tied, so the values are those of ``tal_fast.metrics.failure_metrics`` on the resampled arrays. The other
+conventions depend on the order of the input or on which thresholds are left; that function computes them for one
+resample at a time, which takes several times as long.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -29,6 +26,8 @@ from numpy.typing import NDArray
 from tal_fast.metrics.failure import METRICS, check_convention, failure_metrics
 from tal_fast.metrics.ranking import as_correct, as_scores
 from tal_fast.utils.arrays import Floats, Ints
+
+Ints32 = NDArray[np.int32]
 
 LEVEL = 0.95
 """Default level of the intervals."""
@@ -42,42 +41,23 @@ _THREADS = 4
 
 
 class Interval(NamedTuple):
-    """Percentile interval.
+    """Percentile interval."""
 
-    Attributes:
-        low, high: ends of the interval; NaN if the metric is undefined in all resamples.
-        undefined: share of resamples in which the metric is undefined (no errors, for instance); they are left out.
-    """
-
-    low: float
+    low: float  # NaN if the metric is undefined in all resamples
     high: float
-    undefined: float
+    undefined: float  # share of resamples in which the metric is undefined (no errors, for instance); they are left out
 
 
 def interval(values: Any, level: float = LEVEL) -> Interval:
-    """Central percentile interval of the values of the resamples.
-
-    Args:
-        values: (resamples,) floats; NaN = undefined.
-        level: share of the resamples inside the interval, in (0, 1).
-
-    Raises:
-        ValueError: a level outside (0, 1).
-    """
-    check_level(level)
+    """Central percentile interval of the values of the resamples, (resamples,); NaN = undefined."""
+    if not 0 < level < 1:
+        raise ValueError(f"the level of an interval must lie in (0, 1), not {level}; 0.95 is usual")
     values = np.asarray(values, dtype=np.float64)
     defined = values[~np.isnan(values)]
     if not defined.size:
         return Interval(np.nan, np.nan, 1.0 if values.size else np.nan)
     low, high = np.quantile(defined, ((1 - level) / 2, (1 + level) / 2))
     return Interval(float(low), float(high), 1 - defined.size / values.size)
-
-
-def check_level(level: float) -> float:
-    """Return the level; raise a ValueError unless it lies in (0, 1)."""
-    if not 0 < level < 1:
-        raise ValueError(f"the level of an interval must lie in (0, 1), not {level}; 0.95 is usual")
-    return level
 
 
 def bootstrap(
@@ -98,17 +78,14 @@ def bootstrap(
         success: (n,) 0/1 or bool.
         n_ood: number of OOD samples, which are the last ones; they are resampled among themselves.
         resamples: number of resamples.
-        seed: seed of the draws. The same seed and sizes give the same resamples for any scores, machine and number of
-            threads, so that values of several runs on the same samples are paired.
+        seed: the same seed and sizes give the same resamples for any scores, machine and number of threads, so that
+            values of several runs on the same samples are paired.
         stream: number of the OOD draws: they are independent for different numbers, while the ID draws are the same.
         convention: convention of the metrics.
         progress: called with the number of resamples just done for all scores, from several threads.
 
     Returns:
         Name -> (resamples, len(METRICS)) float64 in the order of ``METRICS``, NaN where undefined.
-
-    Raises:
-        ValueError: vectors that do not match, NaN scores, an unknown convention, or numbers out of range.
     """
     check_convention(convention)
     outcomes = as_correct(success, "success")
@@ -127,6 +104,7 @@ def bootstrap(
     ranked = {name: _Ranked(values, outcomes) for name, values in vectors.items()} if convention == "tal_fast" else {}
 
     rows = max(1, _BATCH // n)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def work(block: int) -> None:
         draws = _Draws(n - n_ood, n_ood, (seed, block), stream)
@@ -137,20 +115,17 @@ def bootstrap(
             for name, values in vectors.items():
                 if ranked:
                     found[name][start:stop] = ranked[name].metrics(counts)
-                else:
-                    found[name][start:stop] = [_resampled_metrics(values, outcomes, row, convention) for row in counts]
+                    continue
+                for i, row in enumerate(counts, start):
+                    resampled = failure_metrics(np.repeat(values, row), np.repeat(outcomes, row), convention)
+                    found[name][i] = [resampled[metric] for metric in METRICS]
             if progress is not None:
                 progress(stop - start)
 
-    with ThreadPoolExecutor(_threads()) as pool:
+    with ThreadPoolExecutor(min(_THREADS, cores)) as pool:
         for _ in pool.map(work, range(-(-resamples // BLOCK))):
             pass
     return found
-
-
-def _threads() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(_THREADS, cores)
 
 
 class _Draws:
@@ -160,7 +135,7 @@ class _Draws:
         kinds = ((n_id, 0), (n_ood, 1 + stream))
         self.strata = [(size, np.random.default_rng([*seed, kind])) for size, kind in kinds if size]
 
-    def counts(self, rows: int) -> NDArray[np.int32]:
+    def counts(self, rows: int) -> Ints32:
         """(rows, n_id + n_ood) number of times each sample is drawn."""
         parts = []
         for size, rng in self.strata:
@@ -168,11 +143,6 @@ class _Draws:
             drawn += size * np.arange(rows)[:, None]
             parts.append(np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size))
         return np.concatenate(parts, axis=1).astype(np.int32)
-
-
-def _resampled_metrics(scores: Floats, outcomes: Ints, counts: NDArray[np.int32], convention: str) -> list[float]:
-    values = failure_metrics(np.repeat(scores, counts), np.repeat(outcomes, counts), convention)
-    return [values[metric] for metric in METRICS]
 
 
 @lru_cache(maxsize=4)
@@ -196,7 +166,7 @@ class _Ranked:
         group_errors = wrong if self.starts is None else np.add.reduceat(wrong.astype(np.int64), self.starts)
         self.with_errors = np.flatnonzero(group_errors)
 
-    def metrics(self, counts: NDArray[np.int32]) -> Floats:
+    def metrics(self, counts: Ints32) -> Floats:
         """(rows, n) counts -> (rows, len(METRICS))."""
         rows = len(counts)
         weight = np.take(counts, self.order, axis=1)
@@ -247,13 +217,7 @@ class _Ranked:
         }
         return np.stack([values[metric] for metric in METRICS], axis=1)
 
-    def _aurc(
-        self,
-        weight: NDArray[np.int32],
-        errors: NDArray[np.int32],
-        end: NDArray[np.int32],
-        fp: NDArray[np.int32],
-    ) -> Floats:
+    def _aurc(self, weight: Ints32, errors: Ints32, end: Ints32, fp: Ints32) -> Floats:
         """(rows,) AURC, expected over orders of tied samples.
 
         A group of m samples with e errors after B samples with b errors adds Σ_{i=B+1..B+m} (b + (i − B) e/m)/i =
@@ -263,7 +227,7 @@ class _Ranked:
         steps = np.empty_like(upto)
         steps[:, 0] = upto[:, 0]
         np.subtract(upto[:, 1:], upto[:, :-1], out=steps[:, 1:])
-        # As if every group had successes only (e = 0, b = fp); the few groups with errors are corrected below.
+        # Every group is taken to have successes only (e = 0, b = fp); the few with errors are corrected below.
         total = np.sum(fp * steps, axis=1)
         w = self.with_errors
         e, m, after = (x[:, w].astype(np.float64) for x in (errors, weight, end))
@@ -271,22 +235,3 @@ class _Ranked:
         slope = e / np.maximum(m, 1)
         total += np.einsum("ij,ij->i", (b - before * slope) - fp[:, w], steps[:, w]) + e.sum(axis=1)
         return total / self.n
-
-
-def paired_differences(
-    values: Mapping[str, Floats], baseline: str, level: float = LEVEL
-) -> Iterator[tuple[str, dict[str, Interval]]]:
-    """Intervals of each score's metrics minus the baseline's, on the same resamples.
-
-    Args:
-        values: name -> metrics of the resamples, from ``bootstrap``.
-        baseline: one of the names.
-        level: level of the intervals.
-
-    Yields:
-        Name, and metric -> interval, for every name but the baseline.
-    """
-    for name, metrics in values.items():
-        if name != baseline:
-            difference = metrics - values[baseline]
-            yield name, {metric: interval(difference[:, j], level) for j, metric in enumerate(METRICS)}

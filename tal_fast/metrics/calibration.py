@@ -18,18 +18,12 @@ BINS = 15
 def expected_calibration_error(confidence: Any, correct: Any, bins: int = BINS) -> float:
     """Expected calibration error (Guo et al., 2017).
 
-    Σ over bins of (samples in the bin / n) · |accuracy − mean confidence| in the bin.
+    Σ over bins of (samples in the bin / n) · |accuracy − mean confidence| in the bin; NaN for no samples.
 
     Args:
         confidence: (n,) probabilities of the predicted class.
         correct: (n,) 0/1 or bool.
         bins: number of bins of equal width over [0, 1], closed on the right; 0 is in the first.
-
-    Returns:
-        A fraction; NaN for no samples.
-
-    Raises:
-        ValueError: a confidence outside [0, 1], lengths that differ, or fewer than one bin.
     """
     p, outcomes = np.asarray(confidence, dtype=np.float64), as_correct(correct)
     if bins < 1:
@@ -58,9 +52,6 @@ def calibration_metrics(logits: Any, labels: Any, bins: int = BINS) -> dict[str,
     Returns:
         ``ece``: ``expected_calibration_error`` of the largest probability. ``nll``: mean −log p of the label, in nats.
         ``brier``: mean over samples of Σ_c (p_c − [c is the label])², in [0, 2]. NaN for no samples.
-
-    Raises:
-        ValueError: shapes that do not match, or labels out of range.
     """
     matrix, classes = as_matrix(logits, "logits"), np.asarray(labels)
     if classes.shape != matrix.shape[:1]:

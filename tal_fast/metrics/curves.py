@@ -1,7 +1,4 @@
-"""Curves of a failure-detection report as numbers: operating points, histograms, reliability diagrams.
-
-Everything is in natural units (fractions).
-"""
+"""Curves of a failure-detection report as numbers, in fractions: operating points, histograms, reliability diagrams."""
 
 from __future__ import annotations
 
@@ -19,17 +16,11 @@ HISTOGRAM_BINS = 40
 
 
 class OperatingPoint(NamedTuple):
-    """Operating point: samples whose score is at least the threshold are kept.
+    """Operating point: samples whose score is at least the threshold are kept."""
 
-    Attributes:
-        coverage: share of the samples kept.
-        risk: error rate among these.
-        threshold: lowest score kept.
-    """
-
-    coverage: float
-    risk: float
-    threshold: float
+    coverage: float  # share of the samples kept
+    risk: float  # error rate among these
+    threshold: float  # lowest score kept
 
 
 class OperatingPoints:
@@ -37,13 +28,6 @@ class OperatingPoints:
 
     Tied samples are kept or left out together. A point is chosen on the samples that it is measured on, so that its
     risk on new samples is a little higher on average.
-
-    Args:
-        confidence: (n,) scores, higher = more confident.
-        success: (n,) 0/1 or bool.
-
-    Raises:
-        ValueError: as ``tal_fast.metrics.risk_coverage_curve``.
     """
 
     def __init__(self, confidence: Any, success: Any) -> None:
@@ -76,10 +60,9 @@ def oracle_risk(n: int, errors: int) -> Floats:
 
 
 def thinned(n: int, points: int) -> Ints:
-    """Indices that thin a curve of n points to at most ``points`` + 16.
+    """Ascending indices that thin a curve of n points to at most ``points`` + 16.
 
-    Returns:
-        Ascending indices, both ends among them, dense at the start, where the risk jumps.
+    Both ends are among them; they are dense at the start, where the risk jumps.
     """
     if n <= points:
         return np.arange(n)
@@ -90,14 +73,7 @@ def thinned(n: int, points: int) -> Ints:
 def scores_by_kind(
     correct: Any, values: Floats, ood_scores: Mapping[str, Mapping[str, Floats]], score: str
 ) -> dict[str, Floats]:
-    """Values of a score by kind of sample: ``ID, correct``, ``ID, wrong`` and ``OOD: NAME`` for each OOD set.
-
-    Args:
-        correct: (n_id,) 0/1 or bool.
-        values: (n_id,) the score on the ID samples.
-        ood_scores: OOD set -> score -> scores of its samples.
-        score: name of the score.
-    """
+    """Values of a score by kind of sample: ``ID, correct``, ``ID, wrong`` and ``OOD: NAME`` for each OOD set."""
     outcomes = as_correct(correct)
     found = {"ID, correct": values[outcomes == 1], "ID, wrong": values[outcomes == 0]}
     return found | {f"OOD: {name}": scores[score] for name, scores in ood_scores.items()}
@@ -105,10 +81,6 @@ def scores_by_kind(
 
 def histograms(groups: Sequence[Floats], bins: int = HISTOGRAM_BINS) -> tuple[Floats, list[Floats]]:
     """Histograms of the finite values of each group over common bins.
-
-    Args:
-        groups: arrays of any length.
-        bins: number of bins.
 
     Returns:
         (bins + 1,) edges, and for each group (bins,) shares of its size; no edges if no value is finite.
@@ -127,27 +99,15 @@ def histograms(groups: Sequence[Floats], bins: int = HISTOGRAM_BINS) -> tuple[Fl
 
 
 class ReliabilityBins(NamedTuple):
-    """Bins of a reliability diagram, of equal width over [0, 1] and closed on the right.
+    """Bins of a reliability diagram, of equal width over [0, 1] and closed on the right."""
 
-    Attributes:
-        samples: (bins,) int64, number of samples.
-        confidence: (bins,) their mean probability; NaN for empty bins.
-        accuracy: (bins,) share of correct predictions; NaN for empty bins.
-    """
-
-    samples: Ints
-    confidence: Floats
-    accuracy: Floats
+    samples: Ints  # (bins,) int64, number of samples
+    confidence: Floats  # (bins,) their mean probability; NaN for empty bins
+    accuracy: Floats  # (bins,) share of correct predictions; NaN for empty bins
 
 
 def reliability(probability: Any, correct: Any, bins: int = BINS) -> ReliabilityBins:
-    """Bin samples for a reliability diagram; Σ samples/n · |accuracy − confidence| over the bins is the ECE.
-
-    Args:
-        probability: (n,) of the predicted class, in [0, 1].
-        correct: (n,) 0/1 or bool.
-        bins: number of bins.
-    """
+    """Bin probabilities of the predicted classes; Σ samples/n · |accuracy − confidence| over the bins is the ECE."""
     p, outcomes = np.asarray(probability, dtype=np.float64), as_correct(correct)
     place = np.digitize(p, np.linspace(0, 1, bins + 1)[1:-1], right=True)
     samples = np.bincount(place, minlength=bins)

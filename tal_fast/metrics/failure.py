@@ -211,12 +211,7 @@ def failure_metrics(confidence: Any, correct: Any, convention: str = "tal_fast")
 def undefined_reasons(correct: Any, convention: str = "tal_fast") -> dict[str, str]:
     """Reason for each metric that ``failure_metrics`` gives as NaN for these outcomes; empty when all are defined.
 
-    Args:
-        correct: (n,) 0/1 or bool.
-        convention: as for ``failure_metrics``.
-
-    Raises:
-        ValueError: as ``failure_metrics``.
+    Arguments and errors as for ``failure_metrics``.
     """
     check_convention(convention)
     outcomes = as_correct(correct)
@@ -228,12 +223,7 @@ def undefined_reasons(correct: Any, convention: str = "tal_fast") -> dict[str, s
         reasons |= dict.fromkeys(
             ("aurc", "eaurc", "eaurc_exact", "augrc"), "the areas of torch-uncertainty need two samples; there is one"
         )
-    if outcomes.all():
-        reasons |= dict.fromkeys(
-            ("auroc", "fpr95", "tnr95", "aupr_error"), f"there are no errors among the {n} samples"
-        )
-    elif not outcomes.any():
-        reasons |= dict.fromkeys(
-            ("auroc", "fpr95", "tnr95", "aupr_success"), f"there are no successes among the {n} samples"
-        )
+    if outcomes.all() or not outcomes.any():
+        missing, aupr = ("errors", "aupr_error") if outcomes.all() else ("successes", "aupr_success")
+        reasons |= dict.fromkeys(("auroc", "fpr95", "tnr95", aupr), f"there are no {missing} among the {n} samples")
     return reasons

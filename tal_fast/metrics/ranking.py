@@ -10,11 +10,7 @@ from tal_fast.utils.arrays import Floats, Ints, to_numpy
 
 
 def as_scores(confidence: Any, name: str = "confidence") -> Floats:
-    """Confidence scores as (n,) float64.
-
-    Raises:
-        ValueError: not one-dimensional, not numbers, or NaN among them. Infinite scores are allowed: they rank.
-    """
+    """Confidence scores as (n,) float64; a ValueError unless they are numbers, without NaN. Infinity ranks."""
     raw = to_numpy(confidence)
     if raw.ndim != 1:
         raise ValueError(f"{name} must be a vector (n,), one score per sample, not of shape {raw.shape}")
@@ -31,11 +27,7 @@ def as_scores(confidence: Any, name: str = "confidence") -> Floats:
 
 
 def as_correct(correct: Any, name: str = "correct") -> Ints:
-    """Outcomes as (n,) int64 of 0 and 1.
-
-    Raises:
-        ValueError: not one-dimensional, or anything but 0, 1, False and True in it.
-    """
+    """Outcomes as (n,) int64; a ValueError for anything but 0, 1, False and True."""
     raw = to_numpy(correct)
     if raw.ndim != 1:
         raise ValueError(f"{name} must be a vector (n,), one outcome per sample, not of shape {raw.shape}")
@@ -48,33 +40,17 @@ def as_correct(correct: Any, name: str = "correct") -> Ints:
 
 
 class Ranking(NamedTuple):
-    """Samples by falling confidence, and cumulative counts at the end of each group of tied scores.
+    """Samples by falling confidence, and cumulative counts at the end of each group of tied scores."""
 
-    Attributes:
-        scores: (n,) falling.
-        correct: (n,) in the same order; tied samples stay in the input's order.
-        end: (groups,) number of samples down to the end of each group.
-        tp: (groups,) successes among them.
-        fp: (groups,) errors among them.
-    """
-
-    scores: Floats
-    correct: Ints
-    end: Ints
-    tp: Ints
-    fp: Ints
+    scores: Floats  # (n,) falling
+    correct: Ints  # (n,) in the same order; tied samples stay in the input's order
+    end: Ints  # (groups,) number of samples down to the end of each group
+    tp: Ints  # (groups,) successes among them
+    fp: Ints  # (groups,) errors among them
 
 
 def rank(confidence: Any, correct: Any) -> Ranking:
-    """Rank samples by confidence.
-
-    Args:
-        confidence: (n,) scores, higher = more confident.
-        correct: (n,) 0/1 or bool.
-
-    Raises:
-        ValueError: NaN scores, vectors that differ in length or are not vectors, or outcomes other than 0 and 1.
-    """
+    """Rank samples by confidence (n,), higher = more confident; arguments and errors as for ``failure_metrics``."""
     scores, outcomes = as_scores(confidence), as_correct(correct)
     if scores.size != outcomes.size:
         raise ValueError(f"confidence has {scores.size} samples but correct has {outcomes.size}; they must match")
@@ -90,8 +66,7 @@ def rank(confidence: Any, correct: Any) -> Ranking:
 def expected_errors(ranking: Ranking) -> Floats:
     """(n,) errors among the i most confident samples, expected over all orders of tied scores.
 
-    The first j of m tied samples with e errors hold j·e/m errors on average, so that the expectation is linear within
-    a group.
+    The first j of m tied samples with e errors hold j·e/m errors on average.
     """
     size = np.diff(ranking.end, prepend=0)
     errors = np.diff(ranking.fp, prepend=0)
@@ -102,17 +77,11 @@ def expected_errors(ranking: Ranking) -> Floats:
 
 
 class RiskCoverage(NamedTuple):
-    """Risk-coverage curve; entry i − 1 is for keeping the i most confident samples. Its area is AURC.
+    """Risk-coverage curve; entry i − 1 is for keeping the i most confident samples. Its area is AURC."""
 
-    Attributes:
-        coverage: (n,) float64, i / n.
-        risk: (n,) float64, errors among the i most confident / i, expected over all orders of tied scores.
-        threshold: (n,) float64, the i-th largest score.
-    """
-
-    coverage: Floats
-    risk: Floats
-    threshold: Floats
+    coverage: Floats  # (n,) float64, i / n
+    risk: Floats  # (n,) float64, errors among the i most confident / i, expected over all orders of tied scores
+    threshold: Floats  # (n,) float64, the i-th largest score
 
 
 def risk_coverage_curve(confidence: Any, correct: Any) -> RiskCoverage:

@@ -34,9 +34,6 @@ class Mix:
             ``first-n``: the first min(n_ID, n_OOD) of each, as the released test script does. ``prior``: the largest
             random subset in which the given share is OOD.
         prior: share of OOD samples; for ``prior`` only.
-
-    Raises:
-        ValueError: an unknown kind, a prior without the kind ``prior`` (or the reverse), or one outside (0, 1).
     """
 
     kind: str = "balanced-random"
@@ -52,11 +49,7 @@ class Mix:
 
     @classmethod
     def parse(cls, text: str) -> Mix:
-        """Parse a mix's name: ``balanced-random``, ``all``, ``first-n`` or ``prior=0.2`` (20% OOD).
-
-        Raises:
-            ValueError: any other name.
-        """
+        """Parse a mix's name: ``balanced-random``, ``all``, ``first-n`` or ``prior=0.2`` (20% OOD)."""
         kind, equals, value = text.partition("=")
         if not equals:
             if kind == "prior":
@@ -79,11 +72,7 @@ class Mix:
         return self.kind if self.prior is None else f"prior={self.prior:g}"
 
     def choose(self, n_id: int, n_ood: int, seed: int = 0) -> tuple[Ints, Ints]:
-        """Choose the samples that take part.
-
-        Args:
-            n_id, n_ood: numbers of samples.
-            seed: of the random mixes. OOD sets of equal size get the same ID samples.
+        """Choose the samples that take part; OOD sets of equal size get the same ID samples.
 
         Returns:
             Two ascending int64 arrays of indices, into the ID and into the OOD samples.
@@ -97,37 +86,20 @@ class Mix:
             take_ood = min(n_ood, round(total * self.prior))
         if not self.random:
             return np.arange(take_id), np.arange(take_ood)
-        return _draw(n_id, take_id, seed), _draw(n_ood, take_ood, seed)
-
-
-def _draw(n: int, take: int, seed: int) -> Ints:
-    return np.sort(np.random.default_rng(seed).permutation(n)[:take]).astype(np.int64)
+        ids, oods = (np.random.default_rng(seed).permutation(n)[:k] for n, k in ((n_id, take_id), (n_ood, take_ood)))
+        return np.sort(ids), np.sort(oods)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Samples that take part in a setting, ID first, and which of them are successes.
+    """Samples that take part in a setting, ID first, and which of them are successes."""
 
-    Attributes:
-        id_index: (n_id,) int64, into the ID samples.
-        ood_index: (n_ood,) int64, into the OOD samples; empty in Old FD.
-        success: (n_id + n_ood,) int64 of 0 and 1.
-    """
-
-    id_index: Ints
-    ood_index: Ints
-    success: Ints
+    id_index: Ints  # (n_id,) int64, into the ID samples
+    ood_index: Ints  # (n_ood,) int64, into the OOD samples; empty in Old FD
+    success: Ints  # (n_id + n_ood,) int64 of 0 and 1
 
     def confidence(self, id_scores: Any, ood_scores: Any = None) -> Floats:
-        """Scores of the samples that take part, in the order of ``success``.
-
-        Args:
-            id_scores: scores of all ID samples.
-            ood_scores: scores of all OOD samples; not needed in Old FD.
-
-        Returns:
-            (n_id + n_ood,) float64.
-        """
+        """Scores of the samples that take part, in the order of ``success``, from those of all ID and OOD samples."""
         chosen = as_scores(id_scores, "id_scores")[self.id_index]
         if not self.ood_index.size:
             return chosen
@@ -135,11 +107,7 @@ class Setting:
 
 
 def old_fd(correct: Any) -> Setting:
-    """Old FD: ID samples only; success = classified correctly.
-
-    Args:
-        correct: (n_id,) 0/1 or bool.
-    """
+    """Old FD: ID samples only; success = classified correctly, from (n_id,) 0/1 or bool."""
     outcomes = as_correct(correct)
     return Setting(np.arange(outcomes.size), np.zeros(0, dtype=np.int64), outcomes)
 
@@ -151,39 +119,10 @@ def ood(correct: Any, n_ood: int, mix: Mix | None = None, seed: int = 0) -> Sett
 
 
 def new_fd(correct: Any, n_ood: int, mix: Mix | None = None, seed: int = 0) -> Setting:
-    """New FD: ID and OOD samples together; success = ID and classified correctly.
-
-    Args:
-        correct: (n_id,) 0/1 or bool.
-        n_ood: number of OOD samples.
-        mix: ``balanced-random`` unless given.
-        seed: of a random mix.
-    """
+    """New FD: ID and OOD samples together; success = ID and classified correctly. The mix is ``Mix()`` unless given."""
     outcomes = as_correct(correct)
     ids, oods = (mix or Mix()).choose(outcomes.size, n_ood, seed)
     return Setting(ids, oods, np.concatenate((outcomes[ids], np.zeros(oods.size, dtype=np.int64))))
-
-
-def all_settings(
-    correct: Any, ood_sizes: Mapping[str, int], mix: Mix | None = None, seed: int = 0
-) -> dict[str, tuple[Setting, str | None]]:
-    """Build Old FD, and OOD and New FD for each OOD set.
-
-    Args:
-        correct: (n_id,) 0/1 or bool.
-        ood_sizes: number of samples of each OOD set.
-        mix, seed: as for ``new_fd``.
-
-    Returns:
-        Setting and OOD set (None in Old FD) by key: ``old_fd``, ``ood``, ``new_fd`` for a single OOD set;
-        ``ood/NAME`` and ``new_fd/NAME`` for several.
-    """
-    found: dict[str, tuple[Setting, str | None]] = {"old_fd": (old_fd(correct), None)}
-    for name, size in ood_sizes.items():
-        suffix = f"/{name}" if len(ood_sizes) > 1 else ""
-        found[f"ood{suffix}"] = ood(correct, size, mix, seed), name
-        found[f"new_fd{suffix}"] = new_fd(correct, size, mix, seed), name
-    return found
 
 
 @dataclass(frozen=True)
@@ -232,13 +171,15 @@ def scored_settings(
         mix, seed: as for ``new_fd``.
 
     Returns:
-        By key: those of ``all_settings``, and ``shift`` for a single shifted set, ``shift/NAME`` for several.
+        By key: ``old_fd``, ``ood``, ``new_fd`` and ``shift`` for a single OOD or shifted set; ``ood/NAME``,
+        ``new_fd/NAME`` and ``shift/NAME`` for several.
     """
-    sizes = {name: len(next(iter(scores.values()))) for name, scores in ood_scores.items()}
-    found = {
-        key: ScoredSetting(setting, name, id_scores, {} if name is None else ood_scores[name])
-        for key, (setting, name) in all_settings(correct, sizes, mix, seed).items()
-    }
+    found = {"old_fd": ScoredSetting(old_fd(correct), None, id_scores, {})}
+    for name, scores in ood_scores.items():
+        suffix = f"/{name}" if len(ood_scores) > 1 else ""
+        for kind, build in (("ood", ood), ("new_fd", new_fd)):
+            setting = build(correct, len(next(iter(scores.values()))), mix, seed)
+            found[f"{kind}{suffix}"] = ScoredSetting(setting, name, id_scores, scores)
     shifts = shifts or {}
     for name, (shift_correct, scores) in shifts.items():
         found[f"shift/{name}" if len(shifts) > 1 else "shift"] = ScoredSetting(old_fd(shift_correct), name, scores, {})

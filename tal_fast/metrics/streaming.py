@@ -30,9 +30,6 @@ class FailureMetrics:
     Args:
         convention: one of ``tal_fast.metrics.CONVENTIONS``.
         group: process group whose samples belong together; None: all ranks, if ``torch.distributed`` is initialised.
-
-    Raises:
-        ValueError: an unknown convention.
     """
 
     def __init__(self, convention: str = "tal_fast", group: dist.ProcessGroup | None = None) -> None:
@@ -76,7 +73,7 @@ class FailureMetrics:
         parts: list[Any] = [local]
         if dist.is_available() and dist.is_initialized():
             parts = [None] * dist.get_world_size(self.group)
-            # As objects: ranks may hold different numbers and types of values.
+            # Objects, because ranks may hold different numbers and types of values.
             dist.all_gather_object(parts, local, self.group)
         # Checked after the exchange, so that no rank waits for one that has raised.
         confidence, correct = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -87,11 +84,7 @@ class FailureMetrics:
         return failure_metrics(*self.samples(), self.convention)
 
     def compute(self) -> Any:
-        """Metric -> float64 scalar tensor, over the samples of all ranks; NaN where undefined.
-
-        Raises:
-            ValueError: see ``samples``.
-        """
+        """Metric -> float64 scalar tensor, over the samples of all ranks; NaN where undefined."""
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in self.values().items()}
 
 
@@ -99,11 +92,7 @@ class _SingleMetric(FailureMetrics):
     name: str
 
     def compute(self) -> Tensor:
-        """Metric of the samples of all ranks, a float64 scalar tensor; NaN where undefined.
-
-        Raises:
-            ValueError: see ``samples``.
-        """
+        """Metric of the samples of all ranks, a float64 scalar tensor; NaN where undefined."""
         return torch.tensor(self.values()[self.name], dtype=torch.float64)
 
 

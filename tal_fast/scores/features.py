@@ -47,6 +47,8 @@ KNN_SAMPLES = 50_000
 """Default number of training features that ``knn`` keeps: 400 MB of float32 at 2,048 wide."""
 SIRC_KNN_SAMPLES = 10_000
 """Number of training features that SIRC takes the mean and standard deviation of ``knn`` from."""
+# Score -> the property of FeatureScorer that fits it.
+_FITTED = {"vim": "_vim_scale", "residual": "_null_space", "mahalanobis": "_gaussians", "knn": "_neighbours"}
 
 
 def principal_dimensions(width: int) -> int:
@@ -66,10 +68,6 @@ class FeatureScorer:
         training: training data to fit on; with None only ``feature_norm`` and ``gradnorm`` can be computed.
         knn_samples: number of training features that ``knn`` keeps, chosen at random; None: all.
         seed: of that choice.
-
-    Raises:
-        ValueError: from ``scores``: an unknown name, training data that a score needs and that are not there or too
-            few, or test features of another width.
     """
 
     def __init__(self, training: Training | None, knn_samples: int | None = KNN_SAMPLES, seed: int = 0) -> None:
@@ -81,11 +79,7 @@ class FeatureScorer:
 
     @property
     def training(self) -> Training:
-        """Training data.
-
-        Raises:
-            ValueError: there are none.
-        """
+        """Training data; a ValueError if there are none."""
         if self._given is None:
             raise ValueError("there are no training features")
         return self._given
@@ -95,22 +89,13 @@ class FeatureScorer:
         problems: dict[str, str] = {}
         for name in names:
             try:
-                self._fit(name)
+                if name in SIRC_SCORES:
+                    self._sirc_parameters(SIRC_SCORES[name][1])
+                elif name in _FITTED:
+                    getattr(self, _FITTED[name])
             except ValueError as problem:
                 problems[name] = str(problem)
         return problems
-
-    def _fit(self, name: str) -> None:
-        if name in SIRC_SCORES:
-            self._sirc_parameters(SIRC_SCORES[name][1])
-        elif name == "vim":
-            _ = self._vim_scale
-        elif name == "residual":
-            _ = self._null_space
-        elif name == "mahalanobis":
-            _ = self._gaussians
-        elif name == "knn":
-            _ = self._neighbours
 
     def about(self) -> dict[str, Any]:
         """Number of training samples and the search method of ``knn``, for a report."""
@@ -134,6 +119,10 @@ class FeatureScorer:
 
         Returns:
             Score name -> (n,) float64.
+
+        Raises:
+            ValueError: an unknown name, training data that a score needs and that are not there or too few, or test
+                features of another width.
         """
         logits, features = as_matrix(logits, "logits"), as_matrix(features, "features")
         if len(logits) != len(features):
@@ -145,9 +134,10 @@ class FeatureScorer:
         parts: dict[str, Floats] = {}
 
         def part(name: str) -> Floats:
-            # Several scores share it, and the neighbours can take minutes.
+            """Score of the features alone, kept: several scores share it, and the neighbours can take minutes."""
             if name not in parts:
-                parts[name] = self._second(name, features)
+                by_rows = {"feature_norm": _l1_norm, "residual": self._residual}.get(name)
+                parts[name] = by_blocks(by_rows, features) if by_rows else self._neighbours.scores(features)
             return parts[name]
 
         return {name: self._score(name, logits, part, features) for name in names}
@@ -166,15 +156,6 @@ class FeatureScorer:
             a, b = self._sirc_parameters(second)
             return -LOG_GAPS[first](logits) - np.logaddexp(0, -b * (part(second) - a))
         raise ValueError(f"unknown feature score {name!r}; choose from {', '.join((*FEATURE_SCORES, *SIRC_SCORES))}")
-
-    def _second(self, name: str, features: NDArray[Any]) -> Floats:
-        """Score that depends on the features alone."""
-        if name == "feature_norm":
-            return by_blocks(_l1_norm, features)
-        if name == "residual":
-            return by_blocks(self._residual, features)
-        assert name == "knn"
-        return self._neighbours.scores(features)
 
     def _residual(self, features: Floats) -> Floats:
         origin, directions = self._null_space
@@ -218,14 +199,13 @@ class FeatureScorer:
         residuals, largest = Moments(), 0.0
         for indices, block in training.blocks():
             residuals.update(self._residual(block))
-            of_block = block @ weight.T + bias if logits is None else logits[indices].astype(np.float64)
-            largest += float(of_block.max(axis=1).sum())
+            block_logits = block @ weight.T + bias if logits is None else logits[indices].astype(np.float64)
+            largest += float(block_logits.max(axis=1).sum())
         return residuals, largest
 
     @cached_property
     def _vim_scale(self) -> float:
         """Factor α, which scales the residual norm to the size of the largest logit in training."""
-        _ = self._null_space
         residuals, largest = self._second_pass
         if residuals.mean == 0:
             raise ValueError("vim is undefined here: no training feature leaves the principal subspace")
@@ -265,22 +245,16 @@ class FeatureScorer:
     def _sirc_parameters(self, second: str) -> tuple[float, float]:
         """Parameters (a, b) of SIRC for a second score."""
         if second not in self._sirc:
-            moments = self._moments(second)
+            if second == "knn":
+                moments = Moments()
+                moments.update(self._neighbours.scores(self.training.choose(SIRC_KNN_SAMPLES, self._seed)))
+            else:
+                moments = self._first_pass[1] if second == "feature_norm" else self._second_pass[0]
             # Rounding can give equal numbers a small deviation.
             if moments.std <= 1e-14 * abs(moments.mean):
                 raise ValueError(f"sirc with {second} is undefined here: it is the same for all training features")
             self._sirc[second] = moments.mean - 3 * moments.std, 1 / moments.std
         return self._sirc[second]
-
-    def _moments(self, second: str) -> Moments:
-        if second == "feature_norm":
-            return self._first_pass[1]
-        if second == "residual":
-            _ = self._null_space
-            return self._second_pass[0]
-        moments = Moments()
-        moments.update(self._neighbours.scores(self.training.choose(SIRC_KNN_SAMPLES, self._seed)))
-        return moments
 
 
 def _l1_norm(features: Floats) -> Floats:

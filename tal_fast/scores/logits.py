@@ -49,10 +49,10 @@ def logit_score(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
             return function(logits.double().contiguous())
         import torch
 
-        def of_block(block: Floats) -> Floats:
+        def block_scores(block: Floats) -> Floats:
             return function(torch.from_numpy(block)).numpy()
 
-        return by_blocks(of_block, as_matrix(logits, "logits"))
+        return by_blocks(block_scores, as_matrix(logits, "logits"))
 
     return score
 
@@ -101,12 +101,7 @@ def doctor(z: Tensor) -> Tensor:
 
 
 SCORES: dict[str, Callable[[Any], Any]] = {
-    "cosine": cosine,
-    "msp": msp,
-    "max_logit": max_logit,
-    "energy": energy,
-    "neg_entropy": neg_entropy,
-    "doctor": doctor,
+    function.__name__: function for function in (cosine, msp, max_logit, energy, neg_entropy, doctor)
 }
 
 

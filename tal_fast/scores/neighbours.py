@@ -24,16 +24,12 @@ class Neighbours:
     either way.
 
     Args:
-        training: its features are used.
         limit: number of features kept in memory; None compares with all of them, read anew for each block of samples.
         seed: of the random choice.
 
     Attributes:
         samples: number of training features compared with.
         method: ``exact`` or ``faiss``.
-
-    Raises:
-        ValueError: fewer than ten training features.
     """
 
     def __init__(self, training: Training, limit: int | None, seed: int) -> None:
@@ -66,7 +62,7 @@ class Neighbours:
         best = np.full((len(rows), NEIGHBOUR), np.inf)
         others = map(_normalised, (block for _, block in self._training.blocks()))
         for other in others if self._bank is None else _normalised_blocks(self._bank):
-            # Not 2 − 2 rows · otherᵀ: the norm of a zero vector is not 1.
+            # 2 − 2 rows · otherᵀ would be wrong for zero vectors, whose norm is not 1.
             squared = (rows * rows).sum(axis=1)[:, None] + (other * other).sum(axis=1) - 2 * rows @ other.T
             best = np.partition(np.concatenate((best, squared), axis=1), NEIGHBOUR - 1, axis=1)[:, :NEIGHBOUR]
         return np.maximum(best.max(axis=1), 0)

@@ -20,14 +20,7 @@ LOWEST, HIGHEST = 1e-4, 1e4
 
 
 def held_out(samples: int, share: float = HELD_OUT, seed: int = 0) -> tuple[Ints, Ints]:
-    """Split samples at random into those to fit on and the rest.
-
-    Returns:
-        Two arrays of indices, ascending: a share of the samples, and the others.
-
-    Raises:
-        ValueError: one of the two would be empty.
-    """
+    """Split samples at random into a share to fit on and the rest: two ascending arrays of indices, none empty."""
     take = round(samples * share)
     if not 0 < take < samples:
         raise ValueError(

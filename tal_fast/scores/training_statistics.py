@@ -17,16 +17,14 @@ ROWS = 4096
 
 
 class Rows(Protocol):
-    """Training features on disk, such as ``tal_fast.evaluation.prediction_store.StoredFeatures``."""
+    """Training features on disk, such as ``tal_fast.evaluation.prediction_store.OutputStore``."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """(n, D)."""
-        ...
 
     def blocks(self) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
         """(indices, features) of some samples at a time; each sample once, in any order."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,6 @@ class Training:
         weight: (C, D) of the last Linear layer; for ``residual``, ``vim`` and SIRC with ``residual``.
         bias: (C,); zeros where the layer has none.
         logits: (n, C) of the training images, for α of ``vim``; W f + b unless given.
-
-    Raises:
-        ValueError: no samples, shapes that do not match, or features in memory that are not finite.
     """
 
     features: NDArray[Any] | Rows
@@ -60,14 +55,11 @@ class Training:
         samples, width = self.features.shape
         if not samples:
             raise ValueError("there are no training features to fit scores on")
-        if self.labels is not None and self.labels.shape != (samples,):
-            raise ValueError(
-                f"training features have {samples} samples but training labels are of shape {self.labels.shape}"
-            )
-        if self.logits is not None and (self.logits.ndim != 2 or len(self.logits) != samples):
-            raise ValueError(
-                f"training features have {samples} samples but training logits are of shape {self.logits.shape}"
-            )
+        for name, values, dimensions in (("labels", self.labels, 1), ("logits", self.logits, 2)):
+            if values is not None and (values.ndim != dimensions or len(values) != samples):
+                raise ValueError(
+                    f"training features have {samples} samples but training {name} are of shape {values.shape}"
+                )
         if self.weight is not None and (self.weight.ndim != 2 or self.weight.shape[1] != width):
             raise ValueError(
                 f"the last layer's weight must be (C, {width}) for these features, not {self.weight.shape}"
@@ -103,7 +95,7 @@ class Training:
         return found
 
     def scaled(self, temperature: float) -> Training:
-        """The same training data with logits divided by a temperature."""
+        """Training data with the logits divided by a temperature."""
         divided = (None if x is None else np.asarray(x) / temperature for x in (self.weight, self.bias, self.logits))
         return Training(self.features, self.labels, *divided)
 
@@ -133,9 +125,6 @@ class Moments:
 class ClassScatter:
     """Class means of features that come a block at a time, and the scatter about them.
 
-    Args:
-        width: D.
-
     Attributes:
         classes: (K,) labels seen so far, rising.
         counts: (K,) samples of each class.
@@ -151,7 +140,12 @@ class ClassScatter:
     def update(self, features: Floats, labels: NDArray[np.int64]) -> None:
         """Add (m, D) features with their (m,) labels: the sums of two sets from those of each (Chan et al., 1979)."""
         classes, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
-        self._add_classes(classes)
+        new = np.setdiff1d(classes, self.classes)
+        if new.size:
+            place = np.searchsorted(self.classes, new)
+            self.classes = np.insert(self.classes, place, new)
+            self.counts = np.insert(self.counts, place, 0.0)
+            self.means = np.insert(self.means, place, 0.0, axis=0)
         at = np.searchsorted(self.classes, classes)
         # Sums by class over runs of the sorted rows; np.add.at over rows is many times slower.
         order = np.argsort(index, kind="stable")
@@ -164,14 +158,6 @@ class ClassScatter:
         self.within += between.T @ between
         self.means[at] += step * (counts / after)[:, None]
         self.counts[at] = after
-
-    def _add_classes(self, classes: NDArray[np.int64]) -> None:
-        new = np.setdiff1d(classes, self.classes)
-        if new.size:
-            place = np.searchsorted(self.classes, new)
-            self.classes = np.insert(self.classes, place, new)
-            self.counts = np.insert(self.counts, place, 0.0)
-            self.means = np.insert(self.means, place, 0.0, axis=0)
 
     def about(self, origin: Floats) -> Floats:
         """(D, D) Σ (f − origin)(f − origin)ᵀ over all samples."""

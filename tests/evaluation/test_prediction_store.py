@@ -41,13 +41,13 @@ def test_shards_in_any_order_make_up_the_split(tmp_path: Path) -> None:
     np.testing.assert_array_equal(outputs.logits, LOGITS)
     np.testing.assert_array_equal(outputs.features, FEATURES)
     np.testing.assert_array_equal(outputs.labels, LABELS)
-    np.testing.assert_array_equal(store.column("labels"), LABELS)
+    np.testing.assert_array_equal(store.columns("labels")["labels"], LABELS)
     assert outputs.logits.dtype == np.float64
     assert outputs.features is not None
     assert outputs.features.dtype == np.float32
-    assert store.features().shape == (10, 4)
+    assert store.shape == (10, 4)
     rows = np.zeros((10, 4))
-    for indices, block in store.features().blocks():
+    for indices, block in store.blocks():
         rows[indices] += block
     np.testing.assert_array_equal(rows, FEATURES)
 
@@ -61,7 +61,7 @@ def test_missing_samples_are_known(tmp_path: Path) -> None:
 
 def test_a_sample_written_twice_is_read_once(tmp_path: Path) -> None:
     store = filled(tmp_path / "val", [0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9])
-    indices = np.concatenate([i for i, _ in store.features().blocks()])
+    indices = np.concatenate([i for i, _ in store.blocks()])
     assert sorted(indices) == list(range(10))
     np.testing.assert_array_equal(store.load().logits, LOGITS)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tal_fast.metrics.failure import failure_metrics
-from tal_fast.metrics.settings import Mix, all_settings, new_fd, old_fd, ood
+from tal_fast.metrics.settings import Mix, new_fd, old_fd, ood, scored_settings
 
 ID_SCORES, CORRECT, OOD_SCORES = [0.9, 0.8, 0.7, 0.6], [1, 1, 0, 1], [0.75, 0.2]
 ALL = Mix("all")
@@ -59,8 +59,9 @@ def test_ood_sets_of_one_size_get_the_same_id_samples() -> None:
     ids, oods = Mix().choose(100, 40, seed=1)
     assert len(oods) == 40
     assert np.array_equal(ids, Mix().choose(100, 40, seed=1)[0])
-    found = all_settings(np.ones(100, dtype=int), {"a": 40, "b": 40}, seed=1)
-    assert np.array_equal(found["ood/a"][0].id_index, found["new_fd/b"][0].id_index)
+    scores = {"a": {"msp": np.zeros(40)}, "b": {"msp": np.zeros(40)}}
+    found = scored_settings(np.ones(100, dtype=int), {"msp": np.zeros(100)}, scores, seed=1)
+    assert np.array_equal(found["ood/a"].setting.id_index, found["new_fd/b"].setting.id_index)
 
 
 def test_first_n_and_all() -> None:
@@ -81,11 +82,12 @@ def test_prior(n_id: int, n_ood: int, prior: float) -> None:
 
 
 def test_keys_of_the_settings() -> None:
-    assert list(all_settings(CORRECT, {})) == ["old_fd"]
-    one = all_settings(CORRECT, {"svhn": 2})
+    id_scores, svhn = {"msp": np.array(ID_SCORES)}, {"svhn": {"msp": np.array(OOD_SCORES)}}
+    assert list(scored_settings(CORRECT, id_scores, {})) == ["old_fd"]
+    one = scored_settings(CORRECT, id_scores, svhn)
     assert list(one) == ["old_fd", "ood", "new_fd"]
-    assert [name for _, name in one.values()] == [None, "svhn", "svhn"]
-    several = all_settings(CORRECT, {"svhn": 2, "textures": 3})
+    assert [judged.name for judged in one.values()] == [None, "svhn", "svhn"]
+    several = scored_settings(CORRECT, id_scores, svhn | {"textures": {"msp": np.zeros(3)}})
     assert list(several) == ["old_fd", "ood/svhn", "new_fd/svhn", "ood/textures", "new_fd/textures"]
 
 

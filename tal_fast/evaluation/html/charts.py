@@ -9,17 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from tal_fast.evaluation.plots import (
-    COLOURS,
-    COVERAGE_TITLE,
-    LINE_STYLES,
-    MIN_SCALED_COVERAGE,
-    RISK_TITLE,
-    SHARE_TITLE,
-)
+from tal_fast.evaluation import plots
+from tal_fast.evaluation.evaluation import Evaluation
+from tal_fast.evaluation.html.tables import COVERAGES, RISKS
+from tal_fast.evaluation.tables import setting_title
 from tal_fast.metrics.calibration import BINS
-from tal_fast.metrics.curves import OperatingPoints, ReliabilityBins, histograms, oracle_risk, thinned
-from tal_fast.metrics.settings import Setting
+from tal_fast.metrics.curves import ReliabilityBins, histograms, oracle_risk, thinned
 from tal_fast.utils.arrays import Floats
 
 WIDTH, HEIGHT = 420, 290
@@ -57,7 +52,7 @@ class Chart:
 
 def style(i: int) -> str:
     """CSS classes of the i-th line; colours and dashes as in ``tal_fast.evaluation.plots``."""
-    return f"c{i % len(COLOURS)} d{i % len(LINE_STYLES)}"
+    return f"c{i % len(plots.COLOURS)} d{i % len(plots.LINE_STYLES)}"
 
 
 def nice_ticks(low: float, high: float, count: int = 6) -> list[float]:
@@ -93,35 +88,19 @@ def _ticks(
     return [(round(position((v - low) / (high - low)), 2), f"{v:.6g}") for v in values]
 
 
-def risk_coverage(
-    title: str,
-    setting: Setting,
-    scores: Mapping[str, OperatingPoints],
-    primary: str,
-    risks: Sequence[float],
-    coverages: Sequence[float],
-    points: int = MAX_CURVE_POINTS,
-) -> Chart | None:
-    """Risk-coverage chart with a line per score, the lower bound and a random score.
+def risk_coverage(evaluation: Evaluation, key: str, points: int) -> Chart | None:
+    """Risk-coverage chart of a setting: a line of at most ``points`` points per score, the floor and a random score.
 
-    Args:
-        title: heading of the panel.
-        setting: setting that is drawn.
-        scores: score -> its operating points in this setting.
-        primary: score whose operating points are marked.
-        risks, coverages: where operating points are marked.
-        points: largest number of points of a line.
-
-    Returns:
-        The chart; None for a setting without samples.
+    The operating points of the primary score are marked. None for a setting without samples.
     """
-    n, errors = setting.success.size, int(setting.success.size - setting.success.sum())
+    success, scores = evaluation.settings[key].setting.success, evaluation.operating_points[key]
+    title, n, errors = setting_title(key, evaluation.report), success.size, int(success.size - success.sum())
     if n == 0:
         return None
     coverage = np.arange(1, n + 1) / n
     top = errors / n
     for operating in scores.values():
-        top = max(top, float(operating.curve.risk[coverage >= MIN_SCALED_COVERAGE / 100].max()))
+        top = max(top, float(operating.curve.risk[coverage >= plots.MIN_SCALED_COVERAGE / 100].max()))
     top = 1.05 * top if top else 0.01
     index = thinned(n, points)
     x = _x(coverage[index])
@@ -133,9 +112,9 @@ def risk_coverage(
     for i, (name, operating) in enumerate(scores.items()):
         risk = operating.curve.risk[index]
         markers = []
-        if name == primary:
-            chosen = [(f"risk at most {r:.0%}", operating.at_risk(r)) for r in risks]
-            chosen += [(f"coverage at least {c:.0%}", operating.at_coverage(c)) for c in coverages]
+        if name == evaluation.primary_score:
+            chosen = [(f"risk at most {r:.0%}", operating.at_risk(r)) for r in RISKS]
+            chosen += [(f"coverage at least {c:.0%}", operating.at_coverage(c)) for c in COVERAGES]
             for criterion, p in chosen:
                 if p is not None:
                     values = f"coverage {p.coverage:.1%}, risk {p.risk:.2%}, threshold {p.threshold:.5g}"
@@ -150,7 +129,7 @@ def risk_coverage(
         f"at half the coverage: {', '.join(half_coverage)}. The tables hold the numbers."
     )
     x_ticks, y_ticks = _ticks(range(0, 101, 20), 0, 100, _x), _ticks(nice_ticks(0, 100 * top), 0, 100 * top, _y)
-    return Chart("risk", title, label, COVERAGE_TITLE, RISK_TITLE, x_ticks, y_ticks, lines, 100 * top)
+    return Chart("risk", title, label, plots.COVERAGE_TITLE, plots.RISK_TITLE, x_ticks, y_ticks, lines, 100 * top)
 
 
 def confidence_histogram(score: str, groups: Mapping[str, Floats]) -> Chart | None:
@@ -173,7 +152,9 @@ def confidence_histogram(score: str, groups: Mapping[str, Floats]) -> Chart | No
     label = f"Histogram of {score}; medians: {'; '.join(medians)}."
     x_ticks = _ticks(nice_ticks(low, high), low, high, _x)
     y_ticks = _ticks(nice_ticks(0, 100 * top), 0, 100 * top, _y)
-    return Chart("histogram", score, label, f"confidence ({score})", SHARE_TITLE, x_ticks, y_ticks, lines, 100 * top)
+    return Chart(
+        "histogram", score, label, f"confidence ({score})", plots.SHARE_TITLE, x_ticks, y_ticks, lines, 100 * top
+    )
 
 
 def reliability_diagram(bins: ReliabilityBins, ece: float) -> Chart | None:

@@ -6,6 +6,7 @@ import base64
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -143,9 +144,6 @@ def thumbnail(pixels: np.ndarray | Path, channels: int) -> tuple[str, int, int]:
     Args:
         pixels: (H, W, C) uint8, or an image file.
         channels: 1 or 3, as the model reads the file.
-
-    Raises:
-        OSError, ValueError, SyntaxError: the file does not decode.
     """
     mode = "L" if channels == 1 else "RGB"
     if isinstance(pixels, Path):
@@ -154,12 +152,9 @@ def thumbnail(pixels: np.ndarray | Path, channels: int) -> tuple[str, int, int]:
             image = file.convert(mode)
     else:
         image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
-    small = max(image.size) <= THUMBNAIL_SIDE
+    kind = "png" if max(image.size) <= THUMBNAIL_SIDE else "jpeg"
+    options: dict[str, Any] = {"optimize": True} if kind == "png" else {"quality": 80}
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    if small:
-        image.save(buffer, "PNG", optimize=True)
-    else:
-        image.save(buffer, "JPEG", quality=80)
-    kind = "png" if small else "jpeg"
+    image.save(buffer, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", image.width, image.height

@@ -12,7 +12,7 @@ import jinja2
 from tal_fast.evaluation.evaluation import Evaluation
 from tal_fast.evaluation.html import charts
 from tal_fast.evaluation.html.images import gallery_sections
-from tal_fast.evaluation.html.tables import COVERAGES, RISKS, bin_rows, operating_tables, setting_tables
+from tal_fast.evaluation.html.tables import COVERAGES, RISKS, bin_rows, operating_rows, setting_table
 from tal_fast.evaluation.report import Report
 from tal_fast.evaluation.tables import (
     SETTING_TITLES,
@@ -60,9 +60,13 @@ def render(evaluation: Evaluation) -> str:
             scores=[(i, score, charts.style(i), score in ordered[:SHOWN_SCORES]) for i, score in enumerate(scores)],
             headline=_headline_numbers(report, primary),
             conventions=_conventions(report),
-            tables=setting_tables(report),
+            tables=[setting_table(report, key) for key in report["settings"]],
             panels=_risk_coverage_charts(evaluation),
-            operating=operating_tables(evaluation),
+            operating=[
+                (setting_title(key, report), operating_rows(points))
+                for key, points in evaluation.operating_points.items()
+                if evaluation.settings[key].setting.success.size
+            ],
             risks=RISKS,
             coverages=COVERAGES,
             histograms=_histograms(evaluation, ordered),
@@ -148,13 +152,7 @@ def _conventions(report: Report) -> list[tuple[str, str]]:
 def _risk_coverage_charts(evaluation: Evaluation) -> list[charts.Chart]:
     curves = len(evaluation.settings) * len(evaluation.samples.id_scores)
     points = max(40, min(charts.MAX_CURVE_POINTS, MAX_POINTS // curves))
-    found = [
-        charts.risk_coverage(
-            setting_title(key, evaluation.report), evaluation.settings[key].setting, by_score, evaluation.primary_score,
-            RISKS, COVERAGES, points,
-        )
-        for key, by_score in evaluation.operating_points.items()
-    ]  # fmt: skip
+    found = [charts.risk_coverage(evaluation, key, points) for key in evaluation.settings]
     return [chart for chart in found if chart is not None]
 
 

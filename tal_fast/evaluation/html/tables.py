@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tal_fast.evaluation.evaluation import Evaluation
 from tal_fast.evaluation.report import Report
 from tal_fast.evaluation.tables import (
     METRIC_TITLES,
@@ -49,12 +48,8 @@ class SettingTable:
     notes: list[str]  # why metrics are undefined
 
 
-def setting_tables(report: Report) -> list[SettingTable]:
-    """Tables of the metrics, one per setting."""
-    return [_setting_table(report, key) for key in report["settings"]]
-
-
-def _setting_table(report: Report, key: str) -> SettingTable:
+def setting_table(report: Report, key: str) -> SettingTable:
+    """Table of the metrics of a setting."""
     by_score = report["settings"][key]
     intervals = report.get("intervals", {}).get(key, {})
     rows: dict[str, list[Cell]] = {score: [] for score in by_score}
@@ -95,16 +90,8 @@ def _difference_rows(differences: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     return rows
 
 
-def operating_tables(evaluation: Evaluation) -> list[tuple[str, dict[str, list[Cell]]]]:
-    """Tables of the operating points: (title, score -> cells) for each setting with samples."""
-    return [
-        (setting_title(key, evaluation.report), _operating_rows(points))
-        for key, points in evaluation.operating_points.items()
-        if evaluation.settings[key].setting.success.size
-    ]
-
-
-def _operating_rows(points: Mapping[str, OperatingPoints]) -> dict[str, list[Cell]]:
+def operating_rows(points: Mapping[str, OperatingPoints]) -> dict[str, list[Cell]]:
+    """Table of the operating points of a setting, by score."""
     rows: dict[str, list[Cell]] = {score: [] for score in points}
 
     def add(column: Sequence[OperatingPoint | None], values: Sequence[float | None], higher_is_better: bool) -> None:
