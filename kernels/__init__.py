@@ -63,7 +63,7 @@ def batch_sums(*args: Any, **kwargs: Any) -> None:
 
 
 def loss_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean loss, gradient and per-sample statistics; arguments of ``loss.loss_forward``."""
+    """Mean loss, gradient and per-sample statistics; arguments of ``loss.plan_loss``."""
     from tal_fast.kernels import loss, ops
 
     if torch.compiler.is_compiling():

@@ -66,7 +66,7 @@ def planned_launches(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]
     rows = 256
     labels, accepted = meta(rows, dtype=torch.int64), meta(rows, dtype=torch.bool)
     cursor, ticket = meta(2, dtype=torch.int64), meta(1, dtype=torch.int32)
-    summary, constants = meta(6, dtype=torch.float64), meta(9, dtype=torch.float64)
+    summary = meta(6, dtype=torch.float64)
     for queue_dtype in (torch.float32, torch.float64):
         queue = meta(880_880, dtype=queue_dtype)
         entry = meta(rows, dtype=queue_dtype)
@@ -96,9 +96,9 @@ def planned_launches(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]
             yield f"scale {dtype_name(dtype)} C={classes}", plan_scale(logits, meta(1, dtype=torch.float32))
         for variant, has_t_wrong, smooth, warmup, need_grad in branches:
             plan, _ = plan_loss(
-                logits, labels, distance, summary, ticket, constants,
-                variant=variant, has_t_wrong=has_t_wrong, smooth=smooth, ignore_index=-100, warmup=warmup,
-                need_grad=need_grad, target=target,
+                logits, labels, distance, summary, ticket,
+                variant, 10.0, 100.0, 20.0 if has_t_wrong else None, 0.0, 0.1 if smooth else 0.0, -100, warmup,
+                need_grad, target=target,
             )  # fmt: skip
             flags = [variant] + ["smoothing"] * smooth + ["warm-up"] * warmup + ["no gradient"] * (not need_grad)
             yield f"{plan.kernel.__name__} {dtype_name(dtype)} C={classes} {' '.join(flags)}", plan
@@ -113,7 +113,7 @@ def planned_launches(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]
                 yield f"sharded {plan.kernel.__name__} {dtype_name(dtype)} C={classes}", plan
         yield (
             f"batch_sums {dtype_name(dtype)} C={classes}",
-            plan_batch_sums(logits, labels, distance, summary, ticket, constants, -100, target),
+            plan_batch_sums(logits, labels, distance, summary, ticket, 0.0, -100, target),
         )
 
 

@@ -82,13 +82,7 @@ def statistics_distance_kernel(
 ):  # fmt: skip
     """Statistics of each row, its distance to the nearest queue entry, and the batch's distance range.
 
-    Pointers:
-        features: (rows, width), strides features_stride_b and features_stride_d.
-        labels: (rows,) int64, stride labels_stride.
-        queue_mean, queue_std: (N,).
-        cursor: (2,) int64: next slot, length.
-        ticket: (1,) int32, zero before and after.
-        mean, std, distance: (rows,) out, in the queue's dtype.
+    Pointers are the arguments and results of ``statistics_distance``, and:
         summary: (6,) float64 out: smallest and largest distance, number of valid rows, three zeros.
         scratch: (splits, rows), squared distance to each split of the queue.
     """
@@ -162,14 +156,7 @@ def nearest_kernel(
     mean_ptr, std_ptr, queue_mean_ptr, queue_std_ptr, cursor_ptr, squared_ptr, rows,
     QUERIES: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Squared distance of each (mean, std) to the nearest entry of each split of the queue.
-
-    Pointers:
-        mean, std: (rows,).
-        queue_mean, queue_std: (N,).
-        cursor: (2,) int64: next slot, length.
-        squared: (splits, rows) out.
-    """
+    """Squared distance of each (mean, std) to the nearest entry of each split of the queue: (splits, rows)."""
     row = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
     in_batch = row < rows
     m = tl.load(mean_ptr + row, mask=in_batch, other=0.0)

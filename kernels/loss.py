@@ -70,11 +70,7 @@ def loss_config(classes: int, dtype: torch.dtype, target: Target, contiguous: bo
     blocks; packed rows spill 16 to 32 bytes there. A packed logit takes half a register. Four exponentials a logit
     still keep pace with memory, at 16 per clock and multiprocessor.
 
-    Args:
-        classes: number of logits in a row.
-        dtype: of the logits.
-        target: the device.
-        contiguous: whether the logits of a row are adjacent in memory, which packed rows require.
+    ``contiguous`` says whether the logits of a row are adjacent in memory, which packed rows require.
     """
     block = triton.next_power_of_2(classes)
     if dtype.itemsize == 2 and target.holds_wide_rows and contiguous and 16384 < classes <= 32768:
@@ -163,11 +159,8 @@ def _cross_entropy(
         at_label: exp(scale x) at the label.
         x_label: x at the label.
         target_x: mean of x under the (smoothed) target distribution.
-        scale: factor of the exponents.
         factor: upstream gradient of this cross-entropy times ``scale``.
         weight: weight of this cross-entropy in the loss.
-        norm: norm of the row's logits.
-        smoothing: label smoothing.
         DIRECTION: whether this is the direction loss, whose gradient also has a component along z.
 
     Returns:
@@ -276,11 +269,8 @@ def loss_kernel(
 
     Pointers:
         logits: (rows, classes), strides logits_stride_b and logits_stride_c.
-        labels: (rows,) int64, stride labels_stride.
-        distance: (rows,) distance to the queue.
-        summary: (6,) float64 summary of the batch.
+        labels, distance, summary, ticket: as for ``plan_loss``; the labels' stride is labels_stride.
         constants: (9,) float64 from ``loss_constants``.
-        ticket: (1,) int32, zero before and after.
         partials: (programs,) float64 scratch.
         loss: () out.
         grad: (rows, classes) out, stride grad_stride_b between rows; may be the logits.
@@ -638,18 +628,40 @@ def plan_loss(
     distance: Tensor,
     summary: Tensor,
     ticket: Tensor,
-    constants: Tensor,
-    *,
     variant: str,
-    has_t_wrong: bool,
-    smooth: bool,
+    t_min: float,
+    t_max: float,
+    t_wrong: float | None,
+    confidence_threshold: float,
+    label_smoothing: float,
     ignore_index: int,
     warmup: bool,
     need_grad: bool,
-    target: Target,
     inplace: bool = False,
+    *,
+    target: Target,
 ) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Launch of the loss kernel for this width, and its outputs, which ``loss_forward`` describes."""
+    """Launch of the loss kernel for this width, and its outputs.
+
+    The options that are not listed are those of ``tal_fast.TALLoss``.
+
+    Args:
+        logits: (B, C) floating point, any strides.
+        labels: (B,) int64 in [0, C) or ``ignore_index``. They are not checked, which would wait for the device: a label
+            out of range reads nothing outside the logits and gives a meaningless loss.
+        distance: (B,) floating point, distance to the queue.
+        summary: (6,) float64, ``tal_fast.loss.reference.batch_summary``; the last three are read for ``released`` only.
+        ticket: (1,) int32, zero before and after.
+        warmup: whether typicalness is 1 for every sample.
+        need_grad: whether to compute the gradient.
+        inplace: write the gradient over the logits, which must be contiguous and not float16.
+        target: the device.
+
+    Returns:
+        The launch, and ``(loss, gradient, stats, flags)``: a scalar; (B, C) in the logits' dtype (float32 for float16),
+        empty without ``need_grad``; (3, B) typicalness, weight and temperature; (2, B) bool, correct and accepted.
+        Floats are float32, or float64 for float64 logits.
+    """
     rows, classes = logits.shape
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     # float32 for float16 logits: float16 would lose small gradients before a gradient scaler multiplies them.
@@ -665,7 +677,9 @@ def plan_loss(
         "labels_ptr": labels,
         "distance_ptr": distance,
         "summary_ptr": summary,
-        "constants_ptr": constants,
+        "constants_ptr": loss_constants(
+            logits.device, t_min, t_max, t_wrong, confidence_threshold, label_smoothing
+        ),
         "ticket_ptr": ticket,
         "partials_ptr": summary.new_empty(programs),
         "loss_ptr": loss,
@@ -682,8 +696,8 @@ def plan_loss(
     }
     constexprs: dict[str, Any] = {
         "RELEASED": variant == "released",
-        "HAS_T_WRONG": has_t_wrong,
-        "SMOOTH": smooth,
+        "HAS_T_WRONG": t_wrong is not None,
+        "SMOOTH": label_smoothing != 0,
         "WARMUP": warmup,
         "NEED_GRAD": need_grad,
     }
@@ -700,60 +714,9 @@ def plan_loss(
     return launch, (loss, grad, stats, flags)
 
 
-def loss_forward(
-    logits: Tensor,
-    labels: Tensor,
-    distance: Tensor,
-    summary: Tensor,
-    ticket: Tensor,
-    variant: str,
-    t_min: float,
-    t_max: float,
-    t_wrong: float | None,
-    confidence_threshold: float,
-    label_smoothing: float,
-    ignore_index: int,
-    warmup: bool,
-    need_grad: bool,
-    inplace: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean loss, its gradient, and the per-sample statistics.
-
-    The options that are not listed are those of ``tal_fast.TALLoss``.
-
-    Args:
-        logits: (B, C) floating point, any strides.
-        labels: (B,) int64 in [0, C) or ``ignore_index``. They are not checked, which would wait for the device: a label
-            out of range reads nothing outside the logits and gives a meaningless loss.
-        distance: (B,) floating point, distance to the queue.
-        summary: (6,) float64, ``tal_fast.loss.reference.batch_summary``; the last three are read for ``released`` only.
-        ticket: (1,) int32, zero before and after.
-        warmup: whether typicalness is 1 for every sample.
-        need_grad: whether to compute the gradient.
-        inplace: write the gradient over the logits, which must be contiguous and not float16.
-
-    Returns:
-        ``(loss, gradient, stats, flags)``: a scalar; (B, C) in the logits' dtype (float32 for float16), empty without
-        ``need_grad``; (3, B) typicalness, weight and temperature; (2, B) bool, correct and accepted. Floats are
-        float32, or float64 for float64 logits.
-    """
-    constants = loss_constants(logits.device, t_min, t_max, t_wrong, confidence_threshold, label_smoothing)
-    launch, outputs = plan_loss(
-        logits,
-        labels,
-        distance,
-        summary,
-        ticket,
-        constants,
-        variant=variant,
-        has_t_wrong=t_wrong is not None,
-        smooth=label_smoothing != 0,
-        ignore_index=ignore_index,
-        warmup=warmup,
-        need_grad=need_grad,
-        target=device_target(logits.device),
-        inplace=inplace,
-    )
+def loss_forward(logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean loss, its gradient, and the per-sample statistics; arguments and results as for ``plan_loss``."""
+    launch, outputs = plan_loss(logits, *args, target=device_target(logits.device), **kwargs)
     launch.run()
     return outputs
 
@@ -764,7 +727,7 @@ def plan_batch_sums(
     distance: Tensor,
     summary: Tensor,
     ticket: Tensor,
-    constants: Tensor,
+    confidence_threshold: float,
     ignore_index: int,
     target: Target,
 ) -> Launch:
@@ -778,7 +741,7 @@ def plan_batch_sums(
         "labels_ptr": labels,
         "distance_ptr": distance,
         "summary_ptr": summary,
-        "constants_ptr": constants,
+        "constants_ptr": loss_constants(logits.device, 0.0, 0.0, None, confidence_threshold, 0.0),
         "ticket_ptr": ticket,
         "partials_ptr": summary.new_empty(3 * programs),
         "rows": rows,
@@ -803,11 +766,10 @@ def batch_sums(
 ) -> None:
     """Fill in the last three values of ``summary`` (6,), which variant ``released`` needs before the loss.
 
-    Arguments as for ``loss_forward``; ``tal_fast.loss.reference.batch_summary`` defines the values.
+    Arguments as for ``plan_loss``; ``tal_fast.loss.reference.batch_summary`` defines the values.
     """
-    constants = loss_constants(logits.device, 0.0, 0.0, None, confidence_threshold, 0.0)
     target = device_target(logits.device)
-    plan_batch_sums(logits, labels, distance, summary, ticket, constants, ignore_index, target).run()
+    plan_batch_sums(logits, labels, distance, summary, ticket, confidence_threshold, ignore_index, target).run()
 
 
 @triton.jit
@@ -815,12 +777,7 @@ def scale_kernel(
     values_ptr, factor_ptr, size,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Multiply values in place by a scalar; a factor of 1 moves no memory.
-
-    Pointers:
-        values: (size,) in and out.
-        factor: () floating point.
-    """
+    """Multiply values in place by a scalar; a factor of 1 moves no memory."""
     factor = tl.load(factor_ptr)
     if factor != 1:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

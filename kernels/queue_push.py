@@ -29,14 +29,7 @@ def push_kernel(
     queue_mean_ptr, queue_std_ptr, cursor_ptr, mean_ptr, std_ptr, accepted_ptr, rows, capacity,
     HAS_ACCEPTED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Append rows to a ring buffer in batch order.
-
-    Pointers:
-        queue_mean, queue_std: (capacity,) in and out.
-        cursor: (2,) int64 in and out: next slot, length.
-        mean, std: (rows,) in the queue's dtype.
-        accepted: (rows,) bool; not read unless HAS_ACCEPTED.
-    """
+    """Append rows to a ring buffer in batch order; pointers are the arguments of ``push``."""
     head = tl.load(cursor_ptr)
     length = tl.load(cursor_ptr + 1)
     # 1. Count the rows to push: if they outnumber the slots, only the last `capacity` of them are written.

@@ -23,6 +23,8 @@ def scan_kernel(
 ):  # fmt: skip
     """Largest logit, its index, norm, sum, and 1 where all logits are finite, of each row.
 
+    NaN does not count as the largest.
+
     Pointers:
         logits: (rows, classes), strides logits_stride_b and logits_stride_c.
         out: (rows, 5) float64 out.
@@ -66,8 +68,8 @@ def exp_sums_kernel(
 
     Pointers:
         logits: (rows, classes), strides logits_stride_b and logits_stride_c.
-        label_column: (rows,) int64, index of the label among these columns, or -1.
-        z_max, scale: (rows,) float64.
+        label_column: (rows,) int64, index of the label among these columns, or -1 if another rank holds it.
+        z_max, scale: (rows,) float64, largest logit of the whole row and factor of the exponents.
         out: (rows, 4) float64 out: sums of exp(scale x), x exp(scale x) and exp(x); x at the label, or 0.
     """
     dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
@@ -91,13 +93,13 @@ def gradient_kernel(
     logits_ptr, label_column_ptr, valid_ptr, terms_ptr, grad_ptr, classes, logits_stride_b, logits_stride_c,
     FLOAT64: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of each row by these columns.
+    """Gradient of each row by these columns; ``loss._row_loss_and_coefficients`` has its formula.
 
     Pointers:
-        logits: (rows, classes), strides logits_stride_b and logits_stride_c.
-        label_column: (rows,) int64, index of the label among these columns, or -1.
-        valid: (rows,) bool.
-        terms: (rows, 7) float64: z_max, scale, g_p, g_q, g_label, z_coef, smooth_term.
+        logits, label_column: as for ``exp_sums_kernel``.
+        valid: (rows,) bool; the gradient of the other rows is 0.
+        terms: (rows, 7) float64: z_max, scale, g_p, g_q, g_label, z_coef, smooth_term. A row whose smooth_term is NaN
+            has a gradient of NaN.
         grad: (rows, classes) out, contiguous.
     """
     dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
@@ -154,48 +156,18 @@ def plan_gradient(
 
 
 def scan(logits: Tensor) -> Tensor:
-    """Row statistics of the columns given.
-
-    Args:
-        logits: (B, C) floating point, any strides, C >= 0.
-
-    Returns:
-        (B, 5) float64: largest logit, its index, norm, sum, and 1 where all logits are finite. NaN does not count as
-        the largest.
-    """
+    """(B, 5) output of ``scan_kernel`` for (B, C) logits, C >= 0."""
     return _run(*plan_scan(logits, device_target(logits.device)))
 
 
 def exp_sums(logits: Tensor, label_column: Tensor, z_max: Tensor, scale: Tensor) -> Tensor:
-    """Exponential sums of the columns given, without the label's.
-
-    Args:
-        logits: (B, C) floating point, any strides, C >= 0.
-        label_column: (B,) int64, index of the label among the columns, or -1 if another rank holds it.
-        z_max: (B,) float64, largest logit of the whole row.
-        scale: (B,) float64, factor of the exponents.
-
-    Returns:
-        (B, 4) float64: sums of exp(scale x), x exp(scale x) and exp(x) with x = z - z_max, and x at the label or 0.
-    """
+    """(B, 4) output of ``exp_sums_kernel`` for (B, C) logits, C >= 0."""
     vectors = label_column.contiguous(), z_max.contiguous(), scale.contiguous()
     return _run(*plan_exp_sums(logits, *vectors, device_target(logits.device)))
 
 
 def gradient(logits: Tensor, label_column: Tensor, valid: Tensor, terms: Tensor) -> Tensor:
-    """Gradient of the loss by the columns given.
-
-    Args:
-        logits: (B, C) floating point, any strides, C >= 0.
-        label_column: (B,) int64, index of the label among the columns, or -1 if another rank holds it.
-        valid: (B,) bool; the gradient of the other rows is 0.
-        terms: (B, 7) float64: z_max, scale, g_p, g_q, g_label, z_coef, smooth_term. The gradient is
-            g_p exp(scale x) + g_q exp(x) - z_coef z - smooth_term, with g_label instead of the first two terms at the
-            label. A row whose smooth_term is NaN has a gradient of NaN.
-
-    Returns:
-        (B, C) in the logits' dtype, or float32 for float16.
-    """
+    """(B, C) gradient from ``gradient_kernel``, in the logits' dtype, or float32 for float16; C >= 0."""
     vectors = label_column.contiguous(), valid.contiguous(), terms.contiguous()
     return _run(*plan_gradient(logits, *vectors, device_target(logits.device)))
 
