@@ -36,13 +36,7 @@ def combine_summaries(summary: Tensor, group: dist.ProcessGroup | None) -> Tenso
 
 
 class EntryGather:
-    """Gathering of all ranks' queue entries, which runs while other work goes on.
-
-    Args:
-        mean, std: (B,) floating point, this rank's; B is the same on all ranks.
-        accepted: (B,) bool.
-        group: Ranks.
-    """
+    """Gathering of all ranks' queue entries (B,), which runs while other work goes on; B is the same on all ranks."""
 
     def __init__(self, mean: Tensor, std: Tensor, accepted: Tensor, group: dist.ProcessGroup | None) -> None:
         entries = torch.stack([mean, std, accepted.to(mean.dtype)])

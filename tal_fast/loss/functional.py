@@ -47,9 +47,9 @@ def tal_loss(
         features: (B, D) floating point, D >= 2: the input of the last Linear layer.
         labels: (B,) int64 in [0, C), or ``ignore_index``.
         queue_mean, queue_std: (N,) float32 or float64 statistics of past samples, N >= 0, in any order.
-        variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing: As in ``TALLoss``.
         warmup: Whether the typicalness of every sample is 1.
-        class_group, inplace, backend: As in ``TALLoss``.
+
+    The other arguments are those of ``TALLoss``.
 
     Returns:
         loss: Scalar in float32 (float64 for float64 logits).
@@ -108,11 +108,9 @@ def step_in_parts(
 ) -> StepResult:
     """TAL step from a backend's parts, without the checks before it and the push after it.
 
+    The ring is only read. Arguments that are not listed are as in ``TALLoss``.
+
     Args:
-        logits, features, labels, warmup, class_group: As in ``TALLoss``.
-        ring: Queue; only read.
-        options: Options of the loss.
-        backend: Backend for the logits' device.
         combine: Function from the batch's summary to that of all ranks, if they act as one; else None.
         direct: Whether to compute the gradient and return it, instead of a differentiable loss.
     """

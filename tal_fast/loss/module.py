@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -16,8 +15,6 @@ from tal_fast.loss.functional import StepResult, step_in_parts
 from tal_fast.loss.options import LossOptions, check_inputs
 from tal_fast.loss.queue import FeatureQueue
 from tal_fast.loss.reference import TALStats
-
-Result = TypeVar("Result")
 
 
 class TALLoss(nn.Module):
@@ -158,7 +155,7 @@ class TALLoss(nn.Module):
             TypeError: If labels are not int64, or logits or features are not floating point.
         """
         if self._runs_in_one_call(logits):
-            loss, stats = self._in_one_call(cpp.step, logits, features, labels, warmup, push)
+            loss, stats = self._in_one_call(logits, features, labels, warmup, push, direct=False)
         else:
             result = self._in_parts(logits, features, labels, warmup, push, direct=False)
             loss, stats = result.loss, result.stats
@@ -188,7 +185,8 @@ class TALLoss(nn.Module):
             RuntimeError: In plain PyTorch in inference mode, which switches autograd off.
         """
         if self._runs_in_one_call(logits):
-            return self._in_one_call(cpp.step_with_gradient, logits, features, labels, warmup, push)
+            loss, gradient, stats = self._in_one_call(logits, features, labels, warmup, push, direct=True)
+            return loss, gradient, stats
         result = self._in_parts(logits, features, labels, warmup, push, direct=True)
         assert result.gradient is not None
         return result.loss, result.gradient, result.stats
@@ -205,13 +203,13 @@ class TALLoss(nn.Module):
         )
 
     def _in_one_call(
-        self, step: Callable[..., Result], logits: Tensor, features: Tensor, labels: Tensor, warmup: bool, push: bool
-    ) -> Result:
+        self, logits: Tensor, features: Tensor, labels: Tensor, warmup: bool, push: bool, *, direct: bool
+    ) -> tuple[Any, ...]:
         """Step in one call of the C++ extension, whose work in small batches is as short as a few Python calls."""
         queue: FeatureQueue = self._modules["queue"]  # type: ignore[assignment]  # self.queue runs Python code
         queue.flush()
         try:
-            return step(logits, features, labels, queue.ring, self.options, warmup, push and self.training)
+            return cpp.step(logits, features, labels, queue.ring, self.options, warmup, push and self.training, direct)
         except Exception:
             try:
                 self._check(logits, features, labels)

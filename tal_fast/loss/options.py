@@ -14,13 +14,7 @@ CHECK_LABELS_ON_GPU = os.environ.get("TAL_FAST_DEBUG") == "1"
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Options that define a TAL loss, apart from its queue.
-
-    ``TALLoss`` describes each field.
-
-    Raises:
-        ValueError: If an option is out of its range.
-    """
+    """Options that define a TAL loss, apart from its queue; ``TALLoss`` describes them."""
 
     variant: str = "paper"
     t_min: float = 10.0
@@ -49,19 +43,10 @@ class LossOptions:
 def check_inputs(
     logits: Tensor, features: Tensor, labels: Tensor, ignore_index: int, class_sharded: bool = False
 ) -> None:
-    """Check shapes, dtypes and devices of a batch, and the labels' range where that is cheap.
+    """Raise ValueError or TypeError unless a batch is as ``TALLoss.forward`` wants it.
 
-    Args:
-        logits: (B, C) floating point.
-        features: (B, D) floating point, D >= 2.
-        labels: (B,) int64 in [0, C), or ``ignore_index``.
-        ignore_index: Label of the rows to leave out.
-        class_sharded: Whether the logits are this rank's columns of wider rows. C may then be 0, and the labels'
-            range, which no rank knows alone, is not checked.
-
-    Raises:
-        ValueError: If shapes do not fit, devices differ, or a label is out of range.
-        TypeError: If labels are not int64, or logits or features are not floating point.
+    With ``class_sharded`` logits, this rank's columns of wider rows, C may be 0, and the labels' range, which no rank
+    knows alone, is not checked.
     """
     if logits.dim() != 2 or (logits.shape[1] < 1 and not class_sharded):
         raise ValueError(f"logits are {tuple(logits.shape)} but must be (B, C) with C >= 1")

@@ -259,14 +259,7 @@ def push(
 ) -> tuple[Tensor, Tensor]:
     """Queue after a step: accepted samples with finite statistics are appended in batch order, the oldest dropped.
 
-    Args:
-        queue_mean, queue_std: (n,) entries, oldest first.
-        mean, std: (B,) statistics of the batch.
-        accepted: (B,) bool.
-        capacity: Largest number of entries.
-
-    Returns:
-        queue_mean, queue_std: New tensors, oldest entry first, of at most ``capacity`` entries.
+    The entries, oldest first, are new tensors of at most ``capacity`` numbers.
     """
     keep = accepted & mean.isfinite() & std.isfinite()
     return torch.cat([queue_mean, mean[keep]])[-capacity:], torch.cat([queue_std, std[keep]])[-capacity:]
@@ -279,7 +272,7 @@ def _valid_rows(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tens
 
 
 def _classified(z: Tensor, labels: Tensor, valid: Tensor, confidence_threshold: float) -> tuple[Tensor, Tensor]:
-    """Whether each row is correct, and whether it is accepted, both (B,) bool."""
+    """Correct and accepted rows, both (B,) bool."""
     z = z.detach()
     largest, prediction = z.max(dim=1)  # the first one on ties
     cosine = largest / (torch.linalg.vector_norm(z, dim=1) + NORM_EPS)

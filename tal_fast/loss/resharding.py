@@ -15,16 +15,9 @@ from tal_fast.loss.ring import newest_entries
 
 
 def reshard(states: list[dict[str, Any]], rank: int, world_size: int, shared: bool) -> dict[str, Any]:
-    """Queue of one of the new ranks.
+    """``FeatureQueue.state_dict()`` of one of the new ranks, given those of the old ones in rank order.
 
-    Args:
-        states: ``FeatureQueue.state_dict()`` of the old ranks, in rank order; their capacities agree.
-        rank: New rank.
-        world_size: Number of new ranks.
-        shared: Whether all ranks hold the same queue.
-
-    Returns:
-        State for ``FeatureQueue.load_state_dict``.
+    Their capacities agree; ``shared`` says whether all ranks hold the same queue.
     """
     if shared:
         return states[0]

@@ -90,13 +90,7 @@ class RingBuffer:
 
 
 def newest_entries(mean: Tensor, std: Tensor, cursor: Tensor, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """Copies of the newest entries of a ring, oldest first; waits for the device.
-
-    Args:
-        mean, std: (N,) ring.
-        cursor: (2,) int64, [slot of the next entry, number of entries].
-        limit: Largest number of entries; all of them by default.
-    """
+    """Copies of the newest entries of a ring, at most ``limit``, oldest first; waits for the device."""
     head, length = cursor.tolist()
     kept = length if limit is None else min(length, limit)
     slots = (torch.arange(kept, device=mean.device) + head - kept) % mean.numel()

@@ -37,21 +37,15 @@ Z_MAX, SCALE, G_P, G_Q, G_LABEL, ALONG, AWAY = range(7)
 
 
 class _Rows(NamedTuple):
-    """Whole rows, put together from all ranks' columns; each field is (B,).
-
-    Attributes:
-        largest, argmax, norm, sum, finite: Of the logits of all classes.
-        classes: Number of classes, the same in all rows.
-        start: int64, this rank's first class, the same in all rows.
-    """
+    """Statistics of whole rows, put together from all ranks' columns; each field is (B,)."""
 
     largest: Tensor
     argmax: Tensor
     norm: Tensor
     sum: Tensor
     finite: Tensor
-    classes: Tensor
-    start: Tensor
+    classes: Tensor  # number of classes, the same in all rows
+    start: Tensor  # int64, this rank's first class, the same in all rows
 
 
 def loss_and_gradient(
@@ -72,17 +66,12 @@ def loss_and_gradient(
         logits: (B, C_r) floating point, this rank's columns, C_r >= 0.
         labels: (B,) int64 in [0, ΣC_r), or ``options.ignore_index``.
         distance: (B,) distance to the queue.
-        options: Options of the loss.
-        warmup: Whether the typicalness of every sample is 1.
-        class_group: Ranks that hold the other columns of these rows.
         backend: Name of the backend that computes the passes over the logits.
         combine: Function from the batch's summary to that of all ranks' rows, where those are one batch; else None.
-        need_grad: Whether to compute the gradient.
 
     Returns:
-        loss: Scalar, the same on every rank.
-        gradient: (B, C_r) with respect to this rank's columns, or empty.
-        stats: ``TALStats`` with (B,) fields, the same on every rank.
+        Loss and statistics, the same on every rank; between them the gradient (B, C_r) with respect to this rank's
+        columns, empty unless ``need_grad``.
 
     Raises:
         ValueError: On every rank alike, if labels are out of range or differ between the ranks.

@@ -15,35 +15,21 @@ from tal_fast.loss.ring import RingBuffer
 
 @dataclass
 class LossInputs:
-    """Arguments of the loss of a batch, all on one device.
-
-    Attributes:
-        logits: (B, C) floating point.
-        labels: (B,) int64.
-        distance: (B,) distance to the queue.
-        summary: (6,) ``reference.batch_summary``, or None if the backend needs none.
-        ring: The queue, for the kernels' scratch memory.
-        options: Options of the loss.
-        warmup: Whether the typicalness of every sample is 1.
-    """
+    """Arguments of the loss of a batch, all on one device; those not commented on are as in ``TALLoss``."""
 
     logits: Tensor
     labels: Tensor
-    distance: Tensor
-    summary: Tensor | None
-    ring: RingBuffer
+    distance: Tensor  # (B,) distance to the queue
+    summary: Tensor | None  # (6,) ``reference.batch_summary``, or None if the backend needs none
+    ring: RingBuffer  # the queue, for the kernels' scratch memory
     options: LossOptions
     warmup: bool
 
 
 class Backend(ABC):
-    """One way to compute a training step.
+    """One way to compute a training step."""
 
-    Attributes:
-        name: Value of the option ``backend``.
-    """
-
-    name: str
+    name: str  # value of the option ``backend``
 
     @abstractmethod
     def statistics_distance(

@@ -61,33 +61,18 @@ class CppCudaBackend(_CppQueue, PyTorchBackend):
 
 
 def step(
-    logits: Tensor, features: Tensor, labels: Tensor, ring: RingBuffer, options: LossOptions, warmup: bool, push: bool
-) -> tuple[Tensor, TALStats]:
-    """Whole step on the CPU in one call, which checks its arguments; returns the differentiable loss and statistics.
+    logits: Tensor, features: Tensor, labels: Tensor, ring: RingBuffer, options: LossOptions, warmup: bool, push: bool,
+    direct: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Whole step on the CPU in one call, which checks its arguments.
 
-    ``push`` says whether the accepted rows enter the queue.
+    Returns:
+        The differentiable loss, or with ``direct`` the loss without a graph and its gradient; then ``TALStats``.
     """
-    loss, *stats = torch.ops.tal_fast.step.default(
-        *_step_arguments(logits, features, labels, ring, options, warmup), push
-    )
-    return loss, TALStats(*stats)
-
-
-def step_with_gradient(
-    logits: Tensor, features: Tensor, labels: Tensor, ring: RingBuffer, options: LossOptions, warmup: bool, push: bool
-) -> tuple[Tensor, Tensor, TALStats]:
-    """Whole step as in ``step``, without a graph; returns the loss, its gradient and statistics."""
-    loss, gradient, *stats = torch.ops.tal_fast.step_with_gradient.default(
-        *_step_arguments(logits, features, labels, ring, options, warmup), push
-    )
-    return loss, gradient, TALStats(*stats)
-
-
-def _step_arguments(
-    logits: Tensor, features: Tensor, labels: Tensor, ring: RingBuffer, options: LossOptions, warmup: bool
-) -> tuple[Any, ...]:
+    operator = torch.ops.tal_fast.step_with_gradient.default if direct else torch.ops.tal_fast.step.default
     queue = ring.mean, ring.std, ring.cursor, ring.index
-    return (logits, features, labels, *queue, *_loss_arguments(options, warmup))
+    results = operator(logits, features, labels, *queue, *_loss_arguments(options, warmup), push)
+    return (*results[:-6], TALStats(*results[-6:]))
 
 
 def _loss_arguments(options: LossOptions, warmup: bool) -> tuple[Any, ...]:
