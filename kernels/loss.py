@@ -677,9 +677,7 @@ def plan_loss(
         "labels_ptr": labels,
         "distance_ptr": distance,
         "summary_ptr": summary,
-        "constants_ptr": loss_constants(
-            logits.device, t_min, t_max, t_wrong, confidence_threshold, label_smoothing
-        ),
+        "constants_ptr": loss_constants(logits.device, t_min, t_max, t_wrong, confidence_threshold, label_smoothing),
         "ticket_ptr": ticket,
         "partials_ptr": summary.new_empty(programs),
         "loss_ptr": loss,

@@ -172,11 +172,6 @@ def read_options(method: str, kind: type, given: Mapping[str, Any]) -> Any:
     TAL's options are left out for methods that do not have them: 0.1.0 wrote them for every method, and a preset for
     TAL is used with other methods too.
 
-    Args:
-        method: name of the method, for the error message.
-        kind: option class of the method, a dataclass with a default for each field.
-        given: values by name.
-
     Raises:
         ValueError: an unknown name or a value of the wrong type.
     """

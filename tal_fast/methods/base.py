@@ -15,19 +15,12 @@ from tal_fast.scores.logits import SCORES
 
 @dataclass(frozen=True)
 class Task:
-    """Facts about a run that a method may need.
-
-    Attributes:
-        epochs: number of epochs of the whole run.
-        num_classes: number of classes of the data.
-        train_images: number of training images over all ranks.
-        learning_rate: peak learning rate.
-    """
+    """Facts about a run that a method may need."""
 
     epochs: int
-    num_classes: int
-    train_images: int
-    learning_rate: float
+    num_classes: int  # of the data, without ``Method.extra_classes``
+    train_images: int  # over all ranks
+    learning_rate: float  # peak
 
 
 class Step(NamedTuple):
@@ -48,10 +41,6 @@ class Method(nn.Module):
 
     State is each rank's own and must not be in buffers, which DDP overwrites with the first rank's. Subclasses must
     define ``name``, ``score`` and ``forward``; docs/adding-a-method.md has an example.
-
-    Args:
-        config: the method's part of the configuration; its ``options`` are converted to ``Options``.
-        task: facts about the run.
 
     Attributes:
         name: name in the configuration: the module's name, with hyphens.
@@ -104,12 +93,7 @@ class Method(nn.Module):
         return None
 
     def learning_rate(self, rate: float, epoch: float) -> float:
-        """Learning rate of a step.
-
-        Args:
-            rate: learning rate of the schedule.
-            epoch: position in the run, as for ``tal_fast.training.optim.learning_rate``.
-        """
+        """Learning rate of a step, given the schedule's and the number of finished epochs, with fractions."""
         return rate
 
     def confidence(self, logits: Tensor) -> Tensor:
@@ -144,11 +128,5 @@ class Method(nn.Module):
         return {}
 
     def reshard(self, states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
-        """State of a rank at the start of an epoch after the number of ranks has changed.
-
-        Args:
-            states: state dicts of all former ranks.
-            rank: this rank.
-            world_size: number of ranks now.
-        """
+        """State of a rank at the start of an epoch after the number of ranks has changed, given those of all former."""
         return states[rank % len(states)]

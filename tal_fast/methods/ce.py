@@ -10,13 +10,7 @@ from tal_fast.methods.base import Method, Step
 
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy in float32 over the rows that have a label; 0, not NaN, if no row has one.
-
-    Args:
-        logits: (B, C) floating point.
-        labels: (B,) int64, ``IGNORED_LABEL`` for rows without an image to learn from.
-        label_smoothing: in [0, 1).
-    """
+    """Mean cross-entropy in float32 over the rows whose label is not ``IGNORED_LABEL``; 0, not NaN, without any."""
     total = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing, reduction="sum")
     return total / (labels != IGNORED_LABEL).sum().clamp(min=1)
 

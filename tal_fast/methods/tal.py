@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tal_fast.config.methods import TALOptions
+from tal_fast.config.methods import TAL_OPTIONS, TALOptions
 from tal_fast.config.schema import MethodConfig
 from tal_fast.loss.module import TALLoss
 from tal_fast.loss.resharding import reshard
@@ -31,17 +31,8 @@ class TAL(Method):
         given = options.warmup_epochs
         self.warmup_epochs = int(WARMUP_SHARE * task.epochs) if given is None else given
         self.warmup = False
-        self.loss_fn = TALLoss(
-            variant=options.variant,
-            queue_size=options.queue_size,
-            t_min=options.t_min,
-            t_max=options.t_max,
-            t_wrong=options.t_wrong,
-            confidence_threshold=options.confidence_threshold,
-            label_smoothing=config.label_smoothing,
-            queue_scope=options.queue_scope,
-            backend=options.backend,
-        )
+        loss_options = {name: getattr(options, name) for name in TAL_OPTIONS - {"warmup_epochs"}}
+        self.loss_fn = TALLoss(**loss_options, label_smoothing=config.label_smoothing)
         temperatures = [t for t in (options.t_min, options.t_max, options.t_wrong) if t is not None]
         self.ranges = {"typicalness": (0.0, 1.0), "temperature": (min(temperatures), max(temperatures))}
 

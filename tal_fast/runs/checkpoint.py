@@ -52,23 +52,13 @@ class Damaged(ValueError):
 
 
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
-    """Save a checkpoint atomically.
-
-    Args:
-        path: the file to write.
-        content: tensors and plain values.
-        previous: where the file already at ``path`` is moved; ``path`` or ``previous`` is complete at any time.
-    """
+    """Save tensors and plain values atomically; the file already at ``path`` becomes ``previous``."""
     with replacing(path, keep=previous) as temporary, temporary.open("wb") as file:
         torch.save({"format": FORMAT, **content}, file)
 
 
 class Writer:
-    """Background writer of a run's checkpoints, one at a time.
-
-    Args:
-        folder: folder of the checkpoints; created by the first write.
-    """
+    """Background writer of a run's checkpoints, one at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -76,14 +66,9 @@ class Writer:
         self._pending: Future[None] | None = None
 
     def start(self, content: dict[str, Any], copies: Sequence[str] = ()) -> str | None:
-        """Start writing ``last.pt``, after waiting for the write before it.
+        """Start writing ``last.pt`` and copies of it under other names, after waiting for the write before it.
 
-        Args:
-            content: what to save; must not change later, see ``snapshot``.
-            copies: further names for the same checkpoint.
-
-        Returns:
-            One sentence on why the write before it failed; None if it did not.
+        ``content`` must not change later, see ``snapshot``. Returns what ``finish`` says of the write before.
         """
         problem = self.finish()
         self._pending = self._thread.submit(self._write, content, list(copies))

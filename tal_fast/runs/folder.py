@@ -34,16 +34,9 @@ waiting for images; ``unreadable`` counts the files left out so far because they
 """
 
 
-def epoch_row(epoch: int, *parts: Mapping[str, float]) -> dict[str, float]:
-    """Row of metrics.csv for one epoch: ``COLUMNS``, then the method's own columns.
-
-    Args:
-        epoch: number of the epoch, from 1.
-        parts: column -> value; together they hold all columns.
-    """
-    values: dict[str, float] = {"epoch": epoch}
-    for part in parts:
-        values.update(part)
+def epoch_row(epoch: int, training: Mapping[str, float], validation: Mapping[str, float]) -> dict[str, float]:
+    """Row of metrics.csv for an epoch, counted from 1: ``COLUMNS``, then the method's own columns."""
+    values = {"epoch": epoch, **training, **validation}
     return {name: values.pop(name) for name in COLUMNS} | values
 
 

@@ -87,12 +87,7 @@ def find_checkpoint(config: Config) -> tuple[dict[str, Any], Path] | None:
 
 
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
-    """Differences in what two configurations compute, such as ``epochs was 4 and is 5``.
-
-    Args:
-        saved: the earlier configuration, as ``Config.to_dict`` gives it.
-        config: the configuration now.
-    """
+    """Differences in what a saved configuration and ``config`` compute, such as ``epochs was 4 and is 5``."""
     before, now = _all_options(Config.from_dict(saved)), _all_options(config)
     return [
         f"{name} was {before.get(name)!r} and is {now.get(name)!r}"

@@ -19,8 +19,6 @@ class TrainingBatches:
     """Batches of training images and, for methods that train on them, of outliers; ``len()`` is in steps an epoch.
 
     Args:
-        config: configuration of the run.
-        data: images of the run.
         outliers: the method's outliers, as ``ood_set`` takes them; None: none.
         batch_size: images of a step on this rank.
         options: further options of ``DataBundle.loader``.
@@ -57,11 +55,9 @@ class TrainingBatches:
         return self._images.unreadable | (self._outliers.unreadable if self._outliers is not None else {})
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """Batches of an epoch from step ``first`` on.
+        """Batches of an epoch from step ``first`` on: images, labels, indices and, if there are any, outliers.
 
-        Yields:
-            images, labels, indices and, if there are any, outliers, whose own epochs follow one another across those
-            of the images.
+        The outliers' own epochs follow one another across those of the images.
         """
         size = self._config.image_size_at(epoch)
         self._images.set_epoch(epoch, first, size)

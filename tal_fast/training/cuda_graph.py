@@ -32,9 +32,7 @@ class GraphedStep:
     def __call__(self, *batch: Tensor, key: Hashable = None) -> None:
         """Train on a batch.
 
-        Args:
-            batch: arguments of the step.
-            key: whatever else the step depends on; a new key, or another shape of the images, means a new capture.
+        ``key`` is whatever else the step depends on; a new key, or another shape of the images, means a new capture.
         """
         key = (key, batch[0].shape, batch[0].dtype)
         if key != self._key:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,11 +22,9 @@ def batch_sums(method: Method, loss: Tensor, samples: Mapping[str, Tensor], logi
     """Sums of one batch, for ``EpochSums``; does not wait for the device.
 
     Args:
-        method: the training method, which names the per-sample values and their ranges.
         loss: scalar, the mean over the batch.
-        samples: name -> (B,) per-sample values.
+        samples: as in ``tal_fast.methods.Step``.
         logits: (B or more, C) floating point; the first B rows belong to the labels.
-        labels: (B,) int64, ``IGNORED_LABEL`` where there is no image.
 
     Returns:
         (K,) float64: images, summed loss, correct predictions; then the sum of each per-sample value and, if it has a
@@ -48,10 +47,6 @@ def batch_sums(method: Method, loss: Tensor, samples: Mapping[str, Tensor], logi
 
 class EpochSums:
     """Sums over the images of an epoch, on the device.
-
-    Args:
-        method: the training method, which names the per-sample values and their ranges.
-        device: device of the sums.
 
     Attributes:
         total: (K,) float64, sums of this rank in the layout of ``batch_sums``; part of a checkpoint within an epoch.
@@ -94,16 +89,13 @@ class EpochSums:
         return histograms
 
 
+@dataclass(frozen=True)
 class Histogram:
-    """Counts in bins of equal width.
+    """Counts in bins of equal width from ``low`` to ``high``."""
 
-    Args:
-        low, high: ends of the range.
-        counts: count of each bin.
-    """
-
-    def __init__(self, low: float, high: float, counts: list[float]) -> None:
-        self.low, self.high, self.counts = low, high, counts
+    low: float
+    high: float
+    counts: list[float]
 
     @property
     def edges(self) -> list[float]:

@@ -8,7 +8,6 @@ import logging
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -19,29 +18,8 @@ from tal_fast.training.epoch_stats import Histogram
 logger = logging.getLogger(__name__)
 
 
-class Logger(Protocol):
-    """Interface of a logger."""
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers of one step of the run."""
-        ...
-
-    def histograms(self, values: Mapping[str, Histogram], step: int) -> None:
-        """Log distributions at one step of the run."""
-        ...
-
-    def close(self) -> None:
-        """Flush and close the logger."""
-        ...
-
-
 class TensorBoard:
-    """TensorBoard event files, for ``tensorboard --logdir``.
-
-    Args:
-        folder: folder of the event files.
-        first_step: number of finished steps; events of later steps, from before the run was resumed, are purged.
-    """
+    """TensorBoard event files; those after ``first_step``, from before the run was resumed, are purged."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
@@ -73,12 +51,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Run of Weights & Biases, continued when the training is resumed; ``WANDB_MODE=offline`` needs no account.
-
-    Args:
-        output: the run folder, which also holds the identity of the W&B run.
-        config: configuration of the run.
-    """
+    """Run of Weights & Biases, continued when the training is resumed; ``WANDB_MODE=offline`` needs no account."""
 
     def __init__(self, output: Path, config: Config) -> None:
         import wandb
@@ -121,7 +94,7 @@ class Loggers:
     """
 
     def __init__(self, config: Config, output: Path, first_step: int) -> None:
-        self._loggers: list[Logger] = []
+        self._loggers: list[TensorBoard | WandB] = []
         if config.logger in ("tensorboard", "all"):
             try:
                 self._loggers.append(TensorBoard(output / "tensorboard", first_step))

@@ -68,10 +68,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def learning_rate(config: OptimConfig, epochs: int, epoch: float) -> float:
     """Learning rate at a point of the run, a function of the epoch alone, so that resuming needs no scheduler state.
 
-    Args:
-        config: peak learning rate, learning-rate schedule and warm-up.
-        epochs: number of epochs of the run.
-        epoch: finished epochs with fractions; the trainer asks for the middle of a step.
+    ``epoch`` is the number of finished epochs with fractions; the trainer asks for the middle of a step.
     """
     if epoch < config.warmup_epochs:
         return config.lr * epoch / config.warmup_epochs

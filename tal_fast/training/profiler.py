@@ -11,11 +11,9 @@ from tal_fast.utils.io import replacing
 
 
 class Profiler:
-    """Records steps ``start`` to ``stop - 1``, counted from the first one of this process.
+    """Records steps ``start`` to ``stop - 1``, counted from the first one of this process, in a file for Perfetto.
 
-    Args:
-        start, stop: the window; an empty one records nothing.
-        path: file of the trace, for chrome://tracing and ui.perfetto.dev.
+    An empty window records nothing.
     """
 
     def __init__(self, start: int, stop: int, path: Path) -> None:

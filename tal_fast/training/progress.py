@@ -14,14 +14,7 @@ REFRESH_SECONDS = 1.0
 
 
 class Progress:
-    """Progress bar over the images of one epoch.
-
-    Args:
-        title: text before the bar.
-        total: images of the epoch.
-        done: images trained on already, in a resumed epoch.
-        show: draw the bar.
-    """
+    """Progress bar over the images of one epoch, of which ``done`` are trained on already; drawn if ``show``."""
 
     def __init__(self, title: str, total: int, done: int, show: bool) -> None:
         self._bar: Any = None
@@ -67,10 +60,7 @@ def shows_bar(mode: str) -> bool:
 def epoch_line(row: Mapping[str, float], epochs: int, seconds: float) -> str:
     """Line for a finished epoch, of at most 100 characters.
 
-    Args:
-        row: the epoch's row of metrics.csv.
-        epochs: number of epochs of the run.
-        seconds: duration of the epoch, validation and saving included.
+    ``row`` is that of metrics.csv, and ``seconds`` the duration of the epoch, validation and saving included.
     """
     loss, rate = row["train_loss"], row["images_per_s"]
     return "  ".join(

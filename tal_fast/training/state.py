@@ -29,9 +29,7 @@ class TrainingState:
     Attributes:
         network: the network, not wrapped by DDP.
         method: the training method with this rank's state.
-        optimizer: the optimizer, whose learning rate is a tensor.
         scaler: gradient scaler; disabled unless gradients are in float16.
-        average: weight average, if the run keeps one.
         sums: sums of the current epoch on this rank.
         epoch: number of finished epochs.
         step: number of finished steps in the current epoch.
@@ -98,7 +96,6 @@ class TrainingState:
             content: the checkpoint.
             path: its file, for messages.
             shape: ``data_shape`` of the data now.
-            rank, world_size: this rank and the number of ranks.
 
         Returns:
             The changed conditions, such as ``ranks 2 -> 1``.

@@ -19,13 +19,7 @@ from tal_fast.training.state import TrainingState
 
 
 class TrainStep(nn.Module):
-    """Network and method as one module, which DDP wraps and ``torch.compile`` compiles as one graph.
-
-    Args:
-        network: images -> (logits, features).
-        method: the training method.
-        runtime: resolved runtime options.
-    """
+    """Network and method as one module, which DDP wraps and ``torch.compile`` compiles as one graph."""
 
     def __init__(self, network: nn.Module, method: Method, runtime: Runtime) -> None:
         super().__init__()
@@ -36,16 +30,9 @@ class TrainStep(nn.Module):
     def forward(
         self, images: Tensor, labels: Tensor, indices: Tensor, outliers: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Loss of a batch; does not wait for the device.
+        """Loss of a batch, and its sums for ``EpochSums``; does not wait for the device.
 
-        Args:
-            images: (B, C, H, W) float32.
-            labels: (B,) int64, ``IGNORED_LABEL`` where there is no image.
-            indices: (B,) int64, positions of the images among the training images.
-            outliers: (B, C, H, W) float32, for methods that train on outliers.
-
-        Returns:
-            the scalar loss, and the batch's sums for ``EpochSums``: (K,) float64 without gradient.
+        Arguments as for ``Method.inputs`` and ``Method.forward``.
         """
         with self._runtime.autocast():
             logits, features = self.network(self.method.inputs(images, outliers))
@@ -59,9 +46,8 @@ class Update:
 
     Args:
         model: a ``TrainStep``, or DDP around it.
-        state: network, optimizer, method, sums; updated in place.
+        state: updated in place.
         optim: clipping and gradient accumulation.
-        runtime: resolved runtime options.
         graphed: replay the step as a CUDA graph.
     """
 
@@ -77,12 +63,7 @@ class Update:
         self._graph = GraphedStep(self._step, self._free_gradients) if graphed else None
 
     def __call__(self, batch: tuple[Tensor, ...], learning_rate: float) -> None:
-        """Train on a batch; does not wait for the device.
-
-        Args:
-            batch: images, labels, indices and, for methods that train on them, outliers.
-            learning_rate: learning rate of this step.
-        """
+        """Train on a batch of ``TrainingBatches``; does not wait for the device."""
         set_learning_rate(self._state.optimizer, learning_rate)
         images, labels, indices, *outliers = batch
         batch = (self._runtime.arrange(images), labels, indices, *map(self._runtime.arrange, outliers))

@@ -55,10 +55,8 @@ class Trainer:
         stop: records requests to stop; a new one by default.
 
     Attributes:
-        runtime: resolved runtime options.
         data: images of the run.
         network: the network, not wrapped by DDP.
-        method: the training method.
         state: state of the run, as a checkpoint holds it.
         batches: training batches of this rank.
         model: network and method as one module, with DDP around it on several ranks.

@@ -24,8 +24,6 @@ class Validator:
         batch_size: images of a full batch.
         num_classes: number of classes of the data; further logits of the network are left out.
         method: the training method, whose confidence score is measured.
-        runtime: resolved runtime options.
-        ranks: this process among the others.
     """
 
     def __init__(

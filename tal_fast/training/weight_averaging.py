@@ -17,24 +17,17 @@ set, as in the released FMFP code, and enough for a mean over batches on larger 
 
 
 class WeightAverage:
-    """Average of a network's weights over a run.
+    """Average of a network's weights over a run."""
 
-    Attributes:
-        network: copy of the network with the averaged weights.
-    """
-
-    network: nn.Module
+    network: nn.Module  # copy of the network with the averaged weights
 
     def update_after_step(self, network: nn.Module) -> None:
         """Take in the weights after a step of the optimizer; must not wait for the device."""
 
     def update_after_epoch(self, network: nn.Module, epochs: int, batches: Iterable[Tensor]) -> None:
-        """Take in the weights after an epoch.
+        """Take in the weights after the epoch number ``epochs``, counted from 1.
 
-        Args:
-            network: the network with its present weights.
-            epochs: number of finished epochs.
-            batches: training images (B, C, H, W) for BatchNorm statistics; read only where these are needed.
+        ``batches`` are training images (B, C, H, W) for BatchNorm statistics, read only where these are needed.
         """
 
     def in_use(self, epochs: int) -> bool:
@@ -47,10 +40,6 @@ class MovingAverage(WeightAverage):
 
     Buffers, such as the running statistics of BatchNorm, are averages already and are copied. Unlike
     ``torch.optim.swa_utils``, it does not read a counter from the device at every step.
-
-    Args:
-        network: the network to follow; the average starts from its weights.
-        decay: decay per step, in (0, 1).
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -67,9 +56,7 @@ class MovingAverage(WeightAverage):
 class StochasticAverage(WeightAverage):
     """Stochastic weight averaging (Izmailov et al., UAI 2018): mean of the weights at the ends of epochs.
 
-    Args:
-        network: the network to average.
-        first_epoch: the first epoch, from 0, whose final weights count.
+    ``first_epoch``, counted from 0, is the first one whose final weights count.
     """
 
     def __init__(self, network: nn.Module, first_epoch: int) -> None:
@@ -90,12 +77,7 @@ class StochasticAverage(WeightAverage):
 
 
 def build_average(network: nn.Module, ema_decay: float | None, method: Method) -> WeightAverage | None:
-    """Weight average of a run, or None.
-
-    Args:
-        network: the network to average.
-        ema_decay: decay of an exponential moving average; None: none.
-        method: the training method, which may average the weights epoch by epoch.
+    """Moving average for ``ema_decay``, epoch average for a method that has one, or None.
 
     Raises:
         ValueError: both averages at once.

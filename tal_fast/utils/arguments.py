@@ -43,11 +43,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 def whole_number(text: str, minimum: int) -> int:
-    """The number that ``text`` spells.
-
-    Raises:
-        ValueError: not a whole number, or below ``minimum``.
-    """
+    """The number that ``text`` spells; raises ValueError below ``minimum`` or if it is not a whole number."""
     try:
         value = int(text)
     except ValueError:

@@ -34,11 +34,7 @@ def check_matrix_shape(shape: tuple[int, ...], name: str) -> None:
 
 
 def as_matrix(values: Any, name: str) -> NDArray[Any]:
-    """Matrix (n, C) as an array; not copied where possible.
-
-    Raises:
-        ValueError: not two-dimensional, no columns, or not numbers.
-    """
+    """Matrix (n, C) as an array, not copied where possible; raises ValueError for anything else."""
     matrix = to_numpy(values)
     check_matrix_shape(matrix.shape, name)
     if matrix.dtype.kind not in "fiu":

@@ -18,13 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Rank of this process, number of ranks, and the collectives between them.
-
-    Attributes:
-        rank: rank over all machines.
-        world_size: number of processes.
-        device: device of this process.
-    """
+    """Rank of this process over all machines, number of ranks, and the collectives between them."""
 
     rank: int
     world_size: int

@@ -15,11 +15,7 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR
 
 
 class Stopped(Exception):
-    """A signal ended the run early, after it was saved.
-
-    Attributes:
-        signal: the signal's number.
-    """
+    """A signal, whose number is ``signal``, ended the run early, after it was saved."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)

@@ -16,7 +16,7 @@ def test_a_row_has_the_common_columns_first_and_the_methods_own_after() -> None:
     assert list(row) == [*COLUMNS, "own"]
     assert row == {"epoch": 3, **values, "own": 7.0}
     with pytest.raises(KeyError, match="lr"):
-        epoch_row(3, {"own": 7.0})
+        epoch_row(3, {"own": 7.0}, {})
 
 
 def test_metrics_csv_has_a_row_for_each_epoch(tmp_path: Path) -> None:
