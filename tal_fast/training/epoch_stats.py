@@ -62,10 +62,6 @@ class EpochSums:
         """Add the sums of a batch; in place, because a CUDA graph holds this tensor."""
         self.total += sums
 
-    def reset(self) -> None:
-        """Set all sums to zero."""
-        self.total.zero_()
-
     def means(self, total: Tensor) -> dict[str, float]:
         """Mean loss, accuracy and per-sample values from the sums of one or all ranks; waits for the device."""
         values = total.tolist()

@@ -178,7 +178,7 @@ class Trainer:
         self.method.start_epoch(epoch)
         steps, first = len(self.batches), state.step
         if first == 0:
-            state.sums.reset()
+            state.sums.total.zero_()
         self._logged = state.sums.total.clone()
         show = self.ranks.is_main and shows_bar(config.progress)
         title = f"epoch {epoch + 1}/{config.epochs}"
