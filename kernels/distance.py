@@ -243,10 +243,7 @@ def plan_nearest(
 def nearest(queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Distance of each (mean, std) to the nearest queue entry.
 
-    Args:
-        queue_mean, queue_std: (N,) float32 or float64, contiguous.
-        cursor: (2,) int64, [next slot, number of entries].
-        mean, std: (B,) in the queue's dtype.
+    Arguments as for ``statistics_distance``, with ``mean`` and ``std`` (B,) in the queue's dtype.
 
     Returns:
         (B,) distances; inf for an empty queue.

@@ -34,11 +34,7 @@ def preset_names() -> list[str]:
 
 
 def find_config(name_or_path: str) -> str:
-    """Text of a preset or of a YAML file.
-
-    Raises:
-        ValueError: there is neither.
-    """
+    """Text of a preset or of a YAML file; raises ValueError if there is neither."""
     if name_or_path in preset_names():
         return (resources.files("tal_fast.config") / "presets" / f"{name_or_path}.yaml").read_text()
     path = Path(name_or_path)
@@ -57,11 +53,7 @@ def load_config(name_or_path: str) -> Config:
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
-    """Read the mapping in a YAML text.
-
-    Raises:
-        ValueError: ``text`` is not YAML, or not a mapping; the message begins with ``source``.
-    """
+    """Read the mapping in a YAML text; raises ValueError, naming ``source``, if there is none."""
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -159,11 +159,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
-    """Newest checkpoint in ``folder`` that can be read, its path, and a sentence on each newer one that cannot.
-
-    Raises:
-        Damaged: no checkpoint can be read.
-    """
+    """Newest checkpoint in ``folder`` that can be read, its path, and a sentence on each newer one that cannot."""
     problems: list[str] = []
     for path in _newest_first(folder):
         try:

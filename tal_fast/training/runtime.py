@@ -28,11 +28,7 @@ class Runtime:
 
     @staticmethod
     def resolve(config: Config, device: torch.device, world_size: int = 1) -> Runtime:
-        """Resolve runtime options: replace ``auto`` and None in a configuration by values for a device.
-
-        Raises:
-            ValueError: options that do not fit each other, the device or the number of ranks.
-        """
+        """Resolve runtime options: replace ``auto`` and None by values for a device, if the options fit each other."""
         on_gpu = device.type == "cuda"
         names = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
         if config.precision != "auto":

@@ -95,13 +95,10 @@ class TrainingState:
         Args:
             content: the checkpoint.
             path: its file, for messages.
-            shape: ``data_shape`` of the data now.
+            shape: ``data_shape`` of the data now; ValueError is raised if classes or image size have changed.
 
         Returns:
             The changed conditions, such as ``ranks 2 -> 1``.
-
-        Raises:
-            ValueError: the checkpoint is of other data.
         """
         refuse_other_data(content["shape"], shape, path)
         self.network.load_state_dict(content["model"])
@@ -130,11 +127,7 @@ class TrainingState:
 
 
 def build_state(config: Config, data: DataBundle, runtime: Runtime) -> TrainingState:
-    """Initial state of a run.
-
-    Raises:
-        ValueError: unknown or unsuitable options of the network or the method.
-    """
+    """Initial state of a run; raises ValueError for unsuitable options of the network or the method."""
     network = build_model(
         config.model,
         data.num_classes + method_class(config.method.name).extra_classes,
