@@ -88,17 +88,14 @@ def _merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 def parse_command_line(argv: Sequence[str], program: str = "python -m tal_fast.train") -> tuple[Config, bool]:
     """Read the options of ``python -m tal_fast.train``.
 
-    Args:
-        argv: words of the command line. Each ``--config`` overrides the ones before it, the other options override
-            them all. Hyphens and underscores in their names are the same.
-        program: the command, for the usage line.
+    Each ``--config`` overrides the ones before it, the other options override them all. Hyphens and underscores in
+    their names are the same.
 
     Returns:
         The configuration, and whether to measure it (``--bench``) instead of training.
 
     Raises:
         ValueError: an unknown preset, option or value.
-        SystemExit: after ``--help``.
     """
     words = [_hyphenated(word) for word in argv]
     given = vars(_parser(words, program).parse_args(words))

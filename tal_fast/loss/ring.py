@@ -14,22 +14,14 @@ from tal_fast.loss import _extension
 
 @dataclass
 class RingBuffer:
-    """Ring buffer of (mean, std) pairs on one device.
+    """Ring buffer of (mean, std) pairs on one device."""
 
-    Attributes:
-        mean, std: (N,) float32 or float64, where N is the capacity.
-        cursor: (2,) int64, [slot of the next entry, number of entries].
-        ticket: (1,) int32, number of programs of a Triton launch that have finished; 0 between launches.
-        indexed: whether the C++ extension may keep an index.
-        index: uint8, search index of the C++ extension, or None. All zeros is an empty index.
-    """
-
-    mean: Tensor
+    mean: Tensor  # (N,) float32 or float64, where N is the capacity
     std: Tensor
-    cursor: Tensor
-    ticket: Tensor
-    indexed: bool = False
-    index: Tensor | None = None
+    cursor: Tensor  # (2,) int64, [slot of the next entry, number of entries]
+    ticket: Tensor  # (1,) int32, number of programs of a Triton launch that have finished; 0 between launches
+    indexed: bool = False  # whether the C++ extension may keep an index
+    index: Tensor | None = None  # uint8, search index of the C++ extension; all zeros is an empty index
 
     @classmethod
     def empty(cls, capacity: int, dtype: torch.dtype, device: torch.device | str | None, indexed: bool) -> RingBuffer:

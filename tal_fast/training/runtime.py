@@ -12,19 +12,12 @@ from tal_fast.config.schema import Config
 
 @dataclass(frozen=True)
 class Runtime:
-    """Resolved runtime options.
-
-    Attributes:
-        device: device of the network.
-        dtype: dtype of autocast; None for float32 without autocast.
-        compile: whether to ``torch.compile`` the step.
-        channels_last: memory order of images and weights.
-    """
+    """Resolved runtime options."""
 
     device: torch.device
-    dtype: torch.dtype | None
-    compile: bool
-    channels_last: bool
+    dtype: torch.dtype | None  # of autocast; None for float32 without autocast
+    compile: bool  # with torch.compile
+    channels_last: bool  # memory order of images and weights
 
     @staticmethod
     def resolve(config: Config, device: torch.device, world_size: int = 1) -> Runtime:

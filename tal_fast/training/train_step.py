@@ -44,20 +44,13 @@ class TrainStep(nn.Module):
 
 @dataclass
 class Update:
-    """Update of the weights by one batch: gradients, clipping, optimizer, moving average.
+    """Update of the weights by one batch: gradients, clipping, optimizer, moving average."""
 
-    Attributes:
-        model: a ``TrainStep``, or DDP around it.
-        state: updated in place.
-        optim: clipping and gradient accumulation.
-        graphed: replay the step as a CUDA graph.
-    """
-
-    model: nn.Module
-    state: TrainingState
-    optim: OptimConfig
+    model: nn.Module  # a ``TrainStep``, or DDP around it
+    state: TrainingState  # updated in place
+    optim: OptimConfig  # clipping and gradient accumulation
     runtime: Runtime
-    graphed: bool
+    graphed: bool  # replay the step as a CUDA graph
 
     def __post_init__(self) -> None:
         radius = self.state.method.radius

@@ -20,19 +20,12 @@ FAILURE_METRICS = ("aurc", "auroc", "fpr95")
 
 @dataclass
 class Validator:
-    """Validation pass over the images of all ranks.
+    """Validation pass over the images of all ranks."""
 
-    Attributes:
-        loader: this rank's validation images.
-        batch_size: images of a full batch.
-        num_classes: number of classes of the data; further logits of the network are left out.
-        method: the training method, whose confidence score is measured.
-    """
-
-    loader: Loader
-    batch_size: int
-    num_classes: int
-    method: Method
+    loader: Loader  # this rank's validation images
+    batch_size: int  # images of a full batch
+    num_classes: int  # of the data; further logits of the network are left out
+    method: Method  # whose confidence score is measured
     runtime: Runtime
     ranks: Ranks
 
