@@ -131,12 +131,8 @@ def compile_launch(launch: Any, target_name: str) -> Resources:
     signature: dict[str, str] = {}
     constants: dict[str, Any] = dict(launch.constants)
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    names = launch.kernel.arg_names
-    for i, name in enumerate(names):
-        if name in launch.constants:
-            signature[name] = "constexpr"
-            continue
-        value = launch.arguments[name]
+    names = launch.kernel.arg_names  # the arguments', then the constants'
+    for i, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
         if isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]  # allocations are aligned
@@ -146,6 +142,7 @@ def compile_launch(launch: Any, target_name: str) -> Resources:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
+    signature.update(dict.fromkeys(names[len(launch.arguments) :], "constexpr"))
     kind, arch = target_name.split(":")
     gpu = GPUTarget(kind, int(arch) if arch.isdigit() else arch, TARGETS[target_name][1])
     source = ASTSource(launch.kernel, signature, constants, attributes)

@@ -189,25 +189,10 @@ def plan_statistics_distance(
     mean, std, distance = (queue_mean.new_empty(rows) for _ in range(3))
     summary = queue_mean.new_empty(6, dtype=torch.float64)
     splits = num_splits_for(rows, queue_mean.numel(), target)
-    arguments = {
-        "features_ptr": features,
-        "labels_ptr": labels,
-        "queue_mean_ptr": queue_mean,
-        "queue_std_ptr": queue_std,
-        "cursor_ptr": cursor,
-        "ticket_ptr": ticket,
-        "mean_ptr": mean,
-        "std_ptr": std,
-        "distance_ptr": distance,
-        "summary_ptr": summary,
-        "scratch_ptr": queue_mean.new_empty(splits * rows),
-        "rows": rows,
-        "width": width,
-        "features_stride_b": features.stride(0),
-        "features_stride_d": features.stride(1),
-        "labels_stride": labels.stride(0),
-        "ignore_index": ignore_index,
-    }
+    arguments = (
+        features, labels, queue_mean, queue_std, cursor, ticket, mean, std, distance,
+        summary, queue_mean.new_empty(splits * rows), rows, width, *features.stride(), labels.stride(0), ignore_index,
+    )  # fmt: skip
     constants = {"QUERIES": QUERIES, "ENTRIES": ENTRIES, "FEATURES": FEATURES, "ROWS": ROWS}
     grid = (max(1, cdiv(rows, QUERIES)), splits)  # an empty batch needs a program too: it writes the summary
     return Launch(statistics_distance_kernel, grid, arguments, constants, NUM_WARPS), (mean, std, distance, summary)
@@ -250,15 +235,7 @@ def plan_nearest(
     rows = mean.numel()
     splits = num_splits_for(rows, queue_mean.numel(), target)
     squared = mean.new_empty(splits, rows)
-    arguments = {
-        "mean_ptr": mean,
-        "std_ptr": std,
-        "queue_mean_ptr": queue_mean,
-        "queue_std_ptr": queue_std,
-        "cursor_ptr": cursor,
-        "squared_ptr": squared,
-        "rows": rows,
-    }
+    arguments = (mean, std, queue_mean, queue_std, cursor, squared, rows)
     constants = {"QUERIES": QUERIES, "ENTRIES": ENTRIES}
     return Launch(nearest_kernel, (cdiv(rows, QUERIES), splits), arguments, constants, NUM_WARPS), squared
 
@@ -266,10 +243,7 @@ def plan_nearest(
 def nearest(queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Distance of each (mean, std) to the nearest queue entry.
 
-    Args:
-        queue_mean, queue_std: (N,) float32 or float64, contiguous.
-        cursor: (2,) int64, [next slot, number of entries].
-        mean, std: (B,) in the queue's dtype.
+    Arguments as for ``statistics_distance``, with ``mean`` and ``std`` (B,) in the queue's dtype.
 
     Returns:
         (B,) distances; inf for an empty queue.

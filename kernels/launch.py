@@ -16,14 +16,14 @@ class Launch:
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Any]
+    arguments: tuple[Any, ...]
     constants: dict[str, Any]
     num_warps: int
     max_registers: int | None = None  # per thread, NVIDIA only; None leaves the choice to the compiler
 
     def run(self) -> None:
         """Launch the kernel on the current stream of the current device."""
-        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+        self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
 
     @property
     def options(self) -> dict[str, int]:

@@ -672,26 +672,11 @@ def plan_loss(
     flags = logits.new_empty((2, rows), dtype=torch.bool)
     config = loss_config(classes, logits.dtype, target, logits.stride(1) == 1)
     programs = max(1, rows) if config.path == "blocks" else num_programs_for(rows, config.num_warps, target)
-    arguments: dict[str, Any] = {
-        "logits_ptr": logits,
-        "labels_ptr": labels,
-        "distance_ptr": distance,
-        "summary_ptr": summary,
-        "constants_ptr": loss_constants(logits.device, t_min, t_max, t_wrong, confidence_threshold, label_smoothing),
-        "ticket_ptr": ticket,
-        "partials_ptr": summary.new_empty(programs),
-        "loss_ptr": loss,
-        "grad_ptr": grad,
-        "stats_ptr": stats,
-        "flags_ptr": flags,
-        "rows": rows,
-        "classes": classes,
-        "logits_stride_b": logits.stride(0),
-        "logits_stride_c": logits.stride(1),
-        "labels_stride": labels.stride(0),
-        "grad_stride_b": grad.stride(0),
-        "ignore_index": ignore_index,
-    }
+    constants = loss_constants(logits.device, t_min, t_max, t_wrong, confidence_threshold, label_smoothing)
+    arguments = (
+        logits, labels, distance, summary, constants, ticket, summary.new_empty(programs), loss, grad,
+        stats, flags, rows, classes, *logits.stride(), labels.stride(0), grad.stride(0), ignore_index,
+    )  # fmt: skip
     constexprs: dict[str, Any] = {
         "RELEASED": variant == "released",
         "HAS_T_WRONG": t_wrong is not None,
@@ -734,21 +719,11 @@ def plan_batch_sums(
     block = min(SUMS_BLOCK, triton.next_power_of_2(classes))
     num_warps = num_warps_for(block, target)
     programs = num_programs_for(rows, num_warps, target)
-    arguments = {
-        "logits_ptr": logits,
-        "labels_ptr": labels,
-        "distance_ptr": distance,
-        "summary_ptr": summary,
-        "constants_ptr": loss_constants(logits.device, 0.0, 0.0, None, confidence_threshold, 0.0),
-        "ticket_ptr": ticket,
-        "partials_ptr": summary.new_empty(3 * programs),
-        "rows": rows,
-        "classes": classes,
-        "logits_stride_b": logits.stride(0),
-        "logits_stride_c": logits.stride(1),
-        "labels_stride": labels.stride(0),
-        "ignore_index": ignore_index,
-    }
+    constants = loss_constants(logits.device, 0.0, 0.0, None, confidence_threshold, 0.0)
+    arguments = (
+        logits, labels, distance, summary, constants, ticket, summary.new_empty(3 * programs), rows, classes,
+        *logits.stride(), labels.stride(0), ignore_index,
+    )  # fmt: skip
     constexprs = {"FLOAT64": logits.dtype == torch.float64, "BLOCK": block}
     return Launch(batch_sums_kernel, (programs,), arguments, constexprs, num_warps)
 
@@ -788,7 +763,7 @@ def scale_kernel(
 
 def plan_scale(values: Tensor, factor: Tensor) -> Launch:
     """Launch of ``scale_kernel``."""
-    arguments = {"values_ptr": values, "factor_ptr": factor, "size": values.numel()}
+    arguments = (values, factor, values.numel())
     return Launch(scale_kernel, (cdiv(values.numel(), SCALE_BLOCK),), arguments, {"BLOCK": SCALE_BLOCK}, 8)
 
 

@@ -61,16 +61,8 @@ def plan_push(
     queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor, std: Tensor, accepted: Tensor | None
 ) -> Launch:
     """Launch of ``push_kernel``."""
-    arguments = {
-        "queue_mean_ptr": queue_mean,
-        "queue_std_ptr": queue_std,
-        "cursor_ptr": cursor,
-        "mean_ptr": mean,
-        "std_ptr": std,
-        "accepted_ptr": cursor if accepted is None else accepted,
-        "rows": mean.numel(),
-        "capacity": queue_mean.numel(),
-    }
+    accepted_rows = cursor if accepted is None else accepted
+    arguments = (queue_mean, queue_std, cursor, mean, std, accepted_rows, mean.numel(), queue_mean.numel())
     constants = {"HAS_ACCEPTED": accepted is not None, "ROWS": ROWS}
     return Launch(push_kernel, (1,), arguments, constants, NUM_WARPS)
 

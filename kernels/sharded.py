@@ -115,25 +115,19 @@ def gradient_kernel(
     )  # fmt: skip
 
 
-def _plan(kernel: object, logits: Tensor, tensors: dict[str, Tensor], target: Target) -> Launch:
+def _plan(kernel: object, logits: Tensor, tensors: tuple[Tensor, ...], target: Target) -> Launch:
     """Launch with one program per row, for the logits and the kernel's other tensors."""
     rows, classes = logits.shape
     block = min(LONG_BLOCK, triton.next_power_of_2(max(1, classes)))
-    arguments = {
-        "logits_ptr": logits,
-        **tensors,
-        "classes": classes,
-        "logits_stride_b": logits.stride(0),
-        "logits_stride_c": logits.stride(1),
-    }
     constants = {"FLOAT64": logits.dtype == torch.float64, "BLOCK": block}
+    arguments = (logits, *tensors, classes, *logits.stride())
     return Launch(kernel, (rows,), arguments, constants, num_warps_for(block, target))
 
 
 def plan_scan(logits: Tensor, target: Target) -> tuple[Launch, Tensor]:
     """Launch of ``scan_kernel``, and its output."""
     out = logits.new_empty((len(logits), 5), dtype=torch.float64)
-    return _plan(scan_kernel, logits, {"out_ptr": out}, target), out
+    return _plan(scan_kernel, logits, (out,), target), out
 
 
 def plan_exp_sums(
@@ -141,8 +135,7 @@ def plan_exp_sums(
 ) -> tuple[Launch, Tensor]:
     """Launch of ``exp_sums_kernel``, and its output."""
     out = logits.new_empty((len(logits), 4), dtype=torch.float64)
-    tensors = {"label_column_ptr": label_column, "z_max_ptr": z_max, "scale_ptr": scale, "out_ptr": out}
-    return _plan(exp_sums_kernel, logits, tensors, target), out
+    return _plan(exp_sums_kernel, logits, (label_column, z_max, scale, out), target), out
 
 
 def plan_gradient(
@@ -151,8 +144,7 @@ def plan_gradient(
     """Launch of ``gradient_kernel``, and its output."""
     stored = torch.float32 if logits.dtype == torch.float16 else logits.dtype
     grad = torch.empty(logits.shape, dtype=stored, device=logits.device)
-    tensors = {"label_column_ptr": label_column, "valid_ptr": valid, "terms_ptr": terms, "grad_ptr": grad}
-    return _plan(gradient_kernel, logits, tensors, target), grad
+    return _plan(gradient_kernel, logits, (label_column, valid, terms, grad), target), grad
 
 
 def scan(logits: Tensor) -> Tensor:

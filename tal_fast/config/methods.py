@@ -170,10 +170,7 @@ def read_options(method: str, kind: type, given: Mapping[str, Any]) -> Any:
     """Convert the given options of a method to an instance of its option class.
 
     TAL's options are left out for methods that do not have them: 0.1.0 wrote them for every method, and a preset for
-    TAL is used with other methods too.
-
-    Raises:
-        ValueError: an unknown name or a value of the wrong type.
+    TAL is used with other methods too. Raises ValueError for an unknown name or a value of the wrong type.
     """
     own = option_names(kind)
     given = {name: value for name, value in given.items() if name in own or name not in TAL_OPTIONS}
@@ -189,11 +186,7 @@ def option_path(name: str) -> str:
 
 
 def upgrade(values: dict[str, Any]) -> dict[str, Any]:
-    """A nested configuration with TAL's options moved from ``method``, where 0.1.0 had them, to ``method.options``.
-
-    Raises:
-        ValueError: an option has two different values.
-    """
+    """A nested configuration with TAL's options moved from ``method``, where 0.1.0 had them, to ``method.options``."""
     method = values.get("method")
     if not isinstance(method, dict) or not TAL_OPTIONS & method.keys():
         return values

@@ -46,11 +46,7 @@ UNITS = ("natural", "paper")
 
 
 def check_scores(names: Sequence[str]) -> list[str]:
-    """Resolve score names: groups are expanded, hyphens read as underscores, duplicates dropped.
-
-    Raises:
-        ValueError: a name is unknown, or there is none.
-    """
+    """Resolve score names: groups are expanded, hyphens read as underscores, duplicates dropped."""
     plain = [name.replace("-", "_") for name in names]
     scores = list(dict.fromkeys(score for name in plain for score in SCORE_GROUPS.get(name, (name,))))
     unknown = [score for score in scores if score not in SCORE_GROUPS["all"]]

@@ -34,11 +34,7 @@ def preset_names() -> list[str]:
 
 
 def find_config(name_or_path: str) -> str:
-    """Text of a preset or of a YAML file.
-
-    Raises:
-        ValueError: there is neither.
-    """
+    """Text of a preset or of a YAML file; raises ValueError if there is neither."""
     if name_or_path in preset_names():
         return (resources.files("tal_fast.config") / "presets" / f"{name_or_path}.yaml").read_text()
     path = Path(name_or_path)
@@ -57,11 +53,7 @@ def load_config(name_or_path: str) -> Config:
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
-    """Read the mapping in a YAML text.
-
-    Raises:
-        ValueError: ``text`` is not YAML, or not a mapping; the message begins with ``source``.
-    """
+    """Read the mapping in a YAML text; raises ValueError, naming ``source``, if there is none."""
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -96,17 +88,14 @@ def _merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 def parse_command_line(argv: Sequence[str], program: str = "python -m tal_fast.train") -> tuple[Config, bool]:
     """Read the options of ``python -m tal_fast.train``.
 
-    Args:
-        argv: words of the command line. Each ``--config`` overrides the ones before it, the other options override
-            them all. Hyphens and underscores in their names are the same.
-        program: the command, for the usage line.
+    Each ``--config`` overrides the ones before it, the other options override them all. Hyphens and underscores in
+    their names are the same.
 
     Returns:
         The configuration, and whether to measure it (``--bench``) instead of training.
 
     Raises:
         ValueError: an unknown preset, option or value.
-        SystemExit: after ``--help``.
     """
     words = [_hyphenated(word) for word in argv]
     given = vars(_parser(words, program).parse_args(words))

@@ -270,14 +270,7 @@ class Config:
     profile: str | None = None
 
     def check(self) -> Config:
-        """Check that all values are within their ranges.
-
-        Returns:
-            The configuration itself.
-
-        Raises:
-            ValueError: a value is outside its range; the message names it and its limit.
-        """
+        """Raise ValueError for a value outside its range; returns the configuration itself."""
         for section in (self.data, self.model, self.optim, self.method):
             section.check()
         for name in (

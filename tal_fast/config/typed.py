@@ -17,9 +17,6 @@ def read(kind: Any, value: Any, name: str) -> Any:
         value: a value as PyYAML returns it.
         name: dotted name of the option, with which error messages begin.
 
-    Returns:
-        ``value`` as ``kind``. Fields of a dataclass that are left out have their defaults.
-
     Raises:
         ValueError: an unknown name or a value of the wrong type.
     """

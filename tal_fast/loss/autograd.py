@@ -75,10 +75,7 @@ def differentiate(
 ) -> tuple[Tensor, Tensor, TALStats]:
     """Loss, its gradient with respect to the logits, and its statistics, by autograd.
 
-    float16 logits are converted to float32, so that their gradient is float32.
-
-    Raises:
-        RuntimeError: In inference mode, or for tensors made in it.
+    float16 logits are converted to float32, so that their gradient is float32. Inference mode is an error.
     """
     if torch.is_inference_mode_enabled() or logits.is_inference():
         raise RuntimeError(

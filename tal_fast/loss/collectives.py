@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,19 +36,23 @@ def combine_summaries(summary: Tensor, group: dist.ProcessGroup | None) -> Tenso
     return torch.cat([summaries[:, :1].amin(0), summaries[:, 1:2].amax(0), summaries[:, 2:].mean(0)])
 
 
-class EntryGather:
-    """Gathering of all ranks' queue entries (B,), which runs while other work goes on; B is the same on all ranks."""
+def gather_entries(
+    mean: Tensor, std: Tensor, accepted: Tensor, group: dist.ProcessGroup | None
+) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    """Start gathering all ranks' queue entries (B,), while other work goes on; B is the same on all ranks.
 
-    def __init__(self, mean: Tensor, std: Tensor, accepted: Tensor, group: dist.ProcessGroup | None) -> None:
-        entries = torch.stack([mean, std, accepted.to(mean.dtype)])
-        self._gathered = entries.new_empty((dist.get_world_size(group) * 3, len(mean)))
-        # torch.compile orders collectives itself and knows only the blocking form.
-        in_background = not torch.compiler.is_compiling()
-        self._work = _all_gather(self._gathered, entries, group=group, async_op=in_background)
+    Returns:
+        Function that waits for them: (mean, std, accepted) of all ranks' rows, in rank order, each (world · B,).
+    """
+    entries = torch.stack([mean, std, accepted.to(mean.dtype)])
+    gathered = entries.new_empty((dist.get_world_size(group) * 3, len(mean)))
+    # torch.compile orders collectives itself and knows only the blocking form.
+    work = _all_gather(gathered, entries, group=group, async_op=not torch.compiler.is_compiling())
 
-    def wait(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(mean, std, accepted) of all ranks' rows, in rank order, each (world · B,)."""
-        if self._work is not None:
-            self._work.wait()
-        mean, std, flag = self._gathered.view(-1, 3, self._gathered.shape[1]).transpose(0, 1).reshape(3, -1)
-        return mean, std, flag > 0
+    def wait() -> tuple[Tensor, Tensor, Tensor]:
+        if work is not None:
+            work.wait()
+        all_mean, all_std, flag = gathered.view(-1, 3, len(mean)).transpose(0, 1).reshape(3, -1)
+        return all_mean, all_std, flag > 0
+
+    return wait

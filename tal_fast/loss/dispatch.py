@@ -42,11 +42,7 @@ def check_name(name: str) -> str:
 
 
 def for_loss(name: str, device: torch.device) -> Backend:
-    """Backend that computes the loss on this device.
-
-    Raises:
-        ValueError: If the named backend does not run there.
-    """
+    """Backend that computes the loss on this device; raises ValueError if the named one does not run there."""
     return _backend(_name_for_loss(name, device), device)
 
 

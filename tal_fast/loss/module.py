@@ -236,8 +236,8 @@ class TALLoss(nn.Module):
                 if combine is None:
                     backend.push(ring, *rows)
                 else:  # the entries travel during the backward pass, since only the next step needs them
-                    entries = collectives.EntryGather(*rows, group)
-                    self.queue.push_later(lambda: backend.push(ring, *entries.wait()))
+                    wait = collectives.gather_entries(*rows, group)
+                    self.queue.push_later(lambda: backend.push(ring, *wait()))
         return result
 
     def _check(self, logits: Tensor, features: Tensor, labels: Tensor) -> None:

@@ -60,7 +60,7 @@ class FeatureQueue(nn.Module):
         if capacity < 1:
             raise ValueError(f"queue capacity is {capacity} but must be at least 1; 20000 is a good default")
         self.backend = dispatch.check_name(backend)
-        self.ring = RingBuffer.empty(capacity, dtype, device, self._indexed)
+        self.ring = RingBuffer.empty(capacity, dtype, device, indexed=backend in ("auto", "native"))
         self._pending_push: Callable[[], None] | None = None
 
     @property
@@ -77,11 +77,6 @@ class FeatureQueue(nn.Module):
     def device(self) -> torch.device:
         """Device of the ring."""
         return self.ring.mean.device
-
-    @property
-    def _indexed(self) -> bool:
-        """Whether the ring may have the C++ extension's index."""
-        return self.backend in ("auto", "native")
 
     def __len__(self) -> int:
         """Number of entries; waits for the device."""
@@ -180,7 +175,7 @@ class FeatureQueue(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureQueue:
         self.flush()
         super()._apply(fn, recurse)
-        self.ring.convert(fn, self._indexed)
+        self.ring.convert(fn)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -181,11 +181,9 @@ def tal_loss(
     """TAL loss of a batch, given each sample's distance to the queue (paper, equations 2 to 6).
 
     Args:
-        logits: (B, C) floating point; the only input with a gradient.
-        labels: (B,) int64 in [0, C), or ``options.ignore_index``.
+        logits, labels, warmup: As in ``tal_fast.functional.tal_loss``.
         distance: (B,) from ``nearest_distance``; inf if the queue is empty.
-        options: Options of the loss; the defaults if None. ``inplace`` has no effect here.
-        warmup: Whether the typicalness of every sample is 1.
+        options: The defaults if None. ``inplace`` has no effect here.
         summary: ``batch_summary`` of a larger batch that this one is a part of, each sum divided by the number of
             parts; that of this batch by default.
 

@@ -14,24 +14,18 @@ from tal_fast.loss import _extension
 
 @dataclass
 class RingBuffer:
-    """Ring buffer of (mean, std) pairs on one device.
+    """Ring buffer of (mean, std) pairs on one device."""
 
-    Attributes:
-        mean, std: (N,) float32 or float64, where N is the capacity.
-        cursor: (2,) int64, [slot of the next entry, number of entries].
-        ticket: (1,) int32, number of programs of a Triton launch that have finished; 0 between launches.
-        index: uint8, search index of the C++ extension, or None. All zeros is an empty index.
-    """
-
-    mean: Tensor
+    mean: Tensor  # (N,) float32 or float64, where N is the capacity
     std: Tensor
-    cursor: Tensor
-    ticket: Tensor
-    index: Tensor | None = None
+    cursor: Tensor  # (2,) int64, [slot of the next entry, number of entries]
+    ticket: Tensor  # (1,) int32, number of programs of a Triton launch that have finished; 0 between launches
+    indexed: bool = False  # whether the C++ extension may keep an index
+    index: Tensor | None = None  # uint8, search index of the C++ extension; all zeros is an empty index
 
     @classmethod
     def empty(cls, capacity: int, dtype: torch.dtype, device: torch.device | str | None, indexed: bool) -> RingBuffer:
-        """Ring buffer without entries; ``indexed`` as in ``allocate_index``."""
+        """Ring buffer without entries."""
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"queue dtype is {dtype}; use torch.float32 or torch.float64")
         ring = cls(
@@ -39,8 +33,9 @@ class RingBuffer:
             std=torch.zeros(capacity, dtype=dtype, device=device),
             cursor=torch.zeros(2, dtype=torch.int64, device=device),
             ticket=torch.zeros(1, dtype=torch.int32, device=device),
+            indexed=indexed,
         )
-        ring.allocate_index(indexed)
+        ring.allocate_index()
         return ring
 
     @classmethod
@@ -57,10 +52,10 @@ class RingBuffer:
         """Largest number of entries."""
         return self.mean.numel()
 
-    def allocate_index(self, indexed: bool) -> None:
+    def allocate_index(self) -> None:
         """Allocate an empty search index if ``indexed`` and the C++ extension has one for this ring."""
         self.index = None
-        if indexed and self.mean.device.type == "cpu" and _extension.load()[0]:
+        if self.indexed and self.mean.device.type == "cpu" and _extension.load()[0]:
             size = torch.ops.tal_fast.index_bytes(self.capacity, self.mean.dtype == torch.float64)
             self.index = torch.zeros(size, dtype=torch.uint8) if size else None
 
@@ -69,14 +64,14 @@ class RingBuffer:
         if self.index is not None:
             self.index[:8] = 0
 
-    def convert(self, function: Callable[[Tensor], Tensor], indexed: bool) -> None:
+    def convert(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply a conversion such as ``.to(device)``; one to half precision moves the statistics without converting."""
         for name in ("mean", "std"):
             old = getattr(self, name)
             new = function(old)
             setattr(self, name, new if new.dtype in (torch.float32, torch.float64) else old.to(new.device))
         self.cursor, self.ticket = function(self.cursor), function(self.ticket)
-        self.allocate_index(indexed)
+        self.allocate_index()
 
     def load(self, mean: Tensor, std: Tensor, cursor: Tensor) -> None:
         """Copy the state of another ring, of its newest entries if its capacity differs."""

@@ -12,11 +12,7 @@ __all__ = ["Method", "Step", "Task", "build_method", "method_class", "method_nam
 
 
 def method_class(name: str) -> type[Method]:
-    """Class of a method: the one in its module with that ``name``.
-
-    Raises:
-        ValueError: there is no such method.
-    """
+    """Class of a method: the one in its module with that ``name``; raises ValueError if there is none."""
     if name not in method_names():
         raise ValueError(f"no method {name!r}; there are {', '.join(method_names())}")
     module = import_module(f"{__name__}.{name.replace('-', '_')}")
@@ -27,10 +23,6 @@ def method_class(name: str) -> type[Method]:
 
 
 def build_method(config: MethodConfig, task: Task) -> Method:
-    """Build the method of a run.
-
-    Raises:
-        ValueError: an option outside its range.
-    """
+    """Build the method of a run; raises ValueError for an option outside its range."""
     config.check()
     return method_class(config.name)(config, task)

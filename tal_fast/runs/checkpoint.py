@@ -82,7 +82,7 @@ class Writer:
         try:
             pending.result()
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
-            reason = _first_line(error)
+            reason = str(error).partition("\n")[0] or type(error).__name__
             return f"a checkpoint could not be written to {self._folder} ({reason}); the one before is whole"
         return None
 
@@ -110,10 +110,6 @@ def _link(path: Path, other: Path) -> None:
     except OSError:  # some file systems have no hard links
         shutil.copyfile(path, temporary)
     os.replace(temporary, other)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def snapshot(value: Any) -> Any:
@@ -163,11 +159,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
-    """Newest checkpoint in ``folder`` that can be read, its path, and a sentence on each newer one that cannot.
-
-    Raises:
-        Damaged: no checkpoint can be read.
-    """
+    """Newest checkpoint in ``folder`` that can be read, its path, and a sentence on each newer one that cannot."""
     problems: list[str] = []
     for path in _newest_first(folder):
         try:

@@ -44,11 +44,7 @@ class Run:
 
     @cached_property
     def data(self) -> DataBundle:
-        """Images of the run, found and checked at the first use.
-
-        Raises:
-            ValueError: the images are gone, or their classes have changed since training.
-        """
+        """Images of the run; raises ValueError if they are gone, or their classes have changed since training."""
         bundle = build_data(self.config.data)
         if bundle.class_names != self.class_names:
             raise ValueError(

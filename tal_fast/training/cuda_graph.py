@@ -15,8 +15,8 @@ class GraphedStep:
     """Training step that runs eagerly at first, is captured, and then replayed; every call trains.
 
     Args:
-        step: the tensors of a batch, images first, -> None; forward, backward and update in place, without waiting for
-            the device. It must leave gradients None or overwrite them.
+        step: (images, *other tensors) -> None: forward, backward and update in place, without waiting for the device.
+            It must leave gradients None or overwrite them.
         before_capture: called once before the capture to free the gradients, so that the graph owns them.
     """
 

@@ -53,40 +53,32 @@ class EpochSums:
     """
 
     def __init__(self, method: Method, device: torch.device) -> None:
-        self._names = method.sample_names
         self._ranges = method.ranges
-        size = 3 + sum(1 + (BINS if name in method.ranges else 0) for name in method.sample_names)
+        self._start: dict[str, int] = {}  # position of the sum of each per-sample value, before its histogram
+        size = 3
+        for name in method.sample_names:
+            self._start[name] = size
+            size += 1 + (BINS if name in method.ranges else 0)
         self.total = torch.zeros(size, dtype=torch.float64, device=device)
 
     def add(self, sums: Tensor) -> None:
         """Add the sums of a batch; in place, because a CUDA graph holds this tensor."""
         self.total += sums
 
-    def reset(self) -> None:
-        """Set all sums to zero."""
-        self.total.zero_()
-
     def means(self, total: Tensor) -> dict[str, float]:
         """Mean loss, accuracy and per-sample values from the sums of one or all ranks; waits for the device."""
         values = total.tolist()
         images = values[0] or float("nan")
         means = {"train_loss": values[1] / images, "train_accuracy": values[2] / images}
-        at = 3
-        for name in self._names:
-            means[name] = values[at] / images
-            at += 1 + (BINS if name in self._ranges else 0)
-        return means
+        return means | {name: values[start] / images for name, start in self._start.items()}
 
     def histograms(self, total: Tensor) -> dict[str, Histogram]:
         """Histograms of the per-sample values from the same sums; waits for the device."""
-        histograms = {}
-        at = 3
-        for name in self._names:
-            at += 1
-            if name in self._ranges:
-                histograms[name] = Histogram(*self._ranges[name], total[at : at + BINS].tolist())
-                at += BINS
-        return histograms
+        return {
+            name: Histogram(*self._ranges[name], total[start + 1 : start + 1 + BINS].tolist())
+            for name, start in self._start.items()
+            if name in self._ranges
+        }
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class TensorBoard:
-    """TensorBoard event files; those after ``first_step``, from before the run was resumed, are purged."""
+    """TensorBoard event files; events after ``first_step``, from before the run was resumed, are purged."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
@@ -85,13 +85,7 @@ class WandB:
 
 
 class Loggers:
-    """All loggers of a run; errors of writing, such as a full disk, do not end it.
-
-    Args:
-        config: configuration of the run.
-        output: the run folder.
-        first_step: number of finished steps of the run.
-    """
+    """All loggers of a run; errors of writing, such as a full disk, do not end it."""
 
     def __init__(self, config: Config, output: Path, first_step: int) -> None:
         self._loggers: list[TensorBoard | WandB] = []

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
+from tqdm import tqdm
 
 REFRESH_SECONDS = 1.0
 """Seconds between two readings of the loss for the bar."""
@@ -17,29 +17,23 @@ class Progress:
     """Progress bar over the images of one epoch, of which ``done`` are trained on already; drawn if ``show``."""
 
     def __init__(self, title: str, total: int, done: int, show: bool) -> None:
-        self._bar: Any = None
         self._next = time.monotonic() + REFRESH_SECONDS
-        if show:
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=total, initial=done, desc=title, leave=False, unit=" images", unit_scale=True, dynamic_ncols=True
-            )
+        self._bar = tqdm(
+            total=total, initial=done, desc=title, disable=not show,
+            leave=False, unit=" images", unit_scale=True, dynamic_ncols=True,
+        )  # fmt: skip
 
     def advance(self, images: int, describe: Callable[[], str]) -> None:
         """Advance by a number of images; once a second ``describe``, which may wait for the GPU, gives the text."""
-        if self._bar is None:
-            return
         self._bar.update(images)
         now = time.monotonic()
-        if now >= self._next:
+        if not self._bar.disable and now >= self._next:
             self._bar.set_postfix_str(describe())
             self._next = now + REFRESH_SECONDS
 
     def close(self) -> None:
         """Remove the bar."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -12,27 +12,16 @@ from tal_fast.config.schema import Config
 
 @dataclass(frozen=True)
 class Runtime:
-    """Resolved runtime options.
-
-    Attributes:
-        device: device of the network.
-        dtype: dtype of autocast; None for float32 without autocast.
-        compile: whether to ``torch.compile`` the step.
-        channels_last: memory order of images and weights.
-    """
+    """Resolved runtime options."""
 
     device: torch.device
-    dtype: torch.dtype | None
-    compile: bool
-    channels_last: bool
+    dtype: torch.dtype | None  # of autocast; None for float32 without autocast
+    compile: bool  # with torch.compile
+    channels_last: bool  # memory order of images and weights
 
     @staticmethod
     def resolve(config: Config, device: torch.device, world_size: int = 1) -> Runtime:
-        """Resolve runtime options: replace ``auto`` and None in a configuration by values for a device.
-
-        Raises:
-            ValueError: options that do not fit each other, the device or the number of ranks.
-        """
+        """Resolve runtime options: replace ``auto`` and None by values for a device, if the options fit each other."""
         on_gpu = device.type == "cuda"
         names = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
         if config.precision != "auto":

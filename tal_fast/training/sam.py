@@ -15,10 +15,6 @@ class SAM:
     ``perturb`` moves the weights to w + ρ g / ‖g‖, with the norm over all weights together. The caller takes the
     gradient there, ``restore`` returns to w, and the optimizer steps by that gradient. Nothing waits for the device. A
     gradient scaler's factor cancels; where it made g infinite, the weights stay.
-
-    Args:
-        parameters: parameters of the network.
-        radius: ρ, above 0.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], radius: float) -> None:

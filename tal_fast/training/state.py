@@ -24,28 +24,17 @@ from tal_fast.utils.rng import rng_state, set_rng_state
 
 @dataclass
 class TrainingState:
-    """Everything that changes while a run trains.
+    """Everything that changes while a run trains."""
 
-    Attributes:
-        network: the network, not wrapped by DDP.
-        method: the training method with this rank's state.
-        scaler: gradient scaler; disabled unless gradients are in float16.
-        sums: sums of the current epoch on this rank.
-        epoch: number of finished epochs.
-        step: number of finished steps in the current epoch.
-        history: one row of metrics.csv for each finished epoch.
-        best: epoch and validation accuracy of the best checkpoint.
-    """
-
-    network: nn.Module
-    method: Method
+    network: nn.Module  # not wrapped by DDP
+    method: Method  # with this rank's state
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    scaler: torch.amp.GradScaler  # disabled unless gradients are in float16
     average: WeightAverage | None
-    sums: EpochSums
-    epoch: int = 0
-    step: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
+    sums: EpochSums  # of the current epoch on this rank
+    epoch: int = 0  # number of finished epochs
+    step: int = 0  # number of finished steps in the current epoch
+    history: list[dict[str, float]] = field(default_factory=list)  # a row of metrics.csv for each finished epoch
     best: dict[str, float] = field(default_factory=lambda: {"epoch": 0, "val_accuracy": -1.0})
 
     @property
@@ -95,13 +84,10 @@ class TrainingState:
         Args:
             content: the checkpoint.
             path: its file, for messages.
-            shape: ``data_shape`` of the data now.
+            shape: ``data_shape`` of the data now; ValueError is raised if classes or image size have changed.
 
         Returns:
             The changed conditions, such as ``ranks 2 -> 1``.
-
-        Raises:
-            ValueError: the checkpoint is of other data.
         """
         refuse_other_data(content["shape"], shape, path)
         self.network.load_state_dict(content["model"])
@@ -130,11 +116,7 @@ class TrainingState:
 
 
 def build_state(config: Config, data: DataBundle, runtime: Runtime) -> TrainingState:
-    """Initial state of a run.
-
-    Raises:
-        ValueError: unknown or unsuitable options of the network or the method.
-    """
+    """Initial state of a run; raises ValueError for unsuitable options of the network or the method."""
     network = build_model(
         config.model,
         data.num_classes + method_class(config.method.name).extra_classes,

@@ -31,25 +31,17 @@ from tal_fast.utils.environment import environment
 WARM_UP_STEPS = 5
 """Number of steps before each measurement, for compilation, cuDNN's search and the workers' first batches."""
 
+# Limits of a measurement; a step of a large network on the CPU takes seconds.
+MIN_STEPS = 3  # however long they take
 MAX_STEPS = 200
-"""Largest number of steps of a measurement."""
-
 MAX_SECONDS = 30.0
-"""Longest duration of a measurement; a step of a large network on the CPU takes seconds."""
-
-MIN_STEPS = 3
-"""Smallest number of steps of a measurement, however long they take."""
 
 LEARNING_RATE = 1e-4
 """Learning rate of the measured steps."""
 
 
 def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """Measure the throughput of all ranks together.
-
-    Args:
-        config: configuration of a run; nothing is written to its ``output``.
-        ranks: this process among the others.
+    """Measure the throughput of all ranks together; nothing is written to the run's ``output``.
 
     Returns:
         Plain values for JSON; times in ms, rates in images/s.

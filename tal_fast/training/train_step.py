@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -41,39 +42,33 @@ class TrainStep(nn.Module):
             return loss, batch_sums(self.method, loss, samples, logits, labels)
 
 
+@dataclass
 class Update:
-    """Update of the weights by one batch: gradients, clipping, optimizer, moving average.
+    """Update of the weights by one batch: gradients, clipping, optimizer, moving average."""
 
-    Args:
-        model: a ``TrainStep``, or DDP around it.
-        state: updated in place.
-        optim: clipping and gradient accumulation.
-        graphed: replay the step as a CUDA graph.
-    """
+    model: nn.Module  # a ``TrainStep``, or DDP around it
+    state: TrainingState  # updated in place
+    optim: OptimConfig  # clipping and gradient accumulation
+    runtime: Runtime
+    graphed: bool  # replay the step as a CUDA graph
 
-    def __init__(
-        self, model: nn.Module, state: TrainingState, optim: OptimConfig, runtime: Runtime, graphed: bool
-    ) -> None:
-        self._model = model
-        self._state = state
-        self._optim = optim
-        self._runtime = runtime
-        radius = state.method.radius
-        self._sam = None if radius is None else SAM(state.network.parameters(), radius)
-        self._graph = GraphedStep(self._step, self._free_gradients) if graphed else None
+    def __post_init__(self) -> None:
+        radius = self.state.method.radius
+        self._sam = None if radius is None else SAM(self.state.network.parameters(), radius)
+        self._graph = GraphedStep(self._step, self._free_gradients) if self.graphed else None
 
     def __call__(self, batch: tuple[Tensor, ...], learning_rate: float) -> None:
         """Train on a batch of ``TrainingBatches``; does not wait for the device."""
-        set_learning_rate(self._state.optimizer, learning_rate)
+        set_learning_rate(self.state.optimizer, learning_rate)
         images, labels, indices, *outliers = batch
-        batch = (self._runtime.arrange(images), labels, indices, *map(self._runtime.arrange, outliers))
+        batch = (self.runtime.arrange(images), labels, indices, *map(self.runtime.arrange, outliers))
         if self._graph is None:
             self._step(*batch)
         else:
-            self._graph(*batch, key=self._state.method.phase)
+            self._graph(*batch, key=self.state.method.phase)
 
     def _step(self, *batch: Tensor) -> None:
-        state = self._state
+        state = self.state
         self._free_gradients()
         if self._sam is None:
             state.sums.add(self._backward(batch))
@@ -85,9 +80,9 @@ class Update:
             self._free_gradients()
             self._backward(batch)
             self._sam.restore()
-        if self._optim.clip_norm is not None:
+        if self.optim.clip_norm is not None:
             state.scaler.unscale_(state.optimizer)
-            nn.utils.clip_grad_norm_(state.network.parameters(), self._optim.clip_norm)
+            nn.utils.clip_grad_norm_(state.network.parameters(), self.optim.clip_norm)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         if state.average is not None:
@@ -95,15 +90,15 @@ class Update:
 
     def _backward(self, batch: tuple[Tensor, ...]) -> Tensor:
         """Accumulate the gradients of a batch, part by part; returns its sums for ``EpochSums``."""
-        count = self._optim.accumulate
+        count = self.optim.accumulate
         sums = []
         for number, part in enumerate(zip(*(tensor.chunk(count) for tensor in batch), strict=True)):
-            synchronise = number == count - 1 or not isinstance(self._model, DistributedDataParallel)
-            with contextlib.nullcontext() if synchronise else self._model.no_sync():  # type: ignore[operator]
-                loss, part_sums = self._model(*part)
-                self._state.scaler.scale(loss if count == 1 else loss / count).backward()
+            synchronise = number == count - 1 or not isinstance(self.model, DistributedDataParallel)
+            with contextlib.nullcontext() if synchronise else self.model.no_sync():  # type: ignore[operator]
+                loss, part_sums = self.model(*part)
+                self.state.scaler.scale(loss if count == 1 else loss / count).backward()
             sums.append(part_sums)
         return sums[0] if count == 1 else torch.stack(sums).sum(0)
 
     def _free_gradients(self) -> None:
-        self._state.optimizer.zero_grad(set_to_none=True)
+        self.state.optimizer.zero_grad(set_to_none=True)

@@ -178,7 +178,7 @@ class Trainer:
         self.method.start_epoch(epoch)
         steps, first = len(self.batches), state.step
         if first == 0:
-            state.sums.reset()
+            state.sums.total.zero_()
         self._logged = state.sums.total.clone()
         show = self.ranks.is_main and shows_bar(config.progress)
         title = f"epoch {epoch + 1}/{config.epochs}"
@@ -315,7 +315,7 @@ class Trainer:
             return
         content = {
             "config": self.config.to_dict(),
-            "shape": self._shape(),
+            "shape": data_shape(self.data, self.batches.num_images),
             "world_size": self.ranks.world_size,
             **self.state.shared_snapshot(),
             "ranks": ranks,
@@ -328,11 +328,10 @@ class Trainer:
         if problem:
             logger.warning("%s; trying again now", problem)
 
-    def _shape(self) -> dict[str, Any]:
-        return data_shape(self.data, self.batches.num_images)
-
     def _restore(self, content: dict[str, Any], path: Path) -> None:
-        changed = self.state.restore(content, path, self._shape(), self.ranks.rank, self.ranks.world_size)
+        changed = self.state.restore(
+            content, path, data_shape(self.data, self.batches.num_images), self.ranks.rank, self.ranks.world_size
+        )
         if changed and self.ranks.is_main:
             where = ", from the start of the epoch" if content["step"] else ""
             logger.warning(

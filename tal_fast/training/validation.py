@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,31 +18,24 @@ FAILURE_METRICS = ("aurc", "auroc", "fpr95")
 """Metrics of the method's confidence score (setting Old FD) measured after each epoch."""
 
 
+@dataclass
 class Validator:
-    """Validation pass over the images of all ranks.
+    """Validation pass over the images of all ranks."""
 
-    Args:
-        loader: this rank's validation images.
-        batch_size: images of a full batch.
-        num_classes: number of classes of the data; further logits of the network are left out.
-        method: the training method, whose confidence score is measured.
-    """
+    loader: Loader  # this rank's validation images
+    batch_size: int  # images of a full batch
+    num_classes: int  # of the data; further logits of the network are left out
+    method: Method  # whose confidence score is measured
+    runtime: Runtime
+    ranks: Ranks
 
-    def __init__(
-        self, loader: Loader, batch_size: int, num_classes: int, method: Method, runtime: Runtime, ranks: Ranks
-    ) -> None:
-        self._loader = loader
-        self._batch_size = batch_size
-        self._num_classes = num_classes
-        self._method = method
-        self._runtime = runtime
-        self._ranks = ranks
-        self._predict = torch.compile(_predict) if runtime.compile else _predict
+    def __post_init__(self) -> None:
+        self._predict = torch.compile(_predict) if self.runtime.compile else _predict
 
     @property
     def unreadable(self) -> dict[str, str]:
         """Path -> reason, of the files that did not decode so far on this rank."""
-        return self._loader.unreadable
+        return self.loader.unreadable
 
     @torch.no_grad()
     def validate(self, network: nn.Module) -> dict[str, float]:
@@ -48,33 +43,33 @@ class Validator:
 
         ``val_loss`` is the cross-entropy for every method.
         """
-        self._ranks.broadcast_buffers(network)
+        self.ranks.broadcast_buffers(network)
         network.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=self._ranks.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
         confidences, corrects = [], []
-        self._loader.set_epoch(0)
-        for images, labels, _ in self._loader:
+        self.loader.set_epoch(0)
+        for images, labels, _ in self.loader:
             logits = self._logits(network, images)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             valid = labels >= 0
             correct = logits.argmax(1) == labels
             sums += torch.stack([loss.double(), correct.sum(), valid.sum()])
-            confidences.append(torch.where(valid, self._method.confidence(logits), torch.nan))
+            confidences.append(torch.where(valid, self.method.confidence(logits), torch.nan))
             corrects.append(correct)
-        loss_sum, correct_sum, count = self._ranks.sum(sums).tolist()
+        loss_sum, correct_sum, count = self.ranks.sum(sums).tolist()
         samples = [torch.cat(parts).cpu() if parts else torch.zeros(0) for parts in (confidences, corrects)]
-        gathered = self._ranks.gather(samples)
-        metrics = self._ranks.on_main(lambda: _failure_metrics(gathered))
+        gathered = self.ranks.gather(samples)
+        metrics = self.ranks.on_main(lambda: _failure_metrics(gathered))
         return {"val_loss": loss_sum / count, "val_accuracy": correct_sum / count, **metrics}
 
     def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
         """(B, C) float32 logits; a short last batch is padded for a compiled network, which would compile anew."""
         rows = len(images)
-        if self._runtime.compile and rows < self._batch_size:
-            short, images = images, images.new_zeros(self._batch_size, *images.shape[1:])
+        if self.runtime.compile and rows < self.batch_size:
+            short, images = images, images.new_zeros(self.batch_size, *images.shape[1:])
             images[:rows] = short
-        with self._runtime.autocast():
-            return self._predict(network, self._runtime.arrange(images))[:rows, : self._num_classes].float()
+        with self.runtime.autocast():
+            return self._predict(network, self.runtime.arrange(images))[:rows, : self.num_classes].float()
 
 
 def _predict(network: nn.Module, images: Tensor) -> Tensor:

@@ -77,11 +77,7 @@ class StochasticAverage(WeightAverage):
 
 
 def build_average(network: nn.Module, ema_decay: float | None, method: Method) -> WeightAverage | None:
-    """Moving average for ``ema_decay``, epoch average for a method that has one, or None.
-
-    Raises:
-        ValueError: both averages at once.
-    """
+    """Moving average for ``ema_decay``, epoch average for a method that has one, or None; not both."""
     if method.averages_from is None:
         return None if ema_decay is None else MovingAverage(network, ema_decay)
     if ema_decay is not None:

@@ -96,11 +96,7 @@ class Ranks:
         return values or []
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """Call a function on rank 0 and give its result to every rank.
-
-        Raises:
-            ValueError: the function raised one; on every rank.
-        """
+        """Call a function on rank 0 and give its result, or the ValueError it raises, to every rank."""
         if self.world_size == 1:
             return function()
         outcome: list[Any] = [None, None]
@@ -128,11 +124,7 @@ class Ranks:
 
 
 def choose_device(name: str) -> str:
-    """Name of a usable device: ``auto`` becomes cuda if there is a GPU, else cpu.
-
-    Raises:
-        ValueError: the device cannot be used on this machine.
-    """
+    """Name of a device, if it is usable: ``auto`` becomes cuda if there is a GPU, else cpu."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -375,7 +375,7 @@ def test_user_chosen_numbers_are_not_compiled_in(monkeypatch: pytest.MonkeyPatch
     assert len(planned) == 4
     for one, other in ((planned[0], planned[2]), (planned[1], planned[3])):
         assert one.constants == other.constants
-        assert not any(isinstance(v, float) for v in (*one.arguments.values(), *one.constants.values()))
+        assert not any(isinstance(v, float) for v in (*one.arguments, *one.constants.values()))
 
 
 # The golden cases of more than a thousand logits take seconds in the interpreter.
