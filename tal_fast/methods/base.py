@@ -15,12 +15,18 @@ from tal_fast.scores.logits import SCORES
 
 @dataclass(frozen=True)
 class Task:
-    """Facts about a run that a method may need."""
+    """Facts about a run that a method may need.
+
+    Attributes:
+        num_classes: number of classes of the data, without ``Method.extra_classes``.
+        train_images: number of training images over all ranks.
+        learning_rate: peak learning rate.
+    """
 
     epochs: int
-    num_classes: int  # of the data, without ``Method.extra_classes``
-    train_images: int  # over all ranks
-    learning_rate: float  # peak
+    num_classes: int
+    train_images: int
+    learning_rate: float
 
 
 class Step(NamedTuple):

@@ -11,10 +11,7 @@ from tal_fast.utils.io import replacing
 
 
 class Profiler:
-    """Records steps ``start`` to ``stop - 1``, counted from the first one of this process, in a file for Perfetto.
-
-    An empty window records nothing.
-    """
+    """Profiler of the steps ``start`` to ``stop - 1`` of this process."""
 
     def __init__(self, start: int, stop: int, path: Path) -> None:
         self._start, self._stop = start, stop

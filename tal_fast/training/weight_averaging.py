@@ -25,10 +25,7 @@ class WeightAverage:
         """Take in the weights after a step of the optimizer; must not wait for the device."""
 
     def update_after_epoch(self, network: nn.Module, epochs: int, batches: Iterable[Tensor]) -> None:
-        """Take in the weights after the epoch number ``epochs``, counted from 1.
-
-        ``batches`` are training images (B, C, H, W) for BatchNorm statistics, read only where these are needed.
-        """
+        """Take in the weights after ``epochs`` epochs; ``batches`` of training images are for BatchNorm statistics."""
 
     def in_use(self, epochs: int) -> bool:
         """Whether the average replaces the network after this number of epochs."""

@@ -47,11 +47,7 @@ def by_blocks(function: Callable[[Floats], Floats], matrix: NDArray[Any], column
 
     Args:
         function: (rows, C) -> (rows,), each row by itself.
-        matrix: (n, C).
         columns: width of the function's intermediate results, where they are wider than the matrix.
-
-    Returns:
-        (n,) float64.
     """
     rows = max(1, BLOCK // max(matrix.shape[1], columns))
     parts = [function(matrix[i : i + rows].astype(np.float64, order="C")) for i in range(0, len(matrix), rows)]

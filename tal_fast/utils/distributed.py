@@ -33,11 +33,8 @@ class Ranks:
     def start(device: str) -> Ranks:
         """Join the run that torchrun describes in the environment, if any.
 
-        Args:
-            device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``; without torchrun, any device of PyTorch.
-
-        Raises:
-            ValueError: the device cannot be used, or there is no GPU for this rank.
+        ``device`` is ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``; without torchrun, any device of PyTorch.
+        Raises ValueError if it cannot be used, or there is no GPU for this rank.
         """
         world_size = launched_processes()
         rank = int(os.environ.get("RANK", "0"))
