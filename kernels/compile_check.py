@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 
-# Arguments of launch.Target for A100, H100, B200 and MI300.
+from tal_fast.kernels.launch import Target
+
+# A100, H100, B200 and MI300.
 TARGETS = {
-    "cuda:80": (108, 32, True),
-    "cuda:90": (132, 32, True),
-    "cuda:100": (148, 32, False),
-    "hip:gfx942": (304, 64, False),
+    "cuda:80": Target(108, 32, True),
+    "cuda:90": Target(132, 32, True),
+    "cuda:100": Target(148, 32, False),
+    "hip:gfx942": Target(304, 64, False),
 }
 # Triton's names of pointer types.
 TYPES = {
@@ -53,12 +55,11 @@ class Resources:
 def planned_launches(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
     """Labels and launches of every kernel, at shapes that reach each launch configuration."""
     from tal_fast.kernels.distance import plan_nearest, plan_statistics_distance
-    from tal_fast.kernels.launch import Target
     from tal_fast.kernels.loss import plan_batch_sums, plan_loss, plan_scale
     from tal_fast.kernels.queue_push import plan_push
     from tal_fast.kernels.sharded import plan_exp_sums, plan_gradient, plan_scan
 
-    target = Target(*TARGETS[target_name])
+    target = TARGETS[target_name]
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -144,7 +145,7 @@ def compile_launch(launch: Any, target_name: str) -> Resources:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     signature.update(dict.fromkeys(names[len(launch.arguments) :], "constexpr"))
     kind, arch = target_name.split(":")
-    gpu = GPUTarget(kind, int(arch) if arch.isdigit() else arch, TARGETS[target_name][1])
+    gpu = GPUTarget(kind, int(arch) if arch.isdigit() else arch, TARGETS[target_name].warp_size)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=gpu, options=launch.options)
     if kind == "hip":

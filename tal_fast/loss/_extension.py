@@ -15,11 +15,7 @@ BUILD = "run `pip install --no-build-isolation .` in the source tree, with a C++
 
 @cache
 def load() -> tuple[bool, str]:
-    """Load the compiled operators once.
-
-    Returns:
-        Whether ``torch.ops.tal_fast`` is usable, and one line saying with what or why not.
-    """
+    """Load the compiled operators once; returns whether they are usable, and one line saying with what or why not."""
     if os.environ.get("TAL_FAST_NO_EXTENSION") == "1":
         return False, "switched off by TAL_FAST_NO_EXTENSION=1"
     files = sorted(Path(__file__).parents[1].glob("_C.*"))

@@ -39,10 +39,9 @@ def combine_summaries(summary: Tensor, group: dist.ProcessGroup | None) -> Tenso
 def gather_entries(
     mean: Tensor, std: Tensor, accepted: Tensor, group: dist.ProcessGroup | None
 ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-    """Start gathering all ranks' queue entries (B,), while other work goes on; B is the same on all ranks.
+    """Start gathering all ranks' queue entries (B,); B is the same on all ranks.
 
-    Returns:
-        Function that waits for them: (mean, std, accepted) of all ranks' rows, in rank order, each (world · B,).
+    The function returned waits for (mean, std, accepted) of all ranks' rows, in rank order, each (world · B,).
     """
     entries = torch.stack([mean, std, accepted.to(mean.dtype)])
     gathered = entries.new_empty((dist.get_world_size(group) * 3, len(mean)))

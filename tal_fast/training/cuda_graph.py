@@ -30,10 +30,7 @@ class GraphedStep:
         self._stream = torch.cuda.Stream()
 
     def __call__(self, *batch: Tensor, key: Hashable = None) -> None:
-        """Train on a batch.
-
-        ``key`` is whatever else the step depends on; a new key, or another shape of the images, means a new capture.
-        """
+        """Train on a batch; another ``key``, or another shape of the images, means a new capture."""
         key = (key, batch[0].shape, batch[0].dtype)
         if key != self._key:
             self._key, self._steps, self._graph, self._inputs = key, 0, None, []

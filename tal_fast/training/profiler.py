@@ -22,10 +22,7 @@ class Profiler:
     def before_step(self) -> None:
         """Start recording before the first step of the window; called before each step."""
         if self._step == self._start < self._stop:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
-            self._profile = torch.profiler.profile(activities=activities, record_shapes=True)
+            self._profile = torch.profiler.profile(record_shapes=True)
             self._profile.__enter__()
 
     def after_step(self) -> Path | None:

@@ -52,10 +52,7 @@ def shows_bar(mode: str) -> bool:
 
 
 def epoch_line(row: Mapping[str, float], epochs: int, seconds: float) -> str:
-    """Line for a finished epoch, of at most 100 characters.
-
-    ``row`` is that of metrics.csv, and ``seconds`` the duration of the epoch, validation and saving included.
-    """
+    """Line of at most 100 characters for the row of a finished epoch, which took ``seconds`` with validation."""
     loss, rate = row["train_loss"], row["images_per_s"]
     return "  ".join(
         [

@@ -41,11 +41,7 @@ LEARNING_RATE = 1e-4
 
 
 def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """Measure the throughput of all ranks together; nothing is written to the run's ``output``.
-
-    Returns:
-        Plain values for JSON; times in ms, rates in images/s.
-    """
+    """Measure the throughput of all ranks together, in plain values for JSON; nothing is written to ``output``."""
     other = "tal" if config.method.name == "ce" else config.method.name
     trainers: dict[str, Trainer] = {}
     for name in ("ce", other):

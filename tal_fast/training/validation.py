@@ -39,10 +39,7 @@ class Validator:
 
     @torch.no_grad()
     def validate(self, network: nn.Module) -> dict[str, float]:
-        """Validation columns of metrics.csv, the same on every rank; leaves the network in eval mode.
-
-        ``val_loss`` is the cross-entropy for every method.
-        """
+        """Validation columns of metrics.csv, the same on every rank; leaves the network in eval mode."""
         self.ranks.broadcast_buffers(network)
         network.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
