@@ -126,22 +126,28 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def source(results: Results) -> str:
-    """Where the figures come from, in a sentence."""
-    info = [file["machine_info"] for file in results.files]
-    loads = [row["load"] for row in results.rows]
+def hardware(files: Iterable[dict[str, Any]]) -> str:
+    """Machines, versions and commits of result files, and which clock was read."""
+    info = [file["machine_info"] for file in files]
     machines = sorted({f"{m['cpu']} ({m['vectors']}), {m['cores']} cores" for m in info})
     versions = sorted({f"Python {m['python']}, torch {m['torch']}" for m in info})
     commits = sorted({str(m["commit"]) for m in info})
+    return (
+        f"{'; '.join(machines)}; {'; '.join(versions)}; commit {', '.join(commits)}. One thread: CPU time; two: wall "
+        "clock."
+    )
+
+
+def source(results: Results) -> str:
+    """Where the figures come from, and the load of the machine."""
+    loads = [row["load"] for row in results.rows]
     withheld = (
         f" {results.withheld} wall-clock figures taken at a load above {MOST_LOAD} a core are withheld (–)."
         if results.withheld
         else ""
     )
-    return (
-        f"{'; '.join(machines)}; {'; '.join(versions)}; commit {', '.join(commits)}. One thread: CPU time; two: wall "
-        f"clock. Load of the machine, the benchmarks' own included: {min(loads):.1f} to {max(loads):.1f}.{withheld}"
-    )
+    load = f"Load of the machine, the benchmarks' own included: {min(loads):.1f} to {max(loads):.1f}."
+    return f"{hardware(results.files)} {load}{withheld}"
 
 
 # ---- Tables ---------------------------------------------------------------------------------------------------------
@@ -232,7 +238,8 @@ def summary_table(results: Results) -> str:
                 ", direct ".join(times(slow / one) for one in fast),
             ))  # fmt: skip
     head = ("batch, classes, features, queue", "threads", "list queue", "`TALLoss`", "`TALLoss`, direct")
-    return f"{table((*head, 'cross-entropy', 'faster than the list queue'), rows)}\n\n{source(results)}"
+    measured = [file for file in results.files if any(row["group"] == "step" for row in file["benchmarks"])]
+    return f"{table((*head, 'cross-entropy', 'faster than the list queue'), rows)}\n\n{hardware(measured)}"
 
 
 def layer_table(results: Results) -> str:
