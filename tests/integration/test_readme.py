@@ -7,6 +7,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,27 @@ def test_named_modules_and_functions_exist(page: Path) -> None:
     names = set(re.findall(r"`(tal_fast(?:\.[A-Za-z_]\w*)+)(?=[`(])", page.read_text()))
     for name in sorted(names - {"tal_fast.COMMAND"}):
         pkgutil.resolve_name(name)
+
+
+REFERENCE = re.findall(
+    r"^::: ([\w.]+)\n(?:    options:\n(?:      (?:members: \[([^\]]*)\]|.*)\n)*)?",
+    (ROOT / "docs" / "reference.md").read_text(),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize(("path", "members"), REFERENCE, ids=[path for path, _ in REFERENCE])
+def test_the_reference_names_what_exists_where_it_is_defined(path: str, members: str) -> None:
+    documented = pkgutil.resolve_name(path)
+    for member in filter(None, members.split(", ")):
+        value = getattr(documented, member)
+        if isinstance(documented, types.ModuleType):  # the site reads the module's text, so imported names are missing
+            assert value.__module__ == path, member
+    if not isinstance(documented, types.ModuleType):
+        assert documented.__module__ == path.rpartition(".")[0]
+
+
+def test_the_reference_has_blocks_with_members() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text()
+    assert len(REFERENCE) == text.count("\n::: ") > 0
+    assert sum(bool(members) for _, members in REFERENCE) == text.count("members: [") > 0
