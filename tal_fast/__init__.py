@@ -1,9 +1,9 @@
-"""Typicalness-Aware Learning (Liu et al., NeurIPS 2024) at no cost: confidence that tells right from wrong.
+"""Typicalness-Aware Learning (Liu et al., NeurIPS 2024): confidence that separates correct predictions from errors.
 
 ``TALLoss`` is the loss, ``FeatureQueue`` its queue of past samples, ``tal_fast.functional`` the loss for those who keep
 their own; ``tal_fast.loss.reference`` defines all of it in plain PyTorch. ``python -m tal_fast.train`` trains,
-``python -m tal_fast.evaluate`` reports how well confidence tells right from wrong, ``python -m tal_fast.info`` says
-what runs on this machine.
+``python -m tal_fast.evaluate`` reports how well confidence separates correct predictions from errors, and
+``python -m tal_fast.info`` says what runs on this machine.
 """
 
 from __future__ import annotations
