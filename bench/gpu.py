@@ -79,9 +79,6 @@ class Bench:
         return call
 
 
-# ---- Parts ----------------------------------------------------------------------------------------------------------
-
-
 def loss_kernel_alone(p: bench_loss.Problem) -> bench_loss.Run:
     """The Triton kernel without autograd around it: what its bandwidth is judged by."""
     from tal_fast import kernels
@@ -234,9 +231,6 @@ def graphed_training(bench: Bench) -> dict[str, Any]:
             losses.append([row["train_loss"] for row in trainer.history])
     apart = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
     return {"losses": losses, "same_bits": losses[0] == losses[1], "relative_difference": apart}
-
-
-# ---- All of them ----------------------------------------------------------------------------------------------------
 
 
 def first_line(error: BaseException) -> str:

@@ -85,9 +85,6 @@ class Results:
         return found[0] if found else None
 
 
-# ---- Text -----------------------------------------------------------------------------------------------------------
-
-
 def ms(value: float | None) -> str:
     """Milliseconds, to three digits, as what they are easiest to read."""
     if value is None:
@@ -149,8 +146,6 @@ def source(results: Results) -> str:
     load = f"Load of the machine, the benchmarks' own included: {min(loads):.1f} to {max(loads):.1f}."
     return f"{hardware(results.files)} {load}{withheld}"
 
-
-# ---- Tables ---------------------------------------------------------------------------------------------------------
 
 STEP_PEERS = ("list_queue", "reference", "reference_compiled", "released", "released_direct", "paper", "paper_direct")
 
@@ -448,9 +443,6 @@ def fill_in(text: str, cpu: Results, gpu: dict[str, Any] | None) -> str:
         return f"<!-- bench:{name} -->\n\n{body}\n\n<!-- /bench -->"  # Markdown needs the empty lines
 
     return re.sub(r"<!-- bench:([\w-]+) -->\n.*?<!-- /bench -->", block, text, flags=re.DOTALL)
-
-
-# ---- Plots ----------------------------------------------------------------------------------------------------------
 
 
 def plot(cpu: Results, folder: Path) -> None:
