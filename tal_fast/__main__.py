@@ -7,12 +7,11 @@ COMMANDS = {
     "train": "train a classifier",
     "evaluate": "report how well confidence tells correct predictions from wrong ones",
     "compare": "compare evaluated runs",
-    "calibrate": "choose a confidence threshold for a risk or a coverage",
+    "calibrate": "choose a confidence threshold whose error rate is bounded",
     "experiment": "train, evaluate and compare methods over grids and seeds, from one file",
     "check-data": "check that every image of a folder decodes",
-    "html-report": "write report.html of an evaluated run",
-    "info": "show versions, devices and available backends",
-}
+    "html-report": "write report.html of an evaluated run", "info": "show versions, devices and available backends",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -23,7 +22,8 @@ def main() -> None:
     elif name in ("-h", "--help"):
         print("usage: tal-fast COMMAND [options]\n", *(f"  {c:<12} {text}" for c, text in COMMANDS.items()), sep="\n")
     else:
-        sys.exit(f"error: no command {name!r}; there are {', '.join(COMMANDS)}")
+        print(f"error: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
 """Versions, devices and available backends: ``python -m tal_fast.info``."""
 
-import argparse
 from collections.abc import Sequence
 
+from tal_fast import __version__
+from tal_fast.utils.arguments import ArgumentParser
 from tal_fast.utils.process import program_name
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print versions, devices, and for each device the backend that ``auto`` takes and why."""
-    argparse.ArgumentParser(prog=program_name("info"), description=__doc__).parse_args(argv)
+    ArgumentParser(prog=program_name("info"), description=__doc__).parse_args(argv)
     # Imported here so that --help does not wait for PyTorch.
     from tal_fast.loss.dispatch import describe
     from tal_fast.utils.environment import describe as describe_environment
 
-    print("\n".join([*describe_environment(), *describe()]))
+    print("\n".join([*describe_environment(__version__), *describe()]))
 
 
 if __name__ == "__main__":

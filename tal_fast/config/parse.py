@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import difflib
 import inspect
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
@@ -19,9 +19,7 @@ import yaml
 from tal_fast.config.methods import OPTIONS, TALOptions, option_names, upgrade
 from tal_fast.config.schema import Config
 from tal_fast.config.typed import field_types, not_none
-
-HELP_WIDTH = 100
-"""Largest number of columns of the help."""
+from tal_fast.utils.arguments import help_formatter
 
 _ALIASES = {"data.root": "--data-dir", "logger": "--log"}
 _BUILT_IN_OPTIONS = frozenset[str]().union(*map(option_names, OPTIONS.values()))
@@ -40,7 +38,9 @@ def find_config(name_or_path: str) -> str:
     path = Path(name_or_path)
     if path.is_file():
         return path.read_text()
-    raise ValueError(f"no preset or file {name_or_path!r}; the presets are {', '.join(preset_names())}")
+    close = difflib.get_close_matches(name_or_path, preset_names())
+    hint = f"did you mean {' or '.join(close)}?" if close else f"the presets are {', '.join(preset_names())}"
+    raise ValueError(f"no preset or file {name_or_path!r}; {hint}")
 
 
 def load_config(name_or_path: str) -> Config:
@@ -98,7 +98,14 @@ def parse_command_line(argv: Sequence[str], program: str = "python -m tal_fast.t
         ValueError: an unknown preset, option or value.
     """
     words = [_hyphenated(word) for word in argv]
-    given = vars(_parser(words, program).parse_args(words))
+    parser = _parser(words, program)
+    known, unknown = parser.parse_known_args(words)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], flags)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    given = vars(known)
     files, bench = given.pop("config"), given.pop("bench")
     values: dict[str, Any] = {}
     for file in files:
@@ -131,9 +138,7 @@ def _parser(words: Sequence[str], program: str) -> argparse.ArgumentParser:
         prog=program,
         usage="%(prog)s [--config PRESET|FILE] [--output FOLDER] [options]",
         description=f"Train a classifier. Presets: {', '.join(preset_names())}.",
-        formatter_class=partial(
-            argparse.HelpFormatter, max_help_position=30, width=min(HELP_WIDTH, shutil.get_terminal_size().columns)
-        ),
+        formatter_class=help_formatter,
         argument_default=argparse.SUPPRESS,
         add_help=False,
     )
@@ -146,23 +151,27 @@ def _parser(words: Sequence[str], program: str) -> argparse.ArgumentParser:
     common.add_argument(
         "--bench", action="store_true", default=False, help="measure the throughput instead of training, as JSON"
     )
-    known = set()
+    known: dict[str, set[type]] = {}
     for title, prefix, kind in _sections():
         group = parser.add_argument_group(title)
         help_texts = attribute_help(kind)
         for field, field_kind in zip(fields(kind), field_types(kind).values(), strict=True):
             name = prefix + field.name
-            if name in known:
+            owners = known.setdefault(name, set())
+            if (owner := _owner(kind, field.name)) in owners:
                 continue
-            known.add(name)
+            owners.add(owner)
             if is_dataclass(field_kind):  # a section, as a YAML mapping
                 parser.add_argument(f"--{name}", type=_load_yaml, help=argparse.SUPPRESS)
                 continue
             default = "" if field.default in (None, "", MISSING) else f" (default: {_default(field.default)})"
-            group.add_argument(
-                *_flags(name), dest=name, type=partial(_from_text, field_kind), metavar=_metavar(field_kind),
-                help=f"{help_texts[field.name]}{default}".replace("%", "%%"),
-            )  # fmt: skip
+            shown: dict[str, Any] = {
+                "metavar": _metavar(field_kind), "help": f"{help_texts[field.name]}{default}".replace("%", "%%"),
+            }  # fmt: skip
+            if len(owners) == 1:
+                group.add_argument(*_flags(name), dest=name, type=partial(_from_text, field_kind), **shown)
+            else:  # another method's option of the same name: argparse takes it once, so this is for the help alone
+                group._group_actions.append(argparse.Action(_flags(name), name, **shown))
     for name, kind in field_types(TALOptions).items():  # as 0.1.0 spelled them
         parser.add_argument(*_flags(f"method.{name}"), type=partial(_from_text, kind), help=argparse.SUPPRESS)
     for word in dict.fromkeys(word.partition("=")[0] for word in words):
@@ -181,8 +190,17 @@ def _sections() -> Iterator[tuple[str, str, Any]]:
             yield name, f"{name}.", kind
     for kind in OPTIONS.values():
         if option_names(kind):
-            users = [name for name, other in OPTIONS.items() if option_names(kind) & option_names(other)]
+            users = [name for name, other in OPTIONS.items() if _owners(kind) & _owners(other)]
             yield f"options of {' and '.join(users)}", "method.options.", kind
+
+
+def _owners(kind: type) -> set[tuple[str, type]]:
+    return {(name, _owner(kind, name)) for name in option_names(kind)}
+
+
+def _owner(kind: type, name: str) -> type:
+    """Class that defines a field: a dataclass or one of its bases."""
+    return next(base for base in kind.__mro__ if name in inspect.get_annotations(base))
 
 
 def _flags(name: str) -> list[str]:

@@ -43,7 +43,7 @@ class DataConfig:
         crop_fraction: central share of the shorter side that validation images are cropped to.
         crop_area: range of the area that training crops take, as shares of the image; null crops as in validation.
         crop_ratio: range of the width-to-height ratio of training crops.
-        flip: mirror every second training image, at random.
+        flip: mirror each training image with probability 1/2.
         shift: largest random shift of in-memory training images in pixels, padded with zeros.
         holdout: number of training images to validate on instead of the validation images. They are a fixed random
             choice that is not trained on, for choosing hyper-parameters.

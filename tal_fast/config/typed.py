@@ -7,6 +7,9 @@ import types
 import typing
 from typing import Any, Literal
 
+_EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+"""Names of the scalar types in messages."""
+
 
 def read(kind: Any, value: Any, name: str) -> Any:
     """Convert a plain value to an annotated type.
@@ -44,7 +47,7 @@ def read(kind: Any, value: Any, name: str) -> Any:
             pass
     elif kind in (int, bool, str) and type(value) is kind:
         return value
-    expected = kind.__name__ if isinstance(kind, type) and origin is None else str(kind).replace("typing.", "")
+    expected = _EXPECTED.get(kind) or str(kind).replace("typing.", "")
     raise ValueError(f"{name} is {value!r} but must be {expected}")
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from tal_fast.data.cache import cache_dir, make_folder_once
 from tal_fast.data.image_folder import ImageFiles, undecodable
-from tal_fast.data.loader import ImageFormat, Step
+from tal_fast.data.loader import ImageBatch, ImageFormat
 from tal_fast.data.sampler import Batch, Plan
 
 PREFETCH = 2
@@ -54,7 +54,7 @@ class DaliSource:
         self._requests = _Requests(files, plan, self._prober)
         self._ready: tuple[int, Any] | None = None  # image size and iterator of a finished epoch
 
-    def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[Step, None, None]:
+    def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[ImageBatch, None, None]:
         requests, step = self._requests, start_step
         while step < len(self._plan):
             requests.epoch, requests.start_step = epoch, step
@@ -63,7 +63,7 @@ class DaliSource:
                 iterator = self._iterator(image_size)
                 for (outputs,) in iterator:
                     batch, unreadable = requests.pending.popleft()
-                    yield Step(outputs["images"], torch.from_numpy(batch.indices), unreadable)
+                    yield ImageBatch(outputs["images"], torch.from_numpy(batch.indices), unreadable)
                     step += 1
             except RuntimeError:  # DALI ends the pipeline without naming the file
                 iterator = None

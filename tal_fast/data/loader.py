@@ -39,7 +39,7 @@ class ImageFormat:
 
 
 @dataclass(frozen=True)
-class Step:
+class ImageBatch:
     """Images of one step.
 
     Attributes:
@@ -56,7 +56,7 @@ class Step:
 class Source(Protocol):
     """Reader of the images of a split: from memory, through Pillow or through DALI."""
 
-    def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[Step, None, None]:
+    def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[ImageBatch, None, None]:
         """Steps of an epoch from ``start_step`` on, with images of ``image_size`` pixels a side."""
         ...
 
@@ -233,14 +233,14 @@ class MemorySource:
         self._normalize = Normalizer(form)
         self._interpolation = form.interpolation
 
-    def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[Step, None, None]:
+    def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[ImageBatch, None, None]:
         batches = self._plan.batches(epoch, start_step)
         return prefetch(batches, lambda batch: self._make(batch, image_size), lambda step: [step.images], self._device)
 
     def close(self) -> None:
         pass
 
-    def _make(self, batch: Batch, image_size: int) -> Step:
+    def _make(self, batch: Batch, image_size: int) -> ImageBatch:
         indices = torch.from_numpy(batch.indices)
         pixels = self._pixels[self._to_device(indices if self._rows is None else self._rows[indices])]
         if batch.mirror.any():
@@ -254,7 +254,7 @@ class MemorySource:
             images = F.interpolate(images, size, mode=self._interpolation, antialias=True)
             if self._interpolation == "bicubic":  # overshoots at edges, unlike the resizing of 8-bit files
                 images = images.clamp(self._normalize.black, self._normalize.white)
-        return Step(images, indices)
+        return ImageBatch(images, indices)
 
     def _to_device(self, values: Tensor) -> Tensor:
         return to_device(values, self._device)

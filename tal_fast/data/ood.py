@@ -102,7 +102,7 @@ def ood_set(spec: str, image_size: int, channels: int) -> Split:
         return MemoryImages.unlabelled(make(number, image_size, channels), channels)
     if not Path(spec).is_dir():
         raise ValueError(
-            f"{spec!r} is neither a folder nor one of textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], "
+            f"the set {spec!r} is neither a folder nor one of textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], "
             f"fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, npy:FILE.npy, patches[:N], "
             f"gaussian[:N], uniform[:N]"
         )
@@ -133,7 +133,7 @@ def shift_set(
     folder = Path(spec)
     if not folder.is_dir():
         raise ValueError(
-            f"{spec!r} is neither a folder nor cifar-c:FILE.npy[:SEVERITY] nor one of {', '.join(CORRUPTIONS)} "
+            f"the set {spec!r} is neither a folder nor cifar-c:FILE.npy[:SEVERITY] nor one of {', '.join(CORRUPTIONS)} "
             f"(each with :SEVERITY)"
         )
     return image_folder.read_split(folder.parent, folder.name, class_names), None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tal_fast.data.image_folder import ImageFiles, undecodable
-from tal_fast.data.loader import ImageFormat, Normalizer, Step, prefetch, to_device
+from tal_fast.data.loader import ImageBatch, ImageFormat, Normalizer, prefetch, to_device
 from tal_fast.data.sampler import Batch, Plan
 
 
@@ -111,7 +111,7 @@ class TorchSource:
         self._workers = min(workers, len(plan))
         self._loader: DataLoader | None = None
 
-    def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[Step, None, None]:
+    def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[ImageBatch, None, None]:
         sampler = self._sampler
         sampler.epoch, sampler.start_step, sampler.image_size = epoch, start_step, image_size
         if self._loader is None:
@@ -124,10 +124,10 @@ class TorchSource:
     def close(self) -> None:
         self._loader = None
 
-    def _make(self, decoded: _Decoded) -> Step:
+    def _make(self, decoded: _Decoded) -> ImageBatch:
         pixels, indices, unreadable = decoded
         # Normalized on the device, which copies bytes instead of floats.
-        return Step(self._normalize(to_device(pixels, self._device)), indices, unreadable)
+        return ImageBatch(self._normalize(to_device(pixels, self._device)), indices, unreadable)
 
     def _start(self) -> DataLoader:
         return DataLoader(

@@ -107,18 +107,18 @@ def describe(about: dict[str, Any]) -> str:
         f"accept {rule}",
         f"risk at most {about['risk']:.2%} with confidence {about['confidence']:.4g} (bound {about['bound']:.2%} over "
         f"{about['candidates']} candidates)",
-        f"chosen on {about['samples']} held-out samples: coverage {about['coverage']:.2%}, {about['errors']} errors "
-        f"among {about['accepted']} accepted",
+        f"chosen on {about['samples']} held-out samples: coverage {about['coverage']:.2%}, {_errors(about)}",
     ]
     if "test" in about:
         test = about["test"]
         low, high = test["risk_interval"]
         risk = f", risk {test['risk']:.2%} [{low:.2%}, {high:.2%}]" if test["accepted"] else ""
-        lines.append(
-            f"on the other {test['samples']}: coverage {test['coverage']:.2%}, {test['errors']} errors among "
-            f"{test['accepted']} accepted{risk}"
-        )
+        lines.append(f"on the other {test['samples']}: coverage {test['coverage']:.2%}, {_errors(test)}{risk}")
     return "\n".join(lines)
+
+
+def _errors(about: Any) -> str:
+    return f"{about['errors']} error{'' if about['errors'] == 1 else 's'} among {about['accepted']} accepted"
 
 
 def _parser() -> ArgumentParser:

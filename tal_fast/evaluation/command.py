@@ -170,7 +170,8 @@ def parser() -> ArgumentParser:
     scores.add_argument(
         "--scores", nargs="+", default=list(names.DEFAULT_SCORES), metavar="SCORE",
         help=f"Confidence scores: {', '.join((*names.LOGIT_SCORES, *names.FEATURE_SCORES))}, sirc_S1_S2; or groups: "
-        f"{', '.join(names.SCORE_GROUPS)}. Default: {' '.join(names.DEFAULT_SCORES)}.",
+        f"{', '.join(names.SCORE_GROUPS)}. Default: {' '.join(names.DEFAULT_SCORES)}. "
+        "The run's own score is always added.",
     )  # fmt: skip
     scores.add_argument(
         "--knn-samples", type=checked(lambda text: 0 if text == "all" else whole_number(text, 10)), metavar="N",
@@ -184,11 +185,9 @@ def parser() -> ArgumentParser:
 
     metrics = parser.add_argument_group("metrics")
     metrics.add_argument(
-        "--convention",
-        choices=names.CONVENTIONS,
-        default="tal_fast",
-        help="Convention of the metrics. Default: %(default)s.",
-    )
+        "--convention", choices=names.CONVENTIONS, default="tal_fast", metavar="NAME",
+        help=f"Convention of the metrics: {', '.join(names.CONVENTIONS)}. Default: %(default)s.",
+    )  # fmt: skip
     metrics.add_argument(
         "--mix", type=checked(_mix), default="balanced-random",
         help="ID:OOD samples: balanced-random, all, first-n, or prior=P with P the share of OOD. Default: %(default)s.",

@@ -78,6 +78,10 @@ def _compare(args: argparse.Namespace) -> str:
     from tal_fast.evaluation.report import read_report
     from tal_fast.evaluation.sample_scores import read_samples
 
+    folders = [Path(run).resolve() for run in args.runs]
+    for i, run in enumerate(args.runs):
+        if folders[i] in folders[:i]:
+            raise ValueError(f"{run} is named twice; name each run once")
     names = [Path(run).name if Path(run).is_dir() else str(run) for run in args.runs]
     if len(set(names)) < len(names):
         names = [str(run) for run in args.runs]

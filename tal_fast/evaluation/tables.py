@@ -83,9 +83,9 @@ def format_percent(value: float, digits: int = 2) -> str:
 
 
 def mark_best(values: Sequence[float], higher_is_better: bool) -> list[bool]:
-    """Whether each value equals the best of those that are not NaN."""
+    """Whether each value equals the best of those that are not NaN; none is the best of fewer than two."""
     known = [value for value in values if not math.isnan(value)]
-    best = (max if higher_is_better else min)(known) if known else math.nan
+    best = (max if higher_is_better else min)(known) if len(known) > 1 else math.nan
     return [value == best for value in values]
 
 

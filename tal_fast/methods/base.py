@@ -63,11 +63,11 @@ class Method(nn.Module):
         radius: radius ρ of sharpness-aware minimisation (``tal_fast.training.sam``); None: ordinary steps.
         averages_from: share of the epochs after which weights are averaged once an epoch
             (``tal_fast.training.weight_averaging``); None: never.
-        ascends: set by the trainer in the ascent step of sharpness-aware minimisation, which must not change the
-            method's state.
+        ascent_pass: True in the first pass of sharpness-aware minimisation, whose gradient only perturbs the weights
+            and which must not change the method's state. Set by the trainer.
 
     Raises:
-        ValueError: an unknown option or a value of the wrong type.
+        ValueError: an unknown option, a value of the wrong type, or one that the options' ``check`` refuses.
     """
 
     name: ClassVar[str]
@@ -84,8 +84,10 @@ class Method(nn.Module):
         self.task = task
         self.label_smoothing = config.label_smoothing
         self.ranges: dict[str, tuple[float, float]] = {}
-        self.ascends = False
+        self.ascent_pass = False
         self.options: Any = read_options(self.name, self.Options, config.options)
+        if hasattr(self.options, "check"):
+            self.options.check()
 
     def start_epoch(self, epoch: int) -> None:
         """Called before each epoch, which counts from 0, and when an epoch is resumed."""

@@ -44,7 +44,7 @@ class TAL(Method):
         return self.warmup
 
     def forward(self, logits: Tensor, features: Tensor, labels: Tensor, indices: Tensor) -> Step:
-        push = not self.ascends
+        push = not self.ascent_pass
         loss, stats = self.loss_fn(logits, features, labels, warmup=self.warmup, push=push, return_stats=True)
         return Step(loss, {"typicalness": stats.typicalness, "temperature": stats.temperature})
 

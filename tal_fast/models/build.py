@@ -86,8 +86,8 @@ def _torchvision(config: ModelConfig, num_classes: int, image_size: int) -> nn.M
     known = models.list_models(module=models)
     if config.name not in known:
         close = difflib.get_close_matches(config.name, [*NETWORKS, *known], n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "names are torchvision's."
-        raise ValueError(f"no model {config.name!r}: {hint} There are also {', '.join(NETWORKS)}.")
+        hint = f"did you mean {' or '.join(close)}?" if close else f"use torchvision's or {', '.join(NETWORKS)}"
+        raise ValueError(f"no model {config.name!r}; {hint}")
     if config.width is not None:
         raise ValueError(f"model.width is {config.width} but {config.name} has a fixed width; leave it out")
     extra: dict[str, Any] = {}

@@ -66,19 +66,20 @@ def load_run(
         device: device of the model.
 
     Raises:
-        ValueError: there is no such folder, no checkpoint in it, or none that can be read.
+        ValueError: the folder holds no checkpoint, or none that can be read.
     """
     run_dir = Path(run_dir)
     folder = run_dir / FOLDER
-    if not run_dir.is_dir():
-        raise ValueError(f"there is no run folder {run_dir}")
+    if checkpoint not in ("best", "last"):
+        raise ValueError(f"checkpoint is {checkpoint!r}; use 'best' or 'last'")
+    if not any(folder.glob("*.pt")):
+        train = f"python -m tal_fast.train --output {run_dir}"
+        raise ValueError(f"{run_dir} holds no run of tal_fast.train; train one first with {train}")
     if checkpoint == "best":
         path = folder / BEST
         content = load(path)
-    elif checkpoint == "last":
-        content, path, _ = load_newest(folder)
     else:
-        raise ValueError(f"checkpoint is {checkpoint!r}; use 'best' or 'last'")
+        content, path, _ = load_newest(folder)
     config = Config.from_dict(content["config"])
     shape: dict[str, Any] = content["shape"]
     method, classes = method_class(config.method.name), len(shape["class_names"])

@@ -60,9 +60,7 @@ def find_checkpoint(config: Config) -> tuple[dict[str, Any], Path] | None:
     resume = "auto" if config.resume == "never" and restarted else config.resume
     if resume == "never":
         if holds_run:
-            raise ValueError(
-                f"{output} holds a run already; go on with it with --resume auto, or name another --output"
-            )
+            raise ValueError(f"{output} holds a run already; continue it with --resume auto, or name another --output")
         return None
     if resume == "auto":
         if not checkpoint.exists(folder):

@@ -73,9 +73,9 @@ class Update:
         if self._sam is None:
             state.sums.add(self._backward(batch))
         else:
-            state.method.ascends = True
+            state.method.ascent_pass = True
             state.sums.add(self._backward(batch))
-            state.method.ascends = False
+            state.method.ascent_pass = False
             self._sam.perturb()
             self._free_gradients()
             self._backward(batch)

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
+HELP_WIDTH = 100
+"""Largest number of columns of the help."""
+
+
+def help_formatter(prog: str) -> argparse.HelpFormatter:
+    """Formatter of every command's help, at most ``HELP_WIDTH`` columns wide."""
+    width = min(HELP_WIDTH, shutil.get_terminal_size().columns)
+    return argparse.HelpFormatter(prog, max_help_position=30, width=width)
+
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Argument parser that reads ``--batch_size`` as ``--batch-size``."""
+    """Argument parser that reads ``--batch_size`` as ``--batch-size``, and names a mistake in one sentence."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=help_formatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         words = sys.argv[1:] if args is None else args

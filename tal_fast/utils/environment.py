@@ -25,7 +25,7 @@ def version_of(package: str) -> str:
 
 def devices() -> list[str]:
     """One line for the CPU and for each GPU."""
-    lines = [f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads in use"]
+    lines = [f"cpu: cores {os.cpu_count()}, threads in use {torch.get_num_threads()}"]
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         p = torch.cuda.get_device_properties(i)
         lines.append(f"cuda:{i}: {p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB")
@@ -50,10 +50,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def describe() -> list[str]:
-    """Versions of the packages and the devices, one line each."""
+def describe(version: str) -> list[str]:
+    """Versions of tal_fast, which is given, and of the packages, and the devices, one line each."""
     return [
-        f"tal_fast {version_of('tal-fast')}, Python {platform.python_version()}, torch {torch.__version__}",
+        f"tal_fast {version}, Python {platform.python_version()}, torch {torch.__version__}",
         *(f"  {package}: {version_of(package)}" for package in PACKAGES),
         *devices(),
     ]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tal_fast.config.methods import OPTIONS, TAL_OPTIONS
+from tal_fast.config import parse as parse_module
+from tal_fast.config.methods import OPTIONS, TAL_OPTIONS, MethodOptions
 from tal_fast.config.parse import attribute_help, load_config, merged, parse_command_line, preset_names
 from tal_fast.config.schema import Config, DataConfig, MethodConfig, ModelConfig, OptimConfig
 
@@ -154,14 +155,15 @@ def test_merging_changes_neither_side() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("--config digits", f"no preset or file 'digits'; the presets are {', '.join(PRESETS)}"),
+        ("--config mine.yaml", f"no preset or file 'mine.yaml'; the presets are {', '.join(PRESETS)}"),
+        ("--config digits-tall", "no preset or file 'digits-tall'; did you mean digits-tal"),
         ("--config", "argument --config: expected one argument"),
-        ("--epochs many", "epochs is 'many' but must be int"),
+        ("--epochs many", "epochs is 'many' but must be a whole number"),
         ("--epochs", "argument --epochs: expected one argument"),
         ("--data.mean [0.1", "data.mean is '[0.1' but must be list[float]"),
         ("--data.loader fast", "data.loader is 'fast'; use 'auto' or 'dali' or 'torch'"),
-        ("--data.lodaer dali", "unrecognized arguments: --data.lodaer dali"),
-        ("--data.flip 1", "data.flip is 1 but must be bool"),
+        ("--data.lodaer dali", "unrecognized arguments: --data.lodaer dali; did you mean --data.loader"),
+        ("--data.flip 1", "data.flip is 1 but must be true or false"),
         ("--epochs 0", "epochs is 0 but must be at least 1"),
         ("--optim 3", "optim is 3 but must be a mapping"),
         ("--method.name cee --method.options.gamma 3", "method.name is 'cee'; use 'ce' or "),
@@ -207,6 +209,32 @@ def test_help_has_a_sentence_for_each_option_in_at_most_100_columns(
     for option in ("--batch-size", "--data.image-size", "--data-dir", "--method.options.swa-from"):
         assert any(word.rstrip(",") == option for word in shown)
     assert not any("_" in word for word in shown)
+
+
+def test_help_names_the_owner_of_each_option_of_the_same_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @dataclasses.dataclass
+    class FocalOptions(MethodOptions):
+        """Options.
+
+        Attributes:
+            gamma: focusing parameter of the focal loss.
+        """
+
+        gamma: float = 2.0
+
+    monkeypatch.setattr(parse_module, "OPTIONS", {"focal": FocalOptions, **OPTIONS})
+    with pytest.raises(SystemExit):
+        parse_command_line(["--help"])
+    text = capsys.readouterr().out
+    focal, openmix = (text.split(f"\noptions of {name}:\n")[1].split("\n\n")[0] for name in ("focal", "openmix"))
+    assert "focusing parameter of the focal loss (default: 2)" in " ".join(focal.split())
+    assert "weight of the mixed images' loss (default: 1)" in " ".join(openmix.split())
+    assert "--method.options.gamma" in focal
+    assert "--method.options.gamma" in openmix
+    config = parse("--method.options.gamma 3 --method.name openmix --method.options.outliers x")
+    assert config.method.options["gamma"] == 3
 
 
 def test_every_option_is_documented() -> None:

@@ -67,8 +67,8 @@ def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     np.savez(tmp_path / "no-labels.npz", logits=np.zeros((2, 3)))
     run, elsewhere = ["--run", str(evaluated_run)], ["--output", str(tmp_path / "out")]
     for args, message in (
-        (["--run", str(tmp_path / "gone")], "there is no run folder"),
-        (["--run", str(tmp_path / "empty")], "there is no checkpoint"),
+        (["--run", str(tmp_path / "gone")], "gone holds no run of tal_fast.train; train one first"),
+        (["--run", str(tmp_path / "empty")], "empty holds no run of tal_fast.train; train one first"),
         (["--npz", str(tmp_path / "no-labels.npz")], "has no 'labels'"),
         ([*run, "--scores", "cosine,margin"], "unknown score margin; choose from cosine, msp,"),
         ([*run, "--device", "cuda:99"], "the device 'cuda:99' cannot be used"),

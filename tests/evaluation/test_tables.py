@@ -63,6 +63,7 @@ def test_values_are_formatted_by_metric_and_unit() -> None:
     assert format_value("auroc", math.nan) == format_percent(math.nan) == "-"
     assert mark_best([0.1, math.nan, 0.3, 0.3], True) == [False, False, True, True]
     assert mark_best([math.nan], False) == [False]
+    assert mark_best([math.nan, 0.1], False) == [False, False]  # nothing to be better than
 
 
 def test_titles_name_the_set() -> None:

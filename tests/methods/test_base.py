@@ -47,6 +47,10 @@ def test_a_method_of_another_package_has_its_own_options(monkeypatch: pytest.Mon
         gamma: float = 2.0
         backend: str = "fast"  # a name that TAL has too
 
+        def check(self) -> None:
+            if self.gamma < 0:
+                raise ValueError("gamma is below 0")
+
     focal = types.ModuleType("tal_fast.methods.focal")
     focal.Focal = type("Focal", (CrossEntropy,), {"name": "focal", "Options": FocalOptions})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, focal.__name__, focal)
@@ -56,6 +60,8 @@ def test_a_method_of_another_package_has_its_own_options(monkeypatch: pytest.Mon
     values = {"name": "focal", "queue_size": 5, "options": {"gamma": "3e0", "backend": "slow"}}
     options = make_method(Config.from_dict({"method": values}).method).options
     assert options == FocalOptions(3.0, "slow")
+    with pytest.raises(ValueError, match="gamma is below 0"):
+        make_method(MethodConfig("focal", options={"gamma": -1.0}))
     saved = {"method": {"name": "focal", "queue_size": 5, "options": {"backend": "slow"}}}
     now = Config(method=MethodConfig("focal", options={"gamma": 2.0, "backend": "slow"}))
     assert differences(saved, now) == []

@@ -32,11 +32,11 @@ def test_other_torchvision_classifiers_train(name: str) -> None:
 
 
 def test_unknown_names_and_widths_are_rejected() -> None:
-    with pytest.raises(ValueError, match="no model 'resnet51': did you mean resnet50"):
+    with pytest.raises(ValueError, match="no model 'resnet51'; did you mean resnet50"):
         build_model(ModelConfig("resnet51"), 5)
-    with pytest.raises(ValueError, match="no model 'cifar_wrn_28_10': did you mean cifar_wrn28_10"):
+    with pytest.raises(ValueError, match="no model 'cifar_wrn_28_10'; did you mean cifar_wrn28_10"):
         build_model(ModelConfig("cifar_wrn_28_10"), 5)
-    with pytest.raises(ValueError, match="no model 'xyzzy': names are torchvision's. There are also cifar_resnet8"):
+    with pytest.raises(ValueError, match="no model 'xyzzy'; use torchvision's or cifar_resnet8"):
         build_model(ModelConfig("xyzzy"), 5)
     with pytest.raises(ValueError, match="resnet18 has a fixed width; leave it out"):
         build_model(ModelConfig("resnet18", width=3), 5)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tal_fast.runs.checkpoint import FOLDER
 from tal_fast.runs.load import load_run
 from tal_fast.training.trainer import Trainer
 from tests.helpers.training import config, one_thread  # noqa: F401
@@ -29,8 +30,15 @@ def test_a_loaded_run_has_the_network_in_eval_mode_and_the_data(tmp_path: Path) 
 
 
 def test_missing_runs_and_checkpoints_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no run folder"):
+    with pytest.raises(
+        ValueError,
+        match=r"none holds no run of tal_fast.train; train one first with .* --output .*none",
+    ):
         load_run(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"holds no run of tal_fast.train"):
+        load_run(tmp_path)
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "last.pt").touch()
     with pytest.raises(ValueError, match=r"there is no checkpoint .*best.pt"):
         load_run(tmp_path)
     with pytest.raises(ValueError, match="checkpoint is 'first'; use 'best' or 'last'"):

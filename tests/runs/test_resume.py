@@ -54,7 +54,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path, name: str)
     assert find_checkpoint(config(tmp_path / "run")) is None
     (tmp_path / "run" / name).parent.mkdir(parents=True)
     (tmp_path / "run" / name).touch()
-    with pytest.raises(ValueError, match="holds a run already; go on with it with --resume auto, or name another"):
+    with pytest.raises(ValueError, match="holds a run already; continue it with --resume auto, or name another"):
         find_checkpoint(config(tmp_path / "run"))
 
 

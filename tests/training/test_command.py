@@ -46,12 +46,12 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        ("--config digits", "no preset or file 'digits'; the presets are "),
+        ("--config digits", "no preset or file 'digits'; did you mean digits-ce"),
         ("--epochs 0", "epochs is 0 but must be at least 1"),
         ("--config folder-tal", "data.root is not set; name the folder that holds train/ and val/ with --data.root"),
         ("--config folder-tal --data.root /nowhere", "/nowhere is not a folder; name one that holds train/ and val/"),
         ("--config digits-ce --batch-size 5000", "a step takes 5000 images"),
-        ("--config digits-ce --model.name resnet19", "no model 'resnet19': did you mean resnet18"),
+        ("--config digits-ce --model.name resnet19", "no model 'resnet19'; did you mean resnet18"),
         ("--config digits-tal --method.t_min 200", "t_min"),
     ],
 )
@@ -97,7 +97,7 @@ def test_the_console_command_lists_the_commands() -> None:
     assert {line.split()[0].replace("-", "_") for line in text.splitlines()[2:]} == entries
     assert all(len(line.split()) > 3 for line in text.splitlines()[2:])
     unknown = run("trian")
-    assert unknown.returncode == 1
+    assert unknown.returncode == 2
     assert unknown.stderr.startswith("error: no command 'trian'; there are train, evaluate, ")
 
 

@@ -237,7 +237,7 @@ def test_a_finished_run_is_left_alone(straight: Path, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.INFO):
         resumed(straight).fit()
     assert f"is trained already: {EPOCHS} of {EPOCHS} epochs" in caplog.text
-    with pytest.raises(ValueError, match="holds a run already; go on with it with --resume auto, or name another"):
+    with pytest.raises(ValueError, match="holds a run already; continue it with --resume auto, or name another"):
         Trainer(config(straight, epochs=EPOCHS))
     assert (straight / "checkpoints" / "last.pt").read_bytes() == before
 
