@@ -98,8 +98,7 @@ def parse_command_line(argv: Sequence[str], program: str = "python -m tal_fast.t
         ValueError: an unknown preset, option or value.
     """
     words = [_hyphenated(word) for word in argv]
-    parser = _parser(words, program)
-    known, unknown = parser.parse_known_args(words)
+    known, unknown = (parser := _parser(words, program)).parse_known_args(words)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         close = difflib.get_close_matches(unknown[0].partition("=")[0], flags)

@@ -16,8 +16,7 @@ HELP_WIDTH = 100
 
 def help_formatter(prog: str) -> argparse.HelpFormatter:
     """Formatter of every command's help, at most ``HELP_WIDTH`` columns wide."""
-    width = min(HELP_WIDTH, shutil.get_terminal_size().columns)
-    return argparse.HelpFormatter(prog, max_help_position=30, width=width)
+    return argparse.HelpFormatter(prog, max_help_position=30, width=min(HELP_WIDTH, shutil.get_terminal_size().columns))
 
 
 class ArgumentParser(argparse.ArgumentParser):
