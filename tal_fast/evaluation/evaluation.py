@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tal_fast.evaluation.galleries import Gallery, GalleryImages
+from tal_fast.data.datasets import Split
 from tal_fast.evaluation.report import FILE as REPORT_FILE
 from tal_fast.evaluation.report import EvaluationOptions, Report, make_report, read_report, write_report
 from tal_fast.evaluation.sample_scores import FILE as SAMPLES_FILE
@@ -15,6 +15,25 @@ from tal_fast.evaluation.sample_scores import Samples, read_samples, write_sampl
 from tal_fast.evaluation.train_typicalness import TrainTypicalness
 from tal_fast.metrics.curves import OperatingPoints
 from tal_fast.metrics.settings import Mix, ScoredSetting
+from tal_fast.utils.arrays import Ints
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Images chosen for display."""
+
+    kind: str  # ``mistakes``, ``correct``, ``ood``, ``least_typical`` or ``most_typical``
+    split: str  # split the images are from: ``val``, an OOD set or ``train-eval``
+    chosen: Ints  # (k,) int64, places in the split's predictions (of training images: in the split), in display order
+
+
+@dataclass(frozen=True)
+class GalleryImages:
+    """Data set that the pixels of gallery images are read from."""
+
+    splits: Mapping[str, Split]  # images by split: ``val``, OOD sets and ``train-eval``
+    class_names: Sequence[str]  # a name for each label
+    channels: int  # 1 or 3, as the model reads image files
 
 
 @dataclass(frozen=True)

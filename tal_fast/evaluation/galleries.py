@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tal_fast.data.datasets import Split
+from tal_fast.evaluation.evaluation import Evaluation, Gallery, GalleryImages
 from tal_fast.evaluation.predictions import CACHE
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import printable
@@ -20,33 +19,12 @@ from tal_fast.runs.checkpoint import FOLDER as CHECKPOINTS
 from tal_fast.runs.load import Run, load_run
 from tal_fast.utils.arrays import Floats, Ints
 
-if TYPE_CHECKING:
-    from tal_fast.evaluation.evaluation import Evaluation
-
 GALLERY_SIZE = 24
 """Images per gallery."""
 OOD_GALLERY_SIZE = 12
 """Images per gallery of an OOD set."""
 ALL_OOD_IMAGES = 240
 """Images of all OOD sets together, so that the page stays below about 4 MB."""
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Images chosen for display."""
-
-    kind: str  # ``mistakes``, ``correct``, ``ood``, ``least_typical`` or ``most_typical``
-    split: str  # split the images are from: ``val``, an OOD set or ``train-eval``
-    chosen: Ints  # (k,) int64, places in the split's predictions (of training images: in the split), in display order
-
-
-@dataclass(frozen=True)
-class GalleryImages:
-    """Data set that the pixels of gallery images are read from."""
-
-    splits: Mapping[str, Split]  # images by split: ``val``, OOD sets and ``train-eval``
-    class_names: Sequence[str]  # a name for each label
-    channels: int  # 1 or 3, as the model reads image files
 
 
 def largest(values: Floats, among: NDArray[np.bool_] | bool = True, count: int = GALLERY_SIZE) -> Ints:

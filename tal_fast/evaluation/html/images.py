@@ -12,8 +12,7 @@ import numpy as np
 from PIL import Image
 
 from tal_fast.data.datasets import MemoryImages
-from tal_fast.evaluation.evaluation import Evaluation
-from tal_fast.evaluation.galleries import Gallery, GalleryImages
+from tal_fast.evaluation.evaluation import Evaluation, Gallery, GalleryImages
 from tal_fast.evaluation.tables import printable
 from tal_fast.evaluation.train_typicalness import TrainTypicalness
 
