@@ -67,7 +67,7 @@ def whole(name: str) -> str:
 
 
 def choice(name: str) -> str:
-    """What was chosen among what."""
+    """Table of the candidates and the chosen hyper-parameters."""
     results = read(name)
     if results is None:
         return MISSING

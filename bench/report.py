@@ -136,7 +136,7 @@ def hardware(files: Iterable[dict[str, Any]]) -> str:
 
 
 def source(results: Results) -> str:
-    """Where the figures come from, and the load of the machine."""
+    """Sentence on hardware, versions, commits and load behind the figures."""
     loads = [row["load"] for row in results.rows]
     withheld = (
         f" {results.withheld} wall-clock figures taken at a load above {MOST_LOAD} a core are withheld (–)."
@@ -362,7 +362,7 @@ def metrics_table(results: Results) -> str:
 
 
 def targets_table(results: Results) -> str:
-    """What was to be reached on CPUs, and whether it is."""
+    """Targets on CPUs and whether they are met."""
     rows: list[tuple[str, ...]] = []
 
     def judge(what: str, limit: str, got: str, met: bool | None) -> None:
