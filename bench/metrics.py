@@ -8,6 +8,7 @@ the CPU seconds over all threads, which a busy machine stretches less than the c
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import sys
 import time
@@ -84,7 +85,7 @@ def measure_bootstrap(samples: int, resamples: int, classes: int) -> dict[str, A
         for convention in CONVENTIONS[1:]
     }
     return {
-        "n": samples, "resamples": resamples, "scores": len(scores), "threads": intervals._THREADS, "total_s": fast_s,
+        "n": samples, "resamples": resamples, "scores": len(scores), "threads": min(intervals._THREADS, os.cpu_count() or 1), "total_s": fast_s,
         "cpu_s": cpu_s,
         "ms_per_resample": fast_s / resamples * 1e3,
         "other_conventions_ms_per_resample": {name: s / few * 1e3 for name, s in other_s.items()},
