@@ -85,7 +85,8 @@ def measure_bootstrap(samples: int, resamples: int, classes: int) -> dict[str, A
         for convention in CONVENTIONS[1:]
     }
     return {
-        "n": samples, "resamples": resamples, "scores": len(scores), "threads": min(intervals._THREADS, os.cpu_count() or 1), "total_s": fast_s,
+        "n": samples, "resamples": resamples, "scores": len(scores), "total_s": fast_s,
+        "threads": min(intervals._THREADS, os.cpu_count() or 1),
         "cpu_s": cpu_s,
         "ms_per_resample": fast_s / resamples * 1e3,
         "other_conventions_ms_per_resample": {name: s / few * 1e3 for name, s in other_s.items()},
