@@ -1,8 +1,8 @@
 """TAL as the released code computes it: the queue is two Python lists.
 
 Written from the algorithm (variant ``released``), not copied: every step turns both lists into tensors, compares the
-whole batch with the whole queue at once, and pushes the accepted samples one by one. ``tests/bench/test_bench.py`` checks
-it against the golden data.
+whole batch with the whole queue at once, and pushes the accepted samples one by one.
+``tests/bench/test_bench.py`` checks it against the golden data.
 """
 
 from __future__ import annotations
