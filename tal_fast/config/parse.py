@@ -19,7 +19,7 @@ import yaml
 from tal_fast.config.methods import OPTIONS, TALOptions, option_names, upgrade
 from tal_fast.config.schema import Config
 from tal_fast.config.typed import field_types, not_none
-from tal_fast.utils.arguments import help_formatter
+from tal_fast.utils.arguments import help_formatter, with_hyphens
 
 _ALIASES = {"data.root": "--data-dir", "logger": "--log"}
 _BUILT_IN_OPTIONS = frozenset[str]().union(*map(option_names, OPTIONS.values()))
@@ -97,7 +97,8 @@ def parse_command_line(argv: Sequence[str], program: str = "python -m tal_fast.t
     Raises:
         ValueError: an unknown preset, option or value.
     """
-    words = [_hyphenated(word) for word in argv]
+    # Names of data sets are the user's own.
+    words = [word if word.startswith("--data.ood.") else with_hyphens(word) for word in argv]
     known, unknown = (parser := _parser(words, program)).parse_known_args(words)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
@@ -117,13 +118,6 @@ def parse_command_line(argv: Sequence[str], program: str = "python -m tal_fast.t
             value = {part: value}
         options = _merge(options, value)
     return Config.from_dict(merged(values, upgrade(options))).check(), bench
-
-
-def _hyphenated(word: str) -> str:
-    if not word.startswith("--") or word.startswith("--data.ood."):  # names of data sets are the user's own
-        return word
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
 
 
 class _Parser(argparse.ArgumentParser):

@@ -20,6 +20,7 @@ from tal_fast.config.parse import parse_yaml
 from tal_fast.evaluation.report import Report
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import SETTING_TITLES, mix_with_seed, nan_if_none
+from tal_fast.runs.folder import CONFIG_FILE
 
 _NOT_PART_OF_METHOD = ("seed", "output", "resume", "device", "threads", "progress", "eval_batch_size")
 """Options that runs of one group may differ in: apart from the seed they do not change what is trained."""
@@ -117,7 +118,7 @@ def read_method(run: str | Path) -> tuple[str | None, int | None]:
 
     The method is the configuration as text, without the seed and options that do not change what is trained.
     """
-    path = Path(run) / "config.yaml"
+    path = Path(run) / CONFIG_FILE
     if not path.is_file():
         return None, None
     try:

@@ -30,10 +30,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([_with_hyphens(word) for word in words], namespace)
+        return super().parse_known_args([with_hyphens(word) for word in words], namespace)
 
 
-def _with_hyphens(word: str) -> str:
+def with_hyphens(word: str) -> str:
+    """A word of the command line with hyphens in the option's name; other words are unchanged."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")
