@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, ClassVar, Literal
 
-from tal_fast.config.typed import check_at_least, check_positive, read
+from tal_fast.config.typed import check_at_least, check_positive, read, shown
 
 
 @dataclass
@@ -175,7 +175,7 @@ def read_options(method: str, kind: type, given: Mapping[str, Any]) -> Any:
     own = option_names(kind)
     given = {name: value for name, value in given.items() if name in own or name not in TAL_OPTIONS}
     if given and not own:
-        raise ValueError(f"method.options has {next(iter(given))!r} but {method} has no options of its own")
+        raise ValueError(f"method.options has {shown(next(iter(given)))} but {method} has no options of its own")
     return read(kind, given, "method.options")
 
 
@@ -194,8 +194,8 @@ def upgrade(values: dict[str, Any]) -> dict[str, Any]:
     for name in [name for name in method if name in TAL_OPTIONS]:
         if options.setdefault(name, method[name]) != method[name]:
             raise ValueError(
-                f"method.{name} is {method[name]!r} but method.options.{name} is {options[name]!r}; both name the same "
-                "option, so give one of them"
+                f"method.{name} is {shown(method[name])} but method.options.{name} is {shown(options[name])}; "
+                "both name the same option, so give one of them"
             )
     kept = {key: value for key, value in method.items() if key not in TAL_OPTIONS}
     return {**values, "method": {**kept, "options": options}}
