@@ -5,8 +5,9 @@ A test of a reader::
     @FUZZ
     @example(b"a file that failed once")
     @given(mutations(WHOLE))
-    def test_damaged_files(tmp_path_factory, content: bytes) -> None:
-        reads_or_refuses(read_npz, write(tmp_path / "x.npz", content))
+    def test_damaged_files(tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "x.npz").write_bytes(content)
+        reads_or_refuses(read_npz, tmp_path / "x.npz")
 """
 
 from __future__ import annotations
@@ -58,11 +59,10 @@ def mutations(draw: st.DrawFn, data: bytes) -> bytes:
 
 def reads_or_refuses(reader: Callable[[Path], Any], path: Path) -> bool:
     """Whether a reader takes a file; anything but a value or a ValueError of one line is a failure."""
+    message = None
     try:
         reader(path)
     except ValueError as error:
         message = str(error)
-        assert message.strip(), f"{type(error).__name__} without a message"
-        assert "\n" not in message, message
-        return False
-    return True
+    assert message is None or (message.strip() and "\n" not in message), repr(message)
+    return message is None
