@@ -1,0 +1,145 @@
+"""Every number that an evaluation reads back belongs to its own model, images and settings."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import tal_fast
+from tal_fast.evaluation import predictions
+from tal_fast.evaluation.predictions import Inference, PassOptions, model_hash, run_model
+from tal_fast.evaluation.train_typicalness import training_typicalness
+from tal_fast.runs.load import Run, load_run
+from tests.helpers.evaluation import make_run, record_passes
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """Two runs on the same images with other weights."""
+    folder = tmp_path_factory.mktemp("two")
+    first, second = (load_run(make_run(folder / f"seed-{seed}", seed=seed)) for seed in (0, 1))
+    return first, second
+
+
+def inference(run: Run, cache: Path, **options: Any) -> Inference:
+    return Inference(run.model, run.data, cache, PassOptions(batch_size=50, **options))
+
+
+def logits(run: Run, cache: Path, **options: Any) -> Any:
+    return inference(run, cache, **options).store("val").load().logits
+
+
+def in_the_midst(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
+    """Call ``action`` in the midst of the next pass of a model, after one of its batches."""
+    run = iter([True])
+
+    def interrupted(*args: Any) -> Any:
+        for number, batch in enumerate(run_model(*args)):
+            if number == 1 and next(run, False):
+                action()
+            yield batch
+
+    monkeypatch.setattr(predictions, "run_model", interrupted)
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_two_evaluations_with_one_cache_keep_their_own_outputs(
+    runs: tuple[Run, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    alone = [logits(run, tmp_path / f"alone-{i}") for i, run in enumerate(runs)]
+    shared = tmp_path / "shared"
+    second = inference(runs[1], shared)
+
+    def start_second() -> None:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) if killed else nullcontext():
+            if killed:
+                patch.setattr(predictions, "run_model", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+            second.store("val")
+
+    in_the_midst(monkeypatch, start_second)
+    first = inference(runs[0], shared).store("val")
+    np.testing.assert_array_equal(first.load().logits, alone[0])
+    np.testing.assert_array_equal(logits(runs[1], shared), alone[1])
+
+
+def test_a_shard_copied_from_another_cache_is_not_read(runs: tuple[Run, Run], tmp_path: Path) -> None:
+    theirs, ours = (inference(run, tmp_path / str(i)).store("val") for i, run in enumerate(runs))
+    before = ours.load().logits
+    (copied,) = theirs.folder.glob("*.npz")
+    (replaced,) = ours.folder.glob("*.npz")
+    shutil.copy(copied, replaced)
+    np.testing.assert_array_equal(logits(runs[1], tmp_path / "1"), before)
+
+
+class Scaled(nn.Module):
+    """Network with another forward pass and the same state."""
+
+    def __init__(self, model: nn.Module, padding: int) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(3, 1, padding)
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.model(self.pool(images))
+
+
+def test_whatever_the_outputs_depend_on_is_part_of_the_key(
+    runs: tuple[Run, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs[0]
+    passes = record_passes(monkeypatch)
+
+    def outputs(model: nn.Module = run.model, **options: Any) -> Any:
+        count = len(passes)
+        found = Inference(model, run.data, tmp_path / "cache", PassOptions(**options)).store("val").load().logits
+        return len(passes) > count, found
+
+    narrow, wide = Scaled(run.model, 0), Scaled(run.model, 1)
+    assert model_hash(narrow) != model_hash(wide)
+    assert outputs(narrow)[0]
+    computed, found = outputs(wide)
+    assert computed
+    assert np.abs(found - outputs(narrow)[1]).max() > 0
+    assert outputs()[0]
+    assert not outputs()[0]
+    assert outputs(amp="bfloat16")[0]
+    outputs()
+    for module, version in ((tal_fast, "__version__"), (torch, "__version__")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, version, "another")
+            assert outputs()[0]
+    outputs()
+    reversed_images = run.data.split("val").subset(np.arange(200)[::-1])
+    store = Inference(run.model, run.data, tmp_path / "cache").store("val", reversed_images)
+    np.testing.assert_allclose(store.load().logits, outputs()[1][::-1], rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_change_after_a_pass_get_a_pass_of_their_own(runs: tuple[Run, Run], tmp_path: Path) -> None:
+    run = load_run(runs[0].checkpoint.parents[1])
+    passes = inference(run, tmp_path)
+    before = passes.store("val").load().logits
+    with torch.no_grad():
+        next(run.model.parameters()).mul_(2)
+    assert np.abs(passes.store("val").load().logits - before).max() > 0
+
+
+def test_the_typicalness_of_another_model_is_not_read(runs: tuple[Run, Run], tmp_path: Path) -> None:
+    (first, second), cache = runs, tmp_path / "cache"
+    before = training_typicalness(second, tmp_path / "alone").distance
+    training_typicalness(first, cache)
+    np.testing.assert_array_equal(training_typicalness(second, cache).distance, before)
+    # Another network with this state and queue.
+    second = load_run(second.checkpoint.parents[1])
+    model = second.model
+    second.model = Scaled(model, 0)
+    training_typicalness(second, cache)
+    second.model = Scaled(model, 1)
+    assert np.abs(training_typicalness(second, cache).distance - before).max() > 0
