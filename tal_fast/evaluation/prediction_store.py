@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tal_fast.utils.arrays import Ints, open_npz
-from tal_fast.utils.io import lock, remove_leftovers, replacing, unlock
+from tal_fast.utils.io import alone_in, lock, remove_leftovers, replacing, unlock
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ SHARD_SECONDS = 60.0
 """Age at which a shard is written: an interrupted slow pass loses at most a minute."""
 KEY_LENGTH = 16
 """Characters of the key in the name of its folder."""
-_IN_USE, _PASS = "in-use.lock", "pass.lock"
+_IN_USE = "in-use.lock"
 
 
 @dataclass(frozen=True)
@@ -110,21 +110,13 @@ class OutputStore:
         for path in other._paths():
             (self.folder / path.name).symlink_to(path.resolve())
 
-    @contextlib.contextmanager
-    def only_pass(self, wait: bool = True) -> Iterator[None]:
+    def only_pass(self, wait: bool = True) -> contextlib.AbstractContextManager[None]:
         """Keep other processes from computing the same outputs; with ``wait``, first wait for one that does."""
-        with self._keeping():
-            handle = os.open(self.folder / _PASS, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            if lock(handle) is False and wait:
-                logger.warning(
-                    "another process computes the same outputs in %s; waiting for it (name another --cache to compute "
-                    "them at the same time)", self.folder,
-                )  # fmt: skip
-                lock(handle, wait=True)
-            yield
-        finally:
-            unlock(handle)
+        message = (
+            f"another process computes the same outputs in {self.folder}; waiting for it (name another --cache to "
+            "compute them at the same time)"
+        )
+        return alone_in(self.folder, message if wait else "")
 
     def missing(self) -> Ints:
         """Indices of the samples that no shard holds, ascending. Deletes shards that are damaged or of another key."""

@@ -94,9 +94,14 @@ def _widened(values: Tensor) -> Any:
 
 
 def model_hash(model: nn.Module) -> str:
-    """SHA-256 of a model: its layers with their settings, and the names, types, shapes and bytes of its state."""
+    """SHA-256 of a model: its layers with their settings, and its state."""
     # Networks may differ in their layers alone: timm's efficientnet_b0 and tf_efficientnet_b0 pad differently.
-    digest = hashlib.sha256(re.sub("0x[0-9a-f]+", "", str(model)).encode())
+    return cache_key(re.sub("0x[0-9a-f]+", "", str(model)), weights_hash(model))
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of a model's state: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -94,7 +94,10 @@ def training_typicalness(
 
     The cached result is valid for these weights, this queue and these images.
     """
-    queue = queue_of(checkpoint.load(run.checkpoint))
+    content = checkpoint.load(run.checkpoint)
+    if (content["epoch"], str(content["history"])) != (run.epoch, str(run.history)):
+        raise ValueError(f"{run.checkpoint} has changed since the evaluation began")
+    queue = queue_of(content)
     split = run.data.split("train-eval")
     key = cache_key(
         *code_versions(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ try:
     import fcntl
 except ImportError:  # not POSIX
     fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 # Read once, at import: reading the mask means setting it, which other threads would notice.
 UMASK = os.umask(0o022)
@@ -89,6 +92,25 @@ def lock(handle: int, *, shared: bool = False, wait: bool = False) -> bool | Non
     except OSError:
         return None
     return True
+
+
+@contextmanager
+def alone_in(folder: Path, waiting: str = "") -> Iterator[None]:
+    """Hold a kernel lock of a folder; first wait for the process that holds it, after logging the message ``waiting``.
+
+    Without a message there is no waiting; nor is there where there are no locks.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if lock(handle) is False and waiting:
+            logger.warning(waiting)
+            lock(handle, wait=True)
+        yield
+    finally:
+        unlock(handle)
 
 
 def unlock(handle: int) -> None:

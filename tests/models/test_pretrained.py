@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tal_fast import evaluate
 from tal_fast.config.schema import DataConfig, ModelConfig
-from tal_fast.evaluation.predictions import model_hash
+from tal_fast.evaluation.predictions import weights_hash
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sources import evaluate_weights
 from tal_fast.models import build_model, pretrained
@@ -54,7 +54,7 @@ def test_states_are_found_under_any_wrapper(tmp_path: Path, prefix: str, under: 
     content = state if under is None else {"epoch": 3, under: state, "optimizer": {"lr": 0.1}}
     torch.save(content, tmp_path / "weights.pth")
     loaded = load_weights(tmp_path / "weights.pth", SMALL, evaluation_data(DIGITS))
-    assert model_hash(loaded) == model_hash(model)
+    assert weights_hash(loaded) == weights_hash(model)
     assert not loaded.training
 
 
@@ -66,7 +66,7 @@ def test_averaged_models_and_safetensors(tmp_path: Path) -> None:
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     for name in ("swa.pt", "weights.safetensors"):
         loaded = load_weights(tmp_path / name, SMALL, evaluation_data(DIGITS))
-        assert model_hash(loaded) == model_hash(model), name
+        assert weights_hash(loaded) == weights_hash(model), name
 
 
 def test_layer_names_of_public_cifar_code(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_layer_names_of_public_cifar_code(tmp_path: Path) -> None:
     assert "layer1.0.conv1.weight" in foreign
     torch.save({"state_dict": prefixed(foreign, "module.")}, tmp_path / "released.pth")
     loaded = load_weights(tmp_path / "released.pth", config, evaluation_data(DIGITS))
-    assert model_hash(loaded) == model_hash(model)
+    assert weights_hash(loaded) == weights_hash(model)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_network_of_torchvision_and_one_of_timm(tmp_path: Path) -> None:
 def test_the_auxiliary_classifier_of_training_is_dropped(tmp_path: Path) -> None:
     model = network()
     torch.save({**model.state_dict(), "AuxLogits.fc.weight": torch.zeros(3, 3)}, tmp_path / "weights.pt")
-    assert model_hash(load_weights(tmp_path / "weights.pt", SMALL, evaluation_data(DIGITS))) == model_hash(model)
+    assert weights_hash(load_weights(tmp_path / "weights.pt", SMALL, evaluation_data(DIGITS))) == weights_hash(model)
 
 
 def changed(state: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Tensor]:

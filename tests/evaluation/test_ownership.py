@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,18 @@ import torch
 from torch import nn
 
 import tal_fast
-from tal_fast.evaluation import predictions
+from tal_fast import compare, html_report
+from tal_fast.evaluation import predictions, sources
+from tal_fast.evaluation.compare import read_method
+from tal_fast.evaluation.evaluation import read_evaluation
+from tal_fast.evaluation.galleries import find_galleries
 from tal_fast.evaluation.predictions import Inference, PassOptions, model_hash, run_model
+from tal_fast.evaluation.report import read_report
+from tal_fast.evaluation.sources import evaluate_npz
 from tal_fast.evaluation.train_typicalness import training_typicalness
 from tal_fast.runs.load import Run, load_run
-from tests.helpers.evaluation import make_run, record_passes
+from tests.helpers.compare import csv_rows, write_run
+from tests.helpers.evaluation import make_run, record_passes, write_npz
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +144,70 @@ def test_the_typicalness_of_another_model_is_not_read(runs: tuple[Run, Run], tmp
     before = training_typicalness(second, tmp_path / "alone").distance
     training_typicalness(first, cache)
     np.testing.assert_array_equal(training_typicalness(second, cache).distance, before)
-    # Another network with this state and queue.
+    # Other networks with one state and queue.
     second = load_run(second.checkpoint.parents[1])
-    model = second.model
-    second.model = Scaled(model, 0)
-    training_typicalness(second, cache)
-    second.model = Scaled(model, 1)
-    assert np.abs(training_typicalness(second, cache).distance - before).max() > 0
+    model, distances = second.model, []
+    for padding in (0, 1):
+        second.model = Scaled(model, padding)
+        distances.append(training_typicalness(second, cache).distance)
+    assert np.abs(distances[0] - distances[1]).max() > 0
+
+
+def test_a_queue_that_is_not_of_the_loaded_weights_is_refused(runs: tuple[Run, Run], tmp_path: Path) -> None:
+    run = load_run(make_run(tmp_path / "run"))
+    content = torch.load(run.checkpoint, weights_only=True)
+    torch.save({**content, "epoch": 8}, run.checkpoint)  # training went on
+    with pytest.raises(ValueError, match=r"best\.pt has changed since the evaluation began"):
+        training_typicalness(run, tmp_path)
+
+
+def test_samples_of_another_evaluation_with_the_same_counts_are_refused(
+    evaluated_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(evaluated_run / "report.json", tmp_path)
+    with np.load(evaluated_run / "samples.npz") as samples:
+        np.savez(tmp_path / "samples.npz", **{**samples, "id/msp": samples["id/msp"][::-1]})
+    with pytest.raises(ValueError, match="are of different evaluations; evaluate again"):
+        read_evaluation(tmp_path)
+    assert html_report.main([str(tmp_path)]) == 2
+    # In a comparison they give no intervals.
+    for method, seed in (("ce", 0), ("tal", 1), ("fmfp", 2)):
+        write_run(tmp_path / method, method, seed, 1.0)
+    arguments = [str(tmp_path / "ce"), str(tmp_path / "tal"), "--bootstrap", "10"]
+    assert csv_rows(arguments, capsys)["tal", "old_fd", "aurc"]["over"] == "images"
+    shutil.copy(tmp_path / "fmfp" / "samples.npz", tmp_path / "tal")
+    capsys.readouterr()
+    assert csv_rows(arguments, capsys)["tal", "old_fd", "aurc"]["over"] == ""
+    assert compare.main(arguments) == 0
+    assert f"samples.npz beside the report of {tmp_path / 'tal'} is of another evaluation" in capsys.readouterr().err
+
+
+def test_a_report_names_what_it_was_made_of(evaluated_run: Path, tmp_path: Path) -> None:
+    """A report stays its own when the checkpoint, the images or the configuration beside it change."""
+    run = tmp_path / "run"
+    shutil.copytree(evaluated_run, run)
+    assert find_galleries(read_evaluation(run), run).notes == ()
+    load_run(run).config.save(run / "config.yaml")
+    assert read_method(run, read_report(run)) == read_method(run)  # config.yaml and the report agree
+    (run / "config.yaml").write_text("seed: 7")
+    assert read_method(run, read_report(run))[1] == 0
+    evaluation = read_evaluation(run)
+    identity = {**evaluation.samples.identity, "val": "0" * 64 + " without 3, seed 0"}
+    other = replace(evaluation, samples=replace(evaluation.samples, identity=identity))
+    assert find_galleries(other, run).notes == ("No images: the images of val have changed since the evaluation.",)
+    make_run(run, seed=5)
+    (note,) = find_galleries(evaluation, run).notes
+    assert note == f"No images: {run / 'checkpoints' / 'best.pt'} has changed since the evaluation; evaluate it again."
+
+
+def test_pages_of_an_earlier_evaluation_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    path, folder = write_npz(tmp_path / "outputs.npz"), tmp_path / "outputs-report"
+    evaluate_npz(path)
+    assert (folder / "report.html").exists()
+    monkeypatch.setattr(sources, "add_galleries", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_npz(path)
+    assert {path.name for path in folder.iterdir()} == {"report.json", "samples.npz"}
