@@ -72,8 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out is not None:
             from tal_fast.utils.io import replacing
 
-            with replacing(args.out) as temporary:
-                temporary.write_text(text + "\n", encoding="utf-8")
+            try:
+                with replacing(args.out) as temporary:
+                    temporary.write_text(text + "\n", encoding="utf-8")
+            except OSError:
+                print(text)  # what was computed is not lost
+                raise
             return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +25,7 @@ from tal_fast.models.features import last_layer
 from tal_fast.models.pretrained import PRETRAINED, evaluation_data, load_weights
 from tal_fast.runs.load import Run, load_run
 from tal_fast.scores.features import Training, training_needed
-from tal_fast.utils.distributed import Ranks
-from tal_fast.utils.io import alone_in
+from tal_fast.utils.io import alone_in, check_writable
 
 
 def evaluate_run(
@@ -68,7 +66,7 @@ def evaluate_run(
         "score": run.score, "weights_sha256": weights_hash(run.model), "config": run.config.to_dict(),
     }  # fmt: skip
     output = run_dir if output is None else output
-    _check_output(output, passes.ranks)
+    passes.ranks.on_main(lambda: check_writable(output))
     inference = Inference(run.model, run.data, cache, passes)
     evaluation = _evaluate_model(inference, ood or {}, shifts or {}, options, provenance)
     if evaluation is None:
@@ -107,7 +105,7 @@ def evaluate_weights(
         "images": _preprocessing(bundle),
     }  # fmt: skip
     passes = passes or PassOptions()
-    _check_output(output, passes.ranks)
+    passes.ranks.on_main(lambda: check_writable(output))
     inference = Inference(network, bundle, Path(output) / CACHE if cache is None else cache, passes)
     evaluation = _evaluate_model(inference, ood or {}, shifts or {}, options or EvaluationOptions(), provenance)
     return None if evaluation is None else _write(evaluation, output)
@@ -119,7 +117,7 @@ def evaluate_npz(
     """Evaluate saved outputs of any model, see ``tal_fast.evaluation.npz``, and write their report."""
     inputs = read_npz(path)
     output = default_output(path) if output is None else output
-    _check_output(output)
+    check_writable(output)
     return _write(evaluate_outputs(inputs, options, {"npz": str(path)}), output)
 
 
@@ -141,21 +139,6 @@ def _write(evaluation: Evaluation, output: str | Path, run: Run | None = None, *
         write_plots(evaluation, folder)
         write_html(evaluation, folder)
     return evaluation
-
-
-def _check_output(output: str | Path, ranks: Ranks | None = None) -> None:
-    """Raise a ValueError on every rank, before the passes, unless files can be written to a folder, which is made."""
-
-    def check() -> None:
-        try:
-            Path(output).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=output).close()
-        except OSError as error:
-            raise ValueError(
-                f"the report cannot be written to {output} ({error.strerror}); name another folder with --output"
-            ) from None
-
-    check() if ranks is None else ranks.on_main(check)
 
 
 def _preprocessing(data: DataBundle) -> dict[str, Any]:

@@ -59,6 +59,18 @@ def replacing(path: str | os.PathLike[str], keep: Path | None = None) -> Iterato
     _sync_folder(target.parent)
 
 
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Raise a ValueError unless files can be written to a folder, or to the one that it would be made in."""
+    path = Path(folder).absolute()
+    try:
+        with tempfile.TemporaryFile(dir=next(p for p in (path, *path.parents) if p.exists())) as file:
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        raise ValueError(
+            f"files cannot be written to {folder} ({error.strerror}); name another folder with --output"
+        ) from None
+
+
 def _create_temporary(target: Path) -> tuple[int, Path]:
     """Create the temporary file of a target; its descriptor, which holds a lock while this process lives, and path."""
     remove_leftovers(target.parent, f".{glob.escape(target.stem)}-", glob.escape(target.suffix))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,6 +19,7 @@ from torch import nn
 import tal_fast
 from tal_fast import compare, html_report
 from tal_fast.evaluation import predictions, sources
+from tal_fast.evaluation.calibrate_command import calibrate_run
 from tal_fast.evaluation.compare import read_method
 from tal_fast.evaluation.evaluation import read_evaluation
 from tal_fast.evaluation.galleries import find_galleries
@@ -211,3 +214,32 @@ def test_pages_of_an_earlier_evaluation_do_not_stay(tmp_path: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         evaluate_npz(path)
     assert {path.name for path in folder.iterdir()} == {"report.json", "samples.npz"}
+
+
+def test_calibrated_files_are_of_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def calibrated(seed: int) -> dict[str, Any]:
+        about = calibrate_run(make_run(tmp_path / str(seed), "ce", seed=seed), tmp_path / "out", risk=0.99, share=1.0)
+        assert about["sha256"] == {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "out").glob("selective.*")
+        }
+        return about
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise RuntimeError("unsupported")
+
+    def killed(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    first = calibrated(0)
+    assert list(first["sha256"]) == ["selective.pt", "selective.pt2"]
+    monkeypatch.setattr(torch.export, "export", refuse)
+    with pytest.raises(ValueError, match=r"torch\.export cannot take the model"):
+        calibrated(1)
+    # The program of the first model does not stay beside the second model's threshold.
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"selective.pt", "threshold.json"}
+    about = json.loads((tmp_path / "out" / "threshold.json").read_text())
+    assert about["weights_sha256"] != first["weights_sha256"]
+    monkeypatch.setattr(torch.export, "export", killed)
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(0)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"selective.pt"}
