@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import logging
 import os
@@ -47,8 +48,13 @@ def replacing(path: str | os.PathLike[str], keep: Path | None = None) -> Iterato
         if keep is not None and target.exists():
             os.replace(target, keep)
         os.replace(temporary, target)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        # torch.save says of a disk that takes no more only where in the file it was.
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, or the disk fails", str(target)) from error
     except OSError as error:
-        if error.filename is None or str(error.filename).startswith(str(temporary)):
+        if error.errno and (error.filename is None or str(error.filename).startswith(str(temporary))):
             error.filename = str(target)  # writing names no file, and the temporary file's name means nothing to a user
         raise
     finally:
