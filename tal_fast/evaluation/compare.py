@@ -113,15 +113,18 @@ def judging_score(report: Report, name: str, score: str | None = None) -> str:
     return chosen
 
 
-def read_method(run: str | Path) -> tuple[str | None, int | None]:
-    """Method and seed of a run, from its ``config.yaml``; None twice without one.
+def read_method(run: str | Path, report: Report | None = None) -> tuple[str | None, int | None]:
+    """Method and seed of a run, from its report, else from its ``config.yaml``; None twice without either.
 
     The method is the configuration as text, without the seed and options that do not change what is trained.
     """
     path = Path(run) / CONFIG_FILE
-    if not path.is_file():
+    if report is not None and "config" in report:
+        config: dict[str, Any] = report["config"]  # the folder may hold another run by now
+    elif not path.is_file():
         return None, None
-    config = read_yaml(path)
+    else:
+        config = read_yaml(path)
     method = {key: value for key, value in config.items() if key not in _NOT_PART_OF_METHOD}
     return json.dumps(method, sort_keys=True), config.get("seed")
 
