@@ -120,7 +120,7 @@ def read_method(run: str | Path, report: Report | None = None) -> tuple[str | No
     """
     path = Path(run) / CONFIG_FILE
     if report is not None and "config" in report:
-        config: dict[str, Any] = report["config"]  # the folder may hold another run by now
+        config = report["config"]  # the folder may hold another run by now
     elif not path.is_file():
         return None, None
     else:
