@@ -6,18 +6,27 @@ reads both, those of version 0.1.0 too. The first sentence about each attribute 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from tal_fast import __version__
 from tal_fast.config.methods import OPTIONS, method_names, read_options, upgrade
 from tal_fast.config.typed import check_at_least, check_positive, read, to_plain
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+
+OWN_OF_A_RANK = frozenset({
+    "output", "device", "threads", "progress", "logger", "data.root", "data.ood", "data.file_list", "data.workers",
+    "method.options.outliers",
+})  # fmt: skip
+"""Options that the ranks of one run may differ in: folders and resources of their machines."""
 
 
 @dataclass
@@ -313,6 +322,25 @@ class Config:
         """
         return read(Config, upgrade(values), "")
 
+    def flat(self) -> dict[str, Any]:
+        """Dotted name -> plain value of every option, such as ``method.options.t_min``; ``data.ood`` is one option."""
+        return _flatten(self.to_dict())
+
+    def digest(self) -> str:
+        """SHA-256 of the options that all ranks of a run must share, and of the package's version, as hexadecimal."""
+        shared = {name: value for name, value in self.flat().items() if name not in OWN_OF_A_RANK}
+        return hashlib.sha256(json.dumps([__version__, shared], sort_keys=True, default=str).encode()).hexdigest()
+
     def save(self, path: Path) -> None:
         """Write the configuration as YAML."""
         path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and key != "ood":
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

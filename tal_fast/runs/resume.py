@@ -115,17 +115,6 @@ def changed_conditions(saved: dict[str, Any], world_size: int, train_images: int
 
 def _all_options(config: Config) -> dict[str, Any]:
     """Dotted name -> value of all options, with the defaults of the method's own."""
-    values = config.to_dict()
-    name = config.method.name
-    values["method"]["options"] = asdict(read_options(name, method_class(name).Options, config.method.options))
-    return _flatten(values)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and key != "ood":
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+    name, flat = config.method.name, config.flat()
+    own = asdict(read_options(name, method_class(name).Options, config.method.options))
+    return {**flat, **{f"method.options.{option}": value for option, value in own.items()}}
