@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tal_fast.config.names import METRICS, UNITS
 from tal_fast.utils.arguments import ArgumentParser, at_least
-from tal_fast.utils.process import program_name
+from tal_fast.utils.process import program_name, report_mistake
 
 DEFAULT_METRICS = ("aurc", "auroc", "fpr95")
 
@@ -65,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 temporary.write_text(text + "\n", encoding="utf-8")
             return 0
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_mistake(error)
     print(text)
     return 0
 

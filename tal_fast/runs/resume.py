@@ -12,7 +12,7 @@ from tal_fast.config.methods import read_options
 from tal_fast.config.schema import Config
 from tal_fast.methods import method_class
 from tal_fast.runs import checkpoint
-from tal_fast.runs.folder import CONFIG_FILE, METRICS_FILE
+from tal_fast.runs.folder import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ MAY_DIFFER = {
     "eval_batch_size",
     "device",
     "threads",
+    "rank_timeout",
     "progress",
     "checkpoint_every_steps",
     "keep_every_epochs",
@@ -54,7 +55,8 @@ def find_checkpoint(config: Config) -> tuple[dict[str, Any], Path] | None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is a file; name a folder")
     folder = output / checkpoint.FOLDER
-    holds_run = checkpoint.exists(folder) or any((output / name).exists() for name in (CONFIG_FILE, METRICS_FILE))
+    # config.yaml alone is of a run that failed or was killed before it saved anything.
+    holds_run = checkpoint.exists(folder) or (output / METRICS_FILE).exists()
     # torchrun restarts a failed run with the same command line (--max-restarts).
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     resume = "auto" if config.resume == "never" and restarted else config.resume

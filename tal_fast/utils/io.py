@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -27,11 +28,12 @@ def replacing(path: str | os.PathLike[str], keep: Path | None = None) -> Iterato
         keep: where a file already at ``path`` is moved; ``path`` or ``keep`` is complete at any time.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = target.parent / f".{target.stem}-"
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=temporary.name, suffix=target.suffix, dir=target.parent)
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -39,8 +41,18 @@ def replacing(path: str | os.PathLike[str], keep: Path | None = None) -> Iterato
         if keep is not None and target.exists():
             os.replace(target, keep)
         os.replace(temporary, target)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        # torch.save says of a disk that takes no more only where in the file it was.
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, or the disk fails", str(target)) from error
+    except OSError as error:
+        if error.errno and (error.filename is None or str(error.filename).startswith(str(temporary))):
+            error.filename = str(target)  # writing names no file, and the temporary file's name means nothing to a user
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)
 
 
