@@ -245,6 +245,8 @@ class Config:
         device: ``auto`` takes a GPU if there is one.
         threads: PyTorch threads on the CPU; by default PyTorch's choice. Small networks are as fast with one, and then
             give the same numbers however many cores a machine has.
+        rank_timeout: seconds after which a rank that waits for another in training ends with exit code 75 and names it.
+            Before the first step they wait for 30 minutes.
         precision: precision of the network under autocast; weights and the loss are always float32. ``auto`` is
             bfloat16 on GPUs that have it, float16 with a gradient scaler on older ones, float32 on the CPU.
         cuda_graphs: replay forward, backward and update as one CUDA graph, on one GPU and not with float16.
@@ -269,6 +271,7 @@ class Config:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
+    rank_timeout: float = 300.0
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     cuda_graphs: bool = False
     checkpoint_every_steps: int | None = None
@@ -288,6 +291,7 @@ class Config:
         ):  # fmt: skip
             check_at_least(name, getattr(self, name), 1)
         check_at_least("seed", self.seed, 0)
+        check_positive("rank_timeout", self.rank_timeout)
         starts = [epoch for epoch, _ in self.image_sizes]
         if starts and (starts[0] != 0 or starts != sorted(set(starts)) or min(s for _, s in self.image_sizes) < 1):
             raise ValueError(

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -128,8 +129,9 @@ class Folder:
         except OSError as error:
             os.close(handle)
             raise ValueError(f"{self.path / LOCK} cannot be locked ({error}); choose another disk") from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{platform.node()}, process {os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # on a full disk the lock holds, without saying whose it is
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{platform.node()}, process {os.getpid()}\n".encode(), 0)
         return handle
 
     def holder(self) -> str:

@@ -12,7 +12,7 @@ from tal_fast.config.methods import read_options
 from tal_fast.config.schema import Config
 from tal_fast.methods import method_class
 from tal_fast.runs import checkpoint
-from tal_fast.runs.folder import CONFIG_FILE, METRICS_FILE
+from tal_fast.runs.folder import METRICS_FILE
 from tal_fast.utils.locks import FolderLock
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ MAY_DIFFER = {
     "eval_batch_size",
     "device",
     "threads",
+    "rank_timeout",
     "progress",
     "checkpoint_every_steps",
     "keep_every_epochs",
@@ -95,9 +96,8 @@ def find_checkpoint(config: Config, lock: FolderLock | None = None) -> tuple[dic
 
 
 def holds_run(output: Path) -> bool:
-    """Whether a folder holds files of a run."""
-    names = (CONFIG_FILE, METRICS_FILE)
-    return checkpoint.exists(output / checkpoint.FOLDER) or any((output / name).exists() for name in names)
+    """Whether a folder holds results of a run; config.yaml alone is of one that ended before it saved anything."""
+    return checkpoint.exists(output / checkpoint.FOLDER) or (output / METRICS_FILE).exists()
 
 
 def refuse_existing_run(output: Path) -> None:

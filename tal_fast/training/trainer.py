@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tal_fast.config.schema import Config, DataConfig
+from tal_fast.config.schema import OWN_OF_A_RANK, Config, DataConfig
 from tal_fast.data import build_data
 from tal_fast.data.image_folder import UnreadableImage
 from tal_fast.runs import checkpoint
@@ -33,6 +33,7 @@ from tal_fast.training.train_step import TrainStep, Update
 from tal_fast.training.validation import Validator
 from tal_fast.training.weight_averaging import STATISTICS_IMAGES
 from tal_fast.utils.distributed import Ranks
+from tal_fast.utils.environment import code_digest
 from tal_fast.utils.io import replacing
 from tal_fast.utils.locks import FolderLock
 from tal_fast.utils.rng import seed_all
@@ -71,6 +72,8 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks | None = None, stop: StopRequest | None = None) -> None:
         self.config = config.check()
         self.ranks = ranks or Ranks.start(config.device)
+        shared = {name: value for name, value in config.flat().items() if name not in OWN_OF_A_RANK}
+        self.ranks.check_same({**shared, "torch": torch.__version__, "the code of tal_fast": code_digest()})
         device = self.ranks.device
         self.runtime = Runtime.resolve(config, device, self.ranks.world_size)
         loggers.check_installed(config.logger)
@@ -94,6 +97,7 @@ class Trainer:
         self.network, self.method = self.state.network, self.state.method
         batch_size = config.batch_size // self.ranks.world_size
         self.batches = TrainingBatches(config, self.data, self.method.outliers, batch_size, options)
+        self.ranks.check_same({**data_shape(self.data, self.batches.num_images), "data.loader": self.data.loader_name})
         val_loader = self.data.loader("val", batch_size=config.eval_batch_size, **options)
         self._validator = Validator(
             val_loader, config.eval_batch_size, self.data.num_classes, self.method, self.runtime, self.ranks
@@ -216,6 +220,8 @@ class Trainer:
                 self._profiler.before_step()
                 self.train_step(batch, rate)
                 state.step += 1
+                if state.step == first + 1:  # compiled by now
+                    self.ranks.limit_waiting(config.rank_timeout)
                 trace = self._profiler.after_step()
                 if trace is not None:
                     self._info(f"profile: {trace} (chrome://tracing or ui.perfetto.dev show it)")

@@ -44,19 +44,14 @@ class FolderLock:
         Where the file system has no locks, a warning says so.
 
         Raises:
-            ValueError: another process holds the lock, or the folder cannot be written.
+            ValueError: another process holds the lock.
+            OSError: the folder cannot be written.
         """
         key = os.path.realpath(self._path)
         with _guard:
             if key not in _held:
-                try:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    handle = self._lock(wait)
-                except OSError as error:
-                    raise ValueError(
-                        f"{self.folder} cannot be written ({error.strerror}); name another folder"
-                    ) from None
-                _held[key] = handle, []
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _held[key] = self._lock(wait), []
             if self not in _held[key][1]:
                 _held[key][1].append(self)
 

@@ -52,7 +52,7 @@ def test_a_path_resumes_into_the_same_or_an_empty_folder(tmp_path: Path) -> None
         find_checkpoint(config(tmp_path / "c", resume="/nowhere"))
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.csv", "checkpoints/last.pt"])
+@pytest.mark.parametrize("name", ["metrics.csv", "checkpoints/last.pt"])
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path, name: str) -> None:
     assert find_checkpoint(config(tmp_path / "run")) is None
     (tmp_path / "run" / name).parent.mkdir(parents=True)
