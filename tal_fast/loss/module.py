@@ -110,6 +110,10 @@ class TALLoss(nn.Module):
         self.backend = dispatch.check_name(backend)
         self.queue = FeatureQueue(queue_size, backend=backend)
 
+    def reset_parameters(self) -> None:
+        """Empty the queue, whatever its memory holds."""
+        self.queue.reset_parameters()
+
     def extra_repr(self) -> str:
         return f"{self.options}, queue_scope={self.queue_scope!r}, backend={self.backend!r}"
 
@@ -225,7 +229,9 @@ class TALLoss(nn.Module):
         self.queue.flush()
         ring, group = self.queue.ring, self.process_group
         backend = dispatch.for_loss(self.backend, logits.device)
-        combine = partial(collectives.combine_summaries, group=group) if self._acts_as_one() else None
+        combine = None
+        if self._acts_as_one():
+            combine = partial(collectives.combine_summaries, rows=len(labels), group=group)
         result = step_in_parts(
             logits, features, labels, ring, self.options,
             backend=backend, warmup=warmup, class_group=self.class_group, combine=combine, direct=direct,
@@ -243,7 +249,7 @@ class TALLoss(nn.Module):
     def _check(self, logits: Tensor, features: Tensor, labels: Tensor) -> None:
         check_inputs(logits, features, labels, self.options.ignore_index, class_sharded=self.class_group is not None)
         if self.queue.device != logits.device:
+            move = f".{'to_empty(device=' if self.queue.device.type == 'meta' else 'to('}{str(logits.device)!r})"
             raise ValueError(
-                f"the queue is on {self.queue.device} but the logits are on {logits.device}; "
-                f"move the loss with .to({str(logits.device)!r})"
+                f"the queue is on {self.queue.device} but the logits are on {logits.device}; move the loss with {move}"
             )

@@ -344,3 +344,39 @@ def test_single_row_is_typical(backend: str) -> None:
     logits, features, labels = random_batch(1, 10)
     _, _, stats = run_step(backend, logits, features, labels)
     assert stats.typicalness.item() == 1
+
+
+HUGE = {torch.float32: 1e20, torch.bfloat16: 1e20, torch.float64: 1e170}
+
+
+@every_variant
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("dtype", "size"), [*HUGE.items(), (torch.float32, 1e35), (torch.float32, 1e16)], ids=str)
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
+def test_huge_logits_have_a_direction(
+    backend: str, dtype: torch.dtype, size: float, smoothing: float, variant: str
+) -> None:
+    """Squares of the logits overflow, the norm does not: the direction loss is that of smaller logits."""
+    logits, features, labels = random_batch(6, 40)
+    labels[:4] = logits[:4].argmax(1)
+    logits = logits.to(dtype)
+    given = {"variant": variant, "label_smoothing": smoothing, "warmup": True}  # w = 1: the direction loss alone
+    loss, grad, stats = run_step(backend, logits * size, features, labels, **given)
+    scaled = (logits * size).double() / size  # rounded as the logits were
+    small_loss, small_grad, small = run_step("reference", 1e12 * scaled, features, labels, **given)  # no trace of 1e-7
+    tol = TOLERANCE.get(dtype, 1e-10)
+    assert relative(loss, small_loss) <= tol
+    assert relative(grad.double() * size, small_grad * 1e12) <= tol
+    assert torch.equal(stats.accepted, small.accepted)
+    assert stats.accepted.sum() >= 4
+
+
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
+def test_huge_logits_of_both_losses(backend: str) -> None:
+    logits, features, labels = random_batch(6, 40)
+    logits *= 1e20
+    loss, grad, stats = run_step(backend, logits, features, labels, label_smoothing=0.1)
+    assert (stats.weight < 1).any()
+    want_loss, want_grad = exact(logits, labels, stats.typicalness, label_smoothing=0.1)
+    assert relative(loss, want_loss) <= 1e-5
+    assert relative(grad, want_grad) <= 1e-5
