@@ -32,12 +32,14 @@ SMALL = (
     "--config digits-ce --data.loader torch --data.workers 0 --data.image-size 8 --data.train-limit 300 "
     "--model.width 8 --epochs 2 --batch-size 32 --seed 1 --optim.lr 0.05"
 )
-TAL = "--method.queue-size 150 --method.t-min 5 --method.t-max 80 --method.backend"
+TAL = "--method.queue-size 150 --method.t-min 5 --method.t-max 80 --method.confidence-threshold 0 --method.backend"
+"""Options of TAL; the threshold is what 0.1.0 and 0.2.0 have by default in both variants."""
+
 METHODS = {
     "ce": "--method.name ce --method.label-smoothing 0.1",
     "tal-paper": f"--method.name tal --method.variant paper --method.warmup-epochs 1 {TAL} native",
     "tal-released": f"--method.name tal --method.variant released --method.t-wrong null {TAL} native",
-    "tal-reference": f"--method.name tal --method.confidence-threshold 0.2 {TAL} reference",
+    "tal-reference": f"--method.name tal {TAL} reference --method.confidence-threshold 0.2",
     "tal-bfloat16": f"--method.name tal --precision bfloat16 --method.queue-scope global {TAL} auto",
     "logitnorm": "--method.name logitnorm --method.options.tau 0.1",
     "crl": "--method.name crl --method.options.weight 0.5",

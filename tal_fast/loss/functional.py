@@ -30,7 +30,7 @@ def tal_loss(
     t_min: float = 10.0,
     t_max: float = 100.0,
     t_wrong: float | None = 20.0,
-    confidence_threshold: float = 0.0,
+    confidence_threshold: float | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     warmup: bool = False,
@@ -69,7 +69,16 @@ def tal_loss(
         >>> loss.shape, stats.typicalness.shape
         (torch.Size([]), torch.Size([32]))
     """
-    options = LossOptions(variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing, inplace)
+    options = LossOptions(
+        variant,
+        t_min,
+        t_max,
+        t_wrong,
+        confidence_threshold,
+        ignore_index,
+        label_smoothing,
+        inplace,  # type: ignore[arg-type]
+    )
     check_inputs(logits, features, labels, ignore_index, class_sharded=class_group is not None)
     if queue_mean.dim() != 1 or queue_mean.shape != queue_std.shape:
         raise ValueError(

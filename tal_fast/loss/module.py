@@ -33,7 +33,8 @@ class TALLoss(nn.Module):
         queue_size: Number of past samples kept. The authors' code has 880,880 for ImageNet and 30,000 for CIFAR-100.
         t_min, t_max: Temperatures of the most and of the least typical sample of a batch; 0 < t_min <= t_max.
         t_wrong: Temperature of misclassified samples; None gives them that of their typicalness.
-        confidence_threshold: Cosine confidence in [-1, 1] above which a correct sample enters the queue.
+        confidence_threshold: Cosine confidence in [-1, 1] above which a correct sample enters the queue. None is the
+            variant's own: -1 for ``"paper"``, every correct sample, and 0 for ``"released"``.
         ignore_index: Label of the rows that have no loss and no part in any statistic.
         label_smoothing: ε in [0, 1], in both cross-entropies.
         queue_scope: ``"local"``: each rank of a distributed run has its own queue and batch statistics, as in the
@@ -77,7 +78,7 @@ class TALLoss(nn.Module):
         t_min: float = 10.0,
         t_max: float = 100.0,
         t_wrong: float | None = 20.0,
-        confidence_threshold: float = 0.0,
+        confidence_threshold: float | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         queue_scope: Literal["local", "global"] = "local",
@@ -92,7 +93,7 @@ class TALLoss(nn.Module):
             float(t_min),
             float(t_max),
             None if t_wrong is None else float(t_wrong),
-            float(confidence_threshold),
+            confidence_threshold,  # type: ignore[arg-type]  # None is replaced
             int(ignore_index),
             float(label_smoothing),
             bool(inplace),

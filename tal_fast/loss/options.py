@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tal_fast.config.methods import OWN_THRESHOLD
+
 CHECK_LABELS_ON_GPU = os.environ.get("TAL_FAST_DEBUG") == "1"
 """Whether to check the labels' range on GPUs too, where every check waits for the device."""
 
@@ -20,7 +22,7 @@ class LossOptions:
     t_min: float = 10.0
     t_max: float = 100.0
     t_wrong: float | None = 20.0
-    confidence_threshold: float = 0.0
+    confidence_threshold: float = None  # type: ignore[assignment]  # None becomes the variant's own
     ignore_index: int = -100
     label_smoothing: float = 0.0
     inplace: bool = False
@@ -28,6 +30,8 @@ class LossOptions:
     def __post_init__(self) -> None:
         if self.variant not in ("paper", "released"):
             raise ValueError(f"variant is {self.variant!r}; use 'paper' or 'released'")
+        if self.confidence_threshold is None:
+            object.__setattr__(self, "confidence_threshold", OWN_THRESHOLD[self.variant])
         if not 0 < self.t_min <= self.t_max < float("inf"):
             raise ValueError(
                 f"temperatures are t_min={self.t_min}, t_max={self.t_max}; they must satisfy 0 < t_min <= t_max"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tal_fast.config.methods import read_options
+from tal_fast.config.methods import option_values, read_options
 from tal_fast.config.schema import Config
 from tal_fast.methods import method_class
 from tal_fast.runs import checkpoint
@@ -117,7 +116,7 @@ def _all_options(config: Config) -> dict[str, Any]:
     """Dotted name -> value of all options, with the defaults of the method's own."""
     values = config.to_dict()
     name = config.method.name
-    values["method"]["options"] = asdict(read_options(name, method_class(name).Options, config.method.options))
+    values["method"]["options"] = option_values(read_options(name, method_class(name).Options, config.method.options))
     return _flatten(values)
 
 
