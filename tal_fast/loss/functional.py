@@ -69,16 +69,7 @@ def tal_loss(
         >>> loss.shape, stats.typicalness.shape
         (torch.Size([]), torch.Size([32]))
     """
-    options = LossOptions(
-        variant,
-        t_min,
-        t_max,
-        t_wrong,
-        confidence_threshold,
-        ignore_index,
-        label_smoothing,
-        inplace,  # type: ignore[arg-type]
-    )
+    options = LossOptions(variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing, inplace)
     check_inputs(logits, features, labels, ignore_index, class_sharded=class_group is not None)
     if queue_mean.dim() != 1 or queue_mean.shape != queue_std.shape:
         raise ValueError(

@@ -15,6 +15,7 @@ from tal_fast.loss.functional import StepResult, step_in_parts
 from tal_fast.loss.options import LossOptions, check_inputs
 from tal_fast.loss.queue import FeatureQueue
 from tal_fast.loss.reference import TALStats
+from tal_fast.loss.watch import QueueWatch
 
 
 class TALLoss(nn.Module):
@@ -54,6 +55,8 @@ class TALLoss(nn.Module):
 
     Attributes:
         queue: ``FeatureQueue`` of past samples.
+        watch: warns once, by a RuntimeWarning, when most correct samples stay out of the queue or when it has stood
+            still for 500 training steps; None to be silent. Inactive under ``torch.compile``.
 
     Raises:
         ValueError: If an option is out of its range.
@@ -93,7 +96,7 @@ class TALLoss(nn.Module):
             float(t_min),
             float(t_max),
             None if t_wrong is None else float(t_wrong),
-            confidence_threshold,  # type: ignore[arg-type]  # None is replaced
+            confidence_threshold,
             int(ignore_index),
             float(label_smoothing),
             bool(inplace),
@@ -110,6 +113,7 @@ class TALLoss(nn.Module):
         self.process_group = process_group
         self.backend = dispatch.check_name(backend)
         self.queue = FeatureQueue(queue_size, backend=backend)
+        self.watch: QueueWatch | None = QueueWatch()
 
     def extra_repr(self) -> str:
         return f"{self.options}, queue_scope={self.queue_scope!r}, backend={self.backend!r}"
@@ -160,6 +164,7 @@ class TALLoss(nn.Module):
         else:
             result = self._in_parts(logits, features, labels, warmup, push, direct=False)
             loss, stats = result.loss, result.stats
+        self._look(stats, push)
         return (loss, stats) if return_stats else loss
 
     def loss_and_gradient(
@@ -187,10 +192,16 @@ class TALLoss(nn.Module):
         """
         if self._runs_in_one_call(logits):
             loss, gradient, stats = self._in_one_call(logits, features, labels, warmup, push, direct=True)
+            self._look(stats, push)
             return loss, gradient, stats
         result = self._in_parts(logits, features, labels, warmup, push, direct=True)
         assert result.gradient is not None
+        self._look(result.stats, push)
         return result.loss, result.gradient, result.stats
+
+    def _look(self, stats: TALStats, push: bool) -> None:
+        if not torch.compiler.is_compiling() and self.watch is not None and push and self.training:
+            self.watch.step(stats, self._modules["queue"], self.options.confidence_threshold)  # type: ignore[arg-type]
 
     def _acts_as_one(self) -> bool:
         """Whether several ranks act as one with the whole batch."""
