@@ -33,9 +33,9 @@ class TALLoss(nn.Module):
             code, averages both over the batch first and weights them by the mean typicalness.
         queue_size: Number of past samples kept. The authors' code has 880,880 for ImageNet and 30,000 for CIFAR-100.
         t_min, t_max: Temperatures of the most and of the least typical sample of a batch; 0 < t_min <= t_max. The
-            defaults, that of t_wrong too, are the paper's, for 100 and 1,000 classes, so that its results can be repeated.
-            For about ten classes 5, 20 and t_wrong=10 are better (docs/results.md); the gradient, which grows with the
-            temperature, is then half as large at first.
+            defaults, and that of t_wrong, are the paper's, for 100 and 1,000 classes, so that its results can be
+            repeated. For about ten classes 5, 20 and t_wrong=10 do better (docs/results.md); the gradient, which grows
+            with the temperature, is then half as large at first.
         t_wrong: Temperature of misclassified samples; None gives them that of their typicalness.
         confidence_threshold: Cosine confidence in [-1, 1] above which a correct sample enters the queue. None is the
             variant's own: -1 for ``"paper"``, every correct sample, and 0 for ``"released"``.
