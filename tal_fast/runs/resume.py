@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tal_fast.config.methods import read_options
+from tal_fast.config.methods import option_values, read_options
 from tal_fast.config.schema import Config
 from tal_fast.methods import method_class
 from tal_fast.runs import checkpoint
@@ -138,5 +137,5 @@ def changed_conditions(saved: dict[str, Any], world_size: int, train_images: int
 def _all_options(config: Config) -> dict[str, Any]:
     """Dotted name -> value of all options, with the defaults of the method's own."""
     name, flat = config.method.name, config.flat()
-    own = asdict(read_options(name, method_class(name).Options, config.method.options))
+    own = option_values(read_options(name, method_class(name).Options, config.method.options))
     return {**flat, **{f"method.options.{option}": value for option, value in own.items()}}

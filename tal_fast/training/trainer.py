@@ -118,6 +118,7 @@ class Trainer:
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")  # TF32 where the network is not under autocast
         self._unreadable: set[str] = set()  # files reported so far
+        self._warned = False  # whether the method's warning has been shown
         self._writer = checkpoint.Writer(self.output / checkpoint.FOLDER)
         self._stop = stop or StopRequest()
         self._loggers: loggers.Loggers | None = None
@@ -254,6 +255,10 @@ class Trainer:
             "data_wait": waited / seconds,
             "unreadable": unreadable,
         }
+        warning = self.method.warning(columns)
+        if warning and not self._warned and self.ranks.is_main:
+            self._warned = True
+            logger.warning("%s", warning)
         return columns, histograms
 
     def _update_average(self, epoch: int) -> None:

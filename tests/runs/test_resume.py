@@ -117,6 +117,11 @@ def test_another_configuration_is_refused_by_the_options_that_differ(tmp_path: P
     [
         ({"eval_batch_size": 7, "progress": "lines", "data_options": {"workers": 3}}, []),
         ({"method": "logitnorm", "method_options": {"tau": 0.04}}, []),  # the default, written out
+        ({"method_options": {"confidence_threshold": -1.0}}, []),  # likewise
+        (
+            {"method_options": {"confidence_threshold": 0.0}},
+            ["method.options.confidence_threshold was -1.0 and is 0.0"],
+        ),
         (
             {"method": "logitnorm", "method_options": {"tau": 0.5}},
             ["method.options.tau was 0.04 and is 0.5"],
