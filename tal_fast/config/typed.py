@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import reprlib
 import types
 import typing
@@ -99,6 +100,18 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_plain(v) for v in value]
     return value
+
+
+def check_finite(value: Any, name: str = "") -> None:
+    """Raise ValueError if a number within nested dicts and lists, such as ``optim.lr``, is NaN or infinite."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            check_finite(inner, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            check_finite(inner, name)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value} but must be finite")
 
 
 def check_at_least(name: str, value: float | None, limit: float) -> None:

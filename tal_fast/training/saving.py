@@ -1,0 +1,215 @@
+"""Saving a run, and ending it early: after a signal, a loss that is not finite, or an error of any rank."""
+
+from __future__ import annotations
+
+import io
+import logging
+import signal
+import time
+from collections.abc import Generator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from tal_fast.config.schema import Config
+from tal_fast.data.image_folder import UnreadableImage
+from tal_fast.runs import checkpoint
+from tal_fast.runs.folder import CONFIG_FILE
+from tal_fast.training.state import TrainingState, not_finite
+from tal_fast.utils.distributed import Ranks
+from tal_fast.utils.signals import Stopped, StopRequest
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_FAILED, _DIVERGED = 1 << 10, 1 << 11
+"""Reasons to stop that are not signals' numbers: an error of a rank's loader; a loss that is not finite."""
+
+
+class TrainingFailed(ValueError):
+    """Training cannot go on; what was saved before is complete."""
+
+
+class Saver:
+    """Checkpoints of a run, and its end before the last epoch.
+
+    Args:
+        shape: ``tal_fast.training.state.data_shape`` of the data.
+        stop: records requests to stop.
+
+    Attributes:
+        writer: writes the checkpoints.
+        waited: seconds that ``guard`` has waited for batches.
+    """
+
+    def __init__(
+        self, config: Config, state: TrainingState, shape: dict[str, Any], ranks: Ranks, stop: StopRequest
+    ) -> None:
+        self._config, self._state, self._shape, self._ranks, self._stop = config, state, shape, ranks, stop
+        self._output = Path(config.output)
+        self.writer = checkpoint.Writer(self._output / checkpoint.FOLDER)
+        self.waited = 0.0
+        self._infinite = not_finite({**state.rank_state(), **state.shared_state()})  # masks of -inf, say
+        self._ended = False  # by all ranks together, which saved what there was to save
+
+    def save(self, best: bool = False) -> None:
+        """Start saving a checkpoint; all ranks must call it.
+
+        The state is copied before this returns; a thread writes it while training goes on.
+
+        Args:
+            best: save it as best.pt too.
+
+        Raises:
+            TrainingFailed: a tensor of the state holds NaN or infinity; no checkpoint is replaced.
+        """
+        own = checkpoint.snapshot(self._state.rank_state())
+        shared = checkpoint.snapshot(self._state.shared_state()) if self._ranks.is_main else {}
+        infinite = not_finite({**own, **shared}) - self._infinite
+        if self._ranks.max(bool(infinite)):
+            self.fail_diverged(f"{min(infinite, default='the state of another rank')} holds NaN or infinity")
+        everyone = self._ranks.gather(own)
+        if self._ranks.is_main:
+            self._write(shared, everyone, best)
+
+    def guard(self, batches: Generator[T, None, None], steps: int | None = None) -> Generator[T, None, None]:
+        """Batches, before each of which all ranks agree to go on, as ``go_on`` does.
+
+        Args:
+            batches: batches of this rank; an error of theirs ends the run on all ranks.
+            steps: largest number of batches of a rank; None if all ranks have equally many.
+        """
+        with closing(batches):
+            while steps is None or steps > 0:
+                batch, failure = None, None
+                started = time.perf_counter()
+                try:
+                    batch = next(batches, None)
+                except Exception as error:
+                    failure = error
+                self.waited += time.perf_counter() - started
+                if steps is None and batch is None and failure is None:
+                    return
+                self.go_on(failure)
+                if batch is not None:
+                    yield batch
+                steps = None if steps is None else steps - 1
+
+    def go_on(self, failure: Exception | None = None) -> None:
+        """Return if no rank has a reason to stop, else save and raise; every rank calls this between the same steps.
+
+        Args:
+            failure: an error of this rank, which is raised when the run is saved.
+        """
+        reason = _FAILED if failure else 0 if self._state.sums.finite() else _DIVERGED
+        reason = self._ranks.max(reason or self._stop.poll())
+        if not reason:
+            return
+        if reason == _DIVERGED:
+            self.fail_diverged("the training loss is not finite")
+        state = self._state
+        if state.step:  # else the last checkpoint has all
+            self.save()
+        problem = self.writer.finish()
+        self._ranks.barrier()  # torchrun would end the others if a rank left before all is written
+        self._ended = True
+        saved = (
+            f"saved after {state.epoch} epochs and {state.step} steps"
+            if state.epoch or state.step
+            else "at its beginning"
+        )
+        if problem:
+            raise TrainingFailed(f"{problem}; make room and go on with --resume auto") from failure
+        if isinstance(failure, UnreadableImage):
+            raise UnreadableImage(f"{failure} (the run is {saved})") from failure
+        if failure is not None:
+            logger.warning("an error ended the run, which is %s; go on with --resume auto", saved)
+            raise failure
+        if reason == _FAILED:
+            raise TrainingFailed(f"another rank failed, see its message; the run is {saved}")
+        raise Stopped(reason, f"stopped by {signal.Signals(reason).name} and {saved}; go on with --resume auto")
+
+    def fail_diverged(self, what: str) -> NoReturn:
+        """Raise TrainingFailed for a state that is not finite and must not be saved; all ranks call it together."""
+        state, optim = self._state, self._config.optim
+        problem = self.writer.finish()
+        self._ranks.barrier()
+        rate = float(state.optimizer.param_groups[0]["lr"])
+        raise TrainingFailed(
+            f"training diverged: {what} after step {state.step} of epoch {state.epoch + 1}, with a learning rate of "
+            f"{rate:g}; this was not saved. Go on from the checkpoint before with --resume auto --allow "
+            f"optim.lr,optim.clip_norm and a lower --optim.lr (now {optim.lr:g}) or --optim.clip_norm (now "
+            f"{optim.clip_norm or 'none'})" + (f"; {problem}" if problem else "")
+        )
+
+    def rescue(self, own: dict[str, Any] | None) -> None:
+        """Save the last whole step after an error that this rank did not share with the others.
+
+        The ranks can no longer communicate, because they are within different collectives: each leaves its state in the
+        store and the last one writes. A rank that was killed leaves none, and the last checkpoint stays as it is.
+
+        Args:
+            own: ``rank_state`` as of the last whole step; None if the error came while the weights changed.
+        """
+        state, ranks = self._state, self._ranks
+        if self._ended or not state.step:
+            return
+        try:
+            if own is None:
+                raise TrainingFailed("the weights were half updated")
+            shared, everyone = checkpoint.snapshot(state.shared_state()), [own]
+            infinite = not_finite({**own, **shared}) - self._infinite
+            if infinite:
+                raise TrainingFailed(f"{min(infinite)} holds NaN or infinity")
+            if ranks.world_size > 1:
+                store: Any = dist.distributed_c10d._get_default_store()
+                store = dist.PrefixStore(f"rescue/{state.epoch}/{state.step}", store)
+                buffers = {name for name, _ in state.network.named_buffers()}
+                # The buffers that are saved are rank 0's, as ever.
+                kept = {key: {k: v for k, v in (shared[key] or {}).items() if k in buffers} for key in _NETWORKS}
+                file = io.BytesIO()
+                torch.save([own, kept], file)
+                store.set(str(ranks.rank), file.getvalue())
+                if store.add("ranks", 1) < ranks.world_size or not (self._output / CONFIG_FILE).exists():
+                    return
+                left = [
+                    torch.load(io.BytesIO(store.get(str(rank))), weights_only=True) for rank in range(ranks.world_size)
+                ]
+                everyone = [rank_state for rank_state, _ in left]
+                for key in _NETWORKS:
+                    (shared[key] or {}).update(left[0][1][key])
+            self._write(shared, everyone)
+            problem = self.writer.finish()
+            if problem:
+                raise TrainingFailed(problem)
+        except Exception as error:  # the error that ended the run matters more
+            logger.warning("the run ends with its last checkpoint, because the last step cannot be saved: %s", error)
+        else:
+            logger.warning(
+                "an error ended the run, which is saved after %d epochs and %d steps; go on with --resume auto",
+                state.epoch, state.step,
+            )  # fmt: skip
+
+    def _write(self, shared: dict[str, Any], ranks: list[dict[str, Any]], best: bool = False) -> None:
+        content = {
+            "config": self._config.to_dict(),
+            "shape": self._shape,
+            "world_size": self._ranks.world_size,
+            **shared,
+            "ranks": ranks,
+        }
+        epoch, every = self._state.epoch, self._config.keep_every_epochs
+        copies = [checkpoint.BEST] if best else []
+        if every is not None and self._state.step == 0 and epoch % every == 0:
+            copies.append(checkpoint.epoch_name(epoch))
+        problem = self.writer.start(content, copies)
+        if problem:
+            logger.warning("%s; trying again now", problem)
+
+
+_NETWORKS = ("model", "average")
+"""Entries of a checkpoint that are a network's tensors."""
