@@ -53,7 +53,8 @@ class Saver:
         self._output = Path(config.output)
         self.writer = checkpoint.Writer(self._output / checkpoint.FOLDER)
         self.waited = 0.0
-        self._infinite = not_finite({**state.rank_state(), **state.shared_state()})  # masks of -inf, say
+        infinite = not_finite({**state.rank_state(), **state.shared_state()})  # masks of -inf, say
+        self._infinite = infinite | {name.replace("model.", "average.", 1) for name in infinite}
         self._ended = False  # by all ranks together, which saved what there was to save
 
     def save(self, best: bool = False) -> None:

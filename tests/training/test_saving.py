@@ -14,15 +14,16 @@ from torch import nn
 
 from tal_fast.config.schema import OptimConfig
 from tal_fast.data.image_folder import UnreadableImage
+from tal_fast.models import build_model
 from tal_fast.runs import checkpoint
 from tal_fast.training.batches import TrainingBatches
-from tal_fast.training.saving import Saver, TrainingFailed
-from tal_fast.training.state import data_shape, not_finite
+from tal_fast.training.saving import TrainingFailed
+from tal_fast.training.state import not_finite
 from tal_fast.training.train_step import Update
 from tal_fast.training.trainer import Trainer
 from tal_fast.training.validation import Validator
 from tal_fast.utils.distributed import Ranks
-from tal_fast.utils.signals import Stopped, StopRequest
+from tal_fast.utils.signals import Stopped
 from tests.helpers.images import make_folder
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import assert_same_end, config, read_metrics
@@ -318,15 +319,18 @@ def test_a_state_that_is_not_finite_replaces_no_checkpoint(tmp_path: Path, what:
     assert_same_end(tmp_path / "straight", tmp_path / "parts")
 
 
-def test_masks_of_infinity_may_be_saved(tmp_path: Path) -> None:
-    trainer = Trainer(config(tmp_path))
-    trainer.network.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
-    shape = data_shape(trainer.data, trainer.batches.num_images)
-    saver = Saver(trainer.config, trainer.state, shape, trainer.ranks, StopRequest())
-    saver.save()
-    assert saver.writer.finish() is None
-    with pytest.raises(TrainingFailed, match="model.mask holds NaN"):
-        trainer.save()  # it was finite when this one started
+@pytest.mark.parametrize("method", ["tal", "fmfp"])
+def test_masks_of_infinity_may_be_saved(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def masked(*args: Any) -> nn.Module:
+        network = build_model(*args)
+        network.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+        return network
+
+    monkeypatch.setattr("tal_fast.training.state.build_model", masked)
+    Trainer(config(tmp_path, method, epochs=2, method_options={"swa_from": 0.4} if method == "fmfp" else {})).fit()
+    content = checkpoint.load(tmp_path / "checkpoints" / "last.pt")
+    assert not_finite(content["model"]) == {"mask"}
+    assert (content["average"] is None) == (method == "tal")
 
 
 def test_large_finite_values_are_finite() -> None:
