@@ -16,7 +16,7 @@ import yaml
 
 from tal_fast import __version__
 from tal_fast.config.methods import OPTIONS, method_names, read_options, upgrade
-from tal_fast.config.typed import check_at_least, check_finite, check_positive, read, to_plain
+from tal_fast.config.typed import check_at_least, check_positive, read, to_plain
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -283,7 +283,7 @@ class Config:
 
     def check(self) -> Config:
         """Raise ValueError for a value outside its range; returns the configuration itself."""
-        check_finite(self.to_dict())
+        read(Config, self.to_dict(), "")  # types and finite numbers, for a configuration that was made in Python
         for section in (self.data, self.model, self.optim, self.method):
             section.check()
         for name in (

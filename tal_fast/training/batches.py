@@ -72,9 +72,8 @@ class TrainingBatches:
         for batch, (outliers, _, _) in zip(self._images, outlier_batches, strict=False):
             yield *batch, outliers
 
-    def images(self, epoch: int, limit: int) -> Generator[Tensor, None, None]:
-        """Training images (B, C, H, W) of an epoch from its start, about ``limit`` of them over all ranks."""
-        steps = -(-limit // self._config.batch_size)
+    def images(self, epoch: int, steps: int) -> Generator[Tensor, None, None]:
+        """Training images (B, C, H, W) of the first ``steps`` steps of an epoch."""
         self._images.set_epoch(epoch, 0, self._config.image_size_at(epoch))
         with closing(iter(self._images)) as batches:
             for images, _, _ in itertools.islice(batches, steps):

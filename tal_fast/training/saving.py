@@ -29,6 +29,11 @@ T = TypeVar("T")
 _FAILED, _DIVERGED = 1 << 10, 1 << 11
 """Reasons to stop that are not signals' numbers: an error of a rank's loader; a loss that is not finite."""
 
+_STORE_LIMIT = 8 * 2**20 - 1024
+"""Largest value in bytes of torch's TCPStore, which closes the connection over a larger one."""
+
+_SAVED = "an error ended the run, which is %s; go on with --resume auto"
+
 
 class TrainingFailed(ValueError):
     """Training cannot go on; what was saved before is complete."""
@@ -77,15 +82,15 @@ class Saver:
         if self._ranks.is_main:
             self._write(shared, everyone, best)
 
-    def guard(self, batches: Generator[T, None, None], steps: int | None = None) -> Generator[T, None, None]:
-        """Batches, before each of which all ranks agree to go on, as ``go_on`` does.
+    def guard(self, batches: Generator[T, None, None], steps: int) -> Generator[T, None, None]:
+        """Batches, before each of which all ranks agree to go on; an error of one ends the run on all ranks.
 
         Args:
-            batches: batches of this rank; an error of theirs ends the run on all ranks.
-            steps: largest number of batches of a rank; None if all ranks have equally many.
+            batches: of this rank.
+            steps: largest number of batches of a rank.
         """
         with closing(batches):
-            while steps is None or steps > 0:
+            for _ in range(steps):
                 batch, failure = None, None
                 started = time.perf_counter()
                 try:
@@ -93,12 +98,10 @@ class Saver:
                 except Exception as error:
                     failure = error
                 self.waited += time.perf_counter() - started
-                if steps is None and batch is None and failure is None:
-                    return
                 self.go_on(failure)
                 if batch is not None:
                     yield batch
-                steps = None if steps is None else steps - 1
+            next(batches, None)  # so that it ends by itself
 
     def go_on(self, failure: Exception | None = None) -> None:
         """Return if no rank has a reason to stop, else save and raise; every rank calls this between the same steps.
@@ -112,27 +115,21 @@ class Saver:
             return
         if reason == _DIVERGED:
             self.fail_diverged("the training loss is not finite")
-        state = self._state
-        if state.step:  # else the last checkpoint has all
+        if self._state.step:  # else the last checkpoint has all
             self.save()
         problem = self.writer.finish()
         self._ranks.barrier()  # torchrun would end the others if a rank left before all is written
         self._ended = True
-        saved = (
-            f"saved after {state.epoch} epochs and {state.step} steps"
-            if state.epoch or state.step
-            else "at its beginning"
-        )
         if problem:
             raise TrainingFailed(f"{problem}; make room and go on with --resume auto") from failure
         if isinstance(failure, UnreadableImage):
-            raise UnreadableImage(f"{failure} (the run is {saved})") from failure
+            raise UnreadableImage(f"{failure} (the run is {self._saved})") from failure
         if failure is not None:
-            logger.warning("an error ended the run, which is %s; go on with --resume auto", saved)
+            logger.warning(_SAVED, self._saved)
             raise failure
         if reason == _FAILED:
-            raise TrainingFailed(f"another rank failed, see its message; the run is {saved}")
-        raise Stopped(reason, f"stopped by {signal.Signals(reason).name} and {saved}; go on with --resume auto")
+            raise TrainingFailed(f"another rank failed, see its message; the run is {self._saved}")
+        raise Stopped(reason, f"stopped by {signal.Signals(reason).name} and {self._saved}; go on with --resume auto")
 
     def fail_diverged(self, what: str) -> NoReturn:
         """Raise TrainingFailed for a state that is not finite and must not be saved; all ranks call it together."""
@@ -151,49 +148,56 @@ class Saver:
         """Save the last whole step after an error that this rank did not share with the others.
 
         The ranks can no longer communicate, because they are within different collectives: each leaves its state in the
-        store and the last one writes. A rank that was killed leaves none, and the last checkpoint stays as it is.
+        store, and the last one writes. A rank that was killed leaves none; the last checkpoint then stays as it is.
 
         Args:
             own: ``rank_state`` as of the last whole step; None if the error came while the weights changed.
         """
-        state, ranks = self._state, self._ranks
-        if self._ended or not state.step:
+        if self._ended or not self._state.step:
             return
         try:
             if own is None:
                 raise TrainingFailed("the weights were half updated")
-            shared, everyone = checkpoint.snapshot(state.shared_state()), [own]
+            own, shared = checkpoint.snapshot([own, self._state.shared_state()])
             infinite = not_finite({**own, **shared}) - self._infinite
             if infinite:
                 raise TrainingFailed(f"{min(infinite)} holds NaN or infinity")
-            if ranks.world_size > 1:
-                store: Any = dist.distributed_c10d._get_default_store()
-                store = dist.PrefixStore(f"rescue/{state.epoch}/{state.step}", store)
-                buffers = {name for name, _ in state.network.named_buffers()}
-                # The buffers that are saved are rank 0's, as ever.
-                kept = {key: {k: v for k, v in (shared[key] or {}).items() if k in buffers} for key in _NETWORKS}
-                file = io.BytesIO()
-                torch.save([own, kept], file)
-                store.set(str(ranks.rank), file.getvalue())
-                if store.add("ranks", 1) < ranks.world_size or not (self._output / CONFIG_FILE).exists():
-                    return
-                left = [
-                    torch.load(io.BytesIO(store.get(str(rank))), weights_only=True) for rank in range(ranks.world_size)
-                ]
-                everyone = [rank_state for rank_state, _ in left]
-                for key in _NETWORKS:
-                    (shared[key] or {}).update(left[0][1][key])
-            self._write(shared, everyone)
-            problem = self.writer.finish()
-            if problem:
-                raise TrainingFailed(problem)
-        except Exception as error:  # the error that ended the run matters more
+            everyone = [own] if self._ranks.world_size == 1 else self._exchange(own, shared)
+            if everyone:
+                self._write(shared, everyone)
+                if (problem := self.writer.finish()) is not None:
+                    raise TrainingFailed(problem)
+                logger.warning(_SAVED, self._saved)
+        except Exception as error:  # the one that ended the run matters more
             logger.warning("the run ends with its last checkpoint, because the last step cannot be saved: %s", error)
-        else:
-            logger.warning(
-                "an error ended the run, which is saved after %d epochs and %d steps; go on with --resume auto",
-                state.epoch, state.step,
-            )  # fmt: skip
+
+    def _exchange(self, own: dict[str, Any], shared: dict[str, Any]) -> list[dict[str, Any]]:
+        """The ranks' own states through the store, on the last rank to come if it sees the run's folder; else none.
+
+        Buffers are rank 0's in a checkpoint, so they go the same way, into ``shared``.
+        """
+        state, rank, world_size = self._state, self._ranks.rank, self._ranks.world_size
+        names = {name for name, _ in state.network.named_buffers()}
+        networks = [shared[key] or {} for key in ("model", "average")]
+        file = io.BytesIO()
+        torch.save([own, [{k: v for k, v in network.items() if k in names} for network in networks]], file)
+        if file.tell() > _STORE_LIMIT:
+            raise TrainingFailed(f"the state of rank {rank} is {file.tell() / 2**20:.0f} MiB, too large for the store")
+        # The same step of all ranks, or the last one would not come.
+        store: Any = dist.distributed_c10d._get_default_store()
+        store = dist.PrefixStore(f"rescue/{state.epoch}/{state.step}", store)
+        store.set(str(rank), file.getvalue())
+        if store.add("ranks", 1) < world_size or not (self._output / CONFIG_FILE).exists():
+            return []
+        left = [torch.load(io.BytesIO(store.get(str(r))), weights_only=True) for r in range(world_size)]
+        for network, buffers in zip(networks, left[0][1], strict=True):
+            network.update(buffers)
+        return [rank_state for rank_state, _ in left]
+
+    @property
+    def _saved(self) -> str:
+        epoch, step = self._state.epoch, self._state.step
+        return f"saved after {epoch} epochs and {step} steps" if epoch or step else "at its beginning"
 
     def _write(self, shared: dict[str, Any], ranks: list[dict[str, Any]], best: bool = False) -> None:
         content = {
@@ -210,7 +214,3 @@ class Saver:
         problem = self.writer.start(content, copies)
         if problem:
             logger.warning("%s; trying again now", problem)
-
-
-_NETWORKS = ("model", "average")
-"""Entries of a checkpoint that are a network's tensors."""

@@ -207,7 +207,7 @@ class Trainer:
         started = time.perf_counter()
         self._saver.waited = 0.0
         try:
-            with closing(self._saver.guard(self.batches.epoch(epoch, first))) as batches:
+            with closing(self._saver.guard(self.batches.epoch(epoch, first), steps - first)) as batches:
                 for batch in batches:
                     self._report_unreadable()
                     rate = self._learning_rate(epoch, state.step)
@@ -261,7 +261,9 @@ class Trainer:
     def _update_average(self, epoch: int) -> None:
         average = self.state.average
         if average is not None:
-            images = map(self.runtime.arrange, self._saver.guard(self.batches.images(epoch, STATISTICS_IMAGES)))
+            steps = min(len(self.batches), -(-STATISTICS_IMAGES // self.config.batch_size))
+            batches = self._saver.guard(self.batches.images(epoch, steps), steps)
+            images = map(self.runtime.arrange, batches)
             with self.runtime.autocast():
                 average.update_after_epoch(self.network, self.state.epoch, images)
             if average.in_use(self.state.epoch):
