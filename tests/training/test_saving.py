@@ -105,10 +105,11 @@ def test_validation_stops_at_the_batch_of_the_signal(tmp_path: Path, monkeypatch
 def test_a_stop_while_averaged_weights_get_their_statistics_loses_nothing(tmp_path: Path) -> None:
     options: dict[str, Any] = {"epochs": 3, "method_options": {"swa_from": 0.4}}
     Trainer(config(tmp_path / "straight", "fmfp", **options)).fit()
-    images = TrainingBatches.images
+    images, read = TrainingBatches.images, []
 
-    def interrupted(self: TrainingBatches, epoch: int, limit: int) -> Iterator[torch.Tensor]:
-        for number, batch in enumerate(images(self, epoch, limit)):
+    def interrupted(self: TrainingBatches, epoch: int, steps: int) -> Iterator[torch.Tensor]:
+        for number, batch in enumerate(images(self, epoch, steps)):
+            read.append((epoch, number))
             if (epoch, number) == (1, 2):
                 terminate()
             yield batch
@@ -117,6 +118,7 @@ def test_a_stop_while_averaged_weights_get_their_statistics_loses_nothing(tmp_pa
         patch.setattr(TrainingBatches, "images", interrupted)
         with pytest.raises(Stopped, match="saved after 2 epochs and 0 steps"):
             Trainer(config(tmp_path / "parts", "fmfp", **options)).fit()
+    assert read[-1] == (1, 2)  # of 6
     assert saved_at(tmp_path / "parts") == (1, STEPS)
     Trainer(config(tmp_path / "parts", "fmfp", resume="auto", **options)).fit()
     assert_same_end(tmp_path / "straight", tmp_path / "parts")
