@@ -54,6 +54,11 @@ class TrainingBatches:
         """Path -> reason, of the files that did not decode so far on this rank."""
         return self._images.unreadable | (self._outliers.unreadable if self._outliers is not None else {})
 
+    def close(self) -> None:
+        """End the processes and threads of the loaders; the next epoch starts new ones."""
+        for loader in filter(None, (self._images, self._outliers)):
+            loader.close()
+
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """Batches of an epoch from step ``first`` on: images, labels, indices and, if there are any, outliers.
 

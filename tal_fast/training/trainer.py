@@ -158,6 +158,8 @@ class Trainer:
                     self._info(epoch_line(row, config.epochs, time.perf_counter() - started))
                     self._end_early_if(self._stop.poll())
             finally:
+                self.batches.close()
+                self._validator.loader.close()
                 self._profiler.close()
                 if self._loggers is not None:
                     self._loggers.close()
