@@ -45,6 +45,7 @@ class DataConfig:
         max_unreadable: training ends when a rank meets more undecodable files; by default 1% of the files, at least 10.
         loader: decoder of image files; ``auto`` takes DALI if it is installed.
         workers: decoding threads (DALI) or processes (torch) of each rank; 0 decodes in the training process (torch).
+        timeout: seconds to wait for a step of the decoding threads or processes before training ends with a sentence.
         image_size: side of the square images in pixels; by default 224 for a folder, else the data set's own.
         channels: 3 for RGB, 1 for grayscale; images are converted.
         mean: mean of each channel, for pixel values in [0, 1]; by default CIFAR's for CIFAR, else ImageNet's.
@@ -68,6 +69,7 @@ class DataConfig:
     max_unreadable: int | None = None
     loader: Literal["auto", "dali", "torch"] = "auto"
     workers: int = 4
+    timeout: float = 120.0
     image_size: int | None = None
     channels: Literal[1, 3] = 3
     mean: list[float] | None = None
@@ -103,8 +105,8 @@ class DataConfig:
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"data.std is {self.std} but must be above 0")
         limits = {
-            "workers": 0, "shift": 0, "image_size": 1, "holdout": 1, "train_limit": 1, "max_unreadable": 0,
-            "synthetic_images": 2, "synthetic_classes": 2,
+            "workers": 0, "timeout": 1, "shift": 0, "image_size": 1, "holdout": 1, "train_limit": 1,
+            "max_unreadable": 0, "synthetic_images": 2, "synthetic_classes": 2,
         }  # fmt: skip
         for name, limit in limits.items():
             check_at_least(f"data.{name}", getattr(self, name), limit)

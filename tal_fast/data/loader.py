@@ -123,6 +123,10 @@ class Loader:
         self._epoch, self._start_step = epoch, start_step
         self._image_size = image_size or self._default_size
 
+    def close(self) -> None:
+        """End the processes and threads of the loader; the next iteration starts new ones."""
+        self._source.close()
+
     def __iter__(self) -> Generator[Images, None, None]:
         try:
             with closing(self._source.steps(self._epoch, self._start_step, self._image_size)) as steps:
@@ -132,8 +136,8 @@ class Loader:
                         labels[row] = IGNORED_LABEL
                         self._record_unreadable(self._paths[int(step.indices[row])], reason)
                     yield step.images, to_device(labels, self._device), to_device(step.indices, self._device)
-        except UnreadableImage:
-            self._source.close()  # garbage collection of the workers would wait for them forever
+        except Exception:
+            self.close()
             raise
 
     def _record_unreadable(self, path: str, reason: str) -> None:

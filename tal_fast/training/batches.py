@@ -55,6 +55,11 @@ class TrainingBatches:
         outliers = {} if self._outliers is None else {"outliers": self._outliers.unreadable}
         return {"train": self._images.unreadable, **outliers}
 
+    def close(self) -> None:
+        """End the processes and threads of the loaders; the next epoch starts new ones."""
+        for loader in filter(None, (self._images, self._outliers)):
+            loader.close()
+
     def epoch(self, epoch: int, first: int = 0) -> Generator[tuple[Tensor, ...], None, None]:
         """Batches of an epoch from step ``first`` on: images, labels, indices and, if there are any, outliers.
 

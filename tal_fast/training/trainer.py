@@ -179,6 +179,8 @@ class Trainer:
                 self._saver.rescue(self.train_step.last_whole_step())
                 raise
             finally:
+                self.batches.close()
+                self._validator.loader.close()
                 self._profiler.close()
                 if self._loggers is not None:
                     self._loggers.close()
