@@ -21,12 +21,23 @@ def to_numpy(values: Any) -> NDArray[Any]:
     """Array, tensor or list as an array; not copied where possible.
 
     Tensors of floats narrower than 32 bits become float64, which holds them exactly: NumPy has no bfloat16.
+
+    Raises:
+        ValueError: a sparse, quantized, nested or meta tensor, masked values, or a ragged list.
     """
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
+    if not hasattr(values, "detach"):
+        if np.ma.is_masked(values):
+            raise ValueError("an array has masked values; leave those samples out")
+        return np.asarray(values)
+    try:
         narrow = values.is_floating_point() and values.element_size() < 4
-        return (values.double() if narrow else values).numpy()
-    return np.asarray(values)
+        plain = values.detach().cpu()
+        return (plain.double() if narrow else plain).resolve_conj().resolve_neg().numpy()
+    except (TypeError, RuntimeError):
+        raise ValueError(
+            f"a tensor of {values.dtype} and layout {values.layout} on device {values.device} cannot be read as an "
+            "array; convert it to a dense one first"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -44,6 +55,22 @@ def open_npz(path: str | Path) -> Iterator[np.lib.npyio.NpzFile]:
         except Exception as error:  # unzipping and parsing of headers raise errors of many types
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ValueError(f"{path} cannot be read as .npz without pickle ({reason})") from None
+
+
+def check_dense(tensor: Any, name: str) -> None:
+    """Raise a ValueError unless a tensor is dense and of real numbers."""
+    if tensor.is_nested or tensor.is_quantized or str(tensor.layout) != "torch.strided":
+        raise ValueError(f"{name} must be dense, not nested, quantized or sparse ({tensor.layout}, {tensor.dtype})")
+    if tensor.is_complex() or str(tensor.dtype).startswith(("torch.bool", "torch.float4", "torch.bits")):
+        raise ValueError(f"{name} must be real numbers, not {tensor.dtype}")
+
+
+def as_classes(values: Any, classes: int, name: str = "labels") -> Ints:
+    """Class labels as an array; raises ValueError unless they are integers in [0, classes)."""
+    labels = to_numpy(values)
+    if labels.size and (labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes):
+        raise ValueError(f"{name} must be integers in 0..{classes - 1}, the columns of logits")
+    return labels.astype(np.int64)
 
 
 def check_matrix_shape(shape: tuple[int, ...], name: str) -> None:
