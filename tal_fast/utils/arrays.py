@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,18 +42,47 @@ def to_numpy(values: Any) -> NDArray[Any]:
         ) from None
 
 
+def _memory() -> float:
+    """Bytes of memory of the machine; infinity where that is unknown."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+class NpzArrays:
+    """Arrays of an open ``.npz`` by name, each read when it is asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.names: list[str] = list(file.files)
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        values = self._file[name]
+        if not isinstance(values, np.ndarray):
+            raise ValueError(f"{name} is no array")
+        return values
+
+
 @contextlib.contextmanager
-def open_npz(path: str | Path) -> Iterator[np.lib.npyio.NpzFile]:
-    """Open an ``.npz`` file, whose arrays are read when they are asked for.
+def open_npz(path: str | Path) -> Iterator[NpzArrays]:
+    """Open an ``.npz`` file.
 
     Raises:
         OSError: there is no such file, or it cannot be opened.
-        ValueError: it is damaged, holds pickled objects or is no ``.npz``; also where an array is read or is missing.
+        ValueError: it is damaged, holds pickled objects, is no ``.npz``, or is larger than the machine's memory; also
+            where an array is read or is missing.
     """
     with Path(path).open("rb") as file:
         try:
-            with np.load(file, allow_pickle=False) as arrays:
-                yield arrays
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array")
+            with loaded:
+                size = sum(member.file_size for member in loaded.zip.infolist())
+                if size > _memory():
+                    raise ValueError(f"its arrays have {size:,} bytes, more than this machine's memory")
+                yield NpzArrays(loaded)
         except Exception as error:  # unzipping and parsing of headers raise errors of many types
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ValueError(f"{path} cannot be read as .npz without pickle ({reason})") from None

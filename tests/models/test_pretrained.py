@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import warnings
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
@@ -23,6 +26,7 @@ from tal_fast.evaluation.sources import evaluate_weights
 from tal_fast.models import build_model, pretrained
 from tal_fast.models.pretrained import evaluation_data, load_weights, preprocessing, read_state
 from tal_fast.models.registry import NETWORKS
+from tests.helpers.fuzz import FUZZ, mutations, reads_or_refuses
 
 SMALL = ModelConfig("cifar_resnet8", width=4)
 DIGITS = DataConfig(dataset="synthetic", crop_area=None, image_size=16, channels=1)
@@ -278,6 +282,52 @@ def test_other_files_are_rejected(tmp_path: Path) -> None:
             read_state(tmp_path / name)
     with pytest.raises(ValueError, match="there is no file of weights"):
         read_state(tmp_path / "gone.pt")
+
+
+def saved(content: Any, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+SMALL_STATE = {"fc.weight": torch.arange(6.0).reshape(2, 3), "fc.bias": torch.zeros(2), "n": torch.tensor(3)}
+CHECKPOINT = saved({"epoch": 3, "model": SMALL_STATE})
+
+
+def read_weights(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    if reads_or_refuses(read_state, tmp_path / name):
+        assert all(isinstance(value, Tensor) for value in read_state(tmp_path / name)[0].values())
+
+
+@FUZZ
+@example(saved(SMALL_STATE, _use_new_zipfile_serialization=False)[:-1])
+@example(saved({"model": {1: torch.zeros(1)}}))
+@example(saved({"model": {}, "state_dict": []}))
+@example(saved({"model_ema": None, "model": torch.zeros(1)}))
+@given(mutations(CHECKPOINT))
+def test_damaged_checkpoints_are_refused_in_one_sentence(tmp_path: Path, content: bytes) -> None:
+    read_weights(tmp_path, "weights.pt", content)
+
+
+@FUZZ
+@given(mutations(saved(SMALL_STATE, _use_new_zipfile_serialization=False)))
+def test_damaged_old_files_are_refused_in_one_sentence(tmp_path: Path, content: bytes) -> None:
+    read_weights(tmp_path, "weights.pt", content)
+
+
+@FUZZ
+@given(st.data())
+def test_damaged_safetensors_are_refused_in_one_sentence(tmp_path: Path, data: st.DataObject) -> None:
+    save = pytest.importorskip("safetensors.torch").save
+    read_weights(tmp_path, "weights.safetensors", data.draw(mutations(save(SMALL_STATE))))
+
+
+def test_a_checkpoint_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"epoch": 3}
+    content["model"] = content
+    torch.save(content, tmp_path / "weights.pt")
+    assert not reads_or_refuses(read_state, tmp_path / "weights.pt")
 
 
 def test_old_files_without_batch_counts_load(tmp_path: Path) -> None:
