@@ -6,18 +6,27 @@ reads both, those of version 0.1.0 too. The first sentence about each attribute 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from tal_fast import __version__
 from tal_fast.config.methods import OPTIONS, method_names, read_options, upgrade
 from tal_fast.config.typed import check_at_least, check_positive, read, to_plain
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+
+OWN_OF_A_RANK = frozenset({
+    "output", "device", "threads", "progress", "logger", "data.root", "data.ood", "data.file_list", "data.workers",
+    "method.options.outliers",
+})  # fmt: skip
+"""Options that the ranks of one run may differ in: folders and resources of their machines."""
 
 
 @dataclass
@@ -236,6 +245,8 @@ class Config:
         device: ``auto`` takes a GPU if there is one.
         threads: PyTorch threads on the CPU; by default PyTorch's choice. Small networks are as fast with one, and then
             give the same numbers however many cores a machine has.
+        rank_timeout: seconds after which a rank that waits for another in training ends with exit code 75 and names it.
+            Before the first step they wait for 30 minutes.
         precision: precision of the network under autocast; weights and the loss are always float32. ``auto`` is
             bfloat16 on GPUs that have it, float16 with a gradient scaler on older ones, float32 on the CPU.
         cuda_graphs: replay forward, backward and update as one CUDA graph, on one GPU and not with float16.
@@ -260,6 +271,7 @@ class Config:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
+    rank_timeout: float = 300.0
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     cuda_graphs: bool = False
     checkpoint_every_steps: int | None = None
@@ -279,6 +291,7 @@ class Config:
         ):  # fmt: skip
             check_at_least(name, getattr(self, name), 1)
         check_at_least("seed", self.seed, 0)
+        check_positive("rank_timeout", self.rank_timeout)
         starts = [epoch for epoch, _ in self.image_sizes]
         if starts and (starts[0] != 0 or starts != sorted(set(starts)) or min(s for _, s in self.image_sizes) < 1):
             raise ValueError(
@@ -313,6 +326,25 @@ class Config:
         """
         return read(Config, upgrade(values), "")
 
+    def flat(self) -> dict[str, Any]:
+        """Dotted name -> plain value of every option, such as ``method.options.t_min``; ``data.ood`` is one option."""
+        return _flatten(self.to_dict())
+
+    def digest(self) -> str:
+        """SHA-256 of the options that all ranks of a run must share, and of the package's version, as hexadecimal."""
+        shared = {name: value for name, value in self.flat().items() if name not in OWN_OF_A_RANK}
+        return hashlib.sha256(json.dumps([__version__, shared], sort_keys=True, default=str).encode()).hexdigest()
+
     def save(self, path: Path) -> None:
         """Write the configuration as YAML."""
         path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and key != "ood":
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -7,7 +7,6 @@ The list is for ``data.file_list``: UTF-8 text with one path per line relative t
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,7 +20,7 @@ from PIL.ExifTags import Base as Tag
 from tal_fast.data.image_folder import EXTENSIONS, error_summary, unsupported_pixels
 from tal_fast.utils.arguments import ArgumentParser, at_least
 from tal_fast.utils.io import replacing
-from tal_fast.utils.process import program_name
+from tal_fast.utils.process import program_name, report_mistake
 
 PROBLEMS = {
     "empty": "file of 0 bytes",
@@ -217,6 +216,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_list(options.out, report.usable)
             print(f"wrote {options.out}; train with --data.root {options.folder} --data.file_list {options.out}")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_mistake(error)
     return 1 if report.problems else 0

@@ -14,7 +14,7 @@ from tal_fast.evaluation.selective import NoThreshold, calibrate
 from tal_fast.scores.logits import SCORES
 from tal_fast.utils.arguments import ArgumentParser, at_least
 from tal_fast.utils.io import alone_in, check_writable, replacing
-from tal_fast.utils.process import program_name
+from tal_fast.utils.process import program_name, report_mistake
 
 JSON = "threshold.json"
 
@@ -193,7 +193,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"refused: {refusal}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+        return report_mistake(problem)
     print(describe(about))
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tal_fast.config import names
 from tal_fast.utils.arguments import ArgumentParser, at_least, checked, whole_number
 from tal_fast.utils.logs import console_logging
-from tal_fast.utils.process import program_name
+from tal_fast.utils.process import program_name, report_mistake
 
 if TYPE_CHECKING:
     from tal_fast.config.schema import DataConfig
@@ -72,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with console_logging():
             evaluation, output = _evaluate(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_mistake(error)
     if evaluation is not None:
         _print(evaluation, output, args.units)
     return 0

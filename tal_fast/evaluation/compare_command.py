@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 from tal_fast.config.names import METRICS, UNITS
 from tal_fast.utils.arguments import ArgumentParser, at_least
 from tal_fast.utils.logs import console_logging
-from tal_fast.utils.process import program_name
+from tal_fast.utils.process import program_name, report_mistake
 
 if TYPE_CHECKING:
     from tal_fast.evaluation.report import Report
@@ -80,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             return 0
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_mistake(error)
     print(text)
     return 0
 

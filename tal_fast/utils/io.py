@@ -66,15 +66,14 @@ def replacing(path: str | os.PathLike[str], keep: Path | None = None) -> Iterato
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Raise a ValueError unless files can be written to a folder, or to the one that it would be made in."""
+    """Raise the OSError that writing files to a folder, or to the one that it would be made in, would raise."""
     path = Path(folder).absolute()
     try:
         with tempfile.TemporaryFile(dir=next(p for p in (path, *path.parents) if p.exists())) as file:
             file.write(bytes(1 << 16))
     except OSError as error:
-        raise ValueError(
-            f"files cannot be written to {folder} ({error.strerror}); name another folder with --output"
-        ) from None
+        error.filename = str(folder)
+        raise
 
 
 def _create_temporary(target: Path) -> tuple[int, Path]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tal_fast.config.parse import load_config
-from tal_fast.config.schema import CIFAR100_MEAN, IMAGENET_STD, Config, DataConfig
+from tal_fast.config.schema import CIFAR100_MEAN, IMAGENET_STD, OWN_OF_A_RANK, Config, DataConfig, MethodConfig
 
 
 def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
@@ -69,3 +69,13 @@ def test_default_normalization_is_that_of_the_data_set() -> None:
     assert DataConfig(dataset="cifar100").normalization()[0] == list(CIFAR100_MEAN)
     assert DataConfig(channels=1).normalization()[1] == [pytest.approx(sum(IMAGENET_STD) / 3)]
     assert DataConfig(channels=1, mean=[0.3], std=[0.2]).normalization() == ([0.3], [0.2])
+
+
+def test_ranks_share_a_digest_where_they_compute_the_same(tmp_path: Path) -> None:
+    digest = Config(output=str(tmp_path), threads=3, data=DataConfig(root="/here", workers=1)).digest()
+    assert digest == Config(output="other", device="cpu", data=DataConfig(root="/there")).digest()
+    assert len({digest, Config(seed=1).digest(), Config(checkpoint_every_steps=5).digest()}) == 3
+    method = Config.from_dict({"method": {"name": "logitnorm", "options": {"tau": 0.5}}})
+    assert method.digest() != Config.from_dict({"method": {"name": "logitnorm"}}).digest()
+    assert method.flat()["method.options.tau"] == 0.5
+    assert Config(method=MethodConfig("openmix")).flat().keys() > OWN_OF_A_RANK

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ import yaml
 from tal_fast.runs import checkpoint
 from tal_fast.runs.load import load_run
 from tal_fast.training.command import main
+from tal_fast.utils.process import run_and_exit
 from tests.helpers.training import raise_signal_at
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +74,26 @@ def test_damaged_checkpoints_are_refused_in_a_sentence(tmp_path: Path, capsys: p
     err = refusal([*options, "--output", output, "--resume", "auto"], capsys)
     assert "last.pt cannot be read" in err
     assert "previous.pt cannot be read" in err
+
+
+def test_a_run_that_fails_at_its_start_can_be_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", "digits-ce", "--epochs", "1", "--data.train-limit", "64", "--data.loader", "torch"]
+    words += ["--data.workers", "0", "--device", "cpu", "--output", str(tmp_path / "run")]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tal_fast.training.loggers.Loggers.__init__", full)
+        with pytest.raises(SystemExit) as caught:
+            run_and_exit(lambda: main(words))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: No space left on device; make room\n"
+    assert (tmp_path / "run" / "config.yaml").exists()
+    main(words)
+    assert load_run(tmp_path / "run").epoch == 1
 
 
 def test_options_are_read_without_torch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -112,5 +113,25 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ValueError, match=rf"files cannot be written to {path} \(Not a directory\); name another"):
+        with pytest.raises(NotADirectoryError, match=str(path)):
             check_writable(path)
+
+
+def test_errors_name_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full") as caught, replacing(tmp_path / "file.bin"):
+        raise OSError(errno.ENOSPC, "full")  # as writing does, without a name
+    assert caught.value.filename == str(tmp_path / "file.bin")
+    with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "file.bin") as temporary:
+        temporary.unlink()
+    assert caught.value.filename == str(tmp_path / "file.bin")
+    with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "file.bin"):
+        open(tmp_path / "another")  # noqa: SIM115
+    assert caught.value.filename == str(tmp_path / "another")
+
+
+def test_torch_save_on_a_full_disk_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="or the disk fails") as caught, replacing(tmp_path / "file.pt"):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    assert caught.value.filename == str(tmp_path / "file.pt")
+    with pytest.raises(RuntimeError, match="mine"), replacing(tmp_path / "file.pt"):
+        raise RuntimeError("mine")
