@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -43,18 +43,21 @@ class ImageFiles:
         paths: N absolute paths.
         labels: (N,) int64 classes, or ``OOD_LABEL``.
         sizes: (N, 2) int32 heights and widths in pixels as stored, without the rotation in EXIF.
+        stamps: (N, 2) int64 sizes in bytes and times of change in ns.
     """
 
     paths: Sequence[str]
     labels: np.ndarray
     sizes: np.ndarray
+    stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def subset(self, indices: np.ndarray) -> ImageFiles:
         """Images at ``indices``."""
-        return ImageFiles([self.paths[i] for i in indices], self.labels[indices], self.sizes[indices])
+        paths = [self.paths[i] for i in indices]
+        return ImageFiles(paths, self.labels[indices], self.sizes[indices], self.stamps[indices])
 
 
 def class_folders(root: Path, split: str) -> list[str]:
@@ -166,7 +169,7 @@ def read_split(root: Path, split: str, class_names: Sequence[str], listed: Set[s
             stamps.append((size, changed))
     if not paths:
         raise ValueError(f"data.file_list names no image of {root / split}; add some")
-    return ImageFiles(paths, np.array(labels, np.int64), _sizes(paths, stamps))
+    return ImageFiles(paths, np.array(labels, np.int64), _sizes(paths, stamps), np.array(stamps, np.int64))
 
 
 def read_flat(folder: Path, name: str) -> ImageFiles:
@@ -181,8 +184,9 @@ def read_flat(folder: Path, name: str) -> ImageFiles:
     if not found:
         raise ValueError(f"data.ood {name!r}: {folder} holds no images ({', '.join(EXTENSIONS)})")
     paths = [path for path, _, _ in found]
-    sizes = _sizes(paths, [(size, changed) for _, size, changed in found])
-    return ImageFiles(paths, np.full(len(paths), OOD_LABEL, np.int64), sizes)
+    stamps = [(size, changed) for _, size, changed in found]
+    labels = np.full(len(paths), OOD_LABEL, np.int64)
+    return ImageFiles(paths, labels, _sizes(paths, stamps), np.array(stamps, np.int64))
 
 
 def image_size(path: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,21 +30,24 @@ FOLDER = "checkpoints"
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 
-_KEYS = (
-    "format",
-    "config",
-    "epoch",
-    "step",
-    "world_size",
-    "model",
-    "average",
-    "shape",
-    "optimizer",
-    "scaler",
-    "ranks",
-    "best",
-    "history",
-)
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "config": dict,
+    "epoch": int,
+    "step": int,
+    "world_size": int,
+    "model": dict,
+    "average": (dict, type(None)),
+    "shape": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "ranks": list,
+    "best": dict,
+    "history": list,
+}
+"""Entries of a checkpoint and their types."""
+
+_NOT_EMPTY = ("config", "model", "shape", "optimizer", "ranks")
+_SHAPE = ("class_names", "channels", "image_size", "train_images")
 
 
 class Damaged(ValueError):
@@ -149,10 +152,26 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise Damaged(f"{path} is not a checkpoint of tal-fast")
     if content["format"] != FORMAT:
         raise Damaged(f"checkpoint {path} has format {content['format']} but this version reads {FORMAT}")
-    missing = [key for key in _KEYS if key not in content]
-    if missing:
-        raise Damaged(f"checkpoint {path} lacks {', '.join(missing)}")
+    missing = [key for key in _KINDS if key not in content]
+    wrong = [key for key, kind in _KINDS.items() if not isinstance(content.get(key), kind)]
+    empty = [key for key in _NOT_EMPTY if not content.get(key)]
+    shape = [f"shape.{key}" for key in _SHAPE if key not in (content.get("shape") or ())]
+    if missing or wrong or empty or shape or len(content["ranks"]) != content["world_size"]:
+        lacking = ", ".join(missing or wrong or empty or shape or ["ranks"])
+        raise Damaged(f"checkpoint {path} lacks {lacking}; it is damaged")
     return content
+
+
+@contextlib.contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Turn errors from an incomplete or foreign state of the checkpoint at ``path`` into ``Damaged``."""
+    try:
+        yield
+    except Exception as error:  # modules and optimizers raise errors of many types
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise Damaged(
+            f"the state in {path} does not fit this run ({reason}); it is damaged or of other code"
+        ) from error
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:

@@ -20,7 +20,7 @@ from tal_fast.data import build_data
 from tal_fast.data.image_folder import UnreadableImage
 from tal_fast.runs import checkpoint
 from tal_fast.runs.folder import CONFIG_FILE, METRICS_FILE, epoch_row, write_metrics
-from tal_fast.runs.resume import find_checkpoint, refuse_existing_run
+from tal_fast.runs.resume import changes, find_checkpoint, leaves_epoch, refuse_existing_run, refuse_other_data
 from tal_fast.training import loggers
 from tal_fast.training.batches import TrainingBatches
 from tal_fast.training.epoch_stats import Histogram, percentile_columns
@@ -28,7 +28,7 @@ from tal_fast.training.optim import learning_rate
 from tal_fast.training.profiler import Profiler
 from tal_fast.training.progress import Progress, epoch_line, memory_in_use, shows_bar
 from tal_fast.training.runtime import Runtime
-from tal_fast.training.state import build_state, data_shape
+from tal_fast.training.state import build_state, conditions, data_shape
 from tal_fast.training.train_step import TrainStep, Update
 from tal_fast.training.validation import Validator
 from tal_fast.training.weight_averaging import STATISTICS_IMAGES
@@ -103,6 +103,10 @@ class Trainer:
             val_loader, config.eval_batch_size, self.data.num_classes, self.method, self.runtime, self.ranks
         )
         seed_all(config.seed + 1 + self.ranks.rank)  # dropout and the like differ between ranks
+        self._shape = {
+            **data_shape(self.data, self.batches.num_images),
+            "conditions": conditions(config, self.data, self.runtime),
+        }
         if resumed is not None:
             self._restore(*resumed)
 
@@ -344,7 +348,7 @@ class Trainer:
             return
         content = {
             "config": self.config.to_dict(),
-            "shape": data_shape(self.data, self.batches.num_images),
+            "shape": self._shape,
             "world_size": self.ranks.world_size,
             **self.state.shared_snapshot(),
             "ranks": ranks,
@@ -358,16 +362,23 @@ class Trainer:
             logger.warning("%s; trying again now", problem)
 
     def _restore(self, content: dict[str, Any], path: Path) -> None:
-        changed = self.state.restore(
-            content, path, data_shape(self.data, self.batches.num_images), self.ranks.rank, self.ranks.world_size
-        )
+        config, state = self.config, self.state
+        refuse_other_data(content, self._shape, config, path)
+        changed = changes(content, self._shape, config, self.ranks.world_size)
+        with checkpoint.restoring(path):
+            state.restore(content, self.ranks.rank, self.ranks.world_size, leaves_epoch(changed))
         if changed and self.ranks.is_main:
-            where = ", from the start of the epoch" if content["step"] else ""
+            where = ", from the start of the epoch" if content["step"] and not state.step else ""
             logger.warning(
-                "%s since %s: the run goes on, but not bit for bit as it would have%s", ", ".join(changed), path, where
-            )
-        steps = f" and {self.state.step} steps" if self.state.step else ""
-        self._info(f"resuming from {path}: {self.state.epoch} epochs{steps}")
+                "%s since %s: the run goes on, but not bit for bit as it would have%s",
+                ", ".join(changed.values()), path, where,
+            )  # fmt: skip
+        steps = f" and {state.step} steps" if state.step else ""
+        self._info(f"resuming from {path}: {state.epoch} epochs{steps}")
+        before = Config.from_dict(content["config"])
+        was, now = (learning_rate(c.optim, c.epochs, state.epoch) for c in (before, config))
+        if was != now:
+            self._info(f"the schedule goes on with a learning rate of {now:.4g}, which was {was:.4g} before")
 
     def _end_early_if(self, reason: int, failure: UnreadableImage | None = None) -> None:
         """Save and stop if any rank has a reason to; every rank calls this between the same two steps."""
