@@ -20,6 +20,7 @@ from tal_fast.training.epoch_stats import EpochSums
 from tal_fast.training.optim import build_optimizer
 from tal_fast.training.runtime import Runtime
 from tal_fast.training.weight_averaging import WeightAverage, build_average
+from tal_fast.utils.environment import code_digest
 from tal_fast.utils.rng import rng_state, set_rng_state
 
 
@@ -168,5 +169,5 @@ def conditions(config: Config, data: DataBundle, runtime: Runtime) -> dict[str, 
         "data.loader": data.loader_name,
         "last change of an image file": newest_change(data),
         "torch": str(torch.__version__),
-        "tal_fast": __version__,
+        "tal_fast": f"{__version__} ({code_digest()[:8]})",
     }

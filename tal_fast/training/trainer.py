@@ -97,16 +97,14 @@ class Trainer:
         self.network, self.method = self.state.network, self.state.method
         batch_size = config.batch_size // self.ranks.world_size
         self.batches = TrainingBatches(config, self.data, self.method.outliers, batch_size, options)
-        self.ranks.check_same({**data_shape(self.data, self.batches.num_images), "data.loader": self.data.loader_name})
+        shape = data_shape(self.data, self.batches.num_images)
+        self.ranks.check_same({**shape, "data.loader": self.data.loader_name})
+        self._shape = {**shape, "conditions": conditions(config, self.data, self.runtime)}
         val_loader = self.data.loader("val", batch_size=config.eval_batch_size, **options)
         self._validator = Validator(
             val_loader, config.eval_batch_size, self.data.num_classes, self.method, self.runtime, self.ranks
         )
         seed_all(config.seed + 1 + self.ranks.rank)  # dropout and the like differ between ranks
-        self._shape = {
-            **data_shape(self.data, self.batches.num_images),
-            "conditions": conditions(config, self.data, self.runtime),
-        }
         if resumed is not None:
             self._restore(*resumed)
 
