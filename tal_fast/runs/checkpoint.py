@@ -8,6 +8,7 @@ load with ``torch.load(weights_only=True)``.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import zipfile
@@ -47,7 +48,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 """Entries of a checkpoint and their types."""
 
 _NOT_EMPTY = ("config", "model", "shape", "optimizer", "ranks")
-_SHAPE = ("class_names", "channels", "image_size", "train_images")
+_SHAPE = {"class_names": list, "channels": int, "image_size": int, "train_images": int}
 
 
 class Damaged(ValueError):
@@ -152,14 +153,26 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise Damaged(f"{path} is not a checkpoint of tal-fast")
     if content["format"] != FORMAT:
         raise Damaged(f"checkpoint {path} has format {content['format']} but this version reads {FORMAT}")
-    missing = [key for key in _KINDS if key not in content]
-    wrong = [key for key, kind in _KINDS.items() if not isinstance(content.get(key), kind)]
-    empty = [key for key in _NOT_EMPTY if not content.get(key)]
-    shape = [f"shape.{key}" for key in _SHAPE if key not in (content.get("shape") or ())]
-    if missing or wrong or empty or shape or len(content["ranks"]) != content["world_size"]:
-        lacking = ", ".join(missing or wrong or empty or shape or ["ranks"])
-        raise Damaged(f"checkpoint {path} lacks {lacking}; it is damaged")
+    lacking = _lacking(content)
+    if lacking:
+        raise Damaged(f"checkpoint {path} lacks {', '.join(lacking)}; it is damaged")
     return content
+
+
+def _lacking(content: dict[str, Any]) -> list[str]:
+    """Names of the entries that are missing, empty or of another type."""
+    names = [key for key, kind in _KINDS.items() if not isinstance(content.get(key), kind)]
+    if names:
+        return names
+    shape = content["shape"]
+    names = [key for key in _NOT_EMPTY if not content[key]]
+    names += [f"shape.{key}" for key, kind in _SHAPE.items() if not isinstance(shape.get(key), kind)]
+    names += [f"shape.{key}" for key in ("digests", "conditions") if not isinstance(shape.get(key, {}), dict)]
+    try:
+        json.dumps([content["config"], shape])
+    except TypeError:
+        names.append("plain values")
+    return names or ["ranks"] * (len(content["ranks"]) != content["world_size"])
 
 
 @contextlib.contextmanager

@@ -174,6 +174,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         ({"ranks": [{}, {}]}, "ranks"),
         ({"epoch": "1"}, "epoch"),
         ({"config": {}}, "config"),
+        ({"config": {"seed": torch.zeros(2)}}, "plain values"),
+        ({"model": torch.zeros(2)}, "model"),
         ({"shape": {"class_names": ["a"], "channels": 1, "train_images": 9}}, "shape.image_size"),
     ],
 )
