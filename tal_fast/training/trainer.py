@@ -19,7 +19,7 @@ from tal_fast.config.schema import OWN_OF_A_RANK, Config, DataConfig
 from tal_fast.data import build_data
 from tal_fast.runs import checkpoint
 from tal_fast.runs.folder import CONFIG_FILE, METRICS_FILE, epoch_row, write_metrics
-from tal_fast.runs.resume import find_checkpoint, refuse_existing_run
+from tal_fast.runs.resume import changes, find_checkpoint, leaves_epoch, refuse_existing_run, refuse_other_data
 from tal_fast.training import loggers
 from tal_fast.training.batches import TrainingBatches
 from tal_fast.training.epoch_stats import Histogram, percentile_columns
@@ -28,7 +28,7 @@ from tal_fast.training.profiler import Profiler
 from tal_fast.training.progress import Progress, epoch_line, memory_in_use, shows_bar
 from tal_fast.training.runtime import Runtime
 from tal_fast.training.saving import Saver, TrainingFailed
-from tal_fast.training.state import build_state, data_shape
+from tal_fast.training.state import build_state, conditions, data_shape
 from tal_fast.training.train_step import TrainStep, Update, check_parts
 from tal_fast.training.validation import Validator
 from tal_fast.training.weight_averaging import STATISTICS_IMAGES
@@ -93,7 +93,9 @@ class Trainer:
         batch_size = config.batch_size // self.ranks.world_size
         check_parts(self.network, batch_size // config.optim.accumulate)
         self.batches = TrainingBatches(config, self.data, self.method.outliers, batch_size, options)
-        self.ranks.check_same({**data_shape(self.data, self.batches.num_images), "data.loader": self.data.loader_name})
+        shape = data_shape(self.data, self.batches.num_images)
+        self.ranks.check_same({**shape, "data.loader": self.data.loader_name})
+        self._shape = {**shape, "conditions": conditions(config, self.data, self.runtime)}
         val_loader = self.data.loader("val", batch_size=config.eval_batch_size, **options)
         self._validator = Validator(
             val_loader, config.eval_batch_size, self.data.num_classes, self.method, self.runtime, self.ranks
@@ -117,8 +119,7 @@ class Trainer:
         self._reported = self._unreadable()  # files named so far, also by the run before
         self._warned = False  # whether the method's warning has been shown
         self._stop = stop or StopRequest()
-        shape = data_shape(self.data, self.batches.num_images)
-        self._saver = Saver(config, self.state, shape, self.ranks, self._stop)
+        self._saver = Saver(config, self.state, self._shape, self.ranks, self._stop)
         self._writer = self._saver.writer
         self._loggers: loggers.Loggers | None = None
         trace = self.output / "profile" / f"trace-rank{self.ranks.rank}.json"
@@ -341,16 +342,23 @@ class Trainer:
         self._saver.save(best)
 
     def _restore(self, content: dict[str, Any], path: Path) -> None:
-        changed = self.state.restore(
-            content, path, data_shape(self.data, self.batches.num_images), self.ranks.rank, self.ranks.world_size
-        )
+        config, state = self.config, self.state
+        refuse_other_data(content, self._shape, config, path)
+        changed = changes(content, self._shape, config, self.ranks.world_size)
+        with checkpoint.restoring(path):
+            state.restore(content, self.ranks.rank, self.ranks.world_size, leaves_epoch(changed))
         if changed and self.ranks.is_main:
-            where = ", from the start of the epoch" if content["step"] else ""
+            where = ", from the start of the epoch" if content["step"] and not state.step else ""
             logger.warning(
-                "%s since %s: the run goes on, but not bit for bit as it would have%s", ", ".join(changed), path, where
-            )
-        steps = f" and {self.state.step} steps" if self.state.step else ""
-        self._info(f"resuming from {path}: {self.state.epoch} epochs{steps}")
+                "%s since %s: the run goes on, but not bit for bit as it would have%s",
+                ", ".join(changed.values()), path, where,
+            )  # fmt: skip
+        steps = f" and {state.step} steps" if state.step else ""
+        self._info(f"resuming from {path}: {state.epoch} epochs{steps}")
+        before = Config.from_dict(content["config"])
+        was, now = (learning_rate(c.optim, c.epochs, state.epoch) for c in (before, config))
+        if was != now:
+            self._info(f"the schedule goes on with a learning rate of {now:.4g}, which was {was:.4g} before")
 
 
 def _make_paths_absolute(data: DataConfig) -> None:
