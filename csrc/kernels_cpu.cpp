@@ -9,15 +9,17 @@
 namespace tal_fast {
 namespace {
 
-// Scalar scan of the rare rows that are not finite or whose sum of squares overflows. A NaN counts as the largest
-// value, as in torch.argmax.
+// Scalar scan of the rare rows that are not finite or whose squares are huge. A NaN counts as the largest value, as in
+// torch.argmax.
 template <typename T>
 RowScan<T> scan_row_scalar(const T* z, int64_t classes) {
   RowScan<T> scan{z[0], 0, 0, true};
   long double squares = 0;
+  scan.unit = kHugeUnit<T>;
   for (int64_t c = 0; c < classes; ++c) {
     scan.finite = scan.finite && std::isfinite(z[c]);
-    squares += static_cast<long double>(z[c]) * z[c];
+    const long double scaled = z[c] / scan.unit;
+    squares += scaled * scaled;
     if (!std::isnan(scan.largest) && (z[c] > scan.largest || std::isnan(z[c]))) {
       scan.largest = z[c];
       scan.argmax = c;
@@ -115,6 +117,53 @@ const CpuKernels<T>& cpu_kernels() {
 }
 template const CpuKernels<float>& cpu_kernels<float>();
 template const CpuKernels<double>& cpu_kernels<double>();
+
+template <typename T>
+T row_loss_of_huge_logits(const T* z, int64_t classes, int64_t label, const RowScan<T>& scan, T temperature, T weight,
+                          T smoothing, T norm_eps, T gradient_scale, T* /*work*/, T* gradient) {
+  using Wide = long double;
+  const Wide norm = static_cast<Wide>(scan.norm) * scan.unit, n = norm + norm_eps;
+  const Wide largest = scan.largest, z_label = z[label], x_label = z_label - largest;
+  const Wide hit = 1 - static_cast<Wide>(smoothing), spread = static_cast<Wide>(smoothing) / classes;
+  Wide sum_x = 0;
+  for (int64_t c = 0; c < classes; ++c) sum_x += z[c] - largest;
+  const Wide target_x = hit * x_label + spread * sum_x;
+  // One cross-entropy: its loss, and the coefficients of its gradient for the exponentials, at the label and along z.
+  struct Terms {
+    Wide loss, per_exponential, at_label, along_z;
+  };
+  const auto cross_entropy = [&](Wide scale, Wide share) -> Terms {
+    if (share == 0) return {0, 0, 0, 0};
+    Wide others = 0, weighted = 0;
+    for (int64_t c = 0; c < classes; ++c) {
+      if (c == label) continue;
+      const Wide x = z[c] - largest, e = std::exp(scale * x);
+      others += e;
+      weighted += x * e;
+    }
+    const Wide at_label = std::exp(scale * x_label), sum = others + at_label, factor = share * scale * gradient_scale;
+    const Wide k = (weighted + x_label * at_label) / sum - target_x;  // <z, p - target>
+    const Wide log_sum = at_label == 1 ? std::log1p(others) : std::log(sum);
+    return {share * (log_sum - scale * target_x), factor / sum, factor * (smoothing - others / sum),
+            factor * (k / norm) / n};
+  };
+  const Wide scale = temperature / n;
+  const Terms direction = cross_entropy(scale, weight), magnitude = cross_entropy(1, 1 - weight);
+  if (gradient) {
+    const Wide subtract = (weight * scale + (1 - weight)) * gradient_scale * spread;
+    for (int64_t c = 0; c < classes; ++c) {
+      const Wide x = z[c] - largest;
+      Wide g = direction.per_exponential * std::exp(scale * x) + magnitude.per_exponential * std::exp(x);
+      if (c == label) g = direction.at_label + magnitude.at_label;
+      gradient[c] = static_cast<T>(g - z[c] * direction.along_z - subtract);
+    }
+  }
+  return static_cast<T>(direction.loss + magnitude.loss);
+}
+template float row_loss_of_huge_logits(const float*, int64_t, int64_t, const RowScan<float>&, float, float, float,
+                                       float, float, float*, float*);
+template double row_loss_of_huge_logits(const double*, int64_t, int64_t, const RowScan<double>&, double, double, double,
+                                        double, double, double*, double*);
 
 const char* cpu_isa() {
   switch (isa_in_use()) {

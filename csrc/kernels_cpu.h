@@ -9,9 +9,10 @@ namespace tal_fast {
 template <typename T>
 struct RowScan {
   T largest;
-  T norm;
+  T norm;  // in units of `unit`
   int64_t argmax;
   bool finite;  // whether every logit is finite
+  T unit = 1;   // a power of 2; not 1 for huge logits, of which a sum of squares may overflow
 };
 
 template <typename T>
@@ -32,6 +33,11 @@ struct CpuKernels {
 // Kernels of the instruction set in use.
 template <typename T>
 const CpuKernels<T>& cpu_kernels();
+
+// As CpuKernels::row_loss, one logit after the other in extended precision, for the rare rows whose unit is not 1.
+template <typename T>
+T row_loss_of_huge_logits(const T* z, int64_t classes, int64_t label, const RowScan<T>& scan, T temperature, T weight,
+                          T smoothing, T norm_eps, T gradient_scale, T* work, T* gradient);
 
 // Three rows, each padded by up to a pack.
 inline int64_t row_work_size(int64_t classes) { return 3 * (classes + 16); }

@@ -13,10 +13,10 @@
 #include <utility>
 #include <vector>
 
-#include "index.h"
 #include "kernels_cpu.h"
 #include "ops_cpu.h"
 #include "queue.h"
+#include "ring.h"
 
 namespace tal_fast {
 namespace {
@@ -101,14 +101,25 @@ class GradientRow {
 // 10 microseconds, and milliseconds when data-loading processes occupy the other cores.
 int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, columns)); }
 
-// Index over the given memory; none if the queue has no index.
+// View of a queue's tensors. Searching writes nothing, so that they may come from const tensors.
 template <typename T>
-std::optional<QueueIndex<T>> index_of(const std::optional<Tensor>& index, int64_t capacity) {
-  if (!index) return std::nullopt;
-  TORCH_CHECK_VALUE(index->scalar_type() == at::kByte && index->is_contiguous() && index->device().is_cpu() &&
-                        index->numel() == QueueIndex<T>::bytes(capacity),
+Ring<T> ring_of(const Tensor& queue_mean, const Tensor& queue_std, const Tensor& cursor,
+                const std::optional<Tensor>& index) {
+  const int64_t capacity = queue_mean.numel();
+  TORCH_CHECK_VALUE(!index || (index->scalar_type() == at::kByte && index->is_contiguous() &&
+                               index->device().is_cpu() && index->numel() == QueueIndex<T>::bytes(capacity)),
                     "index must be ", QueueIndex<T>::bytes(capacity), " contiguous bytes on the CPU");
-  return QueueIndex<T>(const_cast<uint8_t*>(index->const_data_ptr<uint8_t>()), capacity);
+  return Ring<T>(const_cast<T*>(queue_mean.const_data_ptr<T>()), const_cast<T*>(queue_std.const_data_ptr<T>()),
+                 const_cast<int64_t*>(cursor.const_data_ptr<int64_t>()), capacity,
+                 index ? const_cast<uint8_t*>(index->const_data_ptr<uint8_t>()) : nullptr);
+}
+
+// Raise the error of an operator that found the cursor not valid; as in tal_fast.loss.ring.
+void check_cursor(bool valid, const Tensor& queue_mean, const Tensor& cursor) {
+  if (valid) return;
+  const int64_t* c = cursor.const_data_ptr<int64_t>();
+  TORCH_CHECK(false, "the queue's cursor (", c[0], ", ", c[1], ") lies outside a ring of ", queue_mean.numel(),
+              " entries: never initialised, or overwritten; call reset_parameters() or load a state");
 }
 
 }  // namespace
@@ -120,74 +131,26 @@ void push_cpu(Tensor& queue_mean, Tensor& queue_std, Tensor& cursor, const Tenso
   const Tensor m = mean.contiguous(), s = std.contiguous();
   const Tensor keep = accepted ? accepted->contiguous() : Tensor();
   const bool* kept = keep.defined() ? keep.const_data_ptr<bool>() : nullptr;
-  const int64_t capacity = queue_mean.numel();
-  int64_t* state = cursor.mutable_data_ptr<int64_t>();
   for_float_or_double(queue_mean.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    T *qm = queue_mean.mutable_data_ptr<T>(), *qs = queue_std.mutable_data_ptr<T>();
-    const T *pm = m.const_data_ptr<T>(), *ps = s.const_data_ptr<T>();
-    auto cells = index_of<T>(index, capacity);
-    const bool index_is_current = cells && cells->matches(state[0], state[1]);
-    std::vector<T> new_mean, new_std;
-    for (int64_t b = 0; b < m.numel(); ++b) {
-      if ((kept && !kept[b]) || !std::isfinite(pm[b]) || !std::isfinite(ps[b])) continue;
-      qm[state[0]] = pm[b];
-      qs[state[0]] = ps[b];
-      state[0] = state[0] + 1 == capacity ? 0 : state[0] + 1;
-      state[1] = std::min(state[1] + 1, capacity);
-      if (!index_is_current) continue;
-      new_mean.push_back(pm[b]);
-      new_std.push_back(ps[b]);
-    }
-    if (index_is_current) cells->push(new_mean.data(), new_std.data(), static_cast<int64_t>(new_mean.size()));
-    // A new queue, or one loaded from a checkpoint.
-    if (cells && !index_is_current) cells->rebuild(qm, qs, state[0], state[1]);
+    check_cursor(ring_of<T>(queue_mean, queue_std, cursor, index)
+                     .push(m.const_data_ptr<T>(), s.const_data_ptr<T>(), kept, m.numel()),
+                 queue_mean, cursor);
   });
 }
 
 namespace {
 
-// Distances to the nearest entry by brute force.
-//
-// Each task takes the minimum over a part of the queue, then the minimum over the tasks is taken. A minimum does not
-// depend on the order, so the result does not depend on the number of threads.
-template <typename T>
-void nearest_by_brute_force(const Tensor& queue_mean, const Tensor& queue_std, int64_t length, const T* m, const T* s,
-                  int64_t batch, T* distance) {
-  const T *qm = queue_mean.const_data_ptr<T>(), *qs = queue_std.const_data_ptr<T>();
-  const auto& kernels = cpu_kernels<T>();
-  // A task of 2^18 pairs takes about 30 microseconds.
-  const int64_t pairs = length * batch;
-  const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), pairs >> 18));
-  const int64_t share = (length + tasks - 1) / tasks;
-  std::vector<T> best(static_cast<size_t>(tasks * batch), std::numeric_limits<T>::infinity());
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t)
-      kernels.nearest_squared(qm, qs, t * share, std::min(length, (t + 1) * share), m, s, batch, &best[t * batch]);
-  });
-  for (int64_t b = 0; b < batch; ++b) {
-    T d = best[b];
-    for (int64_t t = 1; t < tasks; ++t) d = std::min(d, best[t * batch + b]);
-    distance[b] = std::sqrt(d);
-  }
-}
-
-// Distances to the nearest entry, by the index if it is up to date and by brute force otherwise.
+// Distances to the nearest entry.
 template <typename T>
 void search(const Tensor& queue_mean, const Tensor& queue_std, const Tensor& cursor,
             const std::optional<Tensor>& index, const T* m, const T* s, int64_t batch, T* distance) {
-  const int64_t* state = cursor.const_data_ptr<int64_t>();
-  const auto cells = index_of<T>(index, queue_mean.numel());
-  if (!cells || !cells->matches(state[0], state[1])) {
-    nearest_by_brute_force<T>(queue_mean, queue_std, state[1], m, s, batch, distance);
-    return;
-  }
-  const T *qm = queue_mean.const_data_ptr<T>(), *qs = queue_std.const_data_ptr<T>();
-  // 128 queries take 25 to 130 microseconds (N = 20,000 to 10,000,000).
-  at::parallel_for(0, batch, 128, [&](int64_t begin, int64_t end) {
-    cells->nearest_squared(qm, qs, m, s, begin, end, distance);
-    for (int64_t b = begin; b < end; ++b) distance[b] = std::sqrt(distance[b]);
-  });
+  const auto parallel_for = [](int64_t begin, int64_t end, int64_t grain, const auto& body) {
+    at::parallel_for(begin, end, grain, body);
+  };
+  check_cursor(ring_of<T>(queue_mean, queue_std, cursor, index)
+                   .nearest(m, s, batch, distance, at::get_num_threads(), parallel_for),
+               queue_mean, cursor);
 }
 
 Tensor nearest_cpu(const Tensor& queue_mean, const Tensor& queue_std, const Tensor& cursor, const Tensor& mean,
@@ -270,7 +233,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics_distance_cpu(const Tensor&
 
 template <typename T>
 bool is_accepted(const RowScan<T>& scan, bool correct, double threshold) {
-  return correct && scan.finite && scan.largest / (scan.norm + static_cast<T>(kNormEps)) > static_cast<T>(threshold);
+  const T cosine = scan.largest / scan.unit / (scan.norm + static_cast<T>(kNormEps) / scan.unit);
+  return correct && scan.finite && cosine > static_cast<T>(threshold);
 }
 
 void check_loss_inputs(const Tensor& logits, const Tensor& labels, const Tensor& distance) {
@@ -402,10 +366,10 @@ LossOutput loss_into(const Tensor& logits, const Tensor& labels, const Tensor& d
         temp[b] = !correct[b] && o.t_wrong ? static_cast<T>(*o.t_wrong)
                                        : static_cast<T>(o.t_min) + (1 - tau[b]) * static_cast<T>(o.t_max - o.t_min);
         if (scan.finite) {
-          row_losses[b] = kernels.row_loss(z, classes, label[b], scan, temp[b],
-                                           o.released ? static_cast<T>(w_bar) : w[b],
-                                           static_cast<T>(o.label_smoothing), static_cast<T>(kNormEps),
-                                           static_cast<T>(1 / count), work.data(), row_grad);
+          const auto row_loss = scan.unit == 1 ? kernels.row_loss : &row_loss_of_huge_logits<T>;
+          row_losses[b] = row_loss(z, classes, label[b], scan, temp[b], o.released ? static_cast<T>(w_bar) : w[b],
+                                   static_cast<T>(o.label_smoothing), static_cast<T>(kNormEps),
+                                   static_cast<T>(1 / count), work.data(), row_grad);
         } else {
           // Cross-entropy is not finite here either, or, with a logit of -inf, the direction is undefined.
           row_losses[b] = std::numeric_limits<T>::quiet_NaN();

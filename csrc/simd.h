@@ -19,6 +19,12 @@ namespace tal_fast {
 // Instruction sets. TAL_FAST_ISA (base, avx2, avx512) selects a lower one, which lets tests reach all on one machine.
 enum class Isa { kBase, kAvx2, kAvx512 };
 
+// Rows with a larger sum of squares are counted in units of kHugeUnit; beyond it, products of the gradient lose digits.
+template <typename T>
+constexpr T kHugeSquares = sizeof(T) == 4 ? static_cast<T>(0x1p100) : static_cast<T>(0x1p800);
+template <typename T>
+constexpr T kHugeUnit = sizeof(T) == 4 ? static_cast<T>(0x1p78) : static_cast<T>(0x1p624);
+
 }  // namespace tal_fast
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))

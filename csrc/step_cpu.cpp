@@ -1,5 +1,6 @@
 // The whole TAL step on the CPU in one call: statistics, search, sums, loss, gradient and push, with or without an
 // autograd graph. At B = 128, C = 100 the calls between Python and four separate operators took longer than their work.
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -60,6 +61,14 @@ struct Attach : Function<Attach> {
   }
 };
 
+// The operators compute with plain values: forward-mode derivatives and torch.func transforms would see a constant.
+void refuse_transforms(const Tensor& logits) {
+  if (const auto& layers = at::functorch::functorchTLSAccessor()) layers->checkSupportsCppAutogradFunction();
+  TORCH_CHECK(!logits._fw_grad(/*level=*/0).defined(),
+              "forward-mode derivatives and torch.func transforms do not reach into the kernels of the TAL loss, nor "
+              "through loss_and_gradient; use backend='reference' and the loss itself for them");
+}
+
 // The step with its push. Both parts are called through the dispatcher, so that its other keys see their arguments;
 // `between` receives the results before anything is pushed.
 template <typename Between>
@@ -73,6 +82,7 @@ Forward forward_and_push(const Tensor& logits, const Tensor& features, const Ten
                                      .typed<decltype(step_forward)>();
   static const auto push_op =
       c10::Dispatcher::singleton().findSchemaOrThrow("tal_fast::push_", "").typed<decltype(push_cpu)>();
+  refuse_transforms(logits);
   Forward out = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     return forward_op.call(logits, features, labels, queue_mean, queue_std, cursor, index, released, t_min, t_max,

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from tal_fast.config.parse import parse_yaml
+from tal_fast.config.parse import read_yaml
 from tal_fast.config.schema import Config
 from tal_fast.experiments.plan import Job
 from tal_fast.runs.folder import CONFIG_FILE
@@ -47,7 +47,7 @@ class Folder:
             if (self.path / CONFIG_FILE).exists():
                 raise ValueError(f"{self.path} holds a run that no experiment made; name another --output")
             return
-        saved = parse_yaml(requested.read_text(encoding="utf-8"), str(requested))
+        saved = read_yaml(requested)
         now = self.job.config
         changes = differences(saved, now)
         before = Config.from_dict(saved).data.ood

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tal_fast.loss._extension import triton_problem
 from tal_fast.loss.options import LossOptions
@@ -16,6 +17,21 @@ NO_SECOND_DERIVATIVE = (
     "the gradient of the TAL loss is a constant to autograd, and a second derivative (create_graph=True) "
     "would miss terms; use backend='reference' for it"
 )
+
+# As above.
+NO_TRANSFORMS = (
+    "forward-mode derivatives and torch.func transforms do not reach into the kernels of the TAL loss, nor through "
+    "loss_and_gradient; use backend='reference' and the loss itself for them"
+)
+
+
+def refuse_transforms(logits: Tensor) -> None:
+    """Raise RuntimeError where forward-mode derivatives or ``torch.func`` transforms of these logits are wanted."""
+    if torch.compiler.is_compiling():
+        return
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None):
+        raise RuntimeError(NO_TRANSFORMS)
 
 
 def wants_gradient(logits: Tensor) -> bool:

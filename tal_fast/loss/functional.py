@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tal_fast.loss import dispatch, tensor_parallel
-from tal_fast.loss.autograd import attach_gradient, wants_gradient
-from tal_fast.loss.backends import Backend, LossInputs
+from tal_fast.loss.autograd import attach_gradient, refuse_transforms, wants_gradient
+from tal_fast.loss.backends import Backend, KernelBackend, LossInputs
 from tal_fast.loss.options import LossOptions, check_inputs
 from tal_fast.loss.reference import TALStats, feature_statistics, nearest_distance
 from tal_fast.loss.ring import RingBuffer
@@ -30,7 +30,7 @@ def tal_loss(
     t_min: float = 10.0,
     t_max: float = 100.0,
     t_wrong: float | None = 20.0,
-    confidence_threshold: float = 0.0,
+    confidence_threshold: float | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     warmup: bool = False,
@@ -114,6 +114,8 @@ def step_in_parts(
         combine: Function from the batch's summary to that of all ranks, if they act as one; else None.
         direct: Whether to compute the gradient and return it, instead of a differentiable loss.
     """
+    if direct or class_group is not None or isinstance(backend, KernelBackend):
+        refuse_transforms(logits)
     with torch.no_grad():
         mean, std, distance, summary = backend.statistics_distance(features, labels, ring, options.ignore_index)
     gradient: Tensor | None = None

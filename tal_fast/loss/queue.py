@@ -24,7 +24,10 @@ class FeatureQueue(nn.Module):
 
     The ring is neither parameters nor buffers: ``state_dict`` holds it and ``.to(device)`` moves it, but
     ``DistributedDataParallel``, which would overwrite every rank's queue with rank 0's, does not see it. ``.half()``
-    and ``.bfloat16()`` leave it in float32; ``.double()`` makes it float64.
+    and ``.bfloat16()`` leave it in float32; ``.double()`` makes it float64. ``to_empty`` leaves it empty.
+
+    Threads may push and search at the same time; on GPUs, on one stream. ``reset``, ``load_state_dict`` and conversions
+    are for one thread while no other uses the queue.
 
     Args:
         capacity: Largest number of entries, >= 1. The authors' code has 880,880 for ImageNet and 30,000 for CIFAR-100.
@@ -81,6 +84,7 @@ class FeatureQueue(nn.Module):
     def __len__(self) -> int:
         """Number of entries; waits for the device."""
         self.flush()
+        self.ring.check(wait=True)
         return int(self.ring.cursor[1])
 
     def extra_repr(self) -> str:
@@ -132,6 +136,7 @@ class FeatureQueue(nn.Module):
     def contents(self) -> tuple[Tensor, Tensor]:
         """Copies of (mean, std), each (len(self),), oldest first; waits for the device."""
         self.flush()
+        self.ring.check(wait=True)
         return newest_entries(self.ring.mean, self.ring.std, self.ring.cursor)
 
     def reset(self) -> None:
@@ -139,6 +144,11 @@ class FeatureQueue(nn.Module):
         self.flush()
         self.ring.cursor.zero_()
         self.ring.invalidate_index()
+
+    def reset_parameters(self) -> None:
+        """Make an empty queue of memory that holds anything, as PyTorch's own modules do after ``to_empty``."""
+        self._pending_push = None
+        self.ring.clear()
 
     def push_later(self, push: Callable[[], None]) -> None:
         """Defer ``push``, which may wait for other ranks' entries, until the queue is next read or written.

@@ -6,13 +6,14 @@ features f and the labels y of a batch, and the queue's entries (m_j, s_j):
 =====================  ============================================================  ========================
 Feature statistics     m = mean(f), s = std(f)                                       ``feature_statistics``
 Distance to the queue  d = min_j √((m - m_j)² + (s - s_j)²)                          ``nearest_distance``
-Cosine confidence      cos = max(z) / (‖z‖ + 1e-7)                                   ``_classified``
+Unit-length logits     u = z / (‖z‖ + 1e-7)                                          ``unit_length``
+Cosine confidence      cos = max(u)                                                  ``_classified``
 Correct                argmax(z) = y                                                 ``_classified``
 Accepted               correct and cos > confidence_threshold                        ``_classified``
 Typicalness            τ = 1 - (d - d_min) / (d_max - d_min + 1e-8)                  ``sample_terms``
 Temperature            T = t_min + (1 - τ)(t_max - t_min); t_wrong if misclassified  ``sample_terms``
 Weight                 w = τ if correct, 1 if misclassified                          ``sample_terms``
-Direction loss         L_dir = CE(T z / (‖z‖ + 1e-7), y)                             ``tal_loss``
+Direction loss         L_dir = CE(T u, y)                                            ``tal_loss``
 Magnitude loss         L_ce = CE(z, y)                                               ``tal_loss``
 Loss                   mean of w L_dir + (1 - w) L_ce over the batch                 ``tal_loss``
 Queue update           append (m, s) of the accepted samples, drop the oldest        ``push``
@@ -39,7 +40,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tal_fast.loss.options import LossOptions
-from tal_fast.scores.logits import NORM_EPS  # added to ‖z‖, as in the released code
+from tal_fast.scores.logits import NORM_EPS, power_for_norm
 
 RANGE_EPS = 1e-8
 """Added to the range of the batch's distances, as in the released code."""
@@ -200,7 +201,7 @@ def tal_loss(
     )
 
     # Direction loss on the unit-length logits, magnitude loss on the logits as they are (equations 2 and 6).
-    u = z / (torch.linalg.vector_norm(z, dim=1, keepdim=True) + NORM_EPS)
+    u = unit_length(z)
     target = labels.masked_fill(~valid, 0)
     smoothing = options.label_smoothing
     l_dir = F.cross_entropy(temperature[:, None] * u, target, reduction="none", label_smoothing=smoothing)
@@ -213,6 +214,13 @@ def tal_loss(
     count = valid.sum().to(z.dtype) if summary is None else summary[2].to(z.dtype)
     loss = torch.where(valid, per_sample, 0.0).sum() / torch.where(count > 0, count, 1.0)
     return loss, TALStats(distance.detach(), typicalness, weight, temperature, correct, accepted)
+
+
+def unit_length(z: Tensor) -> Tensor:
+    """Rows z / (‖z‖ + 1e-7), as in the released code; no finite float32 or float64 logits overflow."""
+    power = power_for_norm(z)
+    norm = torch.linalg.vector_norm(z * power, dim=1, keepdim=True) + NORM_EPS * power
+    return z * power / norm
 
 
 def sample_terms(
@@ -272,9 +280,8 @@ def _valid_rows(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tens
 def _classified(z: Tensor, labels: Tensor, valid: Tensor, confidence_threshold: float) -> tuple[Tensor, Tensor]:
     """Correct and accepted rows, both (B,) bool."""
     z = z.detach()
-    largest, prediction = z.max(dim=1)  # the first one on ties
-    cosine = largest / (torch.linalg.vector_norm(z, dim=1) + NORM_EPS)
-    correct = valid & (prediction == labels)
+    correct = valid & (z.argmax(dim=1) == labels)  # the first class on ties
+    cosine = unit_length(z).amax(dim=1)
     return correct, correct & (cosine > confidence_threshold) & z.isfinite().all(dim=1)
 
 

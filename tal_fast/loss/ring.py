@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tal_fast.loss import _extension
+from tal_fast.loss.options import CHECK_LABELS_ON_GPU
 
 
 @dataclass
@@ -64,14 +66,39 @@ class RingBuffer:
         if self.index is not None:
             self.index[:8] = 0
 
+    def check(self, wait: bool = False) -> None:
+        """Raise RuntimeError if the cursor lies outside the ring, as in memory that was never initialised.
+
+        It is read on CPUs, and on GPUs, where that waits for the device, with ``wait`` or TAL_FAST_DEBUG=1.
+        """
+        if self.cursor.is_meta or torch.compiler.is_compiling():
+            return
+        if wait or CHECK_LABELS_ON_GPU or self.cursor.device.type == "cpu":
+            problem = cursor_problem(self.cursor, self.capacity)
+            if problem:
+                raise RuntimeError(f"the queue's {problem}; call reset_parameters() or load a state")
+
+    def clear(self) -> None:
+        """Remove all entries, whatever the memory holds."""
+        for tensor in (self.mean, self.std, self.cursor, self.ticket):
+            tensor.zero_()
+        self.invalidate_index()
+
     def convert(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply a conversion such as ``.to(device)``; one to half precision moves the statistics without converting."""
+        """Apply a conversion such as ``.to(device)``; one to half precision moves the statistics without converting.
+
+        One that keeps no values, as ``to_empty`` does after construction on the meta device, leaves an empty ring.
+        """
+        probe = torch.tensor(time.perf_counter_ns(), device=self.cursor.device)
+        converted = function(probe)
         for name in ("mean", "std"):
             old = getattr(self, name)
             new = function(old)
             setattr(self, name, new if new.dtype in (torch.float32, torch.float64) else old.to(new.device))
         self.cursor, self.ticket = function(self.cursor), function(self.ticket)
         self.allocate_index()
+        if not converted.is_meta and (probe.is_meta or int(converted) != int(probe)):
+            self.clear()
 
     def load(self, mean: Tensor, std: Tensor, cursor: Tensor) -> None:
         """Copy the state of another ring, of its newest entries if its capacity differs."""
@@ -92,6 +119,15 @@ def newest_entries(mean: Tensor, std: Tensor, cursor: Tensor, limit: int | None 
     return mean[slots], std[slots]
 
 
+def cursor_problem(cursor: Tensor, capacity: int) -> str | None:
+    """Reason why this is not the cursor of a ring, or None if it may be; waits for the device."""
+    head, length = cursor.tolist()
+    if 0 <= head < capacity and 0 <= length <= capacity:
+        return None
+    # csrc/ops_cpu.cpp has a copy of it.
+    return f"cursor ({head}, {length}) lies outside a ring of {capacity} entries: never initialised, or overwritten"
+
+
 def invalid_state(mean: Any, std: Any, cursor: Any) -> str | None:
     """Reason why these are not the state of a ring buffer, or None if they are."""
     if not all(isinstance(t, Tensor) for t in (mean, std, cursor)):
@@ -100,9 +136,10 @@ def invalid_state(mean: Any, std: Any, cursor: Any) -> str | None:
         return f"mean and std must both be (N,) with N >= 1, not {tuple(mean.shape)} and {tuple(std.shape)}"
     if cursor.shape != (2,) or cursor.dtype != torch.int64:
         return f"cursor must be 2 int64 values, not {cursor.dtype} of shape {tuple(cursor.shape)}"
+    problem = cursor_problem(cursor, mean.numel())
+    if problem:
+        return problem
     head, length = cursor.tolist()
-    if not (0 <= head < mean.numel() and 0 <= length <= mean.numel()):
-        return f"cursor ({head}, {length}) lies outside a ring of {mean.numel()} entries"
     if not (mean[: max(length, head)].isfinite().all() and std[: max(length, head)].isfinite().all()):
         return "it holds values that are not finite"
     return None

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tal_fast.loss import reference
-from tal_fast.loss.collectives import gather
+from tal_fast.loss.collectives import check_rows_once, gather
 from tal_fast.loss.options import LossOptions, check_label_range, labels_are_checked
 from tal_fast.loss.reference import NORM_EPS, TALStats, compute_dtype
 
@@ -74,10 +74,12 @@ def loss_and_gradient(
         columns, empty unless ``need_grad``.
 
     Raises:
-        ValueError: On every rank alike, if labels are out of range or differ between the ranks.
+        ValueError: On every rank alike, if labels are out of range or differ between the ranks, or, in the first step,
+            the ranks have unequal numbers of rows.
     """
     scan, exp_sums, gradient = _passes(backend)
     z, wide = logits.detach(), compute_dtype(logits)
+    check_rows_once(len(labels), labels, class_group)
 
     # 1. Whole rows, and which of them are correct and accepted.
     found = scan(z)
@@ -176,7 +178,7 @@ def _scan(logits: Tensor) -> Tensor:
     if z.shape[1] == 0:
         return z.new_tensor([-torch.inf, 0, 0, 0, 1], dtype=torch.float64).expand(len(z), 5)
     largest, index = z.max(dim=1)
-    norm = torch.linalg.vector_norm(z, dim=1)
+    norm = torch.linalg.vector_norm(z, dim=1, dtype=torch.float64)  # float32 squares could overflow
     return torch.stack([t.double() for t in (largest, index, norm, z.sum(1), z.isfinite().all(1))], dim=1)
 
 

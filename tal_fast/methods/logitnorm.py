@@ -8,7 +8,7 @@ from torch import Tensor
 from tal_fast.config.methods import LogitNormOptions
 from tal_fast.methods.base import Method, Step
 from tal_fast.methods.ce import mean_cross_entropy
-from tal_fast.scores.logits import NORM_EPS
+from tal_fast.scores.logits import NORM_EPS, power_for_norm
 
 
 class LogitNorm(Method):
@@ -23,5 +23,6 @@ class LogitNorm(Method):
 
     def forward(self, logits: Tensor, features: Tensor, labels: Tensor, indices: Tensor) -> Step:
         z = logits.float()
-        norm = torch.linalg.vector_norm(z, dim=1, keepdim=True) + NORM_EPS
-        return Step(mean_cross_entropy(z / (self.options.tau * norm), labels, self.label_smoothing), {})
+        power = power_for_norm(z)
+        norm = torch.linalg.vector_norm(z * power, dim=1, keepdim=True) + NORM_EPS * power
+        return Step(mean_cross_entropy(z * power / (self.options.tau * norm), labels, self.label_smoothing), {})

@@ -95,21 +95,18 @@ class Writer:
         first = self._folder / copies[0]
         save(first, content)
         for name in copies[1:]:
-            _link(first, self._folder / name)
-        if last.exists():
-            os.replace(last, previous)
-        _link(first, last)
+            _copy_file(first, self._folder / name)
+        _copy_file(first, last, previous)
 
 
-def _link(path: Path, other: Path) -> None:
-    """Hard-link a file under another name, replacing the file there; copies it where there are no hard links."""
-    temporary = other.with_name(f".{other.name}.link")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # some file systems have no hard links
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, other)
+def _copy_file(source: Path, path: Path, previous: Path | None = None) -> None:
+    """Copy a file atomically; the file already at ``path`` becomes ``previous``."""
+    with replacing(path, keep=previous) as temporary, source.open("rb") as old, temporary.open("wb") as new:
+        try:
+            while os.copy_file_range(old.fileno(), new.fileno(), 1 << 30):  # shares blocks where the disk can
+                pass
+        except (AttributeError, OSError):  # not Linux, or a file system without it
+            shutil.copyfileobj(old, new)
 
 
 def snapshot(value: Any) -> Any:

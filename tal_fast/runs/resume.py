@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tal_fast.config.methods import read_options
+from tal_fast.config.methods import option_values, read_options
 from tal_fast.config.schema import Config
 from tal_fast.methods import method_class
 from tal_fast.runs import checkpoint
 from tal_fast.runs.folder import METRICS_FILE
+from tal_fast.utils.locks import FolderLock
 
 logger = logging.getLogger(__name__)
 
@@ -44,25 +44,33 @@ MAY_DIFFER = {
 """Options that a resumed run may change: where and how fast it runs, not what it computes."""
 
 
-def find_checkpoint(config: Config) -> tuple[dict[str, Any], Path] | None:
+RESTART_WAIT_S = 120.0
+"""Seconds that a restarted rank waits for the lock of the one before: NFS keeps that of a lost machine for 90."""
+
+REQUEUE_WAIT_S = 20.0
+"""Seconds that ``resume: auto`` waits for the lock of the run before, which may still be saving."""
+
+
+def find_checkpoint(config: Config, lock: FolderLock | None = None) -> tuple[dict[str, Any], Path] | None:
     """Checkpoint that ``config.resume`` asks for, with its path; None for a new run.
 
+    ``lock`` is acquired before an existing output folder is read, and stays so.
+
     Raises:
-        ValueError: the output folder holds another run, or the checkpoint is of another configuration.
+        ValueError: the output folder holds another run or is in use, or the checkpoint is of another configuration.
         Damaged: there are checkpoints, but none can be read.
     """
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is a file; name a folder")
     folder = output / checkpoint.FOLDER
-    # config.yaml alone is of a run that failed or was killed before it saved anything.
-    holds_run = checkpoint.exists(folder) or (output / METRICS_FILE).exists()
     # torchrun restarts a failed run with the same command line (--max-restarts).
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     resume = "auto" if config.resume == "never" and restarted else config.resume
+    if lock is not None and output.is_dir():
+        lock.acquire(RESTART_WAIT_S if restarted else REQUEUE_WAIT_S if resume == "auto" else 0.0)
     if resume == "never":
-        if holds_run:
-            raise ValueError(f"{output} holds a run already; continue it with --resume auto, or name another --output")
+        refuse_existing_run(output)
         return None
     if resume == "auto":
         if not checkpoint.exists(folder):
@@ -72,7 +80,7 @@ def find_checkpoint(config: Config) -> tuple[dict[str, Any], Path] | None:
             logger.warning("%s; going on from %s instead", problem, path)
     else:
         path = Path(resume)
-        if holds_run and path.absolute().parent != folder.absolute():
+        if holds_run(output) and path.absolute().parent != folder.absolute():
             raise ValueError(
                 f"{output} holds a run already, which resuming from {path} would overwrite; name another --output"
             )
@@ -84,6 +92,17 @@ def find_checkpoint(config: Config) -> tuple[dict[str, Any], Path] | None:
             "--output"
         )
     return content, path
+
+
+def holds_run(output: Path) -> bool:
+    """Whether a folder holds results of a run; config.yaml alone is of one that ended before it saved anything."""
+    return checkpoint.exists(output / checkpoint.FOLDER) or (output / METRICS_FILE).exists()
+
+
+def refuse_existing_run(output: Path) -> None:
+    """Raise ValueError if a folder holds a run."""
+    if holds_run(output):
+        raise ValueError(f"{output} holds a run already; continue it with --resume auto, or name another --output")
 
 
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
@@ -118,5 +137,5 @@ def changed_conditions(saved: dict[str, Any], world_size: int, train_images: int
 def _all_options(config: Config) -> dict[str, Any]:
     """Dotted name -> value of all options, with the defaults of the method's own."""
     name, flat = config.method.name, config.flat()
-    own = asdict(read_options(name, method_class(name).Options, config.method.options))
+    own = option_values(read_options(name, method_class(name).Options, config.method.options))
     return {**flat, **{f"method.options.{option}": value for option, value in own.items()}}

@@ -65,6 +65,11 @@ class EpochSums:
         """Add the sums of a batch; in place, because a CUDA graph holds this tensor."""
         self.total += sums
 
+    def load(self, total: Tensor) -> None:
+        """Copy saved sums; NaN for a per-sample value that an older version did not sum yet."""
+        self.total.fill_(torch.nan)
+        self.total[: len(total)] = total
+
     def means(self, total: Tensor) -> dict[str, float]:
         """Mean loss, accuracy and per-sample values from the sums of one or all ranks; waits for the device."""
         values = total.tolist()

@@ -111,7 +111,7 @@ class TrainingState:
         if changed:
             self.step = 0  # the steps of an epoch no longer hold the same images
         if self.step:
-            self.sums.total.copy_(ranks[rank]["sums"])
+            self.sums.load(ranks[rank]["sums"])
         return changed
 
 

@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tal_fast.data import build_data
 from tal_fast.data.image_folder import UnreadableImage
 from tal_fast.runs import checkpoint
 from tal_fast.runs.folder import CONFIG_FILE, METRICS_FILE, epoch_row, write_metrics
-from tal_fast.runs.resume import find_checkpoint
+from tal_fast.runs.resume import find_checkpoint, refuse_existing_run
 from tal_fast.training import loggers
 from tal_fast.training.batches import TrainingBatches
 from tal_fast.training.epoch_stats import Histogram, percentile_columns
@@ -34,6 +35,7 @@ from tal_fast.training.weight_averaging import STATISTICS_IMAGES
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.environment import code_digest
 from tal_fast.utils.io import replacing
+from tal_fast.utils.locks import FolderLock
 from tal_fast.utils.rng import seed_all
 from tal_fast.utils.signals import Stopped, StopRequest
 
@@ -77,7 +79,11 @@ class Trainer:
         loggers.check_installed(config.logger)
         self.output = Path(config.output)
         _make_paths_absolute(config.data)
-        resumed = self.ranks.on_main(lambda: find_checkpoint(config))  # only rank 0's output folder need exist
+        self._lock = FolderLock(self.output)
+        weakref.finalize(self, self._lock.release)
+        # Only rank 0's output folder need exist.
+        resumed = self.ranks.on_main(lambda: find_checkpoint(config, self._lock))
+        self._claimed = self._lock.held
 
         self.data = build_data(config.data)
         options: dict[str, Any] = {
@@ -112,6 +118,7 @@ class Trainer:
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")  # TF32 where the network is not under autocast
         self._unreadable: set[str] = set()  # files reported so far
+        self._warned = False  # whether the method's warning has been shown
         self._writer = checkpoint.Writer(self.output / checkpoint.FOLDER)
         self._stop = stop or StopRequest()
         self._loggers: loggers.Loggers | None = None
@@ -134,6 +141,12 @@ class Trainer:
             TrainingFailed: the loss is not finite, or the last checkpoint could not be written.
             UnreadableImage: an image file does not decode; the steps before it are saved.
         """
+        try:
+            self._fit(until)
+        finally:
+            self._lock.release()
+
+    def _fit(self, until: int | None) -> None:
         config, state = self.config, self.state
         self.ranks.on_main(self._prepare_folder)
         if state.epoch >= config.epochs:
@@ -242,6 +255,10 @@ class Trainer:
             "data_wait": waited / seconds,
             "unreadable": unreadable,
         }
+        warning = self.method.warning(columns)
+        if warning and not self._warned and self.ranks.is_main:
+            self._warned = True
+            logger.warning("%s", warning)
         return columns, histograms
 
     def _update_average(self, epoch: int) -> None:
@@ -301,6 +318,13 @@ class Trainer:
             logger.info(message)
 
     def _prepare_folder(self) -> None:
+        try:
+            self._lock.acquire()
+            if not self._claimed:  # the folder did not exist when this trainer was made
+                refuse_existing_run(self.output)
+        except ValueError as error:
+            raise TrainingFailed(str(error)) from None
+        self._claimed = True
         checkpoint.clean(self.output)
         with replacing(self.output / CONFIG_FILE) as temporary:
             self.config.save(temporary)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,23 @@ def to_numpy(values: Any) -> NDArray[Any]:
         narrow = values.is_floating_point() and values.element_size() < 4
         return (values.double() if narrow else values).numpy()
     return np.asarray(values)
+
+
+@contextlib.contextmanager
+def open_npz(path: str | Path) -> Iterator[np.lib.npyio.NpzFile]:
+    """Open an ``.npz`` file, whose arrays are read when they are asked for.
+
+    Raises:
+        OSError: there is no such file, or it cannot be opened.
+        ValueError: it is damaged, holds pickled objects or is no ``.npz``; also where an array is read or is missing.
+    """
+    with Path(path).open("rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                yield arrays
+        except Exception as error:  # unzipping and parsing of headers raise errors of many types
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{path} cannot be read as .npz without pickle ({reason})") from None
 
 
 def check_matrix_shape(shape: tuple[int, ...], name: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tal_fast.config.methods import OPTIONS, TALOptions, method_names, option_path, upgrade
+from tal_fast.config.methods import OPTIONS, TALOptions, method_names, option_path, option_values, upgrade
 from tal_fast.config.schema import Config, MethodConfig
 
 FLAT = {
@@ -20,7 +20,7 @@ def test_every_built_in_method_has_its_option_class() -> None:
     assert set(OPTIONS) <= set(method_names())
     assert MethodConfig().options == {
         "variant": "paper", "queue_size": 20000, "t_min": 10.0, "t_max": 100.0, "t_wrong": 20.0,
-        "confidence_threshold": 0.0, "queue_scope": "local", "backend": "auto", "warmup_epochs": None,
+        "confidence_threshold": None, "queue_scope": "local", "backend": "auto", "warmup_epochs": None,
     }  # fmt: skip
     assert MethodConfig("crl", options={"weight": "5e-1"}).options == {"weight": 0.5}
     assert MethodConfig("ce").options == {}
@@ -87,3 +87,10 @@ def test_dotted_names_follow_the_options() -> None:
         assert option_path(f"method.{name}") == f"method.options.{name}"
     for name in ("method.name", "method.label_smoothing", "method.options.t_min", "optim.warmup_epochs"):
         assert option_path(name) == name
+
+
+@pytest.mark.parametrize(("variant", "own"), [("paper", -1.0), ("released", 0.0)])
+def test_the_default_threshold_is_the_variants_own(variant: str, own: float) -> None:
+    assert option_values(TALOptions(variant=variant))["confidence_threshold"] == own  # type: ignore[arg-type]
+    assert option_values(TALOptions(variant=variant, confidence_threshold=0.3))["confidence_threshold"] == 0.3  # type: ignore[arg-type]
+    assert "confidence_threshold" not in option_values(OPTIONS["crl"]())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tal_fast import TALLoss
 from tal_fast.loss import dispatch, functional
-from tal_fast.loss.autograd import NO_SECOND_DERIVATIVE
+from tal_fast.loss.autograd import NO_SECOND_DERIVATIVE, NO_TRANSFORMS
 from tests.helpers.backends import device_of, every_backend, every_variant, kernel_backends
 from tests.helpers.loss_cases import exact, random_batch, random_queue, relative
 
@@ -151,6 +155,60 @@ def test_second_derivatives_are_refused(backend: str, parts: bool, monkeypatch: 
     with pytest.raises(RuntimeError) as error:
         torch.autograd.grad(loss, logits, create_graph=True)
     assert str(error.value).splitlines()[0] == NO_SECOND_DERIVATIVE
+
+
+def forward_mode(loss_of: Callable[[Tensor], Tensor], z: Tensor) -> Tensor | None:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(loss_of(forward_ad.make_dual(z, torch.ones_like(z)))).tangent
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "jvp": lambda loss_of, z: torch.func.jvp(loss_of, (z,), (torch.ones_like(z),))[1],
+    "forward mode": forward_mode,
+    "jacfwd": lambda loss_of, z: torch.func.jacfwd(loss_of)(z),
+    "grad": lambda loss_of, z: torch.func.grad(loss_of)(z),
+    "vmap": lambda loss_of, z: torch.func.vmap(loss_of)(z[None]),
+}
+
+
+IMPORTING_JVP = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+
+
+@IMPORTING_JVP
+@pytest.mark.parametrize("parts", [False, True], ids=["one call", "parts"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@kernel_backends
+def test_transforms_do_not_lose_derivatives_in_silence(
+    backend: str, transform: str, parts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if parts:
+        monkeypatch.setattr(dispatch, "runs_in_one_call", lambda *_: False)
+    logits, features, labels = (t.to(device_of(backend)) for t in random_batch(4, 5))
+    loss_fn = TALLoss(queue_size=5, backend=backend).to(logits.device)
+    for loss_of in (
+        lambda z: loss_fn(z, features, labels),
+        lambda z: loss_fn.loss_and_gradient(z, features, labels)[0],
+    ):
+        with pytest.raises(RuntimeError) as error:
+            TRANSFORMS[transform](loss_of, logits)
+        assert str(error.value).splitlines()[0] == NO_TRANSFORMS
+    assert len(loss_fn.queue) == 0
+
+
+@IMPORTING_JVP
+def test_transforms_of_the_reference() -> None:
+    logits, features, labels = random_batch(4, 5)
+    loss_fn = TALLoss(queue_size=5, backend="reference").eval()
+    leaf = logits.clone().requires_grad_()
+    (want,) = torch.autograd.grad(loss_fn(leaf, features, labels), leaf)
+    results = {name: apply(lambda z: loss_fn(z, features, labels), logits) for name, apply in TRANSFORMS.items()}
+    for name in ("jvp", "forward mode"):
+        torch.testing.assert_close(results[name], want.sum())
+    for name in ("grad", "jacfwd"):
+        torch.testing.assert_close(results[name], want)
+    for transform in ("jvp", "forward mode"):
+        with pytest.raises(RuntimeError, match="nor through loss_and_gradient"):
+            TRANSFORMS[transform](lambda z: loss_fn.loss_and_gradient(z, features, labels)[0], logits)
 
 
 @every_backend

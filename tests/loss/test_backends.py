@@ -79,7 +79,8 @@ def check_golden_case(case: str, dtype: torch.dtype, variant: str, backend: str)
 @every_variant
 def test_golden_trace(variant: str, backend: str) -> None:
     t, device = trace(), device_of(backend)
-    loss_fn = TALLoss(variant, queue_size=int(t["capacity"]), backend=backend).double().to(device)
+    loss_fn = TALLoss(variant, queue_size=int(t["capacity"]), confidence_threshold=0.0, backend=backend)
+    loss_fn = loss_fn.double().to(device)
     steps = len(t["logits"])
     if backend == "triton" and INTERPRETED:
         steps = 5  # the queue is full in the last one
@@ -285,7 +286,7 @@ def test_overflowing_norm_leaves_the_loss_finite(backend: str) -> None:
 def test_zero_logits(backend: str) -> None:
     _, features, labels = random_batch(4, 6)
     logits = torch.zeros(4, 6)
-    _loss, grad, stats = run_step(backend, logits, features, labels)
+    _loss, grad, stats = run_step(backend, logits, features, labels, confidence_threshold=0.0)
     _, truth = exact(logits, labels, stats.typicalness)
     assert relative(grad, truth) <= 1e-5
     assert torch.equal(stats.correct, labels == 0)  # ties go to the first class
@@ -310,6 +311,18 @@ def test_accepted_samples_exceed_the_confidence_threshold(backend: str) -> None:
     _, _, stats = run_step(backend, logits, features, labels, confidence_threshold=threshold)
     assert torch.equal(stats.accepted, cosine > threshold)
     assert 0 < int(stats.accepted.sum()) < 10
+
+
+@every_backend
+@every_variant
+def test_every_correct_sample_is_accepted_but_by_the_released_variant(variant: str, backend: str) -> None:
+    # A shift of all logits changes neither the predictions nor softmax, but the sign of the cosine.
+    logits, labels, features = torch.zeros(8, 10), torch.arange(8), torch.rand(8, 16)
+    logits[torch.arange(8), labels] = torch.arange(2.0, 10.0)
+    for shift, above in ((0.0, 8), (-5.5, 4), (-20.0, 0)):
+        _, _, stats = run_step(backend, logits + shift, features, labels, variant=variant)
+        assert int(stats.correct.sum()) == 8
+        assert int(stats.accepted.sum()) == (8 if variant == "paper" else above)
 
 
 @every_backend
@@ -344,3 +357,39 @@ def test_single_row_is_typical(backend: str) -> None:
     logits, features, labels = random_batch(1, 10)
     _, _, stats = run_step(backend, logits, features, labels)
     assert stats.typicalness.item() == 1
+
+
+HUGE = {torch.float32: 1e20, torch.bfloat16: 1e20, torch.float64: 1e170}
+
+
+@every_variant
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("dtype", "size"), [*HUGE.items(), (torch.float32, 1e35), (torch.float32, 1e16)], ids=str)
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
+def test_huge_logits_have_a_direction(
+    backend: str, dtype: torch.dtype, size: float, smoothing: float, variant: str
+) -> None:
+    """Squares of the logits overflow, the norm does not: the direction loss is that of smaller logits."""
+    logits, features, labels = random_batch(6, 40)
+    labels[:4] = logits[:4].argmax(1)
+    logits = logits.to(dtype)
+    given = {"variant": variant, "label_smoothing": smoothing, "warmup": True}  # w = 1: the direction loss alone
+    loss, grad, stats = run_step(backend, logits * size, features, labels, **given)
+    scaled = (logits * size).double() / size  # rounded as the logits were
+    small_loss, small_grad, small = run_step("reference", 1e12 * scaled, features, labels, **given)  # no trace of 1e-7
+    tol = TOLERANCE.get(dtype, 1e-10)
+    assert relative(loss, small_loss) <= tol
+    assert relative(grad.double() * size, small_grad * 1e12) <= tol
+    assert torch.equal(stats.accepted, small.accepted)
+    assert stats.accepted.sum() >= 4
+
+
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
+def test_huge_logits_of_both_losses(backend: str) -> None:
+    logits, features, labels = random_batch(6, 40)
+    logits *= 1e20
+    loss, grad, stats = run_step(backend, logits, features, labels, label_smoothing=0.1)
+    assert (stats.weight < 1).any()
+    want_loss, want_grad = exact(logits, labels, stats.typicalness, label_smoothing=0.1)
+    assert relative(loss, want_loss) <= 1e-5
+    assert relative(grad, want_grad) <= 1e-5

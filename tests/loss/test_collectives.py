@@ -142,11 +142,27 @@ def losses_compiled_and_eager(rank: int) -> tuple[list[float], list[float]]:
     return results
 
 
+def errors_of_unequal_rows(rank: int) -> tuple[list[str], int]:
+    """Messages of steps whose ranks have 6 and 5, 6 and 0, 0 and 6 rows, and the entries that even steps push then."""
+    loss_fn = TALLoss(queue_size=50, queue_scope="global", confidence_threshold=-1.0)
+    logits, features = torch.randn(6, CLASSES), torch.rand(6, 5)
+    messages = []
+    for sizes in ((6, 6), (6, 5), (6, 0), (0, 6), (0, 0), (6, 6)):
+        rows = slice(sizes[rank])
+        for step in (loss_fn, loss_fn.loss_and_gradient):
+            try:
+                step(logits[rows], features[rows], logits.argmax(1)[rows])
+            except ValueError as error:
+                messages.append(str(error))
+    return messages, len(loss_fn.queue)
+
+
 class Results(NamedTuple):
     trained: dict[tuple[str, str], Any]
     entries: list[tuple[int, int]]
     queues: list[tuple[torch.Tensor, torch.Tensor]]
     losses: tuple[list[float], list[float]]
+    unequal: tuple[list[str], int]
 
 
 def everything(rank: int) -> Results:
@@ -155,6 +171,7 @@ def everything(rank: int) -> Results:
         entries_before_and_after_reading(rank),
         local_queues_inside_and_outside_ddp(rank),
         losses_compiled_and_eager(rank),
+        errors_of_unequal_rows(rank),
     )
 
 
@@ -198,6 +215,15 @@ def test_compiled_global_scope_equals_eager(ranks: list[Results]) -> None:
     for rank in ranks:
         compiled, eager = rank.losses
         assert compiled == pytest.approx(eager, rel=1e-6)
+
+
+def test_unequal_rows_are_refused_on_every_rank(ranks: list[Results]) -> None:
+    for rank in ranks:
+        messages, entries = rank.unequal
+        assert [m[:90] for m in messages[::2]] == [m[:90] for m in messages[1::2]]
+        for message, (first, second) in zip(messages[::2], ((6, 5), (6, 0), (0, 6)), strict=True):
+            assert f"rank 0 has {first} and rank 1 has {second}; fill up" in message
+        assert entries == 2 * 2 * 2 * 6  # of the even steps, twice two of 6 rows
 
 
 def test_global_scope_without_a_process_group_is_local() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from tal_fast import FeatureQueue, TALLoss
-from tests.helpers.backends import DEVICE, every_backend
+from tal_fast.loss import functional
+from tests.helpers.backends import DEVICE, NATIVE, every_backend
 from tests.helpers.loss_cases import random_queue
 from tests.helpers.queues import brute_force
 
@@ -158,6 +160,97 @@ def test_damaged_state_is_refused_and_the_queue_kept(change: dict, message: str)
     with pytest.raises(RuntimeError, match=message):
         queue.load_state_dict({**copy.deepcopy(queue.state_dict()), **change})
     assert torch.equal(queue.contents()[0], before[0])
+
+
+@every_backend
+@pytest.mark.parametrize("capacity", [50, 5000])
+def test_modules_built_on_the_meta_device(backend: str, capacity: int) -> None:
+    device = device_for(backend)
+    with torch.device("meta"):
+        loss_fn = TALLoss(queue_size=capacity, backend=backend)
+    batch = torch.randn(4, 5, device=device), torch.rand(4, 6, device=device), torch.arange(4, device=device)
+    with pytest.raises(ValueError, match=r"queue is on meta .* \.to_empty\(device="):
+        loss_fn(*batch)
+    loss_fn.to_empty(device=device)
+    assert len(loss_fn.queue) == 0
+    assert loss_fn(*batch).isfinite()
+    for tensor in (loss_fn.queue.ring.cursor, loss_fn.queue.ring.ticket):
+        tensor.fill_(-7)
+    loss_fn.reset_parameters()
+    fresh = TALLoss(queue_size=capacity, backend=backend).to(device)
+    for _ in range(2):
+        assert torch.equal(loss_fn(*batch), fresh(*batch))
+
+
+def test_to_empty_leaves_an_empty_queue() -> None:
+    model = torch.nn.Sequential(TALLoss(queue_size=5000))
+    model[0].queue.push(*random_queue(5000))
+    model.to(torch.float64)
+    assert len(model[0].queue) == 5000
+    model.to_empty(device="cpu")  # memory that the allocator gives may hold the old values
+    assert len(model[0].queue) == 0
+    assert model[0].queue.nearest(*(q.double() for q in random_queue(3))).isposinf().all()
+
+
+GARBAGE = {
+    "slot": [1 << 40, 3],
+    "negative slot": [-1, 0],
+    "count": [0, 1 << 40],
+    "negative count": [2, -5],
+}
+
+
+@every_backend
+@pytest.mark.parametrize("capacity", [50, 5000])
+@pytest.mark.parametrize("cursor", GARBAGE.values(), ids=GARBAGE)
+def test_cursor_of_uninitialised_memory_is_refused(backend: str, capacity: int, cursor: list[int]) -> None:
+    loss_fn = TALLoss(queue_size=capacity, backend=backend)
+    queue = loss_fn.queue
+    queue.ring.cursor.copy_(torch.tensor(cursor))
+    mean, std = random_queue(3)
+    batch = torch.randn(3, 5), torch.rand(3, 6), torch.arange(3)
+    for use in (
+        lambda: queue.push(mean, std),
+        lambda: queue.nearest(mean, std),
+        lambda: loss_fn(*batch),
+        lambda: loss_fn.loss_and_gradient(*batch),
+        queue.contents,
+        lambda: len(queue),
+    ):
+        with pytest.raises(RuntimeError, match=r"the queue's cursor \(.*\) lies outside a ring of .* call reset_param"):
+            use()
+    assert queue.ring.cursor.tolist() == cursor
+    queue.reset()
+    queue.push(mean, std)
+    assert len(queue) == 3
+
+
+@pytest.mark.parametrize("backend", ["reference", NATIVE])
+@pytest.mark.parametrize("capacity", [50, 5000])
+def test_threads_share_a_loss(backend: str, capacity: int) -> None:
+    loss_fn = TALLoss(queue_size=capacity, backend=backend, confidence_threshold=-1.0)
+    logits = torch.randn(500, 5)
+    features = torch.rand(8, 500, 6)  # a batch for each thread
+    statistics = [torch.stack(functional.feature_statistics(f)) for f in features]
+
+    def train(thread: int) -> bool:
+        finite = True
+        for step in range(60):
+            loss_fn.queue.push(*statistics[thread])
+            loss_fn.queue.nearest(*statistics[thread][:, :16])
+            if step % 6 == 0:
+                finite = finite and bool(loss_fn(logits, features[thread], logits.argmax(1)).isfinite())
+        return finite
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(train, range(8)))
+    assert len(loss_fn.queue) == capacity
+    assert int(loss_fn.queue.ring.cursor[0]) == 8 * (60 + 10) * 500 % capacity  # no push is lost
+    entries = torch.stack(loss_fn.queue.contents())
+    pushed = {tuple(entry) for batch in statistics for entry in batch.T.tolist()}
+    assert {tuple(entry) for entry in entries.T.tolist()} <= pushed  # no mean with another's deviation
+    queries = torch.stack(random_queue(9))
+    assert torch.equal(loss_fn.queue.nearest(*queries), brute_force(*queries, *entries))
 
 
 def test_queue_is_never_converted_to_half_precision() -> None:

@@ -19,3 +19,11 @@ def test_logitnorm_is_its_definition() -> None:
             losses.append(np.log(np.exp(scaled).sum()) - scaled[y])
     loss = step_of(method(MethodConfig("logitnorm", options={"tau": 0.3})), logits, features, labels).loss
     assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_logitnorm_of_huge_logits() -> None:
+    logits, features, labels = labelled_batch()
+    losses = [
+        float(step_of(method(MethodConfig("logitnorm")), logits * size, features, labels).loss) for size in (1.0, 1e25)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -71,6 +71,29 @@ def test_a_flipped_byte_is_detected(tmp_path: Path) -> None:
         checkpoint.load(path)
 
 
+@pytest.mark.parametrize("file_system", ["this one", "without copy_file_range"])
+@pytest.mark.parametrize("damaged", [checkpoint.LAST, checkpoint.BEST, "epoch-0002.pt"])
+def test_damage_to_one_file_is_not_damage_to_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str, file_system: str
+) -> None:
+    if file_system != "this one":
+        monkeypatch.delattr(os, "copy_file_range")
+    names = {checkpoint.LAST: 2, checkpoint.BEST: 2, checkpoint.epoch_name(2): 2}
+    names |= {checkpoint.PREVIOUS: 1, checkpoint.epoch_name(1): 1}
+    writer = checkpoint.Writer(tmp_path)
+    for epoch in (1, 2):
+        writer.start(content(epoch), [checkpoint.BEST, checkpoint.epoch_name(epoch)])
+    assert writer.finish() is None
+    os.truncate(tmp_path / damaged, 100)
+    for name, epoch in names.items():
+        if name == damaged:
+            with pytest.raises(Damaged):
+                checkpoint.load(tmp_path / name)
+        else:
+            assert checkpoint.load(tmp_path / name)["epoch"] == epoch
+    assert len({(tmp_path / name).stat().st_ino for name in names}) == len(names)
+
+
 @pytest.mark.parametrize("killed_at", range(6))
 def test_a_best_checkpoint_is_never_behind_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int

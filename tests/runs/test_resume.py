@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from tal_fast.config.schema import Config
-from tal_fast.runs import checkpoint
+from tal_fast.runs import checkpoint, resume
 from tal_fast.runs.resume import changed_conditions, differences, find_checkpoint
-from tests.helpers.training import config
+from tal_fast.training.trainer import Trainer, TrainingFailed
+from tal_fast.utils.locks import FolderLock
+from tests.helpers.locks import holder
+from tests.helpers.training import config, one_thread  # noqa: F401
 
 CONTENT = dict.fromkeys(
     ("step", "world_size", "model", "average", "shape", "optimizer", "scaler", "ranks", "best", "history")
@@ -73,6 +76,34 @@ def test_a_process_that_torchrun_restarts_resumes(tmp_path: Path, monkeypatch: p
     assert content["epoch"] == 1
 
 
+def test_a_folder_in_use_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = config(tmp_path / "run", resume="auto")
+    save(auto)
+    monkeypatch.setattr(resume, "REQUEUE_WAIT_S", 0.1)
+    process = holder(tmp_path / "run")
+    for options in (auto, config(tmp_path / "run")):
+        with pytest.raises(ValueError, match=rf"run is in use by process {process.pid} on .*; wait until it ends, or"):
+            find_checkpoint(options, FolderLock(tmp_path / "run"))
+    process.communicate("end\n")
+    lock = FolderLock(tmp_path / "run")
+    assert find_checkpoint(auto, lock) is not None
+    assert lock.held
+    lock.release()
+
+
+def test_of_two_runs_that_create_a_folder_one_is_refused(tmp_path: Path) -> None:
+    trainer, late = (Trainer(config(tmp_path / "run", epochs=1)) for _ in range(2))
+    assert not (tmp_path / "run").exists()
+    process = holder(tmp_path / "run")
+    with pytest.raises(TrainingFailed, match=f"run is in use by process {process.pid}"):
+        trainer.fit()
+    process.communicate("end\n")
+    trainer.fit()
+    with pytest.raises(TrainingFailed, match="holds a run already"):
+        late.fit()
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
 def test_another_configuration_is_refused_by_the_options_that_differ(tmp_path: Path) -> None:
     save(config(tmp_path, epochs=2))
     with pytest.raises(ValueError, match=r"another configuration \(.*epochs was 2 and is 3.*\); set it back, or"):
@@ -86,6 +117,11 @@ def test_another_configuration_is_refused_by_the_options_that_differ(tmp_path: P
     [
         ({"eval_batch_size": 7, "progress": "lines", "data_options": {"workers": 3}}, []),
         ({"method": "logitnorm", "method_options": {"tau": 0.04}}, []),  # the default, written out
+        ({"method_options": {"confidence_threshold": -1.0}}, []),  # likewise
+        (
+            {"method_options": {"confidence_threshold": 0.0}},
+            ["method.options.confidence_threshold was -1.0 and is 0.0"],
+        ),
         (
             {"method": "logitnorm", "method_options": {"tau": 0.5}},
             ["method.options.tau was 0.04 and is 0.5"],

@@ -264,6 +264,21 @@ def test_a_run_writes_config_metrics_and_checkpoints(tmp_path: Path, monkeypatch
     assert best.checkpoint.name == "best.pt"
 
 
+def test_a_queue_that_correct_samples_do_not_enter_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Trainer(config(tmp_path, epochs=2, method_options={"confidence_threshold": 0.999})).fit()
+    rows = read_metrics(tmp_path)
+    assert all(float(row["accepted"]) == 0 < float(row["train_accuracy"]) for row in rows)
+    (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.startswith("only 0% of the correctly classified samples of this epoch enter TAL's queue")
+    assert "set method.options.confidence_threshold to -1" in warning
+
+
+def test_every_correct_sample_counts_as_accepted_by_default(straight: Path) -> None:
+    assert all(row["accepted"] == row["train_accuracy"] for row in read_metrics(straight))
+
+
 def test_the_log_has_a_line_for_the_run_and_each_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         Trainer(config(tmp_path, epochs=2)).fit()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tal_fast.loss.autograd import mark_overwritten, may_overwrite
+from tal_fast.loss.autograd import mark_overwritten, may_overwrite, refuse_transforms
 from tal_fast.loss.backends.base import Backend, KernelBackend, LossInputs
 from tal_fast.loss.backends.pytorch import PyTorchBackend
 from tal_fast.loss.options import LossOptions
@@ -71,7 +71,11 @@ def step(
     """
     operator = torch.ops.tal_fast.step_with_gradient.default if direct else torch.ops.tal_fast.step.default
     queue = ring.mean, ring.std, ring.cursor, ring.index
-    results = operator(logits, features, labels, *queue, *_loss_arguments(options, warmup), push)
+    try:
+        results = operator(logits, features, labels, *queue, *_loss_arguments(options, warmup), push)
+    except RuntimeError:
+        refuse_transforms(logits)  # in plainer words than PyTorch's
+        raise
     return (*results[:-6], TALStats(*results[-6:]))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -12,6 +14,13 @@ from tal_fast.loss.autograd import differentiate
 from tal_fast.loss.backends.base import Backend, LossInputs
 from tal_fast.loss.reference import TALStats
 from tal_fast.loss.ring import RingBuffer
+
+_LOCK = threading.Lock()
+
+
+def _exclusive() -> AbstractContextManager:
+    """Context that one thread at a time is in: a queue's tensors are written one after the other."""
+    return nullcontext() if torch.compiler.is_compiling() else _LOCK
 
 
 class PyTorchBackend(Backend):
@@ -54,14 +63,18 @@ class PyTorchBackend(Backend):
             keep = keep & accepted
         order = torch.argsort(~keep, stable=True)
         kept = keep.sum()
-        head, length = ring.cursor[0], ring.cursor[1]
         skip = (kept - capacity).clamp(min=0)  # the oldest of more rows than slots never get in
         offset = torch.arange(min(rows, capacity), device=mean.device) + skip
         source = order[offset.clamp(max=rows - 1)]
-        slots = (head + offset) % capacity
-        for entries, values in ((ring.mean, mean), (ring.std, std)):
-            entries[slots] = torch.where(offset < kept, values[source], entries[slots])
-        ring.cursor.copy_(torch.stack([(head + kept) % capacity, (length + kept).clamp(max=capacity)]))
+        with _exclusive():
+            ring.check()
+            head, length = ring.cursor[0], ring.cursor[1]
+            slots = (head + offset) % capacity
+            for entries, values in ((ring.mean, mean), (ring.std, std)):
+                entries[slots] = torch.where(offset < kept, values[source], entries[slots])
+            ring.cursor.copy_(torch.stack([(head + kept) % capacity, (length + kept).clamp(max=capacity)]))
 
     def nearest(self, ring: RingBuffer, mean: Tensor, std: Tensor) -> Tensor:
-        return reference.nearest_distance(mean, std, ring.mean, ring.std, ring.cursor[1])
+        with _exclusive():
+            ring.check()
+            return reference.nearest_distance(mean, std, ring.mean, ring.std, ring.cursor[1])

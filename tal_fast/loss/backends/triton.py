@@ -22,6 +22,7 @@ class TritonBackend(KernelBackend):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         from tal_fast import kernels
 
+        ring.check()
         return kernels.statistics_distance(
             features.detach(), labels, ring.mean, ring.std, ring.cursor, ring.ticket, ignore_index=ignore_index
         )
@@ -54,9 +55,11 @@ class TritonBackend(KernelBackend):
     def push(self, ring: RingBuffer, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None:
         from tal_fast import kernels
 
+        ring.check()
         kernels.push(ring.mean, ring.std, ring.cursor, mean, std, accepted)
 
     def nearest(self, ring: RingBuffer, mean: Tensor, std: Tensor) -> Tensor:
         from tal_fast import kernels
 
+        ring.check()
         return kernels.nearest(ring.mean, ring.std, ring.cursor, mean, std)
