@@ -122,7 +122,7 @@ class Saver:
         if problem:
             raise TrainingFailed(f"{problem}; make room and go on with --resume auto") from failure
         if isinstance(failure, UnreadableImage):
-            raise UnreadableImage(f"{failure} (the run is {self._saved})") from failure
+            raise type(failure)(f"{failure} (the run is {self._saved})") from failure
         if failure is not None:
             logger.warning(_SAVED, self._saved)
             raise failure
