@@ -345,8 +345,12 @@ class Trainer:
         config, state = self.config, self.state
         refuse_other_data(content, self._shape, config, path)
         changed = changes(content, self._shape, config, self.ranks.world_size)
+        before, step = Config.from_dict(content["config"]), content["step"]
+        if leaves_epoch(changed):  # its steps no longer hold the same images, but if all are done, none is needed
+            done = step == content["shape"]["train_images"] // before.batch_size and "ranks" not in changed
+            step = len(self.batches) if done else 0
         with checkpoint.restoring(path):
-            state.restore(content, self.ranks.rank, self.ranks.world_size, leaves_epoch(changed))
+            state.restore(content, self.ranks.rank, self.ranks.world_size, step)
         if changed and self.ranks.is_main:
             where = ", from the start of the epoch" if content["step"] and not state.step else ""
             logger.warning(
@@ -355,7 +359,6 @@ class Trainer:
             )  # fmt: skip
         steps = f" and {state.step} steps" if state.step else ""
         self._info(f"resuming from {path}: {state.epoch} epochs{steps}")
-        before = Config.from_dict(content["config"])
         was, now = (learning_rate(c.optim, c.epochs, state.epoch) for c in (before, config))
         if was != now:
             self._info(f"the schedule goes on with a learning rate of {now:.4g}, which was {was:.4g} before")

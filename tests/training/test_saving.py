@@ -118,6 +118,18 @@ def test_validation_stops_at_the_batch_of_the_signal(tmp_path: Path, monkeypatch
     assert len(calls) == 2  # of 9
 
 
+def test_a_trained_epoch_is_not_trained_again_with_other_batches(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, Validator, "_logits", 2, terminate)
+        with pytest.raises(Stopped):
+            Trainer(config(tmp_path, epochs=1)).fit()
+    trainer = Trainer(config(tmp_path, epochs=1, batch_size=20, allow=["batch_size"], resume="auto"))
+    weights = trainer.network.fc.weight.clone()  # type: ignore[union-attr,operator]
+    trainer.fit()
+    assert torch.equal(trainer.network.fc.weight, weights)  # type: ignore[union-attr,arg-type]
+    assert read_metrics(tmp_path)[0]["train_loss"] != "nan"
+
+
 def test_a_stop_while_averaged_weights_get_their_statistics_loses_nothing(tmp_path: Path) -> None:
     options: dict[str, Any] = {"epochs": 3, "method_options": {"swa_from": 0.4}}
     Trainer(config(tmp_path / "straight", "fmfp", **options)).fit()
