@@ -219,19 +219,6 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "evil-was-here").exists()
 
 
-def test_temporary_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    folder = tmp_path / checkpoint.FOLDER
-    folder.mkdir()
-    stale = [".last-x1.pt", ".last.pt.x2", ".epoch-0002.pt.link"]  # the second as version 0.1.0 named them
-    for path in [*(folder / name for name in stale), tmp_path / ".metrics-x.csv", tmp_path / ".config.yaml.x"]:
-        path.touch()
-    kept = [folder / "last.pt", tmp_path / "metrics.csv", tmp_path / ".notes.txt"]
-    for path in kept:
-        path.touch()
-    checkpoint.clean(tmp_path)
-    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
-
-
 def test_a_snapshot_does_not_change_with_the_original() -> None:
     tensor = torch.zeros(2)
     value = {"a": [tensor, 1], "b": (tensor,), "c": "text"}

@@ -263,6 +263,16 @@ def test_a_finished_run_is_extended_and_its_options_change(tmp_path: Path, caplo
     assert find_checkpoint(dataclasses.replace(saved, allow=[], extend=False)) is not None  # the same command goes on
 
 
+def test_temporary_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    saved = finished(tmp_path)
+    saved.epochs, saved.extend = 2, True
+    left = ["checkpoints/.last-abcdefgh.pt", "checkpoints/.epoch-0002-abcd_fgh.pt", ".metrics-abcdefgh.csv"]
+    for name in [*left, ".config-abcdefgh.yaml", ".notes-abcdefgh.txt"]:
+        (tmp_path / name).touch()
+    Trainer(saved).fit()
+    assert [path.name for path in tmp_path.rglob(".*")] == [".notes-abcdefgh.txt"]
+
+
 def move(root: Path) -> None:
     image = min((root / "train" / "1").iterdir())
     image.rename(root / "train" / "2" / image.name)
