@@ -130,14 +130,15 @@ def refuse_other_options(saved: dict[str, Any], config: Config, path: Path) -> N
             "set it back, or start anew in another --output"
         )
     allowed = _allowed(config)
-    if config.extend and "epochs" in changed and changed["epochs"][1] > changed["epochs"][0]:
+    longer = "epochs" in changed and changed["epochs"][1] > changed["epochs"][0]
+    if config.extend and longer:
         allowed.add("epochs")
     refused = [name for name in changed if name not in WARNED and name not in allowed]
     if refused:
-        extend = " --extend" if refused == ["epochs"] else f" --allow {','.join(refused)}"
+        remedy = "--extend" if refused == ["epochs"] and longer else f"--allow {','.join(refused)}"
         raise ValueError(
             f"{path} was made by another configuration ({_were(refused, changed)}); set it back, start anew in "
-            f"another --output, or go on with it by{extend}"
+            f"another --output, or go on with it by {remedy}"
         )
 
 

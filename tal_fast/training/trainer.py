@@ -151,7 +151,8 @@ class Trainer:
         config, state = self.config, self.state
         self.ranks.on_main(self._prepare_folder)
         if state.epoch >= config.epochs:
-            self._info(f"{self.output} is trained already: {state.epoch} of {config.epochs} epochs")
+            more = "--epochs and --extend give it more"
+            self._info(f"{self.output} is trained already: {state.epoch} of {config.epochs} epochs; {more}")
             return
         self._info(
             f"{config.method.name} on {self.data.summary()}; {config.model.name}, "
