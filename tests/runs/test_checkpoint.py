@@ -16,24 +16,12 @@ from hypothesis import given
 from tal_fast.runs import checkpoint
 from tal_fast.runs.checkpoint import Damaged
 from tal_fast.utils.rng import rng_state
+from tests.helpers import checkpoints
 from tests.helpers.fuzz import FUZZ, mutations, reads_or_refuses
 
 
 def content(epoch: int = 1) -> dict[str, Any]:
-    return {
-        "config": {"epochs": 3},
-        "shape": {"class_names": ["a", "b"], "channels": 1, "image_size": 8, "train_images": 9},
-        "epoch": epoch,
-        "step": 0,
-        "world_size": 1,
-        "model": {"weight": torch.arange(5000.0)},
-        "average": None,
-        "scaler": {},
-        "optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]},
-        "ranks": [{"rng": rng_state()}],
-        "best": {},
-        "history": [{"epoch": 1, "train_loss": 0.5}],
-    }
+    return checkpoints.content(epoch=epoch, model={"weight": torch.arange(5000.0)}, ranks=[{"rng": rng_state()}])
 
 
 def test_a_saved_checkpoint_loads(tmp_path: Path) -> None:
@@ -192,7 +180,7 @@ def test_an_emptied_file_is_refused_and_the_previous_one_used(
 
 def checkpoint_bytes() -> bytes:
     file = io.BytesIO()
-    torch.save({"format": 1, **content(), "model": {"weight": torch.arange(5.0)}}, file)
+    torch.save({"format": 1, **checkpoints.content()}, file)
     return file.getvalue()
 
 

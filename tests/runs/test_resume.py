@@ -22,20 +22,16 @@ from tal_fast.runs.checkpoint import Damaged
 from tal_fast.runs.resume import FIXED, SAME_BITS, WARNED, changes, differences, find_checkpoint
 from tal_fast.training.trainer import Trainer, TrainingFailed
 from tal_fast.utils.locks import FolderLock
+from tests.helpers.checkpoints import content
 from tests.helpers.locks import holder
 from tests.helpers.training import config, one_thread  # noqa: F401
 
-SHAPE = {"class_names": ["a", "b"], "channels": 1, "image_size": 8, "train_images": 100}
-CONTENT = {
-    **{key: {"x": 1} for key in ("model", "optimizer")},
-    **{"step": 0, "world_size": 1, "average": None, "scaler": {}, "ranks": [{}], "best": {}, "history": []},
-    "shape": SHAPE,
-}
+SHAPE = content()["shape"]
 
 
 def save(saved: Config, name: str = "last.pt", epoch: int = 1) -> Path:
     path = Path(saved.output) / "checkpoints" / name
-    checkpoint.save(path, {**CONTENT, "config": saved.to_dict(), "epoch": epoch})
+    checkpoint.save(path, content(config=saved.to_dict(), epoch=epoch))
     return path
 
 
@@ -159,7 +155,7 @@ def test_allowed_options_may_change(tmp_path: Path, options: dict[str, Any]) -> 
 
 def test_a_configuration_that_cannot_be_read_is_named_with_its_file(tmp_path: Path) -> None:
     path = save(config(tmp_path))
-    checkpoint.save(path, {**CONTENT, "config": {"epochz": 3}, "epoch": 1})
+    checkpoint.save(path, content(config={"epochz": 3}))
     with pytest.raises(Damaged, match=r"the configuration in .*last.pt cannot be read: epochz is not an option"):
         find_checkpoint(config(tmp_path, resume="auto"))
 
