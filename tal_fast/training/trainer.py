@@ -34,7 +34,7 @@ from tal_fast.training.validation import Validator
 from tal_fast.training.weight_averaging import STATISTICS_IMAGES
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.environment import code_digest
-from tal_fast.utils.io import replacing
+from tal_fast.utils.io import remove_leftovers, replacing
 from tal_fast.utils.locks import FolderLock
 from tal_fast.utils.rng import seed_all
 from tal_fast.utils.signals import Stopped, StopRequest
@@ -151,7 +151,8 @@ class Trainer:
         config, state = self.config, self.state
         self.ranks.on_main(self._prepare_folder)
         if state.epoch >= config.epochs:
-            self._info(f"{self.output} is trained already: {state.epoch} of {config.epochs} epochs")
+            more = "--epochs and --extend give it more"
+            self._info(f"{self.output} is trained already: {state.epoch} of {config.epochs} epochs; {more}")
             return
         self._info(
             f"{config.method.name} on {self.data.summary()}; {config.model.name}, "
@@ -331,7 +332,7 @@ class Trainer:
         except ValueError as error:
             raise TrainingFailed(str(error)) from None
         self._claimed = True
-        checkpoint.clean(self.output)
+        remove_leftovers(self.output / checkpoint.FOLDER)
         with replacing(self.output / CONFIG_FILE) as temporary:
             self.config.save(temporary)
         if self.history:
