@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tal_fast.data import build_data, builtin, cifar, imagenet, ood
+from tal_fast.data import build_data, builtin, cifar, imagenet, matlab, ood
 from tal_fast.data.image_folder import image_size, read_list
 from tests.data.test_imagenet import write_kit
 from tests.helpers.fuzz import FUZZ, mutations, reads_or_refuses
@@ -66,10 +68,18 @@ KAGGLE = "ImageId,PredictionString\n" + "".join(f"ILSVRC2012_val_{i:08d},n0{i} 1
 
 
 @FUZZ
+@example(KAGGLE.replace("n03 1 2 3 4", " ").encode())
+@example(KAGGLE.encode("utf-16-le"))
 @given(mutations(KAGGLE.encode()))
 def test_imagenets_table_of_kaggle(tmp_path: Path, content: bytes) -> None:
     (tmp_path / imagenet.SOLUTION).write_bytes(content)
     reads_or_refuses(imagenet.validation_classes, tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_imagenets_table_in_other_encodings(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / imagenet.SOLUTION).write_bytes(KAGGLE.replace("\n", "\r\n").encode(encoding))
+    assert imagenet.validation_classes(tmp_path)["ILSVRC2012_val_00000003"] == "n03"
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +139,17 @@ def svhn() -> bytes:
 def test_svhn(svhn: bytes, tmp_path: Path, data: st.DataObject) -> None:
     (tmp_path / "test.mat").write_bytes(data.draw(mutations(svhn)))
     reads_or_refuses(lambda path: ood.ood_set(f"svhn:{path}", 8, 3), tmp_path / "test.mat")
+
+
+def _crash(path: Path, name: str, squeeze: bool) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_crash_of_the_reader_of_mat_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SciPy's reader ends with a segmentation fault for some files."""
+    monkeypatch.setattr(matlab, "_load", _crash)
+    with pytest.raises(ValueError, match=r"x.mat cannot be read as SVHN's .mat \(its reader crashed\); download"):
+        ood.ood_set(f"svhn:{tmp_path}/x.mat", 8, 3)
 
 
 def _encoded(kind: str) -> bytes:
