@@ -49,7 +49,8 @@ def _solution(path: Path) -> dict[str, str]:
         rows = list(csv.reader(read_text(path).splitlines()))
     except (OSError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read ({error}); get it again") from None
-    if not rows or rows[0][:2] != ["ImageId", "PredictionString"] or not all(len(r) > 1 and r[1].split() for r in rows[1:]):
+    complete = all(len(row) > 1 and row[1].split() for row in rows)
+    if not rows or not complete or rows[0][:2] != ["ImageId", "PredictionString"]:
         raise ValueError(f"{path} has no columns ImageId,PredictionString with a class in each line; get it again")
     return {row[0]: row[1].split()[0] for row in rows[1:]}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tal_fast.data import build_data, builtin, cifar, imagenet, matlab, ood
@@ -18,6 +18,9 @@ from tal_fast.data.image_folder import image_size, read_list
 from tests.data.test_imagenet import write_kit
 from tests.helpers.fuzz import FUZZ, mutations, reads_or_refuses
 from tests.helpers.images import config, idx, make_folder, picture, write_cifar
+
+FEW = settings(FUZZ, max_examples=12)
+"""Settings for readers that start a process each time."""
 
 IDX = idx(np.arange(60, dtype=np.uint8).reshape(5, 4, 3))
 
@@ -89,7 +92,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@FUZZ
+@FEW
 @given(st.data())
 def test_imagenets_development_kit(kit: Path, tmp_path: Path, data: st.DataObject) -> None:
     for name in (imagenet.META, imagenet.GROUND_TRUTH):
@@ -134,7 +137,7 @@ def svhn() -> bytes:
     return file.getvalue()
 
 
-@FUZZ
+@FEW
 @given(st.data())
 def test_svhn(svhn: bytes, tmp_path: Path, data: st.DataObject) -> None:
     (tmp_path / "test.mat").write_bytes(data.draw(mutations(svhn)))
