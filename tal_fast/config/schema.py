@@ -28,6 +28,9 @@ OWN_OF_A_RANK = frozenset({
 })  # fmt: skip
 """Options that the ranks of one run may differ in: folders and resources of their machines."""
 
+TRAINING_IMAGES = "training_images"
+"""Name by which ``Config.allow`` allows other training images."""
+
 
 @dataclass
 class DataConfig:
@@ -238,6 +241,9 @@ class Config:
     Attributes:
         output: folder of the results: config.yaml, metrics.csv, checkpoints/, tensorboard/.
         resume: ``never`` refuses a folder that holds a run, ``auto`` continues it, a path continues that checkpoint.
+        allow: options that a resumed run may change although they change its result, such as optim.lr,optim.clip_norm;
+            training-images allows other images. docs/training.md lists what each option needs.
+        extend: a resumed run may have more epochs than before; schedules are then those of a run of the new length.
         epochs: number of passes over the training images.
         batch_size: images of a training step over all ranks together.
         eval_batch_size: images of a validation step on each rank.
@@ -266,6 +272,8 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     output: str = "runs/latest"
     resume: str = "never"
+    allow: list[str] = field(default_factory=list)
+    extend: bool = False
     epochs: int = 90
     batch_size: int = 256
     eval_batch_size: int = 256
@@ -285,6 +293,7 @@ class Config:
 
     def check(self) -> Config:
         """Raise ValueError for a value outside its range; returns the configuration itself."""
+        read(Config, self.to_dict(), "")  # types and finite numbers, for a configuration that was made in Python
         for section in (self.data, self.model, self.optim, self.method):
             section.check()
         for name in (
@@ -294,6 +303,10 @@ class Config:
             check_at_least(name, getattr(self, name), 1)
         check_at_least("seed", self.seed, 0)
         check_positive("rank_timeout", self.rank_timeout)
+        known = {*self.flat(), TRAINING_IMAGES}
+        unknown = [name for name in self.allow if name.replace("-", "_") not in known]
+        if unknown:
+            raise ValueError(f"allow names {unknown[0]!r}, which is no option; name those to allow as optim.lr,epochs")
         starts = [epoch for epoch, _ in self.image_sizes]
         if starts and (starts[0] != 0 or starts != sorted(set(starts)) or min(s for _, s in self.image_sizes) < 1):
             raise ValueError(

@@ -141,14 +141,15 @@ class Loader:
             raise
 
     def _record_unreadable(self, path: str, reason: str) -> None:
-        self.unreadable[path] = reason
+        count = len(self.unreadable.keys() | {path})
         if self._max_unreadable == 0:
             raise UnreadableImage(f"{reason}; remove or replace it, or {self._check_command}")
-        if len(self.unreadable) > self._max_unreadable:
+        if count > self._max_unreadable:  # not recorded, so that the run can go on once it is mended
             raise UnreadableImage(
-                f"{reason}; it is file number {len(self.unreadable)} that does not decode, and data.max_unreadable is "
+                f"{reason}; it is file number {count} that does not decode, and data.max_unreadable is "
                 f"{self._max_unreadable}; {self._check_command}"
             )
+        self.unreadable[path] = reason
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
