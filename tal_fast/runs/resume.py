@@ -21,8 +21,7 @@ logger = logging.getLogger(__name__)
 SAME_BITS = frozenset({
     "output", "resume", "allow", "extend", "progress", "checkpoint_every_steps", "keep_every_epochs", "logger",
     "log_every_steps", "profile", "data.root", "data.ood", "data.workers", "data.max_unreadable",
-    "data.timeout",
-    "rank_timeout",
+    "data.timeout", "rank_timeout",
 })  # fmt: skip
 """Options that a resumed run may change without changing what it computes."""
 
