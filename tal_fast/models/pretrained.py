@@ -132,7 +132,7 @@ def _states_in(content: Any, path: str = "", depth: int = 3) -> dict[str, dict[s
         return {}
     if content and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         return {path: dict(content)}
-    found = {}
+    found: dict[str, dict[str, Tensor]] = {}
     for key in (*_AVERAGE_KEYS, *_STATE_KEYS):
         found |= _states_in(content.get(key), f"{path}.{key}" if path else key, depth - 1)
     return found
