@@ -39,7 +39,7 @@ def make_run(
         seed: seed of the weights.
         data: data configuration; default ``SYNTHETIC``.
         classes: class names; default those of ``SYNTHETIC``.
-        ranks: states of the ranks; default an empty list, for TAL one with a queue of 40 entries.
+        ranks: states of the ranks; default that of one rank, for TAL with a queue of 40 entries.
     """
     data = data or SYNTHETIC
     classes = list(classes) or [f"bars-{c}" for c in range(10)]
@@ -54,9 +54,9 @@ def make_run(
     checkpoint.save(
         folder / "checkpoints" / "best.pt",
         {
-            "config": config.to_dict(), "epoch": 7, "step": 0, "world_size": 1, "model": model.state_dict(),
-            "shape": {"class_names": classes, "channels": channels, "image_size": size},
-            "average": None, "optimizer": {}, "scaler": None, "ranks": ranks, "best": 0.0, "history": [],
+            "config": config.to_dict(), "epoch": 7, "step": 0, "world_size": len(ranks), "model": model.state_dict(),
+            "shape": {"class_names": classes, "channels": channels, "image_size": size, "train_images": 400},
+            "average": None, "optimizer": {"state": {}}, "scaler": {}, "ranks": ranks, "best": {}, "history": [],
         },
     )  # fmt: skip
     return folder
