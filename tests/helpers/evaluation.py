@@ -59,7 +59,7 @@ def make_run(
             epoch=7,
             world_size=len(ranks),
             model=model.state_dict(),
-            shape={"class_names": classes, "channels": channels, "image_size": size, "train_images": 100},
+            shape={"class_names": classes, "channels": channels, "image_size": size, "train_images": 400},
             ranks=ranks,
             history=[],
         ),
