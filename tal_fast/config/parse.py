@@ -193,8 +193,9 @@ def _parser(words: Sequence[str], program: str) -> argparse.ArgumentParser:
             shown: dict[str, Any] = {
                 "metavar": _metavar(field_kind), "help": f"{help_texts[field.name]}{default}".replace("%", "%%"),
             }  # fmt: skip
+            alone: dict[str, Any] = {"nargs": "?", "const": True} if field_kind is bool else {}
             if len(owners) == 1:
-                group.add_argument(*_flags(name), dest=name, type=partial(_from_text, field_kind), **shown)
+                group.add_argument(*_flags(name), dest=name, type=partial(_from_text, field_kind), **alone, **shown)
             else:  # another method's option of the same name: argparse takes it once, so this is for the help alone
                 group._group_actions.append(argparse.Action(_flags(name), name, **shown))
     for name, kind in field_types(TALOptions).items():  # as 0.1.0 spelled them
@@ -257,6 +258,8 @@ def _from_text(kind: Any, text: str) -> Any:
     inner = not_none(kind)
     if inner is str or (get_origin(inner) is Literal and isinstance(get_args(inner)[0], str)):
         return None if text == "null" and inner is not kind else text
+    if inner == list[str] and not text.startswith("["):
+        return text.split(",")
     return _load_yaml(text)
 
 

@@ -28,6 +28,9 @@ OWN_OF_A_RANK = frozenset({
 })  # fmt: skip
 """Options that the ranks of one run may differ in: folders and resources of their machines."""
 
+TRAINING_IMAGES = "training_images"
+"""Name by which ``Config.allow`` allows other training images."""
+
 
 @dataclass
 class DataConfig:
@@ -45,6 +48,7 @@ class DataConfig:
         max_unreadable: training ends when a rank meets more undecodable files; by default 1% of the files, at least 10.
         loader: decoder of image files; ``auto`` takes DALI if it is installed.
         workers: decoding threads (DALI) or processes (torch) of each rank; 0 decodes in the training process (torch).
+        timeout: seconds to wait for a step of the decoding threads or processes before training ends with a sentence.
         image_size: side of the square images in pixels; by default 224 for a folder, else the data set's own.
         channels: 3 for RGB, 1 for grayscale; images are converted.
         mean: mean of each channel, for pixel values in [0, 1]; by default CIFAR's for CIFAR, else ImageNet's.
@@ -68,6 +72,7 @@ class DataConfig:
     max_unreadable: int | None = None
     loader: Literal["auto", "dali", "torch"] = "auto"
     workers: int = 4
+    timeout: float = 120.0
     image_size: int | None = None
     channels: Literal[1, 3] = 3
     mean: list[float] | None = None
@@ -103,8 +108,8 @@ class DataConfig:
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"data.std is {self.std} but must be above 0")
         limits = {
-            "workers": 0, "shift": 0, "image_size": 1, "holdout": 1, "train_limit": 1, "max_unreadable": 0,
-            "synthetic_images": 2, "synthetic_classes": 2,
+            "workers": 0, "timeout": 1, "shift": 0, "image_size": 1, "holdout": 1, "train_limit": 1,
+            "max_unreadable": 0, "synthetic_images": 2, "synthetic_classes": 2,
         }  # fmt: skip
         for name, limit in limits.items():
             check_at_least(f"data.{name}", getattr(self, name), limit)
@@ -236,6 +241,9 @@ class Config:
     Attributes:
         output: folder of the results: config.yaml, metrics.csv, checkpoints/, tensorboard/.
         resume: ``never`` refuses a folder that holds a run, ``auto`` continues it, a path continues that checkpoint.
+        allow: options that a resumed run may change although they change its result, such as optim.lr,optim.clip_norm;
+            training-images allows other images. docs/training.md lists what each option needs.
+        extend: a resumed run may have more epochs than before; schedules are then those of a run of the new length.
         epochs: number of passes over the training images.
         batch_size: images of a training step over all ranks together.
         eval_batch_size: images of a validation step on each rank.
@@ -264,6 +272,8 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     output: str = "runs/latest"
     resume: str = "never"
+    allow: list[str] = field(default_factory=list)
+    extend: bool = False
     epochs: int = 90
     batch_size: int = 256
     eval_batch_size: int = 256
@@ -283,6 +293,7 @@ class Config:
 
     def check(self) -> Config:
         """Raise ValueError for a value outside its range; returns the configuration itself."""
+        read(Config, self.to_dict(), "")  # types and finite numbers, for a configuration that was made in Python
         for section in (self.data, self.model, self.optim, self.method):
             section.check()
         for name in (
@@ -292,6 +303,10 @@ class Config:
             check_at_least(name, getattr(self, name), 1)
         check_at_least("seed", self.seed, 0)
         check_positive("rank_timeout", self.rank_timeout)
+        known = {*self.flat(), TRAINING_IMAGES}
+        unknown = [name for name in self.allow if name.replace("-", "_") not in known]
+        if unknown:
+            raise ValueError(f"allow names {unknown[0]!r}, which is no option; name those to allow as optim.lr,epochs")
         starts = [epoch for epoch, _ in self.image_sizes]
         if starts and (starts[0] != 0 or starts != sorted(set(starts)) or min(s for _, s in self.image_sizes) < 1):
             raise ValueError(

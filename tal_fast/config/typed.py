@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import reprlib
 import types
 import typing
@@ -12,7 +14,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
 _SHORT.maxlevel = 3
-_EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_EXPECTED = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
 """Names of the scalar types in messages."""
 
 
@@ -46,10 +48,9 @@ def read(kind: Any, value: Any, name: str) -> Any:
     if origin is dict and isinstance(value, dict):
         return {read(args[0], k, name): read(args[1], v, name) for k, v in value.items()}
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # PyYAML reads 1e-3 as text
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError, OverflowError):
+            if math.isfinite(number := float(value)):  # PyYAML reads 1e-3 as text
+                return number
     elif kind in (int, bool, str) and type(value) is kind:
         return value
     expected = _EXPECTED.get(kind) or str(kind).replace("typing.", "")

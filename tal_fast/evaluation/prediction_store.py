@@ -184,7 +184,7 @@ class OutputStore:
             OSError, ValueError: the shard cannot be read, is damaged, or has another key.
         """
         with open_npz(path) as shard:
-            key, has_features = str(shard["key"]), "features" in shard.files
+            key, has_features = str(shard["key"]), "features" in shard.names
             wanted = {"indices", *names} - (set() if self.features else {"features"})
             arrays = {name: shard[name] for name in wanted if has_features or name != "features"}
         if key != self.key:

@@ -243,4 +243,5 @@ class Inference:
             ):
                 writer.add(indices, outputs if options.features else Outputs(outputs.logits, None, outputs.labels))
         finally:
+            loader.close()
             writer.flush()  # keeps what was computed before an unreadable image

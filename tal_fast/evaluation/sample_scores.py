@@ -118,7 +118,7 @@ def read_samples(path: str | Path) -> Samples | None:
         return None
     try:
         with open_npz(path) as data:
-            arrays = {name: data[name] for name in data.files}
+            arrays = {name: data[name] for name in data.names}
         predictions = {
             split: Predictions(**{name: arrays[f"{name}/{split}"] for name in _PREDICTION_ARRAYS})
             for split in (key.removeprefix("prediction/") for key in arrays if key.startswith("prediction/"))

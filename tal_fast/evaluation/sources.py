@@ -81,6 +81,7 @@ def evaluate_weights(
     data: DataConfig,
     output: str | Path | None = None,
     *,
+    weights_key: str | None = None,
     interpolation: str = "bilinear",
     ood: Mapping[str, str] | None = None,
     shifts: Mapping[str, str] | None = None,
@@ -95,13 +96,14 @@ def evaluate_weights(
         model: the network they are for.
         data: data set and preprocessing; a ``folder`` needs ``train/`` only for scores fitted on training features.
         output: folder of the report and of the cache; default ``default_output``.
+        weights_key: key of the weights in a checkpoint, see ``tal_fast.models.pretrained.read_state``.
         interpolation: filter that images are resized with, ``bilinear`` or ``bicubic``.
     """
     bundle = evaluation_data(data, interpolation)
-    network = load_weights(weights, model, bundle)
+    network, key = load_weights(weights, model, bundle, weights_key)
     output = default_output(weights, model.name) if output is None else output
     provenance = {
-        "weights": str(weights), "weights_sha256": weights_hash(network), "model": model.name,
+        "weights": str(weights), "weights_key": key, "weights_sha256": weights_hash(network), "model": model.name,
         "images": _preprocessing(bundle),
     }  # fmt: skip
     passes = passes or PassOptions()

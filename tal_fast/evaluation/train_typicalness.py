@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,7 +127,7 @@ def _measure(run: Run, queue: FeatureQueue, n: int, batch_size: int, device: tor
     run.model.eval().to(device)
     # Files that do not decode are skipped as in training.
     loader = run.data.loader("train-eval", batch_size=batch_size, device=device, skip_unreadable=True)
-    with torch.inference_mode():
+    with closing(loader), torch.inference_mode():
         for images, labels, indices in tqdm(loader, desc="typicalness", disable=None, leave=False):
             logits, features = run.model(images.to(device, non_blocking=True))
             mean, std = feature_statistics(features, queue.dtype)

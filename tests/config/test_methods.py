@@ -33,7 +33,7 @@ def test_every_built_in_method_has_its_option_class() -> None:
         ("ce", {"tau": 1.0}, "method.options has 'tau' but ce has no options of its own"),
         ("logitnorm", {"tua": 1.0}, "method.options.tua is not an option; there are method.options.tau"),
         ("logitnorm", {"tau": 0.0}, "method.options.tau is 0.0 but must be above 0, such as 0.04"),
-        ("logitnorm", {"tau": "cold"}, "method.options.tau is 'cold' but must be a number"),
+        ("logitnorm", {"tau": "cold"}, "method.options.tau is 'cold' but must be a finite number"),
         ("crl", {"weight": -1.0}, "method.options.weight is -1.0 but must be at least 0"),
         ("fmfp", {"rho": 0.0}, "method.options.rho is 0.0 but must be above 0"),
         ("fmfp", {"swa_from": 1.0}, "method.options.swa_from is 1.0 but must be in [0, 1)"),

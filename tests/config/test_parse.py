@@ -52,6 +52,21 @@ def test_presets_hold_what_their_names_say() -> None:
     assert load_config("imagenet-resnet50-tal").method.options["queue_size"] == 880880
 
 
+RELEASED = {"cifar100-resnet110-fmfp-tal", "cifar100-resnet110-tal", "imagenet-resnet50-tal"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_of_tal_start_gently_unless_they_are_as_released(name: str) -> None:
+    config = load_config(name)
+    options = config.method.options
+    if name in RELEASED:
+        assert (options["t_min"], options["t_max"], options["warmup_epochs"]) == (10, 100, None)
+        assert (options["variant"], options["confidence_threshold"], config.optim.clip_norm) == ("released", None, None)
+    elif config.method.name == "tal":
+        assert options["warmup_epochs"] >= 1
+        assert config.optim.clip_norm == 1 or options["t_max"] <= 20
+
+
 @pytest.mark.parametrize("data", ["digits", "fashion-mnist", "cifar100-resnet110", "imagenet-resnet50"])
 def test_presets_that_are_compared_differ_in_the_method_alone(data: str) -> None:
     ce, tal = load_config(f"{data}-ce").to_dict(), load_config(f"{data}-tal").to_dict()
@@ -81,7 +96,8 @@ def test_options_of_every_kind_can_be_set() -> None:
     )
     assert (config.model.width, config.model.name) == (3, "cifar_resnet8")
     assert (config.optim.lr, config.optim.step_epochs, config.optim.schedule) == (0.03, [1, 2], "multistep")
-    assert config.method == MethodConfig(options={"t_wrong": None, "warmup_epochs": 2, "queue_size": 2000})
+    options = {"t_wrong": None, "warmup_epochs": 2, "queue_size": 2000, "t_min": 5, "t_max": 20}
+    assert config.method == MethodConfig(options=options)
     assert (config.epochs, config.precision, config.output, config.batch_size) == (5, "bfloat16", "7", 64)
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,6 +155,23 @@ def test_a_signal_saves_the_run_and_the_same_command_goes_on(
     main([*words, "--resume", "auto", "--progress", "none"])
     assert capsys.readouterr() == ("", "")
     assert load_run(tmp_path / "run").epoch == 1
+
+
+def test_an_error_of_the_network_is_no_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--config", "digits-ce", "--epochs", "1", "--data.train-limit", "200", "--device", "cpu"]
+    words += ["--data.loader", "torch", "--data.workers", "0", "--logger", "none", "--output", str(tmp_path / "run")]
+    cross_entropy, count = torch.nn.functional.cross_entropy, [0]
+
+    def failing(*args: Any, **kwargs: Any) -> torch.Tensor:
+        count[0] += 1
+        if count[0] == 3:
+            raise ValueError("a fault of the network")
+        return cross_entropy(*args, **kwargs)
+
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", failing)
+    with pytest.raises(ValueError, match="a fault of the network"):  # Python prints it and exits with 1
+        main(words)
+    assert checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 2
 
 
 def torchrun(*options: str) -> list[str]:
