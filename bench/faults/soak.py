@@ -33,8 +33,8 @@ PAUSE_S = 0.2
 
 RANK_TIMEOUT_S = 20
 
-SHARE = 0.5
-"""Share of the time that is training and not restarting."""
+SHARE = 0.65
+"""Share of the time that these sleeps are expected to take, beside training, validation and restarts."""
 
 
 def _kill_all(job: Job, output: Path, draw: random.Random) -> None:
