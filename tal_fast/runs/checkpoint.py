@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tal_fast.config.schema import Config
+from tal_fast.runs.folder import CONFIG_FILE
 from tal_fast.utils.io import replacing
 
 FORMAT = 1
@@ -91,6 +93,10 @@ class Writer:
 
     def _write(self, content: dict[str, Any], copies: list[str]) -> None:
         last, previous = self._folder / LAST, self._folder / PREVIOUS
+        config = self._folder.parent / CONFIG_FILE
+        if not config.exists() and "config" in content:  # the folder was deleted during training
+            with replacing(config) as temporary:
+                Config.from_dict(content["config"]).save(temporary)
         if not copies:
             save(last, content, previous)
             return

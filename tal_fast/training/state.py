@@ -146,6 +146,12 @@ class Rollback:
             torch._foreach_copy_(buffers, copies)
         return self._rank_state
 
+    def restore(self) -> None:
+        """Restore the state as of ``keep``, after passes that did not change the weights or the epoch's sums."""
+        own = self.undo()
+        self._state.method.load_state_dict(own["method"])
+        set_rng_state(own["rng"])
+
 
 def not_finite(values: Any, name: str = "") -> set[str]:
     """Names, joined by dots, of the tensors in nested dicts and lists that hold NaN or infinity; waits for devices."""
