@@ -1,6 +1,5 @@
 """Choose a confidence threshold: ``python -m tal_fast.calibrate --run runs/digits --risk 0.02``."""
 
-import sys
 from typing import Any
 
 from tal_fast.evaluation.calibrate_command import main
@@ -16,4 +15,6 @@ def __getattr__(name: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from tal_fast.utils.process import run_and_exit
+
+    run_and_exit(main)

@@ -1,8 +1,8 @@
 """Check that every image of a folder decodes: ``python -m tal_fast.check_data FOLDER --out list.txt``."""
 
-import sys
-
 from tal_fast.data.check import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from tal_fast.utils.process import run_and_exit
+
+    run_and_exit(main)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tal_fast import __version__
 from tal_fast.utils.arguments import ArgumentParser
-from tal_fast.utils.process import program_name
+from tal_fast.utils.process import program_name, run_and_exit
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -18,4 +18,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

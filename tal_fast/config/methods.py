@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, ClassVar, Literal
 
-from tal_fast.config.typed import check_at_least, check_positive, read
+from tal_fast.config.typed import check_at_least, check_positive, read, shown
+
+OWN_THRESHOLD = {"paper": -1.0, "released": 0.0}
+"""Default ``confidence_threshold`` of each variant of TAL: a cosine of 0 is a condition of the released code alone."""
 
 
 @dataclass
@@ -28,7 +31,8 @@ class _QueueOptions(MethodOptions):
         queue_size: number of past samples that typicalness compares with.
         t_min: temperature of the most typical sample of a batch.
         t_max: temperature of the least typical sample of a batch.
-        confidence_threshold: a correct sample enters the queue if its cosine score exceeds this value.
+        confidence_threshold: a correct sample enters the queue if its cosine score exceeds this value; by default every
+            correct sample does, and with ``released`` those above 0.
         queue_scope: ``local`` gives each rank its own queue, ``global`` makes all ranks share one.
         backend: implementation of the loss and the queue; ``auto`` takes the fastest one available.
         warmup_epochs: epochs with typicalness 1 while the queue fills; by default the first 5% of the epochs.
@@ -38,7 +42,7 @@ class _QueueOptions(MethodOptions):
     queue_size: int = 20000
     t_min: float = 10.0
     t_max: float = 100.0
-    confidence_threshold: float = 0.0
+    confidence_threshold: float | None = None
     queue_scope: Literal["local", "global"] = "local"
     backend: Literal["auto", "reference", "native", "triton"] = "auto"
     warmup_epochs: int | None = None
@@ -175,8 +179,16 @@ def read_options(method: str, kind: type, given: Mapping[str, Any]) -> Any:
     own = option_names(kind)
     given = {name: value for name, value in given.items() if name in own or name not in TAL_OPTIONS}
     if given and not own:
-        raise ValueError(f"method.options has {next(iter(given))!r} but {method} has no options of its own")
+        raise ValueError(f"method.options has {shown(next(iter(given)))} but {method} has no options of its own")
     return read(kind, given, "method.options")
+
+
+def option_values(options: Any) -> dict[str, Any]:
+    """Name -> value of a method's options; the default threshold as what it means for the variant."""
+    values = dataclasses.asdict(options)
+    if values.get("confidence_threshold", 0.0) is None:
+        values["confidence_threshold"] = OWN_THRESHOLD[values["variant"]]
+    return values
 
 
 def option_path(name: str) -> str:
@@ -194,8 +206,8 @@ def upgrade(values: dict[str, Any]) -> dict[str, Any]:
     for name in [name for name in method if name in TAL_OPTIONS]:
         if options.setdefault(name, method[name]) != method[name]:
             raise ValueError(
-                f"method.{name} is {method[name]!r} but method.options.{name} is {options[name]!r}; both name the same "
-                "option, so give one of them"
+                f"method.{name} is {shown(method[name])} but method.options.{name} is {shown(options[name])}; "
+                "both name the same option, so give one of them"
             )
     kept = {key: value for key, value in method.items() if key not in TAL_OPTIONS}
     return {**values, "method": {**kept, "options": options}}

@@ -18,7 +18,7 @@ import yaml
 
 from tal_fast.config.methods import OPTIONS, TALOptions, option_names, upgrade
 from tal_fast.config.schema import Config
-from tal_fast.config.typed import field_types, not_none
+from tal_fast.config.typed import field_types, not_none, one_line
 from tal_fast.utils.arguments import help_formatter, with_hyphens
 
 _ALIASES = {"data.root": "--data-dir", "logger": "--log"}
@@ -31,36 +31,68 @@ def preset_names() -> list[str]:
     return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
 
 
-def find_config(name_or_path: str) -> str:
-    """Text of a preset or of a YAML file; raises ValueError if there is neither."""
-    if name_or_path in preset_names():
-        return (resources.files("tal_fast.config") / "presets" / f"{name_or_path}.yaml").read_text()
-    path = Path(name_or_path)
-    if path.is_file():
-        return path.read_text()
-    close = difflib.get_close_matches(name_or_path, preset_names())
-    hint = f"did you mean {' or '.join(close)}?" if close else f"the presets are {', '.join(preset_names())}"
-    raise ValueError(f"no preset or file {name_or_path!r}; {hint}")
-
-
 def load_config(name_or_path: str) -> Config:
     """Read the configuration in a preset or a YAML file.
 
     Raises:
         ValueError: not found, not YAML, or with names or values that do not fit.
     """
-    return Config.from_dict(parse_yaml(find_config(name_or_path), name_or_path))
+    return Config.from_dict(read_config(name_or_path))
 
 
-def parse_yaml(text: str, source: str) -> dict[str, Any]:
-    """Read the mapping in a YAML text; raises ValueError, naming ``source``, if there is none."""
+def read_config(name_or_path: str) -> dict[str, Any]:
+    """Read the mapping in a preset or a YAML file; raises ValueError if there is neither."""
+    if name_or_path in preset_names():
+        return read_yaml(Path(str(resources.files("tal_fast.config") / "presets" / f"{name_or_path}.yaml")))
+    path = Path(name_or_path)
+    if path.is_file():
+        return read_yaml(path)
+    close = difflib.get_close_matches(name_or_path, preset_names())
+    hint = f"did you mean {' or '.join(close)}?" if close else f"the presets are {', '.join(preset_names())}"
+    raise ValueError(f"no preset or file {name_or_path!r}; {hint}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read the mapping in a YAML file, in UTF-8, or in UTF-16 with a byte-order mark.
+
+    Raises:
+        ValueError: there is no such file, it cannot be read, is not YAML or not a mapping, or names a key twice.
+    """
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+        values = _load(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    except Exception as error:  # PyYAML raises errors of many types for malformed values, such as dates
+        reason = one_line(error).replace('in "<byte string>", ', "at ")
+        if isinstance(error, RecursionError):
+            reason = "too deeply nested"
+        remedy = "; save it as UTF-8" if isinstance(error, yaml.reader.ReaderError) else ""
+        raise ValueError(f"{path} is not YAML: {reason}{remedy}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{source} must be a mapping such as 'epochs: 10', not {type(values).__name__}")
+        raise ValueError(f"{path} must be a mapping such as 'epochs: 10', not {type(values).__name__}")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which also refuses a key given twice in a mapping, and values that contain themselves."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        return super().construct_object(node, deep=True)  # only deep construction notices a value within itself
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _load(text: str | bytes) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +141,7 @@ def parse_command_line(argv: Sequence[str], program: str = "python -m tal_fast.t
     files, bench = given.pop("config"), given.pop("bench")
     values: dict[str, Any] = {}
     for file in files:
-        values = merged(values, upgrade(parse_yaml(find_config(file), file)))
+        values = merged(values, upgrade(read_config(file)))
     if "data.ood" in given:  # all sets as one mapping
         values.get("data", {}).pop("ood", None)
     options: dict[str, Any] = {}
@@ -161,8 +193,9 @@ def _parser(words: Sequence[str], program: str) -> argparse.ArgumentParser:
             shown: dict[str, Any] = {
                 "metavar": _metavar(field_kind), "help": f"{help_texts[field.name]}{default}".replace("%", "%%"),
             }  # fmt: skip
+            alone: dict[str, Any] = {"nargs": "?", "const": True} if field_kind is bool else {}
             if len(owners) == 1:
-                group.add_argument(*_flags(name), dest=name, type=partial(_from_text, field_kind), **shown)
+                group.add_argument(*_flags(name), dest=name, type=partial(_from_text, field_kind), **alone, **shown)
             else:  # another method's option of the same name: argparse takes it once, so this is for the help alone
                 group._group_actions.append(argparse.Action(_flags(name), name, **shown))
     for name, kind in field_types(TALOptions).items():  # as 0.1.0 spelled them
@@ -225,13 +258,15 @@ def _from_text(kind: Any, text: str) -> Any:
     inner = not_none(kind)
     if inner is str or (get_origin(inner) is Literal and isinstance(get_args(inner)[0], str)):
         return None if text == "null" and inner is not kind else text
+    if inner == list[str] and not text.startswith("["):
+        return text.split(",")
     return _load_yaml(text)
 
 
 def _load_yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return _load(text)
+    except Exception:
         return text  # the check of the type refuses it, and names the option
 
 

@@ -6,18 +6,30 @@ reads both, those of version 0.1.0 too. The first sentence about each attribute 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from tal_fast import __version__
 from tal_fast.config.methods import OPTIONS, method_names, read_options, upgrade
 from tal_fast.config.typed import check_at_least, check_positive, read, to_plain
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+
+OWN_OF_A_RANK = frozenset({
+    "output", "device", "threads", "progress", "logger", "data.root", "data.ood", "data.file_list", "data.workers",
+    "method.options.outliers",
+})  # fmt: skip
+"""Options that the ranks of one run may differ in: folders and resources of their machines."""
+
+TRAINING_IMAGES = "training_images"
+"""Name by which ``Config.allow`` allows other training images."""
 
 
 @dataclass
@@ -36,6 +48,7 @@ class DataConfig:
         max_unreadable: training ends when a rank meets more undecodable files; by default 1% of the files, at least 10.
         loader: decoder of image files; ``auto`` takes DALI if it is installed.
         workers: decoding threads (DALI) or processes (torch) of each rank; 0 decodes in the training process (torch).
+        timeout: seconds to wait for a step of the decoding threads or processes before training ends with a sentence.
         image_size: side of the square images in pixels; by default 224 for a folder, else the data set's own.
         channels: 3 for RGB, 1 for grayscale; images are converted.
         mean: mean of each channel, for pixel values in [0, 1]; by default CIFAR's for CIFAR, else ImageNet's.
@@ -59,6 +72,7 @@ class DataConfig:
     max_unreadable: int | None = None
     loader: Literal["auto", "dali", "torch"] = "auto"
     workers: int = 4
+    timeout: float = 120.0
     image_size: int | None = None
     channels: Literal[1, 3] = 3
     mean: list[float] | None = None
@@ -94,8 +108,8 @@ class DataConfig:
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"data.std is {self.std} but must be above 0")
         limits = {
-            "workers": 0, "shift": 0, "image_size": 1, "holdout": 1, "train_limit": 1, "max_unreadable": 0,
-            "synthetic_images": 2, "synthetic_classes": 2,
+            "workers": 0, "timeout": 1, "shift": 0, "image_size": 1, "holdout": 1, "train_limit": 1,
+            "max_unreadable": 0, "synthetic_images": 2, "synthetic_classes": 2,
         }  # fmt: skip
         for name, limit in limits.items():
             check_at_least(f"data.{name}", getattr(self, name), limit)
@@ -227,6 +241,9 @@ class Config:
     Attributes:
         output: folder of the results: config.yaml, metrics.csv, checkpoints/, tensorboard/.
         resume: ``never`` refuses a folder that holds a run, ``auto`` continues it, a path continues that checkpoint.
+        allow: options that a resumed run may change although they change its result, such as optim.lr,optim.clip_norm;
+            training-images allows other images. docs/training.md lists what each option needs.
+        extend: a resumed run may have more epochs than before; schedules are then those of a run of the new length.
         epochs: number of passes over the training images.
         batch_size: images of a training step over all ranks together.
         eval_batch_size: images of a validation step on each rank.
@@ -236,6 +253,8 @@ class Config:
         device: ``auto`` takes a GPU if there is one.
         threads: PyTorch threads on the CPU; by default PyTorch's choice. Small networks are as fast with one, and then
             give the same numbers however many cores a machine has.
+        rank_timeout: seconds after which a rank that waits for another in training ends with exit code 75 and names it.
+            Before the first step they wait for 30 minutes.
         precision: precision of the network under autocast; weights and the loss are always float32. ``auto`` is
             bfloat16 on GPUs that have it, float16 with a gradient scaler on older ones, float32 on the CPU.
         cuda_graphs: replay forward, backward and update as one CUDA graph, on one GPU and not with float16.
@@ -253,6 +272,8 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     output: str = "runs/latest"
     resume: str = "never"
+    allow: list[str] = field(default_factory=list)
+    extend: bool = False
     epochs: int = 90
     batch_size: int = 256
     eval_batch_size: int = 256
@@ -260,6 +281,7 @@ class Config:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
+    rank_timeout: float = 300.0
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     cuda_graphs: bool = False
     checkpoint_every_steps: int | None = None
@@ -271,6 +293,7 @@ class Config:
 
     def check(self) -> Config:
         """Raise ValueError for a value outside its range; returns the configuration itself."""
+        read(Config, self.to_dict(), "")  # types and finite numbers, for a configuration that was made in Python
         for section in (self.data, self.model, self.optim, self.method):
             section.check()
         for name in (
@@ -279,6 +302,11 @@ class Config:
         ):  # fmt: skip
             check_at_least(name, getattr(self, name), 1)
         check_at_least("seed", self.seed, 0)
+        check_positive("rank_timeout", self.rank_timeout)
+        known = {*self.flat(), TRAINING_IMAGES}
+        unknown = [name for name in self.allow if name.replace("-", "_") not in known]
+        if unknown:
+            raise ValueError(f"allow names {unknown[0]!r}, which is no option; name those to allow as optim.lr,epochs")
         starts = [epoch for epoch, _ in self.image_sizes]
         if starts and (starts[0] != 0 or starts != sorted(set(starts)) or min(s for _, s in self.image_sizes) < 1):
             raise ValueError(
@@ -313,6 +341,25 @@ class Config:
         """
         return read(Config, upgrade(values), "")
 
+    def flat(self) -> dict[str, Any]:
+        """Dotted name -> plain value of every option, such as ``method.options.t_min``; ``data.ood`` is one option."""
+        return _flatten(self.to_dict())
+
+    def digest(self) -> str:
+        """SHA-256 of the options that all ranks of a run must share, and of the package's version, as hexadecimal."""
+        shared = {name: value for name, value in self.flat().items() if name not in OWN_OF_A_RANK}
+        return hashlib.sha256(json.dumps([__version__, shared], sort_keys=True, default=str).encode()).hexdigest()
+
     def save(self, path: Path) -> None:
         """Write the configuration as YAML."""
         path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and key != "ood":
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -7,7 +7,6 @@ The list is for ``data.file_list``: UTF-8 text with one path per line relative t
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,10 +17,19 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base as Tag
 
-from tal_fast.data.image_folder import EXTENSIONS, error_summary, unsupported_pixels
+from tal_fast.data.image_folder import (
+    ABOVE,
+    EXTENSIONS,
+    FORMATS,
+    counted,
+    ending,
+    error_summary,
+    unsupported_pixels,
+    walk,
+)
 from tal_fast.utils.arguments import ArgumentParser, at_least
 from tal_fast.utils.io import replacing
-from tal_fast.utils.process import program_name
+from tal_fast.utils.process import program_name, report_mistake
 
 PROBLEMS = {
     "empty": "file of 0 bytes",
@@ -37,6 +45,7 @@ NOTES = {
     "CMYK": "converted to RGB; usable",
     "EXIF-rotated": "read as stored, without the rotation; usable",
     "ending": "the content has another format than the ending says; usable",
+    "link": "to a folder above it; not followed",
     "ignored": "an image with an ending that training does not read",
 }
 """Kinds of files that are no problem but worth knowing."""
@@ -56,11 +65,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """Result for a folder: sorted relative paths of usable images, findings by path, and number of other files."""
+    """Result for a folder: sorted relative paths of usable images, findings by path, and other files by ending."""
 
     usable: list[str]
     findings: list[Finding]
-    others: int
+    others: Counter[str]
 
     @property
     def problems(self) -> list[Finding]:
@@ -83,8 +92,16 @@ def check_folder(root: Path, workers: int, show_bar: bool | None = None) -> Repo
 
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder; name one with images")
-    paths = sorted(_walk(str(root), ""))
-    usable, findings, others = [], [], 0
+    usable, findings, paths, others = [], [], [], Counter[str]()
+    for path, _, problem, is_folder in walk(root):
+        name = os.path.relpath(path, root)
+        if not problem:
+            paths.append(name)
+        elif is_folder or name.lower().endswith(EXTENSIONS):
+            findings.append(Finding(name, "link" if problem == ABOVE else "damaged", problem))
+        else:
+            others[ending(name)] += 1
+    paths.sort()
     bar = tqdm(
         total=len(paths), desc=f"checking {root}", unit=" files", disable=None if show_bar is None else not show_bar
     )
@@ -93,7 +110,7 @@ def check_folder(root: Path, workers: int, show_bar: bool | None = None) -> Repo
             for path, found in zip(paths, _check_all(str(root), paths, workers), strict=True):
                 bar.update()
                 if found is None:
-                    others += 1
+                    others[ending(path)] += 1
                     continue
                 findings += found
                 if not any(f.kind in PROBLEMS or f.kind == "ignored" for f in found):
@@ -104,7 +121,7 @@ def check_folder(root: Path, workers: int, show_bar: bool | None = None) -> Repo
         ) from None
     if not usable and not findings:
         raise ValueError(f"{root} holds no images ({', '.join(EXTENSIONS)})")
-    return Report(usable, findings, others)
+    return Report(usable, sorted(findings, key=lambda f: f.path), others)
 
 
 def check_file(root: str, path: str) -> list[Finding] | None:
@@ -117,9 +134,10 @@ def check_file(root: str, path: str) -> list[Finding] | None:
             return [Finding(path, "empty", PROBLEMS["empty"])] if has_ending else None
         with Image.open(full) as image:
             if not has_ending:
-                return [Finding(path, "ignored", f"{image.format}, add an ending such as {EXTENSIONS[0]}")]
-            image.load()
+                remedy = f"add an ending such as {EXTENSIONS[0]}" if image.format in FORMATS else "convert it to PNG"
+                return [Finding(path, "ignored", f"{image.format}, {remedy}")]
             problem = unsupported_pixels(image)
+            image.load()
             if problem is not None:
                 return [Finding(path, "unsupported pixels", problem)]
             if image.mode == "CMYK":
@@ -128,7 +146,7 @@ def check_file(root: str, path: str) -> list[Finding] | None:
             if orientation in range(2, 9):
                 found.append(Finding(path, "EXIF-rotated", f"orientation {orientation}"))
             expected = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
-            if expected is not None and expected != image.format:
+            if expected not in (None, image.format) and (expected, image.format) != ("JPEG", "MPO"):
                 found.append(Finding(path, "ending", f"content is {image.format}"))
     except UnidentifiedImageError:
         return [Finding(path, "not an image", "no image format fits it")] if has_ending else None
@@ -162,18 +180,6 @@ def _check_all(root: str, paths: Sequence[str], workers: int) -> Iterator[list[F
         yield from pool.map(check_file, roots, paths, chunksize=_CHUNK)
 
 
-def _walk(root: str, below: str) -> Iterator[str]:
-    with os.scandir(os.path.join(root, below)) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            path = os.path.join(below, entry.name)
-            if entry.is_dir():
-                yield from _walk(root, path)
-            else:
-                yield path
-
-
 def _printable(path: str) -> str:
     """Path with line breaks and bytes that are not UTF-8 escaped."""
     text = path.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="backslashreplace")
@@ -184,8 +190,7 @@ def _print_report(report: Report, root: Path) -> None:
     for finding in report.findings:
         print(f"{finding.kind}: {_printable(os.path.join(root, finding.path))} ({finding.detail})")
     counts = Counter(f.kind for f in report.findings)
-    others = f", {report.others:,} other files" if report.others else ""
-    print(f"{len(report.usable):,} usable images{others}")
+    print(f"{len(report.usable):,} usable images" + (f"; {counted(report.others)}" if report.others else ""))
     for kinds, title in ((PROBLEMS, "not usable"), (NOTES, "worth knowing")):
         for kind, meaning in kinds.items():
             if counts[kind]:
@@ -217,6 +222,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_list(options.out, report.usable)
             print(f"wrote {options.out}; train with --data.root {options.folder} --data.file_list {options.out}")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_mistake(error)
     return 1 if report.problems else 0

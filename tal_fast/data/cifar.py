@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tal_fast.data.text import read_text
+
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
 
@@ -92,7 +94,7 @@ def class_names(dataset: str, root: str | None) -> Sequence[str]:
     path = folder / layout.names
     if not path.is_file():
         raise ValueError(f"{folder} has no {layout.names}; unpack {layout.archive} again")
-    names = path.read_text(errors="replace").split()
+    names = read_text(path).split()
     if len(names) != layout.num_classes or len(set(names)) != len(names):
         raise ValueError(
             f"{path} has {len(names)} names but must have {layout.num_classes}, all different; "

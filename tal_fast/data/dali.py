@@ -7,6 +7,7 @@ batch, and reading can start at any step, also after a file that does not decode
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from tal_fast.data.cache import cache_dir, make_folder_once
 from tal_fast.data.image_folder import ImageFiles, undecodable
 from tal_fast.data.loader import ImageBatch, ImageFormat
 from tal_fast.data.sampler import Batch, Plan
+from tal_fast.data.waiting import CallingThread, LoaderFailed
 
 PREFETCH = 2
 """Number of steps that are prepared in advance."""
@@ -43,13 +45,16 @@ class DaliSource:
         files: images of the split.
         form: format of the batches.
         workers: number of decoding threads.
+        timeout: seconds to wait for a step.
     """
 
-    def __init__(self, plan: Plan, files: ImageFiles, form: ImageFormat, workers: int) -> None:
+    def __init__(self, plan: Plan, files: ImageFiles, form: ImageFormat, workers: int, timeout: float) -> None:
         self._plan = plan
         self._files = files
         self._form = form
         self._workers = max(1, workers)
+        self._timeout = timeout
+        self._thread: CallingThread | None = None
         self._prober = _Prober(form)
         self._requests = _Requests(files, plan, self._prober)
         self._ready: tuple[int, Any] | None = None  # image size and iterator of a finished epoch
@@ -61,7 +66,7 @@ class DaliSource:
             iterator = None
             try:
                 iterator = self._iterator(image_size)
-                for (outputs,) in iterator:
+                while (outputs := self._next(iterator)) is not None:
                     batch, unreadable = requests.pending.popleft()
                     yield ImageBatch(outputs["images"], torch.from_numpy(batch.indices), unreadable)
                     step += 1
@@ -80,8 +85,28 @@ class DaliSource:
         ready[1].reset()  # requests the first steps at once
         return ready[1]
 
+    def _next(self, iterator: Any) -> dict[str, Any] | None:
+        """Next step of an iterator; None at the end."""
+        device = self._form.device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+        def call() -> dict[str, Any] | None:
+            with torch.cuda.stream(stream):
+                return next(iterator, (None,))[0]
+
+        self._thread = self._thread or CallingThread(self._timeout)
+        try:
+            return self._thread.call(call)
+        except LoaderFailed:
+            self._thread = None
+            # DALI's threads hang too: ending them, even at exit, would hang this one.
+            for held in (iterator, self._prober):
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
+            self._prober = _Prober(self._form)
+            raise
+
     def close(self) -> None:
-        self._ready = None
+        self._ready = self._thread = None
         self._prober.close()
 
     def _find_suspects(self, pending: list[Batch]) -> bool:

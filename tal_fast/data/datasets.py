@@ -220,5 +220,5 @@ class DataBundle:
             rows = None if images.rows is None else torch.from_numpy(images.rows)
             return MemorySource(plan, torch.from_numpy(images.pixels), rows, form)
         if self.loader_name == "dali":
-            return dali.DaliSource(plan, images, form, self.config.workers)
-        return TorchSource(plan, images, form, self.config.workers)
+            return dali.DaliSource(plan, images, form, self.config.workers, self.config.timeout)
+        return TorchSource(plan, images, form, self.config.workers, self.config.timeout)

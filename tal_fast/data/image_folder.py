@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import os
-from collections.abc import Sequence, Set
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from tal_fast.data import imagenet
 from tal_fast.data.cache import cache_dir
+from tal_fast.data.text import read_text
 from tal_fast.utils.io import replacing
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-"""Endings of image files, in upper or lower case; other files are ignored."""
+logger = logging.getLogger(__name__)
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".webp", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
+)  # fmt: skip
+"""Endings of image files, in upper or lower case; other files are left out, and counted in a warning."""
+
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
 """Pillow's names of the formats that Pillow and DALI both read, whatever the ending of the file."""
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
@@ -27,6 +38,9 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 OOD_LABEL = -1
 """Label of out-of-distribution images."""
+
+ABOVE = "link to a folder above it"
+"""Problem of a link that is not followed: all that it leads to is read already."""
 
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
 
@@ -43,18 +57,21 @@ class ImageFiles:
         paths: N absolute paths.
         labels: (N,) int64 classes, or ``OOD_LABEL``.
         sizes: (N, 2) int32 heights and widths in pixels as stored, without the rotation in EXIF.
+        stamps: (N, 2) int64 sizes in bytes and times of change in ns.
     """
 
     paths: Sequence[str]
     labels: np.ndarray
     sizes: np.ndarray
+    stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def subset(self, indices: np.ndarray) -> ImageFiles:
         """Images at ``indices``."""
-        return ImageFiles([self.paths[i] for i in indices], self.labels[indices], self.sizes[indices])
+        paths = [self.paths[i] for i in indices]
+        return ImageFiles(paths, self.labels[indices], self.sizes[indices], self.stamps[indices])
 
 
 def class_folders(root: Path, split: str) -> list[str]:
@@ -68,77 +85,141 @@ def class_folders(root: Path, split: str) -> list[str]:
         raise ValueError(f"data.root {root} is not a folder; name one that holds train/ and val/")
     if not folder.is_dir():
         raise ValueError(f"{root} has no folder {split}/; it must hold train/ and val/ with one folder a class in each")
-    names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    names = _folders_in(folder)
     if not names:
         raise ValueError(f"{folder} has no class folders; put each class's images into a folder of its own")
     return names
 
 
-def read_list(path: Path, root: Path) -> set[str]:
-    """Absolute paths of the files in a list of one path per line, relative to ``root``.
+def _folders_in(folder: Path) -> list[str]:
+    """Sorted names of the folders in a folder, without hidden ones."""
+    try:
+        return sorted(e.name for e in os.scandir(folder) if not e.name.startswith(".") and os.path.isdir(e.path))
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read ({error.strerror}); give it the permission to be read") from None
 
-    Empty lines and lines that start with ``#`` are skipped.
+
+def read_list(path: Path, root: Path) -> dict[str, tuple[int, int]]:
+    """Size in bytes and time of change in ns of the files in a list, by absolute path.
+
+    The list has one path per line, relative to ``root`` or absolute. Empty lines and lines that start with ``#`` are
+    skipped.
 
     Raises:
-        ValueError: the list cannot be read, is empty, or names a missing file.
+        ValueError: the list cannot be read, is empty, or names a missing file or one that is not below ``root``.
     """
+    write = f"python -m tal_fast.check_data {root} --out {path}"
     try:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        lines = read_text(path).split("\n")
     except OSError as error:
-        raise ValueError(
-            f"data.file_list {path} cannot be read ({error.strerror}); "
-            f"write it with python -m tal_fast.check_data {root} --out {path}"
-        ) from None
+        raise ValueError(f"data.file_list {path} cannot be read ({error.strerror}); write it with {write}") from None
     names = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#")]
     if not names:
-        raise ValueError(f"data.file_list {path} names no files; write it with python -m tal_fast.check_data {root}")
-    listed = [os.path.abspath(root / name) for name in names]
+        raise ValueError(f"data.file_list {path} names no files; write it with {write}")
+    below = _Below(root)
+    listed = [below(name) for name in names]
     with ThreadPoolExecutor(_THREADS) as pool:
-        missing = [name for name, there in zip(names, pool.map(os.path.isfile, listed), strict=True) if not there]
+        found = list(pool.map(_stamp, listed))
+    missing = [name for name, stamp in zip(names, found, strict=True) if stamp is None]
     if missing:
         raise ValueError(
             f"data.file_list {path} names {len(missing)} files that are not in {root} ({first_names(missing)}); "
-            f"write it again with python -m tal_fast.check_data {root} --out {path}"
+            f"write it again with {write}"
         )
-    return set(listed)
+    return {path: stamp for path, stamp in zip(listed, found, strict=True) if path and stamp}
 
 
-def files_by_class(root: Path, split: str) -> dict[str, list[tuple[str, int, int]]]:
-    """Image files of each class of ``root/split``, as ``_walk`` lists them, sorted by class.
+class _Below:
+    """Absolute path below ``root`` of a file in a list; None for one elsewhere.
+
+    An absolute path may lead to ``root`` through other links than ``root`` itself.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = os.path.abspath(root)
+        self._folders: dict[str, str | None] = {os.path.dirname(os.sep): None}
+
+    def __call__(self, name: str) -> str | None:
+        path = os.path.abspath(os.path.join(self._root, name))
+        if path.startswith(self._root + os.sep):
+            return path
+        folder = self._folder(os.path.dirname(path))
+        return folder and os.path.join(folder, os.path.basename(path))
+
+    def _folder(self, path: str) -> str | None:
+        if path not in self._folders:
+            parent = os.path.dirname(path)
+            same = os.path.isdir(path) and os.path.samefile(path, self._root)
+            above = None if same or parent == path else self._folder(parent)
+            self._folders[path] = self._root if same else above and os.path.join(above, os.path.basename(path))
+        return self._folders[path]
+
+
+def _stamp(path: str | None) -> tuple[int, int] | None:
+    """Size in bytes and time of change in ns of a file; None if there is none."""
+    try:
+        info = os.stat(path or "")
+    except (OSError, ValueError):
+        return None
+    return (info.st_size, info.st_mtime_ns) if stat.S_ISREG(info.st_mode) else None
+
+
+Found = list[tuple[str, int, int]]
+"""Path, size in bytes and time of change in ns of image files."""
+
+
+def files_by_class(root: Path, split: str, listed: Mapping[str, tuple[int, int]] | None = None) -> dict[str, Found]:
+    """Image files of each class of ``root/split``, sorted by path, sorted by class.
 
     Each class has a folder; only ``val`` may also be ImageNet's without class folders, see ``tal_fast.data.imagenet``.
+
+    Args:
+        root: folder of the splits.
+        split: name of the split's folder.
+        listed: the files to use, see ``read_list``, without looking for others; None for all.
 
     Raises:
         ValueError: the folder is missing or empty, or has an image without a class.
     """
     folder = root / split
-    if (
-        split != "val"
-        or not folder.is_dir()
-        or any(e.is_dir() and not e.name.startswith(".") for e in folder.iterdir())
-    ):
-        return {name: _walk(str(folder / name)) for name in class_folders(root, split)}
-    images = _walk(str(folder))
-    if not images:
-        return {name: [] for name in class_folders(root, split)}  # raises the error
-    classes = imagenet.validation_classes(root)
-    found: dict[str, list[tuple[str, int, int]]] = {}
-    for image in images:
-        name = classes.get(Path(image[0]).stem)
-        if name is None:
+    left_out: Counter[str] = Counter()
+    if listed is not None:
+        start = os.path.abspath(folder) + os.sep
+        images = sorted((path, *stamp) for path, stamp in listed.items() if path.startswith(start))
+        found: dict[str, Found] = {}
+        for image in images:
+            name, separator, _ = image[0][len(start) :].partition(os.sep)
+            found.setdefault(name if separator else "", []).append(image)
+        without_class = found.pop("", [])
+    elif split == "val" and folder.is_dir() and not _folders_in(folder):
+        found, without_class = {}, _images(folder, left_out)
+        if not without_class:
+            class_folders(root, split)  # raises the error
+    else:
+        found = {name: _images(folder / name, left_out) for name in class_folders(root, split)}
+        without_class = []
+        left_out["without a class folder"] = sum(
+            not e.name.startswith(".") and not os.path.isdir(e.path) for e in os.scandir(folder)
+        )
+    classes = imagenet.validation_classes(root) if without_class else {}
+    for image in without_class:
+        if Path(image[0]).stem not in classes or split != "val":
             raise ValueError(f"{image[0]} is none of ImageNet's validation images; remove it, or sort by class folders")
-        found.setdefault(name, []).append(image)
-    return dict(sorted(found.items()))
+        found.setdefault(classes[Path(image[0]).stem], []).append(image)
+    _report(folder, left_out)
+    return {name: sorted(images) for name, images in sorted(found.items())}
 
 
-def read_split(root: Path, split: str, class_names: Sequence[str], listed: Set[str] | None = None) -> ImageFiles:
+def read_split(
+    root: Path, split: str, class_names: Sequence[str], listed: Mapping[str, tuple[int, int]] | None = None
+) -> ImageFiles:
     """Images of ``root/split/CLASS/**``, see ``files_by_class``.
 
     Args:
         root: folder of the splits.
         split: name of the split's folder.
         class_names: class folders in the order of their labels.
-        listed: absolute paths of the files to use; None for all.
+        listed: the files to use, see ``read_list``; None for all.
 
     Raises:
         ValueError: a class folder is not in ``class_names`` or has no images, or a file is no image.
@@ -147,7 +228,14 @@ def read_split(root: Path, split: str, class_names: Sequence[str], listed: Set[s
     paths: list[str] = []
     labels: list[int] = []
     stamps: list[tuple[int, int]] = []
-    for name, found in files_by_class(root, split).items():
+    by_class = files_by_class(root, split, listed)
+    if listed is not None and split == "train":
+        empty = [name for name in class_names if name not in by_class]
+        if empty:
+            raise ValueError(
+                f"data.file_list names no image of {root / split / empty[0]}; add one or remove the folder"
+            )
+    for name, found in by_class.items():
         folder = root / split / name
         if name not in label_of:
             raise ValueError(
@@ -156,17 +244,13 @@ def read_split(root: Path, split: str, class_names: Sequence[str], listed: Set[s
             )
         if not found:
             raise ValueError(f"{folder} holds no images ({', '.join(EXTENSIONS)}); fill or remove it")
-        if listed is not None:
-            found = [file for file in found if file[0] in listed]
-            if not found and split == "train":
-                raise ValueError(f"data.file_list names no image of {folder}; add one or remove the folder")
         for path, size, changed in found:
             paths.append(path)
             labels.append(label_of[name])
             stamps.append((size, changed))
     if not paths:
         raise ValueError(f"data.file_list names no image of {root / split}; add some")
-    return ImageFiles(paths, np.array(labels, np.int64), _sizes(paths, stamps))
+    return ImageFiles(paths, np.array(labels, np.int64), _sizes(paths, stamps), np.array(stamps, np.int64))
 
 
 def read_flat(folder: Path, name: str) -> ImageFiles:
@@ -177,12 +261,15 @@ def read_flat(folder: Path, name: str) -> ImageFiles:
     """
     if not folder.is_dir():
         raise ValueError(f"data.ood {name!r}: {folder} is not a folder")
-    found = _walk(str(folder))
+    left_out: Counter[str] = Counter()
+    found = _images(folder, left_out)
+    _report(folder, left_out)
     if not found:
         raise ValueError(f"data.ood {name!r}: {folder} holds no images ({', '.join(EXTENSIONS)})")
     paths = [path for path, _, _ in found]
-    sizes = _sizes(paths, [(size, changed) for _, size, changed in found])
-    return ImageFiles(paths, np.full(len(paths), OOD_LABEL, np.int64), sizes)
+    stamps = [(size, changed) for _, size, changed in found]
+    labels = np.full(len(paths), OOD_LABEL, np.int64)
+    return ImageFiles(paths, labels, _sizes(paths, stamps), np.array(stamps, np.int64))
 
 
 def image_size(path: str) -> tuple[int, int]:
@@ -198,23 +285,50 @@ def image_size(path: str) -> tuple[int, int]:
                 return image.height, image.width
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         problem = error_summary(error, path)
-    raise UnreadableImage(
+    raise _unusable(path, problem)
+
+
+def _unusable(path: str, problem: str) -> UnreadableImage:
+    return UnreadableImage(
         f"{path} cannot be read as an image ({problem}); remove or replace it, or leave it out with "
         "python -m tal_fast.check_data FOLDER --out list.txt and --data.file_list list.txt"
     )
 
 
 def unsupported_pixels(image: Image.Image) -> str | None:
-    """Reason that the loaders would read different 8-bit pixels of an opened image; None if they read the same."""
+    """Reason that the loaders would read different 8-bit pixels of an image; None if they read the same.
+
+    Args:
+        image: opened image whose pixels are not loaded yet.
+    """
     if image.format not in FORMATS:
-        return f"format {image.format}, which not every loader reads"
-    if image.mode not in MODES:
+        return f"format {image.format}, which not every loader reads; convert it to JPEG or PNG"
+    if image.mode not in MODES or (image.format == "TIFF" and image.mode == "LA"):
         return f"pixels of mode {image.mode}, which the loaders convert to 8 bits in different ways"
+    tiles = getattr(image, "tile", [])
+    if image.format == "PPM" and any(tile[0] != "raw" or isinstance(tile[3], tuple) for tile in tiles):
+        return "numbers as text or a largest value other than 255, which DALI reads differently"
+    # Pillow keeps the upper 8 of 16 bits, with which pixels of 12 bits are nearly black.
+    if any(";16" in str(tile[3]) for tile in tiles) or _jpeg2000_bits(image) > 8:
+        return "more than 8 bits a channel, which have no standard conversion to 8 bits"
     return None
+
+
+def _jpeg2000_bits(image: Image.Image) -> int:
+    """Largest number of bits of a channel in the header of a JPEG 2000 file; 0 for other formats."""
+    if image.format != "JPEG2000":
+        return 0
+    with open(image.filename, "rb") as file:  # type: ignore[attr-defined]
+        head = file.read(1 << 16)
+    start = head.find(b"\xff\x4f\xff\x51")  # SOC and SIZ; the number of channels is 40 bytes after them
+    count = int.from_bytes(head[start + 40 : start + 42], "big") if start >= 0 else 0
+    return max((1 + (bits & 127) for bits in head[start + 42 : start + 42 + 3 * count : 3]), default=0)
 
 
 def undecodable(path: str, size: np.ndarray) -> str | None:
     """Reason that a file of ``size`` (height, width) does not decode; None if it does."""
+    if not os.path.isfile(path):
+        return f"{path} cannot be decoded (there is no such file)"
     try:
         with Image.open(path) as image:
             if (image.height, image.width) != tuple(size):
@@ -232,19 +346,92 @@ def error_summary(error: Exception, path: str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _walk(folder: str) -> list[tuple[str, int, int]]:
-    """Path, size in bytes and time of change in ns of the images at any depth, sorted, without hidden ones."""
-    found = []
-    with os.scandir(folder) as entries:
+class Entry(NamedTuple):
+    """File in a folder: its path, its status if there is one, and why it cannot be read, or else ``""``.
+
+    A folder that cannot be read, or is a link to one above, is an entry too.
+    """
+
+    path: str
+    status: os.stat_result | None
+    problem: str = ""
+    is_folder: bool = False
+
+
+def walk(folder: Path) -> Iterator[Entry]:
+    """Files at any depth, in any order, without hidden ones."""
+    start = os.path.abspath(folder)
+    above: frozenset[object] = frozenset(filter(None, (_identity(str(parent)) for parent in Path(start).parents)))
+    folders = [(start, above)]
+    while folders:
+        path, above = folders.pop()
+        identity = _identity(path)
+        if identity in above:
+            yield Entry(path, None, ABOVE, is_folder=True)
+            continue
+        try:
+            entries = list(os.scandir(path))
+        except OSError as error:
+            yield Entry(path, None, f"{error.strerror}", is_folder=True)
+            continue
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                found += _walk(entry.path)
-            elif entry.name.lower().endswith(EXTENSIONS):
-                info = entry.stat()
-                found.append((os.path.abspath(entry.path), info.st_size, info.st_mtime_ns))
+            try:
+                if entry.is_dir():
+                    folders.append((entry.path, above | {identity}))
+                    continue
+                status = entry.stat()
+            except OSError as error:
+                broken = entry.is_symlink() and error.errno in (errno.ENOENT, errno.ELOOP)
+                yield Entry(entry.path, None, "broken link" if broken else f"{error.strerror}")
+                continue
+            regular = stat.S_ISREG(status.st_mode)
+            yield Entry(entry.path, status, "" if regular else "neither a file nor a folder")
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino
+
+
+def _images(folder: Path, left_out: Counter[str]) -> Found:
+    """Sorted image files at any depth, without hidden ones; counts the others in ``left_out``."""
+    found = []
+    for path, status, problem, is_folder in walk(folder):
+        if problem == ABOVE:
+            left_out["as links to a folder above"] += 1
+        elif is_folder:
+            raise ValueError(f"{path} cannot be read ({problem}); give it the permission to be read, or remove it")
+        elif not path.lower().endswith(EXTENSIONS):
+            left_out[ending(path)] += 1
+        elif problem or status is None:
+            raise _unusable(path, problem)
+        else:
+            found.append((path, status.st_size, status.st_mtime_ns))
     return sorted(found)
+
+
+def ending(path: str) -> str:
+    """Ending of a file's name in lower case, for counting."""
+    return os.path.splitext(path)[1].lower() or "without an ending"
+
+
+def _report(folder: Path, left_out: Counter[str]) -> None:
+    """Warn of what was left out, once and not on every rank."""
+    if left_out.total() and int(os.environ.get("RANK") or 0) == 0:
+        logger.warning("%s: %s; convert images among them to JPEG or PNG", folder, counted(left_out))
+
+
+def counted(left_out: Counter[str]) -> str:
+    """Text such as ``37 files are left out: 30 .heic, 7 .gif``."""
+    total = left_out.total()
+    kinds = sorted(((-number, kind) for kind, number in left_out.items() if number))
+    text = ", ".join(f"{-number:,} {kind}" for number, kind in kinds)
+    return f"{total:,} {'file is' if total == 1 else 'files are'} left out: {text}"
 
 
 def _sizes(paths: Sequence[str], stamps: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -252,17 +439,21 @@ def _sizes(paths: Sequence[str], stamps: Sequence[tuple[int, int]]) -> np.ndarra
     digest = hashlib.sha256()
     for path, stamp in zip(paths, stamps, strict=True):
         digest.update(f"{path}\0{stamp}\n".encode(errors="surrogateescape"))
-    cached = cache_dir() / "image-sizes-2" / f"{digest.hexdigest()[:32]}.npy"
+    cached = cache_dir() / "image-sizes-3" / f"{digest.hexdigest()[:32]}.npz"
     try:
-        sizes = np.load(cached, allow_pickle=False)
+        with cached.open("rb") as file, np.load(file, allow_pickle=False) as data:  # verifies a checksum
+            sizes = data["sizes"]
         if sizes.shape == (len(paths), 2) and sizes.dtype == np.int32:
             return sizes
-    except (OSError, ValueError, EOFError):
-        pass  # missing or damaged
+    except Exception:  # missing, or damaged in any way
+        pass
     with ThreadPoolExecutor(_THREADS) as pool:
         sizes = np.array(list(pool.map(image_size, paths, chunksize=64)), np.int32)
-    with replacing(cached) as temporary:
-        np.save(temporary, sizes, allow_pickle=False)
+    try:
+        with replacing(cached) as temporary:
+            np.savez(temporary, sizes=sizes)
+    except OSError as error:  # a read-only home, a full disk
+        logger.debug("the sizes of the images could not be kept in %s (%s)", cached, error)
     return sizes
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from tal_fast.data.text import read_text
+
 GROUND_TRUTH, META, SOLUTION = "ILSVRC2012_validation_ground_truth.txt", "meta.mat", "LOC_val_solution.csv"
 _KITS = ("", "data", "ILSVRC2012_devkit_t12", "ILSVRC2012_devkit_t12/data")
 _PARENTS = 3
@@ -42,8 +44,10 @@ def validation_classes(root: Path) -> dict[str, str]:
 
 
 def _solution(path: Path) -> dict[str, str]:
-    with open(path, newline="") as file:
-        rows = list(csv.reader(file))
+    try:
+        rows = list(csv.reader(read_text(path).splitlines()))
+    except (OSError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read ({error}); get it again") from None
     if not rows or rows[0][:2] != ["ImageId", "PredictionString"] or not all(len(r) > 1 and r[1] for r in rows[1:]):
         raise ValueError(f"{path} has no columns ImageId,PredictionString with a class in each line; get it again")
     return {row[0]: row[1].split()[0] for row in rows[1:]}
@@ -58,7 +62,7 @@ def _development_kit(folder: Path) -> dict[str, str]:
     try:
         synsets = loadmat(folder / META, squeeze_me=True)["synsets"]
         names = {int(number): str(name) for number, name in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
-        numbers = [int(line) for line in truth.read_text().split()]
+        numbers = [int(line) for line in read_text(truth).split()]
         return {f"ILSVRC2012_val_{i:08d}": names[number] for i, number in enumerate(numbers, 1)}
     except Exception as error:  # loadmat raises many types of errors for other files
         raise ValueError(

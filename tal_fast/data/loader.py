@@ -123,6 +123,10 @@ class Loader:
         self._epoch, self._start_step = epoch, start_step
         self._image_size = image_size or self._default_size
 
+    def close(self) -> None:
+        """End the processes and threads of the loader; the next iteration starts new ones."""
+        self._source.close()
+
     def __iter__(self) -> Generator[Images, None, None]:
         try:
             with closing(self._source.steps(self._epoch, self._start_step, self._image_size)) as steps:
@@ -132,19 +136,20 @@ class Loader:
                         labels[row] = IGNORED_LABEL
                         self._record_unreadable(self._paths[int(step.indices[row])], reason)
                     yield step.images, to_device(labels, self._device), to_device(step.indices, self._device)
-        except UnreadableImage:
-            self._source.close()  # garbage collection of the workers would wait for them forever
+        except Exception:
+            self.close()
             raise
 
     def _record_unreadable(self, path: str, reason: str) -> None:
-        self.unreadable[path] = reason
+        count = len(self.unreadable.keys() | {path})
         if self._max_unreadable == 0:
             raise UnreadableImage(f"{reason}; remove or replace it, or {self._check_command}")
-        if len(self.unreadable) > self._max_unreadable:
+        if count > self._max_unreadable:  # not recorded, so that the run can go on once it is mended
             raise UnreadableImage(
-                f"{reason}; it is file number {len(self.unreadable)} that does not decode, and data.max_unreadable is "
+                f"{reason}; it is file number {count} that does not decode, and data.max_unreadable is "
                 f"{self._max_unreadable}; {self._check_command}"
             )
+        self.unreadable[path] = reason
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -48,6 +48,7 @@ from tal_fast.data.corruptions import SEVERITIES, Corruption
 from tal_fast.data.datasets import MemoryImages, Split
 from tal_fast.data.image_folder import ImageFiles
 from tal_fast.data.pixels import as_channels
+from tal_fast.data.text import read_text
 
 GENERATED = 1000
 """Default number of generated images."""
@@ -157,7 +158,7 @@ def _textures(text: str) -> ImageFiles:
         return found
     path = root / "labels" / f"{listed}.txt"
     try:
-        names = path.read_text(encoding="utf-8").split()
+        names = read_text(path).split()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); lists are train1 to test10") from None
     index_of = {str(Path(p).relative_to((root / "images").absolute())): i for i, p in enumerate(found.paths)}

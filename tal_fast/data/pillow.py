@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import multiprocessing
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
+from multiprocessing.util import Finalize
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from tal_fast.data.image_folder import ImageFiles, undecodable
 from tal_fast.data.loader import ImageBatch, ImageFormat, Normalizer, prefetch, to_device
 from tal_fast.data.sampler import Batch, Plan
+from tal_fast.data.waiting import CallingThread, LoaderFailed
 
 
-def _fork_workers(loader: DataLoader) -> Iterator:
+def _fork_workers(loader: DataLoader) -> Any:
     """Start the workers without any garbage of this process.
 
     A worker that collects the garbage of a DALI pipeline would wait forever for threads that only exist here.
@@ -26,10 +33,30 @@ def _fork_workers(loader: DataLoader) -> Iterator:
         return iter(loader)
     gc.collect()
     gc.freeze()
+    others = set(multiprocessing.active_children())
     try:
-        return iter(loader)
+        batches = iter(loader)
+    except OSError as error:
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+            worker.join()
+        raise LoaderFailed(
+            f"the {loader.num_workers} processes of data.workers cannot be started ({error.strerror}); lower it"
+        ) from error
     finally:
         gc.unfreeze()
+    return batches
+
+
+def _end_workers(workers: list[Any], iterator: int) -> None:
+    """Kill the workers of the iterator with this ``id``: they only read, and a stopped one sees no other signal."""
+    with contextlib.suppress(ValueError):  # PyTorch has ended them before
+        signal_handling._remove_worker_pids(iterator)  # their end is no failure
+        signal_handling._set_worker_pids(iterator, ())  # PyTorch will remove it again
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
 
 
 _Decoded = tuple[Tensor, Tensor, dict[int, str]]
@@ -44,7 +71,7 @@ class _BatchDataset(Dataset):
         self._channels = channels
         self._filter = Image.Resampling[interpolation.upper()]
 
-    def __getitem__(self, request: tuple[Batch, int]) -> _Decoded:
+    def __getitem__(self, request: tuple[Batch, int]) -> _Decoded | str:
         batch, size = request
         pixels = np.empty((len(batch.indices), size, size, self._channels), np.uint8)
         unreadable = {}
@@ -58,7 +85,14 @@ class _BatchDataset(Dataset):
                     raise
                 unreadable[row] = problem
                 pixels[row] = 0
-        return torch.from_numpy(pixels), torch.from_numpy(batch.indices), unreadable
+        images = torch.from_numpy(pixels)
+        if get_worker_info() is not None:
+            # The queue would do this in a thread, whose failure nobody would notice.
+            try:
+                images.share_memory_()
+            except RuntimeError as error:
+                return f"a process of the loader has no shared memory for {pixels.nbytes / 2**20:.1f} MiB ({error})"
+        return images, torch.from_numpy(batch.indices), unreadable
 
     def _read(self, path: str, stored: np.ndarray, box: np.ndarray, mirror: bool, size: int) -> np.ndarray:
         top, left, height, width = (int(v) for v in box)
@@ -101,28 +135,60 @@ class TorchSource:
         files: images of the split.
         form: format of the batches.
         workers: number of processes; 0 decodes in this one.
+        timeout: seconds to wait for a step.
     """
 
-    def __init__(self, plan: Plan, files: ImageFiles, form: ImageFormat, workers: int) -> None:
+    def __init__(self, plan: Plan, files: ImageFiles, form: ImageFormat, workers: int, timeout: float) -> None:
         self._device = form.device
         self._sampler = _BatchSampler(plan)
         self._dataset = _BatchDataset(files, form.channels, form.interpolation)
         self._normalize = Normalizer(form)
         self._workers = min(workers, len(plan))
+        self._timeout = timeout
         self._loader: DataLoader | None = None
+        self._running: Any = None  # the loader's only iterator, which has the processes
+        self._end: Finalize | None = None  # ends the processes
+        self._thread: CallingThread | None = None
 
     def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[ImageBatch, None, None]:
         sampler = self._sampler
         sampler.epoch, sampler.start_step, sampler.image_size = epoch, start_step, image_size
         if self._loader is None:
-            self._loader = self._start()
-            batches = _fork_workers(self._loader)
+            self._loader, self._thread = self._start(), CallingThread(self._timeout)
+            self._running = running = _fork_workers(self._loader)
+            if self._workers > 0:
+                # Called at exit before multiprocessing sends each process one SIGTERM, which these ignore, and waits
+                # for it; and before a garbage collection that has closed the queues through which PyTorch ends them.
+                self._end = Finalize(running, _end_workers, (running._workers, id(running)), exitpriority=100)
         else:
-            batches = iter(self._loader)
+            self._running = self._call(partial(iter, self._loader))
+        batches = iter(partial(self._call, partial(next, self._running, None)), None)
         yield from prefetch(batches, self._make, lambda step: [step.images], self._device)
 
     def close(self) -> None:
-        self._loader = None
+        if self._end is not None:
+            self._running._shutdown_workers()
+            self._end()  # those that have not ended
+        self._loader = self._running = self._thread = self._end = None
+
+    def _call(self, function: Callable[[], Any]) -> Any:
+        """Result of a function that waits for the processes; one sentence if they end or do not deliver."""
+        assert self._thread is not None
+        try:
+            result = self._thread.call(function)
+        except LoaderFailed:
+            if self._end is not None:
+                self._end()
+            raise
+        except (RuntimeError, OSError) as error:
+            if self._workers == 0 or str(error).startswith("Caught "):  # an error in a process, with its traceback
+                raise
+            raise LoaderFailed(
+                f"a process of the loader failed ({error}); if memory has run out, lower data.workers"
+            ) from error
+        if isinstance(result, str):
+            raise LoaderFailed(f"{result}; enlarge /dev/shm (docker run --shm-size), or set data.workers to 0")
+        return result
 
     def _make(self, decoded: _Decoded) -> ImageBatch:
         pixels, indices, unreadable = decoded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ import tal_fast
 from tal_fast.evaluation.selective import NoThreshold, calibrate
 from tal_fast.scores.logits import SCORES
 from tal_fast.utils.arguments import ArgumentParser, at_least
-from tal_fast.utils.io import replacing
-from tal_fast.utils.process import program_name
+from tal_fast.utils.io import alone_in, check_writable, replacing
+from tal_fast.utils.process import program_name, report_mistake
 
 JSON = "threshold.json"
 
@@ -44,11 +45,13 @@ def calibrate_run(
     """
     import torch
 
-    from tal_fast.evaluation.export import SelectiveClassifier, export
-    from tal_fast.evaluation.predictions import CACHE, Inference, PassOptions
+    from tal_fast.evaluation.export import PROGRAM, STATE, SelectiveClassifier, export
+    from tal_fast.evaluation.predictions import CACHE, Inference, PassOptions, weights_hash
     from tal_fast.runs.load import load_run
     from tal_fast.utils.distributed import Ranks
 
+    folder = Path(run_dir) / "calibrated" if output is None else Path(output)
+    check_writable(folder)
     run = load_run(run_dir, checkpoint=checkpoint, device=device)
     score = _check_score(score or run.score)
     cache = Path(run_dir) / CACHE / run.checkpoint.stem
@@ -59,13 +62,24 @@ def calibrate_run(
     mean, std = data.normalization()
     about |= {
         "score": score, "run": str(run_dir), "checkpoint": run.checkpoint.stem, "epoch": run.epoch,
+        "weights_sha256": weights_hash(run.model),
         "class_names": list(run.class_names), "image_size": run.data.image_size, "channels": data.channels,
         "mean": list(mean), "std": list(std),
     }  # fmt: skip
-    folder = Path(run_dir) / "calibrated" if output is None else Path(output)
-    _write(about, folder)
     example = torch.zeros(2, data.channels, run.data.image_size, run.data.image_size)
-    export(SelectiveClassifier(run.model.cpu(), score, chosen.threshold), example, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder, f"another calibration writes to {folder}; waiting for it"):
+        (folder / JSON).unlink(missing_ok=True)  # written last: the files beside it are of one model and threshold
+        problem = None
+        try:
+            export(SelectiveClassifier(run.model.cpu(), score, chosen.threshold), example, folder)
+        except ValueError as error:  # torch.export cannot take the model; its weights are written
+            problem = error
+        files = [folder / name for name in (STATE, PROGRAM) if (folder / name).exists()]
+        about["sha256"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        _write(about, folder)
+    if problem is not None:
+        raise problem
     return about
 
 
@@ -78,10 +92,12 @@ def calibrate_npz(path: str | Path, output: str | Path | None = None, *, score: 
     from tal_fast.evaluation.npz import read_npz
 
     path, score = Path(path), _check_score(score)
+    folder = path.with_name(path.stem + "-calibrated") if output is None else Path(output)
+    check_writable(folder)
     outputs = read_npz(path).id
     _, about = calibrate(SCORES[score](outputs.logits), outputs.correct, **options)
     about |= {"score": score, "npz": str(path)}
-    _write(about, path.with_name(path.stem + "-calibrated") if output is None else Path(output))
+    _write(about, folder)
     return about
 
 
@@ -177,7 +193,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"refused: {refusal}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+        return report_mistake(problem)
     print(describe(about))
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tal_fast.config import names
 from tal_fast.utils.arguments import ArgumentParser, at_least, checked, whole_number
 from tal_fast.utils.logs import console_logging
-from tal_fast.utils.process import program_name
+from tal_fast.utils.process import program_name, report_mistake
 
 if TYPE_CHECKING:
     from tal_fast.config.schema import DataConfig
@@ -29,6 +28,10 @@ RUN_OPTIONS: dict[str, dict[str, Any]] = {
 }
 WEIGHTS_OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"metavar": "NAME", "help": "Network of torchvision, timm/NAME, or cifar_resnet18 and the like."},
+    "weights_key": {
+        "metavar": "KEY",
+        "help": "Key of the weights in a checkpoint, such as model. Default: averaged weights if there are any.",
+    },
     "width": {"type": at_least(1), "help": "Width of a cifar_ network's first stage. Default: its paper's."},
     "data_dir": {"metavar": "DIR", "help": "Folder with val/CLASS/*, and train/CLASS/* for feature scores."},
     "dataset": {"help": "Data set instead of a folder: digits, fashion-mnist, ... Default: folder."},
@@ -68,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with console_logging():
             evaluation, output = _evaluate(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_mistake(error)
     if evaluation is not None:
         _print(evaluation, output, args.units)
     return 0
@@ -83,7 +85,8 @@ def _print(evaluation: Evaluation, output: Path, units: str) -> None:
     if "run" in report:
         print(f"{report['run']}: {report['method']}, {report['checkpoint']} checkpoint, epoch {report['epoch']}")
     elif "weights" in report:
-        print(f"{report['weights']}: {report['model']}")
+        key = f" ({report['weights_key']})" if report["weights_key"] else ""
+        print(f"{report['weights']}{key}: {report['model']}")
     print(f"{format_report(report, units)}\n\n{output / FILE}")
 
 
@@ -122,7 +125,8 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
             shared |= {"checkpoint": args.checkpoint or "best", "typicalness": not args.no_typicalness}
             return evaluate_run(args.run, output, **shared), output
         model, (data, interpolation) = ModelConfig(name=args.model, width=args.width), _data_config(args)
-        return evaluate_weights(args.weights, model, data, output, interpolation=interpolation, **shared), output
+        shared |= {"interpolation": interpolation, "weights_key": args.weights_key}
+        return evaluate_weights(args.weights, model, data, output, **shared), output
     finally:
         ranks.stop()
 

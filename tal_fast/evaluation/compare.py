@@ -12,11 +12,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from tal_fast.config.parse import parse_yaml
+from tal_fast.config.parse import read_yaml
 from tal_fast.evaluation.report import Report
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import SETTING_TITLES, mix_with_seed, nan_if_none
@@ -113,18 +113,18 @@ def judging_score(report: Report, name: str, score: str | None = None) -> str:
     return chosen
 
 
-def read_method(run: str | Path) -> tuple[str | None, int | None]:
-    """Method and seed of a run, from its ``config.yaml``; None twice without one.
+def read_method(run: str | Path, report: Report | None = None) -> tuple[str | None, int | None]:
+    """Method and seed of a run, from its report, else from its ``config.yaml``; None twice without either.
 
     The method is the configuration as text, without the seed and options that do not change what is trained.
     """
     path = Path(run) / CONFIG_FILE
-    if not path.is_file():
+    if report is not None and "config" in report:
+        config = report["config"]  # the folder may hold another run by now
+    elif not path.is_file():
         return None, None
-    try:
-        config: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error})") from None
+    else:
+        config = read_yaml(path)
     method = {key: value for key, value in config.items() if key not in _NOT_PART_OF_METHOD}
     return json.dumps(method, sort_keys=True), config.get("seed")
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tal_fast.config.names import METRICS, UNITS
 from tal_fast.utils.arguments import ArgumentParser, at_least
-from tal_fast.utils.process import program_name
+from tal_fast.utils.logs import console_logging
+from tal_fast.utils.process import program_name, report_mistake
+
+if TYPE_CHECKING:
+    from tal_fast.evaluation.report import Report
+    from tal_fast.evaluation.sample_scores import Samples
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_METRICS = ("aurc", "auroc", "fpr95")
 
@@ -57,18 +66,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, or 2 for bad input, which is named in one sentence."""
     args = parser().parse_args(argv)
     try:
-        text = _compare(args)
+        with console_logging():
+            text = _compare(args)
         if args.out is not None:
             from tal_fast.utils.io import replacing
 
-            with replacing(args.out) as temporary:
-                temporary.write_text(text + "\n", encoding="utf-8")
+            try:
+                with replacing(args.out) as temporary:
+                    temporary.write_text(text + "\n", encoding="utf-8")
+            except OSError:
+                print(text)  # what was computed is not lost
+                raise
             return 0
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_mistake(error)
     print(text)
     return 0
+
+
+def _samples_of(run: str, report: Report) -> Samples | None:
+    """Samples beside a report; None, with a warning, if they are another evaluation's."""
+    from tal_fast.evaluation.evaluation import same_evaluation
+    from tal_fast.evaluation.sample_scores import FILE, read_samples
+
+    samples = read_samples(run)
+    if samples is None or same_evaluation(report, samples):
+        return samples
+    logger.warning("%s beside the report of %s is of another evaluation and is not used; evaluate it again", FILE, run)
+    return None
 
 
 def _compare(args: argparse.Namespace) -> str:
@@ -76,7 +101,6 @@ def _compare(args: argparse.Namespace) -> str:
     from tal_fast.evaluation.compare_tables import add_description, describe, format_comparison
     from tal_fast.evaluation.differences import add_differences
     from tal_fast.evaluation.report import read_report
-    from tal_fast.evaluation.sample_scores import read_samples
 
     folders = [Path(run).resolve() for run in args.runs]
     for i, run in enumerate(args.runs):
@@ -86,8 +110,10 @@ def _compare(args: argparse.Namespace) -> str:
     if len(set(names)) < len(names):
         names = [str(run) for run in args.runs]
     reports = [read_report(run) for run in args.runs]
-    samples = [read_samples(run) for run in args.runs]
-    methods, seeds = zip(*(read_method(run) for run in args.runs), strict=True)
+    samples = [_samples_of(run, report) for run, report in zip(args.runs, reports, strict=True)]
+    if len({json.dumps(found.identity, sort_keys=True) for found in samples if found is not None}) > 1:
+        logger.warning("the runs were evaluated on different images or copies of them; look at differences with care")
+    methods, seeds = zip(*map(read_method, args.runs, reports), strict=True)
     groups = group_runs(reports, names, methods, samples, args.score, seeds)
     columns = columns_of(groups, args.metrics)
     baseline = groups[0] if args.baseline is None else find_group(groups, args.baseline)

@@ -77,9 +77,9 @@ def evaluate_samples(
 
 
 def write_evaluation(evaluation: Evaluation, folder: str | Path) -> None:
-    """Write ``report.json`` and ``samples.npz``; the folder is created if needed."""
-    write_report(evaluation.report, Path(folder) / REPORT_FILE)
-    write_samples(evaluation.samples, Path(folder) / SAMPLES_FILE)
+    """Write ``samples.npz`` and ``report.json``, which names its hash; the folder is created if needed."""
+    digest = write_samples(evaluation.samples, Path(folder) / SAMPLES_FILE)
+    write_report({**evaluation.report, "samples_sha256": digest}, Path(folder) / REPORT_FILE)
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:
@@ -88,13 +88,16 @@ def read_evaluation(folder: str | Path) -> Evaluation:
     report, samples = read_report(folder), read_samples(folder)
     if samples is None:
         raise ValueError(f"there is no {folder / SAMPLES_FILE}; evaluate again to have it")
-    if not _same_evaluation(report, samples):
+    if not same_evaluation(report, samples):
         raise ValueError(f"{REPORT_FILE} and {SAMPLES_FILE} in {folder} are of different evaluations; evaluate again")
     return Evaluation(report, samples, samples.settings(Mix.parse(report["mix"]), report["seed"]))
 
 
-def _same_evaluation(report: Report, samples: Samples) -> bool:
-    counts = report["counts"]
+def same_evaluation(report: Report, samples: Samples) -> bool:
+    """Whether a report and the samples that were read from the file beside it are of one evaluation."""
+    if "samples_sha256" in report:
+        return bool(report["samples_sha256"] == samples.digest)
+    counts = report["counts"]  # reports of version 0.2.0 do not name their samples
     predictions = {name: len(split) for name, split in samples.predictions.items()}
     return (
         (counts["id"], counts["id_right"]) == (len(samples.correct), int(samples.correct.sum()))

@@ -60,6 +60,7 @@ def export(classifier: SelectiveClassifier, images: Tensor, folder: str | Path) 
     """
     folder = Path(folder)
     classifier.eval().requires_grad_(False)
+    (folder / PROGRAM).unlink(missing_ok=True)  # it may be of other weights
     with replacing(folder / STATE) as temporary:
         torch.save(classifier.state_dict(), temporary)
     try:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from tal_fast.evaluation.evaluation import Evaluation, Gallery, GalleryImages
-from tal_fast.evaluation.predictions import CACHE
+from tal_fast.evaluation.predictions import CACHE, split_hash, weights_hash
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import printable
 from tal_fast.evaluation.train_typicalness import training_typicalness
@@ -54,6 +54,10 @@ def find_galleries(evaluation: Evaluation, folder: Path, **options: Any) -> Eval
         run = load_run(run_dir, report["checkpoint"], options.get("device", "cpu"))
     except (ValueError, OSError) as error:
         return replace(evaluation, notes=(f"No images: {error}.",))
+    if report.get("weights_sha256", "") not in ("", weights_hash(run.model)):
+        return replace(
+            evaluation, notes=(f"No images: {run.checkpoint} has changed since the evaluation; evaluate it again.",)
+        )
     return add_galleries(evaluation, run, **options)
 
 
@@ -105,10 +109,12 @@ def add_galleries(
 
 
 def _images_of(run: Run, samples: Samples, held_out: int) -> GalleryImages:
-    """Images of the evaluated splits; a ValueError if a split has another number of images than at the evaluation."""
+    """Images of the evaluated splits; a ValueError if a split has other images than at the evaluation."""
     splits = {name: run.data.split(name) for name in samples.predictions if name in ("val", *run.data.ood_names)}
     for name, split in splits.items():
         evaluated = len(samples.predictions[name]) + (held_out if name == "val" else 0)
         if len(split) != evaluated:
             raise ValueError(f"{name} has {len(split)} images now and had {evaluated}")
+        if samples.identity.get(name, "").partition(" ")[0] not in ("", split_hash(split)):
+            raise ValueError(f"the images of {name} have changed since the evaluation")
     return GalleryImages(splits, run.data.class_names, run.data.channels)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tal_fast.evaluation.pipeline import EvaluationInputs
 from tal_fast.evaluation.prediction_store import Outputs
 from tal_fast.evaluation.predictions import check_finite
 from tal_fast.scores.features import Training
+from tal_fast.utils.arrays import open_npz
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +65,12 @@ def read_npz(path: str | Path) -> EvaluationInputs:
 
 def _load(path: str | Path) -> dict[str, Any]:
     try:
-        with Path(path).open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if not isinstance(loaded, np.lib.npyio.NpzFile):
-                raise ValueError("it is a single array")
-            return {name: loaded[name] for name in loaded.files}
+        with open_npz(path) as arrays:
+            return {name: arrays[name] for name in arrays.names}
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as .npz without pickle ({error}); write it with numpy.savez") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; write it with numpy.savez") from None
 
 
 def _outputs(arrays: Mapping[str, Any], prefix: str, path: str | Path, labelled: bool = True) -> Outputs:

@@ -19,6 +19,8 @@ from tal_fast.utils.io import replacing
 
 logger = logging.getLogger(__name__)
 
+FILES = ("risk_coverage.png", "confidence_histogram.png")
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 """Okabe and Ito's colours, distinguishable with any colour vision."""
 LINE_STYLES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
@@ -37,8 +39,8 @@ def write_plots(evaluation: Evaluation, folder: str | Path) -> None:
     except ModuleNotFoundError:
         logger.warning("matplotlib is not installed, so no plots are written; pip install matplotlib")
         return
-    risk_coverage(evaluation, Path(folder) / "risk_coverage.png")
-    confidence_histogram(evaluation, Path(folder) / "confidence_histogram.png")
+    for draw, name in zip((risk_coverage, confidence_histogram), FILES, strict=True):
+        draw(evaluation, Path(folder) / name)
 
 
 def risk_coverage(evaluation: Evaluation, path: str | Path) -> None:

@@ -1,17 +1,20 @@
 """Logits, features and labels of a split, stored on disk in shards so that an interrupted pass resumes.
 
-A store is a folder with ``store.json`` (a hash of what its content depends on) and ``.npz`` shards of some tens of
-megabytes, each written atomically. The shards themselves record which samples are stored, so ranks have to agree on
-nothing but the folder, and a different number of ranks may finish a pass. Readers hold one shard in memory at a time,
-except ``load``.
+A split's folder has a folder for each key, a hash of everything the outputs depend on, with ``.npz`` shards of some
+tens of megabytes, each written atomically. The shards hold the key too, and record which samples are stored, so ranks
+have to agree on nothing but the folder, and a different number of ranks may finish a pass. Readers hold one shard in
+memory at a time, except ``load``.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
+import os
+import re
+import shutil
 import time
-import zipfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tal_fast.utils.arrays import Ints
-from tal_fast.utils.io import replacing
+from tal_fast.utils.arrays import Ints, open_npz
+from tal_fast.utils.io import alone_in, lock, remove_leftovers, replacing, unlock
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +33,9 @@ SHARD_BYTES = 32 << 20
 """Size at which a shard is written."""
 SHARD_SECONDS = 60.0
 """Age at which a shard is written: an interrupted slow pass loses at most a minute."""
-_METADATA = "store.json"
-_READ_ERRORS = (OSError, ValueError, TypeError, KeyError, EOFError, IndexError, zipfile.BadZipFile)
+KEY_LENGTH = 16
+"""Characters of the key in the name of its folder."""
+_IN_USE = "in-use.lock"
 
 
 @dataclass(frozen=True)
@@ -53,76 +57,144 @@ class Outputs:
         return Outputs(self.logits[indices], features, self.labels[indices])
 
 
+class NotKept(ValueError):
+    """Outputs cannot be written to their folder."""
+
+
 class OutputStore:
-    """Stored outputs of the samples of one split; ``key`` is a hash of everything they depend on."""
+    """Stored outputs of the samples of one split.
 
-    def __init__(self, folder: str | Path, key: str, samples: int) -> None:
-        self.folder, self.key, self.samples = Path(folder), key, samples
+    Args:
+        folder: folder of the split.
+        key: hash of everything the outputs depend on.
+        samples: number of samples of the split.
+        features: whether features are needed; shards without them count as missing then, else they are not read.
+    """
 
-    def prepare(self, features: bool) -> None:
-        """Create the folder; delete shards of another key or, if ``features`` are needed, without features."""
-        metadata = self._metadata()
-        if metadata.get("key") == self.key and (metadata.get("features") or not features):
-            return
-        for path in self.folder.glob("*.npz") if self.folder.is_dir() else ():
-            path.unlink()
-        with replacing(self.folder / _METADATA) as temporary:
-            temporary.write_text(json.dumps({"key": self.key, "features": features, "samples": self.samples}))
+    def __init__(self, folder: str | Path, key: str, samples: int, features: bool = True) -> None:
+        self.folder = Path(folder) / key[:KEY_LENGTH]
+        self.key, self.samples, self.features = key, samples, features
 
-    def _metadata(self) -> dict[str, Any]:
+    def prepare(self) -> None:
+        """Create the folder, and keep it from being removed while this object lives.
+
+        Removes the folders of other keys that no process has in use.
+
+        Raises:
+            NotKept: the folder cannot be written.
+        """
+        with self._keeping():
+            weakref.finalize(self, unlock, _open_lock(self.folder / _IN_USE))
+            remove_leftovers(self.folder)
+            for path in self.folder.parent.iterdir():
+                if re.fullmatch(f"[0-9a-f]{{{KEY_LENGTH}}}", path.name) and path.name != self.folder.name:
+                    _remove_unused(path)
+                elif path.name.startswith(".removed-") and path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif re.fullmatch(r"[0-9]{9}-[0-9]+\.npz|store\.json", path.name):  # of version 0.2.0
+                    path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _keeping(self) -> Iterator[None]:
         try:
-            metadata = json.loads((self.folder / _METADATA).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return metadata if isinstance(metadata, dict) else {}
+            yield
+        except OSError as error:
+            raise NotKept(
+                f"outputs cannot be kept in {self.folder} ({error.strerror or error}); free space or name another "
+                "folder with --cache"
+            ) from None
+
+    def continue_from(self, other: OutputStore) -> None:
+        """Take over the shards of a store of the same key, which stay where they are."""
+        self._other = other  # keeps its folder
+        for path in other._paths():
+            (self.folder / path.name).symlink_to(path.resolve())
+
+    def only_pass(self, wait: bool = True) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes from computing the same outputs; with ``wait``, first wait for one that does."""
+        message = (
+            f"another process computes the same outputs in {self.folder}; waiting for it (name another --cache to "
+            "compute them at the same time)"
+        )
+        return alone_in(self.folder, message if wait else "")
 
     def missing(self) -> Ints:
-        """Indices of the samples that no shard holds, ascending. Deletes shards that cannot be read."""
+        """Indices of the samples that no shard holds, ascending. Deletes shards that are damaged or of another key."""
         stored = np.zeros(self.samples, dtype=bool)
-        if self._metadata().get("key") != self.key:
-            return np.flatnonzero(~stored)
         for path in self._paths():
             try:
-                with path.open("rb") as file, np.load(file, allow_pickle=False) as shard:
-                    stored[shard["indices"]] = True
-            except _READ_ERRORS as error:
-                logger.warning("%s cannot be read (%s); it is computed again", path, error)
-                path.unlink(missing_ok=True)
+                arrays = self._read(path, ())
+            except (OSError, ValueError) as error:
+                logger.warning("%s; it is computed again", error)
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                continue
+            if arrays is not None:
+                stored[arrays["indices"]] = True
         return np.flatnonzero(~stored)
 
     def write(self, indices: Ints, outputs: Outputs) -> None:
-        """Write a shard: outputs of the m samples at the positions ``indices`` (m,) of the split."""
-        arrays = {"indices": indices, "labels": outputs.labels, "logits": outputs.logits}
+        """Write a shard: outputs of the m samples at the positions ``indices`` (m,) of the split.
+
+        Raises:
+            NotKept: it cannot be written.
+        """
+        arrays = {"key": np.array(self.key), "indices": indices, "labels": outputs.labels, "logits": outputs.logits}
         if outputs.features is not None:
             arrays["features"] = outputs.features
-        with replacing(self.folder / f"{indices.min():09}-{len(indices)}.npz") as temporary:
+        # Processes may have stored other samples with the same first index and number.
+        name = f"{indices.min():09}-{len(indices)}-{self.key[:KEY_LENGTH]}-{os.urandom(4).hex()}.npz"
+        with self._keeping(), replacing(self.folder / name) as temporary:
             np.savez(temporary, **arrays)  # type: ignore[arg-type]
 
     def shards(self, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         """Iterate over the shards, each sample once, in no particular order.
 
         Args:
-            names: arrays to read; those a shard does not have are left out.
+            names: arrays to read; features are left out where they are not needed.
 
         Raises:
-            ValueError: a shard is damaged, or another evaluation uses the folder.
+            ValueError: a shard is damaged or of another key and was deleted, or, at the end, samples are missing.
         """
-        if self._metadata().get("key") != self.key:
-            raise ValueError(
-                f"{self.folder} now holds outputs of other weights or images; give each evaluation its own --cache"
-            )
         seen = np.zeros(self.samples, dtype=bool)
         for path in self._paths():
             try:
-                with path.open("rb") as file, np.load(file, allow_pickle=False) as shard:
-                    indices = shard["indices"]
-                    new = ~seen[indices]
-                    arrays = {name: shard[name] for name in names if name in shard.files}
-            except _READ_ERRORS as error:
-                raise ValueError(f"{path} cannot be read ({error}); remove it and evaluate again") from None
-            seen[indices] = True
+                arrays = self._read(path, names)
+            except (OSError, ValueError) as error:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                raise ValueError(f"{error}; evaluate again to compute it anew") from None
+            if arrays is None:
+                continue
+            indices = arrays["indices"]
             # Two concurrent evaluations of the same model may both have written a sample.
-            yield arrays if new.all() else {name: values[new] for name, values in arrays.items()}
+            new = ~seen[indices]
+            seen[indices] = True
+            yield {name: arrays[name] if new.all() else arrays[name][new] for name in names if name in arrays}
+        if not seen.all():
+            raise ValueError(
+                f"{self.samples - int(seen.sum())} of {self.samples} samples are missing in {self.folder}, whose files "
+                "were removed meanwhile; evaluate again"
+            )
+
+    def _read(self, path: Path, names: tuple[str, ...]) -> dict[str, Any] | None:
+        """Indices and arrays of a shard; None if it lacks the features that are needed.
+
+        Raises:
+            OSError, ValueError: the shard cannot be read, is damaged, or has another key.
+        """
+        with open_npz(path) as shard:
+            key, has_features = str(shard["key"]), "features" in shard.names
+            wanted = {"indices", *names} - (set() if self.features else {"features"})
+            arrays = {name: shard[name] for name in wanted if has_features or name != "features"}
+        if key != self.key:
+            raise ValueError(f"{path} holds outputs of other weights, images or settings")
+        indices = arrays["indices"]
+        if indices.ndim != 1 or indices.dtype.kind != "i" or not np.all((indices >= 0) & (indices < self.samples)):
+            raise ValueError(f"{path} has indices that are not those of {self.samples} samples")
+        if any(array.shape[:1] != indices.shape for array in arrays.values()):
+            raise ValueError(f"{path} has arrays of different lengths")
+        return arrays if has_features or not self.features else None
 
     def load(self) -> Outputs:
         """Read the whole store into memory, in the order of the split."""
@@ -152,6 +224,33 @@ class OutputStore:
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9]*.npz"))
+
+
+def _open_lock(path: Path) -> int:
+    """Descriptor of a file in a folder, both made if needed, with a shared lock that keeps the folder."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the folder was removed a moment ago
+            continue
+        lock(handle, shared=True, wait=True)
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            return handle
+        unlock(handle)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove the folder of a key unless a process has it in use, or that cannot be known."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder / _IN_USE, os.O_RDWR)
+        try:
+            if lock(handle):
+                # At once, so that no process sees a part of it.
+                removed = folder.rename(folder.with_name(f".removed-{folder.name}-{os.urandom(4).hex()}"))
+                shutil.rmtree(removed, ignore_errors=True)
+        finally:
+            unlock(handle)
 
 
 class ShardWriter:

@@ -1,8 +1,8 @@
 """Passes of a model over the splits of a data set, with their outputs cached on disk.
 
 ``Inference(model, data, cache).store("val")`` computes what is not cached and returns the split's ``OutputStore``.
-Outputs are cached under a hash of the weights, the images, their preprocessing and the precision. Under torchrun each
-rank runs its share of a pass.
+Outputs are cached under a hash of the network and its weights, the images, their preprocessing, the precision and the
+versions of the code. Under torchrun each rank runs its share of a pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,10 @@ from torch import Tensor, nn
 import tal_fast
 from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import DataBundle, MemoryImages, Split
-from tal_fast.evaluation.prediction_store import Outputs, OutputStore, ShardWriter
+from tal_fast.evaluation.prediction_store import NotKept, Outputs, OutputStore, ShardWriter
 from tal_fast.utils.arrays import Ints
 from tal_fast.utils.distributed import Ranks
+from tal_fast.utils.environment import version_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,12 @@ def _widened(values: Tensor) -> Any:
     return (values.cpu() if values.dtype == torch.float64 else values.float().cpu()).numpy()
 
 
+def model_hash(model: nn.Module) -> str:
+    """SHA-256 of a model: its layers with their settings, and its state."""
+    # Networks may differ in their layers alone: timm's efficientnet_b0 and tf_efficientnet_b0 pad differently.
+    return cache_key(re.sub("0x[0-9a-f]+", "", str(model)), weights_hash(model))
+
+
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 of a model's state: names, types, shapes and bytes."""
     digest = hashlib.sha256()
@@ -125,6 +131,11 @@ def cache_key(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
+def code_versions() -> tuple[str, ...]:
+    """Versions of the code that reads images and runs networks."""
+    return tal_fast.__version__, torch.__version__, *(version_of(name) for name in ("torchvision", "timm", "pillow"))
+
+
 def cache_path(folder: str | Path, split: str) -> Path:
     """Path of a split's store; every split name gives a legal and unique folder name."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", split)
@@ -154,17 +165,16 @@ class Inference:
     options: PassOptions = field(default_factory=PassOptions)  # options of the passes
     _temporary: str | None = field(default=None, repr=False)
 
-    @cached_property
     def _model_key(self) -> str:
         # The number of workers and the run's OOD sets do not change the outputs of a split.
         config = {k: v for k, v in vars(self.data.config).items() if k not in ("workers", "ood")}
         return cache_key(
-            tal_fast.__version__,
-            weights_hash(self.model),
+            *code_versions(),
+            model_hash(self.model),
             json.dumps(config, sort_keys=True),
             self.data.loader_name,
             self.data.interpolation,
-            str(self.options.amp),
+            f"{self.options.amp} {self.options.ranks.device.type}",
         )
 
     def store(self, name: str, images: Split | None = None, corruption: Corruption | None = None) -> OutputStore:
@@ -178,41 +188,41 @@ class Inference:
         images = self.data.split(name) if images is None else images
         if not len(images):
             raise ValueError(f"the split {name!r} has no samples")
-        key = cache_key(self._model_key, split_hash(images), str(corruption))
-        store = self._prepare(name, key, len(images))
-        missing = store.missing()
-        self.options.ranks.barrier()  # no rank writes before all of them know what is missing
-        if missing.size:
-            self._run(store, name, images, missing, corruption)
-            self.options.ranks.barrier()
-            still_missing = store.missing()
+        key = cache_key(self._model_key(), split_hash(images), str(corruption))
+        store = OutputStore(cache_path(self._temporary or self.cache, name), key, len(images), self.options.features)
+        try:
+            return self._complete(store, name, images, corruption)
+        except NotKept as error:
+            if self.options.ranks.world_size > 1 or self._temporary is not None:
+                raise
+            logger.warning("%s; they go to a temporary folder", error)
+        self._temporary = tempfile.mkdtemp(prefix="tal-fast-")
+        weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
+        temporary = OutputStore(cache_path(self._temporary, name), key, len(images), self.options.features)
+        temporary.prepare()
+        temporary.continue_from(store)
+        return self._complete(temporary, name, images, corruption)
+
+    def _complete(self, store: OutputStore, name: str, images: Split, corruption: Corruption | None) -> OutputStore:
+        """Compute the samples that a store lacks, and return it; raises NotKept if they cannot be written."""
+        ranks = self.options.ranks
+        try:
+            ranks.on_main(store.prepare)
+        except NotKept:
+            if ranks.on_main(store.missing).size:
+                raise
+        if ranks.on_main(store.missing).size:
+            with store.only_pass(wait=ranks.world_size == 1) if ranks.is_main else contextlib.nullcontext():
+                missing = ranks.on_main(store.missing)
+                if missing.size:
+                    self._run(store, name, images, missing, corruption)
+                    ranks.barrier()
+            still_missing = ranks.on_main(store.missing)
             if still_missing.size:
                 raise ValueError(
                     f"{len(still_missing)} of {len(images)} samples of {name!r} are missing in {store.folder} after "
                     "the pass; all ranks must share that folder: name another with --cache"
                 )
-        return store
-
-    def _prepare(self, name: str, key: str, samples: int) -> OutputStore:
-        store = OutputStore(cache_path(self._temporary or self.cache, name), key, samples)
-
-        def prepare() -> None:
-            try:
-                store.prepare(self.options.features)
-            except OSError as error:
-                raise ValueError(
-                    f"outputs cannot be kept in {store.folder} ({error}); name another folder with --cache"
-                ) from None
-
-        try:
-            self.options.ranks.on_main(prepare)
-        except ValueError as error:
-            if self.options.ranks.world_size > 1 or self._temporary is not None:
-                raise
-            logger.warning("%s; they go to a temporary folder", error)
-            self._temporary = tempfile.mkdtemp(prefix="tal-fast-")
-            weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
-            return self._prepare(name, key, samples)
         return store
 
     def _run(self, store: OutputStore, name: str, images: Split, missing: Ints, corruption: Corruption | None) -> None:
@@ -233,4 +243,5 @@ class Inference:
             ):
                 writer.add(indices, outputs if options.features else Outputs(outputs.logits, None, outputs.labels))
         finally:
+            loader.close()
             writer.flush()  # keeps what was computed before an unreadable image

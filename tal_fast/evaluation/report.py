@@ -5,6 +5,7 @@ All values are in natural units (fractions). In the file NaN is null, and ``unde
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -196,9 +197,11 @@ def _add_intervals(report: Report, key: str, values: Mapping[str, Floats], basel
 
 
 def write_report(report: Report, path: str | Path) -> None:
-    """Write a report as JSON atomically, with NaN as null."""
+    """Write a report as JSON atomically, with NaN as null and its own hash as ``sha256``."""
+    plain = json.loads(json.dumps(_nan_to_none(report), allow_nan=False))
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(_nan_to_none(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps({**plain, "sha256": _digest(plain)}, indent=2)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def _nan_to_none(value: Any) -> Any:
@@ -219,12 +222,20 @@ def read_report(path: str | Path) -> Report:
         raise ValueError(
             f"there is no {path}; make one with: python -m tal_fast.evaluate --run {path.parent}"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}); evaluate the run again") from None
     if not isinstance(report, dict) or report.get("format") != FORMAT or "settings" not in report:
         raise ValueError(f"{path} is not a report of format {FORMAT}; evaluate the run again")
+    # Version 0.2.0 wrote neither hash.
+    if report.get("sha256") != _digest(report) and ("sha256" in report or "samples_sha256" in report):
+        raise ValueError(f"{path} is damaged or was changed by hand; evaluate the run again")
     none_to_nan(report["settings"])
     return report
+
+
+def _digest(report: Report) -> str:
+    entries = {key: value for key, value in report.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def none_to_nan(settings: Mapping[str, Mapping[str, dict[str, Any]]]) -> None:

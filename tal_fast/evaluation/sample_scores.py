@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from tal_fast.evaluation.prediction_store import Outputs
 from tal_fast.metrics.settings import Mix, ScoredSetting, Shifts, scored_settings
 from tal_fast.scores.logits import msp
-from tal_fast.utils.arrays import Floats, Ints
+from tal_fast.utils.arrays import Floats, Ints, open_npz
 from tal_fast.utils.io import replacing
 
 FILE = "samples.npz"
@@ -68,6 +67,7 @@ class Samples:
     predictions: Mapping[str, Predictions] = field(default_factory=dict)  # split -> predictions for its samples
     # Shifted set -> (m,) bool, whether each sample is classified correctly, and score -> (m,) float64.
     shifts: Shifts = field(default_factory=dict)
+    digest: str | None = None  # SHA-256 of the file they were read from
 
     def settings(self, mix: Mix, seed: int) -> dict[str, ScoredSetting]:
         """All settings of these samples, see ``tal_fast.metrics.settings.scored_settings``."""
@@ -89,8 +89,8 @@ def identity_of(values: Any) -> str:
     return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()
 
 
-def write_samples(samples: Samples, path: str | Path) -> None:
-    """Write ``samples.npz`` atomically."""
+def write_samples(samples: Samples, path: str | Path) -> str:
+    """Write ``samples.npz`` atomically and return its SHA-256."""
     arrays: dict[str, Any] = {"right": np.asarray(samples.correct, dtype=bool)}
     arrays |= {f"id/{score}": values for score, values in samples.id_scores.items()}
     for name, scores in samples.ood_scores.items():
@@ -103,6 +103,11 @@ def write_samples(samples: Samples, path: str | Path) -> None:
     arrays["identity"] = np.array(json.dumps(dict(samples.identity)))
     with replacing(path) as temporary:
         np.savez(temporary, **arrays)
+        return _digest(temporary)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_samples(path: str | Path) -> Samples | None:
@@ -112,8 +117,8 @@ def read_samples(path: str | Path) -> Samples | None:
     if not path.is_file():
         return None
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
-            arrays = {name: data[name] for name in data.files}
+        with open_npz(path) as data:
+            arrays = {name: data[name] for name in data.names}
         predictions = {
             split: Predictions(**{name: arrays[f"{name}/{split}"] for name in _PREDICTION_ARRAYS})
             for split in (key.removeprefix("prediction/") for key in arrays if key.startswith("prediction/"))
@@ -128,8 +133,9 @@ def read_samples(path: str | Path) -> Samples | None:
                 name: (arrays[f"shift-right/{name}"], scores)
                 for name, scores in _scores_by_set(arrays, "shift/").items()
             },
+            digest=_digest(path),
         )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} cannot be read ({error}); evaluate again to write it anew") from None
 
 

@@ -13,16 +13,19 @@ from tal_fast.data.datasets import DataBundle, Split
 from tal_fast.data.ood import ood_set, shift_set
 from tal_fast.evaluation.evaluation import Evaluation, write_evaluation
 from tal_fast.evaluation.galleries import add_galleries
+from tal_fast.evaluation.html.page import FILE as HTML_FILE
 from tal_fast.evaluation.html.page import write_html
 from tal_fast.evaluation.npz import read_npz
 from tal_fast.evaluation.pipeline import EvaluationInputs, check_set_names, evaluate_outputs
+from tal_fast.evaluation.plots import FILES as PLOT_FILES
 from tal_fast.evaluation.plots import write_plots
-from tal_fast.evaluation.predictions import CACHE, Inference, PassOptions, split_hash
+from tal_fast.evaluation.predictions import CACHE, Inference, PassOptions, split_hash, weights_hash
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.models.features import last_layer
 from tal_fast.models.pretrained import PRETRAINED, evaluation_data, load_weights
 from tal_fast.runs.load import Run, load_run
 from tal_fast.scores.features import Training, training_needed
+from tal_fast.utils.io import alone_in, check_writable
 
 
 def evaluate_run(
@@ -60,14 +63,16 @@ def evaluate_run(
     cache = Path(run_dir) / CACHE / run.checkpoint.stem if cache is None else cache
     provenance = {
         "run": str(run_dir), "checkpoint": run.checkpoint.stem, "epoch": run.epoch, "method": run.method,
-        "score": run.score,
+        "score": run.score, "weights_sha256": weights_hash(run.model), "config": run.config.to_dict(),
     }  # fmt: skip
+    output = run_dir if output is None else output
+    passes.ranks.on_main(lambda: check_writable(output))
     inference = Inference(run.model, run.data, cache, passes)
     evaluation = _evaluate_model(inference, ood or {}, shifts or {}, options, provenance)
     if evaluation is None:
         return None
     pass_options = {"typicalness": typicalness, "batch_size": passes.batch_size, "device": passes.ranks.device}
-    return _write(evaluation, run_dir if output is None else output, run, **pass_options)
+    return _write(evaluation, output, run, **pass_options)
 
 
 def evaluate_weights(
@@ -76,6 +81,7 @@ def evaluate_weights(
     data: DataConfig,
     output: str | Path | None = None,
     *,
+    weights_key: str | None = None,
     interpolation: str = "bilinear",
     ood: Mapping[str, str] | None = None,
     shifts: Mapping[str, str] | None = None,
@@ -90,13 +96,19 @@ def evaluate_weights(
         model: the network they are for.
         data: data set and preprocessing; a ``folder`` needs ``train/`` only for scores fitted on training features.
         output: folder of the report and of the cache; default ``default_output``.
+        weights_key: key of the weights in a checkpoint, see ``tal_fast.models.pretrained.read_state``.
         interpolation: filter that images are resized with, ``bilinear`` or ``bicubic``.
     """
     bundle = evaluation_data(data, interpolation)
-    network = load_weights(weights, model, bundle)
+    network, key = load_weights(weights, model, bundle, weights_key)
     output = default_output(weights, model.name) if output is None else output
-    provenance = {"weights": str(weights), "model": model.name, "images": _preprocessing(bundle)}
-    inference = Inference(network, bundle, Path(output) / CACHE if cache is None else cache, passes or PassOptions())
+    provenance = {
+        "weights": str(weights), "weights_key": key, "weights_sha256": weights_hash(network), "model": model.name,
+        "images": _preprocessing(bundle),
+    }  # fmt: skip
+    passes = passes or PassOptions()
+    passes.ranks.on_main(lambda: check_writable(output))
+    inference = Inference(network, bundle, Path(output) / CACHE if cache is None else cache, passes)
     evaluation = _evaluate_model(inference, ood or {}, shifts or {}, options or EvaluationOptions(), provenance)
     return None if evaluation is None else _write(evaluation, output)
 
@@ -105,8 +117,10 @@ def evaluate_npz(
     path: str | Path, output: str | Path | None = None, options: EvaluationOptions | None = None
 ) -> Evaluation:
     """Evaluate saved outputs of any model, see ``tal_fast.evaluation.npz``, and write their report."""
-    evaluation = evaluate_outputs(read_npz(path), options, {"npz": str(path)})
-    return _write(evaluation, default_output(path) if output is None else output)
+    inputs = read_npz(path)
+    output = default_output(path) if output is None else output
+    check_writable(output)
+    return _write(evaluate_outputs(inputs, options, {"npz": str(path)}), output)
 
 
 def default_output(path: str | Path, model: str = "") -> Path:
@@ -117,10 +131,15 @@ def default_output(path: str | Path, model: str = "") -> Path:
 
 
 def _write(evaluation: Evaluation, output: str | Path, run: Run | None = None, **options: Any) -> Evaluation:
-    write_evaluation(evaluation, output)  # the numbers are kept if anything below fails
-    evaluation = add_galleries(evaluation, run, **options)
-    write_plots(evaluation, output)
-    write_html(evaluation, output)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder, f"another evaluation writes its report to {folder}; waiting for it"):
+        for name in (HTML_FILE, *PLOT_FILES):  # so that no page of an earlier evaluation stays beside the new numbers
+            (folder / name).unlink(missing_ok=True)
+        write_evaluation(evaluation, folder)  # the numbers are kept if anything below fails
+        evaluation = add_galleries(evaluation, run, **options)
+        write_plots(evaluation, folder)
+        write_html(evaluation, folder)
     return evaluation
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import zipfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +17,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import tal_fast
 from tal_fast.config.schema import Config
 from tal_fast.data.loader import IGNORED_LABEL
-from tal_fast.evaluation.predictions import cache_key, split_hash, weights_hash
+from tal_fast.evaluation.predictions import cache_key, code_versions, model_hash, split_hash
 from tal_fast.loss.queue import FeatureQueue
 from tal_fast.loss.reference import RANGE_EPS, feature_statistics
 from tal_fast.runs import checkpoint
 from tal_fast.runs.load import Run
-from tal_fast.utils.arrays import Floats, Ints
+from tal_fast.utils.arrays import Floats, Ints, open_npz
 from tal_fast.utils.io import replacing
 
 logger = logging.getLogger(__name__)
@@ -96,18 +95,22 @@ def training_typicalness(
 
     The cached result is valid for these weights, this queue and these images.
     """
-    queue = queue_of(checkpoint.load(run.checkpoint))
+    content = checkpoint.load(run.checkpoint)
+    if (content["epoch"], str(content["history"])) != (run.epoch, str(run.history)):
+        raise ValueError(f"{run.checkpoint} has changed since the evaluation began")
+    queue = queue_of(content)
     split = run.data.split("train-eval")
     key = cache_key(
-        tal_fast.__version__,
-        weights_hash(run.model),
+        *code_versions(),
+        model_hash(run.model),
+        torch.device(device).type,
         json.dumps(run.config.to_dict()["data"], sort_keys=True),
         run.data.loader_name,
         split_hash(split),
         hashlib.sha256(torch.stack(queue.contents()).double().numpy().tobytes()).hexdigest(),
     )
     path = Path(cache) / FILE
-    result = _load(path, key)
+    result = _load(path, key, len(split))
     if result is None:
         result = _measure(run, queue, len(split), batch_size, device)
         try:
@@ -124,7 +127,7 @@ def _measure(run: Run, queue: FeatureQueue, n: int, batch_size: int, device: tor
     run.model.eval().to(device)
     # Files that do not decode are skipped as in training.
     loader = run.data.loader("train-eval", batch_size=batch_size, device=device, skip_unreadable=True)
-    with torch.inference_mode():
+    with closing(loader), torch.inference_mode():
         for images, labels, indices in tqdm(loader, desc="typicalness", disable=None, leave=False):
             logits, features = run.model(images.to(device, non_blocking=True))
             mean, std = feature_statistics(features, queue.dtype)
@@ -137,12 +140,17 @@ def _measure(run: Run, queue: FeatureQueue, n: int, batch_size: int, device: tor
     return distance, prediction
 
 
-def _load(path: Path, key: str) -> tuple[Floats, Ints] | None:
+def _load(path: Path, key: str, samples: int) -> tuple[Floats, Ints] | None:
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
-            return (data["distance"], data["prediction"]) if str(data["key"]) == key else None
+        with open_npz(path) as data:
+            kept, distance, prediction = str(data["key"]), data["distance"], data["prediction"]
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        logger.warning("%s cannot be read (%s); it is computed again", path, error)
+    except (OSError, ValueError) as error:
+        logger.warning("%s; it is computed again", error)
         return None
+    whole = distance.shape == prediction.shape == (samples,) and (distance.dtype.kind, prediction.dtype.kind) == (
+        "f",
+        "i",
+    )
+    return (distance, prediction) if kept == key and whole else None

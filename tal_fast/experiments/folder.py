@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -21,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from tal_fast.config.parse import parse_yaml
+from tal_fast.config.parse import read_yaml
 from tal_fast.config.schema import Config
 from tal_fast.experiments.plan import Job
 from tal_fast.runs.folder import CONFIG_FILE
@@ -46,7 +47,7 @@ class Folder:
             if (self.path / CONFIG_FILE).exists():
                 raise ValueError(f"{self.path} holds a run that no experiment made; name another --output")
             return
-        saved = parse_yaml(requested.read_text(encoding="utf-8"), str(requested))
+        saved = read_yaml(requested)
         now = self.job.config
         changes = differences(saved, now)
         before = Config.from_dict(saved).data.ood
@@ -128,8 +129,9 @@ class Folder:
         except OSError as error:
             os.close(handle)
             raise ValueError(f"{self.path / LOCK} cannot be locked ({error}); choose another disk") from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{platform.node()}, process {os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # on a full disk the lock holds, without saying whose it is
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{platform.node()}, process {os.getpid()}\n".encode(), 0)
         return handle
 
     def holder(self) -> str:

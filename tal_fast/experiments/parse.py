@@ -12,8 +12,8 @@ from typing import Any
 
 from tal_fast.config.methods import upgrade
 from tal_fast.config.names import METRICS, check_scores
-from tal_fast.config.parse import find_config, merged, parse_yaml, preset_names
-from tal_fast.config.typed import read
+from tal_fast.config.parse import merged, preset_names, read_config, read_yaml
+from tal_fast.config.typed import one_line, read
 from tal_fast.experiments.plan import CompareOptions, Experiment, GridKey, SelectOptions, Values, make_jobs, nest
 
 KEYS = ("base", "overrides", "seeds", "methods", "grid", "evaluate", "compare", "select", "threads")
@@ -34,7 +34,7 @@ def read_experiment(path: str | Path) -> Experiment:
         ValueError: the file cannot be read, or a key or value does not fit.
     """
     path = Path(path)
-    content = _read_yaml(path)
+    content = read_yaml(path)
     unknown = [key for key in content if key not in KEYS]
     if unknown:
         raise ValueError(f"{path}: {unknown[0]!r} is not a key of an experiment; there are {', '.join(KEYS)}")
@@ -44,16 +44,7 @@ def read_experiment(path: str | Path) -> Experiment:
     try:
         return _experiment(content, path.parent)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _read_yaml(path: Path) -> Values:
-    try:
-        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}; docs/experiments.md shows an example") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error})") from None
+        raise ValueError(f"{path}: {one_line(error)}") from None
 
 
 def _experiment(content: Values, folder: Path) -> Experiment:
@@ -86,7 +77,7 @@ def _base(name: Any, folder: Path) -> Values:
     source = name if name in preset_names() else str(folder / name)
     if source != name and not Path(source).is_file():
         raise ValueError(f"base {name!r} is neither a preset ({', '.join(preset_names())}) nor a file in {folder}")
-    values = upgrade(parse_yaml(find_config(source), source))
+    values = upgrade(read_config(source))
     return {key: value for key, value in values.items() if key not in _RESERVED}
 
 
@@ -94,7 +85,7 @@ def _methods(methods: Any, folder: Path) -> dict[str, Values]:
     """Overrides by method, given directly or as the name of a file that holds them, such as ``selected.yaml``."""
     if isinstance(methods, str):
         source = folder / methods
-        methods = _read_yaml(source).get("methods")
+        methods = read_yaml(source).get("methods")
         if methods is None:
             raise ValueError(f"{source} has no 'methods'")
     methods = _mapping(methods, "methods")

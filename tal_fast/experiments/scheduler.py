@@ -25,6 +25,7 @@ from typing import Any
 
 from tal_fast.experiments.folder import LOG, REQUESTED, Folder
 from tal_fast.experiments.plan import Experiment
+from tal_fast.utils.process import sentence
 from tal_fast.utils.signals import REQUEUE, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ class Scheduler:
             yield
         except (ValueError, OSError, subprocess.SubprocessError) as error:
             self._failed += 1
-            logger.info("%s: failed, %s", running.folder.job.name, error)
+            logger.info("%s: failed, %s", running.folder.job.name, sentence(error))
             if running in self._running:
                 self._running.remove(running)
             running.terminate()

@@ -30,7 +30,7 @@ def tal_loss(
     t_min: float = 10.0,
     t_max: float = 100.0,
     t_wrong: float | None = 20.0,
-    confidence_threshold: float = 0.0,
+    confidence_threshold: float | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     warmup: bool = False,

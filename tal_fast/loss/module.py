@@ -15,6 +15,7 @@ from tal_fast.loss.functional import StepResult, step_in_parts
 from tal_fast.loss.options import LossOptions, check_inputs
 from tal_fast.loss.queue import FeatureQueue
 from tal_fast.loss.reference import TALStats
+from tal_fast.loss.watch import QueueWatch
 
 
 class TALLoss(nn.Module):
@@ -31,9 +32,13 @@ class TALLoss(nn.Module):
         variant: ``"paper"`` weights each sample's two losses by its own typicalness; ``"released"``, as the authors'
             code, averages both over the batch first and weights them by the mean typicalness.
         queue_size: Number of past samples kept. The authors' code has 880,880 for ImageNet and 30,000 for CIFAR-100.
-        t_min, t_max: Temperatures of the most and of the least typical sample of a batch; 0 < t_min <= t_max.
+        t_min, t_max: Temperatures of the most and of the least typical sample of a batch; 0 < t_min <= t_max. The
+            defaults, and that of t_wrong, are the paper's, for 100 and 1,000 classes, so that its results can be
+            repeated. For about ten classes 5, 20 and t_wrong=10 do better (docs/results.md); the gradient, which grows
+            with the temperature, is then half as large at first.
         t_wrong: Temperature of misclassified samples; None gives them that of their typicalness.
-        confidence_threshold: Cosine confidence in [-1, 1] above which a correct sample enters the queue.
+        confidence_threshold: Cosine confidence in [-1, 1] above which a correct sample enters the queue. None is the
+            variant's own: -1 for ``"paper"``, every correct sample, and 0 for ``"released"``.
         ignore_index: Label of the rows that have no loss and no part in any statistic.
         label_smoothing: ε in [0, 1], in both cross-entropies.
         queue_scope: ``"local"``: each rank of a distributed run has its own queue and batch statistics, as in the
@@ -53,6 +58,8 @@ class TALLoss(nn.Module):
 
     Attributes:
         queue: ``FeatureQueue`` of past samples.
+        watch: warns once, by a RuntimeWarning, when most correct samples stay out of the queue or when it has stood
+            still for 500 training steps; None to be silent. Inactive under ``torch.compile``.
 
     Raises:
         ValueError: If an option is out of its range.
@@ -77,7 +84,7 @@ class TALLoss(nn.Module):
         t_min: float = 10.0,
         t_max: float = 100.0,
         t_wrong: float | None = 20.0,
-        confidence_threshold: float = 0.0,
+        confidence_threshold: float | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         queue_scope: Literal["local", "global"] = "local",
@@ -92,7 +99,7 @@ class TALLoss(nn.Module):
             float(t_min),
             float(t_max),
             None if t_wrong is None else float(t_wrong),
-            float(confidence_threshold),
+            confidence_threshold,
             int(ignore_index),
             float(label_smoothing),
             bool(inplace),
@@ -109,6 +116,7 @@ class TALLoss(nn.Module):
         self.process_group = process_group
         self.backend = dispatch.check_name(backend)
         self.queue = FeatureQueue(queue_size, backend=backend)
+        self.watch: QueueWatch | None = QueueWatch()
 
     def reset_parameters(self) -> None:
         """Empty the queue, whatever its memory holds."""
@@ -163,6 +171,7 @@ class TALLoss(nn.Module):
         else:
             result = self._in_parts(logits, features, labels, warmup, push, direct=False)
             loss, stats = result.loss, result.stats
+        self._look(stats, push)
         return (loss, stats) if return_stats else loss
 
     def loss_and_gradient(
@@ -190,10 +199,16 @@ class TALLoss(nn.Module):
         """
         if self._runs_in_one_call(logits):
             loss, gradient, stats = self._in_one_call(logits, features, labels, warmup, push, direct=True)
+            self._look(stats, push)
             return loss, gradient, stats
         result = self._in_parts(logits, features, labels, warmup, push, direct=True)
         assert result.gradient is not None
+        self._look(result.stats, push)
         return result.loss, result.gradient, result.stats
+
+    def _look(self, stats: TALStats, push: bool) -> None:
+        if not torch.compiler.is_compiling() and self.watch is not None and push and self.training:
+            self.watch.step(stats, self._modules["queue"], self.options.confidence_threshold)  # type: ignore[arg-type]
 
     def _acts_as_one(self) -> bool:
         """Whether several ranks act as one with the whole batch."""

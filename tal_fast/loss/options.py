@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from tal_fast.config.methods import OWN_THRESHOLD
 
 CHECK_LABELS_ON_GPU = os.environ.get("TAL_FAST_DEBUG") == "1"
 """Whether to check the labels' range on GPUs too, where every check waits for the device."""
@@ -20,7 +23,7 @@ class LossOptions:
     t_min: float = 10.0
     t_max: float = 100.0
     t_wrong: float | None = 20.0
-    confidence_threshold: float = 0.0
+    confidence_threshold: Any = None  # a float; None becomes the variant's own
     ignore_index: int = -100
     label_smoothing: float = 0.0
     inplace: bool = False
@@ -28,6 +31,8 @@ class LossOptions:
     def __post_init__(self) -> None:
         if self.variant not in ("paper", "released"):
             raise ValueError(f"variant is {self.variant!r}; use 'paper' or 'released'")
+        threshold = OWN_THRESHOLD[self.variant] if self.confidence_threshold is None else self.confidence_threshold
+        object.__setattr__(self, "confidence_threshold", float(threshold))  # frozen
         if not 0 < self.t_min <= self.t_max < float("inf"):
             raise ValueError(
                 f"temperatures are t_min={self.t_min}, t_max={self.t_max}; they must satisfy 0 < t_min <= t_max"

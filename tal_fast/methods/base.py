@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -134,6 +134,10 @@ class Method(nn.Module):
     def epoch_metrics(self) -> dict[str, float]:
         """Further columns of metrics.csv at the end of an epoch; may wait for the device."""
         return {}
+
+    def warning(self, row: Mapping[str, float]) -> str | None:
+        """Sentence about an epoch's columns of metrics.csv that shows that training goes wrong; the first is logged."""
+        return None
 
     def reshard(self, states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
         """State of a rank at the start of an epoch after the number of ranks has changed, given those of all former."""

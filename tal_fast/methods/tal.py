@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from tal_fast.config.methods import TAL_OPTIONS, TALOptions
 from tal_fast.config.schema import MethodConfig
 from tal_fast.loss.module import TALLoss
 from tal_fast.loss.resharding import reshard
+from tal_fast.loss.watch import complaint
 from tal_fast.methods.base import Method, Step, Task
 
 WARMUP_SHARE = 0.05
@@ -23,7 +24,7 @@ class TAL(Method):
     name = "tal"
     score = "cosine"
     Options: ClassVar[type] = TALOptions
-    sample_names = ("typicalness", "temperature")
+    sample_names = ("typicalness", "temperature", "accepted")
 
     def __init__(self, config: MethodConfig, task: Task) -> None:
         super().__init__(config, task)
@@ -33,6 +34,7 @@ class TAL(Method):
         self.warmup = False
         loss_options = {name: getattr(options, name) for name in TAL_OPTIONS - {"warmup_epochs"}}
         self.loss_fn = TALLoss(**loss_options, label_smoothing=config.label_smoothing)
+        self.loss_fn.watch = None  # ``warning`` sees all samples
         temperatures = [t for t in (options.t_min, options.t_max, options.t_wrong) if t is not None]
         self.ranges = {"typicalness": (0.0, 1.0), "temperature": (min(temperatures), max(temperatures))}
 
@@ -46,10 +48,16 @@ class TAL(Method):
     def forward(self, logits: Tensor, features: Tensor, labels: Tensor, indices: Tensor) -> Step:
         push = not self.ascent_pass
         loss, stats = self.loss_fn(logits, features, labels, warmup=self.warmup, push=push, return_stats=True)
-        return Step(loss, {"typicalness": stats.typicalness, "temperature": stats.temperature})
+        return Step(loss, {name: getattr(stats, name) for name in self.sample_names})
 
     def epoch_metrics(self) -> dict[str, float]:
         return {"queue_length": len(self.loss_fn.queue)}
+
+    def warning(self, row: Mapping[str, float]) -> str | None:
+        threshold, correct, accepted = self.loss_fn.options.confidence_threshold, row["train_accuracy"], row["accepted"]
+        if not correct and self.task.train_images < 100 * self.task.num_classes:
+            return None  # by chance
+        return complaint(correct, accepted, threshold, "of this epoch", "method.options.")
 
     def reshard(self, states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
         prefix = "loss_fn.queue."

@@ -8,7 +8,7 @@ import numpy as np
 
 from tal_fast.metrics.ranking import as_correct
 from tal_fast.scores.logits import doctor, energy, msp
-from tal_fast.utils.arrays import as_matrix
+from tal_fast.utils.arrays import as_classes, as_matrix
 
 CALIBRATION = ("ece", "nll", "brier")
 BINS = 15
@@ -53,11 +53,10 @@ def calibration_metrics(logits: Any, labels: Any, bins: int = BINS) -> dict[str,
         ``ece``: ``expected_calibration_error`` of the largest probability. ``nll``: mean −log p of the label, in nats.
         ``brier``: mean over samples of Σ_c (p_c − [c is the label])², in [0, 2]. NaN for no samples.
     """
-    matrix, classes = as_matrix(logits, "logits"), np.asarray(labels)
+    matrix = as_matrix(logits, "logits")
+    classes = as_classes(labels, matrix.shape[1])
     if classes.shape != matrix.shape[:1]:
         raise ValueError(f"logits are of shape {matrix.shape} but labels of {classes.shape}; labels must be (n,)")
-    if classes.size and (classes.dtype.kind not in "iu" or classes.min() < 0 or classes.max() >= matrix.shape[1]):
-        raise ValueError(f"labels must be integers in 0..{matrix.shape[1] - 1}, the columns of logits")
     if not classes.size:
         return dict.fromkeys(CALIBRATION, float("nan"))
 

@@ -1,8 +1,8 @@
 """Weights from files of other projects, and the preprocessing they need.
 
 State dicts of PyTorch (``.pt``, ``.pth``, read without running code) and safetensors are read: plain, under
-``state_dict`` or ``model`` in a checkpoint, and with the prefixes of DDP, ``torch.compile`` and averaged models. The
-checkpoints of the released TAL code load, too.
+``state_dict`` or ``model`` in a checkpoint, and with the prefixes of DDP, ``torch.compile`` and averaged models.
+Averaged weights, such as those under ``model_ema``, are preferred. The checkpoints of the released TAL code load, too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,23 +27,38 @@ from tal_fast.data.datasets import DataBundle
 from tal_fast.models.build import build_model, timm_name
 from tal_fast.models.features import FeatureLinear
 from tal_fast.models.registry import NETWORKS
+from tal_fast.utils.arrays import check_dense
 
 logger = logging.getLogger(__name__)
 
 PRETRAINED = "pretrained"
 """Name instead of a file, for torchvision's own weights in its cache."""
 
+_AVERAGE_KEYS = (
+    "average", "model_ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema",
+    "swa_state_dict", "swa_model", "swa",
+)  # fmt: skip
+"""Keys of averaged weights in checkpoints of this project, of torchvision, timm and others."""
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.")
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 """Prefixes of classifiers that are for training only."""
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
+def read_state(path: str | Path, key: str | None = None) -> tuple[dict[str, Tensor], str]:
     """Read the parameters and buffers in a file by name, without the prefixes of wrappers.
 
+    Args:
+        path: the file.
+        key: key of the weights in a checkpoint, with dots where it is nested; default averaged weights, if there are
+            any, else ``state_dict``, ``model`` and the like.
+
+    Returns:
+        The tensors, and the key they were under, empty for a plain state dict.
+
     Raises:
-        ValueError: the file is missing, cannot be read without running code, or has no state dict.
+        ValueError: the file is missing, cannot be read without running code, has no state dict, or has tensors that are
+            not plain real numbers.
     """
     path = Path(path)
     if not path.is_file():
@@ -58,20 +74,51 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} cannot be read as safetensors ({_first_line(error)})") from None
     else:
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about kinds of tensors, which are refused below
+                content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # unzipping and unpickling raise many types of errors
             raise ValueError(
                 f"{path} cannot be read as weights only ({_first_line(error)}); save it with "
                 f"torch.save(model.state_dict(), PATH)"
             ) from None
-    state = _state_in(content)
-    if state is None:
-        keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
-        raise ValueError(
-            f"{path} holds no state dict: neither itself nor under {', '.join(_STATE_KEYS)} (it has {keys})"
-        )
+    node = content
+    for part in key.split(".") if key else ():
+        node = node.get(part) if isinstance(node, Mapping) else None
+    states = _states_in(node, key or "")
+    if not states:
+        keys = ", ".join(map(repr, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
+        where = f"under {key!r}" if key else f"neither itself nor under {', '.join((*_STATE_KEYS, *_AVERAGE_KEYS))}"
+        raise ValueError(f"{path} holds no state dict: {where} (it has {keys})")
+    chosen, *others = states
+    if others:
+        logger.info(
+            "%s: the weights under %r are used; it also has %s, which --weights-key chooses", path, chosen,
+            " and ".join(map(repr, others)),
+        )  # fmt: skip
+    if not key and isinstance(content, Mapping):
+        for name in _AVERAGE_KEYS:
+            if content.get(name) is not None and not any(found.split(".")[0] == name for found in states):
+                logger.warning("%s: %r holds no state dict; the weights under %r are used", path, name, chosen)
     # n_averaged is a counter of AveragedModel.
-    return {_without_prefixes(name): value for name, value in state.items() if name != "n_averaged"}
+    state = {name: value for name, value in states[chosen].items() if name != "n_averaged"}
+    plain: dict[str, Tensor] = {}
+    for name, value in state.items():
+        _check_plain(name, value, path)
+        if _without_prefixes(name) in plain:
+            raise ValueError(f"{path} has {_without_prefixes(name)} twice, with and without a prefix such as module.")
+        plain[_without_prefixes(name)] = value
+    return plain, chosen
+
+
+def _check_plain(name: str, tensor: Tensor, path: Path) -> None:
+    """Raise a ValueError unless a tensor is dense, has values, and holds real numbers or booleans without NaN."""
+    if tensor.is_meta:
+        raise ValueError(f"{path} cannot be used: {name} has no values (device meta); save it once they are loaded")
+    if tensor.dtype != torch.bool:
+        check_dense(tensor, f"{name} in {path}")
+    if tensor.is_floating_point() and bool(tensor.double().isnan().any()):
+        raise ValueError(f"{path} cannot be used: {name} has NaN; training had diverged: take an earlier checkpoint")
 
 
 def _first_line(error: Exception) -> str:
@@ -79,12 +126,16 @@ def _first_line(error: Exception) -> str:
     return lines[0][:160] if lines else type(error).__name__
 
 
-def _state_in(content: Any) -> dict[str, Tensor] | None:
-    if not isinstance(content, Mapping):
-        return None
+def _states_in(content: Any, path: str = "", depth: int = 3) -> dict[str, dict[str, Tensor]]:
+    """Key path -> state dict, for all in a checkpoint; averaged ones first."""
+    if not isinstance(content, Mapping) or not depth:
+        return {}
     if content and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        return dict(content)
-    return next((found for key in _STATE_KEYS if (found := _state_in(content.get(key))) is not None), None)
+        return {path: dict(content)}
+    found = {}
+    for key in (*_AVERAGE_KEYS, *_STATE_KEYS):
+        found |= _states_in(content.get(key), f"{path}.{key}" if path else key, depth - 1)
+    return found
 
 
 def _without_prefixes(name: str) -> str:
@@ -133,6 +184,9 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str, classes_f
             if names
         ]
         raise ValueError(f"{source} does not fit this --model: it {' and '.join(parts)}; choose the network it is for")
+    kinds = [n for n in wanted if n in state and wanted[n].is_floating_point() and not state[n].is_floating_point()]
+    if kinds:
+        raise ValueError(f"{source}: {kinds[0]} is {state[kinds[0]].dtype}, not floating point; weights must be floats")
     other = [n for n in wanted if n in state and state[n].shape != wanted[n].shape]
     if other:
         raise ValueError(
@@ -142,28 +196,32 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str, classes_f
     model.load_state_dict(state, strict=False)
 
 
-def load_weights(file: str | Path, model: ModelConfig, data: DataBundle) -> nn.Module:
+def load_weights(
+    file: str | Path, model: ModelConfig, data: DataBundle, key: str | None = None
+) -> tuple[nn.Module, str]:
     """Build a network for a data set and load its weights from a file.
 
     Args:
         file: file of weights, or ``pretrained`` for torchvision's own weights in its cache.
         model: name and width of the network.
         data: data set, which defines the number of classes, channels and the image size.
+        key: key of the weights in a checkpoint, see ``read_state``.
 
     Returns:
-        Network in eval mode, of images (B, C, S, S) to logits (B, classes) and features (B, D).
+        Network in eval mode, of images (B, C, S, S) to logits (B, classes) and features (B, D), and the key.
 
     Raises:
         ValueError: the network or file is unknown, or the weights do not fit.
     """
     if str(file) == PRETRAINED:
         file = _pretrained(model.name)
-    state = read_state(file)
+    state, key = read_state(file, key)
     network = build_model(model, data.num_classes, data.channels, data.image_size)
     if model.name in NETWORKS:
         state = _rename_layers(state)
-    load_into(network, state, str(file), data.config.root or data.config.dataset)
-    return network.eval()
+    source = f"{file} (under {key!r})" if key else str(file)
+    load_into(network, state, source, data.config.root or data.config.dataset)
+    return network.eval(), key
 
 
 def _pretrained(name: str) -> Path:

@@ -8,10 +8,11 @@ load with ``torch.load(weights_only=True)``.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,21 +31,24 @@ FOLDER = "checkpoints"
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 
-_KEYS = (
-    "format",
-    "config",
-    "epoch",
-    "step",
-    "world_size",
-    "model",
-    "average",
-    "shape",
-    "optimizer",
-    "scaler",
-    "ranks",
-    "best",
-    "history",
-)
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "config": dict,
+    "epoch": int,
+    "step": int,
+    "world_size": int,
+    "model": dict,
+    "average": (dict, type(None)),
+    "shape": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "ranks": list,
+    "best": dict,
+    "history": list,
+}
+"""Entries of a checkpoint and their types."""
+
+_NOT_EMPTY = ("config", "model", "shape", "optimizer", "ranks")
+_SHAPE = {"class_names": list, "channels": int, "image_size": int, "train_images": int}
 
 
 class Damaged(ValueError):
@@ -95,21 +99,18 @@ class Writer:
         first = self._folder / copies[0]
         save(first, content)
         for name in copies[1:]:
-            _link(first, self._folder / name)
-        if last.exists():
-            os.replace(last, previous)
-        _link(first, last)
+            _copy_file(first, self._folder / name)
+        _copy_file(first, last, previous)
 
 
-def _link(path: Path, other: Path) -> None:
-    """Hard-link a file under another name, replacing the file there; copies it where there are no hard links."""
-    temporary = other.with_name(f".{other.name}.link")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # some file systems have no hard links
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, other)
+def _copy_file(source: Path, path: Path, previous: Path | None = None) -> None:
+    """Copy a file atomically; the file already at ``path`` becomes ``previous``."""
+    with replacing(path, keep=previous) as temporary, source.open("rb") as old, temporary.open("wb") as new:
+        try:
+            while os.copy_file_range(old.fileno(), new.fileno(), 1 << 30):  # shares blocks where the disk can
+                pass
+        except (AttributeError, OSError):  # not Linux, or a file system without it
+            shutil.copyfileobj(old, new)
 
 
 def snapshot(value: Any) -> Any:
@@ -152,10 +153,38 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise Damaged(f"{path} is not a checkpoint of tal-fast")
     if content["format"] != FORMAT:
         raise Damaged(f"checkpoint {path} has format {content['format']} but this version reads {FORMAT}")
-    missing = [key for key in _KEYS if key not in content]
-    if missing:
-        raise Damaged(f"checkpoint {path} lacks {', '.join(missing)}")
+    lacking = _lacking(content)
+    if lacking:
+        raise Damaged(f"checkpoint {path} lacks {', '.join(lacking)}; it is damaged")
     return content
+
+
+def _lacking(content: dict[str, Any]) -> list[str]:
+    """Names of the entries that are missing, empty or of another type."""
+    names = [key for key, kind in _KINDS.items() if not isinstance(content.get(key), kind)]
+    if names:
+        return names
+    shape = content["shape"]
+    names = [key for key in _NOT_EMPTY if not content[key]]
+    names += [f"shape.{key}" for key, kind in _SHAPE.items() if not isinstance(shape.get(key), kind)]
+    names += [f"shape.{key}" for key in ("digests", "conditions") if not isinstance(shape.get(key, {}), dict)]
+    try:
+        json.dumps([content["config"], shape])
+    except TypeError:
+        names.append("plain values")
+    return names or ["ranks"] * (len(content["ranks"]) != content["world_size"])
+
+
+@contextlib.contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Turn errors from an incomplete or foreign state of the checkpoint at ``path`` into ``Damaged``."""
+    try:
+        yield
+    except Exception as error:  # modules and optimizers raise errors of many types
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise Damaged(
+            f"the state in {path} does not fit this run ({reason}); it is damaged or of other code"
+        ) from error
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:

@@ -43,7 +43,7 @@ def epoch_row(epoch: int, training: Mapping[str, float], validation: Mapping[str
 def write_metrics(output: Path, rows: Sequence[Mapping[str, float]]) -> None:
     """Write metrics.csv atomically, one row for each of one or more epochs."""
     with replacing(output / METRICS_FILE) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        extra = [name for name in rows[0] if name not in COLUMNS]
-        writer = csv.DictWriter(file, [*COLUMNS, *extra], lineterminator="\n")
+        names = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])  # older versions had fewer
+        writer = csv.DictWriter(file, names, restval="nan", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

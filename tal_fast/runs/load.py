@@ -14,7 +14,7 @@ from tal_fast.config.schema import Config
 from tal_fast.data import DataBundle, build_data
 from tal_fast.methods import method_class
 from tal_fast.models import build_model, keep_classes
-from tal_fast.runs.checkpoint import BEST, FOLDER, load, load_newest
+from tal_fast.runs.checkpoint import BEST, FOLDER, load, load_newest, restoring
 
 
 @dataclass
@@ -80,12 +80,13 @@ def load_run(
         content = load(path)
     else:
         content, path, _ = load_newest(folder)
-    config = Config.from_dict(content["config"])
     shape: dict[str, Any] = content["shape"]
-    method, classes = method_class(config.method.name), len(shape["class_names"])
-    model = build_model(config.model, classes + method.extra_classes, shape["channels"], shape["image_size"])
-    model.load_state_dict(content["model"] if content["average"] is None else content["average"])
-    keep_classes(model, classes)
+    with restoring(path):
+        config = Config.from_dict(content["config"])
+        method, classes = method_class(config.method.name), len(shape["class_names"])
+        model = build_model(config.model, classes + method.extra_classes, shape["channels"], shape["image_size"])
+        model.load_state_dict(content["model"] if content["average"] is None else content["average"])
+        keep_classes(model, classes)
     return Run(
         config=config,
         model=model.to(device).eval(),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tal_fast.utils.arrays import Floats, as_matrix, by_blocks, check_matrix_shape
+from tal_fast.utils.arrays import Floats, as_matrix, by_blocks, check_dense, check_matrix_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,7 @@ def logit_score(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
     @functools.wraps(function)
     def score(logits: Any) -> Any:
         if hasattr(logits, "detach"):
+            check_dense(logits, "logits")
             check_matrix_shape(logits.shape, "logits")
             return function(logits.double().contiguous())
         import torch

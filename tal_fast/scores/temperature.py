@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tal_fast.scores.logits import logit_score
-from tal_fast.utils.arrays import Ints, as_matrix
+from tal_fast.utils.arrays import Ints, as_classes, as_matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,8 @@ def fit_temperature(logits: Any, labels: Any) -> float:
     """
     from scipy.optimize import brentq
 
-    matrix, classes = as_matrix(logits, "logits"), np.asarray(labels)
+    matrix = as_matrix(logits, "logits")
+    classes = as_classes(labels, matrix.shape[1])
     if not len(matrix) or classes.shape != (len(matrix),):
         raise ValueError(f"a temperature needs samples: logits are {matrix.shape}, labels {classes.shape}")
     label_logits = matrix[np.arange(len(matrix)), classes].astype(np.float64)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tal_fast.utils.arrays import Floats, as_matrix
+from tal_fast.utils.arrays import Floats, as_matrix, to_numpy
 
 # Rows in a block of float64 features.
 ROWS = 4096
@@ -47,8 +47,17 @@ class Training:
     logits: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.features, np.ndarray):
-            as_matrix(self.features, "training features")
+        for name in ("labels", "weight", "bias", "logits"):
+            if getattr(self, name) is not None:
+                values = to_numpy(getattr(self, name))
+                if values.dtype.kind not in ("iu" if name == "labels" else "fiu"):
+                    kind = "integers" if name == "labels" else "real numbers"
+                    raise ValueError(f"training {name} must be {kind}, not {values.dtype}")
+                if not np.isfinite(values).all():
+                    raise ValueError(f"training {name} must be finite; NaN or infinity is among them")
+                object.__setattr__(self, name, values)
+        if not hasattr(self.features, "blocks"):
+            object.__setattr__(self, "features", as_matrix(self.features, "training features"))
             for _, block in self.blocks():
                 if not np.isfinite(block).all():
                     raise ValueError("training features must be finite; NaN or infinity is among them")

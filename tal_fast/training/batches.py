@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -50,15 +50,24 @@ class TrainingBatches:
         return len(self._images)
 
     @property
-    def unreadable(self) -> dict[str, str]:
-        """Path -> reason, of the files that did not decode so far on this rank."""
-        return self._images.unreadable | (self._outliers.unreadable if self._outliers is not None else {})
+    def unreadable(self) -> dict[str, dict[str, str]]:
+        """Of each loader, path -> reason of the files that did not decode so far on this rank."""
+        outliers = {} if self._outliers is None else {"outliers": self._outliers.unreadable}
+        return {"train": self._images.unreadable, **outliers}
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    def close(self) -> None:
+        """End the processes and threads of the loaders; the next epoch starts new ones."""
+        for loader in filter(None, (self._images, self._outliers)):
+            loader.close()
+
+    def epoch(self, epoch: int, first: int = 0) -> Generator[tuple[Tensor, ...], None, None]:
         """Batches of an epoch from step ``first`` on: images, labels, indices and, if there are any, outliers.
 
-        The outliers' own epochs follow one another across those of the images.
+        There are none if ``first`` is the number of steps. The outliers' own epochs follow one another across those of
+        the images.
         """
+        if first == len(self):
+            return
         size = self._config.image_size_at(epoch)
         self._images.set_epoch(epoch, first, size)
         if self._outliers is None:
@@ -68,9 +77,8 @@ class TrainingBatches:
         for batch, (outliers, _, _) in zip(self._images, outlier_batches, strict=False):
             yield *batch, outliers
 
-    def images(self, epoch: int, limit: int) -> Iterator[Tensor]:
-        """Training images (B, C, H, W) of an epoch from its start, about ``limit`` of them over all ranks."""
-        steps = -(-limit // self._config.batch_size)
+    def images(self, epoch: int, steps: int) -> Generator[Tensor, None, None]:
+        """Training images (B, C, H, W) of the first ``steps`` steps of an epoch."""
         self._images.set_epoch(epoch, 0, self._config.image_size_at(epoch))
         with closing(iter(self._images)) as batches:
             for images, _, _ in itertools.islice(batches, steps):

@@ -6,12 +6,11 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from tal_fast.config.parse import parse_command_line
 from tal_fast.config.schema import Config
 from tal_fast.utils.logs import console_logging
-from tal_fast.utils.process import program_name
+from tal_fast.utils.process import program_name, report_mistake
 from tal_fast.utils.signals import Stopped, StopRequest
 
 
@@ -25,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config, bench = parse_command_line(sys.argv[1:] if argv is None else argv, program_name("train"))
     except ValueError as error:
-        _exit(error)
+        raise SystemExit(report_mistake(error)) from None
     level = logging.WARNING if config.progress == "none" else logging.INFO
     # Early, because loading PyTorch and finding a million images take a while.
     with console_logging(level), StopRequest() as stop:
@@ -46,7 +45,7 @@ def _train(config: Config, stop: StopRequest, bench: bool) -> None:
     try:
         ranks = Ranks.start(config.device)
     except ValueError as error:
-        _exit(error)
+        raise SystemExit(report_mistake(error)) from None
     try:
         if bench:
             from tal_fast.training.throughput import measure
@@ -57,19 +56,13 @@ def _train(config: Config, stop: StopRequest, bench: bool) -> None:
             return
         trainer = Trainer(config, ranks, stop)
     except ValueError as error:
-        _exit(error, ranks.rank)
+        raise SystemExit(report_mistake(error)) from None
     try:
         trainer.fit()
     except (TrainingFailed, UnreadableImage, Damaged) as error:
-        _exit(error, ranks.rank)
+        raise SystemExit(report_mistake(error)) from None
     except Stopped as stopped:
         if ranks.is_main:
             print(stopped, file=sys.stderr)
         raise SystemExit(stopped.exit_code) from None
     ranks.stop()
-
-
-def _exit(error: Exception, rank: int = 0) -> NoReturn:
-    where = f" (rank {rank})" if rank else ""
-    sys.stderr.write(f"error{where}: {error}\n")  # one write, because ranks write at the same time
-    raise SystemExit(2) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -60,10 +61,29 @@ class EpochSums:
             self._start[name] = size
             size += 1 + (BINS if name in method.ranges else 0)
         self.total = torch.zeros(size, dtype=torch.float64, device=device)
+        on_gpu = device.type == "cuda"
+        self._loss = torch.zeros((), dtype=torch.float64, pin_memory=on_gpu)  # copy of the summed loss on the CPU
+        self._copied = torch.cuda.Event() if on_gpu else None  # whether it has arrived
 
     def add(self, sums: Tensor) -> None:
         """Add the sums of a batch; in place, because a CUDA graph holds this tensor."""
         self.total += sums
+
+    def load(self, total: Tensor) -> None:
+        """Copy saved sums; NaN for a per-sample value that an older version did not sum yet."""
+        self.total.fill_(torch.nan)
+        self.total[: len(total)] = total
+
+    def finite(self) -> bool:
+        """Whether the loss is finite so far; on a GPU, which it does not wait for, as of some steps ago."""
+        if self._copied is None:
+            return math.isfinite(self.total[1])
+        if not self._copied.query():
+            return True
+        finite = math.isfinite(self._loss)
+        self._loss.copy_(self.total[1], non_blocking=True)
+        self._copied.record()
+        return finite
 
     def means(self, total: Tensor) -> dict[str, float]:
         """Mean loss, accuracy and per-sample values from the sums of one or all ranks; waits for the device."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,22 @@ from tal_fast.training.epoch_stats import batch_sums
 from tal_fast.training.optim import set_learning_rate
 from tal_fast.training.runtime import Runtime
 from tal_fast.training.sam import SAM
-from tal_fast.training.state import TrainingState
+from tal_fast.training.state import Rollback, TrainingState
+
+
+def check_parts(network: nn.Module, images: int) -> None:
+    """Raise ValueError if ``images``, the size of a part of a rank's batch, is 1 and the network has BatchNorm.
+
+    The variance over one image says nothing, and is refused by PyTorch where a map has one pixel.
+    """
+    if images > 1:
+        return
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            raise ValueError(
+                f"BatchNorm ({name}) would see one image at a time in training; raise batch_size, lower "
+                "optim.accumulate, or use fewer ranks, so that each part of a rank's batch has two images or more"
+            )
 
 
 class TrainStep(nn.Module):
@@ -56,33 +72,54 @@ class Update:
         radius = self.state.method.radius
         self._sam = None if radius is None else SAM(self.state.network.parameters(), radius)
         self._graph = GraphedStep(self._step, self._free_gradients) if self.graphed else None
+        self._rollback = Rollback(self.state)
+        self._running = ""  # part of a step: passes, at perturbed weights, or the update of the weights
 
     def __call__(self, batch: tuple[Tensor, ...], learning_rate: float) -> None:
         """Train on a batch of ``TrainingBatches``; does not wait for the device."""
         set_learning_rate(self.state.optimizer, learning_rate)
         images, labels, indices, *outliers = batch
         batch = (self.runtime.arrange(images), labels, indices, *map(self.runtime.arrange, outliers))
+        self._rollback.keep()
+        self._running = "update"
         if self._graph is None:
             self._step(*batch)
         else:
             self._graph(*batch, key=self.state.method.phase)
+        self._running = ""
+
+    def last_whole_step(self) -> dict[str, Any] | None:
+        """After an error, ``TrainingState.rank_state`` as of the last whole step, and the network as of it.
+
+        None if the error came while the weights changed.
+        """
+        if self._running == "update":
+            return None
+        if self._running == "perturbed" and self._sam is not None:
+            self._sam.restore()
+        return self._rollback.undo() if self._running else self.state.rank_state()
 
     def _step(self, *batch: Tensor) -> None:
         state = self.state
         self._free_gradients()
+        self._running = "passes"
         if self._sam is None:
             state.sums.add(self._backward(batch))
         else:
             state.method.ascent_pass = True
             state.sums.add(self._backward(batch))
             state.method.ascent_pass = False
+            self._running = "update"
             self._sam.perturb()
+            self._running = "perturbed"
             self._free_gradients()
             self._backward(batch)
+            self._running = "update"
             self._sam.restore()
         if self.optim.clip_norm is not None:
             state.scaler.unscale_(state.optimizer)
             nn.utils.clip_grad_norm_(state.network.parameters(), self.optim.clip_norm)
+        self._running = "update"
         state.scaler.step(state.optimizer)
         state.scaler.update()
         if state.average is not None:

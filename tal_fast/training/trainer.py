@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
+import weakref
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tal_fast.config.schema import Config, DataConfig
+from tal_fast.config.schema import OWN_OF_A_RANK, Config, DataConfig
 from tal_fast.data import build_data
-from tal_fast.data.image_folder import UnreadableImage
 from tal_fast.runs import checkpoint
 from tal_fast.runs.folder import CONFIG_FILE, METRICS_FILE, epoch_row, write_metrics
-from tal_fast.runs.resume import find_checkpoint
+from tal_fast.runs.resume import changes, find_checkpoint, leaves_epoch, refuse_existing_run, refuse_other_data
 from tal_fast.training import loggers
 from tal_fast.training.batches import TrainingBatches
 from tal_fast.training.epoch_stats import Histogram, percentile_columns
@@ -27,23 +27,21 @@ from tal_fast.training.optim import learning_rate
 from tal_fast.training.profiler import Profiler
 from tal_fast.training.progress import Progress, epoch_line, memory_in_use, shows_bar
 from tal_fast.training.runtime import Runtime
-from tal_fast.training.state import build_state, data_shape
-from tal_fast.training.train_step import TrainStep, Update
+from tal_fast.training.saving import Saver, TrainingFailed
+from tal_fast.training.state import build_state, conditions, data_shape
+from tal_fast.training.train_step import TrainStep, Update, check_parts
 from tal_fast.training.validation import Validator
 from tal_fast.training.weight_averaging import STATISTICS_IMAGES
 from tal_fast.utils.distributed import Ranks
+from tal_fast.utils.environment import code_digest
 from tal_fast.utils.io import replacing
+from tal_fast.utils.locks import FolderLock
 from tal_fast.utils.rng import seed_all
 from tal_fast.utils.signals import Stopped, StopRequest
 
+__all__ = ["Trainer", "TrainingFailed"]
+
 logger = logging.getLogger(__name__)
-
-_UNREADABLE = 1 << 10
-"""Reason to stop that is not a signal's number: the loader of a rank has failed."""
-
-
-class TrainingFailed(ValueError):
-    """Training cannot go on; what was saved before is complete."""
 
 
 class Trainer:
@@ -69,12 +67,18 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks | None = None, stop: StopRequest | None = None) -> None:
         self.config = config.check()
         self.ranks = ranks or Ranks.start(config.device)
+        shared = {name: value for name, value in config.flat().items() if name not in OWN_OF_A_RANK}
+        self.ranks.check_same({**shared, "torch": torch.__version__, "the code of tal_fast": code_digest()})
         device = self.ranks.device
         self.runtime = Runtime.resolve(config, device, self.ranks.world_size)
         loggers.check_installed(config.logger)
         self.output = Path(config.output)
         _make_paths_absolute(config.data)
-        resumed = self.ranks.on_main(lambda: find_checkpoint(config))  # only rank 0's output folder need exist
+        self._lock = FolderLock(self.output)
+        weakref.finalize(self, self._lock.release)
+        # Only rank 0's output folder need exist.
+        resumed = self.ranks.on_main(lambda: find_checkpoint(config, self._lock))
+        self._claimed = self._lock.held
 
         self.data = build_data(config.data)
         options: dict[str, Any] = {
@@ -87,11 +91,16 @@ class Trainer:
         self.state = build_state(config, self.data, self.runtime)
         self.network, self.method = self.state.network, self.state.method
         batch_size = config.batch_size // self.ranks.world_size
+        check_parts(self.network, batch_size // config.optim.accumulate)
         self.batches = TrainingBatches(config, self.data, self.method.outliers, batch_size, options)
+        shape = data_shape(self.data, self.batches.num_images)
+        self.ranks.check_same({**shape, "data.loader": self.data.loader_name})
+        self._shape = {**shape, "conditions": conditions(config, self.data, self.runtime)}
         val_loader = self.data.loader("val", batch_size=config.eval_batch_size, **options)
         self._validator = Validator(
             val_loader, config.eval_batch_size, self.data.num_classes, self.method, self.runtime, self.ranks
         )
+        self.state.unreadable = {**self.batches.unreadable, "val": val_loader.unreadable}
         seed_all(config.seed + 1 + self.ranks.rank)  # dropout and the like differ between ranks
         if resumed is not None:
             self._restore(*resumed)
@@ -107,9 +116,11 @@ class Trainer:
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")  # TF32 where the network is not under autocast
-        self._unreadable: set[str] = set()  # files reported so far
-        self._writer = checkpoint.Writer(self.output / checkpoint.FOLDER)
+        self._reported = self._unreadable()  # files named so far, also by the run before
+        self._warned = False  # whether the method's warning has been shown
         self._stop = stop or StopRequest()
+        self._saver = Saver(config, self.state, self._shape, self.ranks, self._stop)
+        self._writer = self._saver.writer
         self._loggers: loggers.Loggers | None = None
         trace = self.output / "profile" / f"trace-rank{self.ranks.rank}.json"
         self._profiler = Profiler(*config.profile_window(), trace)
@@ -129,10 +140,16 @@ class Trainer:
             Stopped: after SIGTERM, SIGUSR1 or Ctrl-C; the step was finished and saved.
             TrainingFailed: the loss is not finite, or the last checkpoint could not be written.
             UnreadableImage: an image file does not decode; the steps before it are saved.
+            Exception: any other error of a rank; the steps before it are saved unless the weights were half updated.
         """
+        try:
+            self._fit(until)
+        finally:
+            self._lock.release()
+
+    def _fit(self, until: int | None) -> None:
         config, state = self.config, self.state
-        if self.ranks.is_main:
-            self._prepare_folder()
+        self.ranks.on_main(self._prepare_folder)
         if state.epoch >= config.epochs:
             self._info(f"{self.output} is trained already: {state.epoch} of {config.epochs} epochs")
             return
@@ -151,13 +168,20 @@ class Trainer:
                     started = time.perf_counter()
                     training, histograms = self._train_epoch(epoch)
                     self._update_average(epoch)
-                    validation = self._validator.validate(state.averaged or self.network)
+                    validation = self._validator.validate(state.averaged or self.network, self._saver.guard)
                     self._report_unreadable()
                     row = epoch_row(state.epoch, training, validation)
                     self._finish_epoch(row, histograms)
                     self._info(epoch_line(row, config.epochs, time.perf_counter() - started))
-                    self._end_early_if(self._stop.poll())
+                    self._saver.go_on()
+            except (Stopped, TrainingFailed):
+                raise
+            except Exception:
+                self._saver.rescue(self.train_step.last_whole_step())
+                raise
             finally:
+                self.batches.close()
+                self._validator.loader.close()
                 self._profiler.close()
                 if self._loggers is not None:
                     self._loggers.close()
@@ -184,65 +208,65 @@ class Trainer:
         title = f"epoch {epoch + 1}/{config.epochs}"
         progress = Progress(title, steps * config.batch_size, first * config.batch_size, show)
         started = time.perf_counter()
-        waited = rate = 0.0
-        batches = self.batches.epoch(epoch, first)
+        self._saver.waited = 0.0
         try:
-            while True:
-                before_batch = time.perf_counter()
-                batch, failure = None, None
-                try:
-                    batch = next(batches, None)
-                except UnreadableImage as error:
-                    failure = error
-                waited += time.perf_counter() - before_batch
-                if batch is None and failure is None:
-                    break  # on all ranks alike: they have equally many steps
-                self._report_unreadable()
-                self._end_early_if(_UNREADABLE if failure else self._stop.poll(), failure)
-                assert batch is not None
-                now = epoch + (state.step + 0.5) / steps
-                rate = self.method.learning_rate(learning_rate(config.optim, config.epochs, now), now)
-                self._profiler.before_step()
-                self.train_step(batch, rate)
-                state.step += 1
-                trace = self._profiler.after_step()
-                if trace is not None:
-                    self._info(f"profile: {trace} (chrome://tracing or ui.perfetto.dev show it)")
-                self._log_step(rate)
-                every = config.checkpoint_every_steps
-                if every is not None and state.step % every == 0 and state.step < steps:
-                    self.save()
-                progress.advance(config.batch_size, partial(self._describe, waited, started))
+            with closing(self._saver.guard(self.batches.epoch(epoch, first), steps - first)) as batches:
+                for batch in batches:
+                    self._report_unreadable()
+                    rate = self._learning_rate(epoch, state.step)
+                    self._profiler.before_step()
+                    self.train_step(batch, rate)
+                    state.step += 1
+                    if state.step == first + 1:  # compiled by now
+                        self.ranks.limit_waiting(config.rank_timeout)
+                    trace = self._profiler.after_step()
+                    if trace is not None:
+                        self._info(f"profile: {trace} (chrome://tracing or ui.perfetto.dev show it)")
+                    self._log_step(rate)
+                    every = config.checkpoint_every_steps
+                    if every is not None and state.step % every == 0 and state.step < steps:
+                        self.save()
+                    progress.advance(config.batch_size, partial(self._describe, started))
         finally:
             progress.close()
         total = self.ranks.sum(state.sums.total.clone())
         means, histograms = state.sums.means(total), state.sums.histograms(total)
-        unreadable = int(self.ranks.sum(torch.tensor(len(self._unreadable))))
+        everyone = self.ranks.gather(self._unreadable())
+        unreadable = self.ranks.on_main(lambda: len(set().union(*everyone)))
         seconds = time.perf_counter() - started
         if not math.isfinite(means["train_loss"]):
-            raise TrainingFailed(
-                f"the training loss of epoch {epoch + 1} is {means['train_loss']}; lower optim.lr (now "
-                f"{config.optim.lr:g}) or set optim.clip_norm, and go on with --resume auto or start anew"
-            )
-        self.method.finish_epoch()
+            self._saver.fail_diverged(f"the training loss is {means['train_loss']}")
+        if first < steps:
+            self.save()  # trained, not yet validated: a run resumed from here begins by finishing the epoch
         images = (state.step - first) * config.batch_size
         state.epoch, state.step = epoch + 1, 0
+        self.method.finish_epoch()
         columns = {
-            "lr": rate,
+            "lr": self._learning_rate(epoch, steps - 1),
             **means,
             **percentile_columns(histograms),
             **self.method.epoch_metrics(),
             "images_per_s": images / seconds,
             "seconds": seconds,
-            "data_wait": waited / seconds,
+            "data_wait": self._saver.waited / seconds,
             "unreadable": unreadable,
         }
+        warning = self.method.warning(columns)
+        if warning and not self._warned and self.ranks.is_main:
+            self._warned = True
+            logger.warning("%s", warning)
         return columns, histograms
+
+    def _learning_rate(self, epoch: int, step: int) -> float:
+        now = epoch + (step + 0.5) / len(self.batches)
+        return self.method.learning_rate(learning_rate(self.config.optim, self.config.epochs, now), now)
 
     def _update_average(self, epoch: int) -> None:
         average = self.state.average
         if average is not None:
-            images = map(self.runtime.arrange, self.batches.images(epoch, STATISTICS_IMAGES))
+            steps = min(len(self.batches), -(-STATISTICS_IMAGES // self.config.batch_size))
+            batches = self._saver.guard(self.batches.images(epoch, steps), steps)
+            images = map(self.runtime.arrange, batches)
             with self.runtime.autocast():
                 average.update_after_epoch(self.network, self.state.epoch, images)
             if average.in_use(self.state.epoch):
@@ -275,27 +299,38 @@ class Trainer:
         values = {f"step/{name.removeprefix('train_')}": value for name, value in means.items()}
         self._loggers.scalars({**values, "step/lr": rate}, self._steps_done)
 
-    def _describe(self, waited: float, started: float) -> str:
+    def _describe(self, started: float) -> str:
         """Text of the progress bar."""
         means = self.state.sums.means(self.state.sums.total)
-        data_wait = waited / (time.perf_counter() - started)
+        data_wait = self._saver.waited / (time.perf_counter() - started)
         return (
             f"loss {means['train_loss']:.4f}, acc {means['train_accuracy']:.2%}, data wait {data_wait:.0%}, "
             f"{memory_in_use(self.ranks.device) / 2**30:.1f} GiB"
         )
 
+    def _unreadable(self) -> set[str]:
+        """Paths of the files that did not decode so far on this rank."""
+        return set().union(*self.state.unreadable.values())
+
     def _report_unreadable(self) -> None:
         """Name each file that was left out, once, on the rank that met it."""
-        unreadable = self.batches.unreadable | self._validator.unreadable
-        for path in unreadable.keys() - self._unreadable:
-            self._unreadable.add(path)
-            logger.warning("%s; training goes on without it", unreadable[path])
+        for files in self.state.unreadable.values():
+            for path in files.keys() - self._reported:
+                self._reported.add(path)
+                logger.warning("%s; training goes on without it", files[path])
 
     def _info(self, message: str) -> None:
         if self.ranks.is_main:
             logger.info(message)
 
     def _prepare_folder(self) -> None:
+        try:
+            self._lock.acquire()
+            if not self._claimed:  # the folder did not exist when this trainer was made
+                refuse_existing_run(self.output)
+        except ValueError as error:
+            raise TrainingFailed(str(error)) from None
+        self._claimed = True
         checkpoint.clean(self.output)
         with replacing(self.output / CONFIG_FILE) as temporary:
             self.config.save(temporary)
@@ -303,61 +338,27 @@ class Trainer:
             write_metrics(self.output, self.history)
 
     def save(self, best: bool = False) -> None:
-        """Start saving a checkpoint; all ranks must call it.
-
-        The state is copied before this returns; a thread writes it while training goes on.
-
-        Args:
-            best: save it as best.pt too.
-        """
-        ranks = self.ranks.gather(self.state.rank_snapshot())
-        if not self.ranks.is_main:
-            return
-        content = {
-            "config": self.config.to_dict(),
-            "shape": data_shape(self.data, self.batches.num_images),
-            "world_size": self.ranks.world_size,
-            **self.state.shared_snapshot(),
-            "ranks": ranks,
-        }
-        copies = [checkpoint.BEST] if best else []
-        every = self.config.keep_every_epochs
-        if every is not None and self.state.step == 0 and self.state.epoch % every == 0:
-            copies.append(checkpoint.epoch_name(self.state.epoch))
-        problem = self._writer.start(content, copies)
-        if problem:
-            logger.warning("%s; trying again now", problem)
+        """Start saving a checkpoint, with ``best`` as best.pt too; all ranks must call it."""
+        self._saver.save(best)
 
     def _restore(self, content: dict[str, Any], path: Path) -> None:
-        changed = self.state.restore(
-            content, path, data_shape(self.data, self.batches.num_images), self.ranks.rank, self.ranks.world_size
-        )
+        config, state = self.config, self.state
+        refuse_other_data(content, self._shape, config, path)
+        changed = changes(content, self._shape, config, self.ranks.world_size)
+        with checkpoint.restoring(path):
+            state.restore(content, self.ranks.rank, self.ranks.world_size, leaves_epoch(changed))
         if changed and self.ranks.is_main:
-            where = ", from the start of the epoch" if content["step"] else ""
+            where = ", from the start of the epoch" if content["step"] and not state.step else ""
             logger.warning(
-                "%s since %s: the run goes on, but not bit for bit as it would have%s", ", ".join(changed), path, where
-            )
-        steps = f" and {self.state.step} steps" if self.state.step else ""
-        self._info(f"resuming from {path}: {self.state.epoch} epochs{steps}")
-
-    def _end_early_if(self, reason: int, failure: UnreadableImage | None = None) -> None:
-        """Save and stop if any rank has a reason to; every rank calls this between the same two steps."""
-        reason = self.ranks.max(reason)
-        if not reason:
-            return
-        state = self.state
-        if state.step:
-            self.save()
-        problem = self._writer.finish()
-        self.ranks.barrier()  # see fit
-        saved = f"saved after {state.epoch} epochs and {state.step} steps" if self._steps_done else "at its beginning"
-        if problem:
-            raise TrainingFailed(f"{problem}; make room and go on with --resume auto")
-        if failure is not None:
-            raise UnreadableImage(f"{failure} (the run is {saved})") from failure
-        if reason == _UNREADABLE:
-            raise TrainingFailed(f"another rank met an image that does not decode; the run is {saved}")
-        raise Stopped(reason, f"stopped by {signal.Signals(reason).name} and {saved}; go on with --resume auto")
+                "%s since %s: the run goes on, but not bit for bit as it would have%s",
+                ", ".join(changed.values()), path, where,
+            )  # fmt: skip
+        steps = f" and {state.step} steps" if state.step else ""
+        self._info(f"resuming from {path}: {state.epoch} epochs{steps}")
+        before = Config.from_dict(content["config"])
+        was, now = (learning_rate(c.optim, c.epochs, state.epoch) for c in (before, config))
+        if was != now:
+            self._info(f"the schedule goes on with a learning rate of {now:.4g}, which was {was:.4g} before")
 
 
 def _make_paths_absolute(data: DataConfig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tal_fast.data import Loader
+from tal_fast.data.loader import Images
 from tal_fast.methods import Method
 from tal_fast.metrics.failure import failure_metrics
 from tal_fast.training.runtime import Runtime
@@ -16,6 +19,8 @@ from tal_fast.utils.distributed import Ranks
 
 FAILURE_METRICS = ("aurc", "auroc", "fpr95")
 """Metrics of the method's confidence score (setting Old FD) measured after each epoch."""
+
+Batches = Generator[Images, None, None]
 
 
 @dataclass
@@ -32,27 +37,30 @@ class Validator:
     def __post_init__(self) -> None:
         self._predict = torch.compile(_predict) if self.runtime.compile else _predict
 
-    @property
-    def unreadable(self) -> dict[str, str]:
-        """Path -> reason, of the files that did not decode so far on this rank."""
-        return self.loader.unreadable
-
     @torch.no_grad()
-    def validate(self, network: nn.Module) -> dict[str, float]:
-        """Validation columns of metrics.csv, the same on every rank; leaves the network in eval mode."""
+    def validate(self, network: nn.Module, guard: Callable[[Batches, int], Batches] | None = None) -> dict[str, float]:
+        """Validation columns of metrics.csv, the same on every rank; leaves the network in eval mode.
+
+        ``guard`` is given this rank's batches and the largest number of any rank, and returns the batches;
+        it may end validation by an exception.
+        """
         self.ranks.broadcast_buffers(network)
         network.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
         confidences, corrects = [], []
         self.loader.set_epoch(0)
-        for images, labels, _ in self.loader:
-            logits = self._logits(network, images)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            valid = labels >= 0
-            correct = logits.argmax(1) == labels
-            sums += torch.stack([loss.double(), correct.sum(), valid.sum()])
-            confidences.append(torch.where(valid, self.method.confidence(logits), torch.nan))
-            corrects.append(correct)
+        batches = iter(self.loader)
+        if guard is not None:  # rank 0 has the most images
+            batches = guard(batches, -(-self.loader.num_samples // (self.ranks.world_size * self.batch_size)))
+        with closing(batches):
+            for images, labels, _ in batches:
+                logits = self._logits(network, images)
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+                valid = labels >= 0
+                correct = logits.argmax(1) == labels
+                sums += torch.stack([loss.double(), correct.sum(), valid.sum()])
+                confidences.append(torch.where(valid, self.method.confidence(logits), torch.nan))
+                corrects.append(correct)
         loss_sum, correct_sum, count = self.ranks.sum(sums).tolist()
         samples = [torch.cat(parts).cpu() if parts else torch.zeros(0) for parts in (confidences, corrects)]
         gathered = self.ranks.gather(samples)

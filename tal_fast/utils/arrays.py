@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +23,85 @@ def to_numpy(values: Any) -> NDArray[Any]:
     """Array, tensor or list as an array; not copied where possible.
 
     Tensors of floats narrower than 32 bits become float64, which holds them exactly: NumPy has no bfloat16.
+
+    Raises:
+        ValueError: a sparse, quantized, nested or meta tensor, masked values, or a ragged list.
     """
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
+    if not hasattr(values, "detach"):
+        if np.ma.is_masked(values):
+            raise ValueError("an array has masked values; leave those samples out")
+        return np.asarray(values)
+    try:
         narrow = values.is_floating_point() and values.element_size() < 4
-        return (values.double() if narrow else values).numpy()
-    return np.asarray(values)
+        plain = values.detach().cpu()
+        return (plain.double() if narrow else plain).resolve_conj().resolve_neg().numpy()
+    except (TypeError, RuntimeError):
+        raise ValueError(
+            f"a tensor of {values.dtype} and layout {values.layout} on device {values.device} cannot be read as an "
+            "array; convert it to a dense one first"
+        ) from None
+
+
+def _memory() -> float:
+    """Bytes of memory of the machine; infinity where that is unknown."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+class NpzArrays:
+    """Arrays of an open ``.npz`` by name, each read when it is asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.names: list[str] = list(file.files)
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        values = self._file[name]
+        if not isinstance(values, np.ndarray):
+            raise ValueError(f"{name} is no array")
+        return values
+
+
+@contextlib.contextmanager
+def open_npz(path: str | Path) -> Iterator[NpzArrays]:
+    """Open an ``.npz`` file.
+
+    Raises:
+        OSError: there is no such file, or it cannot be opened.
+        ValueError: it is damaged, holds pickled objects, is no ``.npz``, or is larger than the machine's memory; also
+            where an array is read or is missing.
+    """
+    with Path(path).open("rb") as file:
+        try:
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array")
+            with loaded:
+                size = sum(member.file_size for member in loaded.zip.infolist())
+                if size > _memory():
+                    raise ValueError(f"its arrays have {size:,} bytes, more than this machine's memory")
+                yield NpzArrays(loaded)
+        except Exception as error:  # unzipping and parsing of headers raise errors of many types
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{path} cannot be read as .npz without pickle ({reason})") from None
+
+
+def check_dense(tensor: Any, name: str) -> None:
+    """Raise a ValueError unless a tensor is dense and of real numbers."""
+    if tensor.is_nested or tensor.is_quantized or str(tensor.layout) != "torch.strided":
+        raise ValueError(f"{name} must be dense, not nested, quantized or sparse ({tensor.layout}, {tensor.dtype})")
+    if tensor.is_complex() or str(tensor.dtype).startswith(("torch.bool", "torch.float4", "torch.bits")):
+        raise ValueError(f"{name} must be real numbers, not {tensor.dtype}")
+
+
+def as_classes(values: Any, classes: int, name: str = "labels") -> Ints:
+    """Class labels as an array; raises ValueError unless they are integers in [0, classes)."""
+    labels = to_numpy(values)
+    if labels.size and (labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes):
+        raise ValueError(f"{name} must be integers in 0..{classes - 1}, the columns of logits")
+    return labels.astype(np.int64)
 
 
 def check_matrix_shape(shape: tuple[int, ...], name: str) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from reprlib import repr as short
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +20,9 @@ from torch import Tensor, nn
 from tal_fast.utils.process import world_size as launched_processes
 
 T = TypeVar("T")
+
+START_TIMEOUT = timedelta(minutes=30)
+"""Longest wait for another rank before training: compiling and listing a million files take minutes."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +67,38 @@ class Ranks:
         if world_size > 1 and not dist.is_initialized():
             # gloo on GPUs too: stop flags and states are exchanged on the CPU without waiting for the GPU.
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-            dist.init_process_group(backend, **_fresh_store(rank, world_size))
+            dist.init_process_group(backend, timeout=START_TIMEOUT, **_fresh_store(rank, world_size))
         return Ranks(rank, world_size, chosen)
 
     def stop(self) -> None:
         """Leave the process group."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+    def limit_waiting(self, seconds: float) -> None:
+        """Let the CPU's collectives fail from now on when another rank is this late.
+
+        NCCL's keep ``START_TIMEOUT``: their watchdog would abort the process without a word, and the CPU's, which the
+        ranks exchange before every step, notice the same rank.
+        """
+        if self.world_size > 1:
+            group: Any = dist.group.WORLD
+            group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=seconds))
+
+    def check_same(self, values: dict[str, Any]) -> None:
+        """Raise ValueError on every rank if the values of one differ from rank 0's; the message names rank and values.
+
+        Ranks that compute differently would train to other numbers than one configuration's, or wait for each other.
+        """
+        if self.world_size == 1:
+            return
+        everyone: list[dict[str, Any]] = [{}] * self.world_size
+        dist.all_gather_object(everyone, values)
+        for rank, theirs in enumerate(everyone):
+            names = [name for name in {**everyone[0], **theirs} if everyone[0].get(name) != theirs.get(name)]
+            if names:
+                told = "; ".join(f"{n} is {short(theirs.get(n))}, not {short(everyone[0].get(n))}" for n in names[:5])
+                raise ValueError(f"rank {rank} differs from rank 0 ({told}); start all ranks with the same command")
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -93,14 +127,14 @@ class Ranks:
         return values or []
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """Call a function on rank 0 and give its result, or the ValueError it raises, to every rank."""
+        """Call a function on rank 0 and give its result, or the ValueError or OSError it raises, to every rank."""
         if self.world_size == 1:
             return function()
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = function()
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 outcome[1] = error
         dist.broadcast_object_list(outcome, 0)
         if outcome[1] is not None:
@@ -118,6 +152,42 @@ class Ranks:
         if self.world_size > 1:
             for buffer in filter(torch.is_floating_point, module.buffers()):
                 self.sum(buffer).div_(self.world_size)
+
+
+def name_lost_ranks(error: Exception) -> str | None:
+    """Line of stderr that names the ranks that a failed collective waited for; None for any other error.
+
+    The ranks that fail in it, which they do at the same time, say so in the store; the others are those that were lost.
+    The first of them gets the line and the others an empty one.
+    """
+    text = str(error)
+    if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "/gloo/" in text):
+        return None
+    late = "imed out" in text or "imeout" in text
+    rank, ranks = dist.get_rank(), set(range(dist.get_world_size()))
+    here, grace = {rank}, 5.0 if late else 1.0
+
+    def ask() -> None:
+        store: Any = dist.distributed_c10d._get_default_store()
+        end = time.monotonic() + grace
+        with contextlib.suppress(RuntimeError):  # the store may be on the machine that was lost
+            store.set(f"failed/{rank}", "")
+            while here < ranks and time.monotonic() < end:
+                here.update([other for other in ranks - here if store.check([f"failed/{other}"])])
+                time.sleep(0.02)
+
+    thread = threading.Thread(target=ask, daemon=True)  # a store that hangs too must not hold this process
+    thread.start()
+    thread.join(2 * grace)
+    if rank != min(here):
+        return ""
+    lost = sorted(ranks - here)
+    who = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}" if lost else "the connection between the ranks"
+    waited = re.search(r"(\d+) ?ms", text)
+    within = f"within {int(waited[1]) / 1000:g} s" if waited else "in time"
+    what = f"did not answer {within} and may hang" if late else "was lost"
+    where = f" (rank {rank})" if rank else ""
+    return f"error{where}: {who} {what}; run the same command again with --resume auto, unless torchrun does\n"
 
 
 def choose_device(name: str) -> str:

@@ -1,13 +1,23 @@
-"""Atomic writing of files."""
+"""Atomic writing of files, and kernel locks."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 # Read once, at import: reading the mask means setting it, which other threads would notice.
 UMASK = os.umask(0o022)
@@ -20,18 +30,17 @@ def replacing(path: str | os.PathLike[str], keep: Path | None = None) -> Iterato
 
     The temporary file lies beside ``path`` and has its suffix, which some writers go by. It is flushed to disk, then
     renamed, and the rename is flushed too. On failure it is removed and ``path`` stays as it was. Any number of
-    processes may write the same file at once.
+    processes may write the same file at once. Temporary files of processes that were killed are removed.
 
     Args:
         path: the file to write; its folder is created.
         keep: where a file already at ``path`` is moved; ``path`` or ``keep`` is complete at any time.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary, handle = target.parent / f".{target.stem}-", None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = _create_temporary(target)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -39,9 +48,94 @@ def replacing(path: str | os.PathLike[str], keep: Path | None = None) -> Iterato
         if keep is not None and target.exists():
             os.replace(target, keep)
         os.replace(temporary, target)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        # torch.save says of a disk that takes no more only where in the file it was.
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, or the disk fails", str(target)) from error
+    except OSError as error:
+        if error.errno and (error.filename is None or str(error.filename).startswith(str(temporary))):
+            error.filename = str(target)  # writing names no file, and the temporary file's name means nothing to a user
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
     _sync_folder(target.parent)
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Raise the OSError that writing files to a folder, or to the one that it would be made in, would raise."""
+    path = Path(folder).absolute()
+    try:
+        with tempfile.TemporaryFile(dir=next(p for p in (path, *path.parents) if p.exists())) as file:
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        error.filename = str(folder)
+        raise
+
+
+def _create_temporary(target: Path) -> tuple[int, Path]:
+    """Create the temporary file of a target; its descriptor, which holds a lock while this process lives, and path."""
+    remove_leftovers(target.parent, f".{glob.escape(target.stem)}-", glob.escape(target.suffix))
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
+        if lock(handle) is not False and os.path.exists(name):
+            return handle, Path(name)
+        os.close(handle)  # another process took it for a leftover before it was locked
+
+
+def remove_leftovers(folder: Path, prefix: str = ".*-", suffix: str = ".*") -> None:
+    """Remove temporary files of ``replacing`` whose processes were killed; none where there are no locks."""
+    for path in folder.glob(f"{prefix}????????{suffix}"):
+        with contextlib.suppress(OSError), path.open("rb+") as file:
+            if lock(file.fileno()):
+                path.unlink()
+
+
+def lock(handle: int, *, shared: bool = False, wait: bool = False) -> bool | None:
+    """Take the kernel's lock of an open file, which lasts until ``unlock`` or the end of the process.
+
+    Returns:
+        False if another open file holds it, None where there are no locks.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+@contextmanager
+def alone_in(folder: Path, waiting: str = "") -> Iterator[None]:
+    """Hold a kernel lock of a folder; first wait for the process that holds it, after logging the message ``waiting``.
+
+    Without a message there is no waiting; nor is there where there are no locks.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if lock(handle) is False and waiting:
+            logger.warning(waiting)
+            lock(handle, wait=True)
+        yield
+    finally:
+        unlock(handle)
+
+
+def unlock(handle: int) -> None:
+    """Release a lock, also where a forked process has inherited the file, and close the file."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import sys
 import threading
 from collections.abc import Callable
+
+MISTAKE = 2
+"""Exit code after what the user must mend: an option, a file, a full or read-only disk."""
+
+_CHOOSE = "name a place where this user may write, or change its permissions"
+_A_FILE = "a part of the path is a file; name another"
+_REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EROFS: _CHOOSE,
+    errno.EACCES: _CHOOSE,
+    errno.EPERM: _CHOOSE,
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: _A_FILE,
+    errno.EEXIST: _A_FILE,
+    errno.EMFILE: "raise the limit with ulimit -n",
+    errno.EIO: "the disk or its network fails",
+}
 
 
 def world_size() -> int:
@@ -20,6 +39,9 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
     One process of several ends after joining its threads, running its exit handlers and flushing its output, but
     without finalising the interpreter: gloo threads that release their last tensor during finalisation abort the
     process (pytorch issue 190489; 1 finished run in 12 with four processes), which torchrun reports as a failed run.
+
+    Errors of the file system end in one sentence and code 2, a lost rank in one and code 75. Other exceptions show
+    their traceback, as these do with ``python -X dev``.
     """
     alone = world_size() == 1
     try:
@@ -28,6 +50,18 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
         if isinstance(leaving.code, str):
             raise
         code = leaving.code
+    except BrokenPipeError:  # ``tal-fast compare ... | head``
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        code = 128 + 13
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        if _is_of_files(error):
+            code = report_mistake(error)
+        elif (lost := _lost_rank(error)) is not None:
+            code = lost
+        else:
+            raise
     if alone or sys.getprofile() or sys.gettrace():  # profilers write their result after main returns
         sys.exit(code)
     threading._shutdown()  # type: ignore[attr-defined]
@@ -36,6 +70,42 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
         if stream is not None:
             stream.flush()
     os._exit(code or 0)
+
+
+def report_mistake(error: Exception) -> int:
+    """Print an error of the input or of a file as one line on stderr; returns ``MISTAKE``."""
+    rank = os.environ.get("RANK", "0") if world_size() > 1 else "0"
+    where = f" (rank {rank})" if rank != "0" else ""
+    sys.stderr.write(f"error{where}: {sentence(error)}\n")  # one write, because ranks write at the same time
+    return MISTAKE
+
+
+def sentence(error: Exception) -> str:
+    """Message of an error; for one of the operating system the file, the reason and what helps."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes, os.PathLike)) else ""
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{place}{error.strerror}" + (f"; {remedy}" if remedy else "")
+
+
+def _is_of_files(error: Exception) -> bool:
+    """Whether the file system raised an error: one of a program's own has no number."""
+    return isinstance(error, OSError) and (error.filename is not None or error.errno in _REMEDIES)
+
+
+def _lost_rank(error: Exception) -> int | None:
+    """Exit code if the error is a collective's that failed because of another rank, which is named."""
+    if world_size() == 1 or "torch.distributed" not in sys.modules:
+        return None
+    from tal_fast.utils.distributed import name_lost_ranks
+    from tal_fast.utils.signals import REQUEUE
+
+    message = name_lost_ranks(error)
+    if message is None:
+        return None
+    sys.stderr.write(message)
+    return REQUEUE
 
 
 def program_name(command: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tal_fast.config.methods import OPTIONS, TALOptions, method_names, option_path, upgrade
+from tal_fast.config.methods import OPTIONS, TALOptions, method_names, option_path, option_values, upgrade
 from tal_fast.config.schema import Config, MethodConfig
 
 FLAT = {
@@ -20,7 +20,7 @@ def test_every_built_in_method_has_its_option_class() -> None:
     assert set(OPTIONS) <= set(method_names())
     assert MethodConfig().options == {
         "variant": "paper", "queue_size": 20000, "t_min": 10.0, "t_max": 100.0, "t_wrong": 20.0,
-        "confidence_threshold": 0.0, "queue_scope": "local", "backend": "auto", "warmup_epochs": None,
+        "confidence_threshold": None, "queue_scope": "local", "backend": "auto", "warmup_epochs": None,
     }  # fmt: skip
     assert MethodConfig("crl", options={"weight": "5e-1"}).options == {"weight": 0.5}
     assert MethodConfig("ce").options == {}
@@ -33,7 +33,7 @@ def test_every_built_in_method_has_its_option_class() -> None:
         ("ce", {"tau": 1.0}, "method.options has 'tau' but ce has no options of its own"),
         ("logitnorm", {"tua": 1.0}, "method.options.tua is not an option; there are method.options.tau"),
         ("logitnorm", {"tau": 0.0}, "method.options.tau is 0.0 but must be above 0, such as 0.04"),
-        ("logitnorm", {"tau": "cold"}, "method.options.tau is 'cold' but must be a number"),
+        ("logitnorm", {"tau": "cold"}, "method.options.tau is 'cold' but must be a finite number"),
         ("crl", {"weight": -1.0}, "method.options.weight is -1.0 but must be at least 0"),
         ("fmfp", {"rho": 0.0}, "method.options.rho is 0.0 but must be above 0"),
         ("fmfp", {"swa_from": 1.0}, "method.options.swa_from is 1.0 but must be in [0, 1)"),
@@ -87,3 +87,10 @@ def test_dotted_names_follow_the_options() -> None:
         assert option_path(f"method.{name}") == f"method.options.{name}"
     for name in ("method.name", "method.label_smoothing", "method.options.t_min", "optim.warmup_epochs"):
         assert option_path(name) == name
+
+
+@pytest.mark.parametrize(("variant", "own"), [("paper", -1.0), ("released", 0.0)])
+def test_the_default_threshold_is_the_variants_own(variant: str, own: float) -> None:
+    assert option_values(TALOptions(variant=variant))["confidence_threshold"] == own  # type: ignore[arg-type]
+    assert option_values(TALOptions(variant=variant, confidence_threshold=0.3))["confidence_threshold"] == 0.3  # type: ignore[arg-type]
+    assert "confidence_threshold" not in option_values(OPTIONS["crl"]())

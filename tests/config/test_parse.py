@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
 
 from tal_fast.config import parse as parse_module
 from tal_fast.config.methods import OPTIONS, TAL_OPTIONS, MethodOptions
 from tal_fast.config.parse import attribute_help, load_config, merged, parse_command_line, preset_names
 from tal_fast.config.schema import Config, DataConfig, MethodConfig, ModelConfig, OptimConfig
+from tests.helpers.fuzz import FUZZ, mutations, reads_or_refuses
 
 PRESETS = [
     "cifar100-resnet110-ce",
@@ -50,6 +52,21 @@ def test_presets_hold_what_their_names_say() -> None:
     assert load_config("imagenet-resnet50-tal").method.options["queue_size"] == 880880
 
 
+RELEASED = {"cifar100-resnet110-fmfp-tal", "cifar100-resnet110-tal", "imagenet-resnet50-tal"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_of_tal_start_gently_unless_they_are_as_released(name: str) -> None:
+    config = load_config(name)
+    options = config.method.options
+    if name in RELEASED:
+        assert (options["t_min"], options["t_max"], options["warmup_epochs"]) == (10, 100, None)
+        assert (options["variant"], options["confidence_threshold"], config.optim.clip_norm) == ("released", None, None)
+    elif config.method.name == "tal":
+        assert options["warmup_epochs"] >= 1
+        assert config.optim.clip_norm == 1 or options["t_max"] <= 20
+
+
 @pytest.mark.parametrize("data", ["digits", "fashion-mnist", "cifar100-resnet110", "imagenet-resnet50"])
 def test_presets_that_are_compared_differ_in_the_method_alone(data: str) -> None:
     ce, tal = load_config(f"{data}-ce").to_dict(), load_config(f"{data}-tal").to_dict()
@@ -79,7 +96,8 @@ def test_options_of_every_kind_can_be_set() -> None:
     )
     assert (config.model.width, config.model.name) == (3, "cifar_resnet8")
     assert (config.optim.lr, config.optim.step_epochs, config.optim.schedule) == (0.03, [1, 2], "multistep")
-    assert config.method == MethodConfig(options={"t_wrong": None, "warmup_epochs": 2, "queue_size": 2000})
+    options = {"t_wrong": None, "warmup_epochs": 2, "queue_size": 2000, "t_min": 5, "t_max": 20}
+    assert config.method == MethodConfig(options=options)
     assert (config.epochs, config.precision, config.output, config.batch_size) == (5, "bfloat16", "7", 64)
 
 
@@ -189,6 +207,53 @@ def test_mistakes_are_refused_in_a_sentence(words: str, sentence: str) -> None:
 def test_bad_files_are_refused_in_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     assert sentence in refusal(f"--config {tmp_path / 'mine.yaml'}")
+
+
+NESTED = 3000 * "{a: " + 3000 * "}"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (NESTED.encode(), "mine.yaml is not YAML: too deeply nested"),
+        (b"epochs: 3\nseed: 1\nepochs: 4\n", "mine.yaml is not YAML: epochs is given twice at line 3, column 1"),
+        (b"optim: {lr: 0.1, lr: 0.2}", "mine.yaml is not YAML: lr is given twice"),
+        (b"optim: &o {lr: *o}", "mine.yaml is not YAML: found unconstructable recursive node"),
+        (b"epochs: 2020-13-45", "mine.yaml is not YAML: month must be in 1..12"),
+        ("epochs: 3\n".encode("utf-16-le"), "mine.yaml is not YAML: unacceptable character #x0000"),
+        (b"output: \xff", "#x00ff: invalid start byte at position 8; save it as UTF-8"),
+        (b"optim: {lr: [" + 500 * b"7777, " + b"]}", "optim.lr is [7777, 7777, 7777, "),
+    ],
+)
+def test_malformed_files_are_refused_in_a_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    said = refusal(f"--config {tmp_path / 'mine.yaml'}")
+    assert sentence in said
+    assert len(said) < 500
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_files_may_have_a_byte_order_mark_and_keys_merged_from_elsewhere(tmp_path: Path, encoding: str) -> None:
+    text = "method: {options: &o {t_min: 1}}\noptim: {lr: 0.5}\ndata: {root: données}\n"
+    (tmp_path / "mine.yaml").write_bytes(text.encode(encoding))
+    config = load_config(str(tmp_path / "mine.yaml"))
+    assert (config.optim.lr, config.data.root) == (0.5, "données")
+    (tmp_path / "mine.yaml").write_text("optim: &o {lr: 0.5, momentum: 0.1}\nmodel: {<<: {width: 3}, width: 4}\n")
+    assert load_config(str(tmp_path / "mine.yaml")).model.width == 4
+
+
+def test_options_of_the_command_line_are_refused_alike() -> None:
+    assert "optim.lr is 'a" in refusal(f"--optim.lr {400 * 'a'}")
+    for words in (["--optim", "{lr: 1, lr: 2}"], ["--optim", NESTED]):
+        with pytest.raises(ValueError, match="optim is '{.* but must be a mapping"):
+            parse_command_line(words)
+
+
+@FUZZ
+@given(mutations(Path("tal_fast/config/presets/digits-tal.yaml").read_bytes()))
+def test_damaged_files_are_read_or_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.yaml").write_bytes(content)
+    reads_or_refuses(lambda path: load_config(str(path)).check(), tmp_path / "x.yaml")
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "300"])

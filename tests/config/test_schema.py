@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from tal_fast.config.parse import load_config
-from tal_fast.config.schema import CIFAR100_MEAN, IMAGENET_STD, Config, DataConfig
+from tal_fast.config.schema import (
+    CIFAR100_MEAN,
+    IMAGENET_STD,
+    OWN_OF_A_RANK,
+    Config,
+    DataConfig,
+    MethodConfig,
+    OptimConfig,
+)
 
 
 def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
@@ -54,6 +62,30 @@ def test_values_outside_their_range_are_refused_by_name(values: dict[str, Any], 
     assert str(caught.value).startswith(sentence)
 
 
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"optim": {"lr": ".nan"}}, "optim.lr is '.nan' but must be a finite number"),
+        ({"optim": {"lr": float("nan")}}, "optim.lr is nan but must be a finite number"),
+        ({"optim": {"clip_norm": float("inf")}}, "optim.clip_norm is inf but must be a finite number"),
+        ({"data": {"crop_area": [0.1, "nan"]}}, "data.crop_area is 'nan' but must be a finite number"),
+        ({"method": {"options": {"t_max": float("inf")}}}, "method.options.t_max is inf but must be a finite number"),
+        ({"optim": {"weight_decay": 10**400}}, "optim.weight_decay is 1000"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused_by_name(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared in the next line
+        Config.from_dict(values)
+    assert str(caught.value).startswith(sentence)
+
+
+def test_a_configuration_made_in_python_is_checked_alike() -> None:
+    with pytest.raises(ValueError, match="optim.lr is nan but must be a finite number"):
+        Config(optim=OptimConfig(lr=float("nan"))).check()
+    with pytest.raises(ValueError, match="epochs is '4' but must be a whole number"):
+        Config(epochs="4").check()  # type: ignore[arg-type]
+
+
 def test_training_images_grow_at_the_given_epochs() -> None:
     config = Config.from_dict({"image_sizes": [[0, 128], [4, 160]]}).check()
     assert [config.image_size_at(epoch) for epoch in (0, 3, 4, 9)] == [128, 128, 160, 160]
@@ -69,3 +101,13 @@ def test_default_normalization_is_that_of_the_data_set() -> None:
     assert DataConfig(dataset="cifar100").normalization()[0] == list(CIFAR100_MEAN)
     assert DataConfig(channels=1).normalization()[1] == [pytest.approx(sum(IMAGENET_STD) / 3)]
     assert DataConfig(channels=1, mean=[0.3], std=[0.2]).normalization() == ([0.3], [0.2])
+
+
+def test_ranks_share_a_digest_where_they_compute_the_same(tmp_path: Path) -> None:
+    digest = Config(output=str(tmp_path), threads=3, data=DataConfig(root="/here", workers=1)).digest()
+    assert digest == Config(output="other", device="cpu", data=DataConfig(root="/there")).digest()
+    assert len({digest, Config(seed=1).digest(), Config(checkpoint_every_steps=5).digest()}) == 3
+    method = Config.from_dict({"method": {"name": "logitnorm", "options": {"tau": 0.5}}})
+    assert method.digest() != Config.from_dict({"method": {"name": "logitnorm"}}).digest()
+    assert method.flat()["method.options.tau"] == 0.5
+    assert Config(method=MethodConfig("openmix")).flat().keys() > OWN_OF_A_RANK

@@ -47,8 +47,8 @@ def test_values_get_their_annotated_type(kind: Any, value: Any, expected: Any) -
     [
         (int, 3.5, "x is 3.5 but must be a whole number"),
         (int, True, "x is True but must be a whole number"),
-        (float, True, "x is True but must be a number"),
-        (float, "fast", "x is 'fast' but must be a number"),
+        (float, True, "x is True but must be a finite number"),
+        (float, "fast", "x is 'fast' but must be a finite number"),
         (bool, 1, "x is 1 but must be true or false"),
         (int, None, "x is None but must be a whole number"),
         (Literal["a", "b"], "c", "x is 'c'; use 'a' or 'b'"),

@@ -80,7 +80,7 @@ def test_each_kind_is_found_and_only_usable_images_are_listed(tmp_path: Path, wo
     assert {f.path: f.kind for f in report.findings} == kinds
     assert len(report.findings) == len(kinds)
     assert report.usable == sorted(USABLE)
-    assert report.others == 1
+    assert report.others == {".db": 1}
     assert Counter(f.kind for f in report.problems) == {
         "empty": 1, "not an image": 1, "truncated": 2, "damaged": 1, "unsupported pixels": 3
     }  # fmt: skip
@@ -102,7 +102,7 @@ def test_training_with_the_list(tmp_path: Path, loader: str) -> None:
     )
     assert done.returncode == 1
     assert f"empty: {root}/train/cat/empty.png (file of 0 bytes)" in done.stdout
-    assert "15 usable images, 1 other files" in done.stdout
+    assert "15 usable images; 1 file is left out: 1 .db" in done.stdout
     assert "not usable: 2 truncated" in done.stdout
     assert "worth knowing: 1 CMYK" in done.stdout
     assert "Traceback" not in done.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import itertools
-import json
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ from tal_fast.evaluation.html.page import FILE, write_html
 from tal_fast.evaluation.npz import read_npz
 from tal_fast.evaluation.pipeline import evaluate_outputs
 from tal_fast.evaluation.predictions import CACHE
-from tal_fast.evaluation.report import EvaluationOptions
+from tal_fast.evaluation.report import EvaluationOptions, write_report
 from tal_fast.evaluation.sources import evaluate_run
 from tal_fast.evaluation.tables import format_value
 from tal_fast.metrics.curves import OperatingPoints
@@ -176,7 +175,7 @@ def test_unknown_entries_of_a_report_are_tolerated(evaluated_run: Path, tmp_path
     report["from_the_future"] = {"x": [1]}
     report["settings"]["shift/fog <1>"] = report["settings"]["old_fd"]
     del report["calibration"]
-    (tmp_path / "report.json").write_text(json.dumps(report))
+    write_report(report, tmp_path / "report.json")
     shutil.copy(evaluated_run / "samples.npz", tmp_path)
     assert "fog <1>" in Page(write_html(read_evaluation(tmp_path), tmp_path)).text
 

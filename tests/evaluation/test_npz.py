@@ -54,6 +54,17 @@ def test_all_arrays_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         ),
         ({"shift_fog_logits": np.zeros((4, 6)), "shift_fog_labels": np.arange(4)}, "has 6 columns but logits has 5"),
         ({"logits": np.array([{}, {}])}, "cannot be read as .npz without pickle"),
+        ({"logits": np.zeros((200, 5), complex)}, "logits must be an (n, C) array of real numbers, not complex128"),
+        ({"train_features": np.ones((9, 4), complex)}, "training features must be real numbers, not complex128"),
+        (
+            {"train_features": np.ones((9, 4)), "fc_weight": np.ones((5, 4)) + 1j},
+            "training weight must be real numbers, not complex128",
+        ),
+        (
+            {"train_features": np.ones((9, 4)), "fc_weight": np.ones((5, 4)), "fc_bias": np.full(5, np.nan)},
+            "training bias must be finite",
+        ),
+        ({"train_features": np.ones((9, 4)), "train_labels": np.ones(9)}, "training labels must be integers, not fl"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +14,21 @@ import pytest
 
 from tal_fast.evaluation import prediction_store
 from tal_fast.evaluation.prediction_store import Outputs, OutputStore, ShardWriter
+from tal_fast.utils.io import replacing
 
 RNG = np.random.default_rng(0)
 LOGITS, FEATURES = RNG.normal(size=(10, 3)), RNG.normal(size=(10, 4)).astype(np.float32)
 LABELS = RNG.integers(3, size=10)
+KEY, OTHER = "0" * 64, "1" * 64
 
 
 def shard(indices: list[int], features: bool = True) -> tuple[Any, Outputs]:
     return np.array(indices), Outputs(LOGITS[indices], FEATURES[indices] if features else None, LABELS[indices])
 
 
-def filled(folder: Path, *shards: list[int], key: str = "key", features: bool = True) -> OutputStore:
-    store = OutputStore(folder, key, 10)
-    store.prepare(features)
+def filled(folder: Path, *shards: list[int], key: str = KEY, features: bool = True) -> OutputStore:
+    store = OutputStore(folder, key, 10, features)
+    store.prepare()
     for indices in shards:
         store.write(*shard(indices, features))
     return store
@@ -55,8 +60,8 @@ def test_shards_in_any_order_make_up_the_split(tmp_path: Path) -> None:
 def test_missing_samples_are_known(tmp_path: Path) -> None:
     store = filled(tmp_path / "val", [9, 0, 5], [1, 2])
     assert store.missing().tolist() == [3, 4, 6, 7, 8]
-    assert OutputStore(tmp_path / "gone", "key", 3).missing().tolist() == [0, 1, 2]
-    assert OutputStore(tmp_path / "val", "another key", 10).missing().size == 10
+    assert OutputStore(tmp_path / "gone", KEY, 3).missing().tolist() == [0, 1, 2]
+    assert OutputStore(tmp_path / "val", OTHER, 10).missing().size == 10
 
 
 def test_a_sample_written_twice_is_read_once(tmp_path: Path) -> None:
@@ -66,37 +71,135 @@ def test_a_sample_written_twice_is_read_once(tmp_path: Path) -> None:
     np.testing.assert_array_equal(store.load().logits, LOGITS)
 
 
-def test_another_key_empties_the_store(tmp_path: Path) -> None:
-    filled(tmp_path / "val", list(range(10)))
-    before, store = OutputStore(tmp_path / "val", "key", 10), OutputStore(tmp_path / "val", "another key", 10)
-    store.prepare(True)
-    with pytest.raises(ValueError, match="now holds outputs of other weights or images"):
-        before.load()
-    assert store.missing().size == 10
-    assert not list(tmp_path.glob("val/*.npz"))
+def test_stores_of_other_keys_are_removed_unless_in_use(tmp_path: Path) -> None:
+    used = filled(tmp_path / "val", list(range(10)))
+    (tmp_path / "val" / "000000000-10.npz").touch()  # as version 0.2.0 kept them
+    (tmp_path / "val" / "store.json").touch()
+    store = filled(tmp_path / "val", [0, 1], key=OTHER)
+    assert store.missing().size == 8
+    np.testing.assert_array_equal(used.load().logits, LOGITS)
+    del used
+    filled(tmp_path / "val", key=OTHER)
+    assert [path.name for path in (tmp_path / "val").iterdir()] == [OTHER[:16]]
+    assert store.missing().size == 8
+
+
+def test_a_shard_of_another_key_is_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    other = filled(tmp_path / "other", list(range(10)), key=OTHER)
+    store = filled(tmp_path / "val", [0, 1, 2])
+    (theirs,) = other.folder.glob("*.npz")
+    (ours,) = store.folder.glob("*.npz")
+    for name in (theirs.name, ours.name):
+        shutil.copy(theirs, store.folder / name)
+        with pytest.raises(ValueError, match="holds outputs of other weights, images or settings; evaluate again"):
+            store.load()
+        shutil.copy(theirs, store.folder / name)
+        with caplog.at_level(logging.WARNING):
+            assert store.missing().size == (7 if name == theirs.name else 10)
+        assert f"{name} holds outputs of other weights" in caplog.text
+
+
+def test_samples_that_vanish_are_not_made_up(tmp_path: Path) -> None:
+    store = filled(tmp_path / "val", [0, 1, 2], list(range(3, 10)))
+    next(store.folder.glob("000000003-*.npz")).unlink()
+    for read in (store.load, lambda: store.columns("labels"), lambda: list(store.blocks())):
+        with pytest.raises(ValueError, match="7 of 10 samples are missing in .*; evaluate again"):
+            read()
+
+
+def test_shards_of_the_same_samples_and_other_ones_stay_apart(tmp_path: Path) -> None:
+    store = filled(tmp_path / "val", [0, 1, 2, 3], [0, 5, 6, 7], [4, 8, 9])
+    np.testing.assert_array_equal(store.load().logits, LOGITS)
 
 
 def test_outputs_with_features_serve_without_but_not_the_reverse(tmp_path: Path) -> None:
-    store = filled(tmp_path / "with", list(range(10)))
-    store.prepare(False)
+    filled(tmp_path / "with", list(range(10)))
+    store = filled(tmp_path / "with", features=False)
     assert not store.missing().size
-    store = filled(tmp_path / "without", list(range(10)), features=False)
     assert store.load().features is None
-    store.prepare(True)
+    fast = filled(tmp_path / "without", list(range(10)), features=False)
+    store = filled(tmp_path / "without")
     assert store.missing().size == 10
+    store.write(*shard(list(range(10))))
+    for both in (fast, store):
+        assert not both.missing().size
+        np.testing.assert_array_equal(both.load().logits, LOGITS)
+    np.testing.assert_array_equal(store.load().features, FEATURES)
 
 
-def test_a_damaged_shard_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def damaged(**changes: Any) -> dict[str, Any]:
+    return {"key": KEY, "indices": np.arange(3), "labels": LABELS[:3], "logits": LOGITS[:3], **changes}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        damaged(features=FEATURES[:2]),
+        damaged(features=FEATURES[:3], indices=np.array([0, 1, 10])),
+        damaged(features=FEATURES[:3], indices=np.array([0, 1, -1])),
+        damaged(features=FEATURES[:3], indices=np.zeros(3)),
+        damaged(features=np.array([{}, {}, {}])),
+        {"labels": LABELS},
+    ],
+)
+def test_a_damaged_shard_is_computed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: dict[str, Any] | None
+) -> None:
     store = filled(tmp_path / "val", [0, 1, 2], list(range(3, 10)))
-    first = tmp_path / "val" / "000000000-3.npz"
-    first.write_bytes(first.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"000000000-3\.npz cannot be read .* remove it and evaluate again"):
+    first = next(store.folder.glob("000000000-3*.npz"))
+    whole = first.read_bytes()
+
+    def damage() -> None:
+        if content is None:
+            first.write_bytes(whole[:100])
+        else:
+            np.savez(first, **content)
+
+    damage()
+    with pytest.raises(ValueError, match=r"000000000-3.*\.npz .*; evaluate again to compute it anew"):
         store.load()
-    with caplog.at_level(logging.WARNING):
-        assert store.missing().tolist() == [0, 1, 2]
-    assert "it is computed again" in caplog.text
+    assert store.missing().tolist() == [0, 1, 2]
+    if content is None or "indices" not in content or content["indices"].tolist() != [0, 1, 2]:
+        damage()  # that is seen before anything is loaded
+        with caplog.at_level(logging.WARNING):
+            assert store.missing().tolist() == [0, 1, 2]
+        assert "it is computed again" in caplog.text
     store.write(*shard([0, 1, 2]))
     np.testing.assert_array_equal(store.load().logits, LOGITS)
+
+
+def test_a_second_process_waits_for_the_same_pass(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, second = filled(tmp_path / "val"), filled(tmp_path / "val")
+    done: list[int] = []
+
+    def compute() -> None:
+        with second.only_pass():
+            done.append(second.missing().size)
+
+    with caplog.at_level(logging.WARNING), store.only_pass():
+        thread = threading.Thread(target=compute)
+        thread.start()
+        while not caplog.records:
+            time.sleep(0.01)
+        with second.only_pass(wait=False):  # ranks do not wait
+            assert not done
+        store.write(*shard(list(range(10))))
+    thread.join()
+    assert done == [0]
+    assert "another process computes the same outputs" in caplog.text
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    store = filled(tmp_path / "val")
+    leftover = store.folder / ".000000000-3-abcdefgh.npz"
+    leftover.touch()
+    (tmp_path / "val" / f".removed-{OTHER[:16]}-00000000").mkdir()
+    with replacing(store.folder / "000000000-5.npz") as writing:
+        filled(tmp_path / "val")
+        assert writing.exists()
+        assert not leftover.exists()
+        assert [path.name for path in (tmp_path / "val").iterdir()] == [KEY[:16]]
 
 
 def test_the_writer_collects_up_to_a_size_and_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,4 +214,4 @@ def test_the_writer_collects_up_to_a_size_and_a_time(tmp_path: Path, monkeypatch
     assert store.missing().tolist() == [6, 7, 8, 9]
     writer.flush()
     writer.flush()
-    assert len(list(tmp_path.glob("val/*.npz"))) == 3
+    assert len(list(store.folder.glob("*.npz"))) == 3

@@ -86,7 +86,7 @@ def test_an_unreadable_image_loses_nothing_computed_before(tmp_path: Path, monke
         patch.setattr(predictions, "run_model", broken)
         with pytest.raises(ValueError, match="does not decode"):
             inference.store("val")
-    (path,) = (tmp_path / "cache" / "val").glob("*.npz")
+    (path,) = (tmp_path / "cache" / "val").glob("*/*.npz")
     assert len(np.load(path)["indices"]) == 60
 
 
@@ -154,9 +154,9 @@ def test_ranks_share_a_pass_and_finish_what_others_left(tmp_path: Path, monkeypa
     for number, ranks, stored in ((2, 3, 66), (1, 2, 133)):
         with pytest.raises(ValueError, match="all ranks must share that folder"):
             rank(number, ranks).store("val")
-        assert sum(len(np.load(path)["indices"]) for path in shards.glob("[0-9]*.npz")) in (stored, stored + 1)
+        assert sum(len(np.load(path)["indices"]) for path in shards.glob("*/[0-9]*.npz")) in (stored, stored + 1)
     outputs = rank(0, 1).store("val").load()
     np.testing.assert_array_equal(outputs.labels, whole.labels)
     np.testing.assert_allclose(outputs.logits, whole.logits, rtol=1e-4, atol=1e-5)
-    indices = np.concatenate([np.load(path)["indices"] for path in shards.glob("[0-9]*.npz")])
+    indices = np.concatenate([np.load(path)["indices"] for path in shards.glob("*/[0-9]*.npz")])
     assert sorted(indices) == list(range(200))

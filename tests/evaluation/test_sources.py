@@ -111,8 +111,8 @@ def test_fast_evaluations_keep_no_features(tmp_path: Path) -> None:
     evaluation = evaluate_run(run, passes=passes, options=EvaluationOptions(scores=["all"]))
     assert evaluation is not None
     assert list(evaluation.report["settings"]["old_fd"]) == list(SCORES)
-    shards = list(run.glob("eval-cache/best/*/*.npz"))
-    assert {path.parent.name for path in shards} == {"val", "ood-noise"}
+    shards = list(run.glob("eval-cache/best/*/*/*.npz"))
+    assert {path.parents[1].name for path in shards} == {"val", "ood-noise"}
     assert all("features" not in np.load(path) for path in shards)
 
 
@@ -152,6 +152,6 @@ def test_torchrun_evaluates_as_one_process_does(tmp_path: Path) -> None:
             # Batches of other sizes round differently.
             assert two["settings"][key][score] == pytest.approx(values, abs=1e-4), (key, score)
     for name, samples in (("val", 200), ("ood-noise", 1000), ("train-eval", 400)):
-        shards = (tmp_path / "two-cache" / name).glob("[0-9]*.npz")
+        shards = (tmp_path / "two-cache" / name).glob("*/[0-9]*.npz")
         indices = np.concatenate([np.load(path)["indices"] for path in shards])
         np.testing.assert_array_equal(np.sort(indices), np.arange(samples))

@@ -32,8 +32,9 @@ def trace() -> dict[str, Tensor]:
 
 
 def options(case: dict[str, Tensor], variant: str) -> dict[str, Any]:
-    """The temperatures of a golden case, as keyword arguments of the loss."""
-    return {"variant": variant, **{key: float(case[key]) for key in ("t_min", "t_max", "t_wrong")}}
+    """Keyword arguments of the loss for a golden case, all of which were made with the released code's threshold."""
+    temperatures = {key: float(case[key]) for key in ("t_min", "t_max", "t_wrong")}
+    return {"variant": variant, "confidence_threshold": 0.0, **temperatures}
 
 
 def relative(x: Tensor, truth: Tensor) -> float:

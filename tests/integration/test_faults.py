@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -12,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import faults
-from bench.faults import Failed, Outcome
+from bench.faults import __main__ as command
+from bench.faults import registry, runs
+from bench.faults.kills import CONFIGURATIONS, kill_all
+from bench.faults.runs import Failed, Impossible
+from bench.faults.soak import soak
 from tal_fast.runs import checkpoint
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
@@ -26,27 +30,52 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_killed_run_resumes_to_the_same_bits(work: Path) -> None:
-    outcome = faults.kills(work / "kills", count=3, epochs=3)
-    assert sum(outcome.measured["kills"].values()) == 3
+@pytest.mark.timeout(1500)
+def test_killed_runs_resume_to_the_same_bits(work: Path) -> None:
+    out = work / "kills.json"
+    assert kill_all(work / "kills", count=10, out=out, jobs=2)
+    result = json.loads(out.read_text())
+    assert result["kills"] + sum("not tried" in entry["result"] for entry in result["results"]) == 10
+    assert len(result["results"]) == 10  # one kill of each of the first ten configurations
 
 
 @pytest.mark.slow
-def test_killed_run_of_two_processes_resumes_to_the_same_bits(work: Path) -> None:
-    outcome = faults.kills(work / "kills2", count=2, processes=2, epochs=3)
-    assert sum(outcome.measured["kills"].values()) == 2
+@pytest.mark.timeout(600)
+def test_a_minute_of_random_faults_ends_as_undisturbed(work: Path) -> None:
+    outcome = soak(work / "soak", minutes=1, every=10)
+    assert sum(outcome["faults"].values()) >= 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(faults.FAULTS.keys() - {"kills"}))
+@pytest.mark.parametrize("name", sorted(registry.FAULTS.keys() - {"kills"}))
 def test_fault_has_its_documented_outcome(work: Path, name: str) -> None:
     if name.endswith("dali") and importlib.util.find_spec("nvidia.dali") is None:
         pytest.skip("needs DALI")
     try:
-        outcome = faults.FAULTS[name](work / name)
-    except faults.Impossible as reason:
+        registry.FAULTS[name].inject(work / name)
+    except Impossible as reason:
         pytest.skip(str(reason))
-    assert outcome.result
+
+
+def test_the_table_of_the_documentation_is_that_of_the_faults() -> None:
+    assert registry.table() in registry.DOCS.read_text()
+
+
+def test_the_configurations_that_are_killed_cover_methods_loaders_and_processes() -> None:
+    words = " ".join(each.words for each in CONFIGURATIONS.values())
+    assert len(CONFIGURATIONS) == 12
+    assert {each.processes for each in CONFIGURATIONS.values()} == {1, 2, 4}
+    for part in (
+        "ema-decay",
+        "accumulate",
+        "bfloat16",
+        "name fmfp ",
+        "name crl",
+        "loader dali",
+        "workers 1",
+        "cifar10",
+    ):
+        assert part in words, part
 
 
 def written_run(folder: Path, **changes: object) -> Path:
@@ -67,7 +96,7 @@ def written_run(folder: Path, **changes: object) -> Path:
 
 def test_comparison_finds_each_difference(tmp_path: Path) -> None:
     one, same = written_run(tmp_path / "one"), written_run(tmp_path / "another")
-    assert faults.differences(one, same) == []  # other paths, other timings
+    assert runs.differences(one, same) == []  # other paths, other timings
     for change, entry in (
         ({"model": {"weight": torch.tensor([0.0, 1.0, 2.0000002])}}, ".model.weight"),
         ({"model": {"weight": torch.arange(3.0), "bias": torch.zeros(1)}}, ".model.bias"),
@@ -77,19 +106,19 @@ def test_comparison_finds_each_difference(tmp_path: Path) -> None:
         ({"step": 1}, ".step"),
     ):
         other = written_run(tmp_path / "other", **change)
-        assert faults.differences(one, other) == [name + entry for name in (checkpoint.LAST, checkpoint.BEST)]
+        assert runs.differences(one, other) == [name + entry for name in (checkpoint.LAST, checkpoint.BEST)]
     (same / "metrics.csv").write_text("epoch,train_loss,seconds\n1,0.25,1\n")
-    assert faults.differences(one, same) == ["metrics.csv"]
+    assert runs.differences(one, same) == ["metrics.csv"]
     (same / ".metrics.csv.x").write_text("")
     with pytest.raises(Failed, match="did not end as"):
-        faults.expect_same_end(one, same)
+        runs.expect_same_end(one, same)
 
 
 def test_leftover_files_are_found(tmp_path: Path) -> None:
     one, other = written_run(tmp_path / "one"), written_run(tmp_path / "other")
     (other / ".metrics.csv.x1").write_text("")
     with pytest.raises(Failed, match=r"temporary files were left behind: .*\.metrics\.csv\.x1"):
-        faults.expect_same_end(one, other)
+        runs.expect_same_end(one, other)
 
 
 WRITER = """
@@ -123,7 +152,7 @@ def test_process_dies_at_the_chosen_point(
     tmp_path: Path, point: str, last: int | None, previous: int, temporary: bool
 ) -> None:
     words = [sys.executable, "-c", WRITER + ("import time; time.sleep(60)" if ":step:" in point else ""), point]
-    done = subprocess.run(words, cwd=tmp_path, env=faults.surroundings(tmp_path), capture_output=True, text=True)
+    done = subprocess.run(words, cwd=tmp_path, env=runs.surroundings(tmp_path), capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     for name, step in (("last.pt", last), ("previous.pt", previous)):
         path = tmp_path / name
@@ -134,26 +163,35 @@ def test_process_dies_at_the_chosen_point(
 
 def test_job_kills_its_children(tmp_path: Path) -> None:
     code = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
-    with faults.Job(tmp_path, [sys.executable, "-c", code]) as job:
-        (child,) = faults.wait_for("its child", job.ranks)
-        assert faults.alive(child)
+    with runs.Job(tmp_path, [sys.executable, "-c", code]) as job:
+        (child,) = runs.wait_for("its child", job.ranks)
+        assert runs.alive(child)
     assert job.process.returncode == -signal.SIGKILL
-    faults.wait_for("the end of the child", lambda: not faults.alive(child), timeout=10)
+    runs.wait_for("the end of the child", lambda: not runs.alive(child), timeout=10)
     assert not os.path.exists(f"/proc/{job.process.pid}")
 
 
-def test_command_reports_outcomes_and_failures(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_command_writes_outcomes_and_reports_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(folder: Path) -> Outcome:
+    def broken(folder: Path) -> dict[str, object]:
         raise Failed("it went wrong")
 
-    monkeypatch.setattr(faults, "FAULTS", {"good": lambda folder: Outcome("good", "well", {"s": 1}), "bad": broken})
-    monkeypatch.setattr(sys, "argv", ["faults"])
-    with pytest.raises(SystemExit, match="not as stated: bad; their files are in"):
-        faults.main()
-    assert capsys.readouterr().out == "good: well (s: 1)\nbad: FAILED: it went wrong\n"
+    def fault(inject: object) -> registry.Fault:
+        return registry.Fault("x", "y", "0", inject)  # type: ignore[arg-type]
+
+    faults = {"good": fault(lambda folder: {"s": 1}), "kills": fault(None), "bad": fault(broken)}
+    monkeypatch.setattr(command, "FAULTS", faults)
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["faults", "good", "bad", "--out", str(out), "--work", str(tmp_path)])
+    with pytest.raises(SystemExit, match="not as documented: bad; their files are in"):
+        command.main()
+    printed = capsys.readouterr().out
+    assert "good: as documented (s: 1)\n" in printed
+    assert "bad: FAILED: it went wrong\n" in printed
+    (entry,) = json.loads(out.read_text())["results"]
+    assert (entry["fault"], entry["measured"]) == ("good", {"s": 1})
     monkeypatch.setattr(sys, "argv", ["faults", "worse"])
     with pytest.raises(SystemExit) as caught:
-        faults.main()
+        command.main()
     assert caught.value.code == 2

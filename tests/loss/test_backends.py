@@ -79,7 +79,8 @@ def check_golden_case(case: str, dtype: torch.dtype, variant: str, backend: str)
 @every_variant
 def test_golden_trace(variant: str, backend: str) -> None:
     t, device = trace(), device_of(backend)
-    loss_fn = TALLoss(variant, queue_size=int(t["capacity"]), backend=backend).double().to(device)
+    loss_fn = TALLoss(variant, queue_size=int(t["capacity"]), confidence_threshold=0.0, backend=backend)
+    loss_fn = loss_fn.double().to(device)
     steps = len(t["logits"])
     if backend == "triton" and INTERPRETED:
         steps = 5  # the queue is full in the last one
@@ -285,7 +286,7 @@ def test_overflowing_norm_leaves_the_loss_finite(backend: str) -> None:
 def test_zero_logits(backend: str) -> None:
     _, features, labels = random_batch(4, 6)
     logits = torch.zeros(4, 6)
-    _loss, grad, stats = run_step(backend, logits, features, labels)
+    _loss, grad, stats = run_step(backend, logits, features, labels, confidence_threshold=0.0)
     _, truth = exact(logits, labels, stats.typicalness)
     assert relative(grad, truth) <= 1e-5
     assert torch.equal(stats.correct, labels == 0)  # ties go to the first class
@@ -310,6 +311,18 @@ def test_accepted_samples_exceed_the_confidence_threshold(backend: str) -> None:
     _, _, stats = run_step(backend, logits, features, labels, confidence_threshold=threshold)
     assert torch.equal(stats.accepted, cosine > threshold)
     assert 0 < int(stats.accepted.sum()) < 10
+
+
+@every_backend
+@every_variant
+def test_every_correct_sample_is_accepted_but_by_the_released_variant(variant: str, backend: str) -> None:
+    # A shift of all logits changes neither the predictions nor softmax, but the sign of the cosine.
+    logits, labels, features = torch.zeros(8, 10), torch.arange(8), torch.rand(8, 16)
+    logits[torch.arange(8), labels] = torch.arange(2.0, 10.0)
+    for shift, above in ((0.0, 8), (-5.5, 4), (-20.0, 0)):
+        _, _, stats = run_step(backend, logits + shift, features, labels, variant=variant)
+        assert int(stats.correct.sum()) == 8
+        assert int(stats.accepted.sum()) == (8 if variant == "paper" else above)
 
 
 @every_backend

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tal_fast import TALLoss
 from tal_fast.loss import options
 from tal_fast.loss.options import LossOptions, check_inputs, check_label_range
 
@@ -53,3 +54,10 @@ def test_labels_on_gpus_are_checked_on_request(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(options, "CHECK_LABELS_ON_GPU", True)
     assert options.labels_are_checked(labels)
     assert options.labels_are_checked(labels.new_zeros(2, device="cpu"))
+
+
+@pytest.mark.parametrize(("variant", "own"), [("paper", -1.0), ("released", 0.0)])
+def test_the_default_threshold_is_the_variants_own(variant: str, own: float) -> None:
+    assert LossOptions(variant).confidence_threshold == own
+    assert LossOptions(variant, confidence_threshold=0.5).confidence_threshold == 0.5
+    assert f"confidence_threshold={own}" in repr(TALLoss(variant, queue_size=2))  # type: ignore[arg-type]

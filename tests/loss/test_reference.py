@@ -70,6 +70,7 @@ def test_golden_trace(variant: str) -> None:
             t["labels"][step],
             distance,
             variant=variant,
+            confidence_threshold=0.0,
             warmup=step < int(t["warmup_steps"]),
         )
         assert relative(loss, t[f"loss_{variant}"][step]) <= 1e-12

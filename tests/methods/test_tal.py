@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -35,6 +37,16 @@ def test_tal_passes_its_options_to_the_loss_and_reports_its_queue() -> None:
     assert method.epoch_metrics() == {"queue_length": 5}
     step_of(method, torch.eye(5) * 9, torch.rand(5, 6), labels)
     assert method.epoch_metrics() == {"queue_length": 7}
+
+
+def test_a_warning_is_not_given_for_few_images_of_which_none_is_correct_by_chance() -> None:
+    method = make_method(MethodConfig("tal", options={"confidence_threshold": 0.5}))
+    assert method.warning({"train_accuracy": 0.0, "accepted": 0.0}) is None
+    assert "confidence_threshold = 0.5" in str(method.warning({"train_accuracy": 0.2, "accepted": 0.05}))
+    assert method.warning({"train_accuracy": 0.2, "accepted": 0.15}) is None
+    method.task = dataclasses.replace(method.task, train_images=10**6)
+    assert "no sample of this epoch" in str(method.warning({"train_accuracy": 0.0, "accepted": 0.0}))
+    assert make_method(MethodConfig("ce")).warning({}) is None
 
 
 @pytest.mark.parametrize(("t_wrong", "limits"), [(20.0, (5.0, 50.0)), (2.0, (2.0, 50.0)), (90.0, (5.0, 90.0))])

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
@@ -20,6 +26,7 @@ from tal_fast.evaluation.sources import evaluate_weights
 from tal_fast.models import build_model, pretrained
 from tal_fast.models.pretrained import evaluation_data, load_weights, preprocessing, read_state
 from tal_fast.models.registry import NETWORKS
+from tests.helpers.fuzz import FUZZ, mutations, reads_or_refuses
 
 SMALL = ModelConfig("cifar_resnet8", width=4)
 DIGITS = DataConfig(dataset="synthetic", crop_area=None, image_size=16, channels=1)
@@ -53,7 +60,7 @@ def test_states_are_found_under_any_wrapper(tmp_path: Path, prefix: str, under: 
     state: dict[str, Any] = prefixed(model.state_dict(), prefix)
     content = state if under is None else {"epoch": 3, under: state, "optimizer": {"lr": 0.1}}
     torch.save(content, tmp_path / "weights.pth")
-    loaded = load_weights(tmp_path / "weights.pth", SMALL, evaluation_data(DIGITS))
+    loaded, _ = load_weights(tmp_path / "weights.pth", SMALL, evaluation_data(DIGITS))
     assert weights_hash(loaded) == weights_hash(model)
     assert not loaded.training
 
@@ -65,7 +72,7 @@ def test_averaged_models_and_safetensors(tmp_path: Path) -> None:
     torch.save(averaged.state_dict(), tmp_path / "swa.pt")
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     for name in ("swa.pt", "weights.safetensors"):
-        loaded = load_weights(tmp_path / name, SMALL, evaluation_data(DIGITS))
+        loaded, _ = load_weights(tmp_path / name, SMALL, evaluation_data(DIGITS))
         assert weights_hash(loaded) == weights_hash(model), name
 
 
@@ -79,7 +86,7 @@ def test_layer_names_of_public_cifar_code(tmp_path: Path) -> None:
         foreign[name.replace("fc.", "linear.")] = value
     assert "layer1.0.conv1.weight" in foreign
     torch.save({"state_dict": prefixed(foreign, "module.")}, tmp_path / "released.pth")
-    loaded = load_weights(tmp_path / "released.pth", config, evaluation_data(DIGITS))
+    loaded, _ = load_weights(tmp_path / "released.pth", config, evaluation_data(DIGITS))
     assert weights_hash(loaded) == weights_hash(model)
 
 
@@ -140,7 +147,7 @@ def test_a_network_of_torchvision_and_one_of_timm(tmp_path: Path) -> None:
         config = ModelConfig(name)
         model = network(3, 3, config)
         torch.save(model.state_dict(), tmp_path / "weights.pt")
-        loaded = load_weights(tmp_path / "weights.pt", config, data)
+        loaded, _ = load_weights(tmp_path / "weights.pt", config, data)
         with torch.inference_mode():
             logits, features = loaded(images)
             want = model.eval()(images)
@@ -152,7 +159,7 @@ def test_a_network_of_torchvision_and_one_of_timm(tmp_path: Path) -> None:
 def test_the_auxiliary_classifier_of_training_is_dropped(tmp_path: Path) -> None:
     model = network()
     torch.save({**model.state_dict(), "AuxLogits.fc.weight": torch.zeros(3, 3)}, tmp_path / "weights.pt")
-    assert weights_hash(load_weights(tmp_path / "weights.pt", SMALL, evaluation_data(DIGITS))) == weights_hash(model)
+    assert weights_hash(load_weights(tmp_path / "weights.pt", SMALL, evaluation_data(DIGITS))[0]) == weights_hash(model)
 
 
 def changed(state: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Tensor]:
@@ -180,6 +187,90 @@ def test_weights_that_do_not_fit_are_rejected(tmp_path: Path, content: Any, mess
     assert "\n" not in str(refusal.value)
 
 
+def with_layer(change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    state = network().state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # quantized tensors are deprecated
+        return {**state, "fc.weight": change(state["fc.weight"])}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: torch.complex(w, w), "fc.weight in .* must be real numbers, not torch.complex64"),
+        (lambda w: w.to_sparse(), "fc.weight in .* must be dense, not nested, quantized or sparse"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "fc.weight in .* must be dense|weights only"),
+        (lambda w: w.to("meta"), "fc.weight has no values \\(device meta\\); save it once they are loaded"),
+        (lambda w: torch.full_like(w, torch.nan), "fc.weight has NaN; training had diverged"),
+        (lambda w: w.to(torch.float8_e5m2).fill_(torch.nan), "fc.weight has NaN"),
+        (lambda w: (100 * w).to(torch.int8), "fc.weight is torch.int8, not floating point"),
+        (lambda w: w > 0, "fc.weight is torch.bool, not floating point"),
+        (lambda w: w[0, 0], r"fc.weight is of shape \(\), not"),
+        (lambda w: w[:0], "is for 0 classes"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(
+    tmp_path: Path, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    torch.save(with_layer(change), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=message) as refusal:
+        load_weights(tmp_path / "weights.pt", SMALL, evaluation_data(DIGITS))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_weights_of_another_precision_are_read_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = with_layer(lambda weight: weight.t().contiguous().t().to(dtype))
+    torch.save(state, tmp_path / "weights.pt")
+    loaded, _ = load_weights(tmp_path / "weights.pt", SMALL, evaluation_data(DIGITS))
+    torch.testing.assert_close(loaded.state_dict()["fc.weight"], state["fc.weight"].float(), rtol=0, atol=0)
+
+
+def test_a_name_with_and_without_a_prefix_is_refused(tmp_path: Path) -> None:
+    state = network().state_dict()
+    torch.save({**state, "module.fc.bias": state["fc.bias"] + 1}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"has fc\.bias twice, with and without a prefix such as module\."):
+        read_state(tmp_path / "weights.pt")
+
+
+RAW, EMA = ({"w": torch.full((2,), value)} for value in (1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "found", "value"),
+    [
+        ({"model": RAW, "model_ema": prefixed(EMA, "module."), "epoch": 3}, None, "model_ema", 2),  # torchvision
+        ({"state_dict": RAW, "state_dict_ema": EMA}, None, "state_dict_ema", 2),  # timm
+        ({"net": RAW, "ema": {"n_averaged": torch.tensor(4), **prefixed(EMA, "module.")}}, None, "ema", 2),
+        ({"model": RAW, "average": EMA}, None, "average", 2),  # this project's trainer
+        ({"model": RAW, "average": None}, None, "model", 1),
+        ({"checkpoint": 1, "model": {"state_dict": RAW, "ema_state_dict": EMA}}, None, "model.ema_state_dict", 2),
+        ({"model": RAW, "model_ema": EMA}, "model", "model", 1),
+        ({"model": {"state_dict": RAW, "ema": EMA}}, "model.state_dict", "model.state_dict", 1),
+        ({"model": RAW, "teacher": EMA}, "teacher", "teacher", 2),
+        (RAW, None, "", 1),
+    ],
+)
+def test_averaged_weights_are_preferred_and_any_can_be_chosen(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: Any, key: str | None, found: str, value: float
+) -> None:
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with caplog.at_level(logging.INFO):
+        state, chosen = read_state(tmp_path / "checkpoint.pt", key)
+    assert chosen == found
+    assert state["w"].tolist() == [value, value]
+    assert list(state) == ["w"]
+    assert (f"the weights under '{found}' are used; it also has" in caplog.text) == (value == 2 and key is None)
+
+
+def test_averaged_weights_that_are_no_state_dict_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save({"model": RAW, "ema": {"decay": 0.9, "shadow_params": list(EMA.values())}}, tmp_path / "a.pt")
+    assert read_state(tmp_path / "a.pt")[1] == "model"
+    assert "'ema' holds no state dict; the weights under 'model' are used" in caplog.text
+    with pytest.raises(ValueError, match="holds no state dict: under 'net'"):
+        read_state(tmp_path / "a.pt", "net")
+
+
 def test_other_files_are_rejected(tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     for name, message in (
@@ -191,6 +282,52 @@ def test_other_files_are_rejected(tmp_path: Path) -> None:
             read_state(tmp_path / name)
     with pytest.raises(ValueError, match="there is no file of weights"):
         read_state(tmp_path / "gone.pt")
+
+
+def saved(content: Any, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+SMALL_STATE = {"fc.weight": torch.arange(6.0).reshape(2, 3), "fc.bias": torch.zeros(2), "n": torch.tensor(3)}
+CHECKPOINT = saved({"epoch": 3, "model": SMALL_STATE})
+
+
+def read_weights(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    if reads_or_refuses(read_state, tmp_path / name):
+        assert all(isinstance(value, Tensor) for value in read_state(tmp_path / name)[0].values())
+
+
+@FUZZ
+@example(saved(SMALL_STATE, _use_new_zipfile_serialization=False)[:-1])
+@example(saved({"model": {1: torch.zeros(1)}}))
+@example(saved({"model": {}, "state_dict": []}))
+@example(saved({"model_ema": None, "model": torch.zeros(1)}))
+@given(mutations(CHECKPOINT))
+def test_damaged_checkpoints_are_refused_in_one_sentence(tmp_path: Path, content: bytes) -> None:
+    read_weights(tmp_path, "weights.pt", content)
+
+
+@FUZZ
+@given(mutations(saved(SMALL_STATE, _use_new_zipfile_serialization=False)))
+def test_damaged_old_files_are_refused_in_one_sentence(tmp_path: Path, content: bytes) -> None:
+    read_weights(tmp_path, "weights.pt", content)
+
+
+@FUZZ
+@given(st.data())
+def test_damaged_safetensors_are_refused_in_one_sentence(tmp_path: Path, data: st.DataObject) -> None:
+    save = pytest.importorskip("safetensors.torch").save
+    read_weights(tmp_path, "weights.safetensors", data.draw(mutations(save(SMALL_STATE))))
+
+
+def test_a_checkpoint_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"epoch": 3}
+    content["model"] = content
+    torch.save(content, tmp_path / "weights.pt")
+    assert not reads_or_refuses(read_state, tmp_path / "weights.pt")
 
 
 def test_old_files_without_batch_counts_load(tmp_path: Path) -> None:

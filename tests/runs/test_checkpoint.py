@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -10,16 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 
 from tal_fast.runs import checkpoint
 from tal_fast.runs.checkpoint import Damaged
 from tal_fast.utils.rng import rng_state
+from tests.helpers.fuzz import FUZZ, mutations, reads_or_refuses
 
 
 def content(epoch: int = 1) -> dict[str, Any]:
     return {
         "config": {"epochs": 3},
-        "shape": {},
+        "shape": {"class_names": ["a", "b"], "channels": 1, "image_size": 8, "train_images": 9},
         "epoch": epoch,
         "step": 0,
         "world_size": 1,
@@ -69,6 +72,29 @@ def test_a_flipped_byte_is_detected(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(Damaged, match="it is damaged"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize("file_system", ["this one", "without copy_file_range"])
+@pytest.mark.parametrize("damaged", [checkpoint.LAST, checkpoint.BEST, "epoch-0002.pt"])
+def test_damage_to_one_file_is_not_damage_to_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str, file_system: str
+) -> None:
+    if file_system != "this one":
+        monkeypatch.delattr(os, "copy_file_range")
+    names = {checkpoint.LAST: 2, checkpoint.BEST: 2, checkpoint.epoch_name(2): 2}
+    names |= {checkpoint.PREVIOUS: 1, checkpoint.epoch_name(1): 1}
+    writer = checkpoint.Writer(tmp_path)
+    for epoch in (1, 2):
+        writer.start(content(epoch), [checkpoint.BEST, checkpoint.epoch_name(epoch)])
+    assert writer.finish() is None
+    os.truncate(tmp_path / damaged, 100)
+    for name, epoch in names.items():
+        if name == damaged:
+            with pytest.raises(Damaged):
+                checkpoint.load(tmp_path / name)
+        else:
+            assert checkpoint.load(tmp_path / name)["epoch"] == epoch
+    assert len({(tmp_path / name).stat().st_ino for name in names}) == len(names)
 
 
 @pytest.mark.parametrize("killed_at", range(6))
@@ -137,6 +163,44 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     torch.save({"format": 1, **{k: v for k, v in content().items() if k != "ranks"}}, path)
     with pytest.raises(Damaged, match="lacks ranks"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": {}}, "model"),
+        ({"optimizer": None}, "optimizer"),
+        ({"ranks": []}, "ranks"),
+        ({"ranks": [{}, {}]}, "ranks"),
+        ({"epoch": "1"}, "epoch"),
+        ({"config": {}}, "config"),
+        ({"config": {"seed": torch.zeros(2)}}, "plain values"),
+        ({"model": torch.zeros(2)}, "model"),
+        ({"shape": {"class_names": ["a"], "channels": 1, "train_images": 9}}, "shape.image_size"),
+    ],
+)
+def test_an_emptied_file_is_refused_and_the_previous_one_used(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    """The zip is whole, and so are its checksums."""
+    checkpoint.save(tmp_path / checkpoint.PREVIOUS, content(1))
+    checkpoint.save(tmp_path / checkpoint.LAST, content(2) | changes)
+    loaded, path, problems = checkpoint.load_newest(tmp_path)
+    assert (loaded["epoch"], path.name) == (1, checkpoint.PREVIOUS)
+    assert problems == [f"checkpoint {tmp_path / checkpoint.LAST} lacks {named}; it is damaged"]
+
+
+def checkpoint_bytes() -> bytes:
+    file = io.BytesIO()
+    torch.save({"format": 1, **content(), "model": {"weight": torch.arange(5.0)}}, file)
+    return file.getvalue()
+
+
+@FUZZ
+@given(mutations(checkpoint_bytes()))
+def test_damaged_files_are_read_or_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "last.pt").write_bytes(data)
+    reads_or_refuses(checkpoint.load, tmp_path / "last.pt")
 
 
 class Evil:

@@ -27,3 +27,12 @@ def test_metrics_csv_has_a_row_for_each_epoch(tmp_path: Path) -> None:
     assert header == [*COLUMNS, "own"]
     assert [(line[0], float(line[-1])) for line in lines] == [("1", 1 / 3), ("2", 2 / 3)]
     assert (tmp_path / "new" / "metrics.csv").read_bytes().count(b"\r") == 0
+
+
+def test_rows_of_an_older_version_may_lack_a_column(tmp_path: Path) -> None:
+    rows = [epoch_row(epoch, dict.fromkeys(COLUMNS[1:], 0.1), {"own": 1.0}) for epoch in (1, 2)]
+    rows[1]["new"] = 2.0
+    write_metrics(tmp_path, rows)
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        lines = list(csv.reader(file))
+    assert [line[-2:] for line in lines] == [["own", "new"], ["1.0", "nan"], ["1.0", "2.0"]]

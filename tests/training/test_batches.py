@@ -44,7 +44,7 @@ def test_images_grow_as_configured(tmp_path: Path) -> None:
     growing = batches(tmp_path, image_sizes=[(0, 6), (2, 8)])
     sides = [next(growing.epoch(epoch))[0].shape[-1] for epoch in range(3)]
     assert sides == [6, 6, 8]
-    assert [images.shape for images in growing.images(0, limit=50)] == [(32, 1, 6, 6)] * 2
+    assert [images.shape for images in growing.images(0, steps=2)] == [(32, 1, 6, 6)] * 2
 
 
 def test_too_few_outliers_are_refused_by_name(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import yaml
 from tal_fast.runs import checkpoint
 from tal_fast.runs.load import load_run
 from tal_fast.training.command import main
+from tal_fast.utils.process import run_and_exit
 from tests.helpers.training import raise_signal_at
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +75,26 @@ def test_damaged_checkpoints_are_refused_in_a_sentence(tmp_path: Path, capsys: p
     err = refusal([*options, "--output", output, "--resume", "auto"], capsys)
     assert "last.pt cannot be read" in err
     assert "previous.pt cannot be read" in err
+
+
+def test_a_run_that_fails_at_its_start_can_be_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", "digits-ce", "--epochs", "1", "--data.train-limit", "64", "--data.loader", "torch"]
+    words += ["--data.workers", "0", "--device", "cpu", "--output", str(tmp_path / "run")]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tal_fast.training.loggers.Loggers.__init__", full)
+        with pytest.raises(SystemExit) as caught:
+            run_and_exit(lambda: main(words))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: No space left on device; make room\n"
+    assert (tmp_path / "run" / "config.yaml").exists()
+    main(words)
+    assert load_run(tmp_path / "run").epoch == 1
 
 
 def test_options_are_read_without_torch() -> None:
@@ -132,6 +155,23 @@ def test_a_signal_saves_the_run_and_the_same_command_goes_on(
     main([*words, "--resume", "auto", "--progress", "none"])
     assert capsys.readouterr() == ("", "")
     assert load_run(tmp_path / "run").epoch == 1
+
+
+def test_an_error_of_the_network_is_no_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--config", "digits-ce", "--epochs", "1", "--data.train-limit", "200", "--device", "cpu"]
+    words += ["--data.loader", "torch", "--data.workers", "0", "--logger", "none", "--output", str(tmp_path / "run")]
+    cross_entropy, count = torch.nn.functional.cross_entropy, [0]
+
+    def failing(*args: Any, **kwargs: Any) -> torch.Tensor:
+        count[0] += 1
+        if count[0] == 3:
+            raise ValueError("a fault of the network")
+        return cross_entropy(*args, **kwargs)
+
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", failing)
+    with pytest.raises(ValueError, match="a fault of the network"):  # Python prints it and exits with 1
+        main(words)
+    assert checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 2
 
 
 def torchrun(*options: str) -> list[str]:

@@ -46,6 +46,15 @@ def test_sums_leave_out_rows_without_an_image() -> None:
     assert math.isnan(epoch.means(torch.zeros_like(epoch.total))["train_loss"])
 
 
+def test_sums_of_an_older_version_lack_the_newer_values() -> None:
+    sums = EpochSums(make_method(MethodConfig("tal")), CPU)
+    older = torch.arange(1.0, len(sums.total))
+    sums.load(older)
+    assert torch.equal(sums.total[:-1], older.double())
+    assert math.isnan(sums.means(sums.total)["accepted"])
+    assert sums.means(sums.total)["train_accuracy"] == 3
+
+
 def test_quantiles_of_a_histogram_are_accurate_to_a_bin() -> None:
     values = torch.rand(5000, dtype=torch.float64) ** 2 * 3 + 1
     counts = torch.histc(values, BINS, 1.0, 4.0).tolist()

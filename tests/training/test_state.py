@@ -24,13 +24,16 @@ def test_another_number_of_ranks_goes_on_from_the_start_of_the_epoch(
     assert trainer._writer.finish() is None
     path = tmp_path / "checkpoints" / "last.pt"
     content = checkpoint.load(path)
-    content["ranks"], content["world_size"] = content["ranks"] * 2, 2
+    unreadable = [{"train": {"a": "why"}, "val": {}}, {"train": {"a": "why", "b": "why"}, "val": {"c": "why"}}]
+    content["ranks"] = [{**content["ranks"][0], "unreadable": files} for files in unreadable]
+    content["world_size"] = 2
     checkpoint.save(path, content)
     with caplog.at_level(logging.INFO):
         resumed = Trainer(config(tmp_path, resume="auto"))
     assert "ranks 2 -> 1 since" in caplog.text
     assert "not bit for bit as it would have, from the start of the epoch" in caplog.text
     assert (resumed.state.epoch, resumed.state.step) == (1, 0)
+    assert resumed.state.unreadable == unreadable[1]  # of both
     saved = content["ranks"][0]["method"]["loss_fn.queue.mean"]
     entries, _ = resumed.method.loss_fn.queue.contents()  # type: ignore[union-attr,operator]
     count = int(content["ranks"][0]["method"]["loss_fn.queue.cursor"][1])

@@ -11,6 +11,7 @@ import torch
 
 from tal_fast.config.schema import Config, OptimConfig
 from tal_fast.runs import checkpoint
+from tal_fast.training.train_step import check_parts
 from tal_fast.training.trainer import Trainer
 from tests.helpers.training import assert_same_end, config
 
@@ -50,6 +51,15 @@ def test_accumulated_parts_equal_the_whole_batch_without_batch_statistics(tmp_pa
         weights.append(torch.cat([p.detach().double().flatten() for p in trainer.network.parameters()]))
         assert trainer.history[0]["train_loss"] == pytest.approx(2.3, abs=0.5)
     assert (weights[0] - weights[1]).norm() < 1e-5 * weights[0].norm()
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(1, 1), (16, 16)])
+def test_batchnorm_needs_two_images_in_each_part(tmp_path: Path, batch_size: int, accumulate: int) -> None:
+    options = config(tmp_path, batch_size=batch_size, optim=OptimConfig(accumulate=accumulate))
+    with pytest.raises(ValueError, match=r"BatchNorm \(bn1\) would see one image at a time .*; raise batch_size"):
+        Trainer(options)
+    Trainer(config(tmp_path, batch_size=2 * accumulate, optim=OptimConfig(accumulate=accumulate)))
+    check_parts(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.GroupNorm(2, 8), torch.nn.SyncBatchNorm(8)), 1)
 
 
 def test_channels_last_and_clipping_take_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

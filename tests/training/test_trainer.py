@@ -76,14 +76,16 @@ def test_resume_within_an_epoch_is_bit_exact(
     assert_same_end(straight, tmp_path / "parts")
 
 
-def test_a_damaged_checkpoint_costs_one_epoch(tmp_path: Path, straight: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_costs_a_validation(
+    tmp_path: Path, straight: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     Trainer(config(tmp_path, epochs=EPOCHS)).fit(until=2)
     last = tmp_path / "checkpoints" / "last.pt"
     last.write_bytes(last.read_bytes()[:1000])
     with caplog.at_level(logging.INFO):
         resumed(tmp_path).fit()
     assert "last.pt cannot be read" in caplog.text
-    assert "previous.pt: 1 epochs" in caplog.text
+    assert "previous.pt: 1 epochs and 6 steps" in caplog.text  # trained, not yet validated
     assert_same_end(straight, tmp_path)
 
 
@@ -136,7 +138,7 @@ def test_ctrl_c_at_the_last_step_of_an_epoch_saves_the_epoch(tmp_path: Path, mon
     assert caught.value.exit_code == 130
     assert signal.getsignal(signal.SIGINT) is before
     content = checkpoint.load(tmp_path / "checkpoints" / "last.pt")
-    assert (content["epoch"], content["step"]) == (1, 0)
+    assert (content["epoch"], content["step"]) == (0, 6)  # trained, not yet validated
 
 
 def test_sigusr1_saves_and_asks_for_a_new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +157,7 @@ def test_checkpoints_within_an_epoch_and_every_second_epoch(tmp_path: Path, stra
         start(content, copies),
     )[1]
     trainer.fit()
-    assert saved == [point for e in range(EPOCHS) for point in ((e, 2), (e, 4), (e + 1, 0))]
+    assert saved == [point for e in range(EPOCHS) for point in ((e, 2), (e, 4), (e, 6), (e + 1, 0))]
     assert_same_end(straight, tmp_path)
     folder = tmp_path / "checkpoints"
     assert [path.name for path in folder.glob("epoch-*")] == ["epoch-0002.pt"]
@@ -211,7 +213,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(
     assert "No space left on device" in caplog.text
     assert_same_end(straight, tmp_path / "a")
 
-    failing, count[0] = {EPOCHS}, 0
+    failing, count[0] = {2 * EPOCHS - 1, 2 * EPOCHS}, 0  # the last epoch, trained and validated
     with pytest.raises(TrainingFailed, match=r"No space left on device.*the one before is whole.*--resume auto"):
         Trainer(config(tmp_path / "b", epochs=EPOCHS)).fit()
     assert checkpoint.load(tmp_path / "b" / "checkpoints" / "last.pt")["epoch"] == EPOCHS - 1
@@ -264,6 +266,21 @@ def test_a_run_writes_config_metrics_and_checkpoints(tmp_path: Path, monkeypatch
     assert best.checkpoint.name == "best.pt"
 
 
+def test_a_queue_that_correct_samples_do_not_enter_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Trainer(config(tmp_path, epochs=2, method_options={"confidence_threshold": 0.999})).fit()
+    rows = read_metrics(tmp_path)
+    assert all(float(row["accepted"]) == 0 < float(row["train_accuracy"]) for row in rows)
+    (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.startswith("only 0% of the correctly classified samples of this epoch enter TAL's queue")
+    assert "set method.options.confidence_threshold to -1" in warning
+
+
+def test_every_correct_sample_counts_as_accepted_by_default(straight: Path) -> None:
+    assert all(row["accepted"] == row["train_accuracy"] for row in read_metrics(straight))
+
+
 def test_the_log_has_a_line_for_the_run_and_each_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         Trainer(config(tmp_path, epochs=2)).fit()
@@ -294,7 +311,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     trainer = resumed(tmp_path)
     with torch.no_grad():
         trainer.network.fc.weight.fill_(float("inf"))  # type: ignore[union-attr,operator]
-    with pytest.raises(TrainingFailed, match=r"training loss of epoch 2 is nan; lower optim.lr"):
+    with pytest.raises(TrainingFailed, match=r"training loss is not finite after step 1 of epoch 2"):
         trainer.fit()
     assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["epoch"] == 1
 

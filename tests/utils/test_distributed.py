@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tal_fast.utils.distributed import Ranks, choose_device
+from tal_fast.utils.distributed import Ranks, choose_device, name_lost_ranks
 from tests.helpers.ranks import run_ranks
 
 
@@ -70,3 +71,41 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="there are 2 GPUs here but torchrun started a process number 3"):
         Ranks.start("auto")
+
+
+def start_unequally(rank: int) -> str:
+    ranks = Ranks(rank, 2, torch.device("cpu"))
+    ranks.check_same({"seed": 3, "classes": list(range(1000))})
+    with pytest.raises(ValueError, match="differs") as caught:
+        ranks.check_same({"seed": rank, "lr": 0.1, **({"extra": "x"} if rank else {})})
+    return str(caught.value)
+
+
+def test_ranks_that_differ_are_refused_on_every_rank(tmp_path: Path) -> None:
+    sentence = (
+        "rank 1 differs from rank 0 (seed is 1, not 0; extra is 'x', not None); start all ranks with the same command"
+    )
+    assert run_ranks(start_unequally, 2, tmp_path) == [sentence, sentence]
+
+
+def wait_for_a_hung_rank(rank: int) -> tuple[str | None, str | None]:
+    ranks = Ranks(rank, 3, torch.device("cpu"))
+    ranks.barrier()
+    ranks.limit_waiting(0.5)
+    if rank == 1:
+        time.sleep(7)
+        return None, None
+    with pytest.raises(RuntimeError) as caught:
+        ranks.barrier()
+    return name_lost_ranks(caught.value), name_lost_ranks(RuntimeError("mine"))
+
+
+def test_a_hung_rank_is_named_by_the_first_that_waited(tmp_path: Path) -> None:
+    first, hung, other = run_ranks(wait_for_a_hung_rank, 3, tmp_path)
+    assert first == (
+        "error: rank 1 did not answer within 0.5 s and may hang; run the same command again with --resume auto, unless "
+        "torchrun does\n",
+        None,
+    )
+    assert hung == (None, None)
+    assert other == ("", None)

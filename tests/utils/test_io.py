@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tal_fast.utils.io import replacing
+from tal_fast.utils.io import alone_in, check_writable, replacing
 
 
 def test_a_file_is_replaced_when_the_block_succeeds(tmp_path: Path) -> None:
@@ -74,3 +77,61 @@ def test_the_file_is_on_disk_before_it_is_renamed(tmp_path: Path, monkeypatch: p
     with replacing(tmp_path / "file") as temporary:
         temporary.write_text("text")
     assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the folder
+
+
+def test_leftovers_of_killed_writers_are_removed_and_no_others(tmp_path: Path) -> None:
+    leftover, other = tmp_path / ".report-abcdefgh.json", tmp_path / ".report-of-mine-abcdefgh.json"
+    leftover.touch()
+    other.touch()
+    with replacing(tmp_path / "report.json") as first, replacing(tmp_path / "report.json") as second:
+        assert not leftover.exists()
+        assert first.exists()
+        assert second.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "report.json"]
+
+
+def test_a_folder_is_locked_by_one_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    order: list[str] = []
+
+    def second() -> None:
+        with alone_in(tmp_path, "waiting"):
+            order.append("second")
+
+    with alone_in(tmp_path, "waiting"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        while not caplog.records:
+            time.sleep(0.01)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert caplog.messages == ["waiting"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "folder")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(NotADirectoryError, match=str(path)):
+            check_writable(path)
+
+
+def test_errors_name_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full") as caught, replacing(tmp_path / "file.bin"):
+        raise OSError(errno.ENOSPC, "full")  # as writing does, without a name
+    assert caught.value.filename == str(tmp_path / "file.bin")
+    with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "file.bin") as temporary:
+        temporary.unlink()
+    assert caught.value.filename == str(tmp_path / "file.bin")
+    with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "file.bin"):
+        open(tmp_path / "another")  # noqa: SIM115
+    assert caught.value.filename == str(tmp_path / "another")
+
+
+def test_torch_save_on_a_full_disk_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="or the disk fails") as caught, replacing(tmp_path / "file.pt"):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    assert caught.value.filename == str(tmp_path / "file.pt")
+    with pytest.raises(RuntimeError, match="mine"), replacing(tmp_path / "file.pt"):
+        raise RuntimeError("mine")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tal_fast.utils.arguments import ArgumentParser, at_least
 from tal_fast.utils.logs import console_logging
-from tal_fast.utils.process import program_name
+from tal_fast.utils.process import program_name, report_mistake
 
 
 def parser() -> ArgumentParser:
@@ -50,6 +49,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             print(write_html(evaluation, folder))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_mistake(error)
     return 0

@@ -1,0 +1,1 @@
+"""Faults injected into training and evaluation: ``python -m bench.faults``; docs/reliability.md lists the outcomes."""

@@ -1,0 +1,68 @@
+"""Digests of a data set's images, by which a resumed run notices that they are not the same."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tal_fast.data.datasets import DataBundle, MemoryImages, Split
+from tal_fast.data.image_folder import ImageFiles
+
+SAMPLES = 64
+"""Number of files of a split whose content is read: a million would take minutes."""
+
+
+def data_digest(data: DataBundle) -> dict[str, str]:
+    """SHA-256 in hexadecimal of the images of ``train`` and ``val``.
+
+    Of image files, the path below the split's folder, the label and the size in bytes of each count, and the content of
+    ``SAMPLES`` of them, but neither the folder nor times, so that a copy is the same; of images in memory, all pixels
+    and labels.
+    """
+    splits = {name: data.split(name) for name in ("train", "val")}
+    return {
+        name: _memory(split) if isinstance(split, MemoryImages) else _files(split) for name, split in splits.items()
+    }
+
+
+def newest_change(data: DataBundle) -> str | None:
+    """Time at which an image file of ``train`` or ``val`` last changed; None for images in memory.
+
+    It shows files that changed in place at the same size, which ``data_digest`` may miss.
+    """
+    splits = [data.split(name) for name in ("train", "val")]
+    times = [int(split.stamps[:, 1].max()) for split in splits if isinstance(split, ImageFiles)]
+    if not times:
+        return None
+    seconds, fraction = divmod(max(times), 10**9)
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(seconds))}.{fraction:09} UTC"
+
+
+def _digest(split: Split) -> str:
+    return _memory(split) if isinstance(split, MemoryImages) else _files(split)
+
+
+def _files(images: ImageFiles) -> str:
+    folder = os.path.commonpath([min(images.paths), max(images.paths)])
+    names = "\n".join(path[len(folder) :] for path in images.paths)
+    digest = hashlib.sha256(names.encode(errors="surrogateescape"))
+    digest.update(images.labels.tobytes())
+    digest.update(images.stamps[:, 0].tobytes())
+    for i in np.linspace(0, len(images) - 1, SAMPLES).astype(int):
+        try:
+            digest.update(hashlib.sha256(Path(images.paths[i]).read_bytes()).digest())
+        except OSError:  # reported when it is decoded
+            digest.update(b"unreadable")
+    return digest.hexdigest()
+
+
+def _memory(images: MemoryImages) -> str:
+    digest = hashlib.sha256(str(images.pixels.shape).encode())
+    for array in (images.pixels, images.labels, images.rows):
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -1,0 +1,76 @@
+"""Warning when correctly classified samples do not enter TAL's queue."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from tal_fast.loss.queue import FeatureQueue
+from tal_fast.loss.reference import TALStats
+
+INTERVAL = 500
+"""Training steps between two looks."""
+
+
+def complaint(correct: float, accepted: float, threshold: float, where: str, option: str = "") -> str | None:
+    """Sentence about a queue that misses correct samples, with the remedy; None if most of them enter it.
+
+    Args:
+        correct: number, or share, of the samples that are classified correctly.
+        accepted: number, or share, of those that enter the queue.
+        threshold: ``confidence_threshold`` in use.
+        where: which samples these are, such as "of epoch 3".
+        option: what the options' names begin with.
+    """
+    if not accepted <= 0.5 * correct:  # NaN: not counted
+        return None
+    if not correct:
+        return (
+            f"no sample {where} is classified correctly and nothing enters TAL's queue; lower the learning rate or "
+            "clip the gradient's norm"
+        )
+    reason, remedy = "logits or features are not finite", "lower the learning rate or"
+    if threshold > -1:
+        reason = f"cosine is not above {option}confidence_threshold = {threshold:g}"
+        remedy = f"set {option}confidence_threshold to -1, which accepts them all, or lower {option}t_max and"
+    return (
+        f"only {accepted / correct:.0%} of the correctly classified samples {where} enter TAL's queue, as the others' "
+        f"{reason}; typicalness then means little: {remedy} clip the gradient's norm"
+    )
+
+
+class QueueWatch:
+    """Looks at every ``INTERVAL``-th training step whether correct samples enter the queue, and warns once.
+
+    A look does not wait for a GPU: it judges what the one before has copied. CUDA graphs have none.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.warned = False
+        self._looks: list[Tensor] = []  # slot of the queue's next entry; the step's correct and accepted samples
+
+    def step(self, stats: TALStats, queue: FeatureQueue, threshold: float) -> None:
+        """Count a training step, after its push."""
+        self.steps += 1
+        if self.steps % INTERVAL or self.warned:
+            return
+        cursor = queue.ring.cursor
+        if cursor.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        look = torch.stack([cursor[0], stats.correct.sum(), stats.accepted.sum()]).to("cpu", non_blocking=True)
+        self._looks = [*self._looks[-2:], look]
+        finished = self._looks[:-1] if cursor.is_cuda else self._looks
+        if len(finished) < 2:
+            return
+        (slot, *before), (new_slot, *now) = (look.tolist() for look in finished[-2:])
+        correct, accepted = before[0] + now[0], before[1] + now[1]
+        if not correct and slot != new_slot:  # by chance none of few samples
+            return
+        where = f"of steps {self.steps - INTERVAL} and {self.steps}"
+        problem = complaint(correct, accepted, threshold, where)
+        if problem is not None:
+            self.warned = True
+            warnings.warn(problem, RuntimeWarning, stacklevel=4)

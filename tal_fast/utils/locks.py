@@ -1,0 +1,103 @@
+"""Lock of a folder, held by one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import threading
+import time
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+_held: dict[str, tuple[int, list[FolderLock]]] = {}  # real path of the file -> descriptor, holders in this process
+_guard = threading.Lock()
+
+
+class FolderLock:
+    """Exclusive lock of a folder between processes: a POSIX record lock on its file ``.lock``.
+
+    The kernel releases it when the process ends, however it ends; forked children do not inherit it, and it holds
+    between the machines of a network file system. Locks of one process share it, since they cannot exclude each other.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._path = folder / ".lock"
+        self._process = os.getpid()
+
+    @property
+    def held(self) -> bool:
+        """Whether this lock is held."""
+        return self in _held.get(os.path.realpath(self._path), (-1, []))[1]
+
+    def acquire(self, wait: float = 0.0) -> None:
+        """Take the lock, waiting at most ``wait`` seconds for another process; the folder is created.
+
+        Where the file system has no locks, a warning says so.
+
+        Raises:
+            ValueError: another process holds the lock.
+            OSError: the folder cannot be written.
+        """
+        key = os.path.realpath(self._path)
+        with _guard:
+            if key not in _held:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _held[key] = self._lock(wait), []
+            if self not in _held[key][1]:
+                _held[key][1].append(self)
+
+    def release(self) -> None:
+        """Release the lock and remove its file, unless this process holds it elsewhere too."""
+        key = os.path.realpath(self._path)
+        with _guard:
+            handle, holders = _held.get(key, (-1, []))
+            if self not in holders or os.getpid() != self._process:
+                return
+            holders.remove(self)
+            if not holders:
+                del _held[key]
+                with contextlib.suppress(OSError):
+                    self._path.unlink()
+                os.close(handle)
+
+    def _lock(self, wait: float) -> int:
+        deadline, told = time.monotonic() + wait, False
+        while True:
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                if fcntl is not None:
+                    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                ours = os.path.samestat(os.fstat(handle), os.stat(self._path))
+            except FileNotFoundError:
+                ours = False
+            except (BlockingIOError, PermissionError):
+                holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+                os.close(handle)
+                if time.monotonic() >= deadline:
+                    raise ValueError(
+                        f"{self.folder} is in use by {holder}; wait until it ends, or name another folder"
+                    ) from None
+                if not told:
+                    logger.info("waiting up to %.0f s for %s, which uses %s", wait, holder, self.folder)
+                told = True
+                time.sleep(0.1)
+                continue
+            except OSError as error:
+                logger.warning("%s has no locks (%s): nothing keeps two runs apart there", self.folder, error.strerror)
+                ours = True
+            if ours:
+                break
+            os.close(handle)  # its holder has just removed the file
+        started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {platform.node()}, started {started}\n".encode(), 0)
+        return handle
