@@ -13,8 +13,8 @@ also cover all ranks of a distributed run.
 The label's exponential is left out of the sums, because the gradient of a confident row at the label is
 -(sum of the other exponentials) / (sum of all), which softmax - 1 would round to zero.
 
-A row whose squares overflow (float32: logits beyond 1e19) counts as not finite, so that its loss is NaN; the definition,
-which scales such rows, has a loss for it.
+A row whose squares overflow (float32: logits beyond 1e19) counts as not finite, so that its loss is NaN; the
+definition, which scales such rows, has a loss for it.
 
 The three loss kernels are written out, signatures included: one launcher serves them, hence equal arguments, and they
 differ in where a row is held. What does not depend on that is in functions of its own.

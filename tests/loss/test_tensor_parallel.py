@@ -121,7 +121,7 @@ def invalid_labels_and_logits(rank: int, group: dist.ProcessGroup) -> Any:
 
 
 def huge_logits_and_unequal_rows(rank: int, group: dist.ProcessGroup) -> Any:
-    """Message of a first step with 3 rows on one rank and 4 on the other; then loss and gradient of logits about 1e20."""
+    """Message of a first step with 3 rows on one rank and 4 on the other; then a step with logits about 1e20."""
     case = cases(2)[0]
     logits, features, labels = case["batch"]
     try:
