@@ -117,7 +117,6 @@ class Trainer:
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")  # TF32 where the network is not under autocast
         self._reported = self._unreadable()  # files named so far, also by the run before
-        self._warned = False  # whether the method's warning has been shown
         self._stop = stop or StopRequest()
         self._saver = Saver(config, self.state, self._shape, self.ranks, self._stop)
         self._writer = self._saver.writer
@@ -253,8 +252,7 @@ class Trainer:
             "unreadable": unreadable,
         }
         warning = self.method.warning(columns)
-        if warning and not self._warned and self.ranks.is_main:
-            self._warned = True
+        if warning and self.ranks.is_main:
             logger.warning("%s", warning)
         return columns, histograms
 
