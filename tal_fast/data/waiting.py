@@ -54,7 +54,7 @@ class CallingThread:
             return result
         raise LoaderFailed(
             f"the loader did not deliver for {self._seconds:g} s; a file system may hang or a process be stopped; "
-            "raise data.timeout if it is only slow"
+            "raise data.timeout (evaluation: --timeout) if it is only slow"
         )
 
 

@@ -57,6 +57,7 @@ PASS_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "batch_size": {"type": at_least(1), "help": "Images per step on each rank. Default: 256."},
     "device": {"help": "auto, cpu, cuda, cuda:1, ... Default: auto, a GPU if there is one."},
+    "timeout": {"type": at_least(1), "help": "Seconds to wait for a step of the loader. Default: the run's, or 120."},
     "amp": {"choices": ("bfloat16", "float16"), "help": "Run the network under autocast; outputs are kept in float32."},
     "fast": {"action": "store_true", "help": f"Compute only {', '.join(names.LOGIT_SCORES)}; keep no features."},
     "cache": {"metavar": "DIR", "help": "Folder of cached outputs. Default: eval-cache in the run's or output folder."},
@@ -118,7 +119,7 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
             "ood": parse_named(args.ood, "--ood"),
             "shifts": parse_named(args.shift, "--shift"),
             "cache": args.cache,
-            "passes": PassOptions(args.batch_size or 256, args.amp, not args.fast, ranks),
+            "passes": PassOptions(args.batch_size or 256, args.amp, not args.fast, ranks, args.timeout),
             "options": options,
         }
         if args.run is not None:

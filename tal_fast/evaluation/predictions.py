@@ -8,6 +8,7 @@ versions of the code. Under torchrun each rank runs its share of a pass.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -153,6 +154,7 @@ class PassOptions:
     features: bool = True  # keep features; without them only logit scores can be computed
     # This process among those that share the passes; all of them have to share the cache too.
     ranks: Ranks = field(default_factory=lambda: Ranks(0, 1, torch.device("cpu")))
+    timeout: float | None = None  # seconds to wait for a step of the loader; by default the data set's
 
 
 @dataclass
@@ -166,9 +168,13 @@ class Inference:
     options: PassOptions = field(default_factory=PassOptions)  # options of the passes
     _temporary: str | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.options.timeout is not None:
+            self.data.config = dataclasses.replace(self.data.config, timeout=self.options.timeout)
+
     def _model_key(self) -> str:
-        # The number of workers and the run's OOD sets do not change the outputs of a split.
-        config = {k: v for k, v in vars(self.data.config).items() if k not in ("workers", "ood")}
+        # The workers, how long to wait for them, and the run's OOD sets do not change the outputs of a split.
+        config = {k: v for k, v in vars(self.data.config).items() if k not in ("workers", "timeout", "ood")}
         return cache_key(
             *code_versions(),
             model_hash(self.model),

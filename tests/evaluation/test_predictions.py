@@ -90,6 +90,13 @@ def test_an_unreadable_image_loses_nothing_computed_before(tmp_path: Path, monke
     assert len(np.load(path)["indices"]) == 60
 
 
+def test_the_time_to_wait_for_the_loader_is_not_part_of_the_cache_key(tmp_path: Path) -> None:
+    run = load_run(make_run(tmp_path / "run"))
+    key = Inference(run.model, run.data, tmp_path)._model_key()
+    assert Inference(run.model, run.data, tmp_path, PassOptions(timeout=5))._model_key() == key
+    assert run.data.config.timeout == 5
+
+
 KILLED = """
 import os, signal, sys
 import numpy as np
