@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -72,6 +74,7 @@ def main() -> None:
     if args.docs:
         write_table()
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the runs, too
     work = args.work or Path(tempfile.mkdtemp(prefix="tal-fast-faults-"))
     if args.all:
         failed = [] if kill_all(work, args.kills, args.out, args.jobs, args.seed) else ["kills"]

@@ -74,6 +74,6 @@ def stopped_worker(folder: Path, timeout: int = 5) -> dict[str, Any]:
             os.kill(pid, signal.SIGSTOP)
         stopped = time.monotonic()
         done = job.end(timeout + 60)
-    expect(done.returncode == 75, "it does not end with the code of a run that is safe to repeat", done)
-    expect(f"{timeout} s" in done.stderr and "Traceback" not in done.stderr, "it is not said in a sentence", done)
+    expect(done.returncode == 2 and "Traceback" not in done.stderr, "it does not end in a sentence", done)
+    expect(f"{timeout} s" in done.stderr and "saved after" in done.stderr, "limit or saving is not said", done)
     return {"seconds until ended": round(time.monotonic() - stopped, 1)}

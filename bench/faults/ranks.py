@@ -61,7 +61,7 @@ def lost_launcher(folder: Path, epochs: int = 20) -> dict[str, Any]:
     return {"seconds until saved": round(written, 2), "seconds until ended": round(ended, 2)}
 
 
-def hung_rank(folder: Path, epochs: int = 40, timeout: int = 5) -> dict[str, Any]:
+def hung_rank(folder: Path, epochs: int = 16, timeout: int = 5) -> dict[str, Any]:
     """Stop one of two ranks (SIGSTOP) under ``--max-restarts=1``."""
     output = folder / "run"
     words = options(output, epochs, "--resume", "auto", "--rank-timeout", str(timeout))

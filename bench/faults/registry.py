@@ -114,7 +114,7 @@ FAULTS: dict[str, Fault] = {
     "stopped-worker": Fault(
         "loader's worker process stopped (SIGSTOP)",
         "a sentence after `--data.timeout`; the steps before are saved",
-        "75",
+        "2",
         images.stopped_worker,
     ),
     "exception": Fault(

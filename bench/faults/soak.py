@@ -33,8 +33,8 @@ PAUSE_S = 0.2
 
 RANK_TIMEOUT_S = 20
 
-SHARE = 0.5
-"""Share of the time that is training and not restarting."""
+SHARE = 0.65
+"""Share of the time that these sleeps are expected to take, beside training, validation and restarts."""
 
 
 def _kill_all(job: Job, output: Path, draw: random.Random) -> None:
@@ -88,6 +88,12 @@ FAULTS: dict[str, Callable[[Job, Path, random.Random], None]] = {
 }
 
 
+def _saved_since(output: Path, moment: float) -> bool:
+    with contextlib.suppress(FileNotFoundError):  # just before a rename
+        return last(output).stat().st_mtime > moment
+    return False
+
+
 def soak(folder: Path, minutes: float = 40, every: float = 60, seed: int | None = None) -> dict[str, Any]:
     """Train on two ranks for about ``minutes`` with a fault about every ``every`` seconds until the run ends."""
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
@@ -108,6 +114,7 @@ def soak(folder: Path, minutes: float = 40, every: float = 60, seed: int | None 
         words = [*command(2, ["bench.fault_points", f"slow:step:0:{PAUSE_S}"], "--max-restarts=1000")]
         words += options(output, epochs, *more)
         queue: list[str] = []
+        disturbed = 0.0
         while True:
             starts += 1
             with Job(folder, words) as job:
@@ -116,7 +123,8 @@ def soak(folder: Path, minutes: float = 40, every: float = 60, seed: int | None 
                 while job.process.poll() is None:
                     time.sleep(0.1)
                     ranks = job.ranks()
-                    if time.monotonic() < due or len(ranks) != 2 or not last(output).exists():
+                    # Never before the run has saved something since the last fault: it must come to its end.
+                    if time.monotonic() < due or len(ranks) != 2 or not _saved_since(output, disturbed):
                         continue
                     if not queue:  # each kind equally often
                         queue = draw.sample(list(possible), len(possible))
@@ -125,6 +133,7 @@ def soak(folder: Path, minutes: float = 40, every: float = 60, seed: int | None 
                     with contextlib.suppress(ProcessLookupError):
                         possible[name](job, output, draw)
                         counts[name] += 1
+                    disturbed = time.time()
                     due = time.monotonic() + every * draw.uniform(0.7, 1.3)
                 done = job.end()
                 # Ranks that lost their launcher save and end by themselves.

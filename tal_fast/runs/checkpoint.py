@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tal_fast.runs.folder import CONFIG_FILE, METRICS_FILE
+from tal_fast.config.schema import Config
+from tal_fast.runs.folder import CONFIG_FILE
 from tal_fast.utils.io import replacing
 
 FORMAT = 1
@@ -92,6 +93,10 @@ class Writer:
 
     def _write(self, content: dict[str, Any], copies: list[str]) -> None:
         last, previous = self._folder / LAST, self._folder / PREVIOUS
+        config = self._folder.parent / CONFIG_FILE
+        if not config.exists() and "config" in content:  # the folder was deleted during training
+            with replacing(config) as temporary:
+                Config.from_dict(content["config"]).save(temporary)
         if not copies:
             save(last, content, previous)
             return
@@ -212,11 +217,3 @@ def _newest_first(folder: Path) -> list[Path]:
     latest = [folder / name for name in (LAST, PREVIOUS)]
     kept = sorted(folder.glob("epoch-*.pt"), reverse=True) if folder.is_dir() else []
     return [path for path in [*latest, *kept] if path.exists()]
-
-
-def clean(output: Path) -> None:
-    """Remove the temporary files that a killed run left in its folder."""
-    names = (f"{FOLDER}/.*.pt*", *(f".{Path(name).stem}*{Path(name).suffix}*" for name in (CONFIG_FILE, METRICS_FILE)))
-    for path in (path for name in names for path in output.glob(name)):
-        with contextlib.suppress(OSError):
-            path.unlink()

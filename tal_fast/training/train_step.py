@@ -74,6 +74,7 @@ class Update:
         self._graph = GraphedStep(self._step, self._free_gradients) if self.graphed else None
         self._rollback = Rollback(self.state)
         self._running = ""  # part of a step: passes, at perturbed weights, or the update of the weights
+        self._rehearses = isinstance(self.model, DistributedDataParallel) and self.model.process_group.size() > 2
 
     def __call__(self, batch: tuple[Tensor, ...], learning_rate: float) -> None:
         """Train on a batch of ``TrainingBatches``; does not wait for the device."""
@@ -81,6 +82,8 @@ class Update:
         images, labels, indices, *outliers = batch
         batch = (self.runtime.arrange(images), labels, indices, *map(self.runtime.arrange, outliers))
         self._rollback.keep()
+        if self._rehearses:
+            self._rehearse(batch)
         self._running = "update"
         if self._graph is None:
             self._step(*batch)
@@ -98,6 +101,17 @@ class Update:
         if self._running == "perturbed" and self._sam is not None:
             self._sam.restore()
         return self._rollback.undo() if self._running else self.state.rank_state()
+
+    def _rehearse(self, batch: tuple[Tensor, ...]) -> None:
+        """Let DDP settle its buckets before this process's first step, by passes that are taken back.
+
+        It orders the gradients anew after the first backward pass, and the rounding of a sum over three ranks or more
+        depends on a gradient's place: a resumed run would leave the bits of an undisturbed one in its first step.
+        """
+        self._running = "passes"
+        self._backward(batch)
+        self._rollback.restore()
+        self._rehearses = False
 
     def _step(self, *batch: Tensor) -> None:
         state = self.state

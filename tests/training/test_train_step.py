@@ -13,6 +13,8 @@ from tal_fast.config.schema import Config, OptimConfig
 from tal_fast.runs import checkpoint
 from tal_fast.training.train_step import check_parts
 from tal_fast.training.trainer import Trainer
+from tal_fast.utils.distributed import Ranks
+from tests.helpers.ranks import run_ranks
 from tests.helpers.training import assert_same_end, config
 
 
@@ -129,3 +131,18 @@ def test_a_step_never_waits_for_the_gpu(tmp_path: Path, method: str) -> None:
             trainer.train_step(batch, 0.1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def train_in_parts(rank: int, folder: Path) -> None:
+    """Train two epochs at once, and one by one in trainers of their own, on one of three ranks."""
+    ranks = Ranks(rank, 3, torch.device("cpu"))
+    options = {"epochs": 2, "batch_size": 48, "data_options": {"train_limit": 192}}
+    Trainer(config(folder / "straight", **options), ranks).fit()
+    Trainer(config(folder / "parts", **options), ranks).fit(until=1)
+    Trainer(config(folder / "parts", **options, resume="auto"), ranks).fit()
+
+
+@pytest.mark.slow
+def test_three_ranks_resume_to_the_same_bits(tmp_path: Path) -> None:
+    run_ranks(train_in_parts, 3, tmp_path, tmp_path)
+    assert_same_end(tmp_path / "straight", tmp_path / "parts")
