@@ -1,6 +1,7 @@
 # make demo   sets up .venv, trains CE and TAL on real digits, evaluates both and prints them side by side
 # make test   sets up .venv and runs the fast tests; make test-all runs all of them
 # make lint   ruff and mypy
+# make sanitize  builds csrc with AddressSanitizer and UBSan and runs its tests; threads on a queue with ThreadSanitizer
 # make docs   builds the documentation site into build/site
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -17,7 +18,7 @@ BENCHMARKS ?= step loss typicalness queue training metrics
 # does not, and a list queue's step at B = 128, N = 30,000 takes 54 or 14 ms.
 KEEP := MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_MMAP_THRESHOLD_=17179869184
 
-.PHONY: setup demo test test-slow test-all lint typecheck docs kernels-check bench-smoke bench clean
+.PHONY: setup demo test test-slow test-all lint typecheck sanitize sanitize-memory sanitize-threads docs kernels-check bench-smoke bench clean
 
 setup: $(VENV)/.ready
 
@@ -59,6 +60,28 @@ typecheck: setup
 	rm -rf build/typecheck
 	TAL_FAST_NO_EXTENSION=1 $(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
 	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml tal_fast
+
+sanitize: sanitize-memory sanitize-threads
+
+# A copy of the tree, because the extension is loaded from the package's folder. Python and PyTorch are not instrumented:
+# no leaks are looked for, the runtimes are preloaded, and -s lets their messages through.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1
+sanitize-memory: setup
+	rm -rf build/sanitize
+	mkdir -p build/sanitize
+	cp -a tal_fast kernels csrc tests bench setup.py pyproject.toml README.md LICENSE build/sanitize
+	rm -f build/sanitize/tal_fast/_C*
+	ln -sfn ../kernels build/sanitize/tal_fast/kernels
+	cd build/sanitize && CUDA_HOME=none CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" ../../$(BIN)/python setup.py --quiet build_ext --inplace
+	cd build/sanitize && PYTHONPATH=$$PWD OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	    ../../$(BIN)/python -m pytest -q -x -s -p no:cacheprovider -W ignore -m "not slow" tests/loss \
+	    -k "(native or index or one_call) and not compile and not time and not instruction_set"
+
+sanitize-threads:
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -ffp-contract=off -Wno-psabi -Icsrc tests/csrc/threads.cpp csrc/kernels_cpu.cpp -o build/threads -pthread
+	build/threads
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site

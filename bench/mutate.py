@@ -172,7 +172,7 @@ MUTATIONS = [
         "const bool kept = torch::autograd::get_current_graph_task_keep_graph();", "const bool kept = false;", STEP,
     ),
     Mutation(
-        "C++ push: the ring wraps one slot early", "csrc/ops_cpu.cpp",
+        "C++ push: the ring wraps one slot early", "csrc/ring.h",
         "state[0] = state[0] + 1 == capacity ? 0 : state[0] + 1;",
         "state[0] = state[0] + 2 >= capacity ? 0 : state[0] + 1;",
         QUEUE,

@@ -1,6 +1,6 @@
 """Long run of the queue: ``python -m bench.soak --pushes 24000000``.
 
-Random batches are pushed to two queues, one of the C++ extension with its index and one of plain PyTorch, and to a plain
+Random batches are pushed to two queues, one of the C++ extension with its index and one of plain PyTorch, and to a
 model of them: an array that is cut to its newest entries. Batches are of no row up to more than the capacity, partly
 rejected or not finite, from a distribution that drifts, jumps and repeats itself. Now and then a queue is reset, saved
 and loaded, or copied. At random moments both must hold the model's entries, and the extension's distances must be those
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import os
 import sys
 import time
@@ -33,6 +34,7 @@ RUNS = ((50, torch.float32), (5_000, torch.float32), (30_000, torch.float64), (3
 THREADS = 8
 CHECKS = 100  # of each run
 QUERIES = 64
+LARGEST_GROWTH = 32  # MiB from a tenth of the pushes to the end
 
 
 class Failed(AssertionError):
@@ -139,8 +141,11 @@ def disturb(queues: dict[str, FeatureQueue], model: Model, rng: np.random.Genera
 
 
 def resident_mib() -> float:
-    """Memory of this process in MiB; 0 where the system does not tell."""
+    """Memory of this process in MiB, without what it has freed; 0 where the system does not tell."""
     statm = Path("/proc/self/statm")
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20 if statm.exists() else 0.0
 
 
@@ -170,11 +175,14 @@ def soak(capacity: int, dtype: torch.dtype, pushes: int, seed: int = 0) -> dict[
         if not memory and done >= pushes / 10:
             memory = resident_mib()
     check(queues, model.entries(), source.draw(QUERIES))
+    del entries, accepted
+    growth = resident_mib() - memory
+    expect(growth < LARGEST_GROWTH, f"memory grew by {growth:.0f} MiB")
     return {
         "capacity": capacity, "dtype": str(dtype).removeprefix("torch."), "pushes": done, "calls": calls,
         "checks": counts.pop("checks") + 1, **counts,
         **{f"{name}_us_per_call": 1e6 * spent / calls for name, spent in seconds.items()},
-        "memory_growth_mib": resident_mib() - memory,
+        "memory_growth_mib": growth,
     }  # fmt: skip
 
 

@@ -13,6 +13,9 @@ also cover all ranks of a distributed run.
 The label's exponential is left out of the sums, because the gradient of a confident row at the label is
 -(sum of the other exponentials) / (sum of all), which softmax - 1 would round to zero.
 
+A row whose squares overflow (float32: logits beyond 1e19) counts as not finite, so that its loss is NaN; the
+definition, which scales such rows, has a loss for it.
+
 The three loss kernels are written out, signatures included: one launcher serves them, hence equal arguments, and they
 differ in where a row is held. What does not depend on that is in functions of its own.
 """
@@ -295,7 +298,8 @@ def loss_kernel(
         #    arg-max with indices would take as many registers again as the logits.
         z_max = tl.max(tl.where(inside, z, float("-inf")), axis=0)
         norm = sqrt_rn(tl.sum(z * z, axis=0))
-        finite = tl.sum((inside & ~(tl.abs(z) < float("inf"))).to(tl.int32), axis=0) == 0
+        infinite = (inside & ~(tl.abs(z) < float("inf"))).to(tl.int32)
+        finite = (tl.sum(infinite, axis=0) == 0) & (norm < float("inf"))
         ahead = inside & (~(z <= z_label) | ((z == z_label) & (c < label)))
         correct = valid & in_range & (tl.sum(ahead.to(tl.int32), axis=0) == 0)
         # 3. Typicalness, weight, temperature.
@@ -400,7 +404,7 @@ def packed_row_loss_kernel(
                 ahead |= (inside & (~(z <= z_label) | ((z == z_label) & (at < column + opaque_zero)))).to(tl.int32)
         z_max = tl.max(largest, axis=0)
         norm = sqrt_rn(tl.sum(squares, axis=0))
-        finite = tl.sum(infinite, axis=0) == 0
+        finite = (tl.sum(infinite, axis=0) == 0) & (norm < float("inf"))
         correct = valid & in_range & (tl.sum(ahead, axis=0) == 0)
         d = tl.load(distance_ptr + row).to(dtype)
         accepted, tau, w, temperature, dir_weight, scale = _row_weights(
@@ -466,10 +470,11 @@ def scan_long_row(base, classes, stride, label, z_label, dtype: tl.constexpr, BL
         z_sum += z
         infinite |= (inside & ~(tl.abs(z) < float("inf"))).to(tl.int32)
         ahead |= (inside & (~(z <= z_label) | ((z == z_label) & (at < label)))).to(tl.int32)
+    norm = sqrt_rn(tl.sum(squares, axis=0))
     return (
         tl.max(largest, axis=0),
-        sqrt_rn(tl.sum(squares, axis=0)),
-        tl.sum(infinite, axis=0) == 0,
+        norm,
+        (tl.sum(infinite, axis=0) == 0) & (norm < float("inf")),
         tl.sum(ahead, axis=0) == 0,
         tl.sum(z_sum, axis=0),
     )

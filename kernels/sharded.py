@@ -54,9 +54,11 @@ def scan_kernel(
     out = out_ptr + row * 5
     tl.store(out, z_max.to(tl.float64))
     tl.store(out + 1, argmax.to(tl.float64))
-    tl.store(out + 2, sqrt_rn(tl.sum(squares, axis=0)).to(tl.float64))
+    norm = sqrt_rn(tl.sum(squares, axis=0))
+    tl.store(out + 2, norm.to(tl.float64))
     tl.store(out + 3, tl.sum(z_sum, axis=0).to(tl.float64))
-    tl.store(out + 4, tl.where(tl.sum(infinite, axis=0) == 0, 1.0, 0.0).to(tl.float64))
+    finite = (tl.sum(infinite, axis=0) == 0) & (norm < float("inf"))  # squares overflow too; see loss.py
+    tl.store(out + 4, tl.where(finite, 1.0, 0.0).to(tl.float64))
 
 
 @triton.jit

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from reprlib import repr as short
 from typing import Any, ClassVar, Literal
 
-from tal_fast.config.typed import check_at_least, check_positive, read, shown
+from tal_fast.config.typed import check_at_least, check_positive, read
 
 OWN_THRESHOLD = {"paper": -1.0, "released": 0.0}
 """Default ``confidence_threshold`` of each variant of TAL: a cosine of 0 is a condition of the released code alone."""
@@ -179,7 +180,7 @@ def read_options(method: str, kind: type, given: Mapping[str, Any]) -> Any:
     own = option_names(kind)
     given = {name: value for name, value in given.items() if name in own or name not in TAL_OPTIONS}
     if given and not own:
-        raise ValueError(f"method.options has {shown(next(iter(given)))} but {method} has no options of its own")
+        raise ValueError(f"method.options has {short(next(iter(given)))} but {method} has no options of its own")
     return read(kind, given, "method.options")
 
 
@@ -206,7 +207,7 @@ def upgrade(values: dict[str, Any]) -> dict[str, Any]:
     for name in [name for name in method if name in TAL_OPTIONS]:
         if options.setdefault(name, method[name]) != method[name]:
             raise ValueError(
-                f"method.{name} is {shown(method[name])} but method.options.{name} is {shown(options[name])}; "
+                f"method.{name} is {short(method[name])} but method.options.{name} is {short(options[name])}; "
                 "both name the same option, so give one of them"
             )
     kept = {key: value for key, value in method.items() if key not in TAL_OPTIONS}

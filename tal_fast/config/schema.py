@@ -6,15 +6,12 @@ reads both, those of version 0.1.0 too. The first sentence about each attribute 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from tal_fast import __version__
 from tal_fast.config.methods import OPTIONS, method_names, read_options, upgrade
 from tal_fast.config.typed import check_at_least, check_positive, read, to_plain
 
@@ -344,11 +341,6 @@ class Config:
     def flat(self) -> dict[str, Any]:
         """Dotted name -> plain value of every option, such as ``method.options.t_min``; ``data.ood`` is one option."""
         return _flatten(self.to_dict())
-
-    def digest(self) -> str:
-        """SHA-256 of the options that all ranks of a run must share, and of the package's version, as hexadecimal."""
-        shared = {name: value for name, value in self.flat().items() if name not in OWN_OF_A_RANK}
-        return hashlib.sha256(json.dumps([__version__, shared], sort_keys=True, default=str).encode()).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the configuration as YAML."""

@@ -5,15 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import reprlib
 import types
 import typing
+from reprlib import repr as short
 from typing import Any, Literal
 
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 200
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
-_SHORT.maxlevel = 3
 _EXPECTED = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
 """Names of the scalar types in messages."""
 
@@ -39,7 +35,7 @@ def read(kind: Any, value: Any, name: str) -> Any:
         return None if value is None else read(not_none(kind), value, name)
     if origin is Literal:
         if value not in args or type(value) not in {type(a) for a in args}:
-            raise ValueError(f"{name} is {shown(value)}; use {' or '.join(map(repr, args))}")
+            raise ValueError(f"{name} is {short(value)}; use {' or '.join(map(repr, args))}")
         return value
     if origin is list and isinstance(value, (list, tuple)):
         return [read(args[0], v, name) for v in value]
@@ -54,12 +50,12 @@ def read(kind: Any, value: Any, name: str) -> Any:
     elif kind in (int, bool, str) and type(value) is kind:
         return value
     expected = _EXPECTED.get(kind) or str(kind).replace("typing.", "")
-    raise ValueError(f"{name} is {shown(value)} but must be {expected}")
+    raise ValueError(f"{name} is {short(value)} but must be {expected}")
 
 
 def _read_dataclass(kind: Any, value: Any, name: str) -> Any:
     if not isinstance(value, dict):
-        raise ValueError(f"{name or 'the configuration'} is {shown(value)} but must be a mapping")
+        raise ValueError(f"{name or 'the configuration'} is {short(value)} but must be a mapping")
     kinds = field_types(kind)
     prefix = f"{name}." if name else ""
     unknown = [key for key in value if key not in kinds]
@@ -67,11 +63,6 @@ def _read_dataclass(kind: Any, value: Any, name: str) -> Any:
         names = ", ".join(prefix + field for field in kinds) or "none"
         raise ValueError(f"{prefix}{one_line(unknown[0])} is not an option; there are {names}")
     return kind(**{key: read(kinds[key], v, prefix + key) for key, v in value.items()})
-
-
-def shown(value: Any) -> str:
-    """A value in a message: its repr, shortened where it is long."""
-    return one_line(_SHORT.repr(value))
 
 
 def one_line(text: object) -> str:

@@ -95,7 +95,7 @@ def class_names(dataset: str, root: str | None) -> Sequence[str]:
     if not path.is_file():
         raise ValueError(f"{folder} has no {layout.names}; unpack {layout.archive} again")
     names = read_text(path).split()
-    if len(names) != layout.num_classes or len(set(names)) != len(names):
+    if len(names) != layout.num_classes or len(set(names)) != len(names) or not "".join(names).isprintable():
         raise ValueError(
             f"{path} has {len(names)} names but must have {layout.num_classes}, all different; "
             f"unpack {layout.archive} again"

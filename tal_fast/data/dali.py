@@ -99,10 +99,9 @@ class DaliSource:
             return self._thread.call(call)
         except LoaderFailed:
             self._thread = None
-            # DALI's threads hang too: ending them, even at exit, would hang this one.
-            for held in (iterator, self._prober):
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
-            self._prober = _Prober(self._form)
+            for pipeline in (*iterator._pipes, self._prober.pipeline):
+                _abandon(pipeline)
+            self._prober.close()
             raise
 
     def close(self) -> None:
@@ -190,22 +189,22 @@ class _Prober:
     def __init__(self, form: ImageFormat) -> None:
         self._form = form
         self._request: list[Any] = []
-        self._pipeline: Any = None
+        self.pipeline: Any = None
 
     def error(self, path: str, box: np.ndarray) -> str | None:
         """Reason that DALI cannot decode a box of a file; None if it can."""
         self._request[:] = [[_encoded(path)], [box[:2]], [box[2:]]]
         try:
-            self._pipeline = self._pipeline or self._build()
-            self._pipeline.run()
+            self.pipeline = self.pipeline or self._build()
+            self.pipeline.run()
         except RuntimeError as error:
-            self._pipeline = None
+            self.pipeline = None
             return _error_line(error)
         return None
 
     def close(self) -> None:
         """End the pipeline's thread; the next file starts a new one."""
-        self._pipeline = None
+        self.pipeline = None
 
     def _build(self) -> Any:
         dali: Any = import_module("nvidia.dali")
@@ -271,6 +270,13 @@ class _Requests:
             for row, i in enumerate(batch.indices)
             if int(i) in self.suspects and self._prober.error(self._paths[i], batch.boxes[row])
         }
+
+
+def _abandon(pipeline: Any) -> None:
+    """Leave a pipeline whose threads hang as it is: ending it, which DALI does at exit too, would hang this thread."""
+    if pipeline is not None and pipeline._pipe:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(pipeline._pipe))
+        pipeline._pipe = None
 
 
 def _device_id(form: ImageFormat) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from tal_fast.data.matlab import read_mat
 from tal_fast.data.text import read_text
 
 GROUND_TRUTH, META, SOLUTION = "ILSVRC2012_validation_ground_truth.txt", "meta.mat", "LOC_val_solution.csv"
@@ -48,23 +49,22 @@ def _solution(path: Path) -> dict[str, str]:
         rows = list(csv.reader(read_text(path).splitlines()))
     except (OSError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read ({error}); get it again") from None
-    if not rows or rows[0][:2] != ["ImageId", "PredictionString"] or not all(len(r) > 1 and r[1] for r in rows[1:]):
+    complete = all(len(row) > 1 and row[1].split() for row in rows)
+    if not rows or not complete or rows[0][:2] != ["ImageId", "PredictionString"]:
         raise ValueError(f"{path} has no columns ImageId,PredictionString with a class in each line; get it again")
     return {row[0]: row[1].split()[0] for row in rows[1:]}
 
 
 def _development_kit(folder: Path) -> dict[str, str]:
-    from scipy.io import loadmat
-
     truth = folder / GROUND_TRUTH
     if not (folder / META).is_file():
         raise ValueError(f"{truth} numbers the classes, but {META}, which names them, is not beside it; add it")
     try:
-        synsets = loadmat(folder / META, squeeze_me=True)["synsets"]
+        synsets = read_mat(folder / META, "synsets", squeeze=True)
         names = {int(number): str(name) for number, name in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
         numbers = [int(line) for line in read_text(truth).split()]
         return {f"ILSVRC2012_val_{i:08d}": names[number] for i, number in enumerate(numbers, 1)}
-    except Exception as error:  # loadmat raises many types of errors for other files
+    except Exception as error:  # of many types, for other files
         raise ValueError(
             f"{truth} and {META} are not those of ImageNet's development kit ({type(error).__name__}); get them again"
         ) from error

@@ -47,6 +47,7 @@ from tal_fast.data import builtin, cifar, image_folder
 from tal_fast.data.corruptions import SEVERITIES, Corruption
 from tal_fast.data.datasets import MemoryImages, Split
 from tal_fast.data.image_folder import ImageFiles
+from tal_fast.data.matlab import read_mat
 from tal_fast.data.pixels import as_channels
 from tal_fast.data.text import read_text
 
@@ -169,14 +170,10 @@ def _textures(text: str) -> ImageFiles:
 
 
 def _svhn(path: Path) -> np.ndarray:
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
     try:
-        pixels = loadmat(path, variable_names=["X"])["X"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, MatReadError) as error:
-        reason = "there is no array X in it" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} cannot be read as SVHN's .mat ({reason}); download test_32x32.mat again") from None
+        pixels = read_mat(path, "X")
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as SVHN's .mat ({error}); download test_32x32.mat again") from None
     if pixels.ndim != 4 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"X in {path} must be (32, 32, 3, n) uint8, not {pixels.dtype} of shape {pixels.shape}")
     return np.ascontiguousarray(pixels.transpose(3, 0, 1, 2))
@@ -185,8 +182,8 @@ def _svhn(path: Path) -> np.ndarray:
 def _read_array(path: Path, mapped: bool = False) -> Any:
     try:
         array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as .npy ({error})") from None
+    except Exception as error:  # NumPy raises many types of errors for damaged files
+        raise ValueError(f"{path} cannot be read as .npy ({' '.join(str(error).split())})") from None
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path} is an .npz; give one array as .npy")
     return array

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import multiprocessing
 import signal
@@ -45,14 +44,14 @@ def _fork_workers(loader: DataLoader) -> Any:
         ) from error
     finally:
         gc.unfreeze()
+    # PyTorch would raise an error wherever the process is when a worker is killed; the next call finds it out anyway.
+    signal_handling._remove_worker_pids(id(batches))
+    signal_handling._set_worker_pids(id(batches), ())
     return batches
 
 
-def _end_workers(workers: list[Any], iterator: int) -> None:
-    """Kill the workers of the iterator with this ``id``: they only read, and a stopped one sees no other signal."""
-    with contextlib.suppress(ValueError):  # PyTorch has ended them before
-        signal_handling._remove_worker_pids(iterator)  # their end is no failure
-        signal_handling._set_worker_pids(iterator, ())  # PyTorch will remove it again
+def _end_workers(workers: list[Any]) -> None:
+    """Kill workers: they only read, and a stopped one sees no other signal."""
     for worker in workers:
         worker.kill()
     for worker in workers:
@@ -159,7 +158,7 @@ class TorchSource:
             if self._workers > 0:
                 # Called at exit before multiprocessing sends each process one SIGTERM, which these ignore, and waits
                 # for it; and before a garbage collection that has closed the queues through which PyTorch ends them.
-                self._end = Finalize(running, _end_workers, (running._workers, id(running)), exitpriority=100)
+                self._end = Finalize(running, _end_workers, (running._workers,), exitpriority=100)
         else:
             self._running = self._call(partial(iter, self._loader))
         batches = iter(partial(self._call, partial(next, self._running, None)), None)

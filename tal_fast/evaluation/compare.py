@@ -17,12 +17,16 @@ from typing import NamedTuple
 import numpy as np
 
 from tal_fast.config.parse import read_yaml
+from tal_fast.config.schema import Config
 from tal_fast.evaluation.report import Report
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import SETTING_TITLES, mix_with_seed, nan_if_none
 from tal_fast.runs.folder import CONFIG_FILE
 
-_NOT_PART_OF_METHOD = ("seed", "output", "resume", "device", "threads", "progress", "eval_batch_size")
+_NOT_PART_OF_METHOD = (
+    "seed", "output", "resume", "allow", "extend", "device", "threads", "rank_timeout", "progress", "eval_batch_size",
+    "data.timeout",
+)  # fmt: skip
 """Options that runs of one group may differ in: apart from the seed they do not change what is trained."""
 
 Column = tuple[str, str]
@@ -125,8 +129,9 @@ def read_method(run: str | Path, report: Report | None = None) -> tuple[str | No
         return None, None
     else:
         config = read_yaml(path)
-    method = {key: value for key, value in config.items() if key not in _NOT_PART_OF_METHOD}
-    return json.dumps(method, sort_keys=True), config.get("seed")
+    options = Config.from_dict(config).flat()  # with the defaults of options that are newer than the run
+    method = {name: value for name, value in options.items() if name not in _NOT_PART_OF_METHOD}
+    return json.dumps(method, sort_keys=True), options["seed"]
 
 
 def group_runs(

@@ -7,16 +7,11 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tal_fast.config.names import METRICS, UNITS
 from tal_fast.utils.arguments import ArgumentParser, at_least
 from tal_fast.utils.logs import console_logging
 from tal_fast.utils.process import program_name, report_mistake
-
-if TYPE_CHECKING:
-    from tal_fast.evaluation.report import Report
-    from tal_fast.evaluation.sample_scores import Samples
 
 logger = logging.getLogger(__name__)
 
@@ -84,22 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _samples_of(run: str, report: Report) -> Samples | None:
-    """Samples beside a report; None, with a warning, if they are another evaluation's."""
-    from tal_fast.evaluation.evaluation import same_evaluation
-    from tal_fast.evaluation.sample_scores import FILE, read_samples
-
-    samples = read_samples(run)
-    if samples is None or same_evaluation(report, samples):
-        return samples
-    logger.warning("%s beside the report of %s is of another evaluation and is not used; evaluate it again", FILE, run)
-    return None
-
-
 def _compare(args: argparse.Namespace) -> str:
     from tal_fast.evaluation.compare import columns_of, find_group, group_runs, read_method
     from tal_fast.evaluation.compare_tables import add_description, describe, format_comparison
     from tal_fast.evaluation.differences import add_differences
+    from tal_fast.evaluation.evaluation import samples_of
     from tal_fast.evaluation.report import read_report
 
     folders = [Path(run).resolve() for run in args.runs]
@@ -110,7 +94,7 @@ def _compare(args: argparse.Namespace) -> str:
     if len(set(names)) < len(names):
         names = [str(run) for run in args.runs]
     reports = [read_report(run) for run in args.runs]
-    samples = [_samples_of(run, report) for run, report in zip(args.runs, reports, strict=True)]
+    samples = [samples_of(run, report) for run, report in zip(args.runs, reports, strict=True)]
     if len({json.dumps(found.identity, sort_keys=True) for found in samples if found is not None}) > 1:
         logger.warning("the runs were evaluated on different images or copies of them; look at differences with care")
     methods, seeds = zip(*map(read_method, args.runs, reports), strict=True)

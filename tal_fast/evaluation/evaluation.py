@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,8 @@ from tal_fast.evaluation.train_typicalness import TrainTypicalness
 from tal_fast.metrics.curves import OperatingPoints
 from tal_fast.metrics.settings import Mix, ScoredSetting
 from tal_fast.utils.arrays import Ints
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,17 @@ def read_evaluation(folder: str | Path) -> Evaluation:
     if not same_evaluation(report, samples):
         raise ValueError(f"{REPORT_FILE} and {SAMPLES_FILE} in {folder} are of different evaluations; evaluate again")
     return Evaluation(report, samples, samples.settings(Mix.parse(report["mix"]), report["seed"]))
+
+
+def samples_of(path: str | Path, report: Report) -> Samples | None:
+    """Samples beside a report at ``path``; None if there are none or, with a warning, if they are another's."""
+    samples = read_samples(path)
+    if samples is None or same_evaluation(report, samples):
+        return samples
+    logger.warning(
+        "%s beside the report of %s is of another evaluation and is not used; evaluate again", SAMPLES_FILE, path
+    )
+    return None
 
 
 def same_evaluation(report: Report, samples: Samples) -> bool:

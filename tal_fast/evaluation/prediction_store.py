@@ -84,11 +84,11 @@ class OutputStore:
             NotKept: the folder cannot be written.
         """
         with self._keeping():
-            weakref.finalize(self, unlock, _open_lock(self.folder / _IN_USE))
+            weakref.finalize(self, unlock, keep(self.folder))
             remove_leftovers(self.folder)
             for path in self.folder.parent.iterdir():
                 if re.fullmatch(f"[0-9a-f]{{{KEY_LENGTH}}}", path.name) and path.name != self.folder.name:
-                    _remove_unused(path)
+                    remove_unused(path)
                 elif path.name.startswith(".removed-") and path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
                 elif re.fullmatch(r"[0-9]{9}-[0-9]+\.npz|store\.json", path.name):  # of version 0.2.0
@@ -123,14 +123,12 @@ class OutputStore:
         stored = np.zeros(self.samples, dtype=bool)
         for path in self._paths():
             try:
-                arrays = self._read(path, ())
-            except (OSError, ValueError) as error:
+                stored[self._read(path, ()).get("indices", [])] = True
+            except OSError as error:
+                logger.warning("%s cannot be read (%s); it is computed again", path, error)
+            except ValueError as error:
                 logger.warning("%s; it is computed again", error)
-                with contextlib.suppress(OSError):
-                    path.unlink()
-                continue
-            if arrays is not None:
-                stored[arrays["indices"]] = True
+                _remove_shard(path)
         return np.flatnonzero(~stored)
 
     def write(self, indices: Ints, outputs: Outputs) -> None:
@@ -154,17 +152,17 @@ class OutputStore:
             names: arrays to read; features are left out where they are not needed.
 
         Raises:
+            OSError: a shard cannot be read.
             ValueError: a shard is damaged or of another key and was deleted, or, at the end, samples are missing.
         """
         seen = np.zeros(self.samples, dtype=bool)
         for path in self._paths():
             try:
                 arrays = self._read(path, names)
-            except (OSError, ValueError) as error:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+            except ValueError as error:
+                _remove_shard(path)
                 raise ValueError(f"{error}; evaluate again to compute it anew") from None
-            if arrays is None:
+            if not arrays:
                 continue
             indices = arrays["indices"]
             # Two concurrent evaluations of the same model may both have written a sample.
@@ -177,11 +175,12 @@ class OutputStore:
                 "were removed meanwhile; evaluate again"
             )
 
-    def _read(self, path: Path, names: tuple[str, ...]) -> dict[str, Any] | None:
-        """Indices and arrays of a shard; None if it lacks the features that are needed.
+    def _read(self, path: Path, names: tuple[str, ...]) -> dict[str, Any]:
+        """Indices and arrays of a shard; nothing if it lacks the features that are needed.
 
         Raises:
-            OSError, ValueError: the shard cannot be read, is damaged, or has another key.
+            OSError: the shard cannot be read.
+            ValueError: it is damaged or has another key.
         """
         with open_npz(path) as shard:
             key, has_features = str(shard["key"]), "features" in shard.names
@@ -194,7 +193,7 @@ class OutputStore:
             raise ValueError(f"{path} has indices that are not those of {self.samples} samples")
         if any(array.shape[:1] != indices.shape for array in arrays.values()):
             raise ValueError(f"{path} has arrays of different lengths")
-        return arrays if has_features or not self.features else None
+        return arrays if has_features or not self.features else {}
 
     def load(self) -> Outputs:
         """Read the whole store into memory, in the order of the split."""
@@ -226,10 +225,16 @@ class OutputStore:
         return sorted(self.folder.glob("[0-9]*.npz"))
 
 
-def _open_lock(path: Path) -> int:
-    """Descriptor of a file in a folder, both made if needed, with a shared lock that keeps the folder."""
+def _remove_shard(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def keep(folder: Path) -> int:
+    """Make a folder and keep it from ``remove_unused``; returns a descriptor that does until it is unlocked."""
+    path = folder / _IN_USE
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # the folder was removed a moment ago
@@ -240,8 +245,8 @@ def _open_lock(path: Path) -> int:
         unlock(handle)
 
 
-def _remove_unused(folder: Path) -> None:
-    """Remove the folder of a key unless a process has it in use, or that cannot be known."""
+def remove_unused(folder: Path) -> None:
+    """Remove a folder unless a process keeps it, or that cannot be known."""
     with contextlib.suppress(OSError):
         handle = os.open(folder / _IN_USE, os.O_RDWR)
         try:

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 import tal_fast
 from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import DataBundle, MemoryImages, Split
-from tal_fast.evaluation.prediction_store import NotKept, Outputs, OutputStore, ShardWriter
+from tal_fast.evaluation.prediction_store import NotKept, Outputs, OutputStore, ShardWriter, keep, remove_unused
 from tal_fast.utils.arrays import Ints
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.environment import version_of
+from tal_fast.utils.io import unlock
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +197,10 @@ class Inference:
             if self.options.ranks.world_size > 1 or self._temporary is not None:
                 raise
             logger.warning("%s; they go to a temporary folder", error)
+        for path in Path(tempfile.gettempdir()).glob("tal-fast-????????"):  # of evaluations that were killed
+            remove_unused(path)
         self._temporary = tempfile.mkdtemp(prefix="tal-fast-")
+        weakref.finalize(self, unlock, keep(Path(self._temporary)))
         weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
         temporary = OutputStore(cache_path(self._temporary, name), key, len(images), self.options.features)
         temporary.prepare()

@@ -12,8 +12,8 @@ from typing import Any
 from tal_fast.evaluation import compare
 from tal_fast.evaluation.compare import Column, Difference, Group
 from tal_fast.evaluation.differences import add_differences
+from tal_fast.evaluation.evaluation import samples_of
 from tal_fast.evaluation.report import none_to_nan, read_report, write_report
-from tal_fast.evaluation.sample_scores import read_samples
 from tal_fast.experiments.folder import Folder
 from tal_fast.experiments.plan import Experiment, Values
 
@@ -64,7 +64,7 @@ def collect(experiment: Experiment, folders: Sequence[Folder], name: str) -> Res
     if len(groups) > 1:
         paths = {folder.job.name: folder.path for folder in done}
         for group in groups:
-            group.samples = [read_samples(paths[run]) for run in group.runs]
+            group.samples = [samples_of(paths[run], read_report(paths[run])) for run in group.runs]
         results["differences"] = _differences(experiment, groups, runs)
     return results
 

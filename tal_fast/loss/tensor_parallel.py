@@ -205,9 +205,13 @@ def _gradient(logits: Tensor, label_column: Tensor, valid: Tensor, terms: Tensor
     order of ``Z_MAX`` to ``AWAY``.
     """
     z = logits.to(compute_dtype(logits))
-    z_max, scale, g_p, g_q, g_label, along, away = terms.to(z.dtype)[:, :, None].unbind(1)
+    # Huge logits times a tiny factor, which float32 would round to few digits or to 0.
+    power = torch.where(terms[:, ALONG].abs() < 2.0**-100, 2.0**-78, 1.0)[:, None]
+    wide_along = terms[:, ALONG, None] / power
+    z_max, scale, g_p, g_q, g_label, _, away = terms.to(z.dtype)[:, :, None].unbind(1)
+    along, power = wide_along.to(z.dtype), power.to(z.dtype)
     x = z - z_max
     at_label = torch.arange(z.shape[1], device=z.device) == label_column[:, None]
-    grad = torch.where(at_label, g_label, (scale * x).exp() * g_p + x.exp() * g_q) - z * along - away
+    grad = torch.where(at_label, g_label, (scale * x).exp() * g_p + x.exp() * g_q) - z * power * along - away
     grad = torch.where(valid[:, None], grad, 0)
     return grad if logits.dtype == torch.float16 else grad.to(logits.dtype)

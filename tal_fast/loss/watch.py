@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -45,9 +46,14 @@ class QueueWatch:
     """Looks at every ``INTERVAL``-th training step whether correct samples enter the queue, and warns once.
 
     A look does not wait for a GPU: it judges what the one before has copied. CUDA graphs have none.
+
+    Args:
+        option: what the options' names begin with.
+        report: what takes the sentence; by default it is a RuntimeWarning.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, option: str = "", report: Callable[[str], None] | None = None) -> None:
+        self.option, self.report = option, report
         self.steps = 0
         self.warned = False
         self._looks: list[Tensor] = []  # slot of the queue's next entry; the step's correct and accepted samples
@@ -70,7 +76,14 @@ class QueueWatch:
         if not correct and slot != new_slot:  # by chance none of few samples
             return
         where = f"of steps {self.steps - INTERVAL} and {self.steps}"
-        problem = complaint(correct, accepted, threshold, where)
-        if problem is not None:
-            self.warned = True
+        problem = self.judge(correct, accepted, threshold, where)
+        if problem is not None and self.report is not None:
+            self.report(problem)
+        elif problem is not None:
             warnings.warn(problem, RuntimeWarning, stacklevel=4)
+
+    def judge(self, correct: float, accepted: float, threshold: float, where: str) -> str | None:
+        """The first ``complaint``; None after it."""
+        problem = None if self.warned else complaint(correct, accepted, threshold, where, self.option)
+        self.warned |= problem is not None
+        return problem

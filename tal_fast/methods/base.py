@@ -136,7 +136,7 @@ class Method(nn.Module):
         return {}
 
     def warning(self, row: Mapping[str, float]) -> str | None:
-        """Sentence about an epoch's columns of metrics.csv that shows that training goes wrong; the first is logged."""
+        """Sentence about an epoch's columns of metrics.csv that shows that training goes wrong, or None."""
         return None
 
     def reshard(self, states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
@@ -11,8 +12,10 @@ from tal_fast.config.methods import TAL_OPTIONS, TALOptions
 from tal_fast.config.schema import MethodConfig
 from tal_fast.loss.module import TALLoss
 from tal_fast.loss.resharding import reshard
-from tal_fast.loss.watch import complaint
+from tal_fast.loss.watch import QueueWatch
 from tal_fast.methods.base import Method, Step, Task
+
+logger = logging.getLogger(__name__)
 
 WARMUP_SHARE = 0.05
 """Share of the epochs in which the queue fills and typicalness is 1 (paper, section 4; released code)."""
@@ -34,7 +37,7 @@ class TAL(Method):
         self.warmup = False
         loss_options = {name: getattr(options, name) for name in TAL_OPTIONS - {"warmup_epochs"}}
         self.loss_fn = TALLoss(**loss_options, label_smoothing=config.label_smoothing)
-        self.loss_fn.watch = None  # ``warning`` sees all samples
+        self.watch = self.loss_fn.watch = QueueWatch("method.options.", logger.warning)
         temperatures = [t for t in (options.t_min, options.t_max, options.t_wrong) if t is not None]
         self.ranges = {"typicalness": (0.0, 1.0), "temperature": (min(temperatures), max(temperatures))}
 
@@ -57,7 +60,7 @@ class TAL(Method):
         threshold, correct, accepted = self.loss_fn.options.confidence_threshold, row["train_accuracy"], row["accepted"]
         if not correct and self.task.train_images < 100 * self.task.num_classes:
             return None  # by chance
-        return complaint(correct, accepted, threshold, "of this epoch", "method.options.")
+        return self.watch.judge(correct, accepted, threshold, "of this epoch")
 
     def reshard(self, states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
         prefix = "loss_fn.queue."

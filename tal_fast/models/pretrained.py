@@ -11,6 +11,7 @@ import logging
 import math
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ def read_state(path: str | Path, key: str | None = None) -> tuple[dict[str, Tens
             raise ValueError(f"{path} cannot be read as safetensors ({_first_line(error)})") from None
     else:
         try:
+            if zipfile.is_zipfile(path):  # torch.load does not compare checksums
+                with zipfile.ZipFile(path) as archive:
+                    bad = archive.testzip()
+                if bad is not None:
+                    raise ValueError(f"the checksum of {bad} is wrong")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about kinds of tensors, which are refused below
                 content = torch.load(path, map_location="cpu", weights_only=True)
@@ -132,7 +138,7 @@ def _states_in(content: Any, path: str = "", depth: int = 3) -> dict[str, dict[s
         return {}
     if content and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         return {path: dict(content)}
-    found = {}
+    found: dict[str, dict[str, Tensor]] = {}
     for key in (*_AVERAGE_KEYS, *_STATE_KEYS):
         found |= _states_in(content.get(key), f"{path}.{key}" if path else key, depth - 1)
     return found

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tal_fast.config.schema import Config
-from tal_fast.runs.folder import CONFIG_FILE, METRICS_FILE
+from tal_fast.runs.folder import CONFIG_FILE
 from tal_fast.utils.io import replacing
 
 FORMAT = 1
@@ -217,11 +217,3 @@ def _newest_first(folder: Path) -> list[Path]:
     latest = [folder / name for name in (LAST, PREVIOUS)]
     kept = sorted(folder.glob("epoch-*.pt"), reverse=True) if folder.is_dir() else []
     return [path for path in [*latest, *kept] if path.exists()]
-
-
-def clean(output: Path) -> None:
-    """Remove the temporary files that a killed run left in its folder."""
-    names = (f"{FOLDER}/.*.pt*", *(f".{Path(name).stem}*{Path(name).suffix}*" for name in (CONFIG_FILE, METRICS_FILE)))
-    for path in (path for name in names for path in output.glob(name)):
-        with contextlib.suppress(OSError):
-            path.unlink()

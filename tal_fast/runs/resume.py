@@ -6,11 +6,12 @@ import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from tal_fast.config.methods import option_values, read_options
 from tal_fast.config.schema import TRAINING_IMAGES, Config
-from tal_fast.config.typed import one_line, shown
+from tal_fast.config.typed import one_line
 from tal_fast.methods import method_class
 from tal_fast.runs import checkpoint
 from tal_fast.runs.folder import METRICS_FILE
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 SAME_BITS = frozenset({
     "output", "resume", "allow", "extend", "progress", "checkpoint_every_steps", "keep_every_epochs", "logger",
     "log_every_steps", "profile", "data.root", "data.ood", "data.workers", "data.max_unreadable",
-    "rank_timeout",
+    "data.timeout", "rank_timeout",
 })  # fmt: skip
 """Options that a resumed run may change without changing what it computes."""
 
@@ -129,14 +130,15 @@ def refuse_other_options(saved: dict[str, Any], config: Config, path: Path) -> N
             "set it back, or start anew in another --output"
         )
     allowed = _allowed(config)
-    if config.extend and "epochs" in changed and changed["epochs"][1] > changed["epochs"][0]:
+    longer = "epochs" in changed and changed["epochs"][1] > changed["epochs"][0]
+    if config.extend and longer:
         allowed.add("epochs")
     refused = [name for name in changed if name not in WARNED and name not in allowed]
     if refused:
-        extend = " --extend" if refused == ["epochs"] else f" --allow {','.join(refused)}"
+        remedy = "--extend" if refused == ["epochs"] and longer else f"--allow {','.join(refused)}"
         raise ValueError(
             f"{path} was made by another configuration ({_were(refused, changed)}); set it back, start anew in "
-            f"another --output, or go on with it by{extend}"
+            f"another --output, or go on with it by {remedy}"
         )
 
 
@@ -179,7 +181,7 @@ def changes(content: dict[str, Any], shape: dict[str, Any], config: Config, worl
     found |= {name: (before[name], now) for name, now in shape.get("conditions", {}).items() if name in before}
     found["ranks"] = content["world_size"], world_size
     found["training images"] = saved["train_images"], shape["train_images"]
-    texts = {name: f"{name} {shown(was)} -> {shown(now)}" for name, (was, now) in found.items() if was != now}
+    texts = {name: f"{name} {short(was)} -> {short(now)}" for name, (was, now) in found.items() if was != now}
     for name, split in (("training images", "train"), ("validation images", "val")):
         if _digest(saved, split) not in (None, _digest(shape, split)):
             texts.setdefault(name, f"other {name}")
@@ -200,7 +202,7 @@ def _allowed(config: Config) -> set[str]:
 
 
 def _were(names: Iterable[str], changed: Changes) -> str:
-    return ", ".join(f"{name} was {shown(changed[name][0])} and is {shown(changed[name][1])}" for name in names)
+    return ", ".join(f"{name} was {short(changed[name][0])} and is {short(changed[name][1])}" for name in names)
 
 
 def _all_options(config: Config) -> dict[str, Any]:

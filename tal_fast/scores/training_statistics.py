@@ -49,13 +49,13 @@ class Training:
     def __post_init__(self) -> None:
         for name in ("labels", "weight", "bias", "logits"):
             if getattr(self, name) is not None:
-                values = to_numpy(getattr(self, name))
-                if values.dtype.kind not in ("iu" if name == "labels" else "fiu"):
+                given = to_numpy(getattr(self, name))
+                if given.dtype.kind not in ("iu" if name == "labels" else "fiu"):
                     kind = "integers" if name == "labels" else "real numbers"
-                    raise ValueError(f"training {name} must be {kind}, not {values.dtype}")
-                if not np.isfinite(values).all():
+                    raise ValueError(f"training {name} must be {kind}, not {given.dtype}")
+                if not np.isfinite(given).all():
                     raise ValueError(f"training {name} must be finite; NaN or infinity is among them")
-                object.__setattr__(self, name, values)
+                object.__setattr__(self, name, given)
         if not hasattr(self.features, "blocks"):
             object.__setattr__(self, "features", as_matrix(self.features, "training features"))
             for _, block in self.blocks():

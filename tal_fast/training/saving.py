@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import signal
+import socket
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -17,7 +18,6 @@ import torch.distributed as dist
 from tal_fast.config.schema import Config
 from tal_fast.data.image_folder import UnreadableImage
 from tal_fast.runs import checkpoint
-from tal_fast.runs.folder import CONFIG_FILE
 from tal_fast.training.state import TrainingState, not_finite
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.signals import Stopped, StopRequest
@@ -55,8 +55,7 @@ class Saver:
         self, config: Config, state: TrainingState, shape: dict[str, Any], ranks: Ranks, stop: StopRequest
     ) -> None:
         self._config, self._state, self._shape, self._ranks, self._stop = config, state, shape, ranks, stop
-        self._output = Path(config.output)
-        self.writer = checkpoint.Writer(self._output / checkpoint.FOLDER)
+        self.writer = checkpoint.Writer(Path(config.output) / checkpoint.FOLDER)
         self.waited = 0.0
         infinite = not_finite({**state.rank_state(), **state.shared_state()})  # masks of -inf, say
         self._infinite = infinite | {name.replace("model.", "average.", 1) for name in infinite}
@@ -123,7 +122,7 @@ class Saver:
         if problem:
             raise TrainingFailed(f"{problem}; make room and go on with --resume auto") from failure
         if isinstance(failure, UnreadableImage):
-            raise UnreadableImage(f"{failure} (the run is {self._saved})") from failure
+            raise type(failure)(f"{failure} (the run is {self._saved})") from failure
         if failure is not None:
             logger.warning(_SAVED, self._saved)
             raise failure
@@ -172,27 +171,29 @@ class Saver:
             logger.warning("the run ends with its last checkpoint, because the last step cannot be saved: %s", error)
 
     def _exchange(self, own: dict[str, Any], shared: dict[str, Any]) -> list[dict[str, Any]]:
-        """The ranks' own states through the store, on the last rank to come if it sees the run's folder; else none.
+        """The ranks' own states through the store, on the last rank to come; none elsewhere.
 
-        Buffers are rank 0's in a checkpoint, so they go the same way, into ``shared``.
+        None there either if it is not on rank 0's host, whose folder may be another one. Buffers are rank 0's in a
+        checkpoint, so they go the same way, into ``shared``.
         """
         state, rank, world_size = self._state, self._ranks.rank, self._ranks.world_size
         names = {name for name, _ in state.network.named_buffers()}
         networks = [shared[key] or {} for key in ("model", "average")]
         file = io.BytesIO()
-        torch.save([own, [{k: v for k, v in network.items() if k in names} for network in networks]], file)
+        buffers = [{name: network[name] for name in names & network.keys()} for network in networks]
+        torch.save([own, buffers, socket.gethostname()], file)
         if file.tell() > _STORE_LIMIT:
             raise TrainingFailed(f"the state of rank {rank} is {file.tell() / 2**20:.0f} MiB, too large for the store")
         # The same step of all ranks, or the last one would not come.
         store: Any = dist.distributed_c10d._get_default_store()
         store = dist.PrefixStore(f"rescue/{state.epoch}/{state.step}", store)
         store.set(str(rank), file.getvalue())
-        if store.add("ranks", 1) < world_size or not (self._output / CONFIG_FILE).exists():
+        if store.add("ranks", 1) < world_size:
             return []
         left = [torch.load(io.BytesIO(store.get(str(r))), weights_only=True) for r in range(world_size)]
-        for network, buffers in zip(networks, left[0][1], strict=True):
-            network.update(buffers)
-        return [rank_state for rank_state, _ in left]
+        for network, saved in zip(networks, left[0][1], strict=True):
+            network.update(saved)
+        return [rank_state for rank_state, _, _ in left] if left[0][2] == socket.gethostname() else []
 
     @property
     def _saved(self) -> str:

@@ -76,7 +76,7 @@ class TrainingState:
             "history": list(self.history),
         }
 
-    def restore(self, content: dict[str, Any], rank: int, world_size: int, new_epoch: bool) -> None:
+    def restore(self, content: dict[str, Any], rank: int, world_size: int, step: int) -> None:
         """Restore a checkpoint.
 
         Options of the optimizer are those of the configuration now. Another number of ranks shares out the ranks'
@@ -86,7 +86,7 @@ class TrainingState:
             content: the checkpoint.
             rank: rank of this process.
             world_size: number of ranks.
-            new_epoch: go on from the start of the epoch, because its steps no longer hold the same images.
+            step: number of finished steps of the epoch; 0 to go on from its start.
         """
         self.network.load_state_dict(content["model"])
         if self.average is not None and content["average"] is not None:
@@ -98,7 +98,7 @@ class TrainingState:
             group.update(options, lr=group["lr"].to(device))  # loaded to the CPU with the rest
         if content["scaler"]:  # empty if gradients were not scaled
             self.scaler.load_state_dict(content["scaler"])
-        self.epoch, self.step = content["epoch"], 0 if new_epoch else content["step"]
+        self.epoch, self.step = content["epoch"], step
         self.history, self.best = content["history"], content["best"]
         ranks = content["ranks"]
         if len(ranks) == world_size:

@@ -34,7 +34,7 @@ from tal_fast.training.validation import Validator
 from tal_fast.training.weight_averaging import STATISTICS_IMAGES
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.environment import code_digest
-from tal_fast.utils.io import replacing
+from tal_fast.utils.io import remove_leftovers, replacing
 from tal_fast.utils.locks import FolderLock
 from tal_fast.utils.rng import seed_all
 from tal_fast.utils.signals import Stopped, StopRequest
@@ -117,7 +117,6 @@ class Trainer:
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")  # TF32 where the network is not under autocast
         self._reported = self._unreadable()  # files named so far, also by the run before
-        self._warned = False  # whether the method's warning has been shown
         self._stop = stop or StopRequest()
         self._saver = Saver(config, self.state, self._shape, self.ranks, self._stop)
         self._writer = self._saver.writer
@@ -151,7 +150,8 @@ class Trainer:
         config, state = self.config, self.state
         self.ranks.on_main(self._prepare_folder)
         if state.epoch >= config.epochs:
-            self._info(f"{self.output} is trained already: {state.epoch} of {config.epochs} epochs")
+            more = "--epochs and --extend give it more"
+            self._info(f"{self.output} is trained already: {state.epoch} of {config.epochs} epochs; {more}")
             return
         self._info(
             f"{config.method.name} on {self.data.summary()}; {config.model.name}, "
@@ -252,8 +252,7 @@ class Trainer:
             "unreadable": unreadable,
         }
         warning = self.method.warning(columns)
-        if warning and not self._warned and self.ranks.is_main:
-            self._warned = True
+        if warning and self.ranks.is_main:
             logger.warning("%s", warning)
         return columns, histograms
 
@@ -331,7 +330,7 @@ class Trainer:
         except ValueError as error:
             raise TrainingFailed(str(error)) from None
         self._claimed = True
-        checkpoint.clean(self.output)
+        remove_leftovers(self.output / checkpoint.FOLDER)
         with replacing(self.output / CONFIG_FILE) as temporary:
             self.config.save(temporary)
         if self.history:
@@ -345,8 +344,12 @@ class Trainer:
         config, state = self.config, self.state
         refuse_other_data(content, self._shape, config, path)
         changed = changes(content, self._shape, config, self.ranks.world_size)
+        before, step = Config.from_dict(content["config"]), content["step"]
+        if leaves_epoch(changed):  # its steps no longer hold the same images, but if all are done, none is needed
+            done = step == content["shape"]["train_images"] // before.batch_size and "ranks" not in changed
+            step = len(self.batches) if done else 0
         with checkpoint.restoring(path):
-            state.restore(content, self.ranks.rank, self.ranks.world_size, leaves_epoch(changed))
+            state.restore(content, self.ranks.rank, self.ranks.world_size, step)
         if changed and self.ranks.is_main:
             where = ", from the start of the epoch" if content["step"] and not state.step else ""
             logger.warning(
@@ -355,7 +358,6 @@ class Trainer:
             )  # fmt: skip
         steps = f" and {state.step} steps" if state.step else ""
         self._info(f"resuming from {path}: {state.epoch} epochs{steps}")
-        before = Config.from_dict(content["config"])
         was, now = (learning_rate(c.optim, c.epochs, state.epoch) for c in (before, config))
         if was != now:
             self._info(f"the schedule goes on with a learning rate of {now:.4g}, which was {was:.4g} before")

@@ -41,8 +41,7 @@ class Validator:
     def validate(self, network: nn.Module, guard: Callable[[Batches, int], Batches] | None = None) -> dict[str, float]:
         """Validation columns of metrics.csv, the same on every rank; leaves the network in eval mode.
 
-        ``guard`` is given this rank's batches and the largest number of any rank, and returns the batches;
-        it may end validation by an exception.
+        ``guard`` takes this rank's batches and the largest number of any rank and returns the batches; it may raise.
         """
         self.ranks.broadcast_buffers(network)
         network.eval()

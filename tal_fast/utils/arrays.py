@@ -79,7 +79,8 @@ def open_npz(path: str | Path) -> Iterator[NpzArrays]:
             if not isinstance(loaded, np.lib.npyio.NpzFile):
                 raise ValueError("it is a single array")
             with loaded:
-                size = sum(member.file_size for member in loaded.zip.infolist())
+                archive: Any = loaded.zip
+                size = sum(member.file_size for member in archive.infolist())
                 if size > _memory():
                     raise ValueError(f"its arrays have {size:,} bytes, more than this machine's memory")
                 yield NpzArrays(loaded)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tal_fast import calibrate, compare, evaluate
 from tal_fast.evaluation import prediction_store, predictions
 from tal_fast.evaluation.predictions import Inference, PassOptions, run_model
 from tal_fast.runs.load import load_run
+from tal_fast.utils.io import unlock
 from tests.helpers.compare import write_run
 from tests.helpers.evaluation import make_run, record_passes, write_npz
 
@@ -66,7 +68,10 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed, used = tmp_path / "tal-fast-abcdefgh", tmp_path / "tal-fast-bcdefghi"
+    handles = [prediction_store.keep(path) for path in (killed, used)]
+    unlock(handles[0])
     run = make_run(tmp_path / "run")
     cache = str(tmp_path / "file" / "cache")
     assert evaluate.main(["--run", str(run), "--cache", cache, "--device", "cpu", "--no-typicalness"]) == 0
@@ -75,6 +80,9 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     assert "they go to a temporary folder" in said
     assert said.count("\n") == 1
     assert (run / "report.json").exists()
+    assert not killed.exists()
+    assert used.exists()
+    unlock(handles[1])
 
 
 @pytest.mark.parametrize("whole", [True, False])

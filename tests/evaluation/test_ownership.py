@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -243,3 +245,30 @@ def test_calibrated_files_are_of_one_model(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         calibrated(0)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"selective.pt"}
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_cache_report_their_own_numbers(tmp_path: Path) -> None:
+    """Two models at the same time, one of them twice, in processes of their own."""
+    runs = [make_run(tmp_path / f"run-{i}", "ce", seed=i) for i in range(2)]
+
+    def start(run: Path, output: str) -> subprocess.Popen[str]:
+        command = [
+            "-m", "tal_fast.evaluate", "--run", str(run), "--output", str(tmp_path / output), "--device", "cpu",
+            "--cache", str(tmp_path / "cache"), "--batch-size", "3", "--scores", "msp", "--seed", "0",
+        ]  # fmt: skip
+        return subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+
+    jobs = [(run, f"out-{run.name}-{i}") for i in range(2) for run in runs]
+    for process in [start(*job) for job in jobs]:
+        _, error = process.communicate(timeout=250)
+        assert process.returncode == 0, error
+    for run, output in jobs:
+        alone = sources.evaluate_run(run, tmp_path / "alone", cache=tmp_path / "alone-cache")
+        assert alone is not None
+        found = read_report(tmp_path / output)
+        assert found["id_accuracy"] == alone.report["id_accuracy"]
+        assert found["weights_sha256"] == alone.report["weights_sha256"]
+        assert found["settings"]["old_fd"]["msp"] == pytest.approx(alone.report["settings"]["old_fd"]["msp"], abs=1e-4)

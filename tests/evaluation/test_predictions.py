@@ -120,6 +120,7 @@ def test_a_killed_evaluation_resumes_from_its_cache(tmp_path: Path, monkeypatch:
     killed = subprocess.run([sys.executable, "-c", KILLED, str(run)], capture_output=True, text=True, timeout=280)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (run / "report.json").exists()
+    (half,) = run.rglob(".*-*.npz")
     computed = []
 
     def record(model: Any, loader: Any, device: Any, name: str, *rest: Any) -> Any:
@@ -129,6 +130,7 @@ def test_a_killed_evaluation_resumes_from_its_cache(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(predictions, "run_model", record)
     resumed = evaluate_run(run, passes=passes, options=options)
+    assert not half.exists()
     # Three batches of 40 of the validation split had been stored.
     expected = [("val", i) for i in range(3 * 40, 200)] + [("ood-noise", i) for i in range(1000)]
     assert sorted(computed) == sorted(expected + [("train-eval", i) for i in range(400)])

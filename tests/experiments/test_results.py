@@ -104,3 +104,13 @@ def test_differences_are_taken_at_the_same_grid_point(tmp_path: Path) -> None:
     assert baselines(grid=only, compare=options) == {"tal-lr=0.1": "ce", "tal-lr=0.2": "ce"}
     of_one = {**options, "baseline": "ce-lr=0.2"}
     assert baselines(grid=GRID, compare=of_one) == dict.fromkeys(["ce-lr=0.1", "tal-lr=0.1", "tal-lr=0.2"], "ce-lr=0.2")
+
+
+def test_samples_of_another_evaluation_give_no_intervals(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    experiment = read_experiment(write(tmp_path / "e.yaml", seeds=[0], compare={"bootstrap": 20}))
+    finish_jobs(tmp_path / "out", experiment, lambda job: (1.0 + (job.method == "tal"), 0.8))
+    folders = scheduler.job_folders(experiment, tmp_path / "out")
+    assert {row["over"] for row in results.collect(experiment, folders, "e")["differences"]} == {"images"}
+    shutil.copy(folders[0].path / "samples.npz", folders[1].path)  # with the same numbers of samples and errors
+    assert {row["over"] for row in results.collect(experiment, folders, "e")["differences"]} == {""}
+    assert f"samples.npz beside the report of {folders[1].path} is of another evaluation" in caplog.text

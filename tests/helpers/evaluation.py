@@ -17,6 +17,7 @@ from tal_fast.evaluation import predictions
 from tal_fast.loss.queue import FeatureQueue
 from tal_fast.models import build_model
 from tal_fast.runs import checkpoint
+from tests.helpers.checkpoints import content
 
 SYNTHETIC = {"dataset": "synthetic", "crop_area": None, "image_size": 16, "channels": 1, "synthetic_images": 400}
 """400 training, 200 validation and 1,000 OOD images (``noise``) of 10 classes."""
@@ -39,7 +40,7 @@ def make_run(
         seed: seed of the weights.
         data: data configuration; default ``SYNTHETIC``.
         classes: class names; default those of ``SYNTHETIC``.
-        ranks: states of the ranks; default an empty list, for TAL one with a queue of 40 entries.
+        ranks: states of the ranks; default one, for TAL with a queue of 40 entries.
     """
     data = data or SYNTHETIC
     classes = list(classes) or [f"bars-{c}" for c in range(10)]
@@ -53,12 +54,16 @@ def make_run(
         ranks = [queue_state(40)] if method == "tal" else [{"method": {}}]
     checkpoint.save(
         folder / "checkpoints" / "best.pt",
-        {
-            "config": config.to_dict(), "epoch": 7, "step": 0, "world_size": 1, "model": model.state_dict(),
-            "shape": {"class_names": classes, "channels": channels, "image_size": size},
-            "average": None, "optimizer": {}, "scaler": None, "ranks": ranks, "best": 0.0, "history": [],
-        },
-    )  # fmt: skip
+        content(
+            config=config.to_dict(),
+            epoch=7,
+            world_size=len(ranks),
+            model=model.state_dict(),
+            shape={"class_names": classes, "channels": channels, "image_size": size, "train_images": 400},
+            ranks=ranks,
+            history=[],
+        ),
+    )
     return folder
 
 

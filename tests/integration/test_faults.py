@@ -19,6 +19,7 @@ from bench.faults.kills import CONFIGURATIONS, kill_all
 from bench.faults.runs import Failed, Impossible
 from bench.faults.soak import soak
 from tal_fast.runs import checkpoint
+from tests.helpers import checkpoints
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 
@@ -82,7 +83,7 @@ def test_the_configurations_that_are_killed_cover_methods_loaders_and_processes(
 def written_run(folder: Path, **changes: object) -> Path:
     """Synthetic output folder of a run."""
     content = {
-        **dict.fromkeys(set(checkpoint._KEYS) - {"format"}, 0),
+        **checkpoints.content(),
         "config": {"output": str(folder), "seed": 3},
         "model": {"weight": torch.arange(3.0)},
         "ranks": [{"method": {"queue": torch.ones(2)}}],
@@ -126,6 +127,7 @@ WRITER = """
 import sys, torch
 from bench import fault_points
 from tal_fast.runs import checkpoint
+from tests.helpers import checkpoints
 from pathlib import Path
 fault_points.arm(sys.argv[1])
 weight = torch.nn.Parameter(torch.zeros(1000))

@@ -230,12 +230,16 @@ def test_ties_go_to_the_first_class(path_dtype: torch.dtype) -> None:
     assert result.correct.tolist() == [True, False, False, False, True, False, False]
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @pytest.mark.parametrize(
     ("value", "variant"),
-    [(torch.nan, "paper"), (torch.inf, "paper"), (-torch.inf, "paper"), (torch.nan, "released")],
+    [(torch.nan, "paper"), (torch.inf, "paper"), (-torch.inf, "paper"), (1e30, "paper"), (torch.nan, "released")],
 )
 def test_logits_that_are_not_finite(value: float, variant: str, path_dtype: torch.dtype) -> None:
-    """At the label, before it and after it, in rows of their own; the rows around them stay finite."""
+    """At the label, before it and after it, in rows of their own; the rows around them stay finite.
+
+    1e30 is finite, its square is not.
+    """
     logits, labels = torch.randn(5, 140).to(path_dtype), torch.full((5,), 70)
     logits[:, 70] = 6
     bad, good = torch.tensor([1, 2, 3]), torch.tensor([0, 4])

@@ -120,14 +120,39 @@ def invalid_labels_and_logits(rank: int, group: dist.ProcessGroup) -> Any:
     return messages, value.detach(), bad.grad, stats.accepted, len(loss_fn.queue)
 
 
+def huge_logits_and_unequal_rows(rank: int, group: dist.ProcessGroup) -> Any:
+    """Message of a first step with 3 rows on one rank and 4 on the other; then a step with logits about 1e20."""
+    case = cases(2)[0]
+    logits, features, labels = case["batch"]
+    try:
+        functional.tal_loss(
+            logits[: 3 + rank].float(), features[: 3 + rank], labels[: 3 + rank], *case["queue"], class_group=group
+        )
+        message = ""
+    except ValueError as error:
+        message = str(error)
+    part = columns_of(huge(logits), rank, 2).requires_grad_()
+    loss, stats = functional.tal_loss(
+        part, features, labels, *case["queue"], class_group=group, backend="reference", label_smoothing=0.1
+    )
+    (grad,) = torch.autograd.grad(loss, part)
+    return message, loss.detach(), grad, stats.typicalness
+
+
+def huge(logits: Tensor) -> Tensor:
+    return logits.nan_to_num().float() * 1e20
+
+
 def everything(rank: int) -> dict[str, Any]:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     three = dist.new_group([0, 1, 2])
     row_groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    fresh = dist.new_group([0, 1])
     results = {"trained": train_on_columns_and_rows(rank, pairs[rank // 2], row_groups[rank % 2])}
     if rank < 2:
         results["world 2"] = sharded_losses(rank, 2, pairs[0])
         results["invalid"] = invalid_labels_and_logits(rank, pairs[0])
+        results["huge"] = huge_logits_and_unequal_rows(rank, fresh)
     if rank < 3:
         results["world 3"] = sharded_losses(rank, 3, three)
     return results
@@ -209,6 +234,16 @@ def test_invalid_labels_and_infinite_logits_are_noticed_by_every_rank(ranks: lis
         assert grad[[0, 2]].isfinite().all()
         assert not accepted[1]
         assert length == int(accepted.sum())
+
+
+def test_unequal_rows_are_refused_and_huge_logits_have_a_direction(ranks: list[dict[str, Any]]) -> None:
+    (message, loss, grad0, typicalness), (other, _, grad1, _) = ranks[0]["huge"], ranks[1]["huge"]
+    assert message == other
+    assert "rank 0 has 3 and rank 1 has 4" in message
+    case = cases(2)[0]
+    want_loss, want_grad = exact(huge(case["batch"][0]), case["batch"][2], typicalness, label_smoothing=0.1)
+    assert relative(loss, want_loss) <= 1e-5
+    assert relative(torch.cat([grad0, grad1], 1), want_grad) <= 1e-5
 
 
 def test_global_scope_must_name_its_ranks(tmp_path: Any) -> None:

@@ -43,6 +43,8 @@ def test_a_warning_is_not_given_for_few_images_of_which_none_is_correct_by_chanc
     method = make_method(MethodConfig("tal", options={"confidence_threshold": 0.5}))
     assert method.warning({"train_accuracy": 0.0, "accepted": 0.0}) is None
     assert "confidence_threshold = 0.5" in str(method.warning({"train_accuracy": 0.2, "accepted": 0.05}))
+    assert method.warning({"train_accuracy": 0.2, "accepted": 0.05}) is None  # once
+    method = make_method(MethodConfig("tal"))
     assert method.warning({"train_accuracy": 0.2, "accepted": 0.15}) is None
     method.task = dataclasses.replace(method.task, train_images=10**6)
     assert "no sample of this epoch" in str(method.warning({"train_accuracy": 0.0, "accepted": 0.0}))

@@ -16,24 +16,12 @@ from hypothesis import given
 from tal_fast.runs import checkpoint
 from tal_fast.runs.checkpoint import Damaged
 from tal_fast.utils.rng import rng_state
+from tests.helpers import checkpoints
 from tests.helpers.fuzz import FUZZ, mutations, reads_or_refuses
 
 
 def content(epoch: int = 1) -> dict[str, Any]:
-    return {
-        "config": {"epochs": 3},
-        "shape": {"class_names": ["a", "b"], "channels": 1, "image_size": 8, "train_images": 9},
-        "epoch": epoch,
-        "step": 0,
-        "world_size": 1,
-        "model": {"weight": torch.arange(5000.0)},
-        "average": None,
-        "scaler": {},
-        "optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]},
-        "ranks": [{"rng": rng_state()}],
-        "best": {},
-        "history": [{"epoch": 1, "train_loss": 0.5}],
-    }
+    return checkpoints.content(epoch=epoch, model={"weight": torch.arange(5000.0)}, ranks=[{"rng": rng_state()}])
 
 
 def test_a_saved_checkpoint_loads(tmp_path: Path) -> None:
@@ -192,7 +180,7 @@ def test_an_emptied_file_is_refused_and_the_previous_one_used(
 
 def checkpoint_bytes() -> bytes:
     file = io.BytesIO()
-    torch.save({"format": 1, **content(), "model": {"weight": torch.arange(5.0)}}, file)
+    torch.save({"format": 1, **checkpoints.content()}, file)
     return file.getvalue()
 
 
@@ -217,19 +205,6 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(Damaged, match="cannot be read"):
             checkpoint.load(tmp_path / name)
     assert not (tmp_path / "evil-was-here").exists()
-
-
-def test_temporary_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    folder = tmp_path / checkpoint.FOLDER
-    folder.mkdir()
-    stale = [".last-x1.pt", ".last.pt.x2", ".epoch-0002.pt.link"]  # the second as version 0.1.0 named them
-    for path in [*(folder / name for name in stale), tmp_path / ".metrics-x.csv", tmp_path / ".config.yaml.x"]:
-        path.touch()
-    kept = [folder / "last.pt", tmp_path / "metrics.csv", tmp_path / ".notes.txt"]
-    for path in kept:
-        path.touch()
-    checkpoint.clean(tmp_path)
-    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
 
 
 def test_a_snapshot_does_not_change_with_the_original() -> None:

@@ -22,20 +22,16 @@ from tal_fast.runs.checkpoint import Damaged
 from tal_fast.runs.resume import FIXED, SAME_BITS, WARNED, changes, differences, find_checkpoint
 from tal_fast.training.trainer import Trainer, TrainingFailed
 from tal_fast.utils.locks import FolderLock
+from tests.helpers.checkpoints import content
 from tests.helpers.locks import holder
 from tests.helpers.training import config, one_thread  # noqa: F401
 
-SHAPE = {"class_names": ["a", "b"], "channels": 1, "image_size": 8, "train_images": 100}
-CONTENT = {
-    **{key: {"x": 1} for key in ("model", "optimizer")},
-    **{"step": 0, "world_size": 1, "average": None, "scaler": {}, "ranks": [{}], "best": {}, "history": []},
-    "shape": SHAPE,
-}
+SHAPE = content()["shape"]
 
 
 def save(saved: Config, name: str = "last.pt", epoch: int = 1) -> Path:
     path = Path(saved.output) / "checkpoints" / name
-    checkpoint.save(path, {**CONTENT, "config": saved.to_dict(), "epoch": epoch})
+    checkpoint.save(path, content(config=saved.to_dict(), epoch=epoch))
     return path
 
 
@@ -126,7 +122,7 @@ def test_of_two_runs_that_create_a_folder_one_is_refused(tmp_path: Path) -> None
         ),
         ({"optim": OptimConfig(lr=0.01)}, "--allow optim.lr,optim.warmup_epochs"),
         ({"epochs": 6}, "epochs was 4 and is 6.* go on with it by --extend$"),
-        ({"epochs": 2, "extend": True}, "epochs was 4 and is 2"),
+        ({"epochs": 2, "extend": True}, "epochs was 4 and is 2.* go on with it by --allow epochs$"),
         (
             {"optim": OptimConfig("adamw")},
             "(optim.name was 'sgd' and is 'adamw'), which its state does not fit",
@@ -159,7 +155,7 @@ def test_allowed_options_may_change(tmp_path: Path, options: dict[str, Any]) -> 
 
 def test_a_configuration_that_cannot_be_read_is_named_with_its_file(tmp_path: Path) -> None:
     path = save(config(tmp_path))
-    checkpoint.save(path, {**CONTENT, "config": {"epochz": 3}, "epoch": 1})
+    checkpoint.save(path, content(config={"epochz": 3}))
     with pytest.raises(Damaged, match=r"the configuration in .*last.pt cannot be read: epochz is not an option"):
         find_checkpoint(config(tmp_path, resume="auto"))
 
@@ -261,6 +257,16 @@ def test_a_finished_run_is_extended_and_its_options_change(tmp_path: Path, caplo
     content = checkpoint.load(tmp_path / "checkpoints" / "last.pt")
     assert (content["epoch"], content["config"]["optim"]["lr"]) == (2, 0.02)
     assert find_checkpoint(dataclasses.replace(saved, allow=[], extend=False)) is not None  # the same command goes on
+
+
+def test_temporary_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    saved = finished(tmp_path)
+    saved.epochs, saved.extend = 2, True
+    left = ["checkpoints/.last-abcdefgh.pt", "checkpoints/.epoch-0002-abcd_fgh.pt", ".metrics-abcdefgh.csv"]
+    for name in [*left, ".config-abcdefgh.yaml", ".notes-abcdefgh.txt"]:
+        (tmp_path / name).touch()
+    Trainer(saved).fit()
+    assert [path.name for path in tmp_path.rglob(".*")] == [".notes-abcdefgh.txt"]
 
 
 def move(root: Path) -> None:

@@ -66,14 +66,30 @@ def saved_at(output: Path) -> tuple[int, int]:
     return content["epoch"], content["step"]
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folder of an undisturbed run of ``config``, trained once for each configuration."""
+    outputs: dict[str, Path] = {}
+
+    def run(method: str = "tal", **options: Any) -> Path:
+        key = repr((method, options))
+        if key not in outputs:
+            outputs[key] = tmp_path_factory.mktemp("straight")
+            Trainer(config(outputs[key], method, **options)).fit()
+        return outputs[key]
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("method", "options"),
     [("tal", {}), ("crl", {"optim": OptimConfig(lr=0.05, ema_decay=0.8)})],
     ids=["tal", "crl with a moving average"],
 )
-def test_a_stop_or_a_kill_within_validation_loses_nothing(tmp_path: Path, method: str, options: dict[str, Any]) -> None:
-    options = {"epochs": 3, "eval_batch_size": 100, **options}
-    Trainer(config(tmp_path / "straight", method, **options)).fit()
+def test_a_stop_or_a_kill_within_validation_loses_nothing(
+    tmp_path: Path, straight: Callable[..., Path], method: str, options: dict[str, Any]
+) -> None:
+    options = {"epochs": 2, "eval_batch_size": 100, **options}
     parts = tmp_path / "parts"
     with pytest.MonkeyPatch.context() as patch:
         at_call(patch, Validator, "_logits", 3, terminate)
@@ -87,7 +103,7 @@ def test_a_stop_or_a_kill_within_validation_loses_nothing(tmp_path: Path, method
             Trainer(config(parts, method, resume="auto", **options)).fit()
     assert saved_at(parts) == (1, STEPS)
     Trainer(config(parts, method, resume="auto", **options)).fit()
-    assert_same_end(tmp_path / "straight", parts)
+    assert_same_end(straight(method, **options), parts)
     row = read_metrics(parts)[1]
     assert float(row["images_per_s"]) == 0.0  # the process that wrote the row trained on none
 
@@ -100,6 +116,18 @@ def test_validation_stops_at_the_batch_of_the_signal(tmp_path: Path, monkeypatch
     with pytest.raises(Stopped):
         Trainer(config(tmp_path, eval_batch_size=100)).fit()
     assert len(calls) == 2  # of 9
+
+
+def test_a_trained_epoch_is_not_trained_again_with_other_batches(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, Validator, "_logits", 2, terminate)
+        with pytest.raises(Stopped):
+            Trainer(config(tmp_path, epochs=1)).fit()
+    trainer = Trainer(config(tmp_path, epochs=1, batch_size=20, allow=["batch_size"], resume="auto"))
+    weights = trainer.network.fc.weight.clone()  # type: ignore[union-attr,operator]
+    trainer.fit()
+    assert torch.equal(trainer.network.fc.weight, weights)  # type: ignore[union-attr,arg-type]
+    assert read_metrics(tmp_path)[0]["train_loss"] != "nan"
 
 
 def test_a_stop_while_averaged_weights_get_their_statistics_loses_nothing(tmp_path: Path) -> None:
@@ -160,6 +188,7 @@ def fail_backward(trainer: Trainer, call: int) -> None:
 )
 def test_an_error_of_a_step_saves_the_last_whole_step(
     tmp_path: Path,
+    straight: Callable[..., Path],
     method: str,
     optim: dict[str, Any],
     fault: Callable[[Trainer, int], None],
@@ -167,7 +196,6 @@ def test_an_error_of_a_step_saves_the_last_whole_step(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     options: dict[str, Any] = {"epochs": 2, "optim": OptimConfig(lr=0.05, **optim)}
-    Trainer(config(tmp_path / "straight", method, **options)).fit()
     trainer = Trainer(config(tmp_path / "parts", method, **options))
     fault(trainer, call)
     with pytest.raises(ValueError, match="a fault of the network"):
@@ -175,7 +203,7 @@ def test_an_error_of_a_step_saves_the_last_whole_step(
     assert "an error ended the run, which is saved after 1 epochs and 3 steps; go on with --resume auto" in caplog.text
     assert saved_at(tmp_path / "parts") == (1, 3)
     Trainer(config(tmp_path / "parts", method, resume="auto", **options)).fit()
-    assert_same_end(tmp_path / "straight", tmp_path / "parts")
+    assert_same_end(straight(method, **options), tmp_path / "parts")
 
 
 def test_half_updated_weights_are_not_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -195,9 +223,8 @@ def test_half_updated_weights_are_not_saved(tmp_path: Path, caplog: pytest.LogCa
 
 @pytest.mark.parametrize("kind", [OSError, RuntimeError])
 def test_an_error_of_the_loader_saves_the_steps_before_it(
-    tmp_path: Path, kind: type[Exception], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, straight: Callable[..., Path], kind: type[Exception], caplog: pytest.LogCaptureFixture
 ) -> None:
-    Trainer(config(tmp_path / "straight", epochs=1)).fit()
     trainer = Trainer(config(tmp_path / "parts", epochs=1))
     batches = trainer.batches.epoch
 
@@ -212,7 +239,7 @@ def test_an_error_of_the_loader_saves_the_steps_before_it(
         trainer.fit()
     assert "saved after 0 epochs and 4 steps" in caplog.text
     Trainer(config(tmp_path / "parts", epochs=1, resume="auto")).fit()
-    assert_same_end(tmp_path / "straight", tmp_path / "parts")
+    assert_same_end(straight(epochs=1), tmp_path / "parts")
 
 
 def test_an_error_at_the_first_step_leaves_no_checkpoint(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from tal_fast.config.schema import OptimConfig
+from tal_fast.loss import watch
 from tal_fast.runs import checkpoint
 from tal_fast.runs.load import load_run
 from tal_fast.training.trainer import Trainer, TrainingFailed
@@ -274,6 +275,17 @@ def test_a_queue_that_correct_samples_do_not_enter_is_said_once(
     assert all(float(row["accepted"]) == 0 < float(row["train_accuracy"]) for row in rows)
     (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.startswith("only 0% of the correctly classified samples of this epoch enter TAL's queue")
+    assert "set method.options.confidence_threshold to -1" in warning
+
+
+def test_a_queue_that_stands_still_is_said_within_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watch, "INTERVAL", 3)
+    trainer = Trainer(config(tmp_path, epochs=2, method_options={"confidence_threshold": 0.999}))
+    trainer.fit()
+    (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert "of steps 3 and 6 enter TAL's queue" in warning
     assert "set method.options.confidence_threshold to -1" in warning
 
 
