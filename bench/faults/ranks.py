@@ -79,7 +79,7 @@ def hung_rank(folder: Path, epochs: int = 16, timeout: int = 5) -> dict[str, Any
         f"within {timeout} s" in done.stderr and "Traceback (most" not in done.stderr, "it is not said clearly", done
     )
     expect_same_end(undisturbed(folder, 2, epochs, "--rank-timeout", str(timeout)), output)
-    figures = {"named after": named, "training again after": restarted}
+    figures = {"named": named, "training again": restarted}
     return {f"seconds until {name}": round(seconds, 1) for name, seconds in figures.items()}
 
 

@@ -92,10 +92,10 @@ def not_finite(folder: Path, epochs: int = 4) -> dict[str, Any]:
         tensors = {key: value for key, value in leaves(content) if isinstance(value, torch.Tensor)}
         bad = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
         expect(not bad, f"{name} holds what is not finite: {bad[:3]}")
-    other = folder / "slower"
+    saved, other = steps_saved(output), folder / "slower"
     shutil.copytree(output, other)
     words = options(other, epochs, "--resume", "auto", "--optim.lr", "0.05", "--allow", "optim.lr")
     done = train(folder, [*command(1, ["tal_fast.train"]), *words])
     expect(done.returncode == 0, "it does not go on with the smaller learning rate", done)
     resume_and_compare(folder, output, 1, epochs)
-    return {"steps saved": steps_saved(output)}
+    return {"steps saved": saved}

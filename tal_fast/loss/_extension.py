@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from functools import cache
@@ -31,6 +32,13 @@ def load() -> tuple[bool, str]:
         return False, f"built, but {files[0].name} does not load ({reason}); {BUILD}"
     _register_fakes()
     return True, f"{isa} kernels, {'with' if cuda else 'without'} CUDA"
+
+
+@cache
+def build_digest() -> str | None:
+    """First digits of the SHA-256 of the extension's file, which differ between builds; None if it is not usable."""
+    files = sorted(Path(__file__).parents[1].glob("_C.*")) if load()[0] else []
+    return hashlib.sha256(files[0].read_bytes()).hexdigest()[:8] if files else None
 
 
 def available_for(device: torch.device) -> bool:

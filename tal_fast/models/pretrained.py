@@ -152,13 +152,15 @@ def _without_prefixes(name: str) -> str:
 
 def _rename_layers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict of a ``cifar_`` network with the layer names of public code, such as FMFP's and OpenMix's, renamed to
-    the project's; the project's own names stay."""
-    renamed = {}
+    the project's; the project's own names stay. Raises ValueError if two become one."""
+    renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         name = re.sub(r"^(?:layer(\d)|block(\d)\.layer)\.", lambda m: f"stages.{int(m[1] or m[2]) - 1}.", name)
         name = re.sub(r"^trans(\d)\.", lambda m: f"transitions.{int(m[1]) - 1}.", name)
         name = name.replace(".downsample.", ".shortcut.").replace(".convShortcut.", ".shortcut.0.")
         name = re.sub(r"^(?:linear|classifier)\.", "fc.", re.sub(r"^bn\.(?=[^.]+$)", "bn1.", name))
+        if name in renamed:
+            raise ValueError(f"the weights have {name} under two names; remove one")
         renamed[name] = value
     return renamed
 

@@ -14,6 +14,7 @@ from tal_fast.config.schema import Config
 from tal_fast.data import DataBundle
 from tal_fast.data.digest import data_digest, newest_change
 from tal_fast.loss import dispatch
+from tal_fast.loss._extension import build_digest
 from tal_fast.methods import Method, Task, build_method, method_class
 from tal_fast.models import build_model
 from tal_fast.training.epoch_stats import EpochSums
@@ -222,5 +223,6 @@ def conditions(config: Config, data: DataBundle, runtime: Runtime) -> dict[str, 
         "data.loader": data.loader_name,
         "last change of an image file": newest_change(data),
         "torch": str(torch.__version__),
+        "C++ extension": build_digest(),
         "tal_fast": f"{__version__} ({code_digest()[:8]})",
     }

@@ -83,7 +83,9 @@ class Ranks:
         """
         if self.world_size > 1:
             group: Any = dist.group.WORLD
-            group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=seconds))
+            backend = group._get_backend(torch.device("cpu"))
+            backend = getattr(backend, "wrapped_pg", backend)  # with TORCH_DISTRIBUTED_DEBUG=DETAIL
+            backend._set_default_timeout(timedelta(seconds=seconds))
 
     def check_same(self, values: dict[str, Any]) -> None:
         """Raise ValueError on every rank if the values of one differ from rank 0's; the message names rank and values.
@@ -187,7 +189,8 @@ def name_lost_ranks(error: Exception) -> str | None:
     within = f"within {int(waited[1]) / 1000:g} s" if waited else "in time"
     what = f"did not answer {within} and may hang" if late else "was lost"
     where = f" (rank {rank})" if rank else ""
-    return f"error{where}: {who} {what}; run the same command again with --resume auto, unless torchrun does\n"
+    again = "run the same command again (training: with --resume auto), unless torchrun does"
+    return f"error{where}: {who} {what}; {again}\n"
 
 
 def choose_device(name: str) -> str:

@@ -232,6 +232,9 @@ def test_a_name_with_and_without_a_prefix_is_refused(tmp_path: Path) -> None:
     torch.save({**state, "module.fc.bias": state["fc.bias"] + 1}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"has fc\.bias twice, with and without a prefix such as module\."):
         read_state(tmp_path / "weights.pt")
+    torch.save({**state, "linear.bias": state["fc.bias"] + 1}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"the weights have fc\.bias under two names"):
+        load_weights(tmp_path / "weights.pt", SMALL, evaluation_data(DIGITS))
 
 
 RAW, EMA = ({"w": torch.full((2,), value)} for value in (1.0, 2.0))

@@ -103,8 +103,8 @@ def wait_for_a_hung_rank(rank: int) -> tuple[str | None, str | None]:
 def test_a_hung_rank_is_named_by_the_first_that_waited(tmp_path: Path) -> None:
     first, hung, other = run_ranks(wait_for_a_hung_rank, 3, tmp_path)
     assert first == (
-        "error: rank 1 did not answer within 0.5 s and may hang; run the same command again with --resume auto, unless "
-        "torchrun does\n",
+        "error: rank 1 did not answer within 0.5 s and may hang; run the same command again (training: with "
+        "--resume auto), unless torchrun does\n",
         None,
     )
     assert hung == (None, None)
