@@ -173,7 +173,7 @@ class TorchSource:
             if self._end is not None:
                 self._end()
             raise
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, EOFError) as error:
             if self._workers == 0 or str(error).startswith("Caught "):  # an error in a process, with its traceback
                 raise
             raise LoaderFailed(
