@@ -194,7 +194,8 @@ def kill_all(work: Path, count: int, out: Path | None, jobs: int, seed: int | No
         if name in ended or not shares[name]:
             return
         began = time.monotonic()
-        entry: dict[str, Any] = {"configuration": name, "processes": CONFIGURATIONS[name].processes}
+        processes = CONFIGURATIONS[name].processes
+        entry: dict[str, Any] = {"configuration": name, "processes": processes, "asked": shares[name]}
         folder = work / f"configuration-{list(CONFIGURATIONS).index(name)}"
         try:
             entry |= kill_configuration(folder, name, shares[name], seed)
