@@ -212,4 +212,6 @@ class FeatureQueue(nn.Module):
             return
         self.flush()
         with torch.no_grad():
+            if self.ring.mean.is_meta:  # it holds nothing; the state's device is the one there is
+                self.ring = RingBuffer.empty(self.capacity, self.dtype, mean.device, self.ring.indexed)
             self.ring.load(mean, std, cursor)

@@ -59,7 +59,7 @@ class RingBuffer:
         self.index = None
         if self.indexed and self.mean.device.type == "cpu" and _extension.load()[0]:
             size = torch.ops.tal_fast.index_bytes(self.capacity, self.mean.dtype == torch.float64)
-            self.index = torch.zeros(size, dtype=torch.uint8) if size else None
+            self.index = torch.zeros(size, dtype=torch.uint8, device="cpu") if size else None
 
     def invalidate_index(self) -> None:
         """Have the next push rebuild the index, after a change of the ring by other means."""

@@ -14,6 +14,9 @@ from tal_fast.loss.reference import TALStats
 INTERVAL = 500
 """Training steps between two looks."""
 
+FEW = 8
+"""Correct samples of two looks below which a queue that moves is not judged: that few stay out by chance."""
+
 
 def complaint(correct: float, accepted: float, threshold: float, where: str, option: str = "") -> str | None:
     """Sentence about a queue that misses correct samples, with the remedy; None if most of them enter it.
@@ -73,14 +76,14 @@ class QueueWatch:
             return
         (slot, *before), (new_slot, *now) = (look.tolist() for look in finished[-2:])
         correct, accepted = before[0] + now[0], before[1] + now[1]
-        if not correct and slot != new_slot:  # by chance none of few samples
+        if correct < FEW and slot != new_slot:
             return
         where = f"of steps {self.steps - INTERVAL} and {self.steps}"
         problem = self.judge(correct, accepted, threshold, where)
         if problem is not None and self.report is not None:
             self.report(problem)
         elif problem is not None:
-            warnings.warn(problem, RuntimeWarning, stacklevel=4)
+            warnings.warn(problem, RuntimeWarning, stacklevel=6)
 
     def judge(self, correct: float, accepted: float, threshold: float, where: str) -> str | None:
         """The first ``complaint``; None after it."""

@@ -171,7 +171,8 @@ def test_modules_built_on_the_meta_device(backend: str, capacity: int) -> None:
     batch = torch.randn(4, 5, device=device), torch.rand(4, 6, device=device), torch.arange(4, device=device)
     with pytest.raises(ValueError, match=r"queue is on meta .* \.to_empty\(device="):
         loss_fn(*batch)
-    loss_fn.to_empty(device=device)
+    with torch.device("meta"):  # which decides where a tensor without a named device lies
+        loss_fn.to_empty(device=device)
     assert len(loss_fn.queue) == 0
     assert loss_fn(*batch).isfinite()
     for tensor in (loss_fn.queue.ring.cursor, loss_fn.queue.ring.ticket):
@@ -180,6 +181,17 @@ def test_modules_built_on_the_meta_device(backend: str, capacity: int) -> None:
     fresh = TALLoss(queue_size=capacity, backend=backend).to(device)
     for _ in range(2):
         assert torch.equal(loss_fn(*batch), fresh(*batch))
+
+
+def test_state_is_loaded_into_a_module_on_the_meta_device() -> None:
+    queue = FeatureQueue(5000)
+    queue.push(*random_queue(700))
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), FeatureQueue(5000))
+    state = {"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2)}
+    model.load_state_dict({**state, **{f"1.{key}": t for key, t in queue.state_dict().items()}}, assign=True)
+    queries = random_queue(9)
+    assert torch.equal(model[1].nearest(*queries), queue.nearest(*queries))
 
 
 def test_to_empty_leaves_an_empty_queue() -> None:
