@@ -41,6 +41,9 @@ from bench.harness import environment, write_json
 
 EPOCHS = 6
 
+SAME = "as the undisturbed run, bit for bit"
+"""Result of a configuration that was killed."""
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -181,9 +184,7 @@ def kill_all(work: Path, count: int, out: Path | None, jobs: int, seed: int | No
     """
     result: dict[str, Any] = {"what": "SIGKILL at random points, by configuration", "environment": environment()}
     before = json.loads(out.read_text())["results"] if out is not None and out.exists() else []
-    ended = {
-        entry["configuration"]: entry for entry in before if entry["result"] == "as the undisturbed run, bit for bit"
-    }
+    ended = {entry["configuration"]: entry for entry in before if entry["result"] == SAME}
     lock = threading.Lock()
     shares = {name: count // len(CONFIGURATIONS) for name in CONFIGURATIONS}
     for name in list(shares)[: count % len(CONFIGURATIONS)]:
@@ -193,11 +194,12 @@ def kill_all(work: Path, count: int, out: Path | None, jobs: int, seed: int | No
         if name in ended or not shares[name]:
             return
         began = time.monotonic()
-        entry: dict[str, Any] = {"configuration": name, "processes": CONFIGURATIONS[name].processes}
+        processes = CONFIGURATIONS[name].processes
+        entry: dict[str, Any] = {"configuration": name, "processes": processes, "asked": shares[name]}
         folder = work / f"configuration-{list(CONFIGURATIONS).index(name)}"
         try:
             entry |= kill_configuration(folder, name, shares[name], seed)
-            entry["result"] = "as the undisturbed run, bit for bit"
+            entry["result"] = SAME
             shutil.rmtree(folder)
         except Impossible as reason:
             entry["result"] = f"not tried: {reason}"

@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.faults import disks, images, ranks, signals
-from bench.faults.kills import kills
+from bench.faults import disks, images, ranks, signals, soak
+from bench.faults.kills import SAME, kills
 from bench.faults.runs import ROOT
 
 RESULTS = ROOT / "bench" / "results" / "faults_cpu.json"
+KILLS = ROOT / "bench" / "results" / "faults_kills_cpu.json"
 DOCS = ROOT / "docs" / "reliability.md"
 
 
@@ -193,6 +194,16 @@ def table() -> str:
         entry = measured.get(name)
         figures = "not tried" if entry is None else _figures(entry["measured"]) or "passes"
         lines.append(f"| {fault.what} | {fault.outcome} | {fault.code} | `{name}` | {figures} |")
+    killed = json.loads(KILLS.read_text()) if KILLS.exists() else {"results": []}
+    asked = sum(entry["asked"] for entry in killed["results"])
+    well = sum(entry["asked"] for entry in killed["results"] if entry["result"] == SAME)
+    figures = f"{well} of {asked} in {len(killed['results'])} configurations" if well else "not tried"
+    command = "kills --all --kills 200"
+    lines.append(f"| SIGKILL, shared among twelve configurations | as with one | 137 | `{command}` | {figures} |")
+    entry = measured.get("soak")
+    figures = "not tried" if entry is None else _figures(entry["measured"])
+    what = "two ranks, each minute one of nine faults (" + ", ".join(soak.FAULTS) + ")"
+    lines.append(f"| {what} | ends as the undisturbed run | 0 | `soak --minutes 40` | {figures} |")
     return "\n".join(lines) + "\n"
 
 

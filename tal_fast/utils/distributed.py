@@ -24,6 +24,9 @@ T = TypeVar("T")
 START_TIMEOUT = timedelta(minutes=30)
 """Longest wait for another rank before training: compiling and listing a million files take minutes."""
 
+GRACE_S = 5.0
+"""Seconds between the ranks' noticing that one is late: how far apart they began to wait."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -167,7 +170,7 @@ def name_lost_ranks(error: Exception) -> str | None:
         return None
     late = "imed out" in text or "imeout" in text
     rank, ranks = dist.get_rank(), set(range(dist.get_world_size()))
-    here, grace = {rank}, 5.0 if late else 1.0
+    here, grace = {rank}, GRACE_S if late else 1.0
 
     def ask() -> None:
         store: Any = dist.distributed_c10d._get_default_store()

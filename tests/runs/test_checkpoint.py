@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import given
 
+from tal_fast.config.parse import load_config
+from tal_fast.config.schema import Config
 from tal_fast.runs import checkpoint
 from tal_fast.runs.checkpoint import Damaged
 from tal_fast.utils.rng import rng_state
@@ -215,3 +217,13 @@ def test_a_snapshot_does_not_change_with_the_original() -> None:
     tensor.add_(1)
     assert copied["a"][0].tolist() == copied["b"][0].tolist() == [0, 0]
     assert (copied["a"][1], copied["c"]) == (1, "text")
+
+
+def test_a_deleted_folder_gets_its_configuration_again(tmp_path: Path) -> None:
+    config = Config(output=str(tmp_path / "run"), seed=7)
+    writer = checkpoint.Writer(tmp_path / "run" / checkpoint.FOLDER)
+    for epoch in (1, 2):
+        writer.start({**content(epoch), "config": config.to_dict()})
+        assert writer.finish() is None
+        assert load_config(str(tmp_path / "run" / "config.yaml")) == config
+        (tmp_path / "run").rename(tmp_path / f"moved{epoch}")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tal_fast.utils import distributed
 from tal_fast.utils.distributed import Ranks, choose_device, name_lost_ranks
 from tests.helpers.ranks import run_ranks
 
@@ -93,8 +94,9 @@ def wait_for_a_hung_rank(rank: int) -> tuple[str | None, str | None]:
     ranks.barrier()
     ranks.limit_waiting(0.5)
     if rank == 1:
-        time.sleep(7)
+        time.sleep(3)
         return None, None
+    distributed.GRACE_S = 1.0
     with pytest.raises(RuntimeError) as caught:
         ranks.barrier()
     return name_lost_ranks(caught.value), name_lost_ranks(RuntimeError("mine"))
