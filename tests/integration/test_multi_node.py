@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.faults import Job, differences, last, options, torchrun, undisturbed, wait_for
+from bench.faults.runs import Job, differences, last, options, torchrun, undisturbed, wait_for
 
 EPOCHS = 5
 
