@@ -34,6 +34,11 @@ __device__ inline void atomic_min(double* p, double x) {
 
 constexpr int kPushThreads = 1024;  // rows per iteration; 32 warps
 
+// Whether the cursor lies in its ring. The host reports one that does not; until then nothing outside is touched.
+__device__ inline bool is_valid(const int64_t* cursor, int64_t capacity) {
+  return cursor[0] >= 0 && cursor[0] < capacity && cursor[1] >= 0 && cursor[1] <= capacity;
+}
+
 // Append the kept rows to the queue. One block walks the batch in order, and a block-wide scan gives each kept row its
 // slot. If more rows are kept than the queue has slots, only the last ones are written, so no slot is written twice.
 template <typename T>
@@ -42,6 +47,7 @@ __global__ void push_kernel(T* queue_mean, T* queue_std, int64_t* cursor, const 
   __shared__ int warp_sums[32];
   __shared__ int64_t kept_in_all;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  if (!is_valid(cursor, capacity)) return;
   const auto keeps = [&](int64_t b) {
     return b < batch && (!accepted || accepted[b]) && isfinite(mean[b]) && isfinite(std[b]);
   };
@@ -88,8 +94,8 @@ constexpr int kQueries = 4;  // queries per block
 template <typename T>
 __global__ void nearest_kernel(const T* __restrict__ queue_mean, const T* __restrict__ queue_std,
                                const int64_t* __restrict__ cursor, const T* __restrict__ mean,
-                               const T* __restrict__ std, int64_t batch, T* squared) {
-  const int64_t length = cursor[1];
+                               const T* __restrict__ std, int64_t batch, int64_t capacity, T* squared) {
+  const int64_t length = is_valid(cursor, capacity) ? cursor[1] : 0;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kQueries;
   T m[kQueries], s[kQueries], best[kQueries];
   for (int k = 0; k < kQueries; ++k) {
@@ -153,7 +159,8 @@ Tensor nearest_cuda(const Tensor& queue_mean, const Tensor& queue_std, const Ten
   AT_DISPATCH_FLOATING_TYPES(queue_mean.scalar_type(), "tal_fast::nearest", [&] {
     nearest_kernel<scalar_t><<<grid, kNearestThreads, 0, at::cuda::getCurrentCUDAStream()>>>(
         queue_mean.const_data_ptr<scalar_t>(), queue_std.const_data_ptr<scalar_t>(), cursor.const_data_ptr<int64_t>(),
-        m.const_data_ptr<scalar_t>(), s.const_data_ptr<scalar_t>(), m.numel(), squared.mutable_data_ptr<scalar_t>());
+        m.const_data_ptr<scalar_t>(), s.const_data_ptr<scalar_t>(), m.numel(), queue_mean.numel(),
+        squared.mutable_data_ptr<scalar_t>());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return squared.sqrt_();

@@ -60,6 +60,13 @@ def _nearest_in_split(
 
 
 @triton.jit
+def _length(cursor_ptr, capacity):
+    """Number of entries; 0 if the cursor holds a number that cannot be it, so that nothing outside the ring is read."""
+    length = tl.load(cursor_ptr + 1)
+    return tl.where((length >= 0) & (length <= capacity), length, 0)
+
+
+@triton.jit
 def is_last_program(ticket_ptr, programs):
     """Whether this is the last program of the launch to arrive; it then sees the stores of all the others.
 
@@ -77,7 +84,7 @@ def is_last_program(ticket_ptr, programs):
 @triton.jit
 def statistics_distance_kernel(
     features_ptr, labels_ptr, queue_mean_ptr, queue_std_ptr, cursor_ptr, ticket_ptr, mean_ptr, std_ptr, distance_ptr,
-    summary_ptr, scratch_ptr, rows, width, features_stride_b, features_stride_d, labels_stride, ignore_index,
+    summary_ptr, scratch_ptr, rows, width, capacity, features_stride_b, features_stride_d, labels_stride, ignore_index,
     QUERIES: tl.constexpr, ENTRIES: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Statistics of each row, its distance to the nearest queue entry, and the batch's distance range.
@@ -113,7 +120,7 @@ def statistics_distance_kernel(
         tl.store(std_ptr + row, s, mask=in_batch)
 
     # 2. Smallest squared distances to this program's split of the queue.
-    length = tl.load(cursor_ptr + 1)
+    length = _length(cursor_ptr, capacity)
     best = _nearest_in_split(queue_mean_ptr, queue_std_ptr, length, m, s, QUERIES, ENTRIES)
     tl.store(scratch_ptr + tl.program_id(1).to(tl.int64) * rows + row, best, mask=in_batch)
 
@@ -153,7 +160,7 @@ def statistics_distance_kernel(
 
 @triton.jit
 def nearest_kernel(
-    mean_ptr, std_ptr, queue_mean_ptr, queue_std_ptr, cursor_ptr, squared_ptr, rows,
+    mean_ptr, std_ptr, queue_mean_ptr, queue_std_ptr, cursor_ptr, squared_ptr, rows, capacity,
     QUERIES: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """Squared distance of each (mean, std) to the nearest entry of each split of the queue: (splits, rows)."""
@@ -161,7 +168,8 @@ def nearest_kernel(
     in_batch = row < rows
     m = tl.load(mean_ptr + row, mask=in_batch, other=0.0)
     s = tl.load(std_ptr + row, mask=in_batch, other=0.0)
-    best = _nearest_in_split(queue_mean_ptr, queue_std_ptr, tl.load(cursor_ptr + 1), m, s, QUERIES, ENTRIES)
+    length = _length(cursor_ptr, capacity)
+    best = _nearest_in_split(queue_mean_ptr, queue_std_ptr, length, m, s, QUERIES, ENTRIES)
     tl.store(squared_ptr + tl.program_id(1).to(tl.int64) * rows + row, best, mask=in_batch)
 
 
@@ -191,7 +199,8 @@ def plan_statistics_distance(
     splits = num_splits_for(rows, queue_mean.numel(), target)
     arguments = (
         features, labels, queue_mean, queue_std, cursor, ticket, mean, std, distance,
-        summary, queue_mean.new_empty(splits * rows), rows, width, *features.stride(), labels.stride(0), ignore_index,
+        summary, queue_mean.new_empty(splits * rows), rows, width, queue_mean.numel(), *features.stride(),
+        labels.stride(0), ignore_index,
     )  # fmt: skip
     constants = {"QUERIES": QUERIES, "ENTRIES": ENTRIES, "FEATURES": FEATURES, "ROWS": ROWS}
     grid = (max(1, cdiv(rows, QUERIES)), splits)  # an empty batch needs a program too: it writes the summary
@@ -235,7 +244,7 @@ def plan_nearest(
     rows = mean.numel()
     splits = num_splits_for(rows, queue_mean.numel(), target)
     squared = mean.new_empty(splits, rows)
-    arguments = (mean, std, queue_mean, queue_std, cursor, squared, rows)
+    arguments = (mean, std, queue_mean, queue_std, cursor, squared, rows, queue_mean.numel())
     constants = {"QUERIES": QUERIES, "ENTRIES": ENTRIES}
     return Launch(nearest_kernel, (cdiv(rows, QUERIES), splits), arguments, constants, NUM_WARPS), squared
 

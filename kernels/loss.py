@@ -298,8 +298,7 @@ def loss_kernel(
         #    arg-max with indices would take as many registers again as the logits.
         z_max = tl.max(tl.where(inside, z, float("-inf")), axis=0)
         norm = sqrt_rn(tl.sum(z * z, axis=0))
-        infinite = (inside & ~(tl.abs(z) < float("inf"))).to(tl.int32)
-        finite = (tl.sum(infinite, axis=0) == 0) & (norm < float("inf"))
+        finite = norm < float("inf")  # false for any NaN or infinity, too
         ahead = inside & (~(z <= z_label) | ((z == z_label) & (c < label)))
         correct = valid & in_range & (tl.sum(ahead.to(tl.int32), axis=0) == 0)
         # 3. Typicalness, weight, temperature.
@@ -390,7 +389,6 @@ def packed_row_loss_kernel(
         largest = tl.full((HALF,), float("-inf"), dtype)
         squares = tl.zeros((HALF,), dtype)
         z_sum = tl.zeros((HALF,), dtype)
-        infinite = tl.zeros((HALF,), tl.int32)
         ahead = tl.zeros((HALF,), tl.int32)
         for i in tl.static_range(CHUNKS):
             for half in tl.static_range(2):
@@ -400,11 +398,10 @@ def packed_row_loss_kernel(
                 largest = tl.maximum(largest, tl.where(inside, z, float("-inf")))
                 squares += z * z
                 z_sum += z
-                infinite |= (inside & ~(tl.abs(z) < float("inf"))).to(tl.int32)
                 ahead |= (inside & (~(z <= z_label) | ((z == z_label) & (at < column + opaque_zero)))).to(tl.int32)
         z_max = tl.max(largest, axis=0)
         norm = sqrt_rn(tl.sum(squares, axis=0))
-        finite = (tl.sum(infinite, axis=0) == 0) & (norm < float("inf"))
+        finite = norm < float("inf")  # false for any NaN or infinity, too
         correct = valid & in_range & (tl.sum(ahead, axis=0) == 0)
         d = tl.load(distance_ptr + row).to(dtype)
         accepted, tau, w, temperature, dir_weight, scale = _row_weights(
@@ -459,7 +456,6 @@ def scan_long_row(base, classes, stride, label, z_label, dtype: tl.constexpr, BL
     largest = tl.full((BLOCK,), float("-inf"), dtype)
     squares = tl.zeros((BLOCK,), dtype)
     z_sum = tl.zeros((BLOCK,), dtype)
-    infinite = tl.zeros((BLOCK,), tl.int32)
     ahead = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, classes, BLOCK):
         at = start + c
@@ -468,13 +464,12 @@ def scan_long_row(base, classes, stride, label, z_label, dtype: tl.constexpr, BL
         largest = tl.maximum(largest, tl.where(inside, z, float("-inf")))
         squares += z * z
         z_sum += z
-        infinite |= (inside & ~(tl.abs(z) < float("inf"))).to(tl.int32)
         ahead |= (inside & (~(z <= z_label) | ((z == z_label) & (at < label)))).to(tl.int32)
     norm = sqrt_rn(tl.sum(squares, axis=0))
     return (
         tl.max(largest, axis=0),
         norm,
-        (tl.sum(infinite, axis=0) == 0) & (norm < float("inf")),
+        norm < float("inf"),  # false for any NaN or infinity, too
         tl.sum(ahead, axis=0) == 0,
         tl.sum(z_sum, axis=0),
     )

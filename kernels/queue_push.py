@@ -29,9 +29,13 @@ def push_kernel(
     queue_mean_ptr, queue_std_ptr, cursor_ptr, mean_ptr, std_ptr, accepted_ptr, rows, capacity,
     HAS_ACCEPTED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Append rows to a ring buffer in batch order; pointers are the arguments of ``push``."""
+    """Append rows to a ring buffer in batch order; pointers are the arguments of ``push``.
+
+    A cursor outside the ring, which only the host can report, stays as it is, and nothing is written.
+    """
     head = tl.load(cursor_ptr)
     length = tl.load(cursor_ptr + 1)
+    is_valid = (head >= 0) & (head < capacity) & (length >= 0) & (length <= capacity)
     # 1. Count the rows to push: if they outnumber the slots, only the last `capacity` of them are written.
     counts = tl.zeros((ROWS,), tl.int64)
     for start in range(0, rows, ROWS):
@@ -48,13 +52,13 @@ def push_kernel(
         rank = before + tl.cumsum(ones, axis=0).to(tl.int64) - 1
         slot = (head + rank) % capacity
         is_written = keep & (rank >= kept - capacity)
-        tl.store(queue_mean_ptr + slot, m, mask=is_written)
-        tl.store(queue_std_ptr + slot, s, mask=is_written)
+        tl.store(queue_mean_ptr + slot, m, mask=is_written & is_valid)
+        tl.store(queue_std_ptr + slot, s, mask=is_written & is_valid)
         before += tl.sum(ones, axis=0).to(tl.int64)
     # 3. Move the cursor, after every thread has read it.
     tl.debug_barrier()
-    tl.store(cursor_ptr, (head + kept) % capacity)
-    tl.store(cursor_ptr + 1, tl.minimum(length + kept, capacity))
+    tl.store(cursor_ptr, (head + kept) % capacity, mask=is_valid)
+    tl.store(cursor_ptr + 1, tl.minimum(length + kept, capacity), mask=is_valid)
 
 
 def plan_push(

@@ -21,7 +21,7 @@ def scan_kernel(
     logits_ptr, out_ptr, classes, logits_stride_b, logits_stride_c,
     FLOAT64: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Largest logit, its index, norm, sum, and 1 where all logits are finite, of each row.
+    """Largest logit, its index, norm, sum, and 1 where all logits and the norm are finite, of each row.
 
     NaN does not count as the largest.
 
@@ -37,7 +37,6 @@ def scan_kernel(
     index = tl.zeros((BLOCK,), tl.int64)
     squares = tl.zeros((BLOCK,), dtype)
     z_sum = tl.zeros((BLOCK,), dtype)
-    infinite = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, classes, BLOCK):
         at = start + c.to(tl.int64)
         inside = at < classes
@@ -47,7 +46,6 @@ def scan_kernel(
         index = tl.where(better, at, index)
         squares += z * z
         z_sum += z
-        infinite |= (inside & ~(tl.abs(z) < float("inf"))).to(tl.int32)
     z_max = tl.max(largest, axis=0)
     # First class over the lanes that hold the largest logit; `classes` stands in for the others.
     argmax = tl.min(tl.where(largest == z_max, index, classes), axis=0)
@@ -57,8 +55,8 @@ def scan_kernel(
     norm = sqrt_rn(tl.sum(squares, axis=0))
     tl.store(out + 2, norm.to(tl.float64))
     tl.store(out + 3, tl.sum(z_sum, axis=0).to(tl.float64))
-    finite = (tl.sum(infinite, axis=0) == 0) & (norm < float("inf"))  # squares overflow too; see loss.py
-    tl.store(out + 4, tl.where(finite, 1.0, 0.0).to(tl.float64))
+    # Finite; false for any NaN or infinity, too.
+    tl.store(out + 4, tl.where(norm < float("inf"), 1.0, 0.0).to(tl.float64))
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import logging
 import os
@@ -116,7 +117,17 @@ def read_list(path: Path, root: Path) -> dict[str, tuple[int, int]]:
     names = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#")]
     if not names:
         raise ValueError(f"data.file_list {path} names no files; write it with {write}")
-    below = _Below(root)
+    start, real = os.path.abspath(root), os.path.realpath(root)
+    resolve = functools.cache(os.path.realpath)  # of folders, which many files share
+
+    def below(name: str) -> str:
+        """Path below the root, also of an absolute path that leads to it through other links; empty elsewhere."""
+        path = os.path.abspath(os.path.join(start, name))
+        folder = os.path.dirname(path)
+        if not path.startswith(start + os.sep) and os.path.commonpath([real, resolve(folder)]) == real:
+            folder = os.path.normpath(os.path.join(start, os.path.relpath(resolve(folder), real)))
+        return os.path.join(folder, os.path.basename(path)) if (folder + os.sep).startswith(start + os.sep) else ""
+
     listed = [below(name) for name in names]
     with ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(_stamp, listed))
@@ -126,39 +137,13 @@ def read_list(path: Path, root: Path) -> dict[str, tuple[int, int]]:
             f"data.file_list {path} names {len(missing)} files that are not in {root} ({first_names(missing)}); "
             f"write it again with {write}"
         )
-    return {path: stamp for path, stamp in zip(listed, found, strict=True) if path and stamp}
+    return {path: stamp for path, stamp in zip(listed, found, strict=True) if stamp}
 
 
-class _Below:
-    """Absolute path below ``root`` of a file in a list; None for one elsewhere.
-
-    An absolute path may lead to ``root`` through other links than ``root`` itself.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self._root = os.path.abspath(root)
-        self._folders: dict[str, str | None] = {os.path.dirname(os.sep): None}
-
-    def __call__(self, name: str) -> str | None:
-        path = os.path.abspath(os.path.join(self._root, name))
-        if path.startswith(self._root + os.sep):
-            return path
-        folder = self._folder(os.path.dirname(path))
-        return folder and os.path.join(folder, os.path.basename(path))
-
-    def _folder(self, path: str) -> str | None:
-        if path not in self._folders:
-            parent = os.path.dirname(path)
-            same = os.path.isdir(path) and os.path.samefile(path, self._root)
-            above = None if same or parent == path else self._folder(parent)
-            self._folders[path] = self._root if same else above and os.path.join(above, os.path.basename(path))
-        return self._folders[path]
-
-
-def _stamp(path: str | None) -> tuple[int, int] | None:
+def _stamp(path: str) -> tuple[int, int] | None:
     """Size in bytes and time of change in ns of a file; None if there is none."""
     try:
-        info = os.stat(path or "")
+        info = os.stat(path)
     except (OSError, ValueError):
         return None
     return (info.st_size, info.st_mtime_ns) if stat.S_ISREG(info.st_mode) else None

@@ -8,6 +8,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from tal_fast.utils.process import no_garbage
+
 
 def read_mat(path: Path, name: str, squeeze: bool = False) -> Any:
     """Array ``name`` of a .mat file; ``squeeze`` removes dimensions of length 1.
@@ -16,7 +18,7 @@ def read_mat(path: Path, name: str, squeeze: bool = False) -> Any:
         ValueError: the file cannot be read, is damaged, or has no such array; the message is the reason.
     """
     # SciPy's reader crashes on some damaged files.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+    with no_garbage(), ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         try:
             return pool.submit(_load, path, name, squeeze).result()
         except KeyError:

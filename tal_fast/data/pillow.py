@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import signal
 from collections.abc import Callable, Generator, Iterator
@@ -21,20 +20,17 @@ from tal_fast.data.image_folder import ImageFiles, undecodable
 from tal_fast.data.loader import ImageBatch, ImageFormat, Normalizer, prefetch, to_device
 from tal_fast.data.sampler import Batch, Plan
 from tal_fast.data.waiting import CallingThread, LoaderFailed
+from tal_fast.utils.process import no_garbage
 
 
 def _fork_workers(loader: DataLoader) -> Any:
-    """Start the workers without any garbage of this process.
-
-    A worker that collects the garbage of a DALI pipeline would wait forever for threads that only exist here.
-    """
+    """Iterator of a loader, whose processes it starts."""
     if loader.num_workers == 0:
         return iter(loader)
-    gc.collect()
-    gc.freeze()
     others = set(multiprocessing.active_children())
     try:
-        batches = iter(loader)
+        with no_garbage():
+            batches = iter(loader)
     except OSError as error:
         for worker in set(multiprocessing.active_children()) - others:
             worker.kill()
@@ -42,8 +38,6 @@ def _fork_workers(loader: DataLoader) -> Any:
         raise LoaderFailed(
             f"the {loader.num_workers} processes of data.workers cannot be started ({error.strerror}); lower it"
         ) from error
-    finally:
-        gc.unfreeze()
     # PyTorch would raise an error wherever the process is when a worker is killed; the next call finds it out anyway.
     signal_handling._remove_worker_pids(id(batches))
     signal_handling._set_worker_pids(id(batches), ())
@@ -179,7 +173,7 @@ class TorchSource:
             if self._end is not None:
                 self._end()
             raise
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, EOFError) as error:
             if self._workers == 0 or str(error).startswith("Caught "):  # an error in a process, with its traceback
                 raise
             raise LoaderFailed(

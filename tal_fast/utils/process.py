@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
+import gc
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 MISTAKE = 2
 """Exit code after what the user must mend: an option, a file, a full or read-only disk."""
@@ -106,6 +108,20 @@ def _lost_rank(error: Exception) -> int | None:
         return None
     sys.stderr.write(message)
     return REQUEUE
+
+
+@contextlib.contextmanager
+def no_garbage() -> Iterator[None]:
+    """Fork inside this block: the new process gets no garbage of this one.
+
+    A process that collects the garbage of a DALI pipeline would wait forever for threads that only exist here.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def program_name(command: str) -> str:

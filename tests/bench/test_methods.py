@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import methods
+from bench import methods, small_folder
 from tal_fast.experiments.parse import read_experiment
 from tal_fast.experiments.results import check_options, read_results
 from tal_fast.runs.resume import differences
@@ -56,3 +56,9 @@ def test_figures_are_drawn_from_the_committed_results(tmp_path: Path) -> None:
         drawn = (methods.FIGURES / name).read_text()
         assert "<svg" in drawn
         assert (tmp_path / name).stat().st_size > 2000
+
+
+def test_the_table_of_stable_training_is_what_was_measured() -> None:
+    settings = json.loads(small_folder.RESULT.read_text())["settings"]
+    assert settings.keys() == small_folder.SETTINGS.keys()
+    assert small_folder.lines(settings) in (methods.ROOT / "docs" / "methods.md").read_text()

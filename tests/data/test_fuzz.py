@@ -162,6 +162,8 @@ def _encoded(kind: str) -> bytes:
     return file.getvalue()
 
 
+# Pillow warns of damage that it can do without.
+@pytest.mark.filterwarnings("ignore:::PIL")
 @FUZZ
 @given(
     st.sampled_from([_encoded(kind) for kind in ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")]).flatmap(

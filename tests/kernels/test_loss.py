@@ -31,6 +31,7 @@ if not AVAILABLE:
 from tal_fast import kernels
 from tal_fast.kernels import launch, loss
 from tal_fast.loss import reference
+from tal_fast.loss.options import LossOptions
 
 pytestmark = [pytest.mark.usefixtures("poison"), NAN_WARNINGS]
 
@@ -59,7 +60,8 @@ def run_loss(
     **changes: Any,
 ) -> Result:  # fmt: skip
     """Run the loss kernel, after the batch's own summary unless one is given."""
-    arguments = {**LOSS_OPTIONS, **changes}
+    own_threshold = LossOptions(variant=changes.get("variant", "paper")).confidence_threshold
+    arguments = {**LOSS_OPTIONS, "confidence_threshold": own_threshold, **changes}
     ticket = new_ticket() if ticket is None else ticket
     if summary is None:
         summary_options = {key: arguments[key] for key in ("confidence_threshold", "ignore_index")}

@@ -45,3 +45,16 @@ def test_push_drops_the_oldest_entries_of_a_list(capacity: int, dtype: torch.dty
         slots = (torch.arange(length) + head - length) % capacity
         assert list(zip(*(q.cpu()[slots].tolist() for q in queue), strict=True)) == expected
     assert pushed > 2 * capacity
+
+
+@pytest.mark.parametrize("cursor", [[1 << 40, 3], [-1, 0], [0, 1 << 40], [2, -5]])
+def test_cursor_outside_the_ring_touches_nothing(cursor: list[int]) -> None:
+    """The host reports it where it may read it; the kernels alone must neither write nor read outside the queue."""
+    entries = torch.rand(2, 3 * 7, device=DEVICE)
+    queue = entries[0, 7:14].clone(), entries[1, 7:14].clone()
+    place = torch.tensor(cursor, device=DEVICE)
+    kernels.push(*queue, place, torch.rand(3, device=DEVICE), torch.rand(3, device=DEVICE), None)
+    assert place.tolist() == cursor
+    assert torch.equal(queue[0], entries[0, 7:14])
+    if not 0 <= cursor[1] <= 7:
+        assert kernels.nearest(*queue, place, *entries[:, :2]).isposinf().all()
