@@ -30,10 +30,14 @@ def corrupt_image(folder: Path, loader: str = "torch", epochs: int = 30) -> dict
     straight, victim = folder / "straight", images / "train" / "a" / "7.jpg"
     done = train(folder, [*words, str(straight)])
     expect(done.returncode == 0, "the undisturbed run failed", done)
-    whole = victim.read_bytes()
+    whole, times = victim.read_bytes(), (victim.stat().st_atime_ns, victim.stat().st_mtime_ns)
+
+    def mend() -> None:
+        victim.write_bytes(whole)
+        os.utime(victim, ns=times)  # a checkpoint knows when the images last changed
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:
-        victim.write_bytes(whole)
+        mend()
         with Job(folder, [*words, str(output), *more]) as job:
             wait_for("a checkpoint", last(output).exists)
             victim.write_bytes(whole[: len(whole) // 2])
@@ -49,7 +53,7 @@ def corrupt_image(folder: Path, loader: str = "torch", epochs: int = 30) -> dict
     done = run("--data.max_unreadable", "0")
     expect(done.returncode == 2 and told in done.stderr, "with none allowed it is not refused clearly", done)
     expect("saved after" in done.stderr and "Traceback" not in done.stderr, "nothing is said of what is saved", done)
-    victim.write_bytes(whole)
+    mend()
     done = train(folder, [*words, str(output)])
     expect(done.returncode == 0, "with the file mended it does not go on", done)
     expect_same_end(straight, output)

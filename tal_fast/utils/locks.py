@@ -98,6 +98,11 @@ class FolderLock:
                 break
             os.close(handle)  # its holder has just removed the file
         started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {platform.node()}, started {started}\n".encode(), 0)
+        try:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {platform.node()}, started {started}\n".encode(), 0)
+        except OSError as error:  # a full disk
+            os.close(handle)
+            error.filename = str(self._path)
+            raise
         return handle
