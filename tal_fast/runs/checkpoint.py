@@ -156,7 +156,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise Damaged(f"checkpoint {path} cannot be read ({type(error).__name__}); it is damaged or not one") from error
     if not isinstance(content, dict) or "format" not in content:
         raise Damaged(f"{path} is not a checkpoint of tal-fast")
-    if content["format"] != FORMAT:
+    if not isinstance(content["format"], int) or content["format"] != FORMAT:
         raise Damaged(f"checkpoint {path} has format {content['format']} but this version reads {FORMAT}")
     lacking = _lacking(content)
     if lacking:

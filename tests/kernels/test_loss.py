@@ -60,8 +60,8 @@ def run_loss(
     **changes: Any,
 ) -> Result:  # fmt: skip
     """Run the loss kernel, after the batch's own summary unless one is given."""
-    own_threshold = LossOptions(variant=changes.get("variant", "paper")).confidence_threshold
-    arguments = {**LOSS_OPTIONS, "confidence_threshold": own_threshold, **changes}
+    own = LossOptions(changes.get("variant", "paper")).confidence_threshold
+    arguments = {**LOSS_OPTIONS, "confidence_threshold": own, **changes}
     ticket = new_ticket() if ticket is None else ticket
     if summary is None:
         summary_options = {key: arguments[key] for key in ("confidence_threshold", "ignore_index")}

@@ -145,9 +145,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(2)}, path)
     with pytest.raises(Damaged, match="is not a checkpoint of tal-fast"):
         checkpoint.load(path)
-    torch.save({"format": 99}, path)
-    with pytest.raises(Damaged, match="has format 99 but this version reads 1"):
-        checkpoint.load(path)
+    for other, name in ((99, "99"), (torch.ones(2), r"tensor\(\[1., 1.\]\)")):
+        torch.save({"format": other}, path)
+        with pytest.raises(Damaged, match=f"has format {name} but this version reads 1"):
+            checkpoint.load(path)
     torch.save({"format": 1, **{k: v for k, v in content().items() if k != "ranks"}}, path)
     with pytest.raises(Damaged, match="lacks ranks"):
         checkpoint.load(path)
