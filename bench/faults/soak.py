@@ -83,7 +83,7 @@ FAULTS: dict[str, Callable[[Job, Path, random.Random], None]] = {
     "SIGUSR1 to one rank": _signal_rank(signal.SIGUSR1),
     "SIGSTOP of one rank for good": _signal_rank(signal.SIGSTOP),
     "SIGSTOP and SIGCONT of one rank": _pause_rank,
-    "SIGKILL of all processes, last.pt truncated": _truncate,
+    "last.pt truncated after SIGKILL of all processes": _truncate,
     "full disk for some seconds": _full_disk,
 }
 

@@ -7,10 +7,13 @@ import os
 import platform
 import subprocess
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tal_fast import __version__
 
 PACKAGES = ("torchvision", "triton", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "timm", "wandb")
 """Packages whose versions ``describe`` lists."""
@@ -46,17 +49,18 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version_of("triton"),
-        "tal_fast": version_of("tal-fast"),
+        "tal_fast": __version__,
         "commit": _commit(),
     }
 
 
 def code_digest() -> str:
     """SHA-256 of the package's source files, as hexadecimal; takes 7 ms."""
-    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    kernels = find_spec("tal_fast.kernels")  # lies elsewhere in an editable install
+    for folder in (Path(__file__).parents[1], *map(Path, (kernels and kernels.submodule_search_locations) or ())):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
