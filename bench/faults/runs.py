@@ -130,7 +130,8 @@ def undisturbed(folder: Path, processes: int, epochs: int, *more: str) -> Path:
     output = folder.parent / f"undisturbed-{processes}-{epochs}-{name}"
     if not (output / "ended").exists():
         shutil.rmtree(output, ignore_errors=True)
-        done = train(folder, [*command(processes, ["tal_fast.train"]), *options(output, epochs, *more)])
+        words = [*command(processes, ["tal_fast.train"]), *options(output, epochs, *more)]
+        done = train(folder, words, timeout=300 + 5 * epochs)
         expect(done.returncode == 0, "the undisturbed run failed", done)
         (output / "ended").touch()
     return output

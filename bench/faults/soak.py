@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from bench.faults.runs import (
 )
 
 PAUSE_S = 0.2
-"""Sleep after every step, so that the disturbed run lasts while the undisturbed one is done in minutes."""
+"""Sleep after every step, so that the disturbed run lasts while the undisturbed one beside it is done in minutes."""
 
 RANK_TIMEOUT_S = 20
 
@@ -100,11 +101,11 @@ def soak(folder: Path, minutes: float = 40, every: float = 60, seed: int | None 
     draw = random.Random(seed)
     epochs = max(2, round(minutes * 60 * SHARE / (PAUSE_S * STEPS_PER_EPOCH)))
     more = ("--rank-timeout", str(RANK_TIMEOUT_S), "--resume", "auto")
-    straight = undisturbed(folder, 2, epochs, *more[:2])
-    say(f"seed {seed}: {epochs} epochs; the undisturbed run is done")
+    say(f"seed {seed}: {epochs} epochs")
     counts, possible, starts = dict.fromkeys(FAULTS, 0), dict(FAULTS), 0
     began = time.monotonic()
-    with contextlib.ExitStack() as stack:
+    with ThreadPoolExecutor(1) as beside, contextlib.ExitStack() as stack:
+        straight = beside.submit(undisturbed, folder, 2, epochs, *more[:2])
         try:
             disk = stack.enter_context(small_disk(folder))
         except Impossible:
@@ -145,7 +146,7 @@ def soak(folder: Path, minutes: float = 40, every: float = 60, seed: int | None 
             )
             expect(starts < 20 + 4 * minutes, "the run does not come to its end", done)
         taken = time.monotonic() - began
-        expect_same_end(straight, output)
+        expect_same_end(straight.result(), output)
     return {
         "minutes": round(taken / 60, 1),
         "faults": counts,
