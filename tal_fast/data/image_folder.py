@@ -210,9 +210,8 @@ def read_split(
         ValueError: a class folder is not in ``class_names`` or has no images, or a file is no image.
     """
     label_of = {name: label for label, name in enumerate(class_names)}
-    paths: list[str] = []
+    images: Found = []
     labels: list[int] = []
-    stamps: list[tuple[int, int]] = []
     by_class = files_by_class(root, split, listed)
     if listed is not None and split == "train":
         empty = [name for name in class_names if name not in by_class]
@@ -229,13 +228,11 @@ def read_split(
             )
         if not found:
             raise ValueError(f"{folder} holds no images ({', '.join(EXTENSIONS)}); fill or remove it")
-        for path, size, changed in found:
-            paths.append(path)
-            labels.append(label_of[name])
-            stamps.append((size, changed))
-    if not paths:
+        images += found
+        labels += [label_of[name]] * len(found)
+    if not images:
         raise ValueError(f"data.file_list names no image of {root / split}; add some")
-    return ImageFiles(paths, np.array(labels, np.int64), _sizes(paths, stamps), np.array(stamps, np.int64))
+    return _with_sizes(images, labels)
 
 
 def read_flat(folder: Path, name: str) -> ImageFiles:
@@ -251,10 +248,7 @@ def read_flat(folder: Path, name: str) -> ImageFiles:
     _report(folder, left_out)
     if not found:
         raise ValueError(f"data.ood {name!r}: {folder} holds no images ({', '.join(EXTENSIONS)})")
-    paths = [path for path, _, _ in found]
-    stamps = [(size, changed) for _, size, changed in found]
-    labels = np.full(len(paths), OOD_LABEL, np.int64)
-    return ImageFiles(paths, labels, _sizes(paths, stamps), np.array(stamps, np.int64))
+    return _with_sizes(found, [OOD_LABEL] * len(found))
 
 
 def image_size(path: str) -> tuple[int, int]:
@@ -417,6 +411,12 @@ def counted(left_out: Counter[str]) -> str:
     kinds = sorted(((-number, kind) for kind, number in left_out.items() if number))
     text = ", ".join(f"{-number:,} {kind}" for number, kind in kinds)
     return f"{total:,} {'file is' if total == 1 else 'files are'} left out: {text}"
+
+
+def _with_sizes(found: Found, labels: Sequence[int]) -> ImageFiles:
+    """Image files with their labels and sizes in pixels."""
+    paths, stamps = [path for path, _, _ in found], [(size, changed) for _, size, changed in found]
+    return ImageFiles(paths, np.array(labels, np.int64), _sizes(paths, stamps), np.array(stamps, np.int64))
 
 
 def _sizes(paths: Sequence[str], stamps: Sequence[tuple[int, int]]) -> np.ndarray:
