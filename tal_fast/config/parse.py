@@ -59,7 +59,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: there is no such file, it cannot be read, is not YAML or not a mapping, or names a key twice.
     """
     try:
-        values = _load(path.read_bytes())
+        values = yaml.load(path.read_bytes(), _Loader)
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except OSError as error:
@@ -89,10 +89,6 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
-
-
-def _load(text: str | bytes) -> Any:
-    return yaml.load(text, _Loader)
 
 
 def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -265,7 +261,7 @@ def _from_text(kind: Any, text: str) -> Any:
 
 def _load_yaml(text: str) -> Any:
     try:
-        return _load(text)
+        return yaml.load(text, _Loader)
     except Exception:
         return text  # the check of the type refuses it, and names the option
 
