@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tal_fast.utils.arrays import Ints, open_npz
-from tal_fast.utils.io import alone_in, lock, remove_leftovers, replacing, unlock
+from tal_fast.utils.io import remove_leftovers, replacing
+from tal_fast.utils.locks import alone_in, lock, unlock
 
 logger = logging.getLogger(__name__)
 

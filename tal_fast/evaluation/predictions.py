@@ -33,7 +33,7 @@ from tal_fast.evaluation.prediction_store import NotKept, Outputs, OutputStore, 
 from tal_fast.utils.arrays import Ints
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.environment import version_of
-from tal_fast.utils.io import unlock
+from tal_fast.utils.locks import unlock
 
 logger = logging.getLogger(__name__)
 

@@ -29,6 +29,7 @@ from tal_fast.models.build import build_model, timm_name
 from tal_fast.models.features import FeatureLinear
 from tal_fast.models.registry import NETWORKS
 from tal_fast.utils.arrays import check_dense
+from tal_fast.utils.io import check_zip
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +76,8 @@ def read_state(path: str | Path, key: str | None = None) -> tuple[dict[str, Tens
             raise ValueError(f"{path} cannot be read as safetensors ({_first_line(error)})") from None
     else:
         try:
-            if zipfile.is_zipfile(path):  # torch.load does not compare checksums
-                with zipfile.ZipFile(path) as archive:
-                    bad = archive.testzip()
-                if bad is not None:
-                    raise ValueError(f"the checksum of {bad} is wrong")
+            if zipfile.is_zipfile(path):
+                check_zip(path)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about kinds of tensors, which are refused below
                 content = torch.load(path, map_location="cpu", weights_only=True)

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from tal_fast.config.schema import Config
 from tal_fast.runs.folder import CONFIG_FILE
-from tal_fast.utils.io import replacing
+from tal_fast.utils.io import check_zip, replacing
 
 FORMAT = 1
 """Version of the file format; raised when older code could not read newer files."""
@@ -95,8 +94,7 @@ class Writer:
         last, previous = self._folder / LAST, self._folder / PREVIOUS
         config = self._folder.parent / CONFIG_FILE
         if not config.exists() and "config" in content:  # the folder was deleted during training
-            with replacing(config) as temporary:
-                Config.from_dict(content["config"]).save(temporary)
+            Config.from_dict(content["config"]).save(config)
         if not copies:
             save(last, content, previous)
             return
@@ -147,10 +145,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     if not path.is_file():
         raise Damaged(f"there is no checkpoint {path}")
     try:
-        with zipfile.ZipFile(path) as file:
-            bad = file.testzip()  # torch.load does not compare checksums
-        if bad is not None:
-            raise ValueError(f"the checksum of {bad} is wrong")
+        check_zip(path)
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # damage can surface anywhere in unzipping and unpickling
         raise Damaged(f"checkpoint {path} cannot be read ({type(error).__name__}); it is damaged or not one") from error
