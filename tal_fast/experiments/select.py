@@ -21,7 +21,7 @@ from tal_fast.evaluation.tables import format_table, wrap
 from tal_fast.experiments.plan import Experiment, SelectOptions, Values, with_point
 from tal_fast.experiments.results import Results, groups_of
 from tal_fast.metrics.failure import HIGHER_IS_BETTER
-from tal_fast.utils.io import replacing
+from tal_fast.utils.io import write_text
 
 FILE = "selected.yaml"
 _SMALLEST_LOSS = 1e-9
@@ -134,5 +134,4 @@ def write_selection(found: Sequence[Candidate], experiment: Experiment, select: 
     if not values:
         return
     head = f"# Chosen by the geometric mean of {', '.join(select.metrics)} over seeds {list(experiment.seeds)}.\n"
-    with replacing(output / FILE) as temporary:
-        temporary.write_text(head + yaml.safe_dump({"methods": values}, sort_keys=False), encoding="utf-8")
+    write_text(output / FILE, head + yaml.safe_dump({"methods": values}, sort_keys=False))

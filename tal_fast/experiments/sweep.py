@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from tal_fast.experiments.plan import Experiment, Values, grid_points, job_label, resolve
-from tal_fast.utils.io import replacing
+from tal_fast.utils.io import write_text
 
 # Each run has a folder of its own to resume in; the agent sets both variables.
 _OUTPUT = '--output "runs/$WANDB_SWEEP_ID/$WANDB_RUN_ID" --resume auto "$@"'
@@ -55,8 +55,7 @@ def write_sweep(experiment: Experiment, path: Path, nproc: int | None = None) ->
         "command": _command(nproc),
     }
     for file, values in [*configs.items(), (path, sweep)]:
-        with replacing(file) as temporary:
-            temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        write_text(file, yaml.safe_dump(values, sort_keys=False))
     return [*configs, path]
 
 
