@@ -81,13 +81,6 @@ def step(
 
 def _loss_arguments(options: LossOptions, warmup: bool) -> tuple[Any, ...]:
     """Options in the order of the extension's operators."""
-    return (
-        options.variant == "released",
-        options.t_min,
-        options.t_max,
-        options.t_wrong,
-        options.confidence_threshold,
-        options.label_smoothing,
-        options.ignore_index,
-        warmup,
-    )
+    temperatures = options.t_min, options.t_max, options.t_wrong
+    others = options.confidence_threshold, options.label_smoothing, options.ignore_index, warmup
+    return options.variant == "released", *temperatures, *others
