@@ -171,36 +171,17 @@ class DataBundle:
         images = self.split(split) if isinstance(split, str) else split
         config, device = self.config, torch.device(device)
         if training is None:
-            training = split == "train" if isinstance(split, str) else False
-        in_memory = isinstance(images, MemoryImages)
-        plan = Plan(
-            sizes=images.sizes,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            training=training,
-            seed=seed,
-            crop_fraction=config.crop_fraction,
-            augmentation=Augmentation(
-                crop_area=config.crop_area,
-                crop_ratio=config.crop_ratio,
-                flip=config.flip,
-                shift=config.shift if in_memory else 0,
-            ),
-        )
+            training = isinstance(split, str) and split == "train"
+        paths, shift = ((), config.shift) if isinstance(images, MemoryImages) else (images.paths, 0)
+        augmentation = Augmentation(config.crop_area, config.crop_ratio, config.flip, shift)
+        plan = Plan(images.sizes, batch_size, rank, world_size, training, seed, config.crop_fraction, augmentation)
         limit = config.max_unreadable
         if limit is None:
             limit = max(MIN_UNREADABLE, int(UNREADABLE_SHARE * len(images)))
         return Loader(
-            self._source(images, plan, device),
-            plan,
-            images.labels,
-            device,
-            image_size=self.image_size,
-            paths=() if isinstance(images, MemoryImages) else images.paths,
-            max_unreadable=limit if skip_unreadable else 0,
-            check_command=self._check_command(split),
-        )
+            self._source(images, plan, device), plan, images.labels, device, image_size=self.image_size, paths=paths,
+            max_unreadable=limit if skip_unreadable else 0, check_command=self._check_command(split),
+        )  # fmt: skip
 
     def _check_command(self, split: str | Split) -> str:
         """Advice for a split with files that do not decode."""

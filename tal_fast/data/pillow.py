@@ -24,7 +24,7 @@ from tal_fast.utils.process import no_garbage
 
 
 def _fork_workers(loader: DataLoader) -> Any:
-    """Iterator of a loader, whose processes it starts."""
+    """Start the processes of a loader; returns its iterator."""
     if loader.num_workers == 0:
         return iter(loader)
     others = set(multiprocessing.active_children())

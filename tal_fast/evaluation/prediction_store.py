@@ -232,7 +232,7 @@ def _remove_shard(path: Path) -> None:
 
 
 def keep(folder: Path) -> int:
-    """Make a folder and keep it from ``remove_unused``; returns a descriptor that does until it is unlocked."""
+    """Make a folder, which ``remove_unused`` leaves alone until the returned descriptor is unlocked."""
     path = folder / _IN_USE
     while True:
         folder.mkdir(parents=True, exist_ok=True)

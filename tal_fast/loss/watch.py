@@ -16,7 +16,7 @@ INTERVAL = 500
 """Training steps between two looks."""
 
 FEW = 8
-"""Correct samples of two looks below which a queue that moves is not judged: that few stay out by chance."""
+"""Fewest correct samples of two looks by which a queue that moves is judged: fewer may all stay out by chance."""
 
 
 class QueueWatch:

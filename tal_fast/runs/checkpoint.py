@@ -32,19 +32,9 @@ FOLDER = "checkpoints"
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
-    "config": dict,
-    "epoch": int,
-    "step": int,
-    "world_size": int,
-    "model": dict,
-    "average": (dict, type(None)),
-    "shape": dict,
-    "optimizer": dict,
-    "scaler": dict,
-    "ranks": list,
-    "best": dict,
-    "history": list,
-}
+    "config": dict, "epoch": int, "step": int, "world_size": int, "model": dict, "average": (dict, type(None)),
+    "shape": dict, "optimizer": dict, "scaler": dict, "ranks": list, "best": dict, "history": list,
+}  # fmt: skip
 """Entries of a checkpoint and their types."""
 
 _NOT_EMPTY = ("config", "model", "shape", "optimizer", "ranks")
@@ -79,7 +69,7 @@ class Writer:
         return problem
 
     def finish(self) -> str | None:
-        """Wait for the pending write; one sentence on why it failed, or None."""
+        """Wait for the pending write; returns a sentence on why it failed, or None."""
         pending, self._pending = self._pending, None
         if pending is None:
             return None

@@ -36,8 +36,8 @@ FIXED = frozenset({
     "data.channels", "data.image_size", "model.name", "model.width", "optim.name", "optim.decay_all", "optim.ema_decay",
     "method.name", "method.options.queue_scope",
 })  # fmt: skip
-"""Options whose change no resumed run can follow, because the saved state is of another kind. All options that are in
-none of these sets are refused unless ``config.allow`` names them."""
+"""Options that a resumed run cannot change, because the saved state would not fit. A change of any option that is in
+none of these sets is refused unless ``config.allow`` names it."""
 
 _IMAGES = ("data.dataset", "data.file_list", "data.holdout", "data.train_limit", "data.synthetic_images")
 """Options that choose the training images, so that a change of the images is no surprise."""

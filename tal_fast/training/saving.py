@@ -59,7 +59,7 @@ class Saver:
         self.waited = 0.0
         infinite = not_finite({**state.rank_state(), **state.shared_state()})  # masks of -inf, say
         self._infinite = infinite | {name.replace("model.", "average.", 1) for name in infinite}
-        self._ended = False  # by all ranks together, which saved what there was to save
+        self._ended = False  # whether all ranks have ended the run together, so that there is nothing to rescue
 
     def save(self, best: bool = False) -> None:
         """Start saving a checkpoint; all ranks must call it.

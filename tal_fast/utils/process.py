@@ -42,8 +42,8 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
     without finalising the interpreter: gloo threads that release their last tensor during finalisation abort the
     process (pytorch issue 190489; 1 finished run in 12 with four processes), which torchrun reports as a failed run.
 
-    Errors of the file system end in one sentence and code 2, a lost rank in one and code 75. Other exceptions show
-    their traceback, as these do with ``python -X dev``.
+    Errors of the file system end in one sentence and code 2, a lost rank in one sentence and code 75. Other exceptions
+    show their traceback, as these do with ``python -X dev``.
     """
     alone = world_size() == 1
     try:

@@ -37,8 +37,7 @@ _FOLDER = Path(__file__).parent
 def write_html(evaluation: Evaluation, folder: str | Path) -> Path:
     """Write ``report.html`` of an evaluation and return its path."""
     path = Path(folder) / FILE
-    text = render(evaluation)
-    write_text(path, text)
+    write_text(path, render(evaluation))
     return path
 
 
