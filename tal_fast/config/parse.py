@@ -32,11 +32,7 @@ def preset_names() -> list[str]:
 
 
 def load_config(name_or_path: str) -> Config:
-    """Read the configuration in a preset or a YAML file.
-
-    Raises:
-        ValueError: not found, not YAML, or with names or values that do not fit.
-    """
+    """Read the configuration in a preset or a YAML file; raises ValueError if there is none, or it is not valid."""
     return Config.from_dict(read_config(name_or_path))
 
 
@@ -55,8 +51,8 @@ def read_config(name_or_path: str) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read the mapping in a YAML file, in UTF-8, or in UTF-16 with a byte-order mark.
 
-    Raises:
-        ValueError: there is no such file, it cannot be read, is not YAML or not a mapping, or names a key twice.
+    Raises ValueError if there is no such file, or it cannot be read, is not YAML or not a mapping, or names a key
+    twice.
     """
     try:
         values = yaml.load(path.read_bytes(), _Loader)

@@ -334,8 +334,7 @@ class Config:
     def from_dict(values: dict[str, Any]) -> Config:
         """Inverse of ``to_dict``; options that are left out have their defaults.
 
-        Raises:
-            ValueError: an unknown name or a value of the wrong type.
+        Raises ValueError for an unknown name or a value of the wrong type.
         """
         return read(Config, upgrade(values), "")
 

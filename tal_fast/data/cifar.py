@@ -85,11 +85,7 @@ def read(dataset: str, root: str | None, split: str) -> tuple[np.ndarray, np.nda
 
 
 def class_names(dataset: str, root: str | None) -> Sequence[str]:
-    """Read the names of the classes.
-
-    Raises:
-        ValueError: the list is missing or has too few or too many names.
-    """
+    """Read the names of the classes; raises ValueError if the list is missing or has too few or too many."""
     layout, folder = LAYOUTS[dataset], _folder(dataset, root)
     path = folder / layout.names
     if not path.is_file():

@@ -115,11 +115,7 @@ class DataBundle:
         return f"{self.config.dataset}: {train:,} training and {val:,} validation images, {self.num_classes} classes"
 
     def split(self, name: str) -> Split:
-        """Images of ``train``, ``train-eval``, ``val`` or one of ``ood_names``.
-
-        Raises:
-            ValueError: there is no such split.
-        """
+        """Images of ``train``, ``train-eval``, ``val`` or one of ``ood_names``; raises ValueError for other names."""
         if name not in self._splits:
             if name not in self._ood:
                 raise ValueError(f"no split {name!r}; there are {', '.join([*self._splits, *self._ood])}")

@@ -76,11 +76,7 @@ class ImageFiles:
 
 
 def class_folders(root: Path, split: str) -> list[str]:
-    """Sorted names of the class folders of ``root/split``.
-
-    Raises:
-        ValueError: the folder is missing or has no class folder.
-    """
+    """Sorted names of the class folders of ``root/split``; raises ValueError if there are none."""
     folder = root / split
     if not root.is_dir():
         raise ValueError(f"data.root {root} is not a folder; name one that holds train/ and val/")
@@ -238,8 +234,7 @@ def read_split(
 def read_flat(folder: Path, name: str) -> ImageFiles:
     """All images under an out-of-distribution folder, at any depth.
 
-    Raises:
-        ValueError: there are none, or a file is no image.
+    Raises ValueError if there are none, or a file is no image.
     """
     if not folder.is_dir():
         raise ValueError(f"data.ood {name!r}: {folder} is not a folder")
@@ -254,8 +249,7 @@ def read_flat(folder: Path, name: str) -> ImageFiles:
 def image_size(path: str) -> tuple[int, int]:
     """Height and width from the header of an image file.
 
-    Raises:
-        UnreadableImage: the file is no image, cannot be read, or has pixels that the loaders read differently.
+    Raises UnreadableImage if it is no image, cannot be read, or has pixels that the loaders read differently.
     """
     try:
         with Image.open(path) as image:
@@ -277,8 +271,7 @@ def _unusable(path: str, problem: str) -> UnreadableImage:
 def unsupported_pixels(image: Image.Image) -> str | None:
     """Reason that the loaders would read different 8-bit pixels of an image; None if they read the same.
 
-    Args:
-        image: opened image whose pixels are not loaded yet.
+    The image is open, and its pixels are not loaded yet.
     """
     if image.format not in FORMATS:
         return f"format {image.format}, which not every loader reads; convert it to JPEG or PNG"

@@ -58,8 +58,7 @@ GENERATED = 1000
 def parse_named(texts: Sequence[str], option: str) -> dict[str, str]:
     """Parse texts such as ``svhn=svhn:FILE`` to specifications by name.
 
-    Raises:
-        ValueError: a name is missing or given twice.
+    Raises ValueError if a name is missing or given twice.
     """
     found: dict[str, str] = {}
     for text in texts:

@@ -36,8 +36,7 @@ class CallingThread:
     def call(self, function: Callable[[], Result]) -> Result:
         """Result of a function.
 
-        Raises:
-            LoaderFailed: it did not return in time; the thread cannot be used any more if it never does.
+        Raises LoaderFailed if it does not return in time; the thread cannot be used any more if it never does.
         """
         results: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
         self._calls.put((function, results))

@@ -79,10 +79,7 @@ class OutputStore:
     def prepare(self) -> None:
         """Create the folder, and keep it from being removed while this object lives.
 
-        Removes the folders of other keys that no process has in use.
-
-        Raises:
-            NotKept: the folder cannot be written.
+        Removes the folders of other keys that no process has in use. Raises NotKept if the folder cannot be written.
         """
         with self._keeping():
             weakref.finalize(self, unlock, keep(self.folder))
@@ -135,8 +132,7 @@ class OutputStore:
     def write(self, indices: Ints, outputs: Outputs) -> None:
         """Write a shard: outputs of the m samples at the positions ``indices`` (m,) of the split.
 
-        Raises:
-            NotKept: it cannot be written.
+        Raises NotKept if it cannot be written.
         """
         arrays = {"key": np.array(self.key), "indices": indices, "labels": outputs.labels, "logits": outputs.logits}
         if outputs.features is not None:
@@ -179,9 +175,7 @@ class OutputStore:
     def _read(self, path: Path, names: tuple[str, ...]) -> dict[str, Any]:
         """Indices and arrays of a shard; nothing if it lacks the features that are needed.
 
-        Raises:
-            OSError: the shard cannot be read.
-            ValueError: it is damaged or has another key.
+        Raises OSError if the shard cannot be read, and ValueError if it is damaged or has another key.
         """
         with open_npz(path) as shard:
             key, has_features = str(shard["key"]), "features" in shard.names

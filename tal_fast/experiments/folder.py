@@ -109,14 +109,10 @@ class Folder:
         return (errors or lines or [""])[-1]
 
     def lock(self) -> int | None:
-        """Lock the folder.
+        """Lock the folder; raises ValueError if the file system has no locks.
 
-        Returns:
-            A file descriptor that holds the lock until it and every copy in a child process is closed; None if another
-            scheduler holds the lock.
-
-        Raises:
-            ValueError: the file system has no locks.
+        Returns a file descriptor that holds the lock until it and every copy in a child process is closed; None if
+        another scheduler holds the lock.
         """
         handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:

@@ -106,8 +106,7 @@ class Experiment:
 def make_jobs(experiment: Experiment) -> tuple[Job, ...]:
     """Expand an experiment to its jobs.
 
-    Raises:
-        ValueError: an option or value that a method does not accept, or two jobs of the same name.
+    Raises ValueError for an option or value that a method does not accept, and for two jobs of the same name.
     """
     jobs: dict[str, Job] = {}
     for seed in experiment.seeds:
@@ -141,11 +140,7 @@ def with_point(values: Values, point: Values) -> Values:
 
 
 def resolve(experiment: Experiment, method: str, point: Values, seed: int = 0) -> Config:
-    """Configuration of a run, without its ``output``.
-
-    Raises:
-        ValueError: an option or value that the configuration does not accept.
-    """
+    """Configuration of a run, without its ``output``; raises ValueError for an option or value it does not accept."""
     values = with_point(merged(experiment.base, experiment.methods[method]), point)
     values |= {"seed": seed, "threads": experiment.threads, "resume": "auto"}
     try:
@@ -200,8 +195,7 @@ def _label_value(value: Any) -> str:
 def nest(values: Mapping[Any, Any], name: str = "") -> Values:
     """Nested dictionary from nested or dotted keys: ``{"optim.lr": 0.1}`` -> ``{"optim": {"lr": 0.1}}``.
 
-    Raises:
-        ValueError: a key is no text, or an option is given twice.
+    Raises ValueError if a key is no text, or an option is given twice.
     """
     nested: Values = {}
     for key, value in values.items():

@@ -47,11 +47,7 @@ class Candidate:
 
 
 def candidates(experiment: Experiment, results: Results, select: SelectOptions) -> list[Candidate]:
-    """All grid points, in the order of the file.
-
-    Raises:
-        ValueError: the reports lack a setting of the criterion.
-    """
+    """All grid points, in the order of the file; raises ValueError if the reports lack a setting of the criterion."""
     groups = {group.name: group for group in groups_of(results)}
     points = [job for job in experiment.jobs if job.seed == experiment.seeds[0]]
     baseline = experiment.compare.baseline or next(iter(experiment.methods))

@@ -164,12 +164,9 @@ def _rename_layers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], source: str, classes_from: str) -> None:
-    """Load a state dict from ``read_state`` into a network from ``build_model``.
+    """Load a state dict from ``read_state`` into a network from ``build_model``; raises ValueError if it does not fit.
 
     Error messages name ``source``, the origin of the state, and ``classes_from``, that of the number of classes.
-
-    Raises:
-        ValueError: the number of classes, a name or a shape does not fit.
     """
     wanted = model.state_dict()
     state = {name: value for name, value in state.items() if name in wanted or not name.startswith(_AUXILIARY)}

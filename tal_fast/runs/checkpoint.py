@@ -127,11 +127,7 @@ def _copy(value: Any) -> Any:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Load a checkpoint.
-
-    Raises:
-        Damaged: the file is missing, incomplete, not a checkpoint, or has another format.
-    """
+    """Load a checkpoint; raises Damaged if the file is missing, incomplete, not a checkpoint, or has another format."""
     if not path.is_file():
         raise Damaged(f"there is no checkpoint {path}")
     try:

@@ -58,11 +58,8 @@ Changes = dict[str, tuple[Any, Any]]
 def find_checkpoint(config: Config, lock: FolderLock | None = None) -> tuple[dict[str, Any], Path] | None:
     """Checkpoint that ``config.resume`` asks for, with its path; None for a new run.
 
-    ``lock`` is acquired before an existing output folder is read, and stays so.
-
-    Raises:
-        ValueError: the output folder holds another run or is in use, or the checkpoint is of another configuration.
-        Damaged: there are checkpoints, but none can be read.
+    ``lock`` is acquired before an existing output folder is read, and stays so. Raises ValueError if the folder holds
+    another run or is in use, or the checkpoint is of another configuration, and Damaged if none can be read.
     """
     output = Path(config.output)
     if output.exists() and not output.is_dir():

@@ -47,11 +47,8 @@ class FolderLock:
     def acquire(self, wait: float = 0.0) -> None:
         """Take the lock, waiting at most ``wait`` seconds for another process; the folder is created.
 
-        Where the file system has no locks, a warning says so.
-
-        Raises:
-            ValueError: another process holds the lock.
-            OSError: the folder cannot be written.
+        Where the file system has no locks, a warning says so. Raises ValueError if another process holds the lock, and
+        OSError if the folder cannot be written.
         """
         key = os.path.realpath(self._path)
         with _guard:
@@ -115,8 +112,7 @@ class FolderLock:
 def lock(handle: int, *, shared: bool = False, wait: bool = False) -> bool | None:
     """Take the kernel's lock of an open file, which lasts until ``unlock`` or the end of the process.
 
-    Returns:
-        False if another open file holds it, None where there are no locks.
+    Returns False if another open file holds it, None where there are no locks.
     """
     if fcntl is None:
         return None
