@@ -66,18 +66,10 @@ def find_folder(dataset: str, root: str | Path) -> Path | None:
 
 
 def read(dataset: str, root: str | None, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read the images and classes of a split.
+    """Read the images (N, 32, 32, 3) uint8, RGB, and the classes (N,) int64 of ``train`` or ``val``.
 
-    Args:
-        dataset: ``cifar10`` or ``cifar100``.
-        root: folder of the binary files, or the one they were unpacked in.
-        split: ``train`` (50,000 as published) or ``val`` (10,000).
-
-    Returns:
-        Images (N, 32, 32, 3) uint8, RGB, and classes (N,) int64.
-
-    Raises:
-        ValueError: a file is missing or damaged, or there are only pickles.
+    ``root`` is the folder of the binary files, or the one they were unpacked in. Raises ValueError if a file is missing
+    or damaged, or there are only pickles.
     """
     layout, folder = LAYOUTS[dataset], _folder(dataset, root)
     parts = [_read_records(folder / name, layout) for name in getattr(layout, split)]

@@ -100,10 +100,8 @@ def read_list(path: Path, root: Path) -> dict[str, tuple[int, int]]:
     """Size in bytes and time of change in ns of the files in a list, by absolute path.
 
     The list has one path per line, relative to ``root`` or absolute. Empty lines and lines that start with ``#`` are
-    skipped.
-
-    Raises:
-        ValueError: the list cannot be read, is empty, or names a missing file or one that is not below ``root``.
+    skipped. Raises ValueError if the list cannot be read, is empty, or names a missing file or one that is not below
+    ``root``.
     """
     write = f"python -m tal_fast.check_data {root} --out {path}"
     try:
@@ -153,14 +151,8 @@ def files_by_class(root: Path, split: str, listed: Mapping[str, tuple[int, int]]
     """Image files of each class of ``root/split``, sorted by path, sorted by class.
 
     Each class has a folder; only ``val`` may also be ImageNet's without class folders, see ``tal_fast.data.imagenet``.
-
-    Args:
-        root: folder of the splits.
-        split: name of the split's folder.
-        listed: the files to use, see ``read_list``, without looking for others; None for all.
-
-    Raises:
-        ValueError: the folder is missing or empty, or has an image without a class.
+    With ``listed``, see ``read_list``, no others are looked for. Raises ValueError if the folder is missing or empty,
+    or has an image without a class.
     """
     folder = root / split
     left_out: Counter[str] = Counter()
@@ -194,16 +186,9 @@ def files_by_class(root: Path, split: str, listed: Mapping[str, tuple[int, int]]
 def read_split(
     root: Path, split: str, class_names: Sequence[str], listed: Mapping[str, tuple[int, int]] | None = None
 ) -> ImageFiles:
-    """Images of ``root/split/CLASS/**``, see ``files_by_class``.
+    """Images of ``root/split/CLASS/**``, see ``files_by_class``, labelled in the order of ``class_names``.
 
-    Args:
-        root: folder of the splits.
-        split: name of the split's folder.
-        class_names: class folders in the order of their labels.
-        listed: the files to use, see ``read_list``; None for all.
-
-    Raises:
-        ValueError: a class folder is not in ``class_names`` or has no images, or a file is no image.
+    Raises ValueError if a class folder is not in ``class_names`` or has no images, or a file is no image.
     """
     label_of = {name: label for label, name in enumerate(class_names)}
     images: Found = []

@@ -107,16 +107,10 @@ class Loader:
         return len(self._plan)
 
     def set_epoch(self, epoch: int, start_step: int = 0, image_size: int | None = None) -> None:
-        """Choose the epoch that iterations read.
+        """Choose the epoch that iterations read, counted from 0, and the step of it that they start at.
 
-        Args:
-            epoch: epoch, counted from 0.
-            start_step: first step of the epoch to read.
-            image_size: side of the images in pixels, for progressive resizing; by default the data set's. The crops do
-                not depend on it.
-
-        Raises:
-            ValueError: the image size is below 1.
+        ``image_size`` is the side of the images in pixels, for progressive resizing; by default the data set's. The
+        crops do not depend on it. Raises ValueError if it is below 1.
         """
         if image_size is not None and image_size < 1:
             raise ValueError(f"image_size is {image_size} but must be at least 1")

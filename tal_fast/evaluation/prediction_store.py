@@ -143,14 +143,10 @@ class OutputStore:
             np.savez(temporary, **arrays)  # type: ignore[arg-type]
 
     def shards(self, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-        """Iterate over the shards, each sample once, in no particular order.
+        """Iterate over the arrays ``names`` of the shards, each sample once, in no particular order.
 
-        Args:
-            names: arrays to read; features are left out where they are not needed.
-
-        Raises:
-            OSError: a shard cannot be read.
-            ValueError: a shard is damaged or of another key and was deleted, or, at the end, samples are missing.
+        Features are left out where they are not needed. Raises OSError if a shard cannot be read, and ValueError if one
+        is damaged or of another key, and was deleted, or, at the end, if samples are missing.
         """
         seen = np.zeros(self.samples, dtype=bool)
         for path in self._paths():

@@ -21,15 +21,10 @@ _OUTPUT = '--output "runs/$WANDB_SWEEP_ID/$WANDB_RUN_ID" --resume auto "$@"'
 
 
 def write_sweep(experiment: Experiment, path: Path, nproc: int | None = None) -> list[Path]:
-    """Write the sweep file, and the methods' configurations to a folder next to it.
+    """Write the sweep file, and the methods' configurations to a folder next to it; returns the written files.
 
-    Args:
-        experiment: experiment to export.
-        path: YAML file of the sweep; the agent has to run where this path is valid as given.
-        nproc: processes of each run, started by torchrun; None for one process without torchrun.
-
-    Returns:
-        The written files.
+    The agent has to run where ``path`` is valid as given. ``nproc`` is the number of processes of each run, started by
+    torchrun; None for one process without torchrun.
     """
     shared = [key for key in experiment.grid if all(key.applies_to(method) for method in experiment.methods)]
     partial = [key for key in experiment.grid if key not in shared]

@@ -298,15 +298,10 @@ def _torchvision_preprocessing(name: str) -> dict[str, Any]:
 
 
 def evaluation_data(config: DataConfig, interpolation: str = "bilinear") -> DataBundle:
-    """Build the data set that weights are evaluated on.
+    """Build the data set that weights are evaluated on, with a filter of ``INTERPOLATIONS`` to resize images with.
 
-    Args:
-        config: configuration of the data set. A ``folder`` without ``train/`` has no training images and the classes of
-            ``val/``.
-        interpolation: filter that images are resized with, one of ``tal_fast.config.names.INTERPOLATIONS``.
-
-    Raises:
-        ValueError: as for ``build_data``, or the interpolation is unknown.
+    A ``folder`` without ``train/`` has no training images and the classes of ``val/``. Raises ValueError as
+    ``build_data`` does, or if the interpolation is unknown.
     """
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation is {interpolation!r}; choose from {', '.join(INTERPOLATIONS)}")

@@ -142,11 +142,8 @@ def refuse_other_options(saved: dict[str, Any], config: Config, path: Path) -> N
 def refuse_other_data(content: dict[str, Any], shape: dict[str, Any], config: Config, path: Path) -> None:
     """Raise ValueError if a checkpoint's classes, image size or training images are not those of the data.
 
-    Args:
-        content: the checkpoint.
-        shape: ``tal_fast.training.state.data_shape`` of the data now.
-        config: configuration now; it may allow other training images, or have options that choose others.
-        path: file of the checkpoint.
+    ``shape`` is ``tal_fast.training.state.data_shape`` of the data now; the configuration may allow other training
+    images, or have options that choose others.
     """
     saved = content["shape"]
     for name, title in (("class_names", "the classes"), ("image_size", "the image size")):

@@ -81,13 +81,8 @@ class TrainingState:
         """Restore a checkpoint.
 
         Options of the optimizer are those of the configuration now. Another number of ranks shares out the ranks'
-        states anew, and each counts the unreadable files of all.
-
-        Args:
-            content: the checkpoint.
-            rank: rank of this process.
-            world_size: number of ranks.
-            step: number of finished steps of the epoch; 0 to go on from its start.
+        states anew, and each counts the unreadable files of all. ``step`` is the number of finished steps of the epoch,
+        0 to go on from its start.
         """
         self.network.load_state_dict(content["model"])
         if self.average is not None and content["average"] is not None:

@@ -23,13 +23,10 @@ os.umask(UMASK)
 def replacing(path: str | os.PathLike[str], keep: Path | None = None) -> Iterator[Path]:
     """Write a file atomically: a temporary path to write to, which becomes ``path`` on success.
 
-    The temporary file lies beside ``path`` and has its suffix, which some writers go by. It is flushed to disk, then
-    renamed, and the rename is flushed too. On failure it is removed and ``path`` stays as it was. Any number of
-    processes may write the same file at once. Temporary files of processes that were killed are removed.
-
-    Args:
-        path: the file to write; its folder is created.
-        keep: where a file already at ``path`` is moved; ``path`` or ``keep`` is complete at any time.
+    The temporary file lies beside ``path``, whose folder is created, and has its suffix, which some writers go by. It
+    is flushed to disk, then renamed, and the rename is flushed too. On failure it is removed and ``path`` stays as it
+    was. Any number of processes may write the same file at once. Temporary files of processes that were killed are
+    removed. With ``keep``, a file already at ``path`` is moved there, and one of the two is complete at any time.
     """
     target = Path(path)
     temporary, handle = target.parent / f".{target.stem}-", None
