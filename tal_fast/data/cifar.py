@@ -19,20 +19,16 @@ PIXELS = 3 * SIDE * SIDE
 
 @dataclass(frozen=True)
 class Layout:
-    """Binary archive and the folder and files it unpacks to.
-
-    ``names`` is the file of class names; the last of the ``label_bytes`` of a record is the class; ``pickles`` is the
-    folder of the archive for Python.
-    """
+    """Binary archive and the folder and files it unpacks to."""
 
     archive: str
     folder: str
     train: tuple[str, ...]
     val: tuple[str, ...]
-    names: str
-    label_bytes: int
+    names: str  # file of class names
+    label_bytes: int  # of a record, the last of which is the class
     num_classes: int
-    pickles: str
+    pickles: str  # folder of the archive for Python
 
 
 LAYOUTS = {

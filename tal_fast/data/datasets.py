@@ -24,17 +24,11 @@ MIN_UNREADABLE, UNREADABLE_SHARE = 10, 0.01
 
 @dataclass(frozen=True)
 class MemoryImages:
-    """Split held in memory.
+    """Split held in memory."""
 
-    Attributes:
-        pixels: (P, H, W, C) uint8.
-        labels: (N,) int64.
-        rows: (N,) int64, row of ``pixels`` that holds each image; None if they are in order.
-    """
-
-    pixels: np.ndarray
-    labels: np.ndarray
-    rows: np.ndarray | None = None
+    pixels: np.ndarray  # (P, H, W, C) uint8
+    labels: np.ndarray  # (N,) int64
+    rows: np.ndarray | None = None  # (N,) int64, row of ``pixels`` that holds each image; None if they are in order
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -52,19 +52,12 @@ class UnreadableImage(ValueError):
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files of one split.
+    """Image files of one split."""
 
-    Attributes:
-        paths: N absolute paths.
-        labels: (N,) int64 classes, or ``OOD_LABEL``.
-        sizes: (N, 2) int32 heights and widths in pixels as stored, without the rotation in EXIF.
-        stamps: (N, 2) int64 sizes in bytes and times of change in ns.
-    """
-
-    paths: Sequence[str]
-    labels: np.ndarray
-    sizes: np.ndarray
-    stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    paths: Sequence[str]  # N absolute paths
+    labels: np.ndarray  # (N,) int64 classes, or ``OOD_LABEL``
+    sizes: np.ndarray  # (N, 2) int32 heights and widths in pixels as stored, without the rotation in EXIF
+    stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # bytes and times of change in ns
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -25,32 +25,22 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """Format of the images of a batch.
-
-    ``mean`` and ``std`` are per channel for values in [0, 1]; ``interpolation`` is the filter for resizing, one of
-    ``tal_fast.config.names.INTERPOLATIONS``.
-    """
+    """Format of the images of a batch."""
 
     channels: int
-    mean: list[float]
+    mean: list[float]  # per channel, for values in [0, 1]
     std: list[float]
     device: torch.device
-    interpolation: str = "bilinear"
+    interpolation: str = "bilinear"  # filter for resizing, one of ``tal_fast.config.names.INTERPOLATIONS``
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images of one step.
+    """Images of one step."""
 
-    Attributes:
-        images: (B, C, S, S) float32, normalized, on the loader's device.
-        indices: (B,) int64 on the CPU.
-        unreadable: row -> reason that its file does not decode; the image is black.
-    """
-
-    images: Tensor
-    indices: Tensor
-    unreadable: dict[int, str] = field(default_factory=dict)
+    images: Tensor  # (B, C, S, S) float32, normalized, on the loader's device
+    indices: Tensor  # (B,) int64 on the CPU
+    unreadable: dict[int, str] = field(default_factory=dict)  # row -> reason for files that do not decode; black
 
 
 class Source(Protocol):

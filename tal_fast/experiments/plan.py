@@ -65,42 +65,29 @@ class GridKey:
 
 @dataclass(frozen=True)
 class Job:
-    """One run to train and evaluate.
+    """One run to train and evaluate."""
 
-    ``name`` is its folder, ``label`` (method and grid values) its row in the tables; ``grid`` has the values by dotted
-    option, and ``config`` lacks only ``output``.
-    """
-
-    name: str
-    label: str
+    name: str  # of its folder
+    label: str  # method and grid values, its row in the tables
     method: str
-    grid: Values
+    grid: Values  # by dotted option
     seed: int
-    config: Config
+    config: Config  # lacks only ``output``
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Content of an experiment file.
+    """Content of an experiment file."""
 
-    Attributes:
-        base: nested values of the base configuration, overrides included.
-        methods: nested overrides by method name.
-        evaluate: options of ``tal_fast.evaluate`` as command-line words.
-        select: criterion for the best grid point; None to choose nothing.
-        threads: CPU threads of each job.
-        jobs: all jobs in starting order: every method of the first seed comes first.
-    """
-
-    base: Values
-    methods: dict[str, Values]
+    base: Values  # nested values of the base configuration, overrides included
+    methods: dict[str, Values]  # nested overrides by method name
     seeds: tuple[int, ...]
     grid: tuple[GridKey, ...]
-    evaluate: tuple[str, ...]
+    evaluate: tuple[str, ...]  # options of ``tal_fast.evaluate`` as command-line words
     compare: CompareOptions
-    select: SelectOptions | None
-    threads: int
-    jobs: tuple[Job, ...] = ()
+    select: SelectOptions | None  # criterion for the best grid point; None to choose nothing
+    threads: int  # CPU threads of each job
+    jobs: tuple[Job, ...] = ()  # in starting order: every method of the first seed comes first
 
 
 def make_jobs(experiment: Experiment) -> tuple[Job, ...]:

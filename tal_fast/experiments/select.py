@@ -32,18 +32,14 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Candidate:
-    """Grid point of a method.
-
-    ``value`` is the criterion, ``why_not`` the reason that the point may not be chosen, empty if it may. Accuracy
-    and value are NaN without a finished run.
-    """
+    """Grid point of a method."""
 
     method: str
     label: str
     grid: Values
-    accuracy: float
-    value: float
-    why_not: str
+    accuracy: float  # NaN without a finished run
+    value: float  # of the criterion, likewise
+    why_not: str  # reason that the point may not be chosen, empty if it may
 
 
 def candidates(experiment: Experiment, results: Results, select: SelectOptions) -> list[Candidate]:
