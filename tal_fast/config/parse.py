@@ -110,16 +110,10 @@ def _merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_command_line(argv: Sequence[str], program: str = "python -m tal_fast.train") -> tuple[Config, bool]:
-    """Read the options of ``python -m tal_fast.train``.
+    """Read the options of ``python -m tal_fast.train``, and whether to measure (``--bench``) instead of training.
 
     Each ``--config`` overrides the ones before it, the other options override them all. Hyphens and underscores in
-    their names are the same.
-
-    Returns:
-        The configuration, and whether to measure it (``--bench``) instead of training.
-
-    Raises:
-        ValueError: an unknown preset, option or value.
+    their names are the same. Raises ValueError for an unknown preset, option or value.
     """
     # Names of data sets are the user's own.
     words = [word if word.startswith("--data.ood.") else with_hyphens(word) for word in argv]

@@ -56,11 +56,8 @@ Split = ImageFiles | MemoryImages
 class DataBundle:
     """All splits of a data set, made by ``build_data``.
 
-    Attributes:
-        config: configuration of the data set.
-        class_names: name of each label.
-        image_size: side of the images in pixels.
-        interpolation: filter that images are resized with, one of ``tal_fast.config.names.INTERPOLATIONS``.
+    ``class_names`` has the name of each label; ``image_size`` is the side of the images in pixels; ``interpolation`` is
+    the filter that images are resized with, one of ``tal_fast.config.names.INTERPOLATIONS``.
     """
 
     def __init__(

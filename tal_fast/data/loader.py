@@ -205,14 +205,7 @@ class Normalizer:
 
 
 class MemorySource:
-    """Source of images held in memory on the loader's device.
-
-    Args:
-        plan: steps to make.
-        pixels: (P, H, W, C) uint8.
-        rows: (N,) int64 row of ``pixels`` of each image; None if they are in order.
-        form: format of the batches.
-    """
+    """Source of images held in memory on the loader's device; the arrays are those of ``MemoryImages``."""
 
     def __init__(self, plan: Plan, pixels: Tensor, rows: Tensor | None, form: ImageFormat) -> None:
         self._plan = plan

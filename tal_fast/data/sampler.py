@@ -109,16 +109,10 @@ class Plan:
 
 
 def central_boxes(sizes: np.ndarray, fraction: float) -> np.ndarray:
-    """Central squares whose side is ``fraction`` of the shorter side.
+    """Boxes (B, 4) int32 (top, left, height, width) of the central squares of images.
 
-    They hold the same pixels as resizing the shorter side to ``size / fraction`` and cropping the centre.
-
-    Args:
-        sizes: (B, 2) float64 heights and widths.
-        fraction: share of the shorter side.
-
-    Returns:
-        (B, 4) int32 (top, left, height, width).
+    ``sizes`` (B, 2) float64 are heights and widths, and the squares' sides are ``fraction`` of the shorter one. They
+    hold the same pixels as resizing the shorter side to ``size / fraction`` and cropping the centre.
     """
     side = np.maximum(1, np.round(sizes.min(axis=1) * fraction))
     corner = np.floor((sizes - side[:, None]) / 2)

@@ -22,11 +22,8 @@ FEW = 8
 class QueueWatch:
     """Looks at every ``INTERVAL``-th training step whether correct samples enter the queue, and warns once.
 
-    A look does not wait for a GPU: it judges what the one before has copied. CUDA graphs have none.
-
-    Args:
-        option: what the options' names begin with.
-        report: what takes the sentence; by default it is a RuntimeWarning.
+    A look does not wait for a GPU: it judges what the one before has copied. CUDA graphs have none. The options' names
+    in the sentence begin with ``option``; ``report`` takes the sentence, by default as a RuntimeWarning.
     """
 
     def __init__(self, option: str = "", report: Callable[[str], None] | None = None) -> None:
@@ -61,11 +58,8 @@ class QueueWatch:
     def judge(self, correct: float, accepted: float, threshold: float, where: str) -> str | None:
         """Sentence about a queue that misses correct samples, with the remedy; None if it does not, or after the first.
 
-        Args:
-            correct: number, or share, of the samples that are classified correctly.
-            accepted: number, or share, of those that enter the queue.
-            threshold: ``confidence_threshold`` in use.
-            where: which samples these are, such as "of epoch 3".
+        ``correct`` and ``accepted`` are numbers, or shares, of the samples ``where``, such as "of epoch 3", that are
+        classified correctly and of those that enter the queue; ``threshold`` is the ``confidence_threshold`` in use.
         """
         if self.warned or not accepted <= 0.5 * correct:  # NaN: not counted
             return None

@@ -42,13 +42,7 @@ class TrainingFailed(ValueError):
 class Saver:
     """Checkpoints of a run, and its end before the last epoch.
 
-    Args:
-        shape: ``tal_fast.training.state.data_shape`` of the data.
-        stop: records requests to stop.
-
-    Attributes:
-        writer: writes the checkpoints.
-        waited: seconds that ``guard`` has waited for batches.
+    ``shape`` is ``tal_fast.training.state.data_shape`` of the data.
     """
 
     def __init__(
@@ -56,7 +50,7 @@ class Saver:
     ) -> None:
         self._config, self._state, self._shape, self._ranks, self._stop = config, state, shape, ranks, stop
         self.writer = checkpoint.Writer(Path(config.output) / checkpoint.FOLDER)
-        self.waited = 0.0
+        self.waited = 0.0  # seconds that ``guard`` has waited for batches
         infinite = not_finite({**state.rank_state(), **state.shared_state()})  # masks of -inf, say
         self._infinite = infinite | {name.replace("model.", "average.", 1) for name in infinite}
         self._ended = False  # whether all ranks have ended the run together, so that there is nothing to rescue

@@ -66,8 +66,7 @@ def step(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Whole step on the CPU in one call, which checks its arguments.
 
-    Returns:
-        The differentiable loss, or with ``direct`` the loss without a graph and its gradient; then ``TALStats``.
+    Returns the differentiable loss, or with ``direct`` the loss without a graph and its gradient; then ``TALStats``.
     """
     operator = torch.ops.tal_fast.step_with_gradient.default if direct else torch.ops.tal_fast.step.default
     queue = ring.mean, ring.std, ring.cursor, ring.index
