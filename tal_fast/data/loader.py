@@ -59,10 +59,8 @@ class Loader:
     """Iterable over the (images, labels, indices) of an epoch's steps on one rank.
 
     The length is the number of steps. The order of a training epoch depends on the seed and the epoch alone; call
-    ``set_epoch`` before iterating.
-
-    Attributes:
-        unreadable: path -> reason, for the files that did not decode so far on this rank.
+    ``set_epoch`` before iterating. ``unreadable`` is path -> reason, for the files that did not decode so far on this
+    rank.
     """
 
     def __init__(

@@ -121,14 +121,10 @@ def _ignore_first_signal(worker: int) -> None:
 
 
 class TorchSource:
-    """Source of image files decoded by worker processes.
+    """Source of image files decoded by ``workers`` processes; with 0 in this one.
 
-    Args:
-        plan: order and crops of the images.
-        files: images of the split.
-        form: format of the batches.
-        workers: number of processes; 0 decodes in this one.
-        timeout: seconds to wait for a step.
+    ``plan`` has their order and crops, ``form`` is the format of the batches, and a step is waited for ``timeout``
+    seconds.
     """
 
     def __init__(self, plan: Plan, files: ImageFiles, form: ImageFormat, workers: int, timeout: float) -> None:

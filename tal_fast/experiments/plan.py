@@ -17,37 +17,25 @@ Values = dict[str, Any]
 
 @dataclass
 class CompareOptions:
-    """Options of the result tables.
+    """Options of the result tables."""
 
-    Attributes:
-        baseline: method, or row label, that differences are taken to; by default the first method. If the baseline has
-            a grid, each row is compared with the baseline's row of the same grid values.
-        bootstrap: number of resamples of the test images; 0 computes intervals over seeds only.
-        over: sources of variation that the intervals of differences cover, as far as the runs allow.
-        metrics: metrics of the tables.
-        score: confidence score of all runs; by default each method's own.
-        units: units of the printed tables.
-    """
-
+    # Method, or row label, that differences are taken to; by default the first method. If the baseline has a grid, each
+    # row is compared with the baseline's row of the same grid values.
     baseline: str | None = None
-    bootstrap: int = 2000
-    over: Literal["images", "seeds", "both"] = "both"
+    bootstrap: int = 2000  # resamples of the test images; 0 computes intervals over seeds only
+    over: Literal["images", "seeds", "both"] = "both"  # what the intervals of differences cover, as far as runs allow
     metrics: list[str] = field(default_factory=lambda: ["aurc", "auroc", "fpr95"])
-    score: str | None = None
-    units: Literal["natural", "paper"] = "natural"
+    score: str | None = None  # confidence score of all runs; by default each method's own
+    units: Literal["natural", "paper"] = "natural"  # of the printed tables
 
 
 @dataclass
 class SelectOptions:
-    """Criterion for the best grid point of each method, see ``tal_fast.experiments.select``.
+    """Criterion for the best grid point of each method, see ``tal_fast.experiments.select``."""
 
-    Attributes:
-        metrics: names ``SETTING.METRIC``, such as ``old_fd.aurc``, ``new_fd.aurc`` or ``new_fd/mnist.aurc``.
-        accuracy_loss: largest allowed drop of the mean accuracy below the baseline's best, as a fraction.
-    """
-
+    # Names ``SETTING.METRIC``, such as ``new_fd/mnist.aurc``.
     metrics: list[str] = field(default_factory=lambda: ["old_fd.aurc", "new_fd.aurc"])
-    accuracy_loss: float = 0.005
+    accuracy_loss: float = 0.005  # largest allowed drop of the mean accuracy below the baseline's best, as a fraction
 
 
 @dataclass(frozen=True)

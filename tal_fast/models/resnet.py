@@ -59,10 +59,10 @@ class BasicBlock(nn.Module):
 def residual_stages(
     block: Callable[[int, int, int], nn.Module], blocks: Sequence[int], channels: int, width: int
 ) -> nn.Sequential:
-    """Stages of residual blocks; the channels double and the image halves from stage to stage.
+    """Stages of residual blocks; the channels, ``width`` in the first stage, double and the image halves at each stage.
 
-    ``block`` makes a block from its input channels, output channels and stride; ``blocks`` are the numbers of them in
-    each stage; ``channels`` are those of the input, and ``width`` those of the first stage.
+    ``block`` makes a block from its input channels, output channels and stride; ``blocks`` has the number of blocks of
+    each stage; ``channels`` are those of the input.
     """
     stages = []
     for stage, count in enumerate(blocks):
@@ -75,10 +75,9 @@ def residual_stages(
 
 
 class CifarResNet(nn.Module):
-    """ResNet whose channels double and whose image halves from stage to stage.
+    """ResNet whose channels, ``width`` in the first stage, double and whose image halves from stage to stage.
 
-    ``blocks`` are the numbers of blocks of each stage, and ``width`` the channels of the first; ``projection`` is as in
-    ``BasicBlock``.
+    ``blocks`` has the number of blocks of each stage; ``projection`` is as in ``BasicBlock``.
     """
 
     def __init__(
