@@ -41,7 +41,7 @@ OOD_LABEL = -1
 """Label of out-of-distribution images."""
 
 ABOVE = "link to a folder above it"
-"""Problem of a link that is not followed: all that it leads to is read already."""
+"""Problem of a link that is not followed, because the files it leads to are read already."""
 
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
 
@@ -57,7 +57,8 @@ class ImageFiles:
     paths: Sequence[str]  # N absolute paths
     labels: np.ndarray  # (N,) int64 classes, or ``OOD_LABEL``
     sizes: np.ndarray  # (N, 2) int32 heights and widths in pixels as stored, without the rotation in EXIF
-    stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # bytes and times of change in ns
+    # (N, 2) int64 sizes in bytes and times of change in ns.
+    stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -40,7 +40,7 @@ class ImageBatch:
 
     images: Tensor  # (B, C, S, S) float32, normalized, on the loader's device
     indices: Tensor  # (B,) int64 on the CPU
-    unreadable: dict[int, str] = field(default_factory=dict)  # row -> reason for files that do not decode; black
+    unreadable: dict[int, str] = field(default_factory=dict)  # black row -> reason that its file does not decode
 
 
 class Source(Protocol):

@@ -237,7 +237,7 @@ def keep(folder: Path) -> int:
 
 
 def remove_unused(folder: Path) -> None:
-    """Remove a folder unless a process keeps it, or that cannot be known."""
+    """Remove a folder, unless a process keeps it or may keep it."""
     with contextlib.suppress(OSError):
         handle = os.open(folder / _IN_USE, os.O_RDWR)
         try:

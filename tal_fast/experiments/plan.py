@@ -23,7 +23,7 @@ class CompareOptions:
     # row is compared with the baseline's row of the same grid values.
     baseline: str | None = None
     bootstrap: int = 2000  # resamples of the test images; 0 computes intervals over seeds only
-    over: Literal["images", "seeds", "both"] = "both"  # what the intervals of differences cover, as far as runs allow
+    over: Literal["images", "seeds", "both"] = "both"  # sources of variation that intervals cover, as far as runs allow
     metrics: list[str] = field(default_factory=lambda: ["aurc", "auroc", "fpr95"])
     score: str | None = None  # confidence score of all runs; by default each method's own
     units: Literal["natural", "paper"] = "natural"  # of the printed tables

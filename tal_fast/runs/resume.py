@@ -46,7 +46,7 @@ _NEW_EPOCH = {"ranks", "training images", "seed", "batch_size"}
 """Changes after which the steps of an epoch no longer hold the same images."""
 
 RESTART_WAIT_S = 120.0
-"""Seconds that a restarted rank waits for the lock of the one before: NFS keeps that of a lost machine for 90."""
+"""Seconds that a restarted rank waits for the lock of the one before: NFS keeps the lock of a lost machine for 90."""
 
 REQUEUE_WAIT_S = 20.0
 """Seconds that ``resume: auto`` waits for the lock of the run before, which may still be saving."""
@@ -102,7 +102,7 @@ def refuse_existing_run(output: Path) -> None:
 
 
 def changed_options(saved: dict[str, Any], config: Config) -> Changes:
-    """Options in which ``config`` differs from a saved configuration, but those of ``SAME_BITS``."""
+    """Options in which ``config`` differs from a saved configuration, except those of ``SAME_BITS``."""
     before, now = _all_options(Config.from_dict(saved)), _all_options(config)
     pairs = {name: (before.get(name), now.get(name)) for name in {**now, **before} if name not in SAME_BITS}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -115,7 +115,7 @@ def differences(saved: dict[str, Any], config: Config) -> list[str]:
 
 
 def refuse_other_options(saved: dict[str, Any], config: Config, path: Path) -> None:
-    """Raise ValueError if options have changed since a checkpoint that may not, or may only if they are allowed."""
+    """Raise ValueError if options have changed since a checkpoint without being allowed to."""
     try:
         changed = changed_options(saved, config)
     except ValueError as error:
