@@ -213,24 +213,19 @@ class _Prober:
 
 
 class _Requests:
-    """External source of a pipeline: the steps of an epoch.
-
-    Attributes:
-        epoch: epoch of the next iteration.
-        start_step: first step of the next iteration.
-        pending: steps that have entered the pipeline but not left it, oldest first, each with row -> reason for the
-            files that a black image replaces.
-        suspects: index -> reason of files that did not decode before. They are tried again each time, because a
-            truncated file may contain the box of another epoch: a resumed run must read the same images.
-    """
+    """External source of a pipeline: the steps of an epoch."""
 
     def __init__(self, files: ImageFiles, plan: Plan, prober: _Prober) -> None:
         self._paths = files.paths
         self._plan = plan
         self._prober = prober
         self._black: str | None = None
-        self.epoch, self.start_step = 0, 0
+        self.epoch, self.start_step = 0, 0  # of the next iteration
+        # Steps that have entered the pipeline but not left it, oldest first, each with row -> reason for the files that
+        # a black image replaces.
         self.pending: deque[tuple[Batch, dict[int, str]]] = deque()
+        # Index -> reason of files that did not decode before. They are tried again each time, because a truncated file
+        # may contain the box of another epoch: a resumed run must read the same images.
         self.suspects: dict[int, str] = {}
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:

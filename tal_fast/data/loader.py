@@ -76,14 +76,9 @@ class Loader:
         check_command: str = "",
     ) -> None:
         self.unreadable: dict[str, str] = {}
-        self._source = source
-        self._plan = plan
-        self._labels = torch.from_numpy(labels)
-        self._device = device
-        self._paths = paths
-        self._max_unreadable = max_unreadable
-        self._check_command = check_command
-        self._default_size = image_size
+        self._source, self._plan, self._device = source, plan, device
+        self._labels, self._paths, self._default_size = torch.from_numpy(labels), paths, image_size
+        self._max_unreadable, self._check_command = max_unreadable, check_command
         self.set_epoch(0)
 
     @property

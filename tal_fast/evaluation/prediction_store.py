@@ -65,11 +65,8 @@ class NotKept(ValueError):
 class OutputStore:
     """Stored outputs of the samples of one split.
 
-    Args:
-        folder: folder of the split.
-        key: hash of everything the outputs depend on.
-        samples: number of samples of the split.
-        features: whether features are needed; shards without them count as missing then, else they are not read.
+    ``key`` is a hash of everything the outputs depend on, and ``samples`` the number of samples. If ``features`` are
+    needed, shards without them count as missing; else features are not read.
     """
 
     def __init__(self, folder: str | Path, key: str, samples: int, features: bool = True) -> None:
