@@ -185,7 +185,7 @@ def read_options(method: str, kind: type, given: Mapping[str, Any]) -> Any:
 
 
 def option_values(options: Any) -> dict[str, Any]:
-    """Name -> value of a method's options; the default threshold as what it means for the variant."""
+    """Name -> value of a method's options, with the variant's own threshold where none is given."""
     values = dataclasses.asdict(options)
     if values.get("confidence_threshold", 0.0) is None:
         values["confidence_threshold"] = OWN_THRESHOLD[values["variant"]]

@@ -32,11 +32,7 @@ def preset_names() -> list[str]:
 
 
 def load_config(name_or_path: str) -> Config:
-    """Read the configuration in a preset or a YAML file.
-
-    Raises:
-        ValueError: not found, not YAML, or with names or values that do not fit.
-    """
+    """Read the configuration in a preset or a YAML file; raises ValueError if there is none, or it is not valid."""
     return Config.from_dict(read_config(name_or_path))
 
 
@@ -55,11 +51,11 @@ def read_config(name_or_path: str) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read the mapping in a YAML file, in UTF-8, or in UTF-16 with a byte-order mark.
 
-    Raises:
-        ValueError: there is no such file, it cannot be read, is not YAML or not a mapping, or names a key twice.
+    Raises ValueError if there is no such file, or it cannot be read, is not YAML or not a mapping, or names a key
+    twice.
     """
     try:
-        values = _load(path.read_bytes())
+        values = yaml.load(path.read_bytes(), _Loader)
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except OSError as error:
@@ -91,10 +87,6 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _load(text: str | bytes) -> Any:
-    return yaml.load(text, _Loader)
-
-
 def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """Nested configuration with overrides in their place, option by option; neither is changed.
 
@@ -118,16 +110,10 @@ def _merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_command_line(argv: Sequence[str], program: str = "python -m tal_fast.train") -> tuple[Config, bool]:
-    """Read the options of ``python -m tal_fast.train``.
+    """Read the options of ``python -m tal_fast.train``, and whether to measure (``--bench``) instead of training.
 
     Each ``--config`` overrides the ones before it, the other options override them all. Hyphens and underscores in
-    their names are the same.
-
-    Returns:
-        The configuration, and whether to measure it (``--bench``) instead of training.
-
-    Raises:
-        ValueError: an unknown preset, option or value.
+    their names are the same. Raises ValueError for an unknown preset, option or value.
     """
     # Names of data sets are the user's own.
     words = [word if word.startswith("--data.ood.") else with_hyphens(word) for word in argv]
@@ -265,7 +251,7 @@ def _from_text(kind: Any, text: str) -> Any:
 
 def _load_yaml(text: str) -> Any:
     try:
-        return _load(text)
+        return yaml.load(text, _Loader)
     except Exception:
         return text  # the check of the type refuses it, and names the option
 

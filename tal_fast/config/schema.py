@@ -14,6 +14,7 @@ import yaml
 
 from tal_fast.config.methods import OPTIONS, method_names, read_options, upgrade
 from tal_fast.config.typed import check_at_least, check_positive, read, to_plain
+from tal_fast.utils.io import write_text
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -333,8 +334,7 @@ class Config:
     def from_dict(values: dict[str, Any]) -> Config:
         """Inverse of ``to_dict``; options that are left out have their defaults.
 
-        Raises:
-            ValueError: an unknown name or a value of the wrong type.
+        Raises ValueError for an unknown name or a value of the wrong type.
         """
         return read(Config, upgrade(values), "")
 
@@ -343,8 +343,8 @@ class Config:
         return _flatten(self.to_dict())
 
     def save(self, path: Path) -> None:
-        """Write the configuration as YAML."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        """Write the configuration as YAML, atomically."""
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

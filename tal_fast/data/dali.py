@@ -38,22 +38,14 @@ def available() -> bool:
 
 
 class DaliSource:
-    """Source of image files decoded, cropped, resized and normalized by DALI.
+    """Source of image files decoded, cropped, resized and normalized by DALI in ``workers`` threads.
 
-    Args:
-        plan: order and crops of the images.
-        files: images of the split.
-        form: format of the batches.
-        workers: number of decoding threads.
-        timeout: seconds to wait for a step.
+    The other arguments are those of ``tal_fast.data.pillow.TorchSource``.
     """
 
     def __init__(self, plan: Plan, files: ImageFiles, form: ImageFormat, workers: int, timeout: float) -> None:
-        self._plan = plan
-        self._files = files
-        self._form = form
-        self._workers = max(1, workers)
-        self._timeout = timeout
+        self._plan, self._files, self._form = plan, files, form
+        self._workers, self._timeout = max(1, workers), timeout
         self._thread: CallingThread | None = None
         self._prober = _Prober(form)
         self._requests = _Requests(files, plan, self._prober)
@@ -101,12 +93,11 @@ class DaliSource:
             self._thread = None
             for pipeline in (*iterator._pipes, self._prober.pipeline):
                 _abandon(pipeline)
-            self._prober.close()
+            self._prober.pipeline = None
             raise
 
     def close(self) -> None:
-        self._ready = self._thread = None
-        self._prober.close()
+        self._ready = self._thread = self._prober.pipeline = None
 
     def _find_suspects(self, pending: list[Batch]) -> bool:
         """Find the files that do not decode in the first step that has any; returns whether there are some."""
@@ -189,7 +180,7 @@ class _Prober:
     def __init__(self, form: ImageFormat) -> None:
         self._form = form
         self._request: list[Any] = []
-        self.pipeline: Any = None
+        self.pipeline: Any = None  # the next file starts a new one
 
     def error(self, path: str, box: np.ndarray) -> str | None:
         """Reason that DALI cannot decode a box of a file; None if it can."""
@@ -201,10 +192,6 @@ class _Prober:
             self.pipeline = None
             return _error_line(error)
         return None
-
-    def close(self) -> None:
-        """End the pipeline's thread; the next file starts a new one."""
-        self.pipeline = None
 
     def _build(self) -> Any:
         dali: Any = import_module("nvidia.dali")
@@ -226,24 +213,19 @@ class _Prober:
 
 
 class _Requests:
-    """External source of a pipeline: the steps of an epoch.
-
-    Attributes:
-        epoch: epoch of the next iteration.
-        start_step: first step of the next iteration.
-        pending: steps that have entered the pipeline but not left it, oldest first, each with row -> reason for the
-            files that a black image replaces.
-        suspects: index -> reason of files that did not decode before. They are tried again each time, because a
-            truncated file may contain the box of another epoch: a resumed run must read the same images.
-    """
+    """External source of a pipeline: the steps of an epoch."""
 
     def __init__(self, files: ImageFiles, plan: Plan, prober: _Prober) -> None:
         self._paths = files.paths
         self._plan = plan
         self._prober = prober
         self._black: str | None = None
-        self.epoch, self.start_step = 0, 0
+        self.epoch, self.start_step = 0, 0  # of the next iteration
+        # Steps that have entered the pipeline but not left it, oldest first, each with row -> reason for the files that
+        # a black image replaces.
         self.pending: deque[tuple[Batch, dict[int, str]]] = deque()
+        # Index -> reason of files that did not decode before. They are tried again each time, because a truncated file
+        # may contain the box of another epoch: a resumed run must read the same images.
         self.suspects: dict[int, str] = {}
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:

@@ -24,17 +24,11 @@ MIN_UNREADABLE, UNREADABLE_SHARE = 10, 0.01
 
 @dataclass(frozen=True)
 class MemoryImages:
-    """Split held in memory.
+    """Split held in memory."""
 
-    Attributes:
-        pixels: (P, H, W, C) uint8.
-        labels: (N,) int64.
-        rows: (N,) int64, row of ``pixels`` that holds each image; None if they are in order.
-    """
-
-    pixels: np.ndarray
-    labels: np.ndarray
-    rows: np.ndarray | None = None
+    pixels: np.ndarray  # (P, H, W, C) uint8
+    labels: np.ndarray  # (N,) int64
+    rows: np.ndarray | None = None  # (N,) int64, row of ``pixels`` that holds each image; None if they are in order
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,11 +56,8 @@ Split = ImageFiles | MemoryImages
 class DataBundle:
     """All splits of a data set, made by ``build_data``.
 
-    Attributes:
-        config: configuration of the data set.
-        class_names: name of each label.
-        image_size: side of the images in pixels.
-        interpolation: filter that images are resized with, one of ``tal_fast.config.names.INTERPOLATIONS``.
+    ``class_names`` has the name of each label; ``image_size`` is the side of the images in pixels; ``interpolation`` is
+    the filter that images are resized with, one of ``tal_fast.config.names.INTERPOLATIONS``.
     """
 
     def __init__(
@@ -115,11 +106,7 @@ class DataBundle:
         return f"{self.config.dataset}: {train:,} training and {val:,} validation images, {self.num_classes} classes"
 
     def split(self, name: str) -> Split:
-        """Images of ``train``, ``train-eval``, ``val`` or one of ``ood_names``.
-
-        Raises:
-            ValueError: there is no such split.
-        """
+        """Images of ``train``, ``train-eval``, ``val`` or one of ``ood_names``; raises ValueError for other names."""
         if name not in self._splits:
             if name not in self._ood:
                 raise ValueError(f"no split {name!r}; there are {', '.join([*self._splits, *self._ood])}")
@@ -171,36 +158,17 @@ class DataBundle:
         images = self.split(split) if isinstance(split, str) else split
         config, device = self.config, torch.device(device)
         if training is None:
-            training = split == "train" if isinstance(split, str) else False
-        in_memory = isinstance(images, MemoryImages)
-        plan = Plan(
-            sizes=images.sizes,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            training=training,
-            seed=seed,
-            crop_fraction=config.crop_fraction,
-            augmentation=Augmentation(
-                crop_area=config.crop_area,
-                crop_ratio=config.crop_ratio,
-                flip=config.flip,
-                shift=config.shift if in_memory else 0,
-            ),
-        )
+            training = isinstance(split, str) and split == "train"
+        paths, shift = ((), config.shift) if isinstance(images, MemoryImages) else (images.paths, 0)
+        augmentation = Augmentation(config.crop_area, config.crop_ratio, config.flip, shift)
+        plan = Plan(images.sizes, batch_size, rank, world_size, training, seed, config.crop_fraction, augmentation)
         limit = config.max_unreadable
         if limit is None:
             limit = max(MIN_UNREADABLE, int(UNREADABLE_SHARE * len(images)))
         return Loader(
-            self._source(images, plan, device),
-            plan,
-            images.labels,
-            device,
-            image_size=self.image_size,
-            paths=() if isinstance(images, MemoryImages) else images.paths,
-            max_unreadable=limit if skip_unreadable else 0,
-            check_command=self._check_command(split),
-        )
+            self._source(images, plan, device), plan, images.labels, device, image_size=self.image_size, paths=paths,
+            max_unreadable=limit if skip_unreadable else 0, check_command=self._check_command(split),
+        )  # fmt: skip
 
     def _check_command(self, split: str | Split) -> str:
         """Advice for a split with files that do not decode."""

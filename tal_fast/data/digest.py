@@ -23,10 +23,7 @@ def data_digest(data: DataBundle) -> dict[str, str]:
     ``SAMPLES`` of them, but neither the folder nor times, so that a copy is the same; of images in memory, all pixels
     and labels.
     """
-    splits = {name: data.split(name) for name in ("train", "val")}
-    return {
-        name: _memory(split) if isinstance(split, MemoryImages) else _files(split) for name, split in splits.items()
-    }
+    return {name: _digest(data.split(name)) for name in ("train", "val")}
 
 
 def newest_change(data: DataBundle) -> str | None:
@@ -42,11 +39,13 @@ def newest_change(data: DataBundle) -> str | None:
     return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(seconds))}.{fraction:09} UTC"
 
 
-def _digest(split: Split) -> str:
-    return _memory(split) if isinstance(split, MemoryImages) else _files(split)
-
-
-def _files(images: ImageFiles) -> str:
+def _digest(images: Split) -> str:
+    if isinstance(images, MemoryImages):
+        digest = hashlib.sha256(str(images.pixels.shape).encode())
+        for array in (images.pixels, images.labels, images.rows):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
     folder = os.path.commonpath([min(images.paths), max(images.paths)])
     names = "\n".join(path[len(folder) :] for path in images.paths)
     digest = hashlib.sha256(names.encode(errors="surrogateescape"))
@@ -57,12 +56,4 @@ def _files(images: ImageFiles) -> str:
             digest.update(hashlib.sha256(Path(images.paths[i]).read_bytes()).digest())
         except OSError:  # reported when it is decoded
             digest.update(b"unreadable")
-    return digest.hexdigest()
-
-
-def _memory(images: MemoryImages) -> str:
-    digest = hashlib.sha256(str(images.pixels.shape).encode())
-    for array in (images.pixels, images.labels, images.rows):
-        if array is not None:
-            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

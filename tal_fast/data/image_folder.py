@@ -41,7 +41,7 @@ OOD_LABEL = -1
 """Label of out-of-distribution images."""
 
 ABOVE = "link to a folder above it"
-"""Problem of a link that is not followed: all that it leads to is read already."""
+"""Problem of a link that is not followed, because the files it leads to are read already."""
 
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
 
@@ -52,18 +52,12 @@ class UnreadableImage(ValueError):
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files of one split.
+    """Image files of one split."""
 
-    Attributes:
-        paths: N absolute paths.
-        labels: (N,) int64 classes, or ``OOD_LABEL``.
-        sizes: (N, 2) int32 heights and widths in pixels as stored, without the rotation in EXIF.
-        stamps: (N, 2) int64 sizes in bytes and times of change in ns.
-    """
-
-    paths: Sequence[str]
-    labels: np.ndarray
-    sizes: np.ndarray
+    paths: Sequence[str]  # N absolute paths
+    labels: np.ndarray  # (N,) int64 classes, or ``OOD_LABEL``
+    sizes: np.ndarray  # (N, 2) int32 heights and widths in pixels as stored, without the rotation in EXIF
+    # (N, 2) int64 sizes in bytes and times of change in ns.
     stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
 
     def __len__(self) -> int:
@@ -76,11 +70,7 @@ class ImageFiles:
 
 
 def class_folders(root: Path, split: str) -> list[str]:
-    """Sorted names of the class folders of ``root/split``.
-
-    Raises:
-        ValueError: the folder is missing or has no class folder.
-    """
+    """Sorted names of the class folders of ``root/split``; raises ValueError if there are none."""
     folder = root / split
     if not root.is_dir():
         raise ValueError(f"data.root {root} is not a folder; name one that holds train/ and val/")
@@ -104,10 +94,8 @@ def read_list(path: Path, root: Path) -> dict[str, tuple[int, int]]:
     """Size in bytes and time of change in ns of the files in a list, by absolute path.
 
     The list has one path per line, relative to ``root`` or absolute. Empty lines and lines that start with ``#`` are
-    skipped.
-
-    Raises:
-        ValueError: the list cannot be read, is empty, or names a missing file or one that is not below ``root``.
+    skipped. Raises ValueError if the list cannot be read, is empty, or names a missing file or one that is not below
+    ``root``.
     """
     write = f"python -m tal_fast.check_data {root} --out {path}"
     try:
@@ -157,14 +145,8 @@ def files_by_class(root: Path, split: str, listed: Mapping[str, tuple[int, int]]
     """Image files of each class of ``root/split``, sorted by path, sorted by class.
 
     Each class has a folder; only ``val`` may also be ImageNet's without class folders, see ``tal_fast.data.imagenet``.
-
-    Args:
-        root: folder of the splits.
-        split: name of the split's folder.
-        listed: the files to use, see ``read_list``, without looking for others; None for all.
-
-    Raises:
-        ValueError: the folder is missing or empty, or has an image without a class.
+    With ``listed``, see ``read_list``, no others are looked for. Raises ValueError if the folder is missing or empty,
+    or has an image without a class.
     """
     folder = root / split
     left_out: Counter[str] = Counter()
@@ -198,21 +180,13 @@ def files_by_class(root: Path, split: str, listed: Mapping[str, tuple[int, int]]
 def read_split(
     root: Path, split: str, class_names: Sequence[str], listed: Mapping[str, tuple[int, int]] | None = None
 ) -> ImageFiles:
-    """Images of ``root/split/CLASS/**``, see ``files_by_class``.
+    """Images of ``root/split/CLASS/**``, see ``files_by_class``, labelled in the order of ``class_names``.
 
-    Args:
-        root: folder of the splits.
-        split: name of the split's folder.
-        class_names: class folders in the order of their labels.
-        listed: the files to use, see ``read_list``; None for all.
-
-    Raises:
-        ValueError: a class folder is not in ``class_names`` or has no images, or a file is no image.
+    Raises ValueError if a class folder is not in ``class_names`` or has no images, or a file is no image.
     """
     label_of = {name: label for label, name in enumerate(class_names)}
-    paths: list[str] = []
+    images: Found = []
     labels: list[int] = []
-    stamps: list[tuple[int, int]] = []
     by_class = files_by_class(root, split, listed)
     if listed is not None and split == "train":
         empty = [name for name in class_names if name not in by_class]
@@ -229,20 +203,17 @@ def read_split(
             )
         if not found:
             raise ValueError(f"{folder} holds no images ({', '.join(EXTENSIONS)}); fill or remove it")
-        for path, size, changed in found:
-            paths.append(path)
-            labels.append(label_of[name])
-            stamps.append((size, changed))
-    if not paths:
+        images += found
+        labels += [label_of[name]] * len(found)
+    if not images:
         raise ValueError(f"data.file_list names no image of {root / split}; add some")
-    return ImageFiles(paths, np.array(labels, np.int64), _sizes(paths, stamps), np.array(stamps, np.int64))
+    return _with_sizes(images, labels)
 
 
 def read_flat(folder: Path, name: str) -> ImageFiles:
     """All images under an out-of-distribution folder, at any depth.
 
-    Raises:
-        ValueError: there are none, or a file is no image.
+    Raises ValueError if there are none, or a file is no image.
     """
     if not folder.is_dir():
         raise ValueError(f"data.ood {name!r}: {folder} is not a folder")
@@ -251,17 +222,13 @@ def read_flat(folder: Path, name: str) -> ImageFiles:
     _report(folder, left_out)
     if not found:
         raise ValueError(f"data.ood {name!r}: {folder} holds no images ({', '.join(EXTENSIONS)})")
-    paths = [path for path, _, _ in found]
-    stamps = [(size, changed) for _, size, changed in found]
-    labels = np.full(len(paths), OOD_LABEL, np.int64)
-    return ImageFiles(paths, labels, _sizes(paths, stamps), np.array(stamps, np.int64))
+    return _with_sizes(found, [OOD_LABEL] * len(found))
 
 
 def image_size(path: str) -> tuple[int, int]:
     """Height and width from the header of an image file.
 
-    Raises:
-        UnreadableImage: the file is no image, cannot be read, or has pixels that the loaders read differently.
+    Raises UnreadableImage if it is no image, cannot be read, or has pixels that the loaders read differently.
     """
     try:
         with Image.open(path) as image:
@@ -283,8 +250,7 @@ def _unusable(path: str, problem: str) -> UnreadableImage:
 def unsupported_pixels(image: Image.Image) -> str | None:
     """Reason that the loaders would read different 8-bit pixels of an image; None if they read the same.
 
-    Args:
-        image: opened image whose pixels are not loaded yet.
+    The image is open, and its pixels are not loaded yet.
     """
     if image.format not in FORMATS:
         return f"format {image.format}, which not every loader reads; convert it to JPEG or PNG"
@@ -417,6 +383,12 @@ def counted(left_out: Counter[str]) -> str:
     kinds = sorted(((-number, kind) for kind, number in left_out.items() if number))
     text = ", ".join(f"{-number:,} {kind}" for number, kind in kinds)
     return f"{total:,} {'file is' if total == 1 else 'files are'} left out: {text}"
+
+
+def _with_sizes(found: Found, labels: Sequence[int]) -> ImageFiles:
+    """Image files with their labels and sizes in pixels."""
+    paths, stamps = [path for path, _, _ in found], [(size, changed) for _, size, changed in found]
+    return ImageFiles(paths, np.array(labels, np.int64), _sizes(paths, stamps), np.array(stamps, np.int64))
 
 
 def _sizes(paths: Sequence[str], stamps: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -20,16 +20,9 @@ _PARENTS = 3
 
 
 def validation_classes(root: Path) -> dict[str, str]:
-    """Class of each validation image.
+    """Class folder in ``train`` (a WordNet id) of each validation image, by its file name without the ending.
 
-    Args:
-        root: folder that holds ``train`` and ``val``.
-
-    Returns:
-        File name of the image without its ending -> name of the class folder in ``train`` (a WordNet id).
-
-    Raises:
-        ValueError: the file of the classes is missing or damaged.
+    ``root`` holds ``train`` and ``val``. Raises ValueError if the file of the classes is missing or damaged.
     """
     root = root.absolute()
     for folder in (root, *list(root.parents)[:_PARENTS]):

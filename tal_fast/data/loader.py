@@ -25,32 +25,22 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """Format of the images of a batch.
-
-    ``mean`` and ``std`` are per channel for values in [0, 1]; ``interpolation`` is the filter for resizing, one of
-    ``tal_fast.config.names.INTERPOLATIONS``.
-    """
+    """Format of the images of a batch."""
 
     channels: int
-    mean: list[float]
+    mean: list[float]  # per channel, for values in [0, 1]
     std: list[float]
     device: torch.device
-    interpolation: str = "bilinear"
+    interpolation: str = "bilinear"  # filter for resizing, one of ``tal_fast.config.names.INTERPOLATIONS``
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images of one step.
+    """Images of one step."""
 
-    Attributes:
-        images: (B, C, S, S) float32, normalized, on the loader's device.
-        indices: (B,) int64 on the CPU.
-        unreadable: row -> reason that its file does not decode; the image is black.
-    """
-
-    images: Tensor
-    indices: Tensor
-    unreadable: dict[int, str] = field(default_factory=dict)
+    images: Tensor  # (B, C, S, S) float32, normalized, on the loader's device
+    indices: Tensor  # (B,) int64 on the CPU
+    unreadable: dict[int, str] = field(default_factory=dict)  # black row -> reason that its file does not decode
 
 
 class Source(Protocol):
@@ -69,10 +59,8 @@ class Loader:
     """Iterable over the (images, labels, indices) of an epoch's steps on one rank.
 
     The length is the number of steps. The order of a training epoch depends on the seed and the epoch alone; call
-    ``set_epoch`` before iterating.
-
-    Attributes:
-        unreadable: path -> reason, for the files that did not decode so far on this rank.
+    ``set_epoch`` before iterating. ``unreadable`` is path -> reason, for the files that did not decode so far on this
+    rank.
     """
 
     def __init__(
@@ -88,14 +76,9 @@ class Loader:
         check_command: str = "",
     ) -> None:
         self.unreadable: dict[str, str] = {}
-        self._source = source
-        self._plan = plan
-        self._labels = torch.from_numpy(labels)
-        self._device = device
-        self._paths = paths
-        self._max_unreadable = max_unreadable
-        self._check_command = check_command
-        self._default_size = image_size
+        self._source, self._plan, self._device = source, plan, device
+        self._labels, self._paths, self._default_size = torch.from_numpy(labels), paths, image_size
+        self._max_unreadable, self._check_command = max_unreadable, check_command
         self.set_epoch(0)
 
     @property
@@ -107,16 +90,10 @@ class Loader:
         return len(self._plan)
 
     def set_epoch(self, epoch: int, start_step: int = 0, image_size: int | None = None) -> None:
-        """Choose the epoch that iterations read.
+        """Choose the epoch that iterations read, counted from 0, and the step of it that they start at.
 
-        Args:
-            epoch: epoch, counted from 0.
-            start_step: first step of the epoch to read.
-            image_size: side of the images in pixels, for progressive resizing; by default the data set's. The crops do
-                not depend on it.
-
-        Raises:
-            ValueError: the image size is below 1.
+        ``image_size`` is the side of the images in pixels, for progressive resizing; by default the data set's. The
+        crops do not depend on it. Raises ValueError if it is below 1.
         """
         if image_size is not None and image_size < 1:
             raise ValueError(f"image_size is {image_size} but must be at least 1")
@@ -221,14 +198,7 @@ class Normalizer:
 
 
 class MemorySource:
-    """Source of images held in memory on the loader's device.
-
-    Args:
-        plan: steps to make.
-        pixels: (P, H, W, C) uint8.
-        rows: (N,) int64 row of ``pixels`` of each image; None if they are in order.
-        form: format of the batches.
-    """
+    """Source of images held in memory on the loader's device; the arrays are those of ``MemoryImages``."""
 
     def __init__(self, plan: Plan, pixels: Tensor, rows: Tensor | None, form: ImageFormat) -> None:
         self._plan = plan

@@ -14,8 +14,7 @@ from tal_fast.utils.process import no_garbage
 def read_mat(path: Path, name: str, squeeze: bool = False) -> Any:
     """Array ``name`` of a .mat file; ``squeeze`` removes dimensions of length 1.
 
-    Raises:
-        ValueError: the file cannot be read, is damaged, or has no such array; the message is the reason.
+    Raises ValueError, whose message is the reason, if the file cannot be read, is damaged, or has no such array.
     """
     # SciPy's reader crashes on some damaged files.
     with no_garbage(), ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:

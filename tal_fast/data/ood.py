@@ -58,8 +58,7 @@ GENERATED = 1000
 def parse_named(texts: Sequence[str], option: str) -> dict[str, str]:
     """Parse texts such as ``svhn=svhn:FILE`` to specifications by name.
 
-    Raises:
-        ValueError: a name is missing or given twice.
+    Raises ValueError if a name is missing or given twice.
     """
     found: dict[str, str] = {}
     for text in texts:
@@ -73,15 +72,10 @@ def parse_named(texts: Sequence[str], option: str) -> dict[str, str]:
 
 
 def ood_set(spec: str, image_size: int, channels: int) -> Split:
-    """Images of an out-of-distribution set.
+    """Images of an out-of-distribution set; ``spec`` is as in the module's description.
 
-    Args:
-        spec: specification, see the module.
-        image_size: image size of the data set, and of generated images.
-        channels: number of channels of the data set.
-
-    Raises:
-        ValueError: files are missing or damaged, or the specification is unknown.
+    Generated images have the data set's ``image_size`` and ``channels``. Raises ValueError if files are missing or
+    damaged, or the specification is unknown.
     """
     kind, colon, rest = spec.partition(":")
     if kind == "textures" and colon:
@@ -116,15 +110,8 @@ def shift_set(
 ) -> tuple[Split, Corruption | None]:
     """Shifted images of the data set's classes, and the corruption to apply to them.
 
-    Args:
-        spec: specification, see the module.
-        class_names: class names of the data set in the order of the labels.
-        val: validation images of the data set, for built-in corruptions.
-        channels: number of channels of the data set.
-        seed: seed of random corruptions.
-
-    Raises:
-        ValueError: files are missing or damaged, a class is unknown, or the specification is unknown.
+    ``spec`` is as in the module's description; built-in corruptions, whose seed is ``seed``, are of the images ``val``.
+    Raises ValueError if files are missing or damaged, a class is unknown, or the specification is.
     """
     kind, colon, rest = spec.partition(":")
     if kind == "cifar-c" and colon:

@@ -24,7 +24,7 @@ from tal_fast.utils.process import no_garbage
 
 
 def _fork_workers(loader: DataLoader) -> Any:
-    """Iterator of a loader, whose processes it starts."""
+    """Start the processes of a loader; returns its iterator."""
     if loader.num_workers == 0:
         return iter(loader)
     others = set(multiprocessing.active_children())
@@ -121,14 +121,10 @@ def _ignore_first_signal(worker: int) -> None:
 
 
 class TorchSource:
-    """Source of image files decoded by worker processes.
+    """Source of image files decoded by ``workers`` processes; with 0 in this one.
 
-    Args:
-        plan: order and crops of the images.
-        files: images of the split.
-        form: format of the batches.
-        workers: number of processes; 0 decodes in this one.
-        timeout: seconds to wait for a step.
+    ``plan`` has their order and crops, ``form`` is the format of the batches, and a step is waited for ``timeout``
+    seconds.
     """
 
     def __init__(self, plan: Plan, files: ImageFiles, form: ImageFormat, workers: int, timeout: float) -> None:

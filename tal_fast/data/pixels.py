@@ -11,14 +11,9 @@ _BLOCK = 4096
 
 
 def as_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """Convert images to a number of channels: gray is repeated, colour becomes its luma.
+    """Convert images to (N, H, W, channels) uint8, contiguous and writable: gray is repeated, colour becomes its luma.
 
-    Args:
-        pixels: (N, H, W), (N, H, W, 1) or (N, H, W, 3) uint8.
-        channels: 1 or 3.
-
-    Returns:
-        (N, H, W, channels) uint8, contiguous and writable.
+    They are (N, H, W), (N, H, W, 1) or (N, H, W, 3) uint8; ``channels`` is 1 or 3.
     """
     if pixels.ndim == 3:
         pixels = pixels[..., None]

@@ -15,19 +15,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one step of one rank.
+    """Images of one step of one rank."""
 
-    Attributes:
-        indices: (B,) int64 in the split.
-        boxes: (B, 4) int32 crops (top, left, height, width) in pixels of the stored image.
-        mirror: (B,) int32, 1 to swap left and right.
-        shift: (B, 2) int64 shift (down, right) in pixels, for images in memory.
-    """
-
-    indices: np.ndarray
-    boxes: np.ndarray
-    mirror: np.ndarray
-    shift: np.ndarray
+    indices: np.ndarray  # (B,) int64 in the split
+    boxes: np.ndarray  # (B, 4) int32 crops (top, left, height, width) in pixels of the stored image
+    mirror: np.ndarray  # (B,) int32, 1 to swap left and right
+    shift: np.ndarray  # (B, 2) int64 shift (down, right) in pixels, for images in memory
 
 
 @dataclass(frozen=True)
@@ -42,32 +35,18 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Plan:
-    """Batches of one split on one rank.
+    """Batches of one split on one rank; raises ValueError if there are too few training images for a step."""
 
-    Args:
-        sizes: (N, 2) int32 height and width of each image in pixels.
-        batch_size: images per step on this rank.
-        rank: this rank.
-        world_size: number of ranks.
-        training: shuffle, and drop the images that do not fill a step of all ranks, so that all have the same number
-            of steps. Otherwise each image is read once over all ranks, in order; the last batch may be short, and a
-            rank may have none.
-        seed: seed of the order and augmentation.
-        crop_fraction: side of the central crop as a share of the shorter side.
-        augmentation: augmentation in training; None for crops as in validation.
-
-    Raises:
-        ValueError: there are fewer training images than one step of all ranks takes.
-    """
-
-    sizes: np.ndarray
-    batch_size: int
+    sizes: np.ndarray  # (N, 2) int32 height and width of each image in pixels
+    batch_size: int  # images per step on this rank
     rank: int = 0
     world_size: int = 1
+    # Shuffle, and drop the images that do not fill a step of all ranks, so that all have the same number of steps.
+    # Otherwise each image is read once over all ranks, in order; the last batch may be short, and a rank may have none.
     training: bool = False
-    seed: int = 0
-    crop_fraction: float = 1.0
-    augmentation: Augmentation | None = None
+    seed: int = 0  # of the order and augmentation
+    crop_fraction: float = 1.0  # side of the central crop as a share of the shorter side
+    augmentation: Augmentation | None = None  # in training; None for crops as in validation
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size
@@ -130,16 +109,10 @@ class Plan:
 
 
 def central_boxes(sizes: np.ndarray, fraction: float) -> np.ndarray:
-    """Central squares whose side is ``fraction`` of the shorter side.
+    """Boxes (B, 4) int32 (top, left, height, width) of the central squares of images.
 
-    They hold the same pixels as resizing the shorter side to ``size / fraction`` and cropping the centre.
-
-    Args:
-        sizes: (B, 2) float64 heights and widths.
-        fraction: share of the shorter side.
-
-    Returns:
-        (B, 4) int32 (top, left, height, width).
+    ``sizes`` (B, 2) float64 are heights and widths, and the squares' sides are ``fraction`` of the shorter one. They
+    hold the same pixels as resizing the shorter side to ``size / fraction`` and cropping the centre.
     """
     side = np.maximum(1, np.round(sizes.min(axis=1) * fraction))
     corner = np.floor((sizes - side[:, None]) / 2)

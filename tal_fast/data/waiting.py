@@ -20,11 +20,8 @@ class LoaderFailed(UnreadableImage):
 class CallingThread:
     """Thread that makes calls which may hang, while the caller waits for a limited time.
 
-    A call costs 6 us more than without the thread.
-
-    Args:
-        seconds: longest time to wait for a call. It is counted in slices of a second, because a job that is suspended
-            for an hour is not late when it goes on.
+    A call costs 6 us more than without the thread. The time is counted in slices of a second, because a job that is
+    suspended for an hour is not late when it goes on.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -36,8 +33,7 @@ class CallingThread:
     def call(self, function: Callable[[], Result]) -> Result:
         """Result of a function.
 
-        Raises:
-            LoaderFailed: it did not return in time; the thread cannot be used any more if it never does.
+        Raises LoaderFailed if it does not return in time; the thread cannot be used any more if it never does.
         """
         results: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
         self._calls.put((function, results))

@@ -13,7 +13,8 @@ import tal_fast
 from tal_fast.evaluation.selective import NoThreshold, calibrate
 from tal_fast.scores.logits import SCORES
 from tal_fast.utils.arguments import ArgumentParser, at_least
-from tal_fast.utils.io import alone_in, check_writable, replacing
+from tal_fast.utils.io import check_writable, write_text
+from tal_fast.utils.locks import alone_in
 from tal_fast.utils.process import program_name, report_mistake
 
 JSON = "threshold.json"
@@ -112,8 +113,7 @@ def _write(about: dict[str, Any], folder: Path) -> None:
     import torch
 
     about["versions"] = {"tal_fast": tal_fast.__version__, "torch": torch.__version__}
-    with replacing(folder / JSON) as temporary:
-        temporary.write_text(json.dumps(about, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(folder / JSON, json.dumps(about, indent=2, allow_nan=False) + "\n")
 
 
 def describe(about: dict[str, Any]) -> str:

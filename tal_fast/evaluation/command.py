@@ -217,11 +217,7 @@ def parser() -> ArgumentParser:
 
 
 def check_source(args: argparse.Namespace) -> None:
-    """Check that the options go with the source.
-
-    Raises:
-        ValueError: an option would be ignored, or one is missing.
-    """
+    """Raise ValueError if an option does not go with the source, or one is missing."""
     foreign = {"run": WEIGHTS_OPTIONS, "weights": RUN_OPTIONS, "npz": (*RUN_OPTIONS, *WEIGHTS_OPTIONS, *PASS_OPTIONS)}
     source = next(name for name in foreign if getattr(args, name) is not None)
     for name in foreign[source]:

@@ -118,7 +118,7 @@ def judging_score(report: Report, name: str, score: str | None = None) -> str:
 
 
 def read_method(run: str | Path, report: Report | None = None) -> tuple[str | None, int | None]:
-    """Method and seed of a run, from its report, else from its ``config.yaml``; None twice without either.
+    """Method and seed of a run, from its report, else from its ``config.yaml``; both None without either.
 
     The method is the configuration as text, without the seed and options that do not change what is trained.
     """

@@ -64,11 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with console_logging():
             text = _compare(args)
         if args.out is not None:
-            from tal_fast.utils.io import replacing
+            from tal_fast.utils.io import write_text
 
             try:
-                with replacing(args.out) as temporary:
-                    temporary.write_text(text + "\n", encoding="utf-8")
+                write_text(args.out, text + "\n")
             except OSError:
                 print(text)  # what was computed is not lost
                 raise

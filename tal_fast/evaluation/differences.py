@@ -30,11 +30,8 @@ def add_differences(
 ) -> None:
     """Fill in the differences of the other groups to the baseline, which is one of the groups.
 
-    Args:
-        groups, baseline, columns: what is compared.
-        resamples: resamples of the bootstrap over images; 0: intervals over seeds only.
-        over: one of ``OVER``, as far as the runs allow it: seeds alone if the images differ, images alone for single
-            runs.
+    With 0 ``resamples`` of the bootstrap over images there are intervals over seeds only. ``over`` is one of ``OVER``,
+    as far as the runs allow it: seeds alone if the images differ, images alone for single runs.
     """
     same_images = resamples > 0 and over != "seeds" and _same_images(groups)
     resampled_groups = {id(group): _resample(group, resamples) for group in groups if same_images}

@@ -35,8 +35,8 @@ class SelectiveClassifier(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Classify images (B, channels, H, W).
 
-        Returns:
-            Predicted class (B,) int64, confidence (B,) float64, and whether the prediction is accepted (B,) bool.
+        Returns the predicted class (B,) int64, confidence (B,) float64, and whether the prediction is accepted (B,)
+        bool.
         """
         outputs = self.model(images)
         logits = outputs[0] if isinstance(outputs, tuple) else outputs

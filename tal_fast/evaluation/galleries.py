@@ -71,11 +71,8 @@ def add_galleries(
 ) -> Evaluation:
     """Choose the images of an evaluation for display: ``galleries``, ``images``, ``typicalness`` and ``notes``.
 
-    Args:
-        run: run that was evaluated; None for weights and saved outputs, whose images are not known.
-        typicalness: measure the typicalness of the training images of a TAL run, which takes a pass over all of them
-            unless it is cached.
-        batch_size, device: batch size and device of that pass.
+    ``run`` is None for weights and saved outputs, whose images are not known. The typicalness of a TAL run's training
+    images takes a pass over all of them, with ``batch_size`` and ``device``, unless it is cached.
     """
     if run is None:
         return replace(evaluation, notes=("No images: they are known for training runs only.",))

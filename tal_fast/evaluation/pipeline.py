@@ -104,8 +104,8 @@ def _label_hashes(inputs: EvaluationInputs) -> dict[str, str]:
 def _scale(inputs: EvaluationInputs, share: float, seed: int) -> tuple[EvaluationInputs, Ints, dict[str, Any]]:
     """Fit a temperature on a share of the ID samples and divide the logits of all others by it.
 
-    Returns:
-        The scaled outputs without the held-out samples, the positions of the other ID samples, and the report's entry.
+    Returns the scaled outputs without the held-out samples, the positions of the other ID samples, and the report's
+    entry.
     """
     fit, rest = held_out(len(inputs.id.labels), share, seed)
     temperature = fit_temperature(inputs.id.logits[fit], inputs.id.labels[fit])

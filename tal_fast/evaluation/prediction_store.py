@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tal_fast.utils.arrays import Ints, open_npz
-from tal_fast.utils.io import alone_in, lock, remove_leftovers, replacing, unlock
+from tal_fast.utils.io import remove_leftovers, replacing
+from tal_fast.utils.locks import alone_in, lock, unlock
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +65,8 @@ class NotKept(ValueError):
 class OutputStore:
     """Stored outputs of the samples of one split.
 
-    Args:
-        folder: folder of the split.
-        key: hash of everything the outputs depend on.
-        samples: number of samples of the split.
-        features: whether features are needed; shards without them count as missing then, else they are not read.
+    ``key`` is a hash of everything the outputs depend on, and ``samples`` the number of samples. If ``features`` are
+    needed, shards without them count as missing; else features are not read.
     """
 
     def __init__(self, folder: str | Path, key: str, samples: int, features: bool = True) -> None:
@@ -78,10 +76,7 @@ class OutputStore:
     def prepare(self) -> None:
         """Create the folder, and keep it from being removed while this object lives.
 
-        Removes the folders of other keys that no process has in use.
-
-        Raises:
-            NotKept: the folder cannot be written.
+        Removes the folders of other keys that no process has in use. Raises NotKept if the folder cannot be written.
         """
         with self._keeping():
             weakref.finalize(self, unlock, keep(self.folder))
@@ -134,8 +129,7 @@ class OutputStore:
     def write(self, indices: Ints, outputs: Outputs) -> None:
         """Write a shard: outputs of the m samples at the positions ``indices`` (m,) of the split.
 
-        Raises:
-            NotKept: it cannot be written.
+        Raises NotKept if it cannot be written.
         """
         arrays = {"key": np.array(self.key), "indices": indices, "labels": outputs.labels, "logits": outputs.logits}
         if outputs.features is not None:
@@ -146,14 +140,10 @@ class OutputStore:
             np.savez(temporary, **arrays)  # type: ignore[arg-type]
 
     def shards(self, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-        """Iterate over the shards, each sample once, in no particular order.
+        """Iterate over the arrays ``names`` of the shards, each sample once, in no particular order.
 
-        Args:
-            names: arrays to read; features are left out where they are not needed.
-
-        Raises:
-            OSError: a shard cannot be read.
-            ValueError: a shard is damaged or of another key and was deleted, or, at the end, samples are missing.
+        Features are left out where they are not needed. Raises OSError if a shard cannot be read, and ValueError if one
+        is damaged or of another key, and was deleted, or, at the end, if samples are missing.
         """
         seen = np.zeros(self.samples, dtype=bool)
         for path in self._paths():
@@ -178,9 +168,7 @@ class OutputStore:
     def _read(self, path: Path, names: tuple[str, ...]) -> dict[str, Any]:
         """Indices and arrays of a shard; nothing if it lacks the features that are needed.
 
-        Raises:
-            OSError: the shard cannot be read.
-            ValueError: it is damaged or has another key.
+        Raises OSError if the shard cannot be read, and ValueError if it is damaged or has another key.
         """
         with open_npz(path) as shard:
             key, has_features = str(shard["key"]), "features" in shard.names
@@ -231,7 +219,7 @@ def _remove_shard(path: Path) -> None:
 
 
 def keep(folder: Path) -> int:
-    """Make a folder and keep it from ``remove_unused``; returns a descriptor that does until it is unlocked."""
+    """Make a folder, which ``remove_unused`` leaves alone until the returned descriptor is unlocked."""
     path = folder / _IN_USE
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -246,7 +234,7 @@ def keep(folder: Path) -> int:
 
 
 def remove_unused(folder: Path) -> None:
-    """Remove a folder unless a process keeps it, or that cannot be known."""
+    """Remove a folder, unless a process keeps it or may keep it."""
     with contextlib.suppress(OSError):
         handle = os.open(folder / _IN_USE, os.O_RDWR)
         try:

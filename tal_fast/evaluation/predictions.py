@@ -33,7 +33,7 @@ from tal_fast.evaluation.prediction_store import NotKept, Outputs, OutputStore, 
 from tal_fast.utils.arrays import Ints
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.environment import version_of
-from tal_fast.utils.io import unlock
+from tal_fast.utils.locks import unlock
 
 logger = logging.getLogger(__name__)
 
@@ -64,16 +64,12 @@ def run_model(
     show: bool = True,
     steps: int | None = None,
 ) -> Iterator[tuple[Ints, Outputs]]:
-    """Run a model over the batches of a loader and yield the indices and outputs of each.
+    """Run a model over the batches of a loader, (images, labels, indices); yields the indices and outputs of each.
 
-    Args:
-        model: ``model(images)`` returns ``(logits, features)``; it is put into eval mode.
-        loader: yields ``(images, labels, indices)``.
-        device: device to run on.
-        name: name of the split, for the progress bar and error messages.
-        amp: ``bfloat16`` or ``float16`` for autocast; outputs narrower than float32 are widened to it.
-        show: draw a progress bar if standard error is a terminal.
-        steps: number of batches, for the progress bar.
+    ``model(images)`` returns ``(logits, features)``; it is put into eval mode. With ``amp``, ``bfloat16`` or
+    ``float16``, it runs under autocast, and outputs narrower than float32 are widened to it. ``name`` is the split's,
+    for the progress bar and messages; the bar is drawn if standard error is a terminal, of ``steps`` batches, unless
+    ``show`` is False.
     """
     from tqdm import tqdm
 
@@ -187,10 +183,8 @@ class Inference:
     def store(self, name: str, images: Split | None = None, corruption: Corruption | None = None) -> OutputStore:
         """Outputs of a split; what is not cached is computed first. All ranks have to make the same calls.
 
-        Args:
-            name: name of the split, for the cache and for messages.
-            images: the split; default the data set's split of that name.
-            corruption: corruption applied to the images.
+        ``name`` is for the cache and for messages; ``images`` are by default the data set's split of that name, and
+        ``corruption`` is applied to them.
         """
         images = self.data.split(name) if images is None else images
         if not len(images):

@@ -26,7 +26,7 @@ from tal_fast.metrics.ranking import tied_share
 from tal_fast.metrics.settings import Mix, ScoredSetting
 from tal_fast.scores.features import KNN_SAMPLES
 from tal_fast.utils.arrays import Floats
-from tal_fast.utils.io import replacing
+from tal_fast.utils.io import write_text
 
 FILE = "report.json"
 FORMAT = 1
@@ -199,9 +199,7 @@ def _add_intervals(report: Report, key: str, values: Mapping[str, Floats], basel
 def write_report(report: Report, path: str | Path) -> None:
     """Write a report as JSON atomically, with NaN as null and its own hash as ``sha256``."""
     plain = json.loads(json.dumps(_nan_to_none(report), allow_nan=False))
-    with replacing(path) as temporary:
-        text = json.dumps({**plain, "sha256": _digest(plain)}, indent=2)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, json.dumps({**plain, "sha256": _digest(plain)}, indent=2) + "\n")
 
 
 def _nan_to_none(value: Any) -> Any:

@@ -25,7 +25,8 @@ from tal_fast.models.features import last_layer
 from tal_fast.models.pretrained import PRETRAINED, evaluation_data, load_weights
 from tal_fast.runs.load import Run, load_run
 from tal_fast.scores.features import Training, training_needed
-from tal_fast.utils.io import alone_in, check_writable
+from tal_fast.utils.io import check_writable
+from tal_fast.utils.locks import alone_in
 
 
 def evaluate_run(

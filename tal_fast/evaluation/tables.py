@@ -111,13 +111,9 @@ def emphasize(text: str, best: bool, style: str) -> str:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], style: str = "table", left: int = 1) -> str:
-    """Format a table whose cells are escaped already.
+    """Format a table whose cells are escaped already, the first ``left`` columns aligned to the left.
 
-    Args:
-        header: column titles; in the style ``table`` they may have several lines.
-        rows: cells of each row.
-        style: one of ``STYLES``. ``latex`` needs the package ``booktabs``.
-        left: number of left-aligned columns; the others are aligned to the right.
+    In the style ``table`` titles may have several lines; ``latex`` needs the package ``booktabs``.
     """
     if style == "markdown":
         lines = [header, [*["---"] * left, *["---:"] * (len(header) - left)], *rows]

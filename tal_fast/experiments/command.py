@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
-    Returns:
-        0: every job is done; 1: runs are missing; 2: bad input, named in one sentence; 75 or 130: stopped by SIGTERM
-        or Ctrl-C after the jobs were saved.
+    Returns 0 if every job is done, 1 if runs are missing, 2 for bad input, named in one sentence, and 75 or 130 if
+    SIGTERM or Ctrl-C stopped it after the jobs were saved.
     """
     parser = _parser()
     args = parser.parse_args(argv)

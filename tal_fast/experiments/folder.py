@@ -27,7 +27,7 @@ from tal_fast.config.schema import Config
 from tal_fast.experiments.plan import Job
 from tal_fast.runs.folder import CONFIG_FILE
 from tal_fast.runs.resume import differences
-from tal_fast.utils.io import replacing
+from tal_fast.utils.io import write_text
 
 REQUESTED, RECORD, LOG, LOCK = "asked.yaml", "job.json", "log.txt", "lock"
 REPORT = "report.json"
@@ -62,8 +62,7 @@ class Folder:
     def prepare(self) -> None:
         """Make the folder and write its configuration."""
         values = {**self.job.config.to_dict(), "output": str(self.path)}
-        with replacing(self.path / REQUESTED) as temporary:
-            temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        write_text(self.path / REQUESTED, yaml.safe_dump(values, sort_keys=False))
 
     def record(self) -> dict[str, Any]:
         """Content of ``job.json``: ``trained``, ``evaluated`` (options, report's hash), ``failed``, ``attempts``."""
@@ -77,8 +76,7 @@ class Folder:
 
     def update(self, **changes: Any) -> None:
         """Change entries of the record."""
-        with replacing(self.path / RECORD) as temporary:
-            temporary.write_text(json.dumps({**self.record(), **changes}, indent=1) + "\n", encoding="utf-8")
+        write_text(self.path / RECORD, json.dumps({**self.record(), **changes}, indent=1) + "\n")
 
     def is_trained(self) -> bool:
         """Whether training has ended."""
@@ -111,14 +109,10 @@ class Folder:
         return (errors or lines or [""])[-1]
 
     def lock(self) -> int | None:
-        """Lock the folder.
+        """Lock the folder; raises ValueError if the file system has no locks.
 
-        Returns:
-            A file descriptor that holds the lock until it and every copy in a child process is closed; None if another
-            scheduler holds the lock.
-
-        Raises:
-            ValueError: the file system has no locks.
+        Returns a file descriptor that holds the lock until it and every copy in a child process is closed; None if
+        another scheduler holds the lock.
         """
         handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:

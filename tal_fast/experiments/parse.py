@@ -28,11 +28,7 @@ _METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
 def read_experiment(path: str | Path) -> Experiment:
-    """Read and check an experiment file.
-
-    Raises:
-        ValueError: the file cannot be read, or a key or value does not fit.
-    """
+    """Read and check an experiment file; raises ValueError if it cannot be read, or a key or value does not fit."""
     path = Path(path)
     content = read_yaml(path)
     unknown = [key for key in content if key not in KEYS]

@@ -17,37 +17,25 @@ Values = dict[str, Any]
 
 @dataclass
 class CompareOptions:
-    """Options of the result tables.
+    """Options of the result tables."""
 
-    Attributes:
-        baseline: method, or row label, that differences are taken to; by default the first method. If the baseline has
-            a grid, each row is compared with the baseline's row of the same grid values.
-        bootstrap: number of resamples of the test images; 0 computes intervals over seeds only.
-        over: sources of variation that the intervals of differences cover, as far as the runs allow.
-        metrics: metrics of the tables.
-        score: confidence score of all runs; by default each method's own.
-        units: units of the printed tables.
-    """
-
+    # Method, or row label, that differences are taken to; by default the first method. If the baseline has a grid, each
+    # row is compared with the baseline's row of the same grid values.
     baseline: str | None = None
-    bootstrap: int = 2000
-    over: Literal["images", "seeds", "both"] = "both"
+    bootstrap: int = 2000  # resamples of the test images; 0 computes intervals over seeds only
+    over: Literal["images", "seeds", "both"] = "both"  # sources of variation that intervals cover, as far as runs allow
     metrics: list[str] = field(default_factory=lambda: ["aurc", "auroc", "fpr95"])
-    score: str | None = None
-    units: Literal["natural", "paper"] = "natural"
+    score: str | None = None  # confidence score of all runs; by default each method's own
+    units: Literal["natural", "paper"] = "natural"  # of the printed tables
 
 
 @dataclass
 class SelectOptions:
-    """Criterion for the best grid point of each method, see ``tal_fast.experiments.select``.
+    """Criterion for the best grid point of each method, see ``tal_fast.experiments.select``."""
 
-    Attributes:
-        metrics: names ``SETTING.METRIC``, such as ``old_fd.aurc``, ``new_fd.aurc`` or ``new_fd/mnist.aurc``.
-        accuracy_loss: largest allowed drop of the mean accuracy below the baseline's best, as a fraction.
-    """
-
+    # Names ``SETTING.METRIC``, such as ``new_fd/mnist.aurc``.
     metrics: list[str] = field(default_factory=lambda: ["old_fd.aurc", "new_fd.aurc"])
-    accuracy_loss: float = 0.005
+    accuracy_loss: float = 0.005  # largest allowed drop of the mean accuracy below the baseline's best, as a fraction
 
 
 @dataclass(frozen=True)
@@ -65,49 +53,35 @@ class GridKey:
 
 @dataclass(frozen=True)
 class Job:
-    """One run to train and evaluate.
+    """One run to train and evaluate."""
 
-    ``name`` is its folder, ``label`` (method and grid values) its row in the tables; ``grid`` has the values by dotted
-    option, and ``config`` lacks only ``output``.
-    """
-
-    name: str
-    label: str
+    name: str  # of its folder
+    label: str  # method and grid values, its row in the tables
     method: str
-    grid: Values
+    grid: Values  # by dotted option
     seed: int
-    config: Config
+    config: Config  # lacks only ``output``
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Content of an experiment file.
+    """Content of an experiment file."""
 
-    Attributes:
-        base: nested values of the base configuration, overrides included.
-        methods: nested overrides by method name.
-        evaluate: options of ``tal_fast.evaluate`` as command-line words.
-        select: criterion for the best grid point; None to choose nothing.
-        threads: CPU threads of each job.
-        jobs: all jobs in starting order: every method of the first seed comes first.
-    """
-
-    base: Values
-    methods: dict[str, Values]
+    base: Values  # nested values of the base configuration, overrides included
+    methods: dict[str, Values]  # nested overrides by method name
     seeds: tuple[int, ...]
     grid: tuple[GridKey, ...]
-    evaluate: tuple[str, ...]
+    evaluate: tuple[str, ...]  # options of ``tal_fast.evaluate`` as command-line words
     compare: CompareOptions
-    select: SelectOptions | None
-    threads: int
-    jobs: tuple[Job, ...] = ()
+    select: SelectOptions | None  # criterion for the best grid point; None to choose nothing
+    threads: int  # CPU threads of each job
+    jobs: tuple[Job, ...] = ()  # in starting order: every method of the first seed comes first
 
 
 def make_jobs(experiment: Experiment) -> tuple[Job, ...]:
     """Expand an experiment to its jobs.
 
-    Raises:
-        ValueError: an option or value that a method does not accept, or two jobs of the same name.
+    Raises ValueError for an option or value that a method does not accept, and for two jobs of the same name.
     """
     jobs: dict[str, Job] = {}
     for seed in experiment.seeds:
@@ -141,11 +115,7 @@ def with_point(values: Values, point: Values) -> Values:
 
 
 def resolve(experiment: Experiment, method: str, point: Values, seed: int = 0) -> Config:
-    """Configuration of a run, without its ``output``.
-
-    Raises:
-        ValueError: an option or value that the configuration does not accept.
-    """
+    """Configuration of a run, without its ``output``; raises ValueError for an option or value it does not accept."""
     values = with_point(merged(experiment.base, experiment.methods[method]), point)
     values |= {"seed": seed, "threads": experiment.threads, "resume": "auto"}
     try:
@@ -200,8 +170,7 @@ def _label_value(value: Any) -> str:
 def nest(values: Mapping[Any, Any], name: str = "") -> Values:
     """Nested dictionary from nested or dotted keys: ``{"optim.lr": 0.1}`` -> ``{"optim": {"lr": 0.1}}``.
 
-    Raises:
-        ValueError: a key is no text, or an option is given twice.
+    Raises ValueError if a key is no text, or an option is given twice.
     """
     nested: Values = {}
     for key, value in values.items():

@@ -135,8 +135,7 @@ def _baseline_of(group: Group, groups: Sequence[Group], runs: Sequence[Values], 
 def groups_of(results: Results) -> list[Group]:
     """Groups of runs, one for each row of the tables, with differences and without samples.
 
-    Raises:
-        ValueError: the reports are not comparable.
+    Raises ValueError if the reports are not comparable.
     """
     runs = results["runs"]
     if not runs:
@@ -186,8 +185,7 @@ def write_results(results: Results, output: Path) -> None:
 def read_results(output: Path) -> Results:
     """Read ``results.json``; null among the metrics becomes NaN.
 
-    Raises:
-        ValueError: the file is missing, no JSON, or of another format.
+    Raises ValueError if the file is missing, no JSON, or of another format.
     """
     path = output / FILE
     try:

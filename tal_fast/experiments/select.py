@@ -21,7 +21,7 @@ from tal_fast.evaluation.tables import format_table, wrap
 from tal_fast.experiments.plan import Experiment, SelectOptions, Values, with_point
 from tal_fast.experiments.results import Results, groups_of
 from tal_fast.metrics.failure import HIGHER_IS_BETTER
-from tal_fast.utils.io import replacing
+from tal_fast.utils.io import write_text
 
 FILE = "selected.yaml"
 _SMALLEST_LOSS = 1e-9
@@ -32,26 +32,18 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Candidate:
-    """Grid point of a method.
-
-    ``value`` is the criterion, ``why_not`` the reason that the point may not be chosen, empty if it may. Accuracy
-    and value are NaN without a finished run.
-    """
+    """Grid point of a method."""
 
     method: str
     label: str
     grid: Values
-    accuracy: float
-    value: float
-    why_not: str
+    accuracy: float  # NaN without a finished run
+    value: float  # of the criterion, likewise
+    why_not: str  # reason that the point may not be chosen, empty if it may
 
 
 def candidates(experiment: Experiment, results: Results, select: SelectOptions) -> list[Candidate]:
-    """All grid points, in the order of the file.
-
-    Raises:
-        ValueError: the reports lack a setting of the criterion.
-    """
+    """All grid points, in the order of the file; raises ValueError if the reports lack a setting of the criterion."""
     groups = {group.name: group for group in groups_of(results)}
     points = [job for job in experiment.jobs if job.seed == experiment.seeds[0]]
     baseline = experiment.compare.baseline or next(iter(experiment.methods))
@@ -134,5 +126,4 @@ def write_selection(found: Sequence[Candidate], experiment: Experiment, select: 
     if not values:
         return
     head = f"# Chosen by the geometric mean of {', '.join(select.metrics)} over seeds {list(experiment.seeds)}.\n"
-    with replacing(output / FILE) as temporary:
-        temporary.write_text(head + yaml.safe_dump({"methods": values}, sort_keys=False), encoding="utf-8")
+    write_text(output / FILE, head + yaml.safe_dump({"methods": values}, sort_keys=False))

@@ -14,22 +14,17 @@ from typing import Any
 import yaml
 
 from tal_fast.experiments.plan import Experiment, Values, grid_points, job_label, resolve
-from tal_fast.utils.io import replacing
+from tal_fast.utils.io import write_text
 
 # Each run has a folder of its own to resume in; the agent sets both variables.
 _OUTPUT = '--output "runs/$WANDB_SWEEP_ID/$WANDB_RUN_ID" --resume auto "$@"'
 
 
 def write_sweep(experiment: Experiment, path: Path, nproc: int | None = None) -> list[Path]:
-    """Write the sweep file, and the methods' configurations to a folder next to it.
+    """Write the sweep file, and the methods' configurations to a folder next to it; returns the written files.
 
-    Args:
-        experiment: experiment to export.
-        path: YAML file of the sweep; the agent has to run where this path is valid as given.
-        nproc: processes of each run, started by torchrun; None for one process without torchrun.
-
-    Returns:
-        The written files.
+    The agent has to run where ``path`` is valid as given. ``nproc`` is the number of processes of each run, started by
+    torchrun; None for one process without torchrun.
     """
     shared = [key for key in experiment.grid if all(key.applies_to(method) for method in experiment.methods)]
     partial = [key for key in experiment.grid if key not in shared]
@@ -55,8 +50,7 @@ def write_sweep(experiment: Experiment, path: Path, nproc: int | None = None) ->
         "command": _command(nproc),
     }
     for file, values in [*configs.items(), (path, sweep)]:
-        with replacing(file) as temporary:
-            temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        write_text(file, yaml.safe_dump(values, sort_keys=False))
     return [*configs, path]
 
 

@@ -10,7 +10,7 @@ from tal_fast.evaluation.compare import Column, Group
 from tal_fast.evaluation.compare_tables import describe, format_comparison
 from tal_fast.evaluation.tables import escape, wrap
 from tal_fast.experiments.results import Results, all_columns, groups_of
-from tal_fast.utils.io import replacing
+from tal_fast.utils.io import write_text
 
 FILES = {"table": "table.txt", "markdown": "table.md", "csv": "table.csv"}
 """Style of the table -> file name."""
@@ -78,5 +78,4 @@ def _parts(groups: Sequence[Group], metrics: Sequence[str]) -> list[tuple[str, l
 def write_tables(results: Results, output: Path) -> None:
     """Write the files of ``FILES``."""
     for style, name in FILES.items():
-        with replacing(output / name) as temporary:
-            temporary.write_text(format_results(results, style) + "\n", encoding="utf-8")
+        write_text(output / name, format_results(results, style) + "\n")

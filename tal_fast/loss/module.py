@@ -95,15 +95,9 @@ class TALLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.options = LossOptions(
-            variant,
-            float(t_min),
-            float(t_max),
-            None if t_wrong is None else float(t_wrong),
-            confidence_threshold,
-            int(ignore_index),
-            float(label_smoothing),
-            bool(inplace),
-        )
+            variant, float(t_min), float(t_max), None if t_wrong is None else float(t_wrong), confidence_threshold,
+            int(ignore_index), float(label_smoothing), bool(inplace),
+        )  # fmt: skip
         if queue_scope not in ("local", "global"):
             raise ValueError(f"queue_scope is {queue_scope!r}; use 'local' or 'global'")
         if class_group is not None and queue_scope == "global" and process_group is None:

@@ -146,7 +146,7 @@ class FeatureQueue(nn.Module):
         self.ring.invalidate_index()
 
     def reset_parameters(self) -> None:
-        """Make an empty queue of memory that holds anything, as PyTorch's own modules do after ``to_empty``."""
+        """Empty the queue, whatever its memory holds; to be called after ``to_empty``."""
         self._pending_push = None
         self.ring.clear()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,48 +16,19 @@ INTERVAL = 500
 """Training steps between two looks."""
 
 FEW = 8
-"""Correct samples of two looks below which a queue that moves is not judged: that few stay out by chance."""
-
-
-def complaint(correct: float, accepted: float, threshold: float, where: str, option: str = "") -> str | None:
-    """Sentence about a queue that misses correct samples, with the remedy; None if most of them enter it.
-
-    Args:
-        correct: number, or share, of the samples that are classified correctly.
-        accepted: number, or share, of those that enter the queue.
-        threshold: ``confidence_threshold`` in use.
-        where: which samples these are, such as "of epoch 3".
-        option: what the options' names begin with.
-    """
-    if not accepted <= 0.5 * correct:  # NaN: not counted
-        return None
-    if not correct:
-        return (
-            f"no sample {where} is classified correctly and nothing enters TAL's queue; lower the learning rate or "
-            "clip the gradient's norm"
-        )
-    reason, remedy = "logits or features are not finite", "lower the learning rate or"
-    if threshold > -1:
-        reason = f"cosine is not above {option}confidence_threshold = {threshold:g}"
-        remedy = f"set {option}confidence_threshold to -1, which accepts them all, or lower {option}t_max and"
-    return (
-        f"only {accepted / correct:.0%} of the correctly classified samples {where} enter TAL's queue, as the others' "
-        f"{reason}; typicalness then means little: {remedy} clip the gradient's norm"
-    )
+"""Fewest correct samples of two looks by which a queue that moves is judged: fewer may all stay out by chance."""
 
 
 class QueueWatch:
     """Looks at every ``INTERVAL``-th training step whether correct samples enter the queue, and warns once.
 
-    A look does not wait for a GPU: it judges what the one before has copied. CUDA graphs have none.
-
-    Args:
-        option: what the options' names begin with.
-        report: what takes the sentence; by default it is a RuntimeWarning.
+    A look does not wait for a GPU: it judges what the one before has copied. CUDA graphs have none. The options' names
+    in the sentence begin with ``option``; ``report`` takes the sentence, by default as a RuntimeWarning.
     """
 
     def __init__(self, option: str = "", report: Callable[[str], None] | None = None) -> None:
-        self.option, self.report = option, report
+        self.option = option
+        self.report = report or partial(warnings.warn, category=RuntimeWarning, stacklevel=6)
         self.steps = 0
         self.warned = False
         self._looks: list[Tensor] = []  # slot of the queue's next entry; the step's correct and accepted samples
@@ -80,13 +52,29 @@ class QueueWatch:
             return
         where = f"of steps {self.steps - INTERVAL} and {self.steps}"
         problem = self.judge(correct, accepted, threshold, where)
-        if problem is not None and self.report is not None:
+        if problem is not None:
             self.report(problem)
-        elif problem is not None:
-            warnings.warn(problem, RuntimeWarning, stacklevel=6)
 
     def judge(self, correct: float, accepted: float, threshold: float, where: str) -> str | None:
-        """The first ``complaint``; None after it."""
-        problem = None if self.warned else complaint(correct, accepted, threshold, where, self.option)
-        self.warned |= problem is not None
-        return problem
+        """Sentence about a queue that misses correct samples, with the remedy; None if it does not, or after the first.
+
+        ``correct`` and ``accepted`` are numbers, or shares, of the samples ``where``, such as "of epoch 3", that are
+        classified correctly and of those that enter the queue; ``threshold`` is the ``confidence_threshold`` in use.
+        """
+        if self.warned or not accepted <= 0.5 * correct:  # NaN: not counted
+            return None
+        self.warned = True
+        if not correct:
+            return (
+                f"no sample {where} is classified correctly and nothing enters TAL's queue; lower the learning rate or "
+                "clip the gradient's norm"
+            )
+        reason, remedy = "logits or features are not finite", "lower the learning rate or"
+        if threshold > -1:
+            name = f"{self.option}confidence_threshold"
+            reason = f"cosine is not above {name} = {threshold:g}"
+            remedy = f"set {name} to -1, which accepts them all, or lower {self.option}t_max and"
+        return (
+            f"only {accepted / correct:.0%} of the correctly classified samples {where} enter TAL's queue, as the "
+            f"others' {reason}; typicalness then means little: {remedy} clip the gradient's norm"
+        )

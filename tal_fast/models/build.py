@@ -44,8 +44,7 @@ def build_model(config: ModelConfig, num_classes: int, in_channels: int = 3, ima
 def timm_name(name: str) -> str | None:
     """timm's name of a network that is given as ``timm/NAME``, or that only timm has; None for other networks.
 
-    Raises:
-        ValueError: timm is not installed or has no NAME.
+    Raises ValueError if timm is not installed or has no NAME.
     """
     explicit = name.startswith("timm/")
     name = name.removeprefix("timm/")

@@ -29,6 +29,7 @@ from tal_fast.models.build import build_model, timm_name
 from tal_fast.models.features import FeatureLinear
 from tal_fast.models.registry import NETWORKS
 from tal_fast.utils.arrays import check_dense
+from tal_fast.utils.io import check_zip
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +76,8 @@ def read_state(path: str | Path, key: str | None = None) -> tuple[dict[str, Tens
             raise ValueError(f"{path} cannot be read as safetensors ({_first_line(error)})") from None
     else:
         try:
-            if zipfile.is_zipfile(path):  # torch.load does not compare checksums
-                with zipfile.ZipFile(path) as archive:
-                    bad = archive.testzip()
-                if bad is not None:
-                    raise ValueError(f"the checksum of {bad} is wrong")
+            if zipfile.is_zipfile(path):
+                check_zip(path)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about kinds of tensors, which are refused below
                 content = torch.load(path, map_location="cpu", weights_only=True)
@@ -166,12 +164,9 @@ def _rename_layers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], source: str, classes_from: str) -> None:
-    """Load a state dict from ``read_state`` into a network from ``build_model``.
+    """Load a state dict from ``read_state`` into a network from ``build_model``; raises ValueError if it does not fit.
 
     Error messages name ``source``, the origin of the state, and ``classes_from``, that of the number of classes.
-
-    Raises:
-        ValueError: the number of classes, a name or a shape does not fit.
     """
     wanted = model.state_dict()
     state = {name: value for name, value in state.items() if name in wanted or not name.startswith(_AUXILIARY)}
@@ -303,15 +298,10 @@ def _torchvision_preprocessing(name: str) -> dict[str, Any]:
 
 
 def evaluation_data(config: DataConfig, interpolation: str = "bilinear") -> DataBundle:
-    """Build the data set that weights are evaluated on.
+    """Build the data set that weights are evaluated on, with a filter of ``INTERPOLATIONS`` to resize images with.
 
-    Args:
-        config: configuration of the data set. A ``folder`` without ``train/`` has no training images and the classes of
-            ``val/``.
-        interpolation: filter that images are resized with, one of ``tal_fast.config.names.INTERPOLATIONS``.
-
-    Raises:
-        ValueError: as for ``build_data``, or the interpolation is unknown.
+    A ``folder`` without ``train/`` has no training images and the classes of ``val/``. Raises ValueError as
+    ``build_data`` does, or if the interpolation is unknown.
     """
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation is {interpolation!r}; choose from {', '.join(INTERPOLATIONS)}")

@@ -29,14 +29,10 @@ class PaddedShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2016, figure 2).
+    """Two 3x3 convolutions, the first with the stride, and a shortcut (He et al. 2016, figure 2).
 
-    Args:
-        in_channels: channels of the input.
-        channels: channels of the output.
-        stride: stride of the first convolution.
-        projection: use a 1x1 convolution with BatchNorm (option B) for a shortcut that changes the shape, instead of a
-            ``PaddedShortcut`` (option A).
+    A shortcut that changes the shape is a 1x1 convolution with BatchNorm (option B) with ``projection``, else a
+    ``PaddedShortcut`` (option A).
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, projection: bool) -> None:
@@ -63,13 +59,10 @@ class BasicBlock(nn.Module):
 def residual_stages(
     block: Callable[[int, int, int], nn.Module], blocks: Sequence[int], channels: int, width: int
 ) -> nn.Sequential:
-    """Stages of residual blocks; the channels double and the image halves from stage to stage.
+    """Stages of residual blocks; the channels, ``width`` in the first stage, double and the image halves at each stage.
 
-    Args:
-        block: constructor of a block from its input channels, output channels and stride.
-        blocks: number of blocks of each stage.
-        channels: channels of the input.
-        width: channels of the first stage.
+    ``block`` makes a block from its input channels, output channels and stride; ``blocks`` has the number of blocks of
+    each stage; ``channels`` are those of the input.
     """
     stages = []
     for stage, count in enumerate(blocks):
@@ -82,12 +75,9 @@ def residual_stages(
 
 
 class CifarResNet(nn.Module):
-    """ResNet whose channels double and whose image halves from stage to stage.
+    """ResNet whose channels, ``width`` in the first stage, double and whose image halves from stage to stage.
 
-    Args:
-        blocks: number of blocks of each stage.
-        width: channels of the first stage.
-        projection: see ``BasicBlock``.
+    ``blocks`` has the number of blocks of each stage; ``projection`` is as in ``BasicBlock``.
     """
 
     def __init__(

@@ -16,10 +16,7 @@ class VGG16(nn.Module):
     """VGG-16 with thirteen 3x3 convolutions in five stages, and one Linear instead of the paper's three.
 
     The convolutions have biases and the names of torchvision's ``vgg16_bn().features``, so that its weights and those
-    of public code for CIFAR fit.
-
-    Args:
-        width: channels of the first stage.
+    of public code for CIFAR fit. ``width`` is the number of channels of the first stage.
     """
 
     def __init__(self, width: int, num_classes: int, in_channels: int = 3) -> None:

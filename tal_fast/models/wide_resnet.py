@@ -41,9 +41,8 @@ class PreActivationBlock(nn.Module):
 class WideResNet(nn.Module):
     """Wide ResNet without dropout; WRN-d-k has ``blocks=[(d - 4) / 6] * 3`` and ``width=16 * k``.
 
-    Args:
-        blocks: number of blocks of each stage; the channels double and the image halves from stage to stage.
-        width: channels of the first stage.
+    ``blocks`` has the number of blocks of each stage. The channels, ``width`` in the first stage, double and the image
+    halves from stage to stage.
     """
 
     def __init__(self, blocks: Sequence[int], width: int, num_classes: int, in_channels: int = 3) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from tal_fast.config.schema import Config
 from tal_fast.runs.folder import CONFIG_FILE
-from tal_fast.utils.io import replacing
+from tal_fast.utils.io import check_zip, replacing
 
 FORMAT = 1
 """Version of the file format; raised when older code could not read newer files."""
@@ -33,19 +32,9 @@ FOLDER = "checkpoints"
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
-    "config": dict,
-    "epoch": int,
-    "step": int,
-    "world_size": int,
-    "model": dict,
-    "average": (dict, type(None)),
-    "shape": dict,
-    "optimizer": dict,
-    "scaler": dict,
-    "ranks": list,
-    "best": dict,
-    "history": list,
-}
+    "config": dict, "epoch": int, "step": int, "world_size": int, "model": dict, "average": (dict, type(None)),
+    "shape": dict, "optimizer": dict, "scaler": dict, "ranks": list, "best": dict, "history": list,
+}  # fmt: skip
 """Entries of a checkpoint and their types."""
 
 _NOT_EMPTY = ("config", "model", "shape", "optimizer", "ranks")
@@ -80,7 +69,7 @@ class Writer:
         return problem
 
     def finish(self) -> str | None:
-        """Wait for the pending write; one sentence on why it failed, or None."""
+        """Wait for the pending write; returns a sentence on why it failed, or None."""
         pending, self._pending = self._pending, None
         if pending is None:
             return None
@@ -95,8 +84,7 @@ class Writer:
         last, previous = self._folder / LAST, self._folder / PREVIOUS
         config = self._folder.parent / CONFIG_FILE
         if not config.exists() and "config" in content:  # the folder was deleted during training
-            with replacing(config) as temporary:
-                Config.from_dict(content["config"]).save(temporary)
+            Config.from_dict(content["config"]).save(config)
         if not copies:
             save(last, content, previous)
             return
@@ -139,18 +127,11 @@ def _copy(value: Any) -> Any:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Load a checkpoint.
-
-    Raises:
-        Damaged: the file is missing, incomplete, not a checkpoint, or has another format.
-    """
+    """Load a checkpoint; raises Damaged if the file is missing, incomplete, not a checkpoint, or has another format."""
     if not path.is_file():
         raise Damaged(f"there is no checkpoint {path}")
     try:
-        with zipfile.ZipFile(path) as file:
-            bad = file.testzip()  # torch.load does not compare checksums
-        if bad is not None:
-            raise ValueError(f"the checksum of {bad} is wrong")
+        check_zip(path)
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # damage can surface anywhere in unzipping and unpickling
         raise Damaged(f"checkpoint {path} cannot be read ({type(error).__name__}); it is damaged or not one") from error

@@ -12,20 +12,9 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
 
 COLUMNS = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "train_accuracy",
-    "val_loss",
-    "val_accuracy",
-    "aurc",
-    "auroc",
-    "fpr95",
-    "images_per_s",
-    "seconds",
-    "data_wait",
-    "unreadable",
-)
+    "epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "aurc", "auroc", "fpr95",
+    "images_per_s", "seconds", "data_wait", "unreadable",
+)  # fmt: skip
 """Columns of metrics.csv before the method's own.
 
 ``val_loss`` is the cross-entropy for every method; ``aurc``, ``auroc`` and ``fpr95`` are of the method's confidence

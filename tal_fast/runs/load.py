@@ -19,27 +19,18 @@ from tal_fast.runs.checkpoint import BEST, FOLDER, load, load_newest, restoring
 
 @dataclass
 class Run:
-    """A trained model and the run it comes from.
+    """A trained model and the run it comes from."""
 
-    Attributes:
-        config: resolved configuration of the run.
-        model: the network in eval mode, with averaged weights if the run keeps an average (``optim.ema_decay``,
-            FMFP); images (B, C, S, S) -> logits (B, classes), features (B, D), float32.
-        epoch: number of epochs the weights were trained for.
-        checkpoint: file of the weights.
-        method: name of the training method.
-        score: confidence score of the method; a key of ``tal_fast.scores.logits.SCORES``.
-        class_names: one name for each logit.
-        history: rows of metrics.csv, one for each finished epoch.
-    """
-
-    config: Config
+    config: Config  # resolved configuration of the run
+    # The network in eval mode, with averaged weights if the run keeps an average (``optim.ema_decay``, FMFP): images
+    # (B, C, S, S) -> logits (B, classes), features (B, D), float32.
     model: nn.Module
-    epoch: int
-    checkpoint: Path
-    method: str
-    score: str
-    class_names: tuple[str, ...]
+    epoch: int  # number of epochs the weights were trained for
+    checkpoint: Path  # file of the weights
+    method: str  # name of the training method
+    score: str  # confidence score of the method; a key of ``tal_fast.scores.logits.SCORES``
+    class_names: tuple[str, ...]  # one name for each logit
+    # Rows of metrics.csv, one for each finished epoch.
     history: list[dict[str, float]] = field(default_factory=list, repr=False)
 
     @cached_property

@@ -36,8 +36,8 @@ FIXED = frozenset({
     "data.channels", "data.image_size", "model.name", "model.width", "optim.name", "optim.decay_all", "optim.ema_decay",
     "method.name", "method.options.queue_scope",
 })  # fmt: skip
-"""Options whose change no resumed run can follow, because the saved state is of another kind. All options that are in
-none of these sets are refused unless ``config.allow`` names them."""
+"""Options that a resumed run cannot change, because the saved state would not fit. A change of any option that is in
+none of these sets is refused unless ``config.allow`` names it."""
 
 _IMAGES = ("data.dataset", "data.file_list", "data.holdout", "data.train_limit", "data.synthetic_images")
 """Options that choose the training images, so that a change of the images is no surprise."""
@@ -46,7 +46,7 @@ _NEW_EPOCH = {"ranks", "training images", "seed", "batch_size"}
 """Changes after which the steps of an epoch no longer hold the same images."""
 
 RESTART_WAIT_S = 120.0
-"""Seconds that a restarted rank waits for the lock of the one before: NFS keeps that of a lost machine for 90."""
+"""Seconds that a restarted rank waits for the lock of the one before: NFS keeps the lock of a lost machine for 90."""
 
 REQUEUE_WAIT_S = 20.0
 """Seconds that ``resume: auto`` waits for the lock of the run before, which may still be saving."""
@@ -58,11 +58,8 @@ Changes = dict[str, tuple[Any, Any]]
 def find_checkpoint(config: Config, lock: FolderLock | None = None) -> tuple[dict[str, Any], Path] | None:
     """Checkpoint that ``config.resume`` asks for, with its path; None for a new run.
 
-    ``lock`` is acquired before an existing output folder is read, and stays so.
-
-    Raises:
-        ValueError: the output folder holds another run or is in use, or the checkpoint is of another configuration.
-        Damaged: there are checkpoints, but none can be read.
+    ``lock`` is acquired before an existing output folder is read, and stays so. Raises ValueError if the folder holds
+    another run or is in use, or the checkpoint is of another configuration, and Damaged if none can be read.
     """
     output = Path(config.output)
     if output.exists() and not output.is_dir():
@@ -105,7 +102,7 @@ def refuse_existing_run(output: Path) -> None:
 
 
 def changed_options(saved: dict[str, Any], config: Config) -> Changes:
-    """Options in which ``config`` differs from a saved configuration, but those of ``SAME_BITS``."""
+    """Options in which ``config`` differs from a saved configuration, except those of ``SAME_BITS``."""
     before, now = _all_options(Config.from_dict(saved)), _all_options(config)
     pairs = {name: (before.get(name), now.get(name)) for name in {**now, **before} if name not in SAME_BITS}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -118,7 +115,7 @@ def differences(saved: dict[str, Any], config: Config) -> list[str]:
 
 
 def refuse_other_options(saved: dict[str, Any], config: Config, path: Path) -> None:
-    """Raise ValueError if options have changed since a checkpoint that may not, or may only if they are allowed."""
+    """Raise ValueError if options have changed since a checkpoint without being allowed to."""
     try:
         changed = changed_options(saved, config)
     except ValueError as error:
@@ -145,11 +142,8 @@ def refuse_other_options(saved: dict[str, Any], config: Config, path: Path) -> N
 def refuse_other_data(content: dict[str, Any], shape: dict[str, Any], config: Config, path: Path) -> None:
     """Raise ValueError if a checkpoint's classes, image size or training images are not those of the data.
 
-    Args:
-        content: the checkpoint.
-        shape: ``tal_fast.training.state.data_shape`` of the data now.
-        config: configuration now; it may allow other training images, or have options that choose others.
-        path: file of the checkpoint.
+    ``shape`` is ``tal_fast.training.state.data_shape`` of the data now; the configuration may allow other training
+    images, or have options that choose others.
     """
     saved = content["shape"]
     for name, title in (("class_names", "the classes"), ("image_size", "the image size")):

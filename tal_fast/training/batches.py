@@ -18,16 +18,9 @@ from tal_fast.data.ood import ood_set
 class TrainingBatches:
     """Batches of training images and, for methods that train on them, of outliers; ``len()`` is in steps an epoch.
 
-    Args:
-        outliers: the method's outliers, as ``ood_set`` takes them; None: none.
-        batch_size: images of a step on this rank.
-        options: further options of ``DataBundle.loader``.
-
-    Attributes:
-        num_images: training images of an epoch over all ranks.
-
-    Raises:
-        ValueError: too few images for a step.
+    ``outliers`` are the method's, as ``ood_set`` takes them; ``batch_size`` is that of this rank; ``options`` are
+    further ones of ``DataBundle.loader``. ``num_images`` is the number of images of an epoch over all ranks. Raises
+    ValueError if there are too few for a step.
     """
 
     def __init__(

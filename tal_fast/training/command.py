@@ -17,9 +17,8 @@ from tal_fast.utils.signals import Stopped, StopRequest
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, or with ``--bench`` measure the configuration's throughput and print it as JSON.
 
-    Raises:
-        SystemExit: with code 2 after a mistake in the input; after a stop by signal, when the run is saved, with 75
-            (run the same command again) for SIGTERM and SIGUSR1 and with 130 for Ctrl-C.
+    Exits with code 2 after a mistake in the input; after a stop by signal, when the run is saved, with 75 (run the same
+    command again) for SIGTERM and SIGUSR1 and with 130 for Ctrl-C.
     """
     try:
         config, bench = parse_command_line(sys.argv[1:] if argv is None else argv, program_name("train"))

@@ -47,11 +47,7 @@ def batch_sums(method: Method, loss: Tensor, samples: Mapping[str, Tensor], logi
 
 
 class EpochSums:
-    """Sums over the images of an epoch, on the device.
-
-    Attributes:
-        total: (K,) float64, sums of this rank in the layout of ``batch_sums``; part of a checkpoint within an epoch.
-    """
+    """Sums over the images of an epoch, on the device."""
 
     def __init__(self, method: Method, device: torch.device) -> None:
         self._ranges = method.ranges
@@ -60,6 +56,7 @@ class EpochSums:
         for name in method.sample_names:
             self._start[name] = size
             size += 1 + (BINS if name in method.ranges else 0)
+        # Sums of this rank in the layout of ``batch_sums``; part of a checkpoint within an epoch.
         self.total = torch.zeros(size, dtype=torch.float64, device=device)
         on_gpu = device.type == "cuda"
         self._loss = torch.zeros((), dtype=torch.float64, pin_memory=on_gpu)  # copy of the summed loss on the CPU

@@ -42,13 +42,7 @@ class TrainingFailed(ValueError):
 class Saver:
     """Checkpoints of a run, and its end before the last epoch.
 
-    Args:
-        shape: ``tal_fast.training.state.data_shape`` of the data.
-        stop: records requests to stop.
-
-    Attributes:
-        writer: writes the checkpoints.
-        waited: seconds that ``guard`` has waited for batches.
+    ``shape`` is ``tal_fast.training.state.data_shape`` of the data.
     """
 
     def __init__(
@@ -56,21 +50,16 @@ class Saver:
     ) -> None:
         self._config, self._state, self._shape, self._ranks, self._stop = config, state, shape, ranks, stop
         self.writer = checkpoint.Writer(Path(config.output) / checkpoint.FOLDER)
-        self.waited = 0.0
+        self.waited = 0.0  # seconds that ``guard`` has waited for batches
         infinite = not_finite({**state.rank_state(), **state.shared_state()})  # masks of -inf, say
         self._infinite = infinite | {name.replace("model.", "average.", 1) for name in infinite}
-        self._ended = False  # by all ranks together, which saved what there was to save
+        self._ended = False  # whether all ranks have ended the run together, so that there is nothing to rescue
 
     def save(self, best: bool = False) -> None:
-        """Start saving a checkpoint; all ranks must call it.
+        """Start saving a checkpoint, with ``best`` as best.pt too; all ranks must call it.
 
-        The state is copied before this returns; a thread writes it while training goes on.
-
-        Args:
-            best: save it as best.pt too.
-
-        Raises:
-            TrainingFailed: a tensor of the state holds NaN or infinity; no checkpoint is replaced.
+        The state is copied before this returns; a thread writes it while training goes on. If a tensor of the state
+        holds NaN or infinity, this raises TrainingFailed and replaces no checkpoint.
         """
         own = checkpoint.snapshot(self._state.rank_state())
         shared = checkpoint.snapshot(self._state.shared_state()) if self._ranks.is_main else {}
@@ -84,9 +73,7 @@ class Saver:
     def guard(self, batches: Generator[T, None, None], steps: int) -> Generator[T, None, None]:
         """Batches, before each of which all ranks agree to go on; an error of one ends the run on all ranks.
 
-        Args:
-            batches: of this rank.
-            steps: largest number of batches of a rank.
+        ``batches`` are those of this rank, and ``steps`` is the largest number that a rank has.
         """
         with closing(batches):
             for _ in range(steps):
@@ -105,8 +92,7 @@ class Saver:
     def go_on(self, failure: Exception | None = None) -> None:
         """Return if no rank has a reason to stop, else save and raise; every rank calls this between the same steps.
 
-        Args:
-            failure: an error of this rank, which is raised when the run is saved.
+        ``failure`` is an error of this rank, which is raised when the run is saved.
         """
         reason = _FAILED if failure else 0 if self._state.sums.finite() else _DIVERGED
         reason = self._ranks.max(reason or self._stop.poll())
@@ -148,9 +134,7 @@ class Saver:
 
         The ranks can no longer communicate, because they are within different collectives: each leaves its state in the
         store, and the last one writes. A rank that was killed leaves none; the last checkpoint then stays as it is.
-
-        Args:
-            own: ``rank_state`` as of the last whole step; None if the error came while the weights changed.
+        ``own`` is ``rank_state`` as of the last whole step, or None if the error came while the weights changed.
         """
         if self._ended or not self._state.step:
             return

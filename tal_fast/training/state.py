@@ -61,7 +61,7 @@ class TrainingState:
     def rank_state(self) -> dict[str, Any]:
         """State that each rank has of its own: the method's, random generators, sums of the epoch, unreadable files."""
         own = {"method": self.method.state_dict(), "rng": rng_state(), "sums": self.sums.total}
-        return {**own, "unreadable": self.unreadable}
+        return own | {"unreadable": self.unreadable}
 
     def shared_state(self) -> dict[str, Any]:
         """State that all ranks have in common."""
@@ -81,13 +81,8 @@ class TrainingState:
         """Restore a checkpoint.
 
         Options of the optimizer are those of the configuration now. Another number of ranks shares out the ranks'
-        states anew, and each counts the unreadable files of all.
-
-        Args:
-            content: the checkpoint.
-            rank: rank of this process.
-            world_size: number of ranks.
-            step: number of finished steps of the epoch; 0 to go on from its start.
+        states anew, and each counts the unreadable files of all. ``step`` is the number of finished steps of the epoch,
+        0 to go on from its start.
         """
         self.network.load_state_dict(content["model"])
         if self.average is not None and content["average"] is not None:
@@ -115,7 +110,7 @@ class TrainingState:
 
 
 class Rollback:
-    """Copy of what the passes of a step change before the weights do, to take a failed step back.
+    """Copy of what a step changes before the weights, for taking a failed step back.
 
     It holds the network's buffers, such as BatchNorm's statistics, and ``TrainingState.rank_state``, on their devices.
     """
@@ -210,11 +205,12 @@ def conditions(config: Config, data: DataBundle, runtime: Runtime) -> dict[str, 
     """What options and defaults that change the bits of a result come to on this machine, by name."""
     device = runtime.device
     on_cpu = device.type == "cpu"
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if on_cpu:
+        processor += f" {torch.backends.cpu.get_cpu_capability()}"
     backend = config.method.options.get("backend")
     return {
-        "device": f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
-        if on_cpu
-        else str(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type),
+        "device": processor,
         "threads": torch.get_num_threads() if on_cpu else None,
         "precision": str(runtime.dtype or torch.float32).removeprefix("torch."),
         "model.compile": runtime.compile,

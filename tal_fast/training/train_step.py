@@ -92,9 +92,9 @@ class Update:
         self._running = ""
 
     def last_whole_step(self) -> dict[str, Any] | None:
-        """After an error, ``TrainingState.rank_state`` as of the last whole step, and the network as of it.
+        """Restore the network to the last whole step after an error; returns ``TrainingState.rank_state`` of then.
 
-        None if the error came while the weights changed.
+        Returns None if the error came while the weights changed.
         """
         if self._running == "update":
             return None

@@ -34,7 +34,7 @@ from tal_fast.training.validation import Validator
 from tal_fast.training.weight_averaging import STATISTICS_IMAGES
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.environment import code_digest
-from tal_fast.utils.io import remove_leftovers, replacing
+from tal_fast.utils.io import remove_leftovers
 from tal_fast.utils.locks import FolderLock
 from tal_fast.utils.rng import seed_all
 from tal_fast.utils.signals import Stopped, StopRequest
@@ -331,8 +331,7 @@ class Trainer:
             raise TrainingFailed(str(error)) from None
         self._claimed = True
         remove_leftovers(self.output / checkpoint.FOLDER)
-        with replacing(self.output / CONFIG_FILE) as temporary:
-            self.config.save(temporary)
+        self.config.save(self.output / CONFIG_FILE)
         if self.history:
             write_metrics(self.output, self.history)
 

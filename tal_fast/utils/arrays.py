@@ -22,10 +22,8 @@ BLOCK = 1 << 22
 def to_numpy(values: Any) -> NDArray[Any]:
     """Array, tensor or list as an array; not copied where possible.
 
-    Tensors of floats narrower than 32 bits become float64, which holds them exactly: NumPy has no bfloat16.
-
-    Raises:
-        ValueError: a sparse, quantized, nested or meta tensor, masked values, or a ragged list.
+    Tensors of floats narrower than 32 bits become float64, which holds them exactly: NumPy has no bfloat16. Raises
+    ValueError for a sparse, quantized, nested or meta tensor, masked values, or a ragged list.
     """
     if not hasattr(values, "detach"):
         if np.ma.is_masked(values):
@@ -68,10 +66,8 @@ class NpzArrays:
 def open_npz(path: str | Path) -> Iterator[NpzArrays]:
     """Open an ``.npz`` file.
 
-    Raises:
-        OSError: there is no such file, or it cannot be opened.
-        ValueError: it is damaged, holds pickled objects, is no ``.npz``, or is larger than the machine's memory; also
-            where an array is read or is missing.
+    Raises OSError if it cannot be opened, and ValueError if it is damaged, holds pickled objects, is no ``.npz``, or is
+    larger than the machine's memory; also where an array is read or is missing.
     """
     with Path(path).open("rb") as file:
         try:

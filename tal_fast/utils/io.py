@@ -1,23 +1,18 @@
-"""Atomic writing of files, and kernel locks."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import glob
-import logging
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # not POSIX
-    fcntl = None  # type: ignore[assignment]
-
-logger = logging.getLogger(__name__)
+from tal_fast.utils.locks import lock
 
 # Read once, at import: reading the mask means setting it, which other threads would notice.
 UMASK = os.umask(0o022)
@@ -28,13 +23,10 @@ os.umask(UMASK)
 def replacing(path: str | os.PathLike[str], keep: Path | None = None) -> Iterator[Path]:
     """Write a file atomically: a temporary path to write to, which becomes ``path`` on success.
 
-    The temporary file lies beside ``path`` and has its suffix, which some writers go by. It is flushed to disk, then
-    renamed, and the rename is flushed too. On failure it is removed and ``path`` stays as it was. Any number of
-    processes may write the same file at once. Temporary files of processes that were killed are removed.
-
-    Args:
-        path: the file to write; its folder is created.
-        keep: where a file already at ``path`` is moved; ``path`` or ``keep`` is complete at any time.
+    The temporary file lies beside ``path``, whose folder is created, and has its suffix, which some writers go by. It
+    is flushed to disk, then renamed, and the rename is flushed too. On failure it is removed and ``path`` stays as it
+    was. Any number of processes may write the same file at once. Temporary files of processes that were killed are
+    removed. With ``keep``, a file already at ``path`` is moved there, and one of the two is complete at any time.
     """
     target = Path(path)
     temporary, handle = target.parent / f".{target.stem}-", None
@@ -65,6 +57,20 @@ def replacing(path: str | os.PathLike[str], keep: Path | None = None) -> Iterato
     _sync_folder(target.parent)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file atomically, in UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def check_zip(path: str | os.PathLike[str]) -> None:
+    """Raise an error unless the checksums in a zip file are right, which ``torch.load`` does not compare."""
+    with zipfile.ZipFile(path) as file:
+        bad = file.testzip()
+    if bad is not None:
+        raise ValueError(f"the checksum of {bad} is wrong")
+
+
 def check_writable(folder: str | os.PathLike[str]) -> None:
     """Raise the OSError that writing files to a folder, or to the one that it would be made in, would raise."""
     path = Path(folder).absolute()
@@ -92,50 +98,6 @@ def remove_leftovers(folder: Path, prefix: str = ".*-", suffix: str = ".*") -> N
         with contextlib.suppress(OSError), path.open("rb+") as file:
             if lock(file.fileno()):
                 path.unlink()
-
-
-def lock(handle: int, *, shared: bool = False, wait: bool = False) -> bool | None:
-    """Take the kernel's lock of an open file, which lasts until ``unlock`` or the end of the process.
-
-    Returns:
-        False if another open file holds it, None where there are no locks.
-    """
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
-@contextmanager
-def alone_in(folder: Path, waiting: str = "") -> Iterator[None]:
-    """Hold a kernel lock of a folder; first wait for the process that holds it, after logging the message ``waiting``.
-
-    Without a message there is no waiting; nor is there where there are no locks.
-    """
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        if lock(handle) is False and waiting:
-            logger.warning(waiting)
-            lock(handle, wait=True)
-        yield
-    finally:
-        unlock(handle)
-
-
-def unlock(handle: int) -> None:
-    """Release a lock, also where a forked process has inherited the file, and close the file."""
-    if fcntl is not None:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)
-    os.close(handle)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,4 +1,8 @@
-"""Lock of a folder, held by one process at a time."""
+"""Locks between processes, which the kernel releases when their process ends, however it ends.
+
+``FolderLock`` belongs to a process: the workers it forks do not keep it, and it holds between machines. ``lock``
+belongs to an open file: it can be shared, also holds within a process, and child processes inherit it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import os
 import platform
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 try:
@@ -24,8 +30,8 @@ _guard = threading.Lock()
 class FolderLock:
     """Exclusive lock of a folder between processes: a POSIX record lock on its file ``.lock``.
 
-    The kernel releases it when the process ends, however it ends; forked children do not inherit it, and it holds
-    between the machines of a network file system. Locks of one process share it, since they cannot exclude each other.
+    Forked children do not inherit it, and it holds between the machines of a network file system. Locks of one process
+    share it, since they cannot exclude each other.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,11 +47,8 @@ class FolderLock:
     def acquire(self, wait: float = 0.0) -> None:
         """Take the lock, waiting at most ``wait`` seconds for another process; the folder is created.
 
-        Where the file system has no locks, a warning says so.
-
-        Raises:
-            ValueError: another process holds the lock.
-            OSError: the folder cannot be written.
+        Where the file system has no locks, a warning says so. Raises ValueError if another process holds the lock, and
+        OSError if the folder cannot be written.
         """
         key = os.path.realpath(self._path)
         with _guard:
@@ -76,13 +79,14 @@ class FolderLock:
             try:
                 if fcntl is not None:
                     fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                ours = os.path.samestat(os.fstat(handle), os.stat(self._path))
-            except FileNotFoundError:
-                ours = False
+                if os.path.samestat(os.fstat(handle), os.stat(self._path)):
+                    break
+            except FileNotFoundError:  # its holder has just removed the file
+                pass
             except (BlockingIOError, PermissionError):
                 holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
-                os.close(handle)
                 if time.monotonic() >= deadline:
+                    os.close(handle)
                     raise ValueError(
                         f"{self.folder} is in use by {holder}; wait until it ends, or name another folder"
                     ) from None
@@ -90,13 +94,10 @@ class FolderLock:
                     logger.info("waiting up to %.0f s for %s, which uses %s", wait, holder, self.folder)
                 told = True
                 time.sleep(0.1)
-                continue
             except OSError as error:
                 logger.warning("%s has no locks (%s): nothing keeps two runs apart there", self.folder, error.strerror)
-                ours = True
-            if ours:
                 break
-            os.close(handle)  # its holder has just removed the file
+            os.close(handle)
         started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         try:
             os.ftruncate(handle, 0)
@@ -106,3 +107,46 @@ class FolderLock:
             error.filename = str(self._path)
             raise
         return handle
+
+
+def lock(handle: int, *, shared: bool = False, wait: bool = False) -> bool | None:
+    """Take the kernel's lock of an open file, which lasts until ``unlock`` or the end of the process.
+
+    Returns False if another open file holds it, None where there are no locks.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+@contextmanager
+def alone_in(folder: Path, waiting: str = "") -> Iterator[None]:
+    """Hold a kernel lock of a folder; first wait for the process that holds it, after logging the message ``waiting``.
+
+    Without a message there is no waiting; nor is there where there are no locks.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if lock(handle) is False and waiting:
+            logger.warning(waiting)
+            lock(handle, wait=True)
+        yield
+    finally:
+        unlock(handle)
+
+
+def unlock(handle: int) -> None:
+    """Release a lock, also where a forked process has inherited the file, and close the file."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)

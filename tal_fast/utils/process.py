@@ -42,8 +42,8 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
     without finalising the interpreter: gloo threads that release their last tensor during finalisation abort the
     process (pytorch issue 190489; 1 finished run in 12 with four processes), which torchrun reports as a failed run.
 
-    Errors of the file system end in one sentence and code 2, a lost rank in one and code 75. Other exceptions show
-    their traceback, as these do with ``python -X dev``.
+    Errors of the file system end in one sentence and code 2, a lost rank in one sentence and code 75. Other exceptions
+    show their traceback, as these do with ``python -X dev``.
     """
     alone = world_size() == 1
     try:
@@ -58,7 +58,8 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
     except Exception as error:
         if sys.flags.dev_mode:
             raise
-        if _is_of_files(error):
+        # A program's own OSError has no number.
+        if isinstance(error, OSError) and (error.filename is not None or error.errno in _REMEDIES):
             code = report_mistake(error)
         elif (lost := _lost_rank(error)) is not None:
             code = lost
@@ -89,11 +90,6 @@ def sentence(error: Exception) -> str:
     place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes, os.PathLike)) else ""
     remedy = _REMEDIES.get(error.errno or 0)
     return f"{place}{error.strerror}" + (f"; {remedy}" if remedy else "")
-
-
-def _is_of_files(error: Exception) -> bool:
-    """Whether the file system raised an error: one of a program's own has no number."""
-    return isinstance(error, OSError) and (error.filename is not None or error.errno in _REMEDIES)
 
 
 def _lost_rank(error: Exception) -> int | None:

@@ -32,15 +32,11 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
 
     The death of the torchrun process that started this one counts as SIGTERM: otherwise orphaned ranks would train on
     while a scheduler starts the job anew. May be entered more than once; the outermost ``with`` installs the handlers.
-
-    Attributes:
-        number: the signal received, or 0.
-        training: whether training steps are running. Before that, and on the second time, Ctrl-C raises
-            KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number = 0  # the signal received, or 0
+        # Whether training steps are running. Before that, and on the second time, Ctrl-C raises KeyboardInterrupt.
         self.training = False
         self._depth = 0
         self._previous: dict[int, Any] = {}

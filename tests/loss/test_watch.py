@@ -12,7 +12,7 @@ import torch
 
 from tal_fast import TALLoss
 from tal_fast.loss import watch
-from tal_fast.loss.watch import complaint
+from tal_fast.loss.watch import QueueWatch
 from tests.helpers.backends import device_of, every_backend
 
 
@@ -88,6 +88,6 @@ def test_the_watch_is_copied_with_the_loss() -> None:
     ],
 )
 def test_complaints_name_the_cause(correct: float, accepted: float, threshold: float, part: str | None) -> None:
-    sentence = complaint(correct, accepted, threshold, "of epoch 1", "method.options.")
+    sentence = QueueWatch("method.options.").judge(correct, accepted, threshold, "of epoch 1")
     assert (sentence is None) == (part is None)
     assert part is None or part in str(sentence)

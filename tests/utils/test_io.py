@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tal_fast.utils.io import alone_in, check_writable, replacing
+from tal_fast.utils.io import check_writable, replacing
+from tal_fast.utils.locks import alone_in
 
 
 def test_a_file_is_replaced_when_the_block_succeeds(tmp_path: Path) -> None:

@@ -136,13 +136,10 @@ def _tile(images: GalleryImages, split: str, index: int, alt: str, lines: tuple[
 
 
 def thumbnail(pixels: np.ndarray | Path, channels: int) -> tuple[str, int, int]:
-    """Thumbnail of an image as data URI, with its width and height.
+    """Thumbnail of an image (H, W, C) uint8 or in a file, as data URI, with its width and height.
 
-    Small images stay as they are, as PNG; larger ones are scaled down and become JPEG.
-
-    Args:
-        pixels: (H, W, C) uint8, or an image file.
-        channels: 1 or 3, as the model reads the file.
+    Small images stay as they are, as PNG; larger ones are scaled down and become JPEG. ``channels`` is 1 or 3, as the
+    model reads the file.
     """
     mode = "L" if channels == 1 else "RGB"
     if isinstance(pixels, Path):

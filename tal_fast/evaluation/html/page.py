@@ -24,7 +24,7 @@ from tal_fast.evaluation.tables import (
     setting_title,
 )
 from tal_fast.metrics.curves import reliability, scores_by_kind
-from tal_fast.utils.io import replacing
+from tal_fast.utils.io import write_text
 
 FILE = "report.html"
 SHOWN_SCORES = 6
@@ -37,9 +37,7 @@ _FOLDER = Path(__file__).parent
 def write_html(evaluation: Evaluation, folder: str | Path) -> Path:
     """Write ``report.html`` of an evaluation and return its path."""
     path = Path(folder) / FILE
-    text = render(evaluation)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, render(evaluation))
     return path
 
 

@@ -66,8 +66,7 @@ def step(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Whole step on the CPU in one call, which checks its arguments.
 
-    Returns:
-        The differentiable loss, or with ``direct`` the loss without a graph and its gradient; then ``TALStats``.
+    Returns the differentiable loss, or with ``direct`` the loss without a graph and its gradient; then ``TALStats``.
     """
     operator = torch.ops.tal_fast.step_with_gradient.default if direct else torch.ops.tal_fast.step.default
     queue = ring.mean, ring.std, ring.cursor, ring.index
@@ -81,13 +80,6 @@ def step(
 
 def _loss_arguments(options: LossOptions, warmup: bool) -> tuple[Any, ...]:
     """Options in the order of the extension's operators."""
-    return (
-        options.variant == "released",
-        options.t_min,
-        options.t_max,
-        options.t_wrong,
-        options.confidence_threshold,
-        options.label_smoothing,
-        options.ignore_index,
-        warmup,
-    )
+    temperatures = options.t_min, options.t_max, options.t_wrong
+    others = options.confidence_threshold, options.label_smoothing, options.ignore_index, warmup
+    return options.variant == "released", *temperatures, *others
