@@ -237,6 +237,8 @@ class Trainer:
         if not math.isfinite(means["train_loss"]):
             self._saver.fail_diverged(f"the training loss is {means['train_loss']}")
         if first < steps:
+            if state.average is not None and not state.average.takes_statistics:
+                self.ranks.average_buffers(state.average.network)  # before saving, as a checkpoint has one rank's
             self.save()  # trained, not yet validated: a run resumed from here begins by finishing the epoch
         images = (state.step - first) * config.batch_size
         state.epoch, state.step = epoch + 1, 0
@@ -262,7 +264,7 @@ class Trainer:
 
     def _update_average(self, epoch: int) -> None:
         average = self.state.average
-        if average is not None:
+        if average is not None and average.takes_statistics:
             steps = min(len(self.batches), -(-STATISTICS_IMAGES // self.config.batch_size))
             batches = self._saver.guard(self.batches.images(epoch, steps), steps)
             images = map(self.runtime.arrange, batches)
@@ -364,7 +366,7 @@ class Trainer:
 
 def _make_paths_absolute(data: DataConfig) -> None:
     if data.root is not None:
-        data.root = str(Path(data.root).absolute())
+        data.root = str(Path(data.root).expanduser().absolute())
     if data.file_list is not None:
-        data.file_list = str(Path(data.file_list).absolute())
-    data.ood = {name: str(Path(path).absolute()) for name, path in data.ood.items()}
+        data.file_list = str(Path(data.file_list).expanduser().absolute())
+    data.ood = {name: str(Path(path).expanduser().absolute()) for name, path in data.ood.items()}

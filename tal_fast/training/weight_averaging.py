@@ -20,6 +20,7 @@ class WeightAverage:
     """Average of a network's weights over a run."""
 
     network: nn.Module  # copy of the network with the averaged weights
+    takes_statistics: bool  # whether it takes its BatchNorm statistics from training images after an epoch
 
     def update_after_step(self, network: nn.Module) -> None:
         """Take in the weights after a step of the optimizer; must not wait for the device."""
@@ -39,6 +40,8 @@ class MovingAverage(WeightAverage):
     ``torch.optim.swa_utils``, it does not read a counter from the device at every step.
     """
 
+    takes_statistics = False
+
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.network = copy.deepcopy(network).requires_grad_(False)
         self.decay = decay
@@ -55,6 +58,8 @@ class StochasticAverage(WeightAverage):
 
     ``first_epoch``, counted from 0, is the first one whose final weights count.
     """
+
+    takes_statistics = True
 
     def __init__(self, network: nn.Module, first_epoch: int) -> None:
         self._average = AveragedModel(network).requires_grad_(False)

@@ -13,6 +13,7 @@ from tal_fast.config.schema import Config, OptimConfig
 from tal_fast.runs import checkpoint
 from tal_fast.training.train_step import check_parts
 from tal_fast.training.trainer import Trainer
+from tal_fast.training.validation import Validator
 from tal_fast.utils.distributed import Ranks
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import assert_same_end, config
@@ -145,4 +146,30 @@ def train_in_parts(rank: int, folder: Path) -> None:
 @pytest.mark.slow
 def test_three_ranks_resume_to_the_same_bits(tmp_path: Path) -> None:
     run_ranks(train_in_parts, 3, tmp_path, tmp_path)
+    assert_same_end(tmp_path / "straight", tmp_path / "parts")
+
+
+class Cut(Exception):
+    """Error that ends a run before validation."""
+
+
+def train_average_in_parts(rank: int, folder: Path) -> None:
+    """Train an epoch with a moving average at once, and cut before its validation, on one of two ranks."""
+    ranks = Ranks(rank, 2, torch.device("cpu"))
+    options = {"epochs": 1, "batch_size": 48, "data_options": {"train_limit": 192}, "optim": OptimConfig(ema_decay=0.8)}
+    Trainer(config(folder / "straight", **options), ranks).fit()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Validator, "validate", cut)
+        with pytest.raises(Cut):
+            Trainer(config(folder / "parts", **options), ranks).fit()
+    Trainer(config(folder / "parts", **options, resume="auto"), ranks).fit()
+
+
+def cut(*_: Any) -> None:
+    raise Cut
+
+
+@pytest.mark.slow
+def test_a_moving_average_of_two_ranks_resumes_before_validation(tmp_path: Path) -> None:
+    run_ranks(train_average_in_parts, 2, tmp_path, tmp_path)
     assert_same_end(tmp_path / "straight", tmp_path / "parts")
