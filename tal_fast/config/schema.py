@@ -6,6 +6,7 @@ reads both, those of version 0.1.0 too. The first sentence about each attribute 
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -289,6 +290,9 @@ class Config:
     progress: Literal["auto", "lines", "none"] = "auto"
     profile: str | None = None
 
+    def __post_init__(self) -> None:
+        self.output = os.path.expanduser(self.output)
+
     def check(self) -> Config:
         """Raise ValueError for a value outside its range; returns the configuration itself."""
         read(Config, self.to_dict(), "")  # types and finite numbers, for a configuration that was made in Python
@@ -300,6 +304,8 @@ class Config:
         ):  # fmt: skip
             check_at_least(name, getattr(self, name), 1)
         check_at_least("seed", self.seed, 0)
+        if not self.output.strip():
+            raise ValueError("output is empty; name a folder for the results")
         check_positive("rank_timeout", self.rank_timeout)
         known = {*self.flat(), TRAINING_IMAGES}
         unknown = [name for name in self.allow if name.replace("-", "_") not in known]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -40,6 +41,9 @@ def _train(config: Config, stop: StopRequest, bench: bool) -> None:
     from tal_fast.utils.distributed import Ranks
 
     if config.threads is not None:
+        most = 16 * (os.cpu_count() or 1)  # beyond what the system starts, PyTorch crashes
+        if config.threads > most:
+            raise SystemExit(report_mistake(ValueError(f"threads is {config.threads}; use at most {most} here")))
         torch.set_num_threads(config.threads)
     try:
         ranks = Ranks.start(config.device)

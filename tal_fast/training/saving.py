@@ -53,6 +53,7 @@ class Saver:
         self.waited = 0.0  # seconds that ``guard`` has waited for batches
         infinite = not_finite({**state.rank_state(), **state.shared_state()})  # masks of -inf, say
         self._infinite = infinite | {name.replace("model.", "average.", 1) for name in infinite}
+        self._resumed = bool(state.epoch or state.step)  # and nothing is saved since
         self._ended = False  # whether all ranks have ended the run together, so that there is nothing to rescue
 
     def save(self, best: bool = False) -> None:
@@ -67,6 +68,7 @@ class Saver:
         if self._ranks.max(bool(infinite)):
             self.fail_diverged(f"{min(infinite, default='the state of another rank')} holds NaN or infinity")
         everyone = self._ranks.gather(own)
+        self._resumed = False
         if self._ranks.is_main:
             self._write(shared, everyone, best)
 
@@ -122,11 +124,18 @@ class Saver:
         problem = self.writer.finish()
         self._ranks.barrier()
         rate = float(state.optimizer.param_groups[0]["lr"])
+        remedy = (
+            "Go on from the checkpoint before with --resume auto --allow optim.lr,optim.clip_norm and a lower "
+            f"--optim.lr (now {optim.lr:g}) or --optim.clip_norm (now {optim.clip_norm or 'none'})"
+        )
+        if self._resumed:
+            remedy += (
+                "; if they are lower already, that checkpoint had diverged before it was saved: go on from an older "
+                f"one, such as --resume {self._output / checkpoint.FOLDER / checkpoint.BEST}, or start anew"
+            )
         raise TrainingFailed(
             f"training diverged: {what} after step {state.step} of epoch {state.epoch + 1}, with a learning rate of "
-            f"{rate:g}; this was not saved. Go on from the checkpoint before with --resume auto --allow "
-            f"optim.lr,optim.clip_norm and a lower --optim.lr (now {optim.lr:g}) or --optim.clip_norm (now "
-            f"{optim.clip_norm or 'none'})" + (f"; {problem}" if problem else "")
+            f"{rate:g}; this was not saved. {remedy}" + (f"; {problem}" if problem else "")
         )
 
     def rescue(self, own: dict[str, Any] | None) -> None:

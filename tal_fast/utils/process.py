@@ -42,8 +42,8 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
     without finalising the interpreter: gloo threads that release their last tensor during finalisation abort the
     process (pytorch issue 190489; 1 finished run in 12 with four processes), which torchrun reports as a failed run.
 
-    Errors of the file system end in one sentence and code 2, a lost rank in one sentence and code 75. Other exceptions
-    show their traceback, as these do with ``python -X dev``.
+    Ctrl-C ends in one sentence and code 130, an error of the file system in one and code 2, a lost rank in one and code
+    75. Other exceptions show their traceback, as errors of files do with ``python -X dev``.
     """
     alone = world_size() == 1
     try:
@@ -52,6 +52,9 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
         if isinstance(leaving.code, str):
             raise
         code = leaving.code
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped by Ctrl-C\n")
+        code = 128 + 2
     except BrokenPipeError:  # ``tal-fast compare ... | head``
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         code = 128 + 13

@@ -109,3 +109,8 @@ def test_every_option_has_a_dotted_name() -> None:
     ).flat()
     assert (flat["method.options.tau"], flat["data.ood"], flat["epochs"]) == (0.5, {"a": "/a"}, 90)
     assert Config(method=MethodConfig("openmix")).flat().keys() > OWN_OF_A_RANK
+
+
+def test_an_output_below_the_home_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert Config.from_dict({"output": "~/runs"}).output == "/home/someone/runs"

@@ -47,6 +47,19 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--output", ""], "output is empty; name a folder for the results"),
+        (["--output", "x", "--threads", "1000000"], "threads is 1000000; use at most "),
+    ],
+)
+def test_values_that_no_run_can_use_are_refused(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sentence in refusal(["--config", "digits-ce", *words], capsys)
+
+
+@pytest.mark.parametrize(
     ("argv", "sentence"),
     [
         ("--config digits", "no preset or file 'digits'; did you mean digits-ce"),

@@ -313,6 +313,10 @@ def test_a_loss_that_is_not_finite_ends_the_epoch_early(tmp_path: Path, monkeypa
     with pytest.raises(TrainingFailed, match=sentence + remedy):
         trainer.fit()
     assert saved_at(tmp_path / "parts") == (0, 2)
+    again = Trainer(config(tmp_path / "parts", epochs=1, checkpoint_every_steps=2, resume="auto"))
+    at_call(monkeypatch, again.state.optimizer, "step", 1, poison(again.network.fc.weight))  # type: ignore
+    with pytest.raises(TrainingFailed, match=r"an older one, such as --resume .*best.pt, or start anew"):
+        again.fit()
 
 
 @pytest.mark.parametrize(

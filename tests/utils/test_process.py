@@ -143,6 +143,16 @@ def test_errors_that_no_file_explains_keep_their_traceback(error: Exception) -> 
         run_and_exit(main)
 
 
+def test_an_interrupt_ends_in_a_sentence(capfd: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        run_and_exit(main)
+    assert caught.value.code == 130
+    assert capfd.readouterr().err == "stopped by Ctrl-C\n"
+
+
 def test_a_reader_that_left_is_no_error() -> None:
     code = (
         "from tal_fast.utils.process import run_and_exit; run_and_exit(lambda: [print('x' * 99) for _ in range(9999)])"
