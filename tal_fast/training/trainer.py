@@ -190,7 +190,7 @@ class Trainer:
                     logger.warning(problem)
             self.ranks.barrier()  # torchrun would end the others if a rank left before all is written
         if problem:
-            raise TrainingFailed(f"{problem}; make room and go on with --resume auto")
+            raise TrainingFailed(self._writer.taken or f"{problem}; make room and go on with --resume auto")
         if state.epoch == config.epochs:
             accuracy, best_epoch = state.best["val_accuracy"], state.best["epoch"]
             self._info(f"done: best val acc {accuracy:.2%} in epoch {best_epoch}; results in {self.output}")
@@ -276,8 +276,9 @@ class Trainer:
         best = self.state.finish_epoch(row)
         if self.ranks.is_main:
             try:
+                self._lock.ensure()
                 write_metrics(self.output, self.history)
-            except OSError as error:  # written again after the next epoch
+            except (OSError, ValueError) as error:  # written again after the next epoch
                 logger.warning("%s could not be written (%s)", METRICS_FILE, error)
         if self._loggers:
             self._loggers.histograms(histograms, self._steps_done)
