@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tal_fast.config.schema import Config
-from tal_fast.runs.folder import CONFIG_FILE
+from tal_fast.runs.folder import CONFIG_FILE, write_config
 from tal_fast.utils.io import check_zip, replacing
 from tal_fast.utils.locks import FolderLock
 
@@ -93,9 +93,9 @@ class Writer:
         except ValueError as error:
             self.taken = f"the folder of this run was deleted or moved, and nothing more is written to it: {error}"
             return
-        config = self._folder.parent / CONFIG_FILE
-        if not config.exists() and "config" in content:  # the folder was deleted during training
-            Config.from_dict(content["config"]).save(config)
+        output = self._folder.parent
+        if not (output / CONFIG_FILE).exists() and "config" in content:  # the folder was deleted during training
+            write_config(output, Config.from_dict(content["config"]))
         if not copies:
             save(last, content, previous)
             return

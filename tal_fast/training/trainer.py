@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tal_fast.config.schema import OWN_OF_A_RANK, Config, DataConfig
 from tal_fast.data import build_data
 from tal_fast.runs import checkpoint
-from tal_fast.runs.folder import CONFIG_FILE, METRICS_FILE, epoch_row, write_metrics
+from tal_fast.runs.folder import METRICS_FILE, epoch_row, write_config, write_metrics
 from tal_fast.runs.resume import changes, find_checkpoint, leaves_epoch, refuse_existing_run, refuse_other_data
 from tal_fast.training import loggers
 from tal_fast.training.batches import TrainingBatches
@@ -332,7 +332,7 @@ class Trainer:
             raise TrainingFailed(str(error)) from None
         self._claimed = True
         remove_leftovers(self.output / checkpoint.FOLDER)
-        self.config.save(self.output / CONFIG_FILE)
+        write_config(self.output, self.config)
         if self.history:
             write_metrics(self.output, self.history)
 
