@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from tal_fast.config.schema import Config
-from tal_fast.runs.folder import CONFIG_FILE
+from tal_fast.runs.folder import CONFIG_FILE, write_config
 from tal_fast.utils.io import check_zip, replacing
+from tal_fast.utils.locks import FolderLock
 
 FORMAT = 1
 """Version of the file format; raised when older code could not read newer files."""
@@ -52,10 +53,15 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
 
 
 class Writer:
-    """Background writer of a run's checkpoints, one at a time."""
+    """Background writer of a run's checkpoints, one at a time.
+
+    Attributes:
+        taken: a sentence on the process that has the run's folder now, where nothing more is written; else None.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.taken: str | None = None
+        self._folder, self._lock = folder, FolderLock(folder.parent)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -78,13 +84,18 @@ class Writer:
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
             reason = str(error).partition("\n")[0] or type(error).__name__
             return f"a checkpoint could not be written to {self._folder} ({reason}); the one before is whole"
-        return None
+        return self.taken
 
     def _write(self, content: dict[str, Any], copies: list[str]) -> None:
         last, previous = self._folder / LAST, self._folder / PREVIOUS
-        config = self._folder.parent / CONFIG_FILE
-        if not config.exists() and "config" in content:  # the folder was deleted during training
-            Config.from_dict(content["config"]).save(config)
+        try:
+            self._lock.ensure()
+        except ValueError as error:
+            self.taken = f"the folder of this run was deleted or moved, and nothing more is written to it: {error}"
+            return
+        output = self._folder.parent
+        if not (output / CONFIG_FILE).exists() and "config" in content:  # the folder was deleted during training
+            write_config(output, Config.from_dict(content["config"]))
         if not copies:
             save(last, content, previous)
             return

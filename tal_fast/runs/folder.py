@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from tal_fast.config.schema import Config
 from tal_fast.utils.io import replacing
 
 CONFIG_FILE = "config.yaml"
@@ -27,6 +29,11 @@ def epoch_row(epoch: int, training: Mapping[str, float], validation: Mapping[str
     """Row of metrics.csv for an epoch, counted from 1: ``COLUMNS``, then the method's own columns."""
     values = {"epoch": epoch, **training, **validation}
     return {name: values.pop(name) for name in COLUMNS} | values
+
+
+def write_config(output: Path, config: Config) -> None:
+    """Write config.yaml atomically, without the permissions of this command: ``resume``, ``allow`` and ``extend``."""
+    replace(config, resume="never", allow=[], extend=False).save(output / CONFIG_FILE)
 
 
 def write_metrics(output: Path, rows: Sequence[Mapping[str, float]]) -> None:

@@ -14,7 +14,7 @@ from tal_fast.config.schema import Config
 from tal_fast.data import DataBundle, build_data
 from tal_fast.methods import method_class
 from tal_fast.models import build_model, keep_classes
-from tal_fast.runs.checkpoint import BEST, FOLDER, load, load_newest, restoring
+from tal_fast.runs.checkpoint import BEST, FOLDER, LAST, Damaged, load, load_newest, restoring
 
 
 @dataclass
@@ -68,7 +68,10 @@ def load_run(
         raise ValueError(f"{run_dir} holds no run of tal_fast.train; train one first with {train}")
     if checkpoint == "best":
         path = folder / BEST
-        content = load(path)
+        try:
+            content = load(path)
+        except Damaged as error:
+            raise Damaged(f"{error}; use --checkpoint last") if (folder / LAST).is_file() else error from None
     else:
         content, path, _ = load_newest(folder)
     shape: dict[str, Any] = content["shape"]

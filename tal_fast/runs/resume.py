@@ -87,6 +87,12 @@ def find_checkpoint(config: Config, lock: FolderLock | None = None) -> tuple[dic
             )
         content = checkpoint.load(path)
     refuse_other_options(content["config"], config, path)
+    best, epoch = folder / checkpoint.BEST, content["best"].get("epoch", 0)
+    if epoch and not (best.is_file() and best.stat().st_size):
+        logger.warning(
+            "%s, the weights of epoch %d, is missing or empty, and is written by the next better epoch; until then use "
+            "--checkpoint last to evaluate", best, epoch,
+        )  # fmt: skip
     return content, path
 
 

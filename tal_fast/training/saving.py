@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_FAILED, _DIVERGED = 1 << 10, 1 << 11
-"""Reasons to stop that are not signals' numbers: an error of a rank's loader; a loss that is not finite."""
+_FAILED, _DIVERGED, _TAKEN = 1 << 10, 1 << 11, 1 << 12
+"""Reasons to stop that are not signals' numbers: an error of a rank's loader; a loss that is not finite; another
+process that has the run's folder."""
 
 _STORE_LIMIT = 8 * 2**20 - 1024
 """Largest value in bytes of torch's TCPStore, which closes the connection over a larger one."""
@@ -97,16 +98,19 @@ class Saver:
         ``failure`` is an error of this rank, which is raised when the run is saved.
         """
         reason = _FAILED if failure else 0 if self._state.sums.finite() else _DIVERGED
+        reason = _TAKEN if self.writer.taken else reason
         reason = self._ranks.max(reason or self._stop.poll())
         if not reason:
             return
         if reason == _DIVERGED:
             self.fail_diverged("the training loss is not finite")
-        if self._state.step:  # else the last checkpoint has all
+        if self._state.step and reason != _TAKEN:  # else the last checkpoint has all
             self.save()
         problem = self.writer.finish()
         self._ranks.barrier()  # torchrun would end the others if a rank left before all is written
         self._ended = True
+        if reason == _TAKEN or self.writer.taken:
+            raise TrainingFailed(self.writer.taken or "another run has the folder, see rank 0's message") from failure
         if problem:
             raise TrainingFailed(f"{problem}; make room and go on with --resume auto") from failure
         if isinstance(failure, UnreadableImage):
@@ -206,5 +210,5 @@ class Saver:
         if every is not None and self._state.step == 0 and epoch % every == 0:
             copies.append(checkpoint.epoch_name(epoch))
         problem = self.writer.start(content, copies)
-        if problem:
+        if problem and not self.writer.taken:
             logger.warning("%s; trying again now", problem)

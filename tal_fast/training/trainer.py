@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tal_fast.config.schema import OWN_OF_A_RANK, Config, DataConfig
 from tal_fast.data import build_data
 from tal_fast.runs import checkpoint
-from tal_fast.runs.folder import CONFIG_FILE, METRICS_FILE, epoch_row, write_metrics
+from tal_fast.runs.folder import METRICS_FILE, epoch_row, write_config, write_metrics
 from tal_fast.runs.resume import changes, find_checkpoint, leaves_epoch, refuse_existing_run, refuse_other_data
 from tal_fast.training import loggers
 from tal_fast.training.batches import TrainingBatches
@@ -190,7 +190,7 @@ class Trainer:
                     logger.warning(problem)
             self.ranks.barrier()  # torchrun would end the others if a rank left before all is written
         if problem:
-            raise TrainingFailed(f"{problem}; make room and go on with --resume auto")
+            raise TrainingFailed(self._writer.taken or f"{problem}; make room and go on with --resume auto")
         if state.epoch == config.epochs:
             accuracy, best_epoch = state.best["val_accuracy"], state.best["epoch"]
             self._info(f"done: best val acc {accuracy:.2%} in epoch {best_epoch}; results in {self.output}")
@@ -278,8 +278,9 @@ class Trainer:
         best = self.state.finish_epoch(row)
         if self.ranks.is_main:
             try:
+                self._lock.ensure()
                 write_metrics(self.output, self.history)
-            except OSError as error:  # written again after the next epoch
+            except (OSError, ValueError) as error:  # written again after the next epoch
                 logger.warning("%s could not be written (%s)", METRICS_FILE, error)
         if self._loggers:
             self._loggers.histograms(histograms, self._steps_done)
@@ -333,7 +334,7 @@ class Trainer:
             raise TrainingFailed(str(error)) from None
         self._claimed = True
         remove_leftovers(self.output / checkpoint.FOLDER)
-        self.config.save(self.output / CONFIG_FILE)
+        write_config(self.output, self.config)
         if self.history:
             write_metrics(self.output, self.history)
 

@@ -37,12 +37,13 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._path = folder / ".lock"
+        self._key = os.path.realpath(self._path)
         self._process = os.getpid()
 
     @property
     def held(self) -> bool:
         """Whether this lock is held."""
-        return self in _held.get(os.path.realpath(self._path), (-1, []))[1]
+        return self in _held.get(self._key, (-1, []))[1]
 
     def acquire(self, wait: float = 0.0) -> None:
         """Take the lock, waiting at most ``wait`` seconds for another process; the folder is created.
@@ -50,27 +51,46 @@ class FolderLock:
         Where the file system has no locks, a warning says so. Raises ValueError if another process holds the lock, and
         OSError if the folder cannot be written.
         """
-        key = os.path.realpath(self._path)
         with _guard:
-            if key not in _held:
+            if self._key not in _held:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                _held[key] = self._lock(wait), []
-            if self not in _held[key][1]:
-                _held[key][1].append(self)
+                _held[self._key] = self._lock(wait), []
+            if self not in _held[self._key][1]:
+                _held[self._key][1].append(self)
+
+    def ensure(self) -> None:
+        """Take the lock again if this process holds it, but its file was deleted, as with the folder; else do nothing.
+
+        Raises as ``acquire`` does, if another process took the lock in between.
+        """
+        with _guard:
+            if self._key not in _held or os.getpid() != self._process:
+                return
+            handle, holders = _held[self._key]
+            if not self._is_file_of(handle):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _held[self._key] = self._lock(0.0), holders
+                os.close(handle)
 
     def release(self) -> None:
         """Release the lock and remove its file, unless this process holds it elsewhere too."""
-        key = os.path.realpath(self._path)
         with _guard:
-            handle, holders = _held.get(key, (-1, []))
+            handle, holders = _held.get(self._key, (-1, []))
             if self not in holders or os.getpid() != self._process:
                 return
             holders.remove(self)
             if not holders:
-                del _held[key]
-                with contextlib.suppress(OSError):
-                    self._path.unlink()
+                del _held[self._key]
+                if self._is_file_of(handle):  # else it is another process's
+                    with contextlib.suppress(OSError):
+                        self._path.unlink()
                 os.close(handle)
+
+    def _is_file_of(self, handle: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(handle), os.stat(self._path))
+        except OSError:
+            return False
 
     def _lock(self, wait: float) -> int:
         deadline, told = time.monotonic() + wait, False

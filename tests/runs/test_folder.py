@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tal_fast.runs.folder import COLUMNS, epoch_row, write_metrics
+from tal_fast.config.parse import load_config
+from tal_fast.config.schema import Config
+from tal_fast.runs.folder import COLUMNS, epoch_row, write_config, write_metrics
 
 
 def test_a_row_has_the_common_columns_first_and_the_methods_own_after() -> None:
@@ -36,3 +38,8 @@ def test_rows_of_an_older_version_may_lack_a_column(tmp_path: Path) -> None:
     with open(tmp_path / "metrics.csv", newline="") as file:
         lines = list(csv.reader(file))
     assert [line[-2:] for line in lines] == [["own", "new"], ["1.0", "nan"], ["1.0", "2.0"]]
+
+
+def test_config_yaml_keeps_no_permission_of_one_command(tmp_path: Path) -> None:
+    write_config(tmp_path, Config(seed=7, resume="auto", allow=["optim.lr"], extend=True))
+    assert load_config(str(tmp_path / "config.yaml")) == Config(seed=7)

@@ -39,7 +39,10 @@ def test_missing_runs_and_checkpoints_are_refused(tmp_path: Path) -> None:
         load_run(tmp_path)
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / "last.pt").touch()
-    with pytest.raises(ValueError, match=r"there is no checkpoint .*best.pt"):
+    with pytest.raises(ValueError, match=r"there is no checkpoint .*best.pt; use --checkpoint last$"):
+        load_run(tmp_path)
+    (tmp_path / FOLDER / "last.pt").rename(tmp_path / FOLDER / "best.pt")
+    with pytest.raises(ValueError, match=r"best.pt cannot be read .* or not one$"):
         load_run(tmp_path)
     with pytest.raises(ValueError, match="checkpoint is 'first'; use 'best' or 'last'"):
         load_run(tmp_path, "first")  # type: ignore[arg-type]

@@ -48,6 +48,22 @@ def test_auto_takes_the_newest_checkpoint_that_can_be_read(tmp_path: Path, caplo
     assert f"last.pt cannot be read (BadZipFile); it is damaged or not one; going on from {previous}" in caplog.text
 
 
+@pytest.mark.parametrize("lost", [Path.unlink, lambda best: best.write_bytes(b"")], ids=["missing", "empty"])
+def test_a_lost_best_checkpoint_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, lost: Callable[[Path], Any]
+) -> None:
+    auto = config(tmp_path, resume="auto")
+    best = save(auto, "best.pt")
+    last = content(config=auto.to_dict()) | {"best": {"epoch": 1, "val_accuracy": 0.5}}
+    checkpoint.save(best.with_name("last.pt"), last)
+    find_checkpoint(auto)
+    assert caplog.text == ""
+    lost(best)
+    find_checkpoint(auto)
+    assert f"{best}, the weights of epoch 1, is missing or empty" in caplog.text
+    assert "use --checkpoint last" in caplog.text
+
+
 def test_a_path_resumes_into_the_same_or_an_empty_folder(tmp_path: Path) -> None:
     path = str(save(config(tmp_path / "a")))
     for folder in ("a", "b"):

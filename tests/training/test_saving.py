@@ -25,6 +25,7 @@ from tal_fast.training.validation import Validator
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.signals import Stopped
 from tests.helpers.images import make_folder
+from tests.helpers.locks import holder
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import assert_same_end, config, read_metrics
 
@@ -443,3 +444,24 @@ def test_the_update_of_a_whole_step_is_not_taken_back(tmp_path: Path) -> None:
     assert own is not None
     assert torch.equal(own["sums"], trainer.state.sums.total)
     assert torch.equal(trainer.network.bn1.running_mean, before)  # type: ignore[union-attr,arg-type]
+
+
+def test_a_run_whose_folder_another_run_took_stops_and_writes_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer, processes = Trainer(config(run, epochs=9)), []
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, Validator, "_logits", 1, lambda: processes.append((run.rename(tmp_path / "a"), holder(run))[1]))
+        with pytest.raises(TrainingFailed, match=r"was deleted or moved.*run is in use by process \d+ on"):
+            trainer.fit()
+    assert os.listdir(run) == [".lock"]
+    processes[0].communicate("end\n")
+
+
+def test_a_run_whose_folder_was_moved_locks_the_new_one(tmp_path: Path) -> None:
+    run, found = tmp_path / "run", []
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, Validator, "_logits", 1, lambda: run.rename(tmp_path / "moved"))
+        at_call(patch, TrainingBatches, "epoch", 2, lambda: found.extend(os.listdir(run)))
+        Trainer(config(run, epochs=2)).fit()
+    assert ".lock" in found
+    assert not (run / ".lock").exists()

@@ -80,3 +80,21 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="file/run"):
         FolderLock(tmp_path / "file" / "run").acquire()
+
+
+def test_a_lock_whose_file_is_gone_is_taken_again_or_refused(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    lock = FolderLock(run)
+    lock.ensure()  # not held: nothing to do
+    assert not run.exists()
+    lock.acquire()
+    run.rename(other)
+    FolderLock(run).ensure()  # of the same process
+    assert (run / ".lock").exists()
+    run.rename(tmp_path / "third")
+    process = holder(run)
+    with pytest.raises(ValueError, match=f"run is in use by process {process.pid}"):
+        lock.ensure()
+    lock.release()
+    assert (run / ".lock").exists()  # the other process's
+    process.communicate("end\n")
