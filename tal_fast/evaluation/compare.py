@@ -6,13 +6,16 @@ by its method's own score (TAL by cosine, CE by the maximum softmax probability)
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +25,8 @@ from tal_fast.evaluation.report import Report
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import SETTING_TITLES, mix_with_seed, nan_if_none
 from tal_fast.runs.folder import CONFIG_FILE
+
+logger = logging.getLogger(__name__)
 
 _NOT_PART_OF_METHOD = (
     "seed", "output", "resume", "allow", "extend", "device", "threads", "rank_timeout", "progress", "eval_batch_size",
@@ -120,18 +125,46 @@ def judging_score(report: Report, name: str, score: str | None = None) -> str:
 def read_method(run: str | Path, report: Report | None = None) -> tuple[str | None, int | None]:
     """Method and seed of a run, from its report, else from its ``config.yaml``; both None without either.
 
-    The method is the configuration as text, without the seed and options that do not change what is trained.
+    The method is the configuration as text, without the seed and options that do not change what is trained. Warns if
+    the report is of another method or seed than the ``config.yaml`` beside it.
     """
     path = Path(run) / CONFIG_FILE
-    if report is not None and "config" in report:
-        config = report["config"]  # the folder may hold another run by now
-    elif not path.is_file():
-        return None, None
-    else:
-        config = read_yaml(path)
+    if report is None or "config" not in report:
+        return _method_of(read_yaml(path)) if path.is_file() else (None, None)
+    found = _method_of(report["config"])
+    with contextlib.suppress(ValueError, OSError):  # the file is not needed
+        if path.is_file() and _method_of(read_yaml(path)) != found:
+            logger.warning(
+                "the report of %s is of another method or seed than its %s, and counts as what it is of; evaluate the "
+                "run again if that is what you mean", run, CONFIG_FILE,
+            )  # fmt: skip
+    return found
+
+
+def _method_of(config: dict[str, Any]) -> tuple[str, int]:
     options = Config.from_dict(config).flat()  # with the defaults of options that are newer than the run
     method = {name: value for name, value in options.items() if name not in _NOT_PART_OF_METHOD}
     return json.dumps(method, sort_keys=True), options["seed"]
+
+
+def check_distinct(
+    reports: Sequence[Report], names: Sequence[str], methods: Sequence[str | None], seeds: Sequence[int | None]
+) -> None:
+    """Raise a ValueError if two reports of a method are of the same weights; warn if they are of the same seed."""
+    for i, j in itertools.combinations(range(len(reports)), 2):
+        if methods[i] != methods[j]:
+            continue
+        one, other = reports[i], reports[j]
+        same = [key for key in ("sha256", "weights_sha256") if one.get(key) is not None and one[key] == other.get(key)]
+        known, same_seed = methods[i] is not None, seeds[i] == seeds[j]
+        equal = same_seed and json.dumps(one["settings"]) == json.dumps(other["settings"])
+        # Weights of unknown method may be compared with themselves under another preprocessing.
+        if "sha256" in same or (known and (same or equal)):
+            raise ValueError(
+                f"{names[i]} and {names[j]} are evaluations of the same weights, one run; name one of them"
+            )
+        if known and same_seed:
+            logger.warning("%s and %s have the same seed %s, and count as two runs", names[i], names[j], seeds[i])
 
 
 def group_runs(

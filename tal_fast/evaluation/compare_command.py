@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compare(args: argparse.Namespace) -> str:
-    from tal_fast.evaluation.compare import columns_of, find_group, group_runs, read_method
+    from tal_fast.evaluation.compare import check_distinct, columns_of, find_group, group_runs, read_method
     from tal_fast.evaluation.compare_tables import add_description, describe, format_comparison
     from tal_fast.evaluation.differences import add_differences
     from tal_fast.evaluation.evaluation import samples_of
@@ -97,6 +97,7 @@ def _compare(args: argparse.Namespace) -> str:
     if len({json.dumps(found.identity, sort_keys=True) for found in samples if found is not None}) > 1:
         logger.warning("the runs were evaluated on different images or copies of them; look at differences with care")
     methods, seeds = zip(*map(read_method, args.runs, reports), strict=True)
+    check_distinct(reports, names, methods, seeds)
     groups = group_runs(reports, names, methods, samples, args.score, seeds)
     columns = columns_of(groups, args.metrics)
     baseline = groups[0] if args.baseline is None else find_group(groups, args.baseline)

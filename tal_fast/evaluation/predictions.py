@@ -217,11 +217,11 @@ class Inference:
                 raise
         if ranks.on_main(store.missing).size:
             with store.only_pass(wait=ranks.world_size == 1) if ranks.is_main else contextlib.nullcontext():
-                missing = ranks.on_main(store.missing)
+                missing = ranks.on_main(lambda: store.missing(check=False))
                 if missing.size:
                     self._run(store, name, images, missing, corruption)
                     ranks.barrier()
-            still_missing = ranks.on_main(store.missing)
+            still_missing = ranks.on_main(lambda: store.missing(check=False))
             if still_missing.size:
                 raise ValueError(
                     f"{len(still_missing)} of {len(images)} samples of {name!r} are missing in {store.folder} after "

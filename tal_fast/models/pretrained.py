@@ -2,7 +2,8 @@
 
 State dicts of PyTorch (``.pt``, ``.pth``, read without running code) and safetensors are read: plain, under
 ``state_dict`` or ``model`` in a checkpoint, and with the prefixes of DDP, ``torch.compile`` and averaged models.
-Averaged weights, such as those under ``model_ema``, are preferred. The checkpoints of the released TAL code load, too.
+Averaged weights, such as those under ``model_ema`` or ``ema.shadow``, are preferred. The checkpoints of the released
+TAL code load, too.
 """
 
 from __future__ import annotations
@@ -36,12 +37,9 @@ logger = logging.getLogger(__name__)
 PRETRAINED = "pretrained"
 """Name instead of a file, for torchvision's own weights in its cache."""
 
-_AVERAGE_KEYS = (
-    "average", "model_ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema",
-    "swa_state_dict", "swa_model", "swa",
-)  # fmt: skip
-"""Keys of averaged weights in checkpoints of this project, of torchvision, timm and others."""
-_STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")
+_AVERAGED = ("ema", "average", "swa", "shadow")
+"""Words in the keys of averaged weights."""
+_STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "module")
 _PREFIXES = ("module.", "_orig_mod.")
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 """Prefixes of classifiers that are for training only."""
@@ -90,19 +88,31 @@ def read_state(path: str | Path, key: str | None = None) -> tuple[dict[str, Tens
     for part in key.split(".") if key else ():
         node = node.get(part) if isinstance(node, Mapping) else None
     states = _states_in(node, key or "")
-    if not states:
+    prefix = len(key) if key else 0
+    plain_keys = [k for k in states if all(part in _STATE_KEYS for part in filter(None, k[prefix:].split(".")))]
+    plain_keys.sort(key=lambda k: [_STATE_KEYS.index(part) for part in filter(None, k[prefix:].split("."))])
+    averaged = [k for k in states if _is_averaged(k[prefix:])]
+    names = _names(states[plain_keys[0]]) if plain_keys else set()
+    whole = [k for k in averaged if names <= _names(states[k])]
+    if not whole and not plain_keys:
         keys = ", ".join(map(repr, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
-        where = f"under {key!r}" if key else f"neither itself nor under {', '.join((*_STATE_KEYS, *_AVERAGE_KEYS))}"
-        raise ValueError(f"{path} holds no state dict: {where} (it has {keys})")
-    chosen, *others = states
+        where = f"under {key!r}" if key else f"neither itself nor under {', '.join((*_STATE_KEYS, *_AVERAGED))}"
+        choice = f"; choose with --weights-key {' or '.join(list(states)[:8])}" if states else ""
+        raise ValueError(f"{path} holds no state dict: {where} (it has {keys}){choice}")
+    chosen = [*whole, *plain_keys][0]
+    names = _names(states[chosen])
+    others = [k for k in states if k != chosen and names & _names(states[k])]
     if others:
         logger.info(
             "%s: the weights under %r are used; it also has %s, which --weights-key chooses", path, chosen,
             " and ".join(map(repr, others)),
         )  # fmt: skip
+    if chosen not in averaged:
+        for name in averaged:
+            logger.warning("%s: %r lacks some of the tensors under %r, which are used", path, name, chosen)
     if not key and isinstance(content, Mapping):
-        for name in _AVERAGE_KEYS:
-            if content.get(name) is not None and not any(found.split(".")[0] == name for found in states):
+        for name, value in content.items():
+            if _is_averaged(name) and isinstance(value, (Mapping, list, tuple)) and not _states_in(value, name):
                 logger.warning("%s: %r holds no state dict; the weights under %r are used", path, name, chosen)
     # n_averaged is a counter of AveragedModel.
     state = {name: value for name, value in states[chosen].items() if name != "n_averaged"}
@@ -130,15 +140,29 @@ def _first_line(error: Exception) -> str:
     return lines[0][:160] if lines else type(error).__name__
 
 
-def _states_in(content: Any, path: str = "", depth: int = 3) -> dict[str, dict[str, Tensor]]:
-    """Key path -> state dict, for all in a checkpoint; averaged ones first."""
-    if not isinstance(content, Mapping) or not depth:
+def _is_averaged(key: Any) -> bool:
+    return any(word in str(key).lower() for word in _AVERAGED)
+
+
+def _names(state: Mapping[str, Tensor]) -> set[str]:
+    """Names of the tensors that a network needs, without prefixes."""
+    return {_without_prefixes(name) for name in state if not name.endswith(("n_averaged", "num_batches_tracked"))}
+
+
+def _states_in(
+    content: Any, path: str = "", depth: int = 4, seen: set[int] | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """Key path -> state dict, for all in a checkpoint, in its order."""
+    seen = set() if seen is None else seen  # mappings that were looked into
+    if not isinstance(content, Mapping) or not depth or id(content) in seen:
         return {}
     if content and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         return {path: dict(content)}
+    seen.add(id(content))
     found: dict[str, dict[str, Tensor]] = {}
-    for key in (*_AVERAGE_KEYS, *_STATE_KEYS):
-        found |= _states_in(content.get(key), f"{path}.{key}" if path else key, depth - 1)
+    for key, value in content.items():
+        if isinstance(key, str):
+            found |= _states_in(value, f"{path}.{key}" if path else key, depth - 1, seen)
     return found
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tal_fast import compare
 from tal_fast.config.names import METRICS, UNITS
+from tal_fast.config.schema import Config
 from tal_fast.evaluation import compare_command
 from tal_fast.evaluation.compare_tables import FORMATS
 from tal_fast.evaluation.differences import OVER
+from tal_fast.evaluation.report import read_report, write_report
 from tal_fast.evaluation.sources import evaluate_run
 from tal_fast.metrics import failure
-from tests.helpers.compare import table_lines, write_run
+from tests.helpers.compare import one_report, table_lines, write_run
 from tests.helpers.evaluation import make_run
 
 
@@ -72,3 +76,35 @@ def test_help_needs_no_torch(command: str) -> None:
     assert found.returncode == 0, found.stderr
     assert found.stdout.startswith("usage: python -m tal_fast.")
     assert found.stdout.endswith("[]\n")
+
+
+def test_one_evaluation_is_not_two_seeds(
+    evaluated_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(evaluated_run, tmp_path / "copy")
+    assert compare.main([str(evaluated_run), str(tmp_path / "copy")]) == 2
+    assert "synthetic-tal and copy are evaluations of the same weights" in capsys.readouterr().err
+
+    def rewrite(name: str, **changes: Any) -> list[str]:
+        shutil.copytree(evaluated_run, tmp_path / name)
+        report = read_report(evaluated_run)
+        write_report(
+            {**report, "config": {**report["config"], **changes.pop("config", {})}, **changes},
+            tmp_path / name / "report.json",
+        )
+        return [str(evaluated_run), str(tmp_path / name), "--bootstrap", "0"]
+
+    assert compare.main(rewrite("again", epoch=9)) == 2  # the same weights
+    assert compare.main(rewrite("old", weights_sha256=None)) == 2  # equal numbers of the same seed
+    assert capsys.readouterr().err.count("are evaluations of the same weights") == 2
+    other = rewrite("other", weights_sha256="0", config={"seed": 7})
+    assert compare.main(other) == 0
+    assert capsys.readouterr().err == ""
+    Config.from_dict(read_report(evaluated_run)["config"]).save(tmp_path / "other" / "config.yaml")
+    assert compare.main(other) == 0
+    assert "other is of another method or seed than its config.yaml" in capsys.readouterr().err
+    settings = one_report("cosine", 0.1, 0.5)["settings"]["old_fd"]["msp"]
+    report = read_report(evaluated_run)["settings"]
+    changed = {key: dict.fromkeys(scores, settings) for key, scores in report.items()}
+    assert compare.main(rewrite("last", weights_sha256="0", settings=changed)) == 0
+    assert "synthetic-tal and last have the same seed 0" in capsys.readouterr().err

@@ -247,7 +247,12 @@ RAW, EMA = ({"w": torch.full((2,), value)} for value in (1.0, 2.0))
         ({"state_dict": RAW, "state_dict_ema": EMA}, None, "state_dict_ema", 2),  # timm
         ({"net": RAW, "ema": {"n_averaged": torch.tensor(4), **prefixed(EMA, "module.")}}, None, "ema", 2),
         ({"model": RAW, "average": EMA}, None, "average", 2),  # this project's trainer
-        ({"model": RAW, "average": None}, None, "model", 1),
+        ({"model": RAW, "ema_weights": EMA}, None, "ema_weights", 2),
+        ({"model": RAW, "model_averaged": {"state_dict": EMA}}, None, "model_averaged.state_dict", 2),
+        ({"model": RAW, "ema": {"decay": 0.9, "shadow": EMA}}, None, "ema.shadow", 2),
+        ({"model": RAW, "ema": {"module": prefixed(EMA, "module."), "updates": 3}}, None, "ema.module", 2),
+        ({"model": RAW, "shadow": {"model": EMA}, "semantic": {"x": torch.zeros(1)}}, None, "shadow.model", 2),
+        ({"optimizer": {"state": {0: EMA}}, "ema_decay": 0.9, "model": RAW, "average": None}, None, "model", 1),
         ({"checkpoint": 1, "model": {"state_dict": RAW, "ema_state_dict": EMA}}, None, "model.ema_state_dict", 2),
         ({"model": RAW, "model_ema": EMA}, "model", "model", 1),
         ({"model": {"state_dict": RAW, "ema": EMA}}, "model.state_dict", "model.state_dict", 1),
@@ -271,6 +276,16 @@ def test_averaged_weights_that_are_no_state_dict_are_named(tmp_path: Path, caplo
     torch.save({"model": RAW, "ema": {"decay": 0.9, "shadow_params": list(EMA.values())}}, tmp_path / "a.pt")
     assert read_state(tmp_path / "a.pt")[1] == "model"
     assert "'ema' holds no state dict; the weights under 'model' are used" in caplog.text
+    caplog.clear()
+    whole = {**RAW, "running_mean": torch.zeros(2)}
+    torch.save({"model": whole, "teacher": RAW, "ema": {"shadow": EMA}}, tmp_path / "b.pt")
+    with caplog.at_level(logging.INFO):
+        assert read_state(tmp_path / "b.pt")[1] == "model"
+    assert "it also has 'teacher' and 'ema.shadow', which --weights-key chooses" in caplog.text
+    assert "'ema.shadow' lacks some of the tensors under 'model', which are used" in caplog.text
+    torch.save({"student": RAW, "teacher": EMA}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="; choose with --weights-key student or teacher"):
+        read_state(tmp_path / "c.pt")
     with pytest.raises(ValueError, match="holds no state dict: under 'net'"):
         read_state(tmp_path / "a.pt", "net")
 
