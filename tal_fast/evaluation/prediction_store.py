@@ -194,7 +194,7 @@ class OutputStore:
     def _digest(self, name: str, array: NDArray[Any]) -> str:
         """SHA-256 of an array of a shard: about 1 s a gigabyte on one core, and reading takes 0.65 s."""
         digest = hashlib.sha256(f"{self.key} {name} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
     def load(self) -> Outputs:

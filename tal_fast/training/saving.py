@@ -135,7 +135,7 @@ class Saver:
         if self._resumed:
             remedy += (
                 "; if they are lower already, that checkpoint had diverged before it was saved: go on from an older "
-                f"one, such as --resume {self._output / checkpoint.FOLDER / checkpoint.BEST}, or start anew"
+                f"one, such as --resume {Path(self._config.output, checkpoint.FOLDER, checkpoint.BEST)}, or start anew"
             )
         raise TrainingFailed(
             f"training diverged: {what} after step {state.step} of epoch {state.epoch + 1}, with a learning rate of "
