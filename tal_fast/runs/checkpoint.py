@@ -23,6 +23,7 @@ from tal_fast.config.schema import Config
 from tal_fast.runs.folder import CONFIG_FILE, write_config
 from tal_fast.utils.io import check_zip, replacing
 from tal_fast.utils.locks import FolderLock
+from tal_fast.utils.process import sentence
 
 FORMAT = 1
 """Version of the file format; raised when older code could not read newer files."""
@@ -82,8 +83,10 @@ class Writer:
         try:
             pending.result()
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            return f"a checkpoint could not be written to {self._folder} ({reason}); the one before is whole"
+            reason = sentence(error).partition("\n")[0] or type(error).__name__
+            whole = any(path.is_file() for path in _newest_first(self._folder))
+            state = "the one before is whole" if whole else "nothing is saved yet"
+            return f"a checkpoint could not be written to {self._folder} ({reason}); {state}"
         return self.taken
 
     def _write(self, content: dict[str, Any], copies: list[str]) -> None:

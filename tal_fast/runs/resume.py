@@ -15,6 +15,7 @@ from tal_fast.config.typed import one_line
 from tal_fast.methods import method_class
 from tal_fast.runs import checkpoint
 from tal_fast.runs.folder import METRICS_FILE
+from tal_fast.utils.io import check_writable
 from tal_fast.utils.locks import FolderLock
 
 logger = logging.getLogger(__name__)
@@ -59,12 +60,16 @@ def find_checkpoint(config: Config, lock: FolderLock | None = None) -> tuple[dic
     """Checkpoint that ``config.resume`` asks for, with its path; None for a new run.
 
     ``lock`` is acquired before an existing output folder is read, and stays so. Raises ValueError if the folder holds
-    another run or is in use, or the checkpoint is of another configuration, and Damaged if none can be read.
+    another run or is in use, or the checkpoint is of another configuration, Damaged if none can be read, and OSError if
+    the folder cannot be written.
     """
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is a file; name a folder")
     folder = output / checkpoint.FOLDER
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, where the checkpoints go; remove it, or name another --output")
+    check_writable(output)
     # torchrun restarts a failed run with the same command line (--max-restarts).
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     resume = "auto" if config.resume == "never" and restarted else config.resume

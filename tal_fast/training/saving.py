@@ -112,7 +112,7 @@ class Saver:
         if reason == _TAKEN or self.writer.taken:
             raise TrainingFailed(self.writer.taken or "another run has the folder, see rank 0's message") from failure
         if problem:
-            raise TrainingFailed(f"{problem}; make room and go on with --resume auto") from failure
+            raise TrainingFailed(f"{problem}; go on with --resume auto") from failure
         if isinstance(failure, UnreadableImage):
             raise type(failure)(f"{failure} (the run is {self._saved})") from failure
         if failure is not None:

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,7 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
     trainers: dict[str, Trainer] = {}
     for name in ("ce", other):
         run = copy.deepcopy(config)
-        run.resume, run.output = "never", str(Path(config.output) / "bench")
+        run.resume, run.output = "never", str(Path(tempfile.gettempdir()) / "tal-fast-bench")
         if name != config.method.name:
             run.method = dataclasses.replace(config.method, name=name, options={})
         trainers[name] = Trainer(run, ranks)

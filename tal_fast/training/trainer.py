@@ -190,7 +190,7 @@ class Trainer:
                     logger.warning(problem)
             self.ranks.barrier()  # torchrun would end the others if a rank left before all is written
         if problem:
-            raise TrainingFailed(self._writer.taken or f"{problem}; make room and go on with --resume auto")
+            raise TrainingFailed(self._writer.taken or f"{problem}; go on with --resume auto")
         if state.epoch == config.epochs:
             accuracy, best_epoch = state.best["val_accuracy"], state.best["epoch"]
             self._info(f"done: best val acc {accuracy:.2%} in epoch {best_epoch}; results in {self.output}")

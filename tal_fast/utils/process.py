@@ -25,6 +25,7 @@ _REMEDIES = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: _A_FILE,
     errno.EEXIST: _A_FILE,
+    errno.EISDIR: "a folder has this name; remove it or name another",
     errno.EMFILE: "raise the limit with ulimit -n",
     errno.EIO: "the disk or its network fails",
 }

@@ -140,6 +140,22 @@ def test_a_failing_write_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
+def test_a_failed_write_says_what_is_saved_and_what_helps(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    writer = checkpoint.Writer(folder)
+    folder.touch()
+    writer.start(content())
+    assert "File exists; a part of the path is a file; name another); nothing is saved yet" in (writer.finish() or "")
+    folder.unlink()
+    writer.start(content())
+    assert writer.finish() is None
+    (folder / checkpoint.BEST).mkdir()
+    writer.start(content(), [checkpoint.BEST])
+    assert "best.pt: Is a directory; a folder has this name; remove it or name another); the one before is whole" in (
+        writer.finish() or ""
+    )
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     with pytest.raises(Damaged, match=r"there is no checkpoint .*x.pt"):

@@ -89,6 +89,11 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is a file; name a folder"):
         find_checkpoint(config(tmp_path / "file"))
+    with pytest.raises(NotADirectoryError, match="file/run"):
+        find_checkpoint(config(tmp_path / "file" / "run"))
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(ValueError, match="checkpoints is a file, where the checkpoints go; remove it, or"):
+        find_checkpoint(config(tmp_path))
 
 
 def test_a_process_that_torchrun_restarts_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
