@@ -194,6 +194,9 @@ def read_split(
             raise ValueError(
                 f"data.file_list names no image of {root / split / empty[0]}; add one or remove the folder"
             )
+    without = [name for name in class_names if name not in by_class]
+    if without and by_class:
+        _warn(f"{root / split} has no image of {len(without)} of {len(class_names)} classes: {first_names(without)}")
     for name, found in by_class.items():
         folder = root / split / name
         if name not in label_of:

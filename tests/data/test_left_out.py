@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -59,6 +60,13 @@ def test_files_that_are_left_out_are_counted(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING):
         read_flat(root / "val" / "cat", "photos")
     assert "6 files are left out: 2 .heic" in caplog.text
+
+
+def test_classes_without_validation_images_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = make_folder(tmp_path / "images")
+    shutil.rmtree(root / "val" / "dog")
+    build_data(config(root))
+    assert f"{root}/val has no image of 1 of 3 classes: dog" in caplog.text
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
