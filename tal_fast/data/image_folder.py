@@ -194,6 +194,9 @@ def read_split(
             raise ValueError(
                 f"data.file_list names no image of {root / split / empty[0]}; add one or remove the folder"
             )
+    without = [name for name in class_names if name not in by_class]
+    if without and by_class:
+        _warn(f"{root / split} has no image of {len(without)} of {len(class_names)} classes: {first_names(without)}")
     for name, found in by_class.items():
         folder = root / split / name
         if name not in label_of:
@@ -354,7 +357,7 @@ def _images(folder: Path, left_out: Counter[str]) -> Found:
     found = []
     for path, status, problem, is_folder in walk(folder):
         if problem == ABOVE:
-            left_out["as links to a folder above"] += 1
+            left_out[ABOVE] += 1
         elif is_folder:
             raise ValueError(f"{path} cannot be read ({problem}); give it the permission to be read, or remove it")
         elif not path.lower().endswith(EXTENSIONS):
@@ -373,8 +376,16 @@ def ending(path: str) -> str:
 
 def _report(folder: Path, left_out: Counter[str]) -> None:
     """Warn of what was left out, once and not on every rank."""
-    if left_out.total() and int(os.environ.get("RANK") or 0) == 0:
-        logger.warning("%s: %s; convert images among them to JPEG or PNG", folder, counted(left_out))
+    links = left_out.pop(ABOVE, 0)
+    if links:
+        _warn(f"{folder}: links to a folder above them are not followed: {links:,}; their images are read once")
+    if left_out.total():
+        _warn(f"{folder}: {counted(left_out)}; convert images among them to JPEG or PNG")
+
+
+def _warn(message: str) -> None:
+    if int(os.environ.get("RANK") or 0) == 0:
+        logger.warning("%s", message)
 
 
 def counted(left_out: Counter[str]) -> str:

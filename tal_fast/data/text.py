@@ -9,8 +9,10 @@ from pathlib import Path
 def read_text(path: Path) -> str:
     """Text of a file in UTF-8, with or without a byte order mark, or UTF-16 with one; bytes of file names are kept.
 
-    Raises OSError if the file cannot be read and ValueError if it is not text.
+    Raises OSError if the file cannot be read and ValueError if it is not text, or a pipe or a device.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is a pipe or a device, which may have no end; name a file")
     data = path.read_bytes()
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:

@@ -213,13 +213,12 @@ def _nan_to_none(value: Any) -> Any:
 def read_report(path: str | Path) -> Report:
     """Read a report from the file or the folder that holds ``report.json``; null metrics become NaN."""
     path = Path(path)
+    run = path.parent if path.suffix == ".json" else path
     path = path / FILE if path.is_dir() else path
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(
-            f"there is no {path}; make one with: python -m tal_fast.evaluate --run {path.parent}"
-        ) from None
+        raise ValueError(f"there is no {path}; make one with: python -m tal_fast.evaluate --run {run}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}); evaluate the run again") from None
     if not isinstance(report, dict) or report.get("format") != FORMAT or "settings" not in report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -50,14 +51,30 @@ def test_files_that_are_left_out_are_counted(tmp_path: Path, caplog: pytest.LogC
         data = build_data(config(root))
     assert caplog.messages == [
         f"{root}/train: 1 file is left out: 1 .db; convert images among them to JPEG or PNG",
-        f"{root}/val: 8 files are left out: 2 .heic, 1 .avif, 1 .gif, 1 .txt, 1 as links to a folder above, "
+        f"{root}/val: links to a folder above them are not followed: 1; their images are read once",
+        f"{root}/val: 7 files are left out: 2 .heic, 1 .avif, 1 .gif, 1 .txt, "
         "1 without a class folder, 1 without an ending; convert images among them to JPEG or PNG",
     ]
     assert len(data.split("val")) == 7
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         read_flat(root / "val" / "cat", "photos")
-    assert "7 files are left out: 2 .heic" in caplog.text
+    assert "6 files are left out: 2 .heic" in caplog.text
+
+
+def test_classes_without_validation_images_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = make_folder(tmp_path / "images")
+    shutil.rmtree(root / "val" / "dog")
+    build_data(config(root))
+    assert f"{root}/val has no image of 1 of 3 classes: dog" in caplog.text
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_list_that_has_no_end_is_refused(tmp_path: Path, make: Any) -> None:
+    root = make_folder(tmp_path / "images")
+    make(tmp_path / "list.txt")
+    with pytest.raises(ValueError, match="list.txt is a pipe or a device, which may have no end; name a file"):
+        build_data(config(root, file_list=str(tmp_path / "list.txt")))
 
 
 def test_the_check_counts_other_endings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

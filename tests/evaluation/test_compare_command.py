@@ -41,7 +41,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "broken.json").write_text("{")
     for arguments, message in (
         ([*runs, "--baseline", "fmfp"], "there is no row 'fmfp' to be the baseline; there are ce-0, tal-0"),
-        ([runs[0], str(tmp_path / "gone")], "there is no"),
+        ([runs[0], str(tmp_path / "gone")], f"evaluate --run {tmp_path}/gone\n"),
         ([runs[0], str(tmp_path / "broken.json")], "cannot be read as JSON"),
         ([runs[0], f"{runs[0]}/."], "ce-0/. is named twice; name each run once"),
         ([*runs, "--score", "energy"], "ce-0 has no score 'energy'; it has msp"),
