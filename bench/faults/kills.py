@@ -205,7 +205,7 @@ def kill_all(work: Path, count: int, out: Path | None, jobs: int, seed: int | No
             entry["result"] = f"not tried: {reason}"
         except (Failed, subprocess.TimeoutExpired) as error:
             entry["result"] = f"FAILED: {error}"
-        entry["seconds"] = round(time.monotonic() - began)
+        entry |= {"seconds": round(time.monotonic() - began), "commit": result["environment"]["commit"]}
         with lock:
             ended[name] = entry
             say(f"{name}: {shares[name]} kills in {entry['seconds']} s, {entry['result']}")
