@@ -132,6 +132,8 @@ def invalid_state(mean: Any, std: Any, cursor: Any) -> str | None:
     """Reason why these are not the state of a ring buffer, or None if they are."""
     if not all(isinstance(t, Tensor) for t in (mean, std, cursor)):
         return "mean, std and cursor must be tensors"
+    if not (mean.is_floating_point() and std.is_floating_point()) or any(t.is_meta for t in (mean, std, cursor)):
+        return f"mean and std must hold real numbers, not {mean.dtype} and {std.dtype} on {mean.device}"
     if mean.dim() != 1 or mean.numel() < 1 or mean.shape != std.shape:
         return f"mean and std must both be (N,) with N >= 1, not {tuple(mean.shape)} and {tuple(std.shape)}"
     if cursor.shape != (2,) or cursor.dtype != torch.int64:
@@ -142,4 +144,6 @@ def invalid_state(mean: Any, std: Any, cursor: Any) -> str | None:
     head, length = cursor.tolist()
     if not (mean[: max(length, head)].isfinite().all() and std[: max(length, head)].isfinite().all()):
         return "it holds values that are not finite"
+    if (std[: max(length, head)] < 0).any():
+        return "it holds standard deviations below 0"
     return None

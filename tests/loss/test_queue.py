@@ -151,6 +151,9 @@ def test_state_dict_of_the_loss_is_loaded_strictly() -> None:
         ({"std": torch.rand(9)}, r"must both be \(N,\)"),
         ({"mean": torch.full((10,), torch.nan)}, "not finite"),
         ({"mean": "rubbish"}, "must be tensors"),
+        ({"mean": torch.rand(10, dtype=torch.complex64)}, "real numbers, not torch.complex64"),
+        ({"mean": torch.rand(10, device="meta")}, "real numbers, not torch.float32 and torch.float32 on meta"),
+        ({"std": torch.full((10,), -0.1)}, "standard deviations below 0"),
     ],
 )
 def test_damaged_state_is_refused_and_the_queue_kept(change: dict, message: str) -> None:
