@@ -6,8 +6,10 @@ import contextlib
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,8 +58,12 @@ def damaged(folder: Path, epochs: int = 3) -> dict[str, Any]:
 
 
 def flip(path: Path) -> None:
+    """Flip a bit of the largest tensor, not of the zip file's padding, which nothing reads."""
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    with zipfile.ZipFile(path) as file:
+        entry = max(file.infolist(), key=lambda e: e.file_size)
+    header = 30 + sum(struct.unpack_from("<HH", content, entry.header_offset + 26))  # with its name and extra field
+    content[entry.header_offset + header + entry.file_size // 2] ^= 1
     path.write_bytes(content)
 
 
