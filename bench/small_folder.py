@@ -1,4 +1,4 @@
-"""What keeps TAL stable on a small folder of images: ``python -m bench.small_folder FOLDER``.
+"""Stability of TAL on a small folder of images, by training settings: ``python -m bench.small_folder FOLDER``.
 
 Writes 400 training and 300 validation images of Fashion-MNIST as PNG files under FOLDER, and trains on them by the
 preset ``folder-tal`` (ResNet-18) at 28 pixels for 15 epochs of 6 steps, one thread, with each of ``SETTINGS`` and

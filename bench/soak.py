@@ -85,7 +85,7 @@ class Entries:
 
 
 class Model:
-    """What a queue must hold: the newest entries of a growing array, which is cut now and then."""
+    """Plain model of a queue: the newest entries of a growing array, which is cut now and then."""
 
     def __init__(self, capacity: int, dtype: torch.dtype) -> None:
         self.capacity = capacity

@@ -15,12 +15,19 @@ from PIL import Image
 from bench.faults.runs import Job, command, expect, expect_same_end, last, read_table, train, wait_for
 
 
+def make_images(folder: Path, count: int) -> None:
+    """Write ``count`` images of noise for each of two classes in ``train`` and ``val``."""
+    for path in (
+        folder / split / name / f"{i}.jpg" for split in ("train", "val") for name in "ab" for i in range(count)
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((48, 48), 60).convert("RGB").save(path)
+
+
 def corrupt_image(folder: Path, loader: str = "torch", epochs: int = 30) -> dict[str, Any]:
     """Truncate an image file during training."""
     images, output = folder / "images", folder / "run"
-    for path in (images / split / name / f"{i}.jpg" for split in ("train", "val") for name in "ab" for i in range(32)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((48, 48), 60).convert("RGB").save(path)
+    make_images(images, 32)
     words = (
         f"--config folder-tal --data.root {images} --data.loader {loader} --data.workers 0 --data.image-size 32 "
         f"--model.name cifar_resnet8 --model.width 4 --batch-size 16 --epochs {epochs} --device cpu --threads 1 "
@@ -63,9 +70,7 @@ def corrupt_image(folder: Path, loader: str = "torch", epochs: int = 30) -> dict
 def stopped_worker(folder: Path, timeout: int = 5) -> dict[str, Any]:
     """Stop a worker process of the torch loader (SIGSTOP)."""
     images, output = folder / "images", folder / "run"
-    for path in (images / split / name / f"{i}.jpg" for split in ("train", "val") for name in "ab" for i in range(64)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((48, 48), 60).convert("RGB").save(path)
+    make_images(images, 64)
     words = (
         f"--config folder-tal --data.root {images} --data.loader torch --data.workers 1 --data.timeout {timeout} "
         f"--data.image-size 32 --model.name cifar_resnet8 --model.width 4 --batch-size 16 --epochs 200 --device cpu "

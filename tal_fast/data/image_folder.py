@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from tal_fast.config.typed import one_line
 from tal_fast.data import imagenet
 from tal_fast.data.cache import cache_dir
 from tal_fast.data.text import read_text
@@ -297,7 +298,7 @@ def error_summary(error: Exception, path: str) -> str:
     """Short text of a Pillow error about a file."""
     if isinstance(error, UnidentifiedImageError):
         return "it is empty" if os.path.exists(path) and os.path.getsize(path) == 0 else "no image format fits it"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) or type(error).__name__
 
 
 class Entry(NamedTuple):

@@ -8,6 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from tal_fast.config.typed import one_line
 from tal_fast.utils.process import no_garbage
 
 
@@ -25,7 +26,7 @@ def read_mat(path: Path, name: str, squeeze: bool = False) -> Any:
         except BrokenProcessPool:
             reason = "its reader crashed"
         except Exception as error:  # of many types, for damaged files
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error) or type(error).__name__
     raise ValueError(reason)
 
 

@@ -43,6 +43,7 @@ import numpy as np
 from PIL import Image
 
 from tal_fast.config.names import CORRUPTIONS
+from tal_fast.config.typed import one_line
 from tal_fast.data import builtin, cifar, image_folder
 from tal_fast.data.corruptions import SEVERITIES, Corruption
 from tal_fast.data.datasets import MemoryImages, Split
@@ -170,7 +171,7 @@ def _read_array(path: Path, mapped: bool = False) -> Any:
     try:
         array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
     except Exception as error:  # NumPy raises many types of errors for damaged files
-        raise ValueError(f"{path} cannot be read as .npy ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{path} cannot be read as .npy ({one_line(error)})") from None
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path} is an .npz; give one array as .npy")
     return array

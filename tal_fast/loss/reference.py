@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tal_fast.loss.options import LossOptions
-from tal_fast.scores.logits import NORM_EPS, power_for_norm
+from tal_fast.scores.logits import NORM_EPS
 
 RANGE_EPS = 1e-8
 """Added to the range of the batch's distances, as in the released code."""
@@ -218,9 +218,20 @@ def tal_loss(
 
 def unit_length(z: Tensor) -> Tensor:
     """Rows z / (‖z‖ + 1e-7), as in the released code; no finite float32 or float64 logits overflow."""
-    power = power_for_norm(z)
-    norm = torch.linalg.vector_norm(z * power, dim=1, keepdim=True) + NORM_EPS * power
-    return z * power / norm
+    scaled, norm = scaled_with_norm(z)
+    return scaled / norm
+
+
+def scaled_with_norm(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of (n, C) and their norms (n, 1) plus ``NORM_EPS``, both times a power of 2 at which no square overflows.
+
+    The power is 1, which changes no bit, but for rows with logits beyond 2^50 (2^400 in float64), which are brought
+    below it.
+    """
+    huge, power = (2.0**400, 2.0**-624) if z.element_size() == 8 else (2.0**50, 2.0**-78)
+    powers = z.new_ones(()).where(z.detach().abs().amax(1, keepdim=True) <= huge, power)
+    scaled = z * powers
+    return scaled, torch.linalg.vector_norm(scaled, dim=1, keepdim=True) + NORM_EPS * powers
 
 
 def sample_terms(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tal_fast.config.methods import LogitNormOptions
+from tal_fast.loss.reference import scaled_with_norm
 from tal_fast.methods.base import Method, Step
 from tal_fast.methods.ce import mean_cross_entropy
-from tal_fast.scores.logits import NORM_EPS, power_for_norm
 
 
 class LogitNorm(Method):
@@ -22,7 +21,5 @@ class LogitNorm(Method):
     Options = LogitNormOptions
 
     def forward(self, logits: Tensor, features: Tensor, labels: Tensor, indices: Tensor) -> Step:
-        z = logits.float()
-        power = power_for_norm(z)
-        norm = torch.linalg.vector_norm(z * power, dim=1, keepdim=True) + NORM_EPS * power
-        return Step(mean_cross_entropy(z * power / (self.options.tau * norm), labels, self.label_smoothing), {})
+        z, norm = scaled_with_norm(logits.float())
+        return Step(mean_cross_entropy(z / (self.options.tau * norm), labels, self.label_smoothing), {})

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tal_fast.config.typed import one_line
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -82,7 +84,7 @@ def _output_problem(model: nn.Module, last: FeatureLinear, images: Tensor) -> st
         with torch.no_grad():
             output = model(images.to(last.weight))
     except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return f"{type(error).__name__}: {one_line(error)}"
     finally:
         for module, training in modes:
             module.training = training

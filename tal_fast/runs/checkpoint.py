@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tal_fast.config.schema import Config
+from tal_fast.config.typed import one_line
 from tal_fast.runs.folder import CONFIG_FILE, write_config
 from tal_fast.utils.io import check_zip, replacing
 from tal_fast.utils.locks import FolderLock
@@ -181,7 +182,7 @@ def restoring(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # modules and optimizers raise errors of many types
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error)[:300] or type(error).__name__
         raise Damaged(
             f"the state in {path} does not fit this run ({reason}); it is damaged or of other code"
         ) from error

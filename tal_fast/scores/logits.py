@@ -63,16 +63,6 @@ def _row_sum(values: Tensor) -> Tensor:
     return functools.reduce(operator.add, [part.sum(1) for part in values.split(_SUM_COLUMNS, 1)])
 
 
-def power_for_norm(z: Tensor) -> Tensor:
-    """Powers of 2 by which the rows of (n, C) are multiplied before their norms are taken: (n, 1).
-
-    They are 1, which changes no bit, but for rows with logits beyond 2^50 (2^400 in float64), whose squares could
-    overflow; those are brought below it.
-    """
-    huge, power = (2.0**400, 2.0**-624) if z.element_size() == 8 else (2.0**50, 2.0**-78)
-    return z.new_ones(()).where(z.detach().abs().amax(1, keepdim=True) <= huge, power)
-
-
 @logit_score
 def cosine(z: Tensor) -> Tensor:
     """TAL's confidence, max z / (‖z‖₂ + 1e-7): the cosine between the logits and the predicted class's axis."""

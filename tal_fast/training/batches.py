@@ -44,7 +44,7 @@ class TrainingBatches:
 
     @property
     def unreadable(self) -> dict[str, dict[str, str]]:
-        """Of each loader, path -> reason of the files that did not decode so far on this rank."""
+        """Files that did not decode so far on this rank: loader -> path -> reason."""
         outliers = {} if self._outliers is None else {"outliers": self._outliers.unreadable}
         return {"train": self._images.unreadable, **outliers}
 

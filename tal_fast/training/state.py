@@ -202,7 +202,7 @@ def data_shape(data: DataBundle, train_images: int) -> dict[str, Any]:
 
 
 def conditions(config: Config, data: DataBundle, runtime: Runtime) -> dict[str, Any]:
-    """What options and defaults that change the bits of a result come to on this machine, by name."""
+    """Resolved values, by name, of the options and defaults that change the bits of a result on this machine."""
     device = runtime.device
     on_cpu = device.type == "cpu"
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

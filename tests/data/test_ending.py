@@ -124,7 +124,7 @@ def _reads(loader: Loader) -> str:
 
 
 def test_garbage_collection_ends_workers(tmp_path: Path) -> None:
-    """It closes the queues to the workers first, and the single SIGTERM that PyTorch then sends was ignored."""
+    # It closes the queues to the workers first, and workers ignored the single SIGTERM that PyTorch then sends.
     loader = bundle(tmp_path).loader("train", batch_size=2)
     before = processes()
     list(loader)

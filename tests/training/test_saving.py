@@ -227,17 +227,10 @@ def test_an_error_of_the_loader_saves_the_steps_before_it(
     tmp_path: Path, straight: Callable[..., Path], kind: type[Exception], caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = Trainer(config(tmp_path / "parts", epochs=1))
-    batches = trainer.batches.epoch
-
-    def failing(epoch: int, first: int) -> Iterator[Any]:
-        for number, batch in enumerate(batches(epoch, first)):
-            if number == 4:
-                raise kind("a worker died")
-            yield batch
-
-    trainer.batches.epoch = failing  # type: ignore[method-assign,assignment]
-    with pytest.raises(kind, match="a worker died"):
-        trainer.fit()
+    with pytest.MonkeyPatch.context() as patch:
+        fail_loader(patch, trainer, 4, kind("a worker died"))
+        with pytest.raises(kind, match="a worker died"):
+            trainer.fit()
     assert "saved after 0 epochs and 4 steps" in caplog.text
     Trainer(config(tmp_path / "parts", epochs=1, resume="auto")).fit()
     assert_same_end(straight(epochs=1), tmp_path / "parts")
@@ -264,13 +257,14 @@ def run_on(rank: int, output: Path, prepare: Callable[[pytest.MonkeyPatch, Train
     return ""
 
 
-def fail_loader(patch: pytest.MonkeyPatch, trainer: Trainer) -> None:
+def fail_loader(patch: pytest.MonkeyPatch, trainer: Trainer, step: int, error: Exception) -> None:
+    """Let the loader of a trainer fail in place of a step's batch, counted from 0."""
     batches = trainer.batches.epoch
 
     def failing(epoch: int, first: int) -> Iterator[Any]:
         for number, batch in enumerate(batches(epoch, first)):
-            if number == 2:
-                raise OSError("a worker died")
+            if number == step:
+                raise error
             yield batch
 
     patch.setattr(trainer.batches, "epoch", failing)
@@ -280,7 +274,7 @@ def end_three_times(rank: int, folder: Path) -> list[str]:
     run_on(rank, folder / "straight")
     return [
         run_on(rank, folder / "parts", lambda patch, _: at_call(patch, Validator, "_logits", 3, terminate)),
-        run_on(rank, folder / "parts", fail_loader),
+        run_on(rank, folder / "parts", lambda *run: fail_loader(*run, 2, OSError("a worker died"))),
         run_on(rank, folder / "parts", lambda _, trainer: fail_forward(trainer, 3)),
     ]
 
