@@ -1,42 +1,81 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: build, GPU tests, kernel and step benchmarks, training throughput.
+# What only a GPU can tell, in one command: build, whole steps, kernels, search, training, peers, GPU tests.
 #
-#   bench/gpu.sh            on a machine with a CUDA GPU; ends within 10 minutes
-#   bench/gpu.sh --smoke    anywhere: tiny shapes on the CPU, the kernels in Triton's interpreter
+#   bench/gpu.sh [OPTIONS]     on a machine with a CUDA GPU; ends within 280 s
+#   bench/gpu.sh --smoke       anywhere: tiny shapes on the CPU, the kernels in Triton's interpreter
 #
-# Results go to $OUT (bench/results by default): gpu.json, tests.txt and build.txt. Needs torch, triton, numpy, pytest
-# and pytest-timeout (with torchvision also the training steps); installs nothing but this package, without its
-# dependencies. PYTHON names the interpreter.
+#   --only GROUPS   some of step, loss, search, training and peers, by commas (all); without tests unless --tests asks
+#   --seconds N     limit for everything (280)
+#   --tests WHEN    first, last (in the time that is left) or none (last)
+#   --no-build      with the extension that is there, or none
+#
+# Exit status 0: all that ran is right. Otherwise a test failed, or one of this package's kernels is wrong, does not run or
+# took too long; peers of others may fail. Results go to $OUT (bench/results): gpu.json, summary.txt, tests.txt, build.txt.
+#
+# Needs Python 3.10, torch with CUDA, triton, numpy, scipy, scikit-learn, PyYAML, Jinja2, Pillow, tqdm, torchvision and
+# setuptools of any version; for the tests pytest, pytest-timeout and hypothesis, and with pytest-xdist they run in
+# parallel; a C++ compiler and nvcc for the extension. Installs nothing: the package runs from its source tree. PYTHON
+# names the interpreter.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
 out=${OUT:-bench/results}
+limit=280 only='' tests='' build=1 smoke=0
+while [ $# -gt 0 ]; do
+    case $1 in
+        --smoke) smoke=1 ;;
+        --no-build) build=0 ;;
+        --only) only=${2:?--only needs names of groups}; shift ;;
+        --seconds) limit=${2:?--seconds needs a number}; shift ;;
+        --tests) tests=${2:?--tests needs first, last or none}; shift ;;
+        *) echo "$1 is no option of bench/gpu.sh; its first lines list them" >&2; exit 2 ;;
+    esac
+    shift
+done
+tests=${tests:-$([ -n "$only" ] && echo none || echo last)}
+case $tests in first | last | none) ;; *) echo "--tests is $tests; use first, last or none" >&2; exit 2 ;; esac
+groups=(${only:+--only "$only"})
 mkdir -p "$out"
+out=$(cd "$out" && pwd)
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
-if [ "${1:-}" = --smoke ]; then
-    TRITON_INTERPRET=1 exec "$python" -m bench.gpu --smoke --out "$out/gpu-smoke.json"
+if [ "$smoke" = 1 ]; then
+    TRITON_INTERPRET=1 "$python" -m bench.gpu --smoke "${groups[@]}" --out "$out/gpu-smoke.json" || exit 1
+    exec "$python" -m bench.gpu_summary "$out/gpu-smoke.json"
 fi
 
-# Ten minutes in all, the end of which the figures need not wait for: benchmarks come before the tests, which take
-# what is left.
-limit=570
 failed=0
-echo "== build"
-if ! timeout 180 "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index -v -e . >"$out/build.txt" 2>&1; then
-    grep -o "tal-fast: setuptools .*" "$out/build.txt" || tail -n 5 "$out/build.txt"
-    echo "the package did not install; see $out/build.txt"
-    exit 1
+[ -e tal_fast/kernels ] || ln -s ../kernels tal_fast/kernels
+if [ "$build" = 1 ]; then
+    # In a folder without pyproject.toml, which setuptools before 77 cannot read; the library lands in tal_fast/.
+    mkdir -p build/gpu
+    ln -sfn ../../setup.py ../../csrc ../../tal_fast build/gpu
+    (cd build/gpu && timeout 180 "$python" setup.py build_ext --inplace) >"$out/build.txt" 2>&1 || failed=1
+    grep "^ *tal-fast:" "$out/build.txt"
+    [ "$failed" = 0 ] || { tail -n 5 "$out/build.txt"; echo "the extension did not build: see $out/build.txt"; }
+    echo "== built ($SECONDS s)"
 fi
-grep "^ *tal-fast:" "$out/build.txt"
-"$python" -m tal_fast.info || failed=1
 
+run_tests() { # seconds
+    echo "== GPU tests ($SECONDS s)"
+    [ "$1" -ge 40 ] || { echo "no time for the tests: $1 s are left, 40 are needed"; failed=1; return; }
+    local files parallel=()
+    # The files with such tests only: others import packages that this machine need not have.
+    mapfile -t files < <(grep -rlE --include="test_*.py" "mark\.gpu|gpu_too" tests)
+    "$python" -c "import xdist" 2>/dev/null && parallel=(-n "$(($(nproc) < 6 ? $(nproc) : 6))" --dist worksteal)
+    # Interrupted, pytest reports what it has; it has 15 s for that.
+    timeout --signal=INT --kill-after=15 $(($1 - 15)) "$python" -m pytest -m gpu "${files[@]}" "${parallel[@]}" -q --maxfail=20 \
+        --tb=short --timeout=120 -p no:cacheprovider 2>&1 | tee "$out/tests.txt" | tail -n 40
+    [ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
+}
+
+[ "$tests" != first ] || run_tests $(((limit - SECONDS) / 2))
 echo "== benchmarks ($SECONDS s)"
-seconds=$((limit - SECONDS - 180))
-timeout $((seconds + 60)) "$python" -m bench.gpu --seconds "$seconds" --out "$out/gpu.json" || failed=1
-
-echo "== GPU tests ($SECONDS s)"
-# The files with such tests only: others import packages that this machine need not have.
-mapfile -t files < <(grep -rlE --include="test_*.py" "mark\.gpu|gpu_too" tests)
-timeout $((limit - SECONDS)) "$python" -m pytest -m gpu "${files[@]}" -q --maxfail=20 --tb=short -p no:cacheprovider 2>&1 | tee "$out/tests.txt" | tail -n 30
-[ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
+seconds=$((limit - SECONDS))
+[ "$tests" != last ] || seconds=$((seconds - 70))
+timeout --kill-after=5 $((seconds + 10)) "$python" -m bench.gpu "${groups[@]}" --seconds "$seconds" --out "$out/gpu.json" || failed=1
+[ "$tests" != last ] || run_tests $((limit - SECONDS))
+echo "== summary ($SECONDS s)"
+[ ! -e "$out/gpu.json" ] || "$python" -m bench.gpu_summary "$out/gpu.json" | tee "$out/summary.txt"
+[ "$failed" = 0 ] && echo "right" || echo "NOT RIGHT: see above"
 exit $failed

@@ -156,6 +156,70 @@ class GraphTimer:
         return taken
 
 
+def events(calls: Sequence[Callable[[], object]], repeats: int = 30) -> list[float]:
+    """Seconds per call between two events on a GPU, the launches from Python included; one value per repeat."""
+    taken = []
+    for repeat in range(repeats + 1):  # the first warms up
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for call in calls:
+            call()
+        end.record()
+        end.synchronize()
+        if repeat:
+            taken.append(start.elapsed_time(end) / 1e3 / len(calls))
+    return taken
+
+
+def host_time(call: Callable[[], object], wait: Callable[[], object], repeats: int = 50, rounds: int = 5) -> float:
+    """Least seconds, over rounds, that the host takes to enqueue a call; ``wait`` ends what a round has enqueued."""
+    best = float("inf")
+    for _ in range(rounds):
+        wait()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        best = min(best, (time.perf_counter() - start) / repeats)
+    wait()
+    return best
+
+
+def kernels_launched(call: Callable[[], object], run: bool = True) -> list[Any]:
+    """The Triton launches (``kernels.launch.Launch``) of a call, in order.
+
+    Args:
+        run: whether they run; otherwise what they would have written is never written.
+    """
+    from tal_fast.kernels.launch import Launch
+
+    found, original = [], Launch.run
+
+    def record(launch: Launch) -> None:
+        found.append(launch)
+        if run:
+            original(launch)
+
+    Launch.run = record  # type: ignore[method-assign]
+    try:
+        call()
+    finally:
+        Launch.run = original  # type: ignore[method-assign]
+    return found
+
+
+def instruction_rate(device: torch.device) -> float | None:
+    """Float32 instructions a second of all threads of an NVIDIA GPU at the clock it runs at; None for others."""
+    if torch.version.hip is not None:
+        return None
+    p = torch.cuda.get_device_properties(device)
+    lanes = 64 if (p.major, p.minor) == (8, 0) else 128  # of a multiprocessor, a clock
+    try:
+        clock_rate = 1e6 * torch.cuda.clock_rate(device)
+    except Exception:  # it needs the package nvidia-ml-py
+        clock_rate = 1e3 * getattr(p, "clock_rate", 1_755_000)
+    return p.multi_processor_count * lanes * clock_rate
+
+
 def sets_beyond_cache(device: torch.device, bytes_read: int) -> int:
     """Number of input sets (at most 512) that together exceed a GPU's L2 cache three times.
 

@@ -40,6 +40,8 @@ NAMES = {
     "ckdtree": "SciPy k-d tree",
     "liger": "Liger cross-entropy",
     "quack": "quack cross-entropy",
+    "kernel": "`paper`, the kernel alone",
+    "kernel_released": "`released`, the kernels alone",
     "sklearn": "scikit-learn, 3 of the 9 metrics",
 }
 
@@ -391,10 +393,10 @@ def targets_table(results: Results) -> str:
 
 
 def gpu_table(result: dict[str, Any]) -> str:
-    """The loss kernel of bench.gpu's file."""
+    """The loss, and its peers, of bench.gpu's file."""
     rows = []
-    for r in result.get("loss_kernel", []):
-        if "failed" in r:
+    for r in [*result.get("loss", []), *result.get("peers", [])]:
+        if "peers" not in r:  # a step, or it failed before it began
             continue
         shape = f"{r['B']:,} x {r['C']:,}"
         for name, t in r["peers"].items():

@@ -220,9 +220,7 @@ def test_filling_in_a_page_follows_the_results_and_is_idempotent(cpu: report.Res
 def test_gpu_table_lists_timed_skipped_and_failed_peers(cpu: report.Results) -> None:
     timed = {"p20_ms": 0.024, "GB_per_s": 2730.0, "share_of_copy": 0.91}
     peers = {"paper": timed, "quack": {"skipped": "quack is not installed"}, "liger": {"failed": "RuntimeError: no"}}
-    found = {
-        "loss_kernel": [{"B": 16_384, "C": 1000, "dtype": "bfloat16", "peers": peers}, {"failed": "out of memory"}]
-    }
+    found = {"loss": [{"B": 16_384, "C": 1000, "dtype": "bfloat16", "peers": peers}, {"failed": "out of memory"}]}
     text = report.fill_in("<!-- bench:gpu -->\n<!-- /bench -->", cpu, found)
     assert "| 16,384 x 1,000 | bfloat16 | tal_fast `paper` | 24.0 µs | 2,730 GB/s | 91% |" in text
     assert "quack is not installed" in text
