@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -184,26 +185,31 @@ def host_time(call: Callable[[], object], wait: Callable[[], object], repeats: i
     return best
 
 
-def kernels_launched(call: Callable[[], object], run: bool = True) -> list[Any]:
-    """The Triton launches (``kernels.launch.Launch``) of a call, in order.
+@contextmanager
+def launch_replaced(run: Callable[[Any], None]) -> Iterator[None]:
+    """Context manager in which ``run`` takes the Triton launches (``kernels.launch.Launch``), which then do not run."""
+    from tal_fast.kernels.launch import Launch
 
-    Args:
-        run: whether they run; otherwise what they would have written is never written.
-    """
+    original = Launch.run
+    Launch.run = lambda launch: run(launch)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Launch.run = original  # type: ignore[method-assign]
+
+
+def kernels_launched(call: Callable[[], object]) -> list[Any]:
+    """Triton launches of a call, in order; they run too."""
     from tal_fast.kernels.launch import Launch
 
     found, original = [], Launch.run
 
     def record(launch: Launch) -> None:
         found.append(launch)
-        if run:
-            original(launch)
+        original(launch)
 
-    Launch.run = record  # type: ignore[method-assign]
-    try:
+    with launch_replaced(record):
         call()
-    finally:
-        Launch.run = original  # type: ignore[method-assign]
     return found
 
 
