@@ -9,8 +9,8 @@
 #   --tests WHEN    first, last (in the time that is left) or none (last)
 #   --no-build      with the extension that is there, or none
 #
-# Exit status 0: all that ran is right. Otherwise a test failed, or one of this package's kernels is wrong, does not run or
-# took too long; peers of others may fail. Results go to $OUT (bench/results): gpu.json, summary.txt, tests.txt, build.txt.
+# Exit status 0: all that ran is right. Otherwise a test failed, or a kernel of this package is wrong, does not run or took
+# too long; peers of others may fail. Results go to $OUT (bench/results): gpu.json, summary.txt, tests.txt, build.txt.
 #
 # Needs Python 3.10, torch with CUDA, triton, numpy, scipy, scikit-learn, PyYAML, Jinja2, Pillow, tqdm, torchvision and
 # setuptools of any version; for the tests pytest, pytest-timeout and hypothesis, and with pytest-xdist they run in
@@ -19,6 +19,7 @@
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
+[[ $python != */* || $python = /* ]] || python=$PWD/$python
 out=${OUT:-bench/results}
 limit=280 only='' tests='' build=1 smoke=0
 while [ $# -gt 0 ]; do
@@ -50,9 +51,10 @@ if [ "$build" = 1 ]; then
     # In a folder without pyproject.toml, which setuptools before 77 cannot read; the library lands in tal_fast/.
     mkdir -p build/gpu
     ln -sfn ../../setup.py ../../csrc ../../tal_fast build/gpu
-    (cd build/gpu && timeout 180 "$python" setup.py build_ext --inplace) >"$out/build.txt" 2>&1 || failed=1
+    most=$((limit / 2 < 120 ? limit / 2 : 120))
+    (cd build/gpu && timeout "$most" "$python" setup.py build_ext --inplace) >"$out/build.txt" 2>&1 || failed=1
     grep "^ *tal-fast:" "$out/build.txt"
-    [ "$failed" = 0 ] || { tail -n 5 "$out/build.txt"; echo "the extension did not build: see $out/build.txt"; }
+    [ "$failed" = 0 ] || echo "the extension did not build within $most s: see $out/build.txt"
     echo "== built ($SECONDS s)"
 fi
 
@@ -64,8 +66,8 @@ run_tests() { # seconds
     mapfile -t files < <(grep -rlE --include="test_*.py" "mark\.gpu|gpu_too" tests)
     "$python" -c "import xdist" 2>/dev/null && parallel=(-n "$(($(nproc) < 6 ? $(nproc) : 6))" --dist worksteal)
     # Interrupted, pytest reports what it has; it has 15 s for that.
-    timeout --signal=INT --kill-after=15 $(($1 - 15)) "$python" -m pytest -m gpu "${files[@]}" "${parallel[@]}" -q --maxfail=20 \
-        --tb=short --timeout=120 -p no:cacheprovider 2>&1 | tee "$out/tests.txt" | tail -n 40
+    timeout --signal=INT --kill-after=15 $(($1 - 15)) "$python" -m pytest -m gpu "${files[@]}" "${parallel[@]}" -q \
+        --maxfail=20 --tb=short --timeout=120 -p no:cacheprovider 2>&1 | tee "$out/tests.txt" | tail -n 40
     [ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
 }
 
@@ -73,7 +75,13 @@ run_tests() { # seconds
 echo "== benchmarks ($SECONDS s)"
 seconds=$((limit - SECONDS))
 [ "$tests" != last ] || seconds=$((seconds - 70))
-timeout --kill-after=5 $((seconds + 10)) "$python" -m bench.gpu "${groups[@]}" --seconds "$seconds" --out "$out/gpu.json" || failed=1
+if [ "$seconds" -ge 20 ]; then
+    timeout --kill-after=5 $((seconds + 10)) "$python" -m bench.gpu "${groups[@]}" \
+        --seconds "$seconds" --out "$out/gpu.json" || failed=1
+else
+    echo "no time for the benchmarks: $seconds s are left, 20 are needed"
+    failed=1
+fi
 [ "$tests" != last ] || run_tests $((limit - SECONDS))
 echo "== summary ($SECONDS s)"
 [ ! -e "$out/gpu.json" ] || "$python" -m bench.gpu_summary "$out/gpu.json" | tee "$out/summary.txt"
