@@ -6,11 +6,11 @@
 #
 #   --only GROUPS   some of step, loss, search, training and peers, by commas (all); without tests unless --tests asks
 #   --seconds N     limit for everything (280)
-#   --tests WHEN    first, last (in the time that is left) or none (last)
+#   --tests WHEN    first, last (in the time that is left), none, or only (last)
 #   --no-build      with the extension that is there, or none
 #
-# Exit status 0: all that ran is right. Otherwise a test failed, or a kernel of this package is wrong, does not run or took
-# too long; peers of others may fail. Results go to $OUT (bench/results): gpu.json, summary.txt, tests.txt, build.txt.
+# Exit status 0: all that ran is right. Otherwise a test failed, or a kernel of this package is wrong, does not run or
+# took too long; peers of others may fail. Results go to $OUT (bench/results): gpu.json, summary.txt, tests.txt, build.txt.
 #
 # Needs Python 3.10, torch with CUDA, triton, numpy, scipy, scikit-learn, PyYAML, Jinja2, Pillow, tqdm, torchvision and
 # setuptools of any version; for the tests pytest, pytest-timeout and hypothesis, and with pytest-xdist they run in
@@ -28,13 +28,16 @@ while [ $# -gt 0 ]; do
         --no-build) build=0 ;;
         --only) only=${2:?--only needs names of groups}; shift ;;
         --seconds) limit=${2:?--seconds needs a number}; shift ;;
-        --tests) tests=${2:?--tests needs first, last or none}; shift ;;
+        --tests) tests=${2:?--tests needs first, last, none or only}; shift ;;
         *) echo "$1 is no option of bench/gpu.sh; its first lines list them" >&2; exit 2 ;;
     esac
     shift
 done
 tests=${tests:-$([ -n "$only" ] && echo none || echo last)}
-case $tests in first | last | none) ;; *) echo "--tests is $tests; use first, last or none" >&2; exit 2 ;; esac
+case $tests in
+    first | last | none | only) ;;
+    *) echo "--tests is $tests; use first, last, none or only" >&2; exit 2 ;;
+esac
 groups=(${only:+--only "$only"})
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -71,18 +74,20 @@ run_tests() { # seconds
     [ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
 }
 
-[ "$tests" != first ] || run_tests $(((limit - SECONDS) / 2))
-echo "== benchmarks ($SECONDS s)"
-seconds=$((limit - SECONDS))
-[ "$tests" != last ] || seconds=$((seconds - 70))
-if [ "$seconds" -ge 20 ]; then
-    timeout --kill-after=5 $((seconds + 10)) "$python" -m bench.gpu "${groups[@]}" \
-        --seconds "$seconds" --out "$out/gpu.json" || failed=1
-else
-    echo "no time for the benchmarks: $seconds s are left, 20 are needed"
-    failed=1
-fi
-[ "$tests" != last ] || run_tests $((limit - SECONDS))
+run_benchmarks() { # seconds
+    echo "== benchmarks ($SECONDS s)"
+    [ "$1" -ge 20 ] || { echo "no time for the benchmarks: $1 s are left, 20 are needed"; failed=1; return; }
+    timeout --kill-after=5 $(($1 + 10)) "$python" -m bench.gpu "${groups[@]}" --seconds "$1" --out "$out/gpu.json" ||
+        failed=1
+}
+
+rm -f "$out"/gpu.json "$out"/tests.txt
+case $tests in
+    first) run_tests $(((limit - SECONDS) / 2)); run_benchmarks $((limit - SECONDS)) ;;
+    last) run_benchmarks $((limit - SECONDS - 70)); run_tests $((limit - SECONDS)) ;;
+    none) run_benchmarks $((limit - SECONDS)) ;;
+    only) run_tests $((limit - SECONDS)) ;;
+esac
 echo "== summary ($SECONDS s)"
 [ ! -e "$out/gpu.json" ] || "$python" -m bench.gpu_summary "$out/gpu.json" | tee "$out/summary.txt"
 [ "$failed" = 0 ] && echo "right" || echo "NOT RIGHT: see above"

@@ -191,7 +191,7 @@ def test_summary_names_what_falls_short_in_15_lines() -> None:
     ("arguments", "sentence"),
     [
         (["--smok"], "--smok is no option of bench/gpu.sh"),
-        (["--tests", "never"], "--tests is never; use first, last or none"),
+        (["--tests", "never"], "--tests is never; use first, last, none or only"),
         (["--smoke", "--only", "los"], "--only is 'los'; name some of step, loss, search, training, peers"),
     ],
 )
