@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import gpu, gpu_summary, harness, host_time
+from bench import compile_ahead, gpu, gpu_summary, harness, host_time
 from tal_fast import kernels
 from tal_fast.kernels import launch
 from tal_fast.loss.backends import TritonBackend
@@ -200,3 +202,38 @@ def test_unknown_options_are_refused_in_one_sentence(arguments: list[str], sente
     done = subprocess.run(["bench/gpu.sh", *arguments], cwd=ROOT, capture_output=True, text=True, env=environ)
     assert done.returncode != 0
     assert sentence in done.stderr
+
+
+def test_kernels_compiled_ahead_are_those_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same kernels, constants and grids; nothing runs. Values of tensors do not matter to a compilation."""
+    seen: list[tuple[Any, ...]] = []
+
+    class Warmed:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def warmup(self, *arguments: Any, grid: tuple[int, ...], **options: Any) -> None:
+            seen.append((self.kernel.fn.__name__, grid, len(arguments), options))
+
+    original = compile_ahead.compile_only
+    monkeypatch.setattr(
+        compile_ahead, "compile_only", lambda each: original(dataclasses.replace(each, kernel=Warmed(each.kernel)))
+    )
+    sizes, device = (4, 10, 16, 50), torch.device("cpu")
+    job = partial(compile_ahead.step_job, "released", sizes, torch.bfloat16, torch.bfloat16, "cpu")
+    assert compile_ahead.work(job) is None
+    step = gpu.bench_step.make_step(gpu.bench_step.Case("released", *sizes, "bfloat16"), device, backend="triton")
+    leaf = torch.rand(4, 10, dtype=torch.bfloat16).requires_grad_()
+    ran = harness.kernels_launched(lambda: step(leaf, torch.rand(4, 16).bfloat16(), torch.zeros(4, dtype=torch.int64)))
+    assert seen == [(e.kernel.fn.__name__, e.grid, len(e.arguments), {**e.constants, **e.options}) for e in ran]
+    assert "no kernel here" in str(compile_ahead.work(partial(fail, "no kernel here")))
+
+
+def fail(text: str) -> None:
+    raise ValueError(text)
+
+
+def test_jobs_are_compiled_in_other_processes() -> None:
+    assert compile_ahead.compile_all([partial(int, "7"), partial(int, "seven")]) == [
+        None, "ValueError: invalid literal for int() with base 10: 'seven'",
+    ]  # fmt: skip
