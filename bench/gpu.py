@@ -179,15 +179,17 @@ def loss(bench: Bench, names: tuple[str, ...], rows: int, classes: int, dtype: t
         raise AssertionError("; ".join(f"{name}: {why}" for name, why in wrong.items()))
 
 
+def search_alone(p: bench_typicalness.Problem) -> Callable[[Tensor], Tensor]:
+    """The launches of statistics and search: (B, D) features -> (B,) distances."""
+    backend = dispatch.for_loss("triton", p.features.device)
+    return lambda f: backend.statistics_distance(f, p.labels, p.queue.ring, -100)[2]
+
+
 def search(bench: Bench, rows: int, width: int, entries: int, r: dict[str, Any]) -> None:
     """Statistics and nearest distance by brute force."""
     r |= {"B": rows, "D": width, "N": entries}
     p = bench_typicalness.Problem(rows, width, entries, torch.float32, bench.device)
-    backend = dispatch.for_loss("triton", bench.device)
-
-    def run(f: Tensor) -> Tensor:
-        return backend.statistics_distance(f, p.labels, p.queue.ring, -100)[2]
-
+    run = search_alone(p)
     bench_typicalness.gate("the search", run(p.features), p)
     calls = [partial(run, p.features.clone()) for _ in range(bench.sets(p.features.nbytes))]
     r |= bench.time(calls)
