@@ -219,6 +219,9 @@ def instruction_rate(device: torch.device) -> float | None:
         return None
     p = torch.cuda.get_device_properties(device)
     lanes = 64 if (p.major, p.minor) == (8, 0) else 128  # of a multiprocessor, a clock
+    busy = torch.rand(4096, 4096, device=device)
+    for _ in range(20):  # an idle GPU clocks down; these take 50 ms on an H100, during which the clock is read
+        torch.mm(busy, busy)
     try:
         clock_rate = 1e6 * torch.cuda.clock_rate(device)
     except Exception:  # it needs the package nvidia-ml-py
