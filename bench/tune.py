@@ -1,9 +1,9 @@
 """Launch options of the kernels on this GPU: ``python -m bench.tune``.
 
-At each size it tries the built-in rules and the options that ``candidates`` of a kernel's module lists, all compiled in
-parallel first. Each must give the loss and gradient, or the distances, of the reference; the fastest is kept where it
-beats the built-in rules by ``GAIN``. The choices go to ``kernels/tuned/``, a file per architecture, which the launchers
-read; sizes that no time is left for keep theirs.
+At each size it tries the built-in rules and candidates, all compiled in parallel first. Each must give the loss and
+gradient, or the distances, of the reference; the fastest is kept where it beats the built-in rules by ``GAIN``. The
+choices go to ``kernels/tuned/``, a file per architecture, which the launchers read; sizes that no time is left for keep
+theirs.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
 from bench import bench_loss, bench_typicalness, gpu
-from bench.compile_ahead import compile_all, step_job
-from tal_fast.kernels import distance, launch, loss
+from bench.compile_ahead import Job, compile_all
+from tal_fast.kernels import launch, loss
 
 GAIN = 0.03
 """Least gain over the built-in rules that an entry of the file must bring: about the spread of repeated timings."""
@@ -35,9 +38,10 @@ LOSS_SHAPES = [
     (1024, 131_072),
 ]
 SEARCHES = [(256, 20_000), (256, 880_880), (1024, 880_880)]  # B, N
+WIDTH = 64  # features of a row in the searches, which the search does not depend on
 
 BUILT_IN = "built-in rules"
-Options = dict[str, Any]
+Options = dict[str, int]
 
 
 class Trial(NamedTuple):
@@ -45,11 +49,11 @@ class Trial(NamedTuple):
 
     Attributes:
         kernel: its name in the file.
-        size: what the file's entries are chosen by, the number of classes or of pairs.
+        size: what the file's entries are chosen by: the number of classes, or of pairs.
         label: the size in words.
         candidates: options to try.
         prepare: gives the function that checks and times the kernel with the options in force, in milliseconds.
-        step: B, C, D, N and the type of the logits of a step that compiles the same kernels.
+        compile: makes the kernel's launch, to be compiled only.
     """
 
     kernel: str
@@ -57,37 +61,58 @@ class Trial(NamedTuple):
     label: str
     candidates: list[Options]
     prepare: Callable[[], Callable[[], float]]
-    step: tuple[tuple[int, int, int, int], torch.dtype]
+    compile: Job
+
+
+def loss_candidates(classes: int) -> list[Options]:
+    """Options of the loss kernel: for rows on chip logits and registers a thread; for others the programs and loads."""
+    if classes <= loss.WIDEST_HELD:
+        pairs = [(16, 96), (16, 128), (32, 96), (32, 128), (32, 168), (32, 255), (64, 168), (64, 255)]
+        return [{"logits": logits, "max_registers": registers} for logits, registers in pairs]
+    shapes = [(4, 4), (4, 3), (4, 2), (8, 2), (8, 1), (16, 1)]
+    return [{"num_warps": w, "programs": p, "unroll": u} for (w, p), u in product(shapes, (1, 2, 4))]
+
+
+def search_candidates() -> list[Options]:
+    """Options of the search: rows and entries of a tile, warps and programs, entries of a thread in flight."""
+    return [
+        {"queries": q, "entries": 32 * w, "num_warps": w, "programs": p, "unroll": u}
+        for q, (w, p), u in product((8, 16, 32), ((2, 16), (4, 8), (2, 8)), (4, 8))
+    ]
 
 
 def loss_trial(bench: gpu.Bench, rows: int, classes: int, dtype: torch.dtype) -> Trial:
-    """The loss kernels of both variants, whose times are added."""
+    """The loss kernel of ``paper``; ``released`` has the same layout."""
 
     def prepare() -> Callable[[], float]:
         p = bench_loss.Problem(rows, classes, dtype, bench.device)
+        run = gpu.backend_alone("kernel", p)
         leaves = [p.logits.clone() for _ in range(bench.sets(p.logits.nbytes))]
 
         def measure() -> float:
-            total = 0.0
-            for name, variant in (("kernel", "paper"), ("kernel_released", "released")):
-                run = gpu.backend_alone(name, p)
-                bench_loss.gate(name, run, p, variant)
-                total += bench.time([partial(run, leaf) for leaf in leaves])["p20_ms"]
-            return total
+            bench_loss.gate("the loss", run, p, "paper")
+            return bench.time([partial(run, leaf) for leaf in leaves])["p20_ms"]
 
         return measure
 
-    kernel = f"loss_{8 * dtype.itemsize}bit"
-    candidates = loss.candidates(classes, dtype)
-    label = f"{rows:,} x {classes:,}"
-    return Trial(kernel, classes, label, candidates, prepare, ((rows, classes, 16, 16), dtype))
+    kernel, label = f"loss_{8 * dtype.itemsize}bit", f"{rows:,} x {classes:,}"
+    job = partial(launch_loss, rows, classes, dtype, bench.device)
+    return Trial(kernel, classes, label, loss_candidates(classes), prepare, job)
 
 
-def search_trial(bench: gpu.Bench, rows: int, entries: int, width: int = 64) -> Trial:
+def launch_loss(rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Loss of logits with any values."""
+    logits = torch.empty(rows, classes, dtype=dtype, device=device)
+    labels, distance = torch.zeros(rows, dtype=torch.int64, device=device), torch.zeros(rows, device=device)
+    p: Any = SimpleNamespace(logits=logits, labels=labels, distance=distance, device=device)
+    gpu.backend_alone("kernel", p)(logits)
+
+
+def search_trial(bench: gpu.Bench, rows: int, entries: int) -> Trial:
     """Statistics and search."""
 
     def prepare() -> Callable[[], float]:
-        p = bench_typicalness.Problem(rows, width, entries, torch.float32, bench.device)
+        p = bench_typicalness.Problem(rows, WIDTH, entries, torch.float32, bench.device)
         run = gpu.search_alone(p)
 
         def measure() -> float:
@@ -96,14 +121,28 @@ def search_trial(bench: gpu.Bench, rows: int, entries: int, width: int = 64) -> 
 
         return measure
 
-    candidates, label = distance.candidates(rows, entries), f"{rows:,} x {entries:,}"
-    return Trial("search", rows * entries, label, candidates, prepare, ((rows, 16, width, entries), torch.float32))
+    job = partial(launch_search, rows, entries, bench.device)
+    return Trial("search", rows * entries, f"{rows:,} x {entries:,}", search_candidates(), prepare, job)
 
 
-def compile_job(kernel: str, options: Options, sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    """A step's kernels with the options of one of them."""
-    with launch.override(kernel, options):
-        step_job("released", sizes, dtype, torch.float32, "cuda")
+def launch_search(rows: int, entries: int, device: torch.device) -> None:
+    """Search for rows among any entries."""
+    p = bench_typicalness.Problem.__new__(bench_typicalness.Problem)  # without the expected distances
+    p.features = torch.zeros(rows, WIDTH, device=device)
+    p.labels = torch.zeros(rows, dtype=torch.int64, device=device)
+    p.queue = bench_typicalness.FeatureQueue(entries, device=device)
+    gpu.search_alone(p)(p.features)
+
+
+def in_force(kernel: str, options: Options) -> Any:
+    """Context manager in which a kernel has these options at every size; ``{}`` are the built-in rules."""
+    return patch.object(launch, "tuned", lambda architecture: {kernel: [{"at_most": 1 << 62, **options}]})
+
+
+def launch_with(kernel: str, options: Options, job: Job) -> None:
+    """The job with the options in force."""
+    with in_force(kernel, options):
+        job()
 
 
 def try_all(trial: Trial, end: float, device: torch.device) -> list[tuple[Options, float | str]]:
@@ -114,7 +153,7 @@ def try_all(trial: Trial, end: float, device: torch.device) -> list[tuple[Option
         if time.monotonic() > end:
             break
         try:
-            with launch.override(trial.kernel, options):
+            with in_force(trial.kernel, options):
                 found.append((options, measure()))
         except Exception as error:
             found.append((options, gpu.first_line(error)))
@@ -133,7 +172,7 @@ def chosen(found: list[tuple[Options, float | str]]) -> Options:
     return {} if isinstance(built_in, float) and best > (1 - GAIN) * built_in else found[i][0]
 
 
-def entries(choices: dict[int, Options]) -> list[Options]:
+def entries_of(choices: dict[int, Options]) -> list[Options]:
     """A kernel's part of the file, from options by size.
 
     The first entry of at least a size serves it; one without options leaves it to the built-in rules, which also serve
@@ -155,6 +194,7 @@ def written(tuned: dict[str, list[Options]]) -> str:
     kernels = [
         f' "{kernel}": [\n' + ",\n".join(f"  {json.dumps(entry)}" for entry in found) + "\n ]"
         for kernel, found in sorted(tuned.items())
+        if found
     ]
     return "{\n" + ",\n".join(kernels) + "\n}\n"
 
@@ -170,16 +210,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("no CUDA GPU is here, and only there a time means anything")
     if not set(args.only.split(",")) <= {"loss", "search"}:
         parser.error(f"--only is {args.only!r}; name loss, search or both, separated by a comma")
-    out = args.out or Path(launch.__file__).parent / "tuned" / f"{launch.architecture(torch.device('cuda'))}.json"
-    tuned: dict[str, list[Options]] = json.loads(out.read_text()) if out.exists() else {}
+    architecture = launch.device_target(torch.device("cuda")).architecture
+    file = Path(launch.__file__).parent / "tuned" / f"{architecture}.json"
+    tuned: dict[str, list[Options]] = json.loads(file.read_text()) if file.exists() else {}
+    choices = {kernel: {entry.pop("at_most"): entry for entry in found} for kernel, found in tuned.items()}
     bench = gpu.Bench(smoke=False)
     trials = [search_trial(bench, *each) for each in SEARCHES] if "search" in args.only else []
     for dtype in (torch.bfloat16, torch.float32):
         trials += [loss_trial(bench, *each, dtype) for each in LOSS_SHAPES] if "loss" in args.only else []
-    jobs = [partial(compile_job, t.kernel, options, *t.step) for t in trials for options in ({}, *t.candidates)]
+    jobs = [partial(launch_with, t.kernel, options, t.compile) for t in trials for options in ({}, *t.candidates)]
     compile_all(jobs)
     print(f"{len(jobs)} candidates compiled, {end - time.monotonic():.0f} s left", flush=True)
-    choices = {kernel: {e["at_most"]: e for e in found} for kernel, found in tuned.items()}
+    out = args.out or file
     for trial in trials:
         if time.monotonic() > end:
             print(f"{trial.kernel} {trial.label}: no time left")
@@ -189,11 +231,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         choices.setdefault(trial.kernel, {})[trial.size] = best
         print(f"{trial.kernel} {trial.label}: {best or BUILT_IN}")
         for options, t in found:
-            time_or_error = f"{1e3 * t:9.1f} us" if isinstance(t, float) else t
-            print(f"  {time_or_error}  {options or BUILT_IN}", flush=True)
-        tuned[trial.kernel] = entries(choices[trial.kernel])
+            print(f"  {f'{1e3 * t:.1f} us' if isinstance(t, float) else t}  {options or BUILT_IN}", flush=True)
         out.parent.mkdir(exist_ok=True)
-        out.write_text(written(tuned))
+        out.write_text(written({kernel: entries_of(each) for kernel, each in choices.items()}))
     print(f"wrote {out}")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +41,21 @@ class Target:
     multiprocessors: int
     warp_size: int  # 32 on NVIDIA, 64 on AMD's data-center GPUs
     holds_wide_rows: bool  # whether one program's registers hold a row of 16,384 logits; see loss.loss_config
+
+
+@cache
+def tuned(architecture: str) -> dict[str, list[dict[str, int]]]:
+    """Options that ``bench.tune`` has chosen on an architecture: by kernel, entries in order of size."""
+    file = Path(__file__).with_name("tuned") / f"{architecture}.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def tuned_options(kernel: str, size: int, architecture: str) -> dict[str, int]:
+    """Options of a kernel at a size; empty where the built-in rules serve."""
+    for entry in tuned(architecture).get(kernel, ()):
+        if size <= entry["at_most"]:
+            return {name: value for name, value in entry.items() if name != "at_most"}
+    return {}
 
 
 def cdiv(a: int, b: int) -> int:
