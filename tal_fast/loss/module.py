@@ -130,6 +130,7 @@ class TALLoss(nn.Module):
         weight = self.class_weight
         super()._apply(fn, *args, **kwargs)
         if weight is not None:  # moved, but neither rounded by half() nor emptied by to_empty()
+            assert self.class_weight is not None
             self.class_weight = weight.to(self.class_weight.device)
         return self
 

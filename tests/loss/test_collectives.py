@@ -225,7 +225,7 @@ def test_global_scope_with_class_weights_equals_one_process(ranks: list[Results]
     whole = weighted_losses(slice(None), "local")
     reductions = ["mean", "sum", "none"] * (len(whole) // 3)
     for reduction, (loss, grad), *parts in zip(reductions, whole, *(rank.weighted for rank in ranks), strict=True):
-        losses, grads = (torch.stack(values) if values[0].dim() == 0 else torch.cat(values) for values in zip(*parts))
+        losses, grads = (torch.cat([torch.atleast_1d(t) for t in values]) for values in zip(*parts, strict=True))
         if reduction == "mean":  # alone is rescaled, so that the ranks' mean is that of the batch
             losses, grads = losses / WORLD, grads / WORLD
         if reduction != "none":

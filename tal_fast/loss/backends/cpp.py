@@ -83,6 +83,8 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # at::Reduction
 
 def _loss_arguments(options: LossOptions, warmup: bool, class_weight: Tensor | None) -> tuple[Any, ...]:
     """Options in the order of the extension's operators."""
-    temperatures = options.t_min, options.t_max, options.t_wrong
-    others = options.confidence_threshold, options.label_smoothing, options.ignore_index, warmup
-    return options.variant == "released", *temperatures, *others, _REDUCTIONS[options.reduction], class_weight
+    o = options
+    return (
+        o.variant == "released", o.t_min, o.t_max, o.t_wrong, o.confidence_threshold, o.label_smoothing,
+        o.ignore_index, warmup, _REDUCTIONS[o.reduction], class_weight,
+    )  # fmt: skip
