@@ -58,7 +58,8 @@ struct Attach : Function<Attach> {
     const Tensor gradient = ctx->get_saved_variables()[0];
     // An upstream gradient of 1, which loss.backward() gives, costs no pass over memory. The engine casts the product
     // to the logits' dtype: under a gradient scaler a float16 product keeps small values that float16 factors lose.
-    const bool kept = torch::autograd::get_current_graph_task_keep_graph(), per_row = upstream[0].dim() == 1;
+    const bool kept = torch::autograd::get_current_graph_task_keep_graph();
+    const bool per_row = upstream[0].dim() == 1;
     if (!kept && !per_row && upstream[0].item<double>() == 1) return {gradient, Tensor()};
     Tensor factor = upstream[0].to(gradient.scalar_type());
     if (per_row) factor = factor.unsqueeze(1);

@@ -235,7 +235,10 @@ def test_step_in_one_call_equals_its_parts(
                 if loss_fn is losses[1]:
                     patched.setattr(dispatch, "runs_in_one_call", lambda *_: False)
                 loss = loss_fn(leaf, features, labels)
-                upstream = torch.linspace(-2, 3, 8).to(loss.dtype) if reduction == "none" else loss.new_tensor(3.0)
+                upstream = loss.new_tensor(3.0)
+                if reduction == "none":
+                    upstream = torch.linspace(-2, 3, 8).to(loss.dtype)
+                    upstream[labels == -100] = torch.inf  # must not reach an ignored row
                 results.append((loss, torch.autograd.grad(loss, leaf, upstream)[0]))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
