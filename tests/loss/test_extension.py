@@ -71,7 +71,9 @@ def test_queue_operators_pass_opcheck(capacity: int) -> None:
         copies = [None if t is None else t.clone() for t in (*ring, index)]
         torch.library.opcheck(ops.push_.default, (*copies[:3], mean, std, rows, copies[3]))
     torch.library.opcheck(ops.nearest.default, (*ring, mean, std, index))
-    torch.library.opcheck(ops.statistics_distance.default, (torch.rand(5, 9), torch.arange(5), *ring, -100, index))
+    rows = torch.rand(5, 9), torch.arange(5)
+    for weight in (None, torch.rand(5)):
+        torch.library.opcheck(ops.statistics_distance.default, (*rows, *ring, -100, index, weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
@@ -84,8 +86,9 @@ def test_loss_operators_pass_opcheck(dtype: torch.dtype) -> None:
     _, _, distance, summary = ops.statistics_distance(features, labels, ring.mean, ring.std, ring.cursor, -100)
     torch.library.opcheck(ops.batch_sums.default, (logits, labels, distance, summary, 0.0, -100))
     for need_grad in (True, False):
-        arguments = (True, 10.0, 100.0, None, 0.0, 0.1, -100, False, need_grad)
-        torch.library.opcheck(ops.loss_forward.default, (logits, labels, distance, summary, *arguments))
+        for reduction, weight in ((0, torch.rand(7)), (1, None), (2, None)):
+            arguments = (True, 10.0, 100.0, None, 0.0, 0.1, -100, False, reduction, weight, need_grad)
+            torch.library.opcheck(ops.loss_forward.default, (logits, labels, distance, summary, *arguments))
 
 
 def test_index_of_another_size_is_refused() -> None:
