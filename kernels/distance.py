@@ -17,12 +17,15 @@ from torch import Tensor
 from tal_fast.kernels.launch import Launch, Target, cdiv, device_target
 
 QUERIES = 16  # queries per program of the search; every queue entry loaded serves all of them
-ENTRIES = 128  # queue entries per iteration: one a thread at 4 warps
-NUM_WARPS = 4
-PROGRAMS = 4  # programs of the search per multiprocessor
+ENTRIES = 64  # queue entries at a time: one a thread
+NUM_WARPS = 2
+UNROLL = 8  # entries of a thread in flight
+PROGRAMS = 16  # programs of the search per multiprocessor
 ROWS = 256  # rows per iteration of the last program's reduction
 FEATURES = 256  # features per iteration of the statistics
-TICKETS = 3  # arrival counters of a step: of the search, the batch sums and the loss
+
+# Arrival counters of a step, one for each launch that needs to know its last program.
+SEARCH_TICKET, SUMS_TICKET, LOSS_TICKET, TICKETS = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
@@ -52,7 +55,7 @@ def is_last_program(ticket_ptr, programs):
 @triton.jit
 def statistics_kernel(
     features_ptr, mean_ptr, std_ptr, squared_ptr, tickets_ptr, rows, width, stride_b, stride_d,
-    FEATURES: tl.constexpr, TICKETS: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):  # fmt: skip
     """Mean and standard deviation of each row, and what the search needs before it: infinite distances, tickets of 0.
 
@@ -85,7 +88,7 @@ def statistics_kernel(
 
 @triton.jit
 def search_kernel(
-    mean_ptr, std_ptr, queue_mean_ptr, queue_std_ptr, cursor_ptr, squared_ptr, ticket_ptr, labels_ptr, class_weight_ptr,
+    mean_ptr, std_ptr, queue_mean_ptr, queue_std_ptr, cursor_ptr, squared_ptr, tickets_ptr, labels_ptr, class_weight_ptr,
     summary_ptr, rows, capacity, labels_stride, ignore_index,
     SUMMARY: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr, QUERIES: tl.constexpr, ENTRIES: tl.constexpr,
     ROWS: tl.constexpr, UNROLL: tl.constexpr,
@@ -94,7 +97,7 @@ def search_kernel(
 
     Pointers:
         squared: (rows,) in: inf; out: the distances.
-        ticket: (1,) int32, 0.
+        tickets: (3,) int32, 0.
         class_weight: (classes,), with HAS_CLASS_WEIGHT.
         summary: (7,) float64 out: smallest and largest distance, number of valid rows, three zeros, sum of the valid
             rows' class weights.
@@ -122,7 +125,7 @@ def search_kernel(
         squared_ptr.to(tl.pointer_type(bits), bitcast=True) + row, tl.min(best, axis=1).to(bits, bitcast=True),
         mask=in_batch,
     )  # fmt: skip
-    if is_last_program(ticket_ptr, tl.num_programs(0) * tl.num_programs(1)):
+    if is_last_program(tickets_ptr + SEARCH_TICKET, tl.num_programs(0) * tl.num_programs(1)):
         smallest = tl.full((ROWS,), float("inf"), tl.float64)
         largest = tl.full((ROWS,), float("-inf"), tl.float64)
         valid_rows = tl.zeros((ROWS,), tl.int64)
@@ -157,10 +160,17 @@ def plan_statistics(features: Tensor, dtype: torch.dtype) -> tuple[Launch, tuple
     """Launch of ``statistics_kernel``, and its outputs: mean, std and infinite squared distances (B,), and tickets."""
     rows, width = features.shape
     mean, std, squared = (features.new_empty(rows, dtype=dtype) for _ in range(3))
-    tickets = features.new_empty(TICKETS, dtype=torch.int32)
+    tickets = features.new_empty(TICKETS.value, dtype=torch.int32)
     arguments = (features, mean, std, squared, tickets, rows, width, *features.stride())
-    constants = {"FEATURES": min(FEATURES, triton.next_power_of_2(width)), "TICKETS": TICKETS}
+    constants = {"FEATURES": min(FEATURES, triton.next_power_of_2(width))}
     return Launch(statistics_kernel, (max(1, rows),), arguments, constants, 2), (mean, std, squared, tickets)
+
+
+def num_splits_for(blocks: int, capacity: int, target: Target) -> int:
+    """Number of queue splits for a number of query blocks; the queue's length is on the device, so its capacity
+    decides. No split has less than UNROLL tiles of entries.
+    """
+    return max(1, min(PROGRAMS * target.multiprocessors // blocks, cdiv(capacity, UNROLL * ENTRIES)))
 
 
 def plan_search(
@@ -170,29 +180,76 @@ def plan_search(
     mean: Tensor,
     std: Tensor,
     squared: Tensor,
-    ticket: Tensor,
+    tickets: Tensor,
     labels: Tensor | None,
     class_weight: Tensor | None,
     ignore_index: int,
     target: Target,
-    queries: int = QUERIES,
-    entries: int = ENTRIES,
-    num_warps: int = NUM_WARPS,
-    programs: int = PROGRAMS,
-    unroll: int = 4,
 ) -> tuple[Launch, Tensor]:
     """Launch of ``search_kernel``, and the summary (7,), which is not written without labels."""
     rows, capacity = mean.numel(), queue_mean.numel()
     summary = mean.new_empty(7, dtype=torch.float64)
-    blocks = max(1, cdiv(rows, queries))  # an empty batch needs a program too: it writes the summary
-    splits = max(1, min(cdiv(programs * target.multiprocessors, blocks), cdiv(capacity, unroll * entries)))
+    blocks = max(1, cdiv(rows, QUERIES))  # an empty batch needs a program too: it writes the summary
+    splits = num_splits_for(blocks, capacity, target)
     arguments = (
-        mean, std, queue_mean, queue_std, cursor, squared, ticket, cursor if labels is None else labels,
+        mean, std, queue_mean, queue_std, cursor, squared, tickets, cursor if labels is None else labels,
         mean if class_weight is None else class_weight, summary, rows, capacity,
         0 if labels is None else labels.stride(0), ignore_index,
     )  # fmt: skip
     constants = {
-        "SUMMARY": labels is not None, "HAS_CLASS_WEIGHT": class_weight is not None, "QUERIES": queries,
-        "ENTRIES": entries, "ROWS": ROWS, "UNROLL": unroll,
+        "SUMMARY": labels is not None, "HAS_CLASS_WEIGHT": class_weight is not None, "QUERIES": QUERIES,
+        "ENTRIES": ENTRIES, "ROWS": ROWS, "UNROLL": UNROLL,
     }  # fmt: skip
-    return Launch(search_kernel, (blocks, splits), arguments, constants, num_warps), summary
+    return Launch(search_kernel, (blocks, splits), arguments, constants, NUM_WARPS), summary
+
+
+def statistics_distance(
+    features: Tensor,
+    labels: Tensor,
+    queue_mean: Tensor,
+    queue_std: Tensor,
+    cursor: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Mean and standard deviation of each sample's features, and their distance to the nearest queue entry.
+
+    Args:
+        features: (B, D) floating point, any strides, D >= 2.
+        labels: (B,) int64; rows labelled ``ignore_index`` are left out of the summary.
+        queue_mean, queue_std: (N,) float32 or float64, contiguous, N < 2^31.
+        cursor: (2,) int64, [next slot, number of entries].
+        class_weight: (C,) floating point, contiguous, or None.
+        ignore_index: label of the rows to ignore.
+
+    Returns:
+        ``(mean, std, distance, summary, tickets)``. The first three are (B,) in the queue's dtype; the (7,) float64
+        summary is that of ``tal_fast.loss.reference.batch_summary``, with zeros for the three sums that need logits;
+        the tickets are (3,) int32 zeros, for the other launches of the step.
+    """
+    launch, (mean, std, squared, tickets) = plan_statistics(features, queue_mean.dtype)
+    launch.run()
+    search, summary = plan_search(
+        queue_mean, queue_std, cursor, mean, std, squared, tickets, labels, class_weight, ignore_index,
+        device_target(features.device),
+    )  # fmt: skip
+    search.run()
+    return mean, std, squared, summary, tickets
+
+
+def nearest(queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Distance of each (mean, std) to the nearest queue entry.
+
+    Arguments as for ``statistics_distance``, with ``mean`` and ``std`` (B,) in the queue's dtype.
+
+    Returns:
+        (B,) distances; inf for an empty queue.
+    """
+    distance = torch.full_like(mean, float("inf"), memory_format=torch.contiguous_format)
+    if mean.numel():
+        tickets = torch.zeros(TICKETS.value, dtype=torch.int32, device=mean.device)
+        plan_search(
+            queue_mean, queue_std, cursor, mean.contiguous(), std.contiguous(), distance, tickets, None, None, 0,
+            device_target(mean.device),
+        )[0].run()  # fmt: skip
+    return distance

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tal_fast.kernels.distance import is_last_program, sqrt_rn
+from tal_fast.kernels.distance import LOSS_TICKET, SUMS_TICKET, is_last_program, sqrt_rn
 from tal_fast.kernels.launch import Launch, Target, cdiv, device_constants, device_target
 
 NORM_EPS = tl.constexpr(1e-7)  # added to a row's norm; reference.NORM_EPS
@@ -352,7 +352,7 @@ def store_chunk(
 
 @triton.jit
 def loss_kernel(
-    logits_ptr, labels_ptr, distance_ptr, summary_ptr, constants_ptr, class_weight_ptr, ticket_ptr, partials_ptr,
+    logits_ptr, labels_ptr, distance_ptr, summary_ptr, constants_ptr, class_weight_ptr, tickets_ptr, partials_ptr,
     loss_ptr, grad_ptr, stats_ptr, flags_ptr, rows, stride_b, stride_c, labels_stride, grad_stride_b, ignore_index,
     RELEASED: tl.constexpr, HAS_T_WRONG: tl.constexpr, SMOOTH: tl.constexpr, WARMUP: tl.constexpr,
     NEED_GRAD: tl.constexpr, MEAN: tl.constexpr, ROW_LOSS: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -363,7 +363,7 @@ def loss_kernel(
 
     Pointers:
         logits: (rows, CLASSES), strides stride_b and stride_c.
-        labels, distance, summary, ticket: as for ``plan_loss``; the labels' stride is labels_stride.
+        labels, distance, summary, tickets: as for ``plan_loss``; the labels' stride is labels_stride.
         constants: (5,) float64 from ``loss_constants``.
         class_weight: (CLASSES,), contiguous, if WEIGHTED.
         partials: (programs,) float64 scratch.
@@ -569,37 +569,113 @@ def loss_kernel(
     if not ROW_LOSS:
         tl.store(partials_ptr + tl.program_id(0), tl.sum(total, axis=0))
         programs = tl.num_programs(0)
-        if is_last_program(ticket_ptr, programs):
+        if is_last_program(tickets_ptr + LOSS_TICKET, programs):
             loss = _ordered_sum(partials_ptr, programs)
             tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty) * inverse)
+
+
+@triton.jit
+def batch_sums_kernel(
+    logits_ptr, labels_ptr, distance_ptr, summary_ptr, constants_ptr, tickets_ptr, partials_ptr, rows,
+    stride_b, stride_c, labels_stride, ignore_index,
+    FLOAT64: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
+    V: tl.constexpr, EDGES: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Number of accepted rows, number of rows of weight 1, and sum of the other valid rows' distances.
+
+    Pointers and constants are those of ``loss_kernel``, and:
+        summary: (7,) float64 summary; its values 3 to 5 are written.
+        partials: (3, programs) float64 scratch.
+    """
+    dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
+    if not EDGES:
+        stride_b = stride_b // V * V
+    if stride_c != 1:
+        stride_c = tl.cast(stride_c, tl.int64)
+    threshold = tl.load(constants_ptr + THRESHOLD).to(dtype)
+    n_accepted = tl.zeros((ROWS,), tl.float64)
+    n_one = tl.zeros((ROWS,), tl.float64)
+    sum_distance = tl.zeros((ROWS,), tl.float64)
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = tl.cast(first, tl.int64) + tl.arange(0, ROWS)
+        label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
+        valid, in_range, column, base, head, length, z_label, d, z_edge, held = fetch_rows(
+            logits_ptr, distance_ptr, row, label, rows, stride_b, stride_c, ignore_index,
+            CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
+        )  # fmt: skip
+        z_label = z_label.to(dtype)
+        largest, norm, correct, _, _ = scan_rows(
+            held, z_edge, base, z_label, column, in_range, valid, head, length, stride_c, constants_ptr,
+            dtype, CLASSES, ROWS, CHUNKS, WIDTH, V, EDGES, HELD, UNROLL, False, False,
+        )  # fmt: skip
+        cosine = tl.maximum(largest, z_label) * (1.0 / (norm + NORM_EPS))
+        accepted = correct & (norm < float("inf")) & (cosine > threshold)
+        d = d.to(tl.float64)
+        weighted = correct & (tl.abs(d) < float("inf"))
+        n_accepted += accepted.to(tl.float64)
+        n_one += (valid & (weighted == 0)).to(tl.float64)
+        sum_distance += tl.where(weighted, d, 0.0)
+    programs = tl.num_programs(0)
+    pid = tl.program_id(0)
+    tl.store(partials_ptr + pid, tl.sum(n_accepted, axis=0))
+    tl.store(partials_ptr + programs + pid, tl.sum(n_one, axis=0))
+    tl.store(partials_ptr + 2 * programs + pid, tl.sum(sum_distance, axis=0))
+    if is_last_program(tickets_ptr + SUMS_TICKET, programs):
+        for k in range(3):
+            tl.store(summary_ptr + 3 + k, _ordered_sum(partials_ptr + k * programs, programs))
+
+
+@triton.jit
+def scale_kernel(
+    values_ptr, factor_ptr, out_ptr, size,
+    IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Values times a scalar; in place, a factor of 1 moves no memory."""
+    factor = tl.load(factor_ptr)
+    blocks = tl.cdiv(size, BLOCK)
+    if IN_PLACE:
+        blocks = tl.where(factor == 1, 0, blocks)
+    dtype = values_ptr.dtype.element_ty
+    wide: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        values = tl.load(values_ptr + at, mask=at < size, other=0.0).to(wide)
+        tl.store(out_ptr + at, (values * factor.to(wide)).to(out_ptr.dtype.element_ty), mask=at < size)
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """How rows of logits are laid out over a program."""
 
-    rows: int  # in a tile
-    chunks: int
+    rows: int  # at a time
+    chunks: int  # of a row that is held
     width: int  # logits of a row in a chunk
     held: bool  # whether the chunks cover a row
     num_warps: int
     programs: int  # most programs on a multiprocessor
-    unroll: int = 1  # iterations over chunks at a time, of rows that are not held
+    unroll: int = 1  # chunks in flight, of a row that is not held
     max_registers: int | None = None  # per thread
 
 
 @cache
-def loss_config(classes: int, dtype: torch.dtype, target: Target, v: int) -> LossConfig:
-    """Layout of rows of ``classes`` logits in vectors of ``v``."""
-    logits = 32  # per thread
+def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool) -> LossConfig:
+    """Layout of rows of ``classes`` logits in vectors of ``v``.
+
+    Rows are held up to 8,192 logits, 32 in a thread: one warp then takes 1,024, and the fixed work of a row, some 400
+    instructions in every warp, costs least. On an H200 16,384 rows of 1,000 take 28.6 us so, 38.8 us with two warps.
+    At 168 registers 12 warps fit on a multiprocessor. Wider rows have 4 warps, which at 128 registers and 4 programs on
+    a multiprocessor keep the rows in work (23 MB at 21,841 logits) in the L2 cache. float64 serves checks only.
+    """
     block = triton.next_power_of_2(classes)
-    if block > 8192 or dtype == torch.float64:
-        width = min(block, 128 * v if dtype != torch.float64 else 256)
-        return LossConfig(1, 1, width, False, 4, 4, 2, None if dtype == torch.float64 else 128)
-    rows = max(1, 32 * logits // block)
-    num_warps = max(1, rows * block // (32 * logits))
+    if dtype == torch.float64:
+        return LossConfig(1, 1, min(block, 256), False, 4, 4)
+    if block > 8192:
+        return LossConfig(1, 1, 128 * v, False, 4, 4, unroll=2, max_registers=128)
+    rows = max(1, 1024 // block)
+    num_warps = max(1, block // 1024)
     width = max(v, min(block, 32 * num_warps * v // rows))
-    return LossConfig(rows, block // width, width, True, num_warps, max(1, 12 // num_warps), 1, 168)
+    registers = None if edges else 168  # EDGES would spill
+    return LossConfig(rows, block // width, width, True, num_warps, max(1, 12 // num_warps), max_registers=registers)
 
 
 def vector_of(logits: Tensor, grad: Tensor | None) -> tuple[int, bool]:
@@ -614,6 +690,11 @@ def vector_of(logits: Tensor, grad: Tensor | None) -> tuple[int, bool]:
     return common, False
 
 
+def num_programs_for(turns: int, per_multiprocessor: int, target: Target) -> int:
+    """Number of programs; an empty batch needs one, to write its loss."""
+    return max(1, min(turns, per_multiprocessor * target.multiprocessors))
+
+
 def loss_constants(
     device: torch.device, t_min: float, t_max: float, t_wrong: float | None, threshold: float, smoothing: float
 ) -> Tensor:
@@ -626,7 +707,8 @@ def plan_loss(
     labels: Tensor,
     distance: Tensor,
     summary: Tensor,
-    ticket: Tensor,
+    tickets: Tensor,
+    class_weight: Tensor | None,
     variant: str,
     t_min: float,
     t_max: float,
@@ -634,29 +716,51 @@ def plan_loss(
     confidence_threshold: float,
     label_smoothing: float,
     ignore_index: int,
+    reduction: str,
     warmup: bool,
     need_grad: bool,
-    reduction: str = "mean",
-    class_weight: Tensor | None = None,
     inplace: bool = False,
     *,
     target: Target,
     config: LossConfig | None = None,
 ) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Launch of the loss kernel, and its outputs.
+
+    The options that are not listed are those of ``tal_fast.TALLoss``.
+
+    Args:
+        logits: (B, C) floating point, any strides.
+        labels: (B,) int64 in [0, C) or ``ignore_index``. They are not checked, which would wait for the device: a label
+            out of range reads nothing outside the logits and gives a meaningless loss.
+        distance: (B,) floating point, distance to the queue.
+        summary: (7,) float64, ``tal_fast.loss.reference.batch_summary``; values 3 to 5 are read for ``released`` only.
+        tickets: (3,) int32 from ``distance.statistics_distance``, zero before and after.
+        class_weight: (C,) floating point, contiguous, or None.
+        warmup: whether typicalness is 1 for every sample.
+        need_grad: whether to compute the gradient.
+        inplace: write the gradient over the logits, which must be contiguous and not float16.
+        target: the device.
+        config: layout of the rows; by default the one for their width.
+
+    Returns:
+        The launch, and ``(loss, gradient, stats, flags)``: a scalar, or (B,) with reduction "none"; (B, C) in the
+        logits' dtype (float32 for float16), empty without ``need_grad``; (3, B) typicalness, weight and temperature;
+        (2, B) bool, correct and accepted. Floats are float32, or float64 for float64 logits.
+    """
     rows, classes = logits.shape
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    # float32 for float16 logits: float16 would lose small gradients before a gradient scaler multiplies them.
     stored = wide if logits.dtype == torch.float16 else logits.dtype
     loss = logits.new_empty((rows,) if reduction == "none" else (), dtype=wide)
     grad = logits if inplace else logits.new_empty((rows, classes) if need_grad else (0,), dtype=stored)
     stats = logits.new_empty((3, rows), dtype=wide)
     flags = logits.new_empty((2, rows), dtype=torch.bool)
     v, edges = vector_of(logits, grad)
-    if config is None:
-        config = loss_config(classes, logits.dtype, target, v)
-    programs = max(1, min(cdiv(rows, config.rows), config.programs * target.multiprocessors))
+    config = loss_config(classes, logits.dtype, v, edges) if config is None else config
+    programs = num_programs_for(cdiv(rows, config.rows), config.programs, target)
     constants = loss_constants(logits.device, t_min, t_max, t_wrong, confidence_threshold, label_smoothing)
     arguments = (
-        logits, labels, distance, summary, constants, constants if class_weight is None else class_weight, ticket,
+        logits, labels, distance, summary, constants, constants if class_weight is None else class_weight, tickets,
         summary.new_empty(programs), loss, grad, stats, flags, rows, *logits.stride(), labels.stride(0),
         grad.stride(0), ignore_index,
     )  # fmt: skip
@@ -669,6 +773,15 @@ def plan_loss(
         "MEAN": reduction == "mean",
         "ROW_LOSS": reduction == "none",
         "WEIGHTED": class_weight is not None,
+        **layout(classes, v, edges, config),
+    }
+    launch = Launch(loss_kernel, (programs,), arguments, constexprs, config.num_warps, config.max_registers)
+    return launch, (loss, grad, stats, flags)
+
+
+def layout(classes: int, v: int, edges: bool, config: LossConfig) -> dict[str, Any]:
+    """Compile-time constants of the kernels that read rows of logits."""
+    return {
         "CLASSES": classes,
         "ROWS": config.rows,
         "CHUNKS": config.chunks,
@@ -678,5 +791,69 @@ def plan_loss(
         "HELD": config.held,
         "UNROLL": config.unroll,
     }
-    launch = Launch(loss_kernel, (programs,), arguments, constexprs, config.num_warps, config.max_registers)
-    return launch, (loss, grad, stats, flags)
+
+
+def loss_forward(logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, its gradient, and the per-sample statistics; arguments and results as for ``plan_loss``."""
+    launch, outputs = plan_loss(logits, *args, target=device_target(logits.device), **kwargs)
+    launch.run()
+    return outputs
+
+
+def plan_batch_sums(
+    logits: Tensor,
+    labels: Tensor,
+    distance: Tensor,
+    summary: Tensor,
+    tickets: Tensor,
+    confidence_threshold: float,
+    ignore_index: int,
+    target: Target,
+) -> Launch:
+    """Launch of ``batch_sums_kernel``."""
+    rows, classes = logits.shape
+    v, edges = vector_of(logits, None)
+    config = loss_config(classes, logits.dtype, v, edges)
+    programs = num_programs_for(cdiv(rows, config.rows), max(1, 16 // config.num_warps), target)
+    constants = loss_constants(logits.device, 0.0, 0.0, None, confidence_threshold, 0.0)
+    arguments = (
+        logits, labels, distance, summary, constants, tickets, summary.new_empty(3 * programs), rows,
+        *logits.stride(), labels.stride(0), ignore_index,
+    )  # fmt: skip
+    constexprs = {"FLOAT64": logits.dtype == torch.float64, **layout(classes, v, edges, config)}
+    return Launch(batch_sums_kernel, (programs,), arguments, constexprs, config.num_warps)
+
+
+def batch_sums(
+    logits: Tensor,
+    labels: Tensor,
+    distance: Tensor,
+    summary: Tensor,
+    tickets: Tensor,
+    confidence_threshold: float,
+    ignore_index: int,
+) -> None:
+    """Fill in the values 3 to 5 of ``summary`` (7,), which variant ``released`` needs before the loss.
+
+    Arguments as for ``plan_loss``; ``tal_fast.loss.reference.batch_summary`` defines the values.
+    """
+    target = device_target(logits.device)
+    plan_batch_sums(logits, labels, distance, summary, tickets, confidence_threshold, ignore_index, target).run()
+
+
+def plan_scale(values: Tensor, factor: Tensor, out: Tensor, target: Target) -> Launch:
+    """Launch of ``scale_kernel``."""
+    programs = min(cdiv(values.numel(), SCALE_BLOCK), 8 * target.multiprocessors)
+    constants = {"IN_PLACE": out is values, "BLOCK": SCALE_BLOCK}
+    return Launch(scale_kernel, (programs,), (values, factor, out, values.numel()), constants, 8)
+
+
+def scale(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous ``values`` times a scalar tensor, without reading it back to the host.
+
+    In their own memory if the dtype is theirs, else in new memory: the product is rounded once.
+    """
+    out = values if dtype == values.dtype else torch.empty_like(values, dtype=dtype)
+    if values.numel():
+        plan_scale(values, factor, out, device_target(values.device)).run()
+    return out
