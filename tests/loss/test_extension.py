@@ -32,16 +32,19 @@ def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
 
 
 def digest() -> int:
-    """Number that depends on every bit of a step's results."""
+    """Number that depends on every bit of the results of a step, and of one with class weights and label smoothing."""
     torch.manual_seed(0)
-    loss_fn = TALLoss(queue_size=1000, backend="native")
-    loss_fn.queue.push(torch.rand(900), torch.rand(900))
     z, f, y = torch.randn(33, 1003) * 5, torch.rand(33, 515), torch.randint(1003, (33,))
     y[:20] = z[:20].argmax(1)
-    z.requires_grad_()
-    loss, stats = loss_fn(z, f, y, return_stats=True)
-    loss.backward()
-    values = torch.cat([loss.detach().view(1), z.grad.flatten(), stats.distance, stats.typicalness])
+    queue, results = (torch.rand(900), torch.rand(900)), []
+    for options in ({}, {"class_weight": torch.rand(1003), "label_smoothing": 0.1}):
+        loss_fn = TALLoss(queue_size=1000, backend="native", **options)
+        loss_fn.queue.push(*queue)
+        leaf = z.clone().requires_grad_()
+        loss, stats = loss_fn(leaf, f, y, return_stats=True)
+        loss.backward()
+        results += [loss.detach().view(1), leaf.grad.flatten(), stats.distance, stats.typicalness]
+    values = torch.cat(results)
     return int(values.view(torch.int32).long().mul(torch.arange(1, values.numel() + 1)).sum())
 
 
