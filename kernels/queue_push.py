@@ -37,24 +37,27 @@ def push_kernel(
     length = tl.load(cursor_ptr + 1)
     is_valid = (head >= 0) & (head < capacity) & (length >= 0) & (length <= capacity)
     # 1. Count the rows to push: if they outnumber the slots, only the last `capacity` of them are written.
-    counts = tl.zeros((ROWS,), tl.int64)
+    counts = tl.zeros((ROWS,), tl.int32)
     for start in range(0, rows, ROWS):
-        r = start + tl.arange(0, ROWS).to(tl.int64)
+        r = start + tl.arange(0, ROWS)
         keep, _, _ = _load_rows(mean_ptr, std_ptr, accepted_ptr, r, rows, HAS_ACCEPTED)
-        counts += keep.to(tl.int64)
-    kept = tl.sum(counts, axis=0)
-    # 2. Write each kept row to the slot given by its rank among the kept rows.
-    before = tl.zeros((), tl.int64)
+        counts += keep.to(tl.int32)
+    kept = tl.sum(counts, axis=0).to(tl.int64)
+    # 2. Write each kept row to the slot given by its rank among those that are written.
+    skipped = tl.maximum(kept - capacity, 0)
+    head_after_skipped = (head + skipped) % capacity
+    before = -skipped.to(tl.int32)
     for start in range(0, rows, ROWS):
-        r = start + tl.arange(0, ROWS).to(tl.int64)
+        r = start + tl.arange(0, ROWS)
         keep, m, s = _load_rows(mean_ptr, std_ptr, accepted_ptr, r, rows, HAS_ACCEPTED)
         ones = keep.to(tl.int32)
-        rank = before + tl.cumsum(ones, axis=0).to(tl.int64) - 1
-        slot = (head + rank) % capacity
-        is_written = keep & (rank >= kept - capacity)
-        tl.store(queue_mean_ptr + slot, m, mask=is_written & is_valid)
-        tl.store(queue_std_ptr + slot, s, mask=is_written & is_valid)
-        before += tl.sum(ones, axis=0).to(tl.int64)
+        rank = before + tl.cumsum(ones, axis=0) - 1
+        slot = head_after_skipped + rank
+        slot = tl.where(slot >= capacity, slot - capacity, slot)
+        is_written = keep & (rank >= 0) & is_valid
+        tl.store(queue_mean_ptr + slot, m, mask=is_written)
+        tl.store(queue_std_ptr + slot, s, mask=is_written)
+        before += tl.sum(ones, axis=0)
     # 3. Move the cursor, after every thread has read it.
     tl.debug_barrier()
     tl.store(cursor_ptr, (head + kept) % capacity, mask=is_valid)
