@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from bench.batches import make_logits
 from bench.harness import CannotRun, agree, sets_beyond_cache
 from tal_fast.loss import dispatch, reference
-from tal_fast.loss.backends import LossInputs
+from tal_fast.loss.backends import Backend, LossInputs
 from tal_fast.loss.options import LossOptions
 from tal_fast.loss.queue import FeatureQueue
 
@@ -101,6 +101,12 @@ def cross_entropy(p: Problem) -> Run:
     return differentiated(lambda z: F.cross_entropy(z.float(), p.labels))
 
 
+def tickets_of(backend: Backend, p: Problem) -> Tensor | None:
+    """Arrival counters for the launches of a step, as its first part gives them."""
+    features, queue = torch.rand(len(p.labels), 2, device=p.device), FeatureQueue(1, device=p.device)
+    return backend.statistics_distance(features, p.labels, queue.ring, -100).tickets
+
+
 def make_peer(name: str, p: Problem) -> tuple[Run, str]:
     """The peer, and the variant whose loss it computes.
 
@@ -108,11 +114,11 @@ def make_peer(name: str, p: Problem) -> tuple[Run, str]:
         CannotRun: it is not installed, or not for this device.
     """
     if name in TAL:
-        backend, ring = dispatch.for_loss("auto", p.device), FeatureQueue(1, device=p.device).ring
-        summary = reference.batch_summary(p.logits, p.labels, p.distance)
+        backend = dispatch.for_loss("auto", p.device)
+        summary, tickets = reference.batch_summary(p.logits, p.labels, p.distance), tickets_of(backend, p)
 
         def tal(z: Tensor) -> Tensor:
-            inputs = LossInputs(z, p.labels, p.distance, summary, ring, LossOptions(name), warmup=False)
+            inputs = LossInputs(z, p.labels, p.distance, summary, tickets, LossOptions(name), warmup=False)
             if name == "released":  # its mean weight needs the logits once more, which is part of its cost
                 inputs.summary = backend.complete_summary(inputs)
             return backend.loss(inputs)[0]

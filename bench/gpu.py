@@ -54,7 +54,6 @@ from tal_fast.loss._extension import triton_problem
 from tal_fast.loss.backends import LossInputs
 from tal_fast.loss.backends.base import KernelBackend
 from tal_fast.loss.options import LossOptions
-from tal_fast.loss.queue import FeatureQueue
 
 BIG_STEP, SMALL_STEP = (256, 1000, 2048, 880_880), (128, 100, 64, 30_000)  # B, C, D, N
 STEPS = [
@@ -127,13 +126,14 @@ class Bench:
 
 def backend_alone(name: str, p: bench_loss.Problem) -> bench_loss.Run:
     """The launches without autograd around them: what the kernels' bandwidth is judged by."""
-    backend, ring = dispatch.for_loss("triton", p.device), FeatureQueue(1, device=p.device).ring
+    backend = dispatch.for_loss("triton", p.device)
     assert isinstance(backend, KernelBackend)
     options = LossOptions("released" if name == "kernel_released" else "paper")
     summary = bench_loss.reference.batch_summary(p.logits, p.labels, p.distance)
+    tickets = bench_loss.tickets_of(backend, p)
 
     def run(z: Tensor) -> tuple[Tensor, Tensor]:
-        inputs = LossInputs(z, p.labels, p.distance, summary, ring, options, warmup=False)
+        inputs = LossInputs(z, p.labels, p.distance, summary, tickets, options, warmup=False)
         if options.variant == "released":
             inputs.summary = backend.complete_summary(inputs)
         return backend.forward(inputs, need_grad=True)[:2]
@@ -182,7 +182,7 @@ def loss(bench: Bench, names: tuple[str, ...], rows: int, classes: int, dtype: t
 def search_alone(p: bench_typicalness.Problem) -> Callable[[Tensor], Tensor]:
     """The launches of statistics and search: (B, D) features -> (B,) distances."""
     backend = dispatch.for_loss("triton", p.features.device)
-    return lambda f: backend.statistics_distance(f, p.labels, p.queue.ring, -100)[2]
+    return lambda f: backend.statistics_distance(f, p.labels, p.queue.ring, -100).distance
 
 
 def search(bench: Bench, rows: int, width: int, entries: int, r: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 
 from bench import bench_loss, bench_typicalness, gpu
 from bench.compile_ahead import Job, compile_all
-from tal_fast.kernels import launch, loss
+from tal_fast.kernels import distance, launch, loss
 
 GAIN = 0.03
 """Least gain over the built-in rules that an entry of the file must bring: about the spread of repeated timings."""
@@ -102,9 +103,11 @@ def loss_trial(bench: gpu.Bench, rows: int, classes: int, dtype: torch.dtype) ->
 
 def launch_loss(rows: int, classes: int, dtype: torch.dtype, device: torch.device) -> None:
     """Loss of logits with any values."""
-    logits = torch.empty(rows, classes, dtype=dtype, device=device)
-    labels, distance = torch.zeros(rows, dtype=torch.int64, device=device), torch.zeros(rows, device=device)
-    p: Any = SimpleNamespace(logits=logits, labels=labels, distance=distance, device=device)
+    logits, labels = (
+        torch.empty(rows, classes, dtype=dtype, device=device),
+        torch.zeros(rows, dtype=torch.int64, device=device),
+    )
+    p: Any = SimpleNamespace(logits=logits, labels=labels, distance=torch.zeros(rows, device=device), device=device)
     gpu.backend_alone("kernel", p)(logits)
 
 
@@ -134,9 +137,18 @@ def launch_search(rows: int, entries: int, device: torch.device) -> None:
     gpu.search_alone(p)(p.features)
 
 
-def in_force(kernel: str, options: Options) -> Any:
+@contextmanager
+def in_force(kernel: str, options: Options) -> Iterator[None]:
     """Context manager in which a kernel has these options at every size; ``{}`` are the built-in rules."""
-    return patch.object(launch, "tuned", lambda architecture: {kernel: [{"at_most": 1 << 62, **options}]})
+
+    def forget() -> None:
+        loss.loss_config.cache_clear()
+        distance.search_config.cache_clear()
+
+    forget()
+    with patch.object(launch, "tuned", lambda architecture: {kernel: [{"at_most": 1 << 62, **options}]}):
+        yield
+    forget()
 
 
 def launch_with(kernel: str, options: Options, job: Job) -> None:

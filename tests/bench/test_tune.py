@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from bench import tune
-from tal_fast.kernels import launch
+from bench import gpu, harness, tune
+from tal_fast import kernels
+from tal_fast.kernels import distance, launch, loss
+from tests.helpers.kernels import NAN_WARNINGS
 
+INTERPRETED = pytest.mark.skipif(not kernels.is_available(torch.device("cpu"))[0], reason="needs Triton's interpreter")
+pytestmark = NAN_WARNINGS  # of rows beyond the batch, which fill a tile
 CPU = torch.device("cpu")
 
 
@@ -70,3 +75,75 @@ def test_file_has_an_entry_a_line() -> None:
     text = tune.written(tuned)
     assert json.loads(text) == tuned
     assert text.count("at_most") == sum("at_most" in line for line in text.splitlines()) == 3
+
+
+def trials(bench: gpu.Bench, rows: int) -> list[tune.Trial]:
+    """Of the search, of rows on chip and of wide rows."""
+    return [
+        tune.search_trial(bench, 16, 900 * rows),
+        tune.loss_trial(bench, rows, 100, torch.bfloat16),
+        tune.loss_trial(bench, rows, 9000, torch.float32),
+    ]
+
+
+@INTERPRETED
+@pytest.mark.parametrize("kind", range(3))
+def test_each_candidate_is_another_launch(kind: int) -> None:
+    each = trials(gpu.Bench(smoke=True), 300)[kind]
+    launches = set()
+    for options in each.candidates:
+        recorded: list[launch.Launch] = []
+        with tune.in_force(each.kernel, options), harness.launch_replaced(recorded.append):
+            each.compile()
+        (one,) = [e for e in recorded if e.kernel.fn.__name__.startswith(each.kernel[:4])]
+        launches.add((one.grid, *one.constants.items(), *one.options.items()))
+    assert len(launches) == len(each.candidates) > 5
+
+
+@INTERPRETED
+@pytest.mark.parametrize("kind", range(3))
+def test_candidates_are_right(kind: int) -> None:
+    each = trials(gpu.Bench(smoke=True), 1)[kind]
+    each = each._replace(candidates=each.candidates[::7])
+    found = tune.try_all(each, time.monotonic() + 300, CPU)
+    assert [options for options, _ in found] == [{}, *each.candidates]
+    assert all(isinstance(t, float) for _, t in found), found
+
+
+def test_launchers_read_the_file_of_the_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = {
+        "loss_16bit": [{"at_most": 512, "logits": 16}, {"at_most": 1000}],
+        "search": [{"at_most": 99, "queries": 8}],
+    }
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "sm_0.json").write_text(tune.written(tuned))
+    monkeypatch.setattr(launch, "__file__", str(tmp_path / "launch.py"))
+
+    def layout(classes: int, dtype: torch.dtype, architecture: str) -> loss.LossConfig:
+        return loss.loss_config(classes, dtype, 8, False, architecture)
+
+    assert layout(300, torch.float16, "sm_0") != layout(300, torch.float16, "")
+    for classes, dtype, architecture in (
+        (513, torch.float16, "sm_0"),
+        (300, torch.float32, "sm_0"),
+        (300, torch.float16, "sm_1"),
+    ):
+        assert layout(classes, dtype, architecture) == layout(classes, dtype, "")
+    assert distance.search_config(99, "sm_0").queries == 8
+    assert distance.search_config(100, "sm_0") == distance.SearchConfig()
+
+
+@pytest.mark.parametrize(
+    "file", sorted(Path(launch.__file__).resolve().parent.glob("tuned/*.json")), ids=lambda f: f.stem
+)
+def test_committed_options_are_those_of_the_launchers(file: Path) -> None:
+    for kernel, entries in json.loads(file.read_text()).items():
+        sizes = [entry["at_most"] for entry in entries]
+        assert sizes == sorted(sizes)
+        for entry in entries:
+            if kernel == "search":
+                assert distance.search_config(entry["at_most"], file.stem)
+            else:
+                dtype = {"loss_16bit": torch.bfloat16, "loss_32bit": torch.float32}[kernel]
+                config = loss.loss_config(entry["at_most"], dtype, 16 // dtype.itemsize, False, file.stem)
+                assert config.width * config.chunks >= entry["at_most"] or not config.held
