@@ -18,7 +18,9 @@ from tests.helpers.backends import (
     INTERPRETED,
     NEEDS_EXTENSION,
     device_of,
+    every_backend,
     every_variant,
+    kernel_backends,
 )
 from tests.helpers.loss_cases import exact, random_batch, random_queue, reference_loss, relative, run_step
 
