@@ -145,6 +145,7 @@ setup(
         "tal_fast": ["py.typed"],
         "tal_fast.config": ["presets/*.yaml"],
         "tal_fast.evaluation.html": ["page.*"],
+        "tal_fast.kernels": ["tuned/*.json"],
     },
     include_package_data=False,  # package_data names everything
     ext_modules=ext_modules,

@@ -9,18 +9,16 @@ depends on timing.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tal_fast.kernels.launch import Launch, Target, cdiv, device_target
+from tal_fast.kernels.launch import Launch, Target, cdiv, device_target, tuned_options
 
-QUERIES = 16  # queries per program of the search; every queue entry loaded serves all of them
-ENTRIES = 64  # queue entries at a time: one a thread
-NUM_WARPS = 2
-UNROLL = 8  # entries of a thread in flight
-PROGRAMS = 16  # programs of the search per multiprocessor
 ROWS = 256  # rows per iteration of the last program's reduction
 FEATURES = 256  # features per iteration of the statistics
 
@@ -166,11 +164,29 @@ def plan_statistics(features: Tensor, dtype: torch.dtype) -> tuple[Launch, tuple
     return Launch(statistics_kernel, (max(1, rows),), arguments, constants, 2), (mean, std, squared, tickets)
 
 
-def num_splits_for(blocks: int, capacity: int, target: Target) -> int:
-    """Number of queue splits for a number of query blocks; the queue's length is on the device, so its capacity
-    decides. No split has less than UNROLL tiles of entries.
+@dataclass(frozen=True)
+class SearchConfig:
+    """Tiles and programs of the search."""
+
+    queries: int = 16  # of a program; every queue entry loaded serves all of them
+    entries: int = 64  # of the queue at a time: one a thread
+    num_warps: int = 2
+    programs: int = 16  # most programs on a multiprocessor
+    unroll: int = 8  # entries of a thread in flight
+
+
+@cache
+def search_config(pairs: int, architecture: str) -> SearchConfig:
+    """Tiles and programs for a number of pairs of rows and entries, with the tuned options of the architecture."""
+    return SearchConfig(**tuned_options("search", pairs, architecture))
+
+
+def num_splits_for(blocks: int, tiles: int, programs: int) -> int:
+    """Number of queue splits for a number of query blocks, of tiles of entries in the queue, and of programs at once.
+
+    The queue's length is on the device, so its capacity decides.
     """
-    return max(1, min(PROGRAMS * target.multiprocessors // blocks, cdiv(capacity, UNROLL * ENTRIES)))
+    return max(1, min(programs // blocks, tiles))
 
 
 def plan_search(
@@ -189,18 +205,20 @@ def plan_search(
     """Launch of ``search_kernel``, and the summary (7,), which is not written without labels."""
     rows, capacity = mean.numel(), queue_mean.numel()
     summary = mean.new_empty(7, dtype=torch.float64)
-    blocks = max(1, cdiv(rows, QUERIES))  # an empty batch needs a program too: it writes the summary
-    splits = num_splits_for(blocks, capacity, target)
+    config = search_config(rows * capacity, target.architecture)
+    blocks = max(1, cdiv(rows, config.queries))  # an empty batch needs a program too: it writes the summary
+    tiles = cdiv(capacity, config.unroll * config.entries)
+    splits = num_splits_for(blocks, tiles, config.programs * target.multiprocessors)
     arguments = (
         mean, std, queue_mean, queue_std, cursor, squared, tickets, cursor if labels is None else labels,
         mean if class_weight is None else class_weight, summary, rows, capacity,
         0 if labels is None else labels.stride(0), ignore_index,
     )  # fmt: skip
     constants = {
-        "SUMMARY": labels is not None, "HAS_CLASS_WEIGHT": class_weight is not None, "QUERIES": QUERIES,
-        "ENTRIES": ENTRIES, "ROWS": ROWS, "UNROLL": UNROLL,
+        "SUMMARY": labels is not None, "HAS_CLASS_WEIGHT": class_weight is not None, "QUERIES": config.queries,
+        "ENTRIES": config.entries, "ROWS": ROWS, "UNROLL": config.unroll,
     }  # fmt: skip
-    return Launch(search_kernel, (blocks, splits), arguments, constants, NUM_WARPS), summary
+    return Launch(search_kernel, (blocks, splits), arguments, constants, config.num_warps), summary
 
 
 def statistics_distance(

@@ -41,6 +41,7 @@ class Target:
     multiprocessors: int
     warp_size: int  # 32 on NVIDIA, 64 on AMD's data-center GPUs
     holds_wide_rows: bool  # whether one program's registers hold a row of 16,384 logits; see loss.loss_config
+    architecture: str = ""  # as in "sm_90" and "gfx942"; names the file of tuned options
 
 
 @cache
@@ -73,7 +74,10 @@ def device_target(device: torch.device) -> Target:
     if device.type != "cuda":
         return Target(4, 32, True)
     p = torch.cuda.get_device_properties(device)
-    return Target(p.multi_processor_count, getattr(p, "warp_size", 32), torch.version.hip is None and p.major < 10)
+    name = p.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{p.major}{p.minor}"
+    return Target(
+        p.multi_processor_count, getattr(p, "warp_size", 32), torch.version.hip is None and p.major < 10, name
+    )
 
 
 @cache

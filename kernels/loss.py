@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tal_fast.kernels.distance import LOSS_TICKET, SUMS_TICKET, is_last_program, sqrt_rn
-from tal_fast.kernels.launch import Launch, Target, cdiv, device_constants, device_target
+from tal_fast.kernels.launch import Launch, Target, cdiv, device_constants, device_target, tuned_options
 
 NORM_EPS = tl.constexpr(1e-7)  # added to a row's norm; reference.NORM_EPS
 RANGE_EPS = tl.constexpr(1e-8)  # added to the batch's distance range; reference.RANGE_EPS
@@ -657,9 +657,12 @@ class LossConfig:
     max_registers: int | None = None  # per thread
 
 
+WIDEST_HELD = 8192  # classes of rows that are held on chip
+
+
 @cache
-def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool) -> LossConfig:
-    """Layout of rows of ``classes`` logits in vectors of ``v``.
+def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool, architecture: str = "") -> LossConfig:
+    """Layout of rows of ``classes`` logits in vectors of ``v``, with the tuned options of the architecture.
 
     Rows are held up to 8,192 logits, 32 in a thread: one warp then takes 1,024, and the fixed work of a row, some 400
     instructions in every warp, costs least. On an H200 16,384 rows of 1,000 take 28.6 us so, 38.8 us with two warps.
@@ -669,13 +672,18 @@ def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool) -> LossCo
     block = triton.next_power_of_2(classes)
     if dtype == torch.float64:
         return LossConfig(1, 1, min(block, 256), False, 4, 4)
-    if block > 8192:
-        return LossConfig(1, 1, 128 * v, False, 4, 4, unroll=2, max_registers=128)
-    rows = max(1, 1024 // block)
-    num_warps = max(1, block // 1024)
+    tuned = tuned_options(f"loss_{8 * dtype.itemsize}bit", classes, architecture)
+    if classes > WIDEST_HELD:
+        options = {"num_warps": 4, "programs": 4, "unroll": 2, "max_registers": 128, **tuned}
+        return LossConfig(1, 1, 32 * options["num_warps"] * v, False, **options)
+    options = {"logits": 32, "max_registers": 168, **tuned}
+    tile = 32 * options["logits"]  # of a warp
+    rows = max(1, tile // block)
+    num_warps = max(1, block // tile)
     width = max(v, min(block, 32 * num_warps * v // rows))
-    registers = None if edges else 168  # EDGES would spill
-    return LossConfig(rows, block // width, width, True, num_warps, max(1, 12 // num_warps), max_registers=registers)
+    programs = max(1, 65_536 // (32 * options["max_registers"]) // num_warps)
+    registers = None if edges else options["max_registers"]  # EDGES would spill
+    return LossConfig(rows, block // width, width, True, num_warps, programs, max_registers=registers)
 
 
 def vector_of(logits: Tensor, grad: Tensor | None) -> tuple[int, bool]:
@@ -756,7 +764,7 @@ def plan_loss(
     stats = logits.new_empty((3, rows), dtype=wide)
     flags = logits.new_empty((2, rows), dtype=torch.bool)
     v, edges = vector_of(logits, grad)
-    config = loss_config(classes, logits.dtype, v, edges) if config is None else config
+    config = loss_config(classes, logits.dtype, v, edges, target.architecture) if config is None else config
     programs = num_programs_for(cdiv(rows, config.rows), config.programs, target)
     constants = loss_constants(logits.device, t_min, t_max, t_wrong, confidence_threshold, label_smoothing)
     arguments = (
@@ -813,7 +821,7 @@ def plan_batch_sums(
     """Launch of ``batch_sums_kernel``."""
     rows, classes = logits.shape
     v, edges = vector_of(logits, None)
-    config = loss_config(classes, logits.dtype, v, edges)
+    config = loss_config(classes, logits.dtype, v, edges, target.architecture)
     programs = num_programs_for(cdiv(rows, config.rows), max(1, 16 // config.num_warps), target)
     constants = loss_constants(logits.device, 0.0, 0.0, None, confidence_threshold, 0.0)
     arguments = (
