@@ -95,7 +95,7 @@ class Bench:
     def sets(self, bytes_read: int) -> int:
         return 2 if self.smoke else sets_beyond_cache(self.device, bytes_read)
 
-    def time(self, calls: list[Callable[[], object]], graph: bool = True) -> dict[str, float]:
+    def time(self, calls: Sequence[Callable[[], object]], graph: bool = True) -> dict[str, float]:
         """p20, p50 and p80 of one call.
 
         Args:
@@ -115,7 +115,7 @@ class Bench:
 
         return call
 
-    def kernels_us(self, calls: list[Callable[[], object]]) -> list[tuple[str, float]]:
+    def kernels_us(self, calls: Sequence[Callable[[], object]]) -> list[tuple[str, float]]:
         """Name and microseconds of each Triton launch of a call, in order, each replayed by itself."""
         launches = [kernels_launched(call) for call in calls]
         return [
