@@ -53,15 +53,28 @@ def is_last_program(ticket_ptr, programs):
 
 
 @triton.jit
+def begin_launch(EARLY: tl.constexpr):
+    """First statement of every kernel: wait for the launch before, and let the next one start.
+
+    With EARLY (programmatic dependent launch) this kernel has been started before the end of the one before it, and
+    sees what that one stored from here on.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def statistics_kernel(
     features_ptr, mean_ptr, std_ptr, squared_ptr, tickets_ptr, rows, width, stride_b, stride_d,
-    FEATURES: tl.constexpr,
+    FEATURES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Mean and standard deviation of each row, and what the search needs before it: infinite distances, tickets of 0.
 
     In float64, from one pass of sums shifted by the row's first feature. Because the shift is one of the values,
     cancellation costs a relative error of at most D times 1e-16.
     """
+    begin_launch(EARLY)
     row = tl.program_id(0).to(tl.int64)
     if row == 0:
         for k in tl.static_range(TICKETS):
@@ -91,7 +104,7 @@ def search_kernel(
     mean_ptr, std_ptr, queue_mean_ptr, queue_std_ptr, cursor_ptr, squared_ptr, tickets_ptr, labels_ptr, class_weight_ptr,
     summary_ptr, rows, capacity, labels_stride, ignore_index,
     SUMMARY: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr, QUERIES: tl.constexpr, ENTRIES: tl.constexpr,
-    ROWS: tl.constexpr, UNROLL: tl.constexpr,
+    ROWS: tl.constexpr, UNROLL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Distance of each (mean, std) to the nearest queue entry, and with SUMMARY the batch's summary.
 
@@ -103,6 +116,7 @@ def search_kernel(
             rows' class weights.
         The others are the arguments and results of ``statistics_distance``.
     """
+    begin_launch(EARLY)
     row = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     in_batch = row < rows
     m = tl.load(mean_ptr + row, mask=in_batch, other=0.0)[:, None]
@@ -156,13 +170,15 @@ def search_kernel(
             tl.store(summary_ptr + 6, tl.sum(weights, axis=0) if HAS_CLASS_WEIGHT else n_valid)
 
 
-def plan_statistics(features: Tensor, dtype: torch.dtype) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
+def plan_statistics(
+    features: Tensor, dtype: torch.dtype, target: Target
+) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Launch of ``statistics_kernel``, and its outputs: mean, std and infinite squared distances (B,), and tickets."""
     rows, width = features.shape
     mean, std, squared = (features.new_empty(rows, dtype=dtype) for _ in range(3))
     tickets = features.new_empty(TICKETS.value, dtype=torch.int32)
     arguments = (features, mean, std, squared, tickets, rows, width, *features.stride())
-    constants = {"FEATURES": min(FEATURES, triton.next_power_of_2(width))}
+    constants = {"FEATURES": min(FEATURES, triton.next_power_of_2(width)), "EARLY": target.launches_early}
     return Launch(statistics_kernel, (max(1, rows),), arguments, constants, 2), (mean, std, squared, tickets)
 
 
@@ -198,7 +214,7 @@ def plan_search(
     )  # fmt: skip
     constants = {
         "SUMMARY": labels is not None, "HAS_CLASS_WEIGHT": class_weight is not None, "QUERIES": QUERIES,
-        "ENTRIES": ENTRIES, "ROWS": ROWS, "UNROLL": UNROLL,
+        "ENTRIES": ENTRIES, "ROWS": ROWS, "UNROLL": UNROLL, "EARLY": target.launches_early,
     }  # fmt: skip
     return Launch(search_kernel, (blocks, splits), arguments, constants, NUM_WARPS), summary
 
@@ -227,11 +243,12 @@ def statistics_distance(
         summary is that of ``tal_fast.loss.reference.batch_summary``, with zeros for the three sums that need logits;
         the tickets are (3,) int32 zeros, for the other launches of the step.
     """
-    launch, (mean, std, squared, tickets) = plan_statistics(features, queue_mean.dtype)
+    target = device_target(features.device)
+    launch, (mean, std, squared, tickets) = plan_statistics(features, queue_mean.dtype, target)
     launch.run()
     search, summary = plan_search(
         queue_mean, queue_std, cursor, mean, std, squared, tickets, labels, class_weight, ignore_index,
-        device_target(features.device),
+        target,
     )  # fmt: skip
     search.run()
     return mean, std, squared, summary, tickets

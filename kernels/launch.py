@@ -29,7 +29,8 @@ class Launch:
     def options(self) -> dict[str, int]:
         """Compiler options as keyword arguments of the launch."""
         limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
-        return {"num_warps": self.num_warps, **limit}
+        early = {"launch_pdl": True} if self.constants.get("EARLY") else {}
+        return {"num_warps": self.num_warps, **limit, **early}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Target:
 
     multiprocessors: int
     warp_size: int  # 32 on NVIDIA, 64 on AMD's data-center GPUs
-    holds_wide_rows: bool  # whether one program's registers hold a row of 16,384 logits; see loss.loss_config
+    launches_early: bool  # whether a launch may start before the one before it has ended (NVIDIA since Hopper)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -54,9 +55,9 @@ def device_target(device: torch.device) -> Target:
     interpreter runs few programs.
     """
     if device.type != "cuda":
-        return Target(4, 32, True)
+        return Target(4, 32, False)
     p = torch.cuda.get_device_properties(device)
-    return Target(p.multi_processor_count, getattr(p, "warp_size", 32), torch.version.hip is None and p.major < 10)
+    return Target(p.multi_processor_count, getattr(p, "warp_size", 32), torch.version.hip is None and p.major >= 9)
 
 
 @cache

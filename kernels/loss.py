@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tal_fast.kernels.distance import LOSS_TICKET, SUMS_TICKET, is_last_program, sqrt_rn
+from tal_fast.kernels.distance import LOSS_TICKET, SUMS_TICKET, begin_launch, is_last_program, sqrt_rn
 from tal_fast.kernels.launch import Launch, Target, cdiv, device_constants, device_target
 
 NORM_EPS = tl.constexpr(1e-7)  # added to a row's norm; reference.NORM_EPS
@@ -357,7 +357,7 @@ def loss_kernel(
     RELEASED: tl.constexpr, HAS_T_WRONG: tl.constexpr, SMOOTH: tl.constexpr, WARMUP: tl.constexpr,
     NEED_GRAD: tl.constexpr, MEAN: tl.constexpr, ROW_LOSS: tl.constexpr, WEIGHTED: tl.constexpr,
     CLASSES: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr,
-    EDGES: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr,
+    EDGES: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Loss, gradient and statistics of ROWS rows at a time, held on chip (HELD) or read three times.
 
@@ -377,6 +377,7 @@ def loss_kernel(
         EDGES: whether rows may begin or end within a vector. Without, stride_b, grad_stride_b and CLASSES are
             multiples of V; with, stride_b and grad_stride_b are equal.
     """
+    begin_launch(EARLY)
     dtype = stats_ptr.dtype.element_ty
     if not EDGES:  # what the compiler then knows lets it use vectors
         stride_b = stride_b // V * V
@@ -392,26 +393,25 @@ def loss_kernel(
     smoothing = tl.load(constants_ptr + SMOOTHING).to(dtype)
     total = tl.zeros((ROWS,), tl.float64)
 
-    # The logits of the next rows are fetched while these are worked on, and their labels one turn earlier.
+    # Rows that are held are fetched while those before are worked on, and their labels one turn earlier.
     step = tl.num_programs(0) * ROWS
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
-    next_label = tl.load(labels_ptr + (row + step) * labels_stride, mask=row + step < rows, other=ignore_index)
-    valid, in_range, column, base, head, length, z_label, d, z_edge, held = fetch_rows(
-        logits_ptr, distance_ptr, row, label, rows, stride_b, stride_c, ignore_index,
+    next_label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
+    ahead = fetch_rows(
+        logits_ptr, distance_ptr, row, next_label, rows, stride_b, stride_c, ignore_index,
         CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
     )  # fmt: skip
+    next_row = row + step
+    next_label = tl.load(labels_ptr + next_row * labels_stride, mask=next_row < rows, other=ignore_index)
     for turn in range(tl.program_id(0) * ROWS, rows, step):  # noqa: B007
-        (
-            next_valid, next_in_range, next_column, next_base, next_head, next_length, next_z_label, next_d,
-            next_z_edge, next_held,
-        ) = fetch_rows(
-            logits_ptr, distance_ptr, row + step, next_label, rows, stride_b, stride_c, ignore_index,
-            CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
-        )  # fmt: skip
-        next_label = tl.load(
-            labels_ptr + (row + 2 * step) * labels_stride, mask=row + 2 * step < rows, other=ignore_index
-        )
+        valid, in_range, column, base, head, length, z_label, d, z_edge, held = ahead
+        if HELD:
+            ahead = fetch_rows(
+                logits_ptr, distance_ptr, next_row, next_label, rows, stride_b, stride_c, ignore_index,
+                CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
+            )  # fmt: skip
+            next_row += step
+            next_label = tl.load(labels_ptr + next_row * labels_stride, mask=next_row < rows, other=ignore_index)
         present = row < rows
         z_label = z_label.to(dtype)
         d = d.to(dtype)
@@ -564,8 +564,13 @@ def loss_kernel(
             tl.store(out + (column - head), g_label.to(grad_ptr.dtype.element_ty), mask=in_range)
 
         row += step
-        valid, in_range, column, base, head = next_valid, next_in_range, next_column, next_base, next_head
-        length, z_label, d, z_edge, held = next_length, next_z_label, next_d, next_z_edge, next_held
+        if not HELD:
+            ahead = fetch_rows(
+                logits_ptr, distance_ptr, row, next_label, rows, stride_b, stride_c, ignore_index,
+                CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
+            )  # fmt: skip
+            next_row += step
+            next_label = tl.load(labels_ptr + next_row * labels_stride, mask=next_row < rows, other=ignore_index)
     if not ROW_LOSS:
         tl.store(partials_ptr + tl.program_id(0), tl.sum(total, axis=0))
         programs = tl.num_programs(0)
@@ -579,7 +584,7 @@ def batch_sums_kernel(
     logits_ptr, labels_ptr, distance_ptr, summary_ptr, constants_ptr, tickets_ptr, partials_ptr, rows,
     stride_b, stride_c, labels_stride, ignore_index,
     FLOAT64: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
-    V: tl.constexpr, EDGES: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr,
+    V: tl.constexpr, EDGES: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Number of accepted rows, number of rows of weight 1, and sum of the other valid rows' distances.
 
@@ -587,6 +592,7 @@ def batch_sums_kernel(
         summary: (7,) float64 summary; its values 3 to 5 are written.
         partials: (3, programs) float64 scratch.
     """
+    begin_launch(EARLY)
     dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     if not EDGES:
         stride_b = stride_b // V * V
@@ -659,23 +665,28 @@ class LossConfig:
 
 @cache
 def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool) -> LossConfig:
-    """Layout of rows of ``classes`` logits in vectors of ``v``.
+    """Layout of rows of ``classes`` logits in vectors of ``v``; ``python -m bench.tune`` measures others.
 
-    Rows are held up to 8,192 logits, 32 in a thread: one warp then takes 1,024, and the fixed work of a row, some 400
-    instructions in every warp, costs least. On an H200 16,384 rows of 1,000 take 28.6 us so, 38.8 us with two warps.
-    At 168 registers 12 warps fit on a multiprocessor. Wider rows have 4 warps, which at 128 registers and 4 programs on
-    a multiprocessor keep the rows in work (23 MB at 21,841 logits) in the L2 cache. float64 serves checks only.
+    Rows are held up to 8,192 logits, 32 in a thread, because the fixed work of a row, some 400 instructions in every
+    warp, then costs least: on an H200 16,384 rows of 1,000 bfloat16 logits take 29 us with one warp a row, 38 with two.
+    At 168 registers 12 warps fit on a multiprocessor.
+
+    Wider rows are read three times, by few warps for the same reason, and so few at once that the second and third
+    time they are in the L2 cache (of 50 MB): 528 rows of up to 45 KB, 264 of up to 90 KB. float64 serves checks only.
     """
     block = triton.next_power_of_2(classes)
     if dtype == torch.float64:
         return LossConfig(1, 1, min(block, 256), False, 4, 4)
     if block > 8192:
-        return LossConfig(1, 1, 128 * v, False, 4, 4, unroll=2, max_registers=128)
+        kilobytes = classes * dtype.itemsize / 1000
+        num_warps, programs = (4, 4) if kilobytes <= 45 else (8, 2) if kilobytes <= 90 else (16, 2)
+        unroll, registers = (4, 128) if num_warps < 16 else (1, 64)
+        return LossConfig(1, 1, 32 * num_warps * v, False, num_warps, programs, unroll, registers)
     rows = max(1, 1024 // block)
     num_warps = max(1, block // 1024)
     width = max(v, min(block, 32 * num_warps * v // rows))
-    registers = None if edges else 168  # EDGES would spill
-    return LossConfig(rows, block // width, width, True, num_warps, max(1, 12 // num_warps), max_registers=registers)
+    programs, registers = (12, 168) if num_warps == 1 and not edges else (max(1, 8 // num_warps), None)
+    return LossConfig(rows, block // width, width, True, num_warps, programs, max_registers=registers)
 
 
 def vector_of(logits: Tensor, grad: Tensor | None) -> tuple[int, bool]:
@@ -774,6 +785,7 @@ def plan_loss(
         "ROW_LOSS": reduction == "none",
         "WEIGHTED": class_weight is not None,
         **layout(classes, v, edges, config),
+        "EARLY": target.launches_early,
     }
     launch = Launch(loss_kernel, (programs,), arguments, constexprs, config.num_warps, config.max_registers)
     return launch, (loss, grad, stats, flags)
@@ -821,6 +833,7 @@ def plan_batch_sums(
         *logits.stride(), labels.stride(0), ignore_index,
     )  # fmt: skip
     constexprs = {"FLOAT64": logits.dtype == torch.float64, **layout(classes, v, edges, config)}
+    constexprs["EARLY"] = target.launches_early
     return Launch(batch_sums_kernel, (programs,), arguments, constexprs, config.num_warps)
 
 

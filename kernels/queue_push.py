@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tal_fast.kernels.launch import Launch
+from tal_fast.kernels.distance import begin_launch
+from tal_fast.kernels.launch import Launch, Target, device_target
 
 ROWS = 1024  # rows per iteration: 8 per thread at 4 warps
 NUM_WARPS = 4
@@ -27,12 +28,13 @@ def _load_rows(mean_ptr, std_ptr, accepted_ptr, r, rows, HAS_ACCEPTED: tl.conste
 @triton.jit
 def push_kernel(
     queue_mean_ptr, queue_std_ptr, cursor_ptr, mean_ptr, std_ptr, accepted_ptr, rows, capacity,
-    HAS_ACCEPTED: tl.constexpr, ROWS: tl.constexpr,
+    HAS_ACCEPTED: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Append rows to a ring buffer in batch order; pointers are the arguments of ``push``.
 
     A cursor outside the ring, which only the host can report, stays as it is, and nothing is written.
     """
+    begin_launch(EARLY)
     head = tl.load(cursor_ptr)
     length = tl.load(cursor_ptr + 1)
     is_valid = (head >= 0) & (head < capacity) & (length >= 0) & (length <= capacity)
@@ -65,12 +67,13 @@ def push_kernel(
 
 
 def plan_push(
-    queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor, std: Tensor, accepted: Tensor | None
-) -> Launch:
+    queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor, std: Tensor, accepted: Tensor | None,
+    target: Target,
+) -> Launch:  # fmt: skip
     """Launch of ``push_kernel``."""
     accepted_rows = cursor if accepted is None else accepted
     arguments = (queue_mean, queue_std, cursor, mean, std, accepted_rows, mean.numel(), queue_mean.numel())
-    constants = {"HAS_ACCEPTED": accepted is not None, "ROWS": ROWS}
+    constants = {"HAS_ACCEPTED": accepted is not None, "ROWS": ROWS, "EARLY": target.launches_early}
     return Launch(push_kernel, (1,), arguments, constants, NUM_WARPS)
 
 
@@ -88,4 +91,5 @@ def push(
     if mean.numel() == 0:
         return
     accepted = None if accepted is None else accepted.contiguous()
-    plan_push(queue_mean, queue_std, cursor, mean.contiguous(), std.contiguous(), accepted).run()
+    target = device_target(mean.device)
+    plan_push(queue_mean, queue_std, cursor, mean.contiguous(), std.contiguous(), accepted, target).run()
