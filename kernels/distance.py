@@ -19,10 +19,10 @@ from tal_fast.kernels.launch import Launch, Target, cdiv, device_target
 QUERIES = 16  # queries per program of the search; every queue entry loaded serves all of them
 ENTRIES = 64  # queue entries at a time: one a thread
 NUM_WARPS = 2
-UNROLL = 8  # entries of a thread in flight
+UNROLL = 4  # entries of a thread compared at a time, while as many are in flight
 PROGRAMS = 16  # programs of the search per multiprocessor
 ROWS = 256  # rows per iteration of the last program's reduction
-FEATURES = 256  # features per iteration of the statistics
+FEATURES = 1024  # features per iteration of the statistics, 8 a thread
 
 # Arrival counters of a step, one for each launch that needs to know its last program.
 SEARCH_TICKET, SUMS_TICKET, LOSS_TICKET, TICKETS = (tl.constexpr(i) for i in range(4))
@@ -53,28 +53,15 @@ def is_last_program(ticket_ptr, programs):
 
 
 @triton.jit
-def begin_launch(EARLY: tl.constexpr):
-    """First statement of every kernel: wait for the launch before, and let the next one start.
-
-    With EARLY (programmatic dependent launch) this kernel has been started before the end of the one before it, and
-    sees what that one stored from here on.
-    """
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def statistics_kernel(
     features_ptr, mean_ptr, std_ptr, squared_ptr, tickets_ptr, rows, width, stride_b, stride_d,
-    FEATURES: tl.constexpr, EARLY: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):  # fmt: skip
     """Mean and standard deviation of each row, and what the search needs before it: infinite distances, tickets of 0.
 
     In float64, from one pass of sums shifted by the row's first feature. Because the shift is one of the values,
     cancellation costs a relative error of at most D times 1e-16.
     """
-    begin_launch(EARLY)
     row = tl.program_id(0).to(tl.int64)
     if row == 0:
         for k in tl.static_range(TICKETS):
@@ -100,11 +87,21 @@ def statistics_kernel(
 
 
 @triton.jit
+def load_entries(queue_mean_ptr, queue_std_ptr, start, length, ENTRIES: tl.constexpr, UNROLL: tl.constexpr):
+    """UNROLL tiles of means and standard deviations, in turns; past the end the last entry again, which needs no mask."""
+    entries = ()
+    for i in tl.static_range(UNROLL):
+        j = tl.minimum(start + i * ENTRIES + tl.arange(0, ENTRIES), tl.maximum(length - 1, 0))
+        entries = entries + (tl.load(queue_mean_ptr + j), tl.load(queue_std_ptr + j))  # noqa: RUF005
+    return entries
+
+
+@triton.jit
 def search_kernel(
     mean_ptr, std_ptr, queue_mean_ptr, queue_std_ptr, cursor_ptr, squared_ptr, tickets_ptr, labels_ptr, class_weight_ptr,
     summary_ptr, rows, capacity, labels_stride, ignore_index,
     SUMMARY: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr, QUERIES: tl.constexpr, ENTRIES: tl.constexpr,
-    ROWS: tl.constexpr, UNROLL: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Distance of each (mean, std) to the nearest queue entry, and with SUMMARY the batch's summary.
 
@@ -116,7 +113,6 @@ def search_kernel(
             rows' class weights.
         The others are the arguments and results of ``statistics_distance``.
     """
-    begin_launch(EARLY)
     row = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     in_batch = row < rows
     m = tl.load(mean_ptr + row, mask=in_batch, other=0.0)[:, None]
@@ -126,14 +122,17 @@ def search_kernel(
     length = tl.where((length >= 0) & (length <= capacity), length, 0).to(tl.int32)
     dtype = m.dtype
     best = tl.full((QUERIES, ENTRIES), float("inf"), dtype)
-    for start in tl.range(
-        tl.program_id(1) * ENTRIES, length, tl.num_programs(1) * ENTRIES, loop_unroll_factor=UNROLL
-    ):
-        # Past the end the last entry is read again, which needs no mask.
-        j = tl.minimum(start + tl.arange(0, ENTRIES), length - 1)
-        dm = m - tl.load(queue_mean_ptr + j)[None, :]
-        ds = s - tl.load(queue_std_ptr + j)[None, :]
-        best = tl.minimum(best, dm * dm + ds * ds)
+    first = tl.program_id(1) * (UNROLL * ENTRIES)
+    step = tl.num_programs(1) * (UNROLL * ENTRIES)
+    # Entries are loaded while those before are compared.
+    ahead = load_entries(queue_mean_ptr, queue_std_ptr, first, length, ENTRIES, UNROLL)
+    for start in range(first, length, step):
+        entries = ahead
+        ahead = load_entries(queue_mean_ptr, queue_std_ptr, start + step, length, ENTRIES, UNROLL)
+        for i in tl.static_range(UNROLL):
+            dm = m - entries[2 * i][None, :]
+            ds = s - entries[2 * i + 1][None, :]
+            best = tl.minimum(best, dm * dm + ds * ds)
     bits = tl.int64 if dtype == tl.float64 else tl.int32
     tl.atomic_min(
         squared_ptr.to(tl.pointer_type(bits), bitcast=True) + row, tl.min(best, axis=1).to(bits, bitcast=True),
@@ -170,16 +169,14 @@ def search_kernel(
             tl.store(summary_ptr + 6, tl.sum(weights, axis=0) if HAS_CLASS_WEIGHT else n_valid)
 
 
-def plan_statistics(
-    features: Tensor, dtype: torch.dtype, target: Target
-) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
+def plan_statistics(features: Tensor, dtype: torch.dtype) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Launch of ``statistics_kernel``, and its outputs: mean, std and infinite squared distances (B,), and tickets."""
     rows, width = features.shape
     mean, std, squared = (features.new_empty(rows, dtype=dtype) for _ in range(3))
     tickets = features.new_empty(TICKETS.value, dtype=torch.int32)
     arguments = (features, mean, std, squared, tickets, rows, width, *features.stride())
-    constants = {"FEATURES": min(FEATURES, triton.next_power_of_2(width)), "EARLY": target.launches_early}
-    return Launch(statistics_kernel, (max(1, rows),), arguments, constants, 2), (mean, std, squared, tickets)
+    constants = {"FEATURES": min(FEATURES, triton.next_power_of_2(width))}
+    return Launch(statistics_kernel, (max(1, rows),), arguments, constants, 4), (mean, std, squared, tickets)
 
 
 def num_splits_for(blocks: int, capacity: int, target: Target) -> int:
@@ -214,7 +211,7 @@ def plan_search(
     )  # fmt: skip
     constants = {
         "SUMMARY": labels is not None, "HAS_CLASS_WEIGHT": class_weight is not None, "QUERIES": QUERIES,
-        "ENTRIES": ENTRIES, "ROWS": ROWS, "UNROLL": UNROLL, "EARLY": target.launches_early,
+        "ENTRIES": ENTRIES, "ROWS": ROWS, "UNROLL": UNROLL,
     }  # fmt: skip
     return Launch(search_kernel, (blocks, splits), arguments, constants, NUM_WARPS), summary
 
@@ -243,12 +240,11 @@ def statistics_distance(
         summary is that of ``tal_fast.loss.reference.batch_summary``, with zeros for the three sums that need logits;
         the tickets are (3,) int32 zeros, for the other launches of the step.
     """
-    target = device_target(features.device)
-    launch, (mean, std, squared, tickets) = plan_statistics(features, queue_mean.dtype, target)
+    launch, (mean, std, squared, tickets) = plan_statistics(features, queue_mean.dtype)
     launch.run()
     search, summary = plan_search(
         queue_mean, queue_std, cursor, mean, std, squared, tickets, labels, class_weight, ignore_index,
-        target,
+        device_target(features.device),
     )  # fmt: skip
     search.run()
     return mean, std, squared, summary, tickets

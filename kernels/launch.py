@@ -22,15 +22,19 @@ class Launch:
     max_registers: int | None = None  # per thread, NVIDIA only; None leaves the choice to the compiler
 
     def run(self) -> None:
-        """Launch the kernel on the current stream of the current device."""
+        """Launch the kernel on the current stream of its arguments' device."""
+        device = self.arguments[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.run()
         self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+        return None
 
     @property
     def options(self) -> dict[str, int]:
         """Compiler options as keyword arguments of the launch."""
         limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
-        early = {"launch_pdl": True} if self.constants.get("EARLY") else {}
-        return {"num_warps": self.num_warps, **limit, **early}
+        return {"num_warps": self.num_warps, **limit}
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,6 @@ class Target:
 
     multiprocessors: int
     warp_size: int  # 32 on NVIDIA, 64 on AMD's data-center GPUs
-    launches_early: bool  # whether a launch may start before the one before it has ended (NVIDIA since Hopper)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -55,9 +58,9 @@ def device_target(device: torch.device) -> Target:
     interpreter runs few programs.
     """
     if device.type != "cuda":
-        return Target(4, 32, False)
+        return Target(4, 32)
     p = torch.cuda.get_device_properties(device)
-    return Target(p.multi_processor_count, getattr(p, "warp_size", 32), torch.version.hip is None and p.major >= 9)
+    return Target(p.multi_processor_count, getattr(p, "warp_size", 32))
 
 
 @cache

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tal_fast.kernels.distance import LOSS_TICKET, SUMS_TICKET, begin_launch, is_last_program, sqrt_rn
+from tal_fast.kernels.distance import LOSS_TICKET, SUMS_TICKET, is_last_program, sqrt_rn
 from tal_fast.kernels.launch import Launch, Target, cdiv, device_constants, device_target
 
 NORM_EPS = tl.constexpr(1e-7)  # added to a row's norm; reference.NORM_EPS
@@ -357,7 +357,7 @@ def loss_kernel(
     RELEASED: tl.constexpr, HAS_T_WRONG: tl.constexpr, SMOOTH: tl.constexpr, WARMUP: tl.constexpr,
     NEED_GRAD: tl.constexpr, MEAN: tl.constexpr, ROW_LOSS: tl.constexpr, WEIGHTED: tl.constexpr,
     CLASSES: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr,
-    EDGES: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr, EARLY: tl.constexpr,
+    EDGES: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Loss, gradient and statistics of ROWS rows at a time, held on chip (HELD) or read three times.
 
@@ -377,7 +377,6 @@ def loss_kernel(
         EDGES: whether rows may begin or end within a vector. Without, stride_b, grad_stride_b and CLASSES are
             multiples of V; with, stride_b and grad_stride_b are equal.
     """
-    begin_launch(EARLY)
     dtype = stats_ptr.dtype.element_ty
     if not EDGES:  # what the compiler then knows lets it use vectors
         stride_b = stride_b // V * V
@@ -584,7 +583,7 @@ def batch_sums_kernel(
     logits_ptr, labels_ptr, distance_ptr, summary_ptr, constants_ptr, tickets_ptr, partials_ptr, rows,
     stride_b, stride_c, labels_stride, ignore_index,
     FLOAT64: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
-    V: tl.constexpr, EDGES: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr, EARLY: tl.constexpr,
+    V: tl.constexpr, EDGES: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Number of accepted rows, number of rows of weight 1, and sum of the other valid rows' distances.
 
@@ -592,7 +591,6 @@ def batch_sums_kernel(
         summary: (7,) float64 summary; its values 3 to 5 are written.
         partials: (3, programs) float64 scratch.
     """
-    begin_launch(EARLY)
     dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     if not EDGES:
         stride_b = stride_b // V * V
@@ -785,7 +783,6 @@ def plan_loss(
         "ROW_LOSS": reduction == "none",
         "WEIGHTED": class_weight is not None,
         **layout(classes, v, edges, config),
-        "EARLY": target.launches_early,
     }
     launch = Launch(loss_kernel, (programs,), arguments, constexprs, config.num_warps, config.max_registers)
     return launch, (loss, grad, stats, flags)
@@ -833,7 +830,6 @@ def plan_batch_sums(
         *logits.stride(), labels.stride(0), ignore_index,
     )  # fmt: skip
     constexprs = {"FLOAT64": logits.dtype == torch.float64, **layout(classes, v, edges, config)}
-    constexprs["EARLY"] = target.launches_early
     return Launch(batch_sums_kernel, (programs,), arguments, constexprs, config.num_warps)
 
 
