@@ -19,8 +19,13 @@ from torch import Tensor
 
 from tal_fast.kernels.launch import Launch, Target, cdiv, device_target, tuned_options
 
+QUERIES = 16  # queries per program of the search; every queue entry loaded serves all of them
+ENTRIES = 64  # queue entries at a time: one a thread
+NUM_WARPS = 2
+UNROLL = 4  # entries of a thread compared at a time, while as many are in flight
+PROGRAMS = 16  # programs of the search per multiprocessor
 ROWS = 256  # rows per iteration of the last program's reduction
-FEATURES = 256  # features per iteration of the statistics
+FEATURES = 1024  # features per iteration of the statistics, 8 a thread
 
 # Arrival counters of a step, one for each launch that needs to know its last program.
 SEARCH_TICKET, SUMS_TICKET, LOSS_TICKET, TICKETS = (tl.constexpr(i) for i in range(4))
@@ -85,6 +90,16 @@ def statistics_kernel(
 
 
 @triton.jit
+def load_entries(queue_mean_ptr, queue_std_ptr, start, length, ENTRIES: tl.constexpr, UNROLL: tl.constexpr):
+    """UNROLL tiles of means and standard deviations, in turns; past the end the last entry again, which needs no mask."""
+    entries = ()
+    for i in tl.static_range(UNROLL):
+        j = tl.minimum(start + i * ENTRIES + tl.arange(0, ENTRIES), tl.maximum(length - 1, 0))
+        entries = entries + (tl.load(queue_mean_ptr + j), tl.load(queue_std_ptr + j))  # noqa: RUF005
+    return entries
+
+
+@triton.jit
 def search_kernel(
     mean_ptr, std_ptr, queue_mean_ptr, queue_std_ptr, cursor_ptr, squared_ptr, tickets_ptr, labels_ptr, class_weight_ptr,
     summary_ptr, rows, capacity, labels_stride, ignore_index,
@@ -110,14 +125,17 @@ def search_kernel(
     length = tl.where((length >= 0) & (length <= capacity), length, 0).to(tl.int32)
     dtype = m.dtype
     best = tl.full((QUERIES, ENTRIES), float("inf"), dtype)
-    for start in tl.range(
-        tl.program_id(1) * ENTRIES, length, tl.num_programs(1) * ENTRIES, loop_unroll_factor=UNROLL
-    ):
-        # Past the end the last entry is read again, which needs no mask.
-        j = tl.minimum(start + tl.arange(0, ENTRIES), length - 1)
-        dm = m - tl.load(queue_mean_ptr + j)[None, :]
-        ds = s - tl.load(queue_std_ptr + j)[None, :]
-        best = tl.minimum(best, dm * dm + ds * ds)
+    first = tl.program_id(1) * (UNROLL * ENTRIES)
+    step = tl.num_programs(1) * (UNROLL * ENTRIES)
+    # Entries are loaded while those before are compared.
+    ahead = load_entries(queue_mean_ptr, queue_std_ptr, first, length, ENTRIES, UNROLL)
+    for start in range(first, length, step):
+        entries = ahead
+        ahead = load_entries(queue_mean_ptr, queue_std_ptr, start + step, length, ENTRIES, UNROLL)
+        for i in tl.static_range(UNROLL):
+            dm = m - entries[2 * i][None, :]
+            ds = s - entries[2 * i + 1][None, :]
+            best = tl.minimum(best, dm * dm + ds * ds)
     bits = tl.int64 if dtype == tl.float64 else tl.int32
     tl.atomic_min(
         squared_ptr.to(tl.pointer_type(bits), bitcast=True) + row, tl.min(best, axis=1).to(bits, bitcast=True),
@@ -161,7 +179,7 @@ def plan_statistics(features: Tensor, dtype: torch.dtype) -> tuple[Launch, tuple
     tickets = features.new_empty(TICKETS.value, dtype=torch.int32)
     arguments = (features, mean, std, squared, tickets, rows, width, *features.stride())
     constants = {"FEATURES": min(FEATURES, triton.next_power_of_2(width))}
-    return Launch(statistics_kernel, (max(1, rows),), arguments, constants, 2), (mean, std, squared, tickets)
+    return Launch(statistics_kernel, (max(1, rows),), arguments, constants, 4), (mean, std, squared, tickets)
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,13 @@ class Launch:
     max_registers: int | None = None  # per thread, NVIDIA only; None leaves the choice to the compiler
 
     def run(self) -> None:
-        """Launch the kernel on the current stream of the current device."""
+        """Launch the kernel on the current stream of its arguments' device."""
+        device = self.arguments[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.run()
         self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+        return None
 
     @property
     def options(self) -> dict[str, int]:
@@ -40,23 +45,6 @@ class Target:
 
     multiprocessors: int
     warp_size: int  # 32 on NVIDIA, 64 on AMD's data-center GPUs
-    holds_wide_rows: bool  # whether one program's registers hold a row of 16,384 logits; see loss.loss_config
-    architecture: str = ""  # as in "sm_90" and "gfx942"; names the file of tuned options
-
-
-@cache
-def tuned(architecture: str) -> dict[str, list[dict[str, int]]]:
-    """Options that ``bench.tune`` has chosen on an architecture: by kernel, entries in order of size."""
-    file = Path(__file__).with_name("tuned") / f"{architecture}.json"
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def tuned_options(kernel: str, size: int, architecture: str) -> dict[str, int]:
-    """Options of a kernel at a size; empty where the built-in rules serve."""
-    for entry in tuned(architecture).get(kernel, ()):
-        if size <= entry["at_most"]:
-            return {name: value for name, value in entry.items() if name != "at_most"}
-    return {}
 
 
 def cdiv(a: int, b: int) -> int:
@@ -72,12 +60,9 @@ def device_target(device: torch.device) -> Target:
     interpreter runs few programs.
     """
     if device.type != "cuda":
-        return Target(4, 32, True)
+        return Target(4, 32)
     p = torch.cuda.get_device_properties(device)
-    name = p.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{p.major}{p.minor}"
-    return Target(
-        p.multi_processor_count, getattr(p, "warp_size", 32), torch.version.hip is None and p.major < 10, name
-    )
+    return Target(p.multi_processor_count, getattr(p, "warp_size", 32))
 
 
 @cache

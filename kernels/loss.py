@@ -392,26 +392,25 @@ def loss_kernel(
     smoothing = tl.load(constants_ptr + SMOOTHING).to(dtype)
     total = tl.zeros((ROWS,), tl.float64)
 
-    # The logits of the next rows are fetched while these are worked on, and their labels one turn earlier.
+    # Rows that are held are fetched while those before are worked on, and their labels one turn earlier.
     step = tl.num_programs(0) * ROWS
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
-    next_label = tl.load(labels_ptr + (row + step) * labels_stride, mask=row + step < rows, other=ignore_index)
-    valid, in_range, column, base, head, length, z_label, d, z_edge, held = fetch_rows(
-        logits_ptr, distance_ptr, row, label, rows, stride_b, stride_c, ignore_index,
+    next_label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
+    ahead = fetch_rows(
+        logits_ptr, distance_ptr, row, next_label, rows, stride_b, stride_c, ignore_index,
         CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
     )  # fmt: skip
+    next_row = row + step
+    next_label = tl.load(labels_ptr + next_row * labels_stride, mask=next_row < rows, other=ignore_index)
     for turn in range(tl.program_id(0) * ROWS, rows, step):  # noqa: B007
-        (
-            next_valid, next_in_range, next_column, next_base, next_head, next_length, next_z_label, next_d,
-            next_z_edge, next_held,
-        ) = fetch_rows(
-            logits_ptr, distance_ptr, row + step, next_label, rows, stride_b, stride_c, ignore_index,
-            CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
-        )  # fmt: skip
-        next_label = tl.load(
-            labels_ptr + (row + 2 * step) * labels_stride, mask=row + 2 * step < rows, other=ignore_index
-        )
+        valid, in_range, column, base, head, length, z_label, d, z_edge, held = ahead
+        if HELD:
+            ahead = fetch_rows(
+                logits_ptr, distance_ptr, next_row, next_label, rows, stride_b, stride_c, ignore_index,
+                CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
+            )  # fmt: skip
+            next_row += step
+            next_label = tl.load(labels_ptr + next_row * labels_stride, mask=next_row < rows, other=ignore_index)
         present = row < rows
         z_label = z_label.to(dtype)
         d = d.to(dtype)
@@ -564,8 +563,13 @@ def loss_kernel(
             tl.store(out + (column - head), g_label.to(grad_ptr.dtype.element_ty), mask=in_range)
 
         row += step
-        valid, in_range, column, base, head = next_valid, next_in_range, next_column, next_base, next_head
-        length, z_label, d, z_edge, held = next_length, next_z_label, next_d, next_z_edge, next_held
+        if not HELD:
+            ahead = fetch_rows(
+                logits_ptr, distance_ptr, row, next_label, rows, stride_b, stride_c, ignore_index,
+                CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
+            )  # fmt: skip
+            next_row += step
+            next_label = tl.load(labels_ptr + next_row * labels_stride, mask=next_row < rows, other=ignore_index)
     if not ROW_LOSS:
         tl.store(partials_ptr + tl.program_id(0), tl.sum(total, axis=0))
         programs = tl.num_programs(0)
@@ -661,28 +665,28 @@ WIDEST_HELD = 8192  # classes of rows that are held on chip
 
 
 @cache
-def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool, architecture: str = "") -> LossConfig:
-    """Layout of rows of ``classes`` logits in vectors of ``v``, with the tuned options of the architecture.
+def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool) -> LossConfig:
+    """Layout of rows of ``classes`` logits in vectors of ``v``; ``python -m bench.tune`` measures others.
 
-    Rows are held up to 8,192 logits, 32 in a thread: one warp then takes 1,024, and the fixed work of a row, some 400
-    instructions in every warp, costs least. On an H200 16,384 rows of 1,000 take 28.6 us so, 38.8 us with two warps.
-    At 168 registers 12 warps fit on a multiprocessor. Wider rows have 4 warps, which at 128 registers and 4 programs on
-    a multiprocessor keep the rows in work (23 MB at 21,841 logits) in the L2 cache. float64 serves checks only.
+    Rows are held up to 8,192 logits, 32 in a thread, because the fixed work of a row, some 400 instructions in every
+    warp, then costs least: on an H200 16,384 rows of 1,000 bfloat16 logits take 29 us with one warp a row, 38 with two.
+    At 168 registers 12 warps fit on a multiprocessor.
+
+    Wider rows are read three times, by few warps for the same reason, and so few at once that the second and third
+    time they are in the L2 cache (of 50 MB): 528 rows of up to 45 KB, 264 of up to 90 KB. float64 serves checks only.
     """
     block = triton.next_power_of_2(classes)
     if dtype == torch.float64:
         return LossConfig(1, 1, min(block, 256), False, 4, 4)
-    tuned = tuned_options(f"loss_{8 * dtype.itemsize}bit", classes, architecture)
-    if classes > WIDEST_HELD:
-        options = {"num_warps": 4, "programs": 4, "unroll": 2, "max_registers": 128, **tuned}
-        return LossConfig(1, 1, 32 * options["num_warps"] * v, False, **options)
-    options = {"logits": 32, "max_registers": 168, **tuned}
-    tile = 32 * options["logits"]  # of a warp
-    rows = max(1, tile // block)
-    num_warps = max(1, block // tile)
+    if block > 8192:
+        kilobytes = classes * dtype.itemsize / 1000
+        num_warps, programs = (4, 4) if kilobytes <= 45 else (8, 2) if kilobytes <= 90 else (16, 2)
+        unroll, registers = (4, 128) if num_warps < 16 else (1, 64)
+        return LossConfig(1, 1, 32 * num_warps * v, False, num_warps, programs, unroll, registers)
+    rows = max(1, 1024 // block)
+    num_warps = max(1, block // 1024)
     width = max(v, min(block, 32 * num_warps * v // rows))
-    programs = max(1, 65_536 // (32 * options["max_registers"]) // num_warps)
-    registers = None if edges else options["max_registers"]  # EDGES would spill
+    programs, registers = (12, 168) if num_warps == 1 and not edges else (max(1, 8 // num_warps), None)
     return LossConfig(rows, block // width, width, True, num_warps, programs, max_registers=registers)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tests.helpers.backends import every_variant
-from tests.helpers.kernels import AVAILABLE, DEVICE, REASON, gpu_too, on_device
+from tests.helpers.kernels import AVAILABLE, DEVICE, NAN_WARNINGS, REASON, gpu_too, on_device
 from tests.helpers.loss_cases import random_batch, random_queue, relative, trace
 
 if not AVAILABLE:
@@ -19,7 +19,7 @@ if not AVAILABLE:
 from tal_fast import TALLoss
 from tal_fast.kernels import launch
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = [pytest.mark.usefixtures("poison"), *NAN_WARNINGS]
 
 
 class Allocations(TorchDispatchMode):
