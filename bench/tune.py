@@ -78,7 +78,7 @@ def search_candidates() -> list[Options]:
     """Options of the search: rows and entries of a tile, warps and programs, entries of a thread in flight."""
     return [
         {"queries": q, "entries": 32 * w, "num_warps": w, "programs": p, "unroll": u}
-        for q, (w, p), u in product((8, 16, 32), ((2, 16), (4, 8), (2, 8)), (4, 8))
+        for q, (w, p), u in product((8, 16, 32), ((2, 16), (4, 8), (2, 8)), (2, 4, 8))
     ]
 
 

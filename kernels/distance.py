@@ -19,11 +19,6 @@ from torch import Tensor
 
 from tal_fast.kernels.launch import Launch, Target, cdiv, device_target, tuned_options
 
-QUERIES = 16  # queries per program of the search; every queue entry loaded serves all of them
-ENTRIES = 64  # queue entries at a time: one a thread
-NUM_WARPS = 2
-UNROLL = 4  # entries of a thread compared at a time, while as many are in flight
-PROGRAMS = 16  # programs of the search per multiprocessor
 ROWS = 256  # rows per iteration of the last program's reduction
 FEATURES = 1024  # features per iteration of the statistics, 8 a thread
 
@@ -189,13 +184,13 @@ class SearchConfig:
     queries: int = 16  # of a program; every queue entry loaded serves all of them
     entries: int = 64  # of the queue at a time: one a thread
     num_warps: int = 2
-    programs: int = 16  # most programs on a multiprocessor
-    unroll: int = 8  # entries of a thread in flight
+    unroll: int = 4  # entries of a thread compared at a time, while as many are in flight
+    programs: int = 16  # on a multiprocessor
 
 
 @cache
 def search_config(pairs: int, architecture: str) -> SearchConfig:
-    """Tiles and programs for a number of pairs of rows and entries, with the tuned options of the architecture."""
+    """Tiles and programs for a number of pairs of rows and entries, with the architecture's tuned options if any."""
     return SearchConfig(**tuned_options("search", pairs, architecture))
 
 

@@ -45,6 +45,22 @@ class Target:
 
     multiprocessors: int
     warp_size: int  # 32 on NVIDIA, 64 on AMD's data-center GPUs
+    architecture: str = ""  # such as sm_90 or gfx942; names the file of tuned options
+
+
+@cache
+def tuned(architecture: str) -> dict[str, list[dict[str, int]]]:
+    """Options that ``bench.tune`` has chosen on an architecture: by kernel, entries in order of size."""
+    file = Path(__file__).with_name("tuned") / f"{architecture}.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def tuned_options(kernel: str, size: int, architecture: str) -> dict[str, int]:
+    """Options of a kernel at a size; empty where the built-in rules serve."""
+    for entry in tuned(architecture).get(kernel, ()):
+        if size <= entry["at_most"]:
+            return {name: value for name, value in entry.items() if name != "at_most"}
+    return {}
 
 
 def cdiv(a: int, b: int) -> int:
@@ -62,7 +78,8 @@ def device_target(device: torch.device) -> Target:
     if device.type != "cuda":
         return Target(4, 32)
     p = torch.cuda.get_device_properties(device)
-    return Target(p.multi_processor_count, getattr(p, "warp_size", 32))
+    architecture = p.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{p.major}{p.minor}"
+    return Target(p.multi_processor_count, getattr(p, "warp_size", 32), architecture)
 
 
 @cache

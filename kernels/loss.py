@@ -665,8 +665,8 @@ WIDEST_HELD = 8192  # classes of rows that are held on chip
 
 
 @cache
-def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool) -> LossConfig:
-    """Layout of rows of ``classes`` logits in vectors of ``v``; ``python -m bench.tune`` measures others.
+def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool, architecture: str = "") -> LossConfig:
+    """Layout of rows of ``classes`` logits in vectors of ``v``, with the architecture's tuned options if it has some.
 
     Rows are held up to 8,192 logits, 32 in a thread, because the fixed work of a row, some 400 instructions in every
     warp, then costs least: on an H200 16,384 rows of 1,000 bfloat16 logits take 29 us with one warp a row, 38 with two.
@@ -678,15 +678,21 @@ def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool) -> LossCo
     block = triton.next_power_of_2(classes)
     if dtype == torch.float64:
         return LossConfig(1, 1, min(block, 256), False, 4, 4)
-    if block > 8192:
+    tuned = tuned_options(f"loss_{8 * dtype.itemsize}bit", classes, architecture)
+    if classes > WIDEST_HELD:
         kilobytes = classes * dtype.itemsize / 1000
         num_warps, programs = (4, 4) if kilobytes <= 45 else (8, 2) if kilobytes <= 90 else (16, 2)
         unroll, registers = (4, 128) if num_warps < 16 else (1, 64)
-        return LossConfig(1, 1, 32 * num_warps * v, False, num_warps, programs, unroll, registers)
-    rows = max(1, 1024 // block)
-    num_warps = max(1, block // 1024)
+        options = {"num_warps": num_warps, "programs": programs, "unroll": unroll, "max_registers": registers, **tuned}
+        return LossConfig(1, 1, 32 * options["num_warps"] * v, False, **options)
+    tile = 32 * tuned.get("logits", 32)  # of a warp
+    rows = max(1, tile // block)
+    num_warps = max(1, block // tile)
     width = max(v, min(block, 32 * num_warps * v // rows))
     programs, registers = (12, 168) if num_warps == 1 and not edges else (max(1, 8 // num_warps), None)
+    if "max_registers" in tuned and not edges:
+        registers = tuned["max_registers"]
+        programs = max(1, 65_536 // (32 * registers * num_warps))
     return LossConfig(rows, block // width, width, True, num_warps, programs, max_registers=registers)
 
 
