@@ -85,8 +85,8 @@ def lines(result: dict[str, Any]) -> list[str]:
     skipped = [f"{group} {name_of(r)}".strip() for group, r in every if "skipped" in r]
     if skipped:
         found.append(f"not finished for lack of time: {len(skipped)} parts, from {skipped[0]} on")
-    if not (steps or losses or searches):
-        return [*found[:14], "tune next: nothing was measured"]
+    if info["gpu"] is None or not (steps or losses or searches):
+        return [*found[:14], "tune next: nothing was measured on a GPU"]
     return [*found[:14], f"tune next: {'; '.join(advice(steps, losses, searches)) or 'all goals are met'}"]
 
 

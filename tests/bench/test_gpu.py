@@ -187,7 +187,10 @@ def test_summary_names_what_falls_short_in_15_lines() -> None:
     assert "21,841" not in found[-1]  # its goal is met
     assert "256 x 1,000 bfloat16" not in found[-1]  # too small for a share to tell
     assert "search 256 x 2,048 x 880,880 at 3.1 of its floor" in found[-1]
-    assert gpu_summary.lines({**result, "step": [], "loss": [], "search": []})[-1] == "tune next: nothing was measured"
+    assert (
+        gpu_summary.lines({**result, "step": [], "loss": [], "search": []})[-1]
+        == "tune next: nothing was measured on a GPU"
+    )
 
 
 @pytest.mark.parametrize(
