@@ -26,10 +26,10 @@ from tal_fast.kernels.launch import Target
 
 # A100, H100, B200 and MI300.
 TARGETS = {
-    "cuda:80": Target(108, 32),
-    "cuda:90": Target(132, 32),
-    "cuda:100": Target(148, 32),
-    "hip:gfx942": Target(304, 64),
+    "cuda:80": Target(108, 32, "sm_80"),
+    "cuda:90": Target(132, 32, "sm_90"),
+    "cuda:100": Target(148, 32, "sm_100"),
+    "hip:gfx942": Target(304, 64, "gfx942"),
 }
 # Triton's names of pointer types.
 TYPES = {
