@@ -43,6 +43,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Indices into the tensor of ``loss_constants``.
 T_MIN, T_RANGE, T_WRONG, THRESHOLD, SMOOTHING = (tl.constexpr(i) for i in range(5))
 
+PARTS = tl.constexpr(1024)  # partial sums added at a time
 SCALE_BLOCK = 4096  # values per iteration of scale_kernel
 
 
@@ -89,9 +90,9 @@ def _log_sum_exp(others, at_label):
 @triton.jit
 def _ordered_sum(parts_ptr, count):
     """Sum, in a fixed order, of ``count`` float64 values stored by all programs of this launch."""
-    total = tl.zeros((1024,), tl.float64)
-    for start in range(0, count, 1024):
-        i = start + tl.arange(0, 1024)
+    total = tl.zeros((PARTS,), tl.float64)
+    for start in range(0, count, PARTS):
+        i = start + tl.arange(0, PARTS)
         # .cg reads from the L2 cache, where the other programs' stores are.
         total += tl.load(parts_ptr + i, mask=i < count, other=0.0, cache_modifier=".cg")
     return tl.sum(total, axis=0)
@@ -135,9 +136,7 @@ def class_weights(class_weight_ptr, column, inside, dtype: tl.constexpr):
 
 
 @triton.jit
-def locate_rows(
-    row, label, rows, stride_b, ignore_index, CLASSES: tl.constexpr, V: tl.constexpr, EDGES: tl.constexpr
-):
+def locate_rows(row, label, rows, stride_b, ignore_index, CLASSES: tl.constexpr, V: tl.constexpr, EDGES: tl.constexpr):
     """Whether rows are valid and their label in range; the label's column, 0 if not; offset and column of the first
     whole vector; and the number of logits in whole vectors.
     """
@@ -164,9 +163,7 @@ def load_chunk(base, begin, length, valid, stride_c, WIDTH: tl.constexpr, V: tl.
 
 
 @triton.jit
-def load_rows(
-    base, length, valid, stride_c, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr
-):
+def load_rows(base, length, valid, stride_c, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr):
     held = ()
     for i in tl.static_range(CHUNKS):
         held = held + (load_chunk(base, i * WIDTH, length, valid, stride_c, WIDTH, V),)  # noqa: RUF005
@@ -683,7 +680,7 @@ def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool) -> LossCo
     rows = max(1, 1024 // block)
     num_warps = max(1, block // 1024)
     width = max(v, min(block, 32 * num_warps * v // rows))
-    programs, registers = (12, 168) if num_warps == 1 and not edges else (max(1, 8 // num_warps), None)
+    programs, registers = (12, 168) if num_warps == 1 and rows == 1 and not edges else (max(1, 8 // num_warps), None)
     return LossConfig(rows, block // width, width, True, num_warps, programs, max_registers=registers)
 
 

@@ -99,7 +99,7 @@ def exp_sums_kernel(
         z = load_chunk(base, begin, length, length >= 0, tl.cast(logits_stride_c, tl.int64), BLOCK, 1).to(dtype)
         others = other_logits(z, begin, length, label.to(tl.int32), dtype, BLOCK, 1)
         y = (others - z_max[:, None]) * (rate * LOG2E)[:, None]
-        p, q, p_sum, yp_sum, q_sum = add_exponentials(y, ratio, p_sum, yp_sum, q_sum, dtype)
+        _, _, p_sum, yp_sum, q_sum = add_exponentials(y, ratio, p_sum, yp_sum, q_sum, dtype)
     p_sum, yp_sum, q_sum = tl.reduce((p_sum, yp_sum, q_sum), 1, _add3)
     is_local = label >= 0
     z_label = tl.load(base + label * logits_stride_c, mask=is_local, other=0.0).to(dtype)
