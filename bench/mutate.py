@@ -61,8 +61,8 @@ HALF = ("tests/loss/test_module.py", "-k", "loss_and_gradient_of_float16")
 MUTATIONS = [
     Mutation(
         "loss: wrong sign of the gradient's component along z", "kernels/loss.py",
-        "(constant[:, None] - z_coef[:, None] * y))\n    if WEIGHTED_SMOOTHING",
-        "(constant[:, None] + z_coef[:, None] * y))\n    if WEIGHTED_SMOOTHING", PATHS,
+        "(constant[:, None] - z_coef[:, None] * z))\n    if WEIGHTED_SMOOTHING",
+        "(constant[:, None] + z_coef[:, None] * z))\n    if WEIGHTED_SMOOTHING", PATHS,
     ),
     Mutation(
         "loss: columns past the end of a row count as logits of 0", "kernels/loss.py",

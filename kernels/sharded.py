@@ -145,8 +145,8 @@ def gradient_kernel(
         y = (z - z_max[:, None]) * (rate * LOG2E)[:, None]
         p, q = exponentials(y, ratio[:, None], dtype)
         store_chunk(
-            y, p, q, out, begin, length, length, length >= 0, g_p, g_q, z_coef * ratio * LN2, -z_max * z_coef - away,
-            away, grad_ptr, dtype, BLOCK, 1, False,
+            z, p, q, out, begin, length, length, length >= 0, g_p, g_q, z_coef, -away, away, grad_ptr, dtype, BLOCK, 1,
+            False,
         )  # fmt: skip
     tl.debug_barrier()  # the label's gradient is the last to be stored at its address
     z_label = tl.load(base + label * logits_stride_c, mask=valid & (label >= 0), other=0.0).to(dtype)
