@@ -1,20 +1,28 @@
-"""Compile every kernel for GPUs that are not present, and fail on spilled registers.
+"""Compile every kernel for GPUs that are not present, read its machine code, and hold it to a budget.
 
-``python -m tal_fast.kernels.compile_check [--quick]`` plans the launches that the launchers would make, from tensors
-without data, and compiles each for A100, H100, B200 and MI300. Spills are read from the binary: on NVIDIA from the
-stack size, on AMD from the metadata of the code object.
+``python -m tal_fast.kernels.compile_check`` plans the launches that the launchers would make, from tensors without data,
+compiles each for A100, H100, B200 and MI300, and reads from the code object what it costs: instructions per logit, pair
+or row, loads in flight, programs per multiprocessor, and the bound that these give (docs/performance.md states the model
+and its error).
+
+``--report FILE`` writes the figures, ``--emit DIR`` the code objects and their assembly, ``--budget FILE`` compares with
+a report of the same version of Triton. A spill, an instruction count over its limit or more than 5% over the report, and
+a kernel that does not compile fail the check.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +30,34 @@ from typing import Any
 
 import torch
 
+from tal_fast.kernels import machine_code
 from tal_fast.kernels.launch import Target
+from tal_fast.kernels.machine_code import Code, Instruction
 
-# A100, H100, B200 and MI300.
+Figures = dict[str, Any]  # of one kernel; ``analyse`` lists them
+
+
+@dataclass(frozen=True)
+class GPU:
+    """What a launch and the model of its speed need to know of a GPU.
+
+    Instructions a clock and multiprocessor: 128 issued, of these 128 fma, 64 alu, 32 shared, 16 special.
+    """
+
+    name: str
+    launch: Target
+    shared_kb: int  # shared memory of a multiprocessor
+    clock: float = 0  # GHz; 0: no model
+    copy: float = 0  # TB/s of a device copy, reads and writes counted
+    cache_mb: int = 0  # L2
+    float64: int = 0  # float64 operations a clock and multiprocessor
+
+
 TARGETS = {
-    "cuda:80": Target(108, 32, True),
-    "cuda:90": Target(132, 32, True),
-    "cuda:100": Target(148, 32, False),
-    "hip:gfx942": Target(304, 64, False),
+    "cuda:80": GPU("A100", Target(108, 32, True), 164, 1.41, 1.75, 40, 32),
+    "cuda:90": GPU("H100", Target(132, 32, True), 228, 1.755, 3.0, 50, 64),
+    "cuda:100": GPU("B200", Target(148, 32, False), 228, 1.85, 6.8, 126, 64),
+    "hip:gfx942": GPU("MI300", Target(304, 64, False), 64),
 }
 # Triton's names of pointer types.
 TYPES = {
@@ -44,22 +72,63 @@ TYPES = {
 
 
 @dataclass(frozen=True)
-class Resources:
-    """Resources of a compiled kernel."""
+class Work:
+    """What a kernel's instructions are counted per.
 
-    registers: int  # per thread
-    spilled: int  # bytes of stack on NVIDIA, registers on AMD
-    shared: int  # bytes of shared memory
+    ``units`` and ``tile`` are functions of the kernel's arguments and constants by name.
+    """
+
+    unit: str
+    units: Callable[[Mapping[str, Any]], int]  # in an iteration of the loop over rows, or in a program without one
+    tile: Callable[[Mapping[str, Any]], int] | None = None  # units in an iteration of an inner loop; None: no such loop
+    hot_loop: bool = False  # count only the inner loop with the most minima
+    loops_only: bool = False  # leave out what is not in a loop
 
 
-def planned_launches(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
+ON_CHIP = Work("logit", lambda v: v.get("ROWS", 1) * v["classes"])
+IN_TILES = Work("logit", lambda v: v["classes"], lambda v: v["BLOCK"])
+SEARCH = Work("pair", lambda v: v["QUERIES"] * v["ENTRIES"], lambda v: v["QUERIES"] * v["ENTRIES"], hot_loop=True)
+WORK = {
+    "loss_kernel": ON_CHIP,
+    "packed_row_loss_kernel": ON_CHIP,
+    "long_row_loss_kernel": IN_TILES,
+    "batch_sums_kernel": IN_TILES,
+    "scan_kernel": IN_TILES,
+    "exp_sums_kernel": IN_TILES,
+    "gradient_kernel": IN_TILES,
+    "scale_kernel": Work("value", lambda v: v["BLOCK"]),
+    "statistics_distance_kernel": SEARCH,
+    "nearest_kernel": SEARCH,
+    "push_kernel": Work("row", lambda v: v["ROWS"], lambda v: v["ROWS"], loops_only=True),
+}
+# Most instructions per unit, for sm_90: label and limit, and barriers allowed in what is counted.
+LIMITS = {
+    **{f"loss {dtype} C={c} paper": (40, None) for dtype in ("bfloat16", "float32") for c in (1000, 4096, 8192)},
+    **{
+        f"loss {dtype} C={c} paper": (45, None) for dtype in ("bfloat16", "float32") for c in (100, 1003, 21841, 131072)
+    },
+    "statistics and search bfloat16 D=2048 queue float32": (6, 0),
+    "search queue float32": (6, 0),
+    "push accepted queue float32": (12, None),
+}
+RISE = 1.05  # allowed over the committed report
+
+# The model's constants; clocks.
+UNITS = {"alu": 64, "fma": 128, "special": 16, "shared": 32}  # thread instructions a clock and multiprocessor
+ISSUE_EFFICIENCY = 0.8
+LATENCY = 800  # of a load from memory, under load
+CACHE_LATENCY = 300  # of a load from the L2 cache, where the search finds the queue
+BARRIER = 40
+
+
+def planned_launches(target_name: str) -> Iterator[tuple[str, Any]]:
     """Labels and launches of every kernel, at shapes that reach each launch configuration."""
     from tal_fast.kernels.distance import plan_nearest, plan_statistics_distance
     from tal_fast.kernels.loss import plan_batch_sums, plan_loss, plan_scale
     from tal_fast.kernels.queue_push import plan_push
     from tal_fast.kernels.sharded import plan_exp_sums, plan_gradient, plan_scan
 
-    target = TARGETS[target_name]
+    target = TARGETS[target_name].launch
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -71,51 +140,45 @@ def planned_launches(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]
     for queue_dtype in (torch.float32, torch.float64):
         queue = meta(880_880, dtype=queue_dtype)
         entry = meta(rows, dtype=queue_dtype)
+        in_queue = f"queue {dtype_name(queue_dtype)}"
         for dtype, width in ((torch.float32, 2048), (torch.bfloat16, 2048), (torch.float16, 63)):
-            if quick and (queue_dtype, dtype) not in ((torch.float32, torch.bfloat16), (torch.float64, torch.float32)):
-                continue
             features = meta(rows, width, dtype=dtype)
             plan, _ = plan_statistics_distance(features, labels, queue, queue, cursor, ticket, -100, target)
-            yield f"statistics_distance {dtype_name(dtype)} D={width}, queue {dtype_name(queue_dtype)}", plan
-        yield f"nearest, queue {dtype_name(queue_dtype)}", plan_nearest(queue, queue, cursor, entry, entry, target)[0]
-        for kept in (accepted, None):
-            yield (
-                f"push{'' if kept is None else ' accepted'}, queue {dtype_name(queue_dtype)}",
-                plan_push(queue, queue, cursor, entry, entry, kept),
-            )
+            yield f"statistics and search {dtype_name(dtype)} D={width} {in_queue}", plan
+        yield f"search {in_queue}", plan_nearest(queue, queue, cursor, entry, entry, target)[0]
+        yield f"push accepted {in_queue}", plan_push(queue, queue, cursor, entry, entry, accepted)
+        yield f"push all {in_queue}", plan_push(queue, queue, cursor, entry, entry, None)
 
-    # Widths on either side of each change of configuration: one warp, odd, the widest single block, the first long row.
-    widths = (10, 1003, 16384, 21841) if quick else (1, 100, 1000, 1003, 2048, 4096, 8192, 16384, 21841, 32768, 131072)
-    dtypes = (torch.bfloat16, torch.float32) if quick else (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-    for classes, dtype in itertools.product(widths, dtypes):
-        logits, distance = meta(rows, classes, dtype=dtype), meta(rows)
-        # The largest kernel first, with every branch that takes registers.
-        branches = [("released", True, True, False, True), ("paper", True, False, False, True)]
-        if not quick:
+    rows = 4096
+    labels, distance = meta(rows, dtype=torch.int64), meta(rows)
+    for dtype, classes in itertools.product(TYPES, (1, 10, 100, 1000, 1003, 4096, 8192, 16384, 21841, 32768, 131072)):
+        # float16 and float64 differ in the type of the gradient and of the arithmetic, which two widths show.
+        if not dtype.is_floating_point or (dtype in (torch.float16, torch.float64) and classes not in (1003, 21841)):
+            continue
+        shape = f"{dtype_name(dtype)} C={classes}"
+        logits = meta(rows, classes, dtype=dtype)
+        # The launch whose speed counts, then the one with every branch that takes registers.
+        branches = [("paper", True, False, False, True), ("released", True, True, False, True)]
+        if classes in (1003, 21841):
             branches += [("paper", False, True, False, False), ("paper", True, False, True, True)]
-        if dtype != torch.float16:  # the gradient of float16 logits is float32
-            yield f"scale {dtype_name(dtype)} C={classes}", plan_scale(logits, meta(1, dtype=torch.float32))
         for variant, has_t_wrong, smooth, warmup, need_grad in branches:
             plan, _ = plan_loss(
                 logits, labels, distance, summary, ticket,
                 variant, 10.0, 100.0, 20.0 if has_t_wrong else None, 0.0, 0.1 if smooth else 0.0, -100, warmup,
                 need_grad, target=target,
             )  # fmt: skip
-            flags = [variant] + ["smoothing"] * smooth + ["warm-up"] * warmup + ["no gradient"] * (not need_grad)
-            yield f"{plan.kernel.__name__} {dtype_name(dtype)} C={classes} {' '.join(flags)}", plan
+            flags = ["", " smoothing"][smooth] + ["", " warm-up"][warmup] + [" no gradient", ""][need_grad]
+            yield f"loss {shape} {variant}{flags}", plan
+        if classes in (100, 1003, 21841):
+            plan = plan_batch_sums(logits, labels, distance, summary, ticket, 0.0, -100, target)
+            yield f"batch sums {shape}", plan
+        if classes == 1003 and dtype != torch.float16:  # the gradient of float16 logits is float32
+            yield f"scale {dtype_name(dtype)}", plan_scale(logits, meta(1, dtype=torch.float32))
         if classes in (1003, 131072):
-            column = meta(rows, dtype=torch.float64)
-            terms = meta(rows, 7, dtype=torch.float64)
-            for plan in (
-                plan_scan(logits, target)[0],
-                plan_exp_sums(logits, labels, column, column, target)[0],
-                plan_gradient(logits, labels, accepted, terms, target)[0],
-            ):
-                yield f"sharded {plan.kernel.__name__} {dtype_name(dtype)} C={classes}", plan
-        yield (
-            f"batch_sums {dtype_name(dtype)} C={classes}",
-            plan_batch_sums(logits, labels, distance, summary, ticket, 0.0, -100, target),
-        )
+            column, valid = meta(rows, dtype=torch.float64), meta(rows, dtype=torch.bool)
+            yield f"sharded scan {shape}", plan_scan(logits, target)[0]
+            yield f"sharded sums {shape}", plan_exp_sums(logits, labels, column, column, target)[0]
+            yield f"sharded gradient {shape}", plan_gradient(logits, labels, valid, meta(rows, 7), target)[0]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -123,7 +186,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def compile_launch(launch: Any, target_name: str) -> Resources:
+def compile_launch(launch: Any, target_name: str) -> Any:
     """Compile a kernel with the types, integer specialisation and options that its launch would have."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -145,18 +208,15 @@ def compile_launch(launch: Any, target_name: str) -> Resources:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     signature.update(dict.fromkeys(names[len(launch.arguments) :], "constexpr"))
     kind, arch = target_name.split(":")
-    gpu = GPUTarget(kind, int(arch) if arch.isdigit() else arch, TARGETS[target_name].warp_size)
+    gpu = GPUTarget(kind, int(arch) if arch.isdigit() else arch, TARGETS[target_name].launch.warp_size)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=gpu, options=launch.options)
-    if kind == "hip":
-        return hip_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
-    return cuda_resources(compiled.asm["cubin"])
+    return triton.compile(source, target=gpu, options=launch.options)
 
 
-def hip_resources(assembly: str, shared: int) -> Resources:
-    """Resources from the metadata of an AMD code object.
+def hip_resources(assembly: str) -> tuple[int, int]:
+    """Vector registers a thread, and how many of them spill, from the metadata of an AMD code object.
 
-    Scalar registers spill into lanes of vector registers, which takes no memory; only vector spills count.
+    Scalar registers spill into lanes of vector registers, which takes no memory.
     """
 
     def field(name: str) -> int:
@@ -165,68 +225,287 @@ def hip_resources(assembly: str, shared: int) -> Resources:
             raise RuntimeError(f"the AMD code object has no .{name}: its format has changed")
         return int(found.group(1))
 
-    return Resources(field("vgpr_count"), field("vgpr_spill_count"), shared)
+    return field("vgpr_count"), field("vgpr_spill_count")
 
 
-def cuda_resources(cubin: bytes) -> Resources:
-    """Resources from cuobjdump, which Triton ships."""
+def read_cubin(cubin: bytes) -> tuple[str, int, int]:
+    """Assembly, registers a thread and bytes of stack (spills) of a cubin, from the tools that Triton ships."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", done.stdout)
-    if found is None:
-        raise RuntimeError(f"cuobjdump gave no resources: {done.stdout}{done.stderr}")
-    registers, stack, shared, local = map(int, found.groups())
-    return Resources(registers, stack + local, shared)
+        usage, assembly = (
+            subprocess.run([str(tools / tool), option, file.name], capture_output=True, text=True)
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout)
+    if found is None or assembly.returncode:
+        raise RuntimeError(f"the cubin cannot be read: {usage.stdout}{usage.stderr}{assembly.stderr}")
+    registers, stack, _, local = map(int, found.groups())
+    return assembly.stdout, registers, stack + local
 
 
-def check_target(target_name: str, quick: bool, match: str) -> list[tuple[str, int, Resources | str]]:
-    """Label, number of warps, and resources or error message of every matching kernel on one target."""
-    rows: list[tuple[str, int, Resources | str]] = []
-    for label, launch in planned_launches(target_name, quick):
+def minima(lines: list[Instruction]) -> int:
+    """Number of minima, of which a pair takes one."""
+    found = [line.opcode for line in lines if re.match(r"[FD]MNMX|DSETP\.MIN|v_min", line.opcode)]
+    return sum(2 if "3" in re.split(r"[._]f", opcode)[0] else 1 for opcode in found)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What is counted of a kernel."""
+
+    runs: dict[int, float]  # how often each block runs for ``units``
+    units: float
+    loops: list[frozenset[int]]  # blocks of each loop over rows or tiles
+
+
+def count(code: Code, work: Work, values: Mapping[str, Any], threads: int) -> Counted:
+    """What is counted of a kernel; not what only the last program runs, after the ticket."""
+    live = code.reachable(0)
+    looping = set().union(*code.loops.values())
+    tickets = [b for b in live - looping if any(line.kind == "atomic" for line in code.lines([b]))]
+    live -= set().union(*(code.reachable(after) for b in tickets for after in code.successors[b]))
+    loops = {head: body for head, body in code.loops.items() if head in live}
+    inner = {h: body for h, body in loops.items() if not any(h != o and o in body for o in loops)}
+    outer = set().union(*(body for head, body in loops.items() if head not in inner))
+    units = work.units(values)
+    if work.tile is None or not inner:
+        return Counted(dict.fromkeys(set().union(*loops.values()) or live, 1.0), units, list(loops.values()))
+    tile = work.tile(values)
+    if work.hot_loop:
+        body = max(inner.values(), key=lambda body: minima(code.lines(body)))
+        tiles = minima(code.lines(body)) * threads / tile
+        if tiles < 1 or tiles != int(tiles):
+            raise RuntimeError(f"the hot loop has {tiles} tiles of {tile} pairs: not one minimum a pair")
+        return Counted(dict.fromkeys(body, 1.0), tile * tiles, [body])
+    runs = {} if work.loops_only else dict.fromkeys(outer or live, 1.0)
+    for body in inner.values():
+        tiles = 1
+        if "logits_ptr" in values:  # the compiler may unroll a loop; the loads tell how often
+            loaded = sum(line.bytes for line in code.lines(body) if line.kind == "load")
+            tiles = max(1, round(loaded * threads / (tile * values["logits_ptr"].itemsize)))
+        runs |= dict.fromkeys(body, units / (tile * tiles))
+    return Counted(runs, units, list(inner.values()))
+
+
+def programs_a_multiprocessor(registers: int, shared: int, warps: int, target_name: str) -> int:
+    """Programs that run at once on a multiprocessor, by registers, shared memory and warps."""
+    gpu = TARGETS[target_name]
+    if target_name.startswith("hip"):
+        # 512 vector registers a lane on each of 4 SIMDs, in steps of 8; 8 waves a SIMD.
+        waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))
+        return min(waves // warps, gpu.shared_kb * 1024 // shared if shared else 32)
+    # 65,536 registers, given to warps by 256; 64 warps; 32 programs; CUDA keeps 1 KB of shared memory for each.
+    by_registers = 65536 // (256 * -(-registers * 32 // 256))
+    by_shared = gpu.shared_kb * 1024 // (1024 + -(-shared // 128) * 128)
+    return min(by_registers // warps, 64 // warps, 32, by_shared)
+
+
+def analyse(launch: Any, compiled: Any, target_name: str) -> tuple[Figures, str]:
+    """Figures of a compiled kernel, and its assembly.
+
+    Figures:
+        unit, instructions: what is counted per (logit, pair, row, value), and thread instructions per unit.
+        kinds: the same by kind (``machine_code``).
+        loads, stores: instructions by the bytes a thread moves; barriers: their number. All in the counted part.
+        warps, registers, spilled (bytes on NVIDIA, registers on AMD), shared (bytes), programs (a multiprocessor).
+        in_flight: bytes of loads in flight on a multiprocessor.
+        bound, share: what limits an NVIDIA GPU of this kind, and the share of the copy bandwidth it leaves; for pairs,
+            which move no memory, microseconds for 256 queries of 880,880 entries.
+    """
+    if target_name.startswith("hip"):
+        assembly = compiled.asm["amdgcn"]
+        registers, spilled = hip_resources(assembly)
+        code = machine_code.read_amdgcn(assembly)
+    else:
+        assembly, registers, spilled = read_cubin(compiled.asm["cubin"])
+        code = machine_code.read_sass(assembly)
+    warps, shared = launch.num_warps, compiled.metadata.shared
+    threads = warps * TARGETS[target_name].launch.warp_size
+    values = {**dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)), **launch.constants}
+    work = WORK[launch.kernel.__name__]
+    counted = count(code, work, values, threads)
+    kinds: Counter[str] = Counter()
+    for block, times in counted.runs.items():
+        for kind, number in machine_code.kinds(code.lines([block])).items():
+            kinds[kind] += number * times * threads / counted.units
+    lines = code.lines(counted.runs)
+    programs = programs_a_multiprocessor(registers, shared, warps, target_name)
+    waits = [machine_code.waits(code.lines(body), True) for body in counted.loops] or [machine_code.waits(lines, False)]
+    figures: Figures = {
+        "unit": work.unit,
+        "instructions": round(sum(kinds.values()), 2),
+        "kinds": {kind: round(number, 2) for kind, number in kinds.most_common()},
+        "loads": machine_code.widths(lines, "load"),
+        "stores": machine_code.widths(lines, "store"),
+        "barriers": sum(line.kind == "barrier" for line in lines),
+        "warps": warps,
+        "registers": registers,
+        "spilled": spilled,
+        "shared": shared,
+        "programs": programs,
+        "in_flight": min(wait.in_flight for wait in waits) * threads * programs,
+    }
+    if TARGETS[target_name].clock:
+        figures |= predict(TARGETS[target_name], launch, code, counted, values, kinds, programs)
+    return figures, assembly
+
+
+def predict(
+    gpu: GPU,
+    launch: Any,
+    code: Code,
+    counted: Counted,
+    values: Mapping[str, Any],
+    kinds: Mapping[str, float],
+    programs: int,
+) -> Figures:
+    """What bounds a kernel, and how fast it is then; docs/performance.md states the model and its error.
+
+    All bounds are clocks of a multiprocessor per unit.
+    """
+    bounds = {
+        "issue": sum(kinds.values()) / 128 / ISSUE_EFFICIENCY,
+        **{unit: kinds.get(unit, 0) / rate / ISSUE_EFFICIENCY for unit, rate in UNITS.items()},
+        "float64": kinds.get("float64", 0) / gpu.float64 / ISSUE_EFFICIENCY,
+    }
+    # A program waits for each round of loads and at each barrier, and issues one instruction of a warp in two clocks.
+    programs = min(programs, max(1, math.prod(launch.grid) // gpu.launch.multiprocessors))
+    latency = CACHE_LATENCY if WORK[launch.kernel.__name__].hot_loop else LATENCY
+    waiting = 0.0
+    in_loops = set().union(*counted.loops)
+    for body in [*counted.loops, set(counted.runs) - in_loops]:
+        lines = code.lines(body)
+        if not lines:
+            continue
+        wait = machine_code.waits(lines, body in counted.loops)
+        busy = len(lines) * max(2, launch.num_warps / 4) + BARRIER * sum(line.kind == "barrier" for line in lines)
+        times = counted.runs[min(body)]
+        waiting += times * max(busy + wait.rounds * latency, latency if wait.carried else 0)
+    bounds["latency"] = waiting / programs / counted.units
+    if "logits_ptr" not in values:
+        slowest = max(bounds, key=lambda name: bounds[name])
+        figures: Figures = {"bound": slowest}
+        if WORK[launch.kernel.__name__].hot_loop:
+            clocks = bounds[slowest] * 256 * 880_880 / gpu.launch.multiprocessors
+            figures["us"] = round(clocks / gpu.clock / 1000, 1)
+        return figures
+    grad = values.get("grad_ptr")
+    read, written = values["logits_ptr"].itemsize, grad.itemsize if grad is not None and grad.numel() else 0
+    bytes_a_clock = gpu.copy * 1000 / gpu.clock / gpu.launch.multiprocessors
+    copied = (read + written) / bytes_a_clock
+    passes = sum(any(line.kind == "load" for line in code.lines(body)) for body in counted.loops) or 1
+    in_cache = programs * gpu.launch.multiprocessors * values["classes"] * read < gpu.cache_mb * 1e6
+    bounds["memory"] = copied if in_cache else (passes * read + written) / bytes_a_clock
+    slowest = max(bounds, key=lambda name: bounds[name])
+    return {"bound": slowest, "share": round(copied / bounds[slowest], 3)}
+
+
+def check_target(target_name: str, match: str, emit: Path | None) -> dict[str, Figures | str]:
+    """Figures, or the error message, of every matching kernel on one target, by label."""
+    found: dict[str, Figures | str] = {}
+    for label, launch in planned_launches(target_name):
         if match not in label:
             continue
         try:
-            outcome: Resources | str = compile_launch(launch, target_name)
+            compiled = compile_launch(launch, target_name)
+            found[label], assembly = analyse(launch, compiled, target_name)
         except Exception as error:  # report the other kernels too
-            outcome = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        rows.append((label, launch.num_warps, outcome))
-    return rows
+            found[label] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            continue
+        if emit:
+            folder = emit / target_name.replace("cuda:", "sm_").replace("hip:", "")
+            folder.mkdir(parents=True, exist_ok=True)
+            name = re.sub(r"[^\w=.-]+", "-", label)
+            code, text = ("hsaco", "s") if target_name.startswith("hip") else ("cubin", "sass")
+            (folder / f"{name}.{code}").write_bytes(compiled.asm[code])
+            (folder / f"{name}.{text}").write_text(assembly)
+    return found
+
+
+def faults(target_name: str, label: str, figures: Figures | str, budget: Figures | None, limited: bool) -> list[str]:
+    """What is wrong with a kernel: it does not compile, spills, or takes more instructions than it may.
+
+    Args:
+        figures: of this kernel now, or why it does not compile.
+        budget: its figures in the committed report, if there is one.
+        limited: whether ``LIMITS`` hold, which are for one version of Triton.
+    """
+    if isinstance(figures, str):
+        return [f"does not compile: {figures}"]
+    now, unit = figures["instructions"], figures["unit"]
+    found = [f"spills {figures['spilled']}"] if figures["spilled"] else []
+    if budget and now > RISE * budget["instructions"]:
+        found.append(f"{now} instructions a {unit}, {budget['instructions']} in the report")
+    if limited and target_name == "cuda:90" and label in LIMITS:
+        limit, barriers = LIMITS[label]
+        if now > limit:
+            found.append(f"{now} instructions a {unit}, limit {limit}")
+        if barriers is not None and figures["barriers"] > barriers:
+            found.append(f"{figures['barriers']} barriers in the loop, limit {barriers}")
+    return found
+
+
+def write_report(path: Path, targets: Mapping[str, Mapping[str, Figures | str]]) -> None:
+    """Write the figures, one kernel a line."""
+    import triton
+
+    lines = [
+        f"  {json.dumps(target)}: {{\n"
+        + ",\n".join(f"    {json.dumps(label)}: {json.dumps(figures)}" for label, figures in kernels.items())
+        + "\n  }"
+        for target, kernels in targets.items()
+    ]
+    versions = f'"triton": {json.dumps(triton.__version__)}, "torch": {json.dumps(torch.__version__)}'
+    path.write_text(f"{{\n  {versions},\n" + ",\n".join(lines) + "\n}\n")
 
 
 def main() -> None:
-    """Print a table per target; exit 1 if a kernel spills or does not compile."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="check fewer shapes")
+    """Print a table per target; exit 1 if a kernel does not compile, spills or is over its budget."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--emit", type=Path, metavar="DIR", help="write the code objects and their assembly")
+    parser.add_argument("--budget", type=Path, metavar="FILE", help="compare with this report")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="check only this target; repeatable")
     parser.add_argument("--match", default="", help="check only kernels whose label contains this text")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is 1, which replaces the compiler; unset it")
+    import triton
+
+    budget = json.loads(args.budget.read_text()) if args.budget else {}
+    if budget and budget["triton"] != triton.__version__:
+        parser.error(
+            f"{args.budget} is for Triton {budget['triton']} and this is {triton.__version__}; install that one"
+        )
     targets = args.target or list(TARGETS)
+    report: dict[str, dict[str, Figures | str]] = {}
     bad = checked = 0
     with ProcessPoolExecutor(min(len(targets), os.cpu_count() or 1)) as pool:
-        jobs = [pool.submit(check_target, target, args.quick, args.match) for target in targets]
+        jobs = [pool.submit(check_target, target, args.match, args.emit) for target in targets]
         for target, job in zip(targets, jobs, strict=True):
-            rows = job.result()
-            print(f"\n{target}\n  {'kernel':66} warps  registers  spilled  shared")
-            for label, warps, outcome in rows:
+            report[target] = job.result()
+            print(f"\n{target}\n  {'kernel':56} per   instructions  barriers  registers  programs  KB in flight  bound")
+            for label, figures in report[target].items():
                 checked += 1
-                if isinstance(outcome, str):
-                    bad += 1
-                    print(f"  {label:66} {warps:5}  DOES NOT COMPILE: {outcome}")
-                else:
-                    bad += outcome.spilled > 0
-                    mark = "  SPILLS" if outcome.spilled else ""
-                    print(f"  {label:66} {warps:5} {outcome.registers:10} {outcome.spilled:8} {outcome.shared:7}{mark}")
+                wrong = faults(target, label, figures, budget.get(target, {}).get(label), bool(budget))
+                bad += bool(wrong)
+                if not isinstance(figures, str):
+                    f = figures
+                    print(
+                        f"  {label:56} {f['unit']:5} {f['instructions']:12} {f['barriers']:9} {f['registers']:10} "
+                        f"{f['programs']:9} {f['in_flight'] / 1024:13.1f}  {f.get('bound', '')} "
+                        + (f"{f['share']:.0%} of copy" if "share" in f else f"{f['us']} µs" if "us" in f else "")
+                    )
+                for fault in wrong:
+                    print(f"  {label:56} FAULT: {fault}")
             sys.stdout.flush()
-    print(
-        f"\n{checked} kernels compiled for {', '.join(targets)}: {bad} bad" if bad else f"\n{checked} kernels: no spill"
-    )
+    if args.report:
+        write_report(args.report, report)
+    print(f"\n{checked} kernels, {bad} bad")
     raise SystemExit(1 if bad else 0)
 
 
