@@ -1,13 +1,13 @@
 """Compile every kernel for GPUs that are not present, read its machine code, and hold it to a budget.
 
-``python -m tal_fast.kernels.compile_check`` plans the launches that the launchers would make, from tensors without data,
-compiles each for A100, H100, B200 and MI300, and reads from the code object what it costs: instructions per logit, pair
-or row, loads in flight, programs per multiprocessor, and the bound that these give (docs/performance.md states the model
-and its error).
+``python -m tal_fast.kernels.compile_check`` plans the launches that the launchers would make, from tensors without
+data, compiles each for A100, H100, B200 and MI300, and reads from the code object what it costs: instructions per
+logit, pair or row, loads in flight, programs per multiprocessor, and the bound that these give (docs/performance.md
+states the model and its error).
 
-``--report FILE`` writes the figures, ``--emit DIR`` the code objects and their assembly, ``--budget FILE`` compares with
-a report of the same version of Triton. A spill, an instruction count over its limit or more than 5% over the report, and
-a kernel that does not compile fail the check.
+``--report FILE`` writes the figures, ``--emit DIR`` the code objects and their assembly, ``--budget FILE`` compares
+with a report of the same version of Triton. A spill, more instructions than the limit or 5% over the report, and a
+kernel that does not compile fail the check.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,12 +101,10 @@ WORK = {
     "nearest_kernel": SEARCH,
     "push_kernel": Work("row", lambda v: v["ROWS"], lambda v: v["ROWS"], loops_only=True),
 }
-# Most instructions per unit, for sm_90: label and limit, and barriers allowed in what is counted.
-LIMITS = {
-    **{f"loss {dtype} C={c} paper": (40, None) for dtype in ("bfloat16", "float32") for c in (1000, 4096, 8192)},
-    **{
-        f"loss {dtype} C={c} paper": (45, None) for dtype in ("bfloat16", "float32") for c in (100, 1003, 21841, 131072)
-    },
+# Most instructions per unit for sm_90, and most barriers in what is counted, by label.
+LIMITS: dict[str, tuple[float, int | None]] = {
+    **{f"loss {t} C={c} paper": (40, None) for t in ("bfloat16", "float32") for c in (1000, 4096, 8192)},
+    **{f"loss {t} C={c} paper": (45, None) for t in ("bfloat16", "float32") for c in (100, 1003, 21841, 131072)},
     "statistics and search bfloat16 D=2048 queue float32": (6, 0),
     "search queue float32": (6, 0),
     "push accepted queue float32": (12, None),
@@ -262,33 +260,45 @@ class Counted:
     loops: list[frozenset[int]]  # blocks of each loop over rows or tiles
 
 
-def count(code: Code, work: Work, values: Mapping[str, Any], threads: int) -> Counted:
+def values_of(launch: Any) -> dict[str, Any]:
+    """Arguments and constants of a launch by name."""
+    return {**dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)), **launch.constants}
+
+
+def count(code: Code, launch: Any, threads: int) -> Counted:
     """What is counted of a kernel; not what only the last program runs, after the ticket."""
+    work, values = WORK[launch.kernel.__name__], values_of(launch)
+    logit = values["logits_ptr"].itemsize if "logits_ptr" in values else 0
+
+    def loaded(blocks: Iterable[int]) -> int:
+        return threads * sum(line.bytes for line in code.lines(blocks) if line.kind == "load")
+
     live = code.reachable(0)
     looping = set().union(*code.loops.values())
     tickets = [b for b in live - looping if any(line.kind == "atomic" for line in code.lines([b]))]
     live -= set().union(*(code.reachable(after) for b in tickets for after in code.successors[b]))
     loops = {head: body for head, body in code.loops.items() if head in live}
-    inner = {h: body for h, body in loops.items() if not any(h != o and o in body for o in loops)}
-    outer = set().union(*(body for head, body in loops.items() if head not in inner))
+    inner = [body for head, body in loops.items() if not any(head != h and h in body for h in loops)]
+    outer = set().union(*(body for body in loops.values() if body not in inner))
     units = work.units(values)
     if work.tile is None or not inner:
-        return Counted(dict.fromkeys(set().union(*loops.values()) or live, 1.0), units, list(loops.values()))
+        blocks = set().union(*loops.values()) or live
+        if loaded(blocks) < logit * units:
+            raise RuntimeError(f"{units} logits were expected where the code loads {loaded(blocks)} bytes")
+        return Counted(dict.fromkeys(blocks, 1.0), units, list(loops.values()))
     tile = work.tile(values)
     if work.hot_loop:
-        body = max(inner.values(), key=lambda body: minima(code.lines(body)))
+        body = max(inner, key=lambda body: minima(code.lines(body)))
         tiles = minima(code.lines(body)) * threads / tile
         if tiles < 1 or tiles != int(tiles):
-            raise RuntimeError(f"the hot loop has {tiles} tiles of {tile} pairs: not one minimum a pair")
+            raise RuntimeError(f"the hot loop has {tiles} minima for each of {tile} pairs, which should be one")
         return Counted(dict.fromkeys(body, 1.0), tile * tiles, [body])
     runs = {} if work.loops_only else dict.fromkeys(outer or live, 1.0)
-    for body in inner.values():
-        tiles = 1
-        if "logits_ptr" in values:  # the compiler may unroll a loop; the loads tell how often
-            loaded = sum(line.bytes for line in code.lines(body) if line.kind == "load")
-            tiles = max(1, round(loaded * threads / (tile * values["logits_ptr"].itemsize)))
+    for body in inner:
+        # The compiler may unroll a loop over logits; the loads tell how often.
+        tiles = max(1, round(loaded(body) / (tile * logit))) if logit else 1
         runs |= dict.fromkeys(body, units / (tile * tiles))
-    return Counted(runs, units, list(inner.values()))
+    return Counted(runs, units, inner)
 
 
 def programs_a_multiprocessor(registers: int, shared: int, warps: int, target_name: str) -> int:
@@ -324,19 +334,18 @@ def analyse(launch: Any, compiled: Any, target_name: str) -> tuple[Figures, str]
         assembly, registers, spilled = read_cubin(compiled.asm["cubin"])
         code = machine_code.read_sass(assembly)
     warps, shared = launch.num_warps, compiled.metadata.shared
-    threads = warps * TARGETS[target_name].launch.warp_size
-    values = {**dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)), **launch.constants}
-    work = WORK[launch.kernel.__name__]
-    counted = count(code, work, values, threads)
+    gpu = TARGETS[target_name]
+    threads = warps * gpu.launch.warp_size
+    counted = count(code, launch, threads)
     kinds: Counter[str] = Counter()
     for block, times in counted.runs.items():
-        for kind, number in machine_code.kinds(code.lines([block])).items():
+        for kind, number in Counter(line.kind for line in code.lines([block])).items():
             kinds[kind] += number * times * threads / counted.units
     lines = code.lines(counted.runs)
     programs = programs_a_multiprocessor(registers, shared, warps, target_name)
     waits = [machine_code.waits(code.lines(body), True) for body in counted.loops] or [machine_code.waits(lines, False)]
     figures: Figures = {
-        "unit": work.unit,
+        "unit": WORK[launch.kernel.__name__].unit,
         "instructions": round(sum(kinds.values()), 2),
         "kinds": {kind: round(number, 2) for kind, number in kinds.most_common()},
         "loads": machine_code.widths(lines, "load"),
@@ -349,59 +358,40 @@ def analyse(launch: Any, compiled: Any, target_name: str) -> tuple[Figures, str]
         "programs": programs,
         "in_flight": min(wait.in_flight for wait in waits) * threads * programs,
     }
-    if TARGETS[target_name].clock:
-        figures |= predict(TARGETS[target_name], launch, code, counted, values, kinds, programs)
-    return figures, assembly
+    return figures | (predict(gpu, launch, code, counted, kinds, programs) if gpu.clock else {}), assembly
 
 
-def predict(
-    gpu: GPU,
-    launch: Any,
-    code: Code,
-    counted: Counted,
-    values: Mapping[str, Any],
-    kinds: Mapping[str, float],
-    programs: int,
-) -> Figures:
-    """What bounds a kernel, and how fast it is then; docs/performance.md states the model and its error.
-
-    All bounds are clocks of a multiprocessor per unit.
-    """
-    bounds = {
-        "issue": sum(kinds.values()) / 128 / ISSUE_EFFICIENCY,
-        **{unit: kinds.get(unit, 0) / rate / ISSUE_EFFICIENCY for unit, rate in UNITS.items()},
-        "float64": kinds.get("float64", 0) / gpu.float64 / ISSUE_EFFICIENCY,
-    }
-    # A program waits for each round of loads and at each barrier, and issues one instruction of a warp in two clocks.
-    programs = min(programs, max(1, math.prod(launch.grid) // gpu.launch.multiprocessors))
-    latency = CACHE_LATENCY if WORK[launch.kernel.__name__].hot_loop else LATENCY
+def predict(gpu: GPU, launch: Any, code: Code, counted: Counted, kinds: Mapping[str, float], programs: int) -> Figures:
+    """What bounds a kernel, and how fast it is then; docs/performance.md states the model and its error."""
+    work, values = WORK[launch.kernel.__name__], values_of(launch)
+    # Clocks of a multiprocessor per unit, by what would take them.
+    rates = {**UNITS, "float64": gpu.float64}
+    bounds = {unit: kinds.get(unit, 0) / rate / ISSUE_EFFICIENCY for unit, rate in rates.items()}
+    bounds["issue"] = sum(kinds.values()) / 128 / ISSUE_EFFICIENCY
+    # A program waits for each round of loads and at each barrier; a warp issues an instruction every two clocks.
+    latency = CACHE_LATENCY if work.hot_loop else LATENCY
+    straight = frozenset(counted.runs).difference(*counted.loops)
     waiting = 0.0
-    in_loops = set().union(*counted.loops)
-    for body in [*counted.loops, set(counted.runs) - in_loops]:
+    for body in [*counted.loops, *([straight] if straight else [])]:
         lines = code.lines(body)
-        if not lines:
-            continue
         wait = machine_code.waits(lines, body in counted.loops)
         busy = len(lines) * max(2, launch.num_warps / 4) + BARRIER * sum(line.kind == "barrier" for line in lines)
-        times = counted.runs[min(body)]
-        waiting += times * max(busy + wait.rounds * latency, latency if wait.carried else 0)
+        waiting += counted.runs[min(body)] * max(busy + wait.rounds * latency, latency * bool(wait.carried))
+    programs = min(programs, max(1, math.prod(launch.grid) // gpu.launch.multiprocessors))
     bounds["latency"] = waiting / programs / counted.units
-    if "logits_ptr" not in values:
-        slowest = max(bounds, key=lambda name: bounds[name])
-        figures: Figures = {"bound": slowest}
-        if WORK[launch.kernel.__name__].hot_loop:
-            clocks = bounds[slowest] * 256 * 880_880 / gpu.launch.multiprocessors
-            figures["us"] = round(clocks / gpu.clock / 1000, 1)
-        return figures
-    grad = values.get("grad_ptr")
-    read, written = values["logits_ptr"].itemsize, grad.itemsize if grad is not None and grad.numel() else 0
-    bytes_a_clock = gpu.copy * 1000 / gpu.clock / gpu.launch.multiprocessors
-    copied = (read + written) / bytes_a_clock
-    passes = sum(any(line.kind == "load" for line in code.lines(body)) for body in counted.loops) or 1
-    in_cache = programs * gpu.launch.multiprocessors * values["classes"] * read < gpu.cache_mb * 1e6
-    bounds["memory"] = copied if in_cache else (passes * read + written) / bytes_a_clock
-    slowest = max(bounds, key=lambda name: bounds[name])
-    return {"bound": slowest, "share": round(copied / bounds[slowest], 3)}
+    figures: Figures = {}
+    if "logits_ptr" in values:
+        read = values["logits_ptr"].itemsize
+        written = values["grad_ptr"].itemsize if "grad_ptr" in values and values["grad_ptr"].numel() else 0
+        bytes_a_clock = gpu.copy * 1000 / gpu.clock / gpu.launch.multiprocessors
+        passes = len(counted.loops) if work.tile else 1
+        if programs * gpu.launch.multiprocessors * values["classes"] * read < gpu.cache_mb * 1e6:
+            passes = 1  # the others find the rows in the L2 cache
+        bounds["memory"] = (passes * read + written) / bytes_a_clock
+        figures["share"] = round((read + written) / bytes_a_clock / max(bounds.values()), 3)
+    if work.hot_loop:
+        figures["us"] = round(max(bounds.values()) * 256 * 880_880 / gpu.launch.multiprocessors / gpu.clock / 1000, 1)
+    return {"bound": max(bounds, key=lambda name: bounds[name])} | figures
 
 
 def check_target(target_name: str, match: str, emit: Path | None) -> dict[str, Figures | str]:

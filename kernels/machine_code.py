@@ -25,8 +25,7 @@ NVIDIA_KINDS = {
     "local": "LDL STL",
     "constant": "LDC ULDC LDCU S2R S2UR CS2R",
     "barrier": "BAR",
-    "control": "BRA BRX JMP EXIT RET CALL BSSY BSYNC BREAK WARPSYNC NOP YIELD NANOSLEEP DEPBAR LDGDEPBAR LDTM "
-    "MEMBAR ERRBAR CGAERRBAR CCTL ELECT PREEXIT ACQBULK SYNCS BPT",
+    "control": "BRA BRX JMP EXIT RET CALL BSSY BSYNC BREAK WARPSYNC NOP DEPBAR LDGDEPBAR MEMBAR ERRBAR CGAERRBAR CCTL",
 }
 NVIDIA_KIND = {opcode: kind for kind, opcodes in NVIDIA_KINDS.items() for opcode in opcodes.split()}
 AMD_KINDS = [  # the first pattern that matches
@@ -45,9 +44,9 @@ AMD_KINDS = [  # the first pattern that matches
     (r"s_", "uniform"),
     (r"buffer_|", "control"),
 ]
+# Of a load or store, by a part of its opcode; 4 without such a part.
 BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-BYTES |= {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2}
-BYTES |= {"dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+BYTES |= {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2, "dwordx2": 8, "dwordx4": 16}
 
 
 @dataclass(frozen=True)
@@ -62,17 +61,20 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Bytes of global memory that a thread reads or writes."""
-        if self.kind not in ("load", "store"):
-            return 0
+        """Bytes of global memory that a thread reads or writes with a load or store."""
         return next((BYTES[part] for part in re.split(r"[._]", self.opcode) if part in BYTES), 4)
+
+    @property
+    def falls_through(self) -> bool:
+        """Whether the next instruction can follow."""
+        return self.conditional or not re.match(r"(BRA|BRX|JMP|EXIT|RET|s_branch|s_endpgm)\b", self.opcode)
 
 
 class Code:
     """A kernel's instructions with its control flow."""
 
     def __init__(self, lines: Iterable[Instruction | str]) -> None:
-        """Take the instructions in order; a string is a label before the next one."""
+        """Take the instructions in order; a string is the label of the next one."""
         self.instructions: list[Instruction] = []
         labels: dict[str, int] = {}
         for line in lines:
@@ -80,24 +82,22 @@ class Code:
                 labels[line] = len(self.instructions)
             else:
                 self.instructions.append(line)
-        ends = {i + 1 for i, line in enumerate(self.instructions) if line.target or not falls_through(line)}
         count = len(self.instructions)
+        ends = {i + 1 for i, line in enumerate(self.instructions) if line.target or not line.falls_through}
         starts = sorted({0, *labels.values(), *ends} - {count})
-        self.blocks = [range(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True) if b > a]
-        block_at = {block.start: i for i, block in enumerate(self.blocks)}
-        self.successors: list[list[int]] = []
-        for i, block in enumerate(self.blocks):
+        self.blocks = [range(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
+        self.successors: list[set[int]] = []
+        for block in self.blocks:
             last = self.instructions[block[-1]]
-            following = [i + 1] if falls_through(last) and i + 1 < len(self.blocks) else []
-            self.successors.append(
-                following + [block_at[labels[t]] for t in [last.target] if labels.get(t, count) < count]
-            )
+            targets = {block.stop} if last.falls_through else set()
+            targets |= {labels[last.target]} if last.target else set()
+            self.successors.append({starts.index(t) for t in targets if t < count})
 
     def reachable(self, start: int) -> set[int]:
         """Blocks that can run after the start of block ``start``, itself included."""
         seen, stack = {start}, [start]
         while stack:
-            new = set(self.successors[stack.pop()]) - seen
+            new = self.successors[stack.pop()] - seen
             seen |= new
             stack += new
         return seen
@@ -117,7 +117,7 @@ class Code:
                 dominators[i] = new
         found: dict[int, set[int]] = {}
         for tail in live:
-            for head in set(self.successors[tail]) & dominators[tail]:
+            for head in self.successors[tail] & dominators[tail]:
                 body = found.setdefault(head, {head})
                 stack = [tail]
                 while stack:
@@ -130,12 +130,6 @@ class Code:
     def lines(self, blocks: Iterable[int]) -> list[Instruction]:
         """Instructions of blocks, in order."""
         return [self.instructions[i] for block in sorted(blocks) for i in self.blocks[block]]
-
-
-def falls_through(line: Instruction) -> bool:
-    """Whether the next instruction can follow."""
-    ends = re.match(r"(BRA|BRX|JMP|EXIT|RET|s_branch|s_endpgm)\b", line.opcode)
-    return line.conditional or ends is None
 
 
 def read_sass(text: str) -> Code:
@@ -168,11 +162,6 @@ def read_amdgcn(text: str) -> Code:
             branch = operands if opcode.startswith(("s_branch", "s_cbranch")) else ""
             lines.append(Instruction(opcode, operands, kind, branch, opcode.startswith("s_cbranch")))
     return Code(lines)
-
-
-def kinds(lines: Iterable[Instruction]) -> Counter[str]:
-    """Number of instructions of each kind."""
-    return Counter(line.kind for line in lines)
 
 
 def widths(lines: Iterable[Instruction], kind: str) -> dict[str, int]:
