@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.compare import load
+from tal_fast.kernels.compile_check import LIMITS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -406,6 +407,38 @@ def gpu_table(result: dict[str, Any]) -> str:
     return table(("B x C", "type", "what", "p20", "rate", "of copy"), rows)
 
 
+def kernels_table(folder: Path) -> str:
+    """Kernels with a limit: figures of the compile check, and as "before" those of an older commit."""
+    report, before = (json.loads((folder / name).read_text()) for name in ("triton-3.8.json", "before.json"))
+    rows = []
+    for label, (limit, _) in LIMITS.items():
+        now = report["cuda:90"][label]
+        old = before["cuda:90"].get(label)
+        expected = []
+        for target in ("cuda:90", "cuda:80", "cuda:100"):
+            f = report[target][label]
+            expected.append(
+                f["bound"] + (f", {f['share']:.0%}" if "share" in f else f", {f['us']} µs" if "us" in f else "")
+            )
+        loads = ", ".join(f"{count} x {size}" for size, count in now["loads"].items())
+        counts = (f"{old['instructions']:.1f}" if old else "–", f"{now['instructions']:.1f}", f"{limit:g}", now["unit"])
+        held = (str(now["barriers"]), str(now["registers"]), str(now["programs"]), f"{now['in_flight'] / 1024:.0f} KB")
+        rows.append((label, *counts, loads, *held, *expected))
+    head = (
+        "kernel",
+        "before",
+        "now",
+        "limit",
+        "per",
+        "loads x bytes",
+        "barriers",
+        "registers",
+        "programs",
+        "in flight",
+    )
+    return table((*head, "H100", "A100", "B200"), rows)
+
+
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "source": source,
     "limits": limits_table,
@@ -422,6 +455,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "training": training_table,
     "metrics": metrics_table,
     "targets": targets_table,
+    "kernels": lambda _: kernels_table(RESULTS / "kernels"),
 }
 
 

@@ -80,13 +80,14 @@ class Work:
 
     unit: str
     units: Callable[[Mapping[str, Any]], int]  # in an iteration of the loop over rows, or in a program without one
-    tile: Callable[[Mapping[str, Any]], int] | None = None  # units in an iteration of an inner loop; None: no such loop
+    tile: Callable[[Mapping[str, Any]], int] = lambda _: 0  # in an iteration of an inner loop; 0: no such loops
+    array: str = ""  # argument that is read from memory: one element a unit and pass
     hot_loop: bool = False  # count only the inner loop with the most minima
     loops_only: bool = False  # leave out what is not in a loop
 
 
-ON_CHIP = Work("logit", lambda v: v.get("ROWS", 1) * v["classes"])
-IN_TILES = Work("logit", lambda v: v["classes"], lambda v: v["BLOCK"])
+ON_CHIP = Work("logit", lambda v: v["classes"], array="logits_ptr")
+IN_TILES = Work("logit", lambda v: v["classes"], lambda v: v["BLOCK"], array="logits_ptr")
 SEARCH = Work("pair", lambda v: v["QUERIES"] * v["ENTRIES"], lambda v: v["QUERIES"] * v["ENTRIES"], hot_loop=True)
 WORK = {
     "loss_kernel": ON_CHIP,
@@ -101,7 +102,8 @@ WORK = {
     "nearest_kernel": SEARCH,
     "push_kernel": Work("row", lambda v: v["ROWS"], lambda v: v["ROWS"], loops_only=True),
 }
-# Most instructions per unit for sm_90, and most barriers in what is counted, by label.
+# Most instructions per unit for sm_90 with this Triton, and most barriers in what is counted, by label.
+LIMITS_TRITON = "3.8"
 LIMITS: dict[str, tuple[float, int | None]] = {
     **{f"loss {t} C={c} paper": (40, None) for t in ("bfloat16", "float32") for c in (1000, 4096, 8192)},
     **{f"loss {t} C={c} paper": (45, None) for t in ("bfloat16", "float32") for c in (100, 1003, 21841, 131072)},
@@ -268,7 +270,7 @@ def values_of(launch: Any) -> dict[str, Any]:
 def count(code: Code, launch: Any, threads: int) -> Counted:
     """What is counted of a kernel; not what only the last program runs, after the ticket."""
     work, values = WORK[launch.kernel.__name__], values_of(launch)
-    logit = values["logits_ptr"].itemsize if "logits_ptr" in values else 0
+    size = values[work.array].itemsize if work.array else 0
 
     def loaded(blocks: Iterable[int]) -> int:
         return threads * sum(line.bytes for line in code.lines(blocks) if line.kind == "load")
@@ -278,27 +280,31 @@ def count(code: Code, launch: Any, threads: int) -> Counted:
     tickets = [b for b in live - looping if any(line.kind == "atomic" for line in code.lines([b]))]
     live -= set().union(*(code.reachable(after) for b in tickets for after in code.successors[b]))
     loops = {head: body for head, body in code.loops.items() if head in live}
-    inner = [body for head, body in loops.items() if not any(head != h and h in body for h in loops)]
-    outer = set().union(*(body for body in loops.values() if body not in inner))
-    units = work.units(values)
-    if work.tile is None or not inner:
+    inner = {head: body for head, body in loops.items() if not any(head != h and h in body for h in loops)}
+    outer = {head: body for head, body in loops.items() if head not in inner}
+    units, tile = work.units(values), work.tile(values)
+    if not (tile and inner):
         blocks = set().union(*loops.values()) or live
-        if loaded(blocks) < logit * units:
-            raise RuntimeError(f"{units} logits were expected where the code loads {loaded(blocks)} bytes")
+        if loaded(blocks) < size * units:
+            raise RuntimeError(f"{units} {work.unit}s were expected where the code loads {loaded(blocks)} bytes")
         return Counted(dict.fromkeys(blocks, 1.0), units, list(loops.values()))
-    tile = work.tile(values)
     if work.hot_loop:
-        body = max(inner, key=lambda body: minima(code.lines(body)))
+        body = max(inner.values(), key=lambda body: minima(code.lines(body)))
         tiles = minima(code.lines(body)) * threads / tile
         if tiles < 1 or tiles != int(tiles):
             raise RuntimeError(f"the hot loop has {tiles} minima for each of {tile} pairs, which should be one")
         return Counted(dict.fromkeys(body, 1.0), tile * tiles, [body])
-    runs = {} if work.loops_only else dict.fromkeys(outer or live, 1.0)
-    for body in inner:
-        # The compiler may unroll a loop over logits; the loads tell how often.
-        tiles = max(1, round(loaded(body) / (tile * logit))) if logit else 1
+    # A loop that some rows skip, where others run for every row, is a rare case and not counted.
+    ends = [b for head, body in outer.items() for b in body if head in code.successors[b]]
+    always = [head for head in inner if ends and all(head in code.dominators[end] for end in ends)]
+    passes = [inner[head] for head in always or inner]
+    runs = {} if work.loops_only else dict.fromkeys(set().union(*outer.values()) or live, 1.0)
+    runs = {block: times for block, times in runs.items() if not any(block in body for body in inner.values())}
+    for body in passes:
+        # The compiler may unroll a loop; the loads tell how often.
+        tiles = max(1, round(loaded(body) / (tile * size))) if size else 1
         runs |= dict.fromkeys(body, units / (tile * tiles))
-    return Counted(runs, units, inner)
+    return Counted(runs, units, passes)
 
 
 def programs_a_multiprocessor(registers: int, shared: int, warps: int, target_name: str) -> int:
@@ -380,12 +386,12 @@ def predict(gpu: GPU, launch: Any, code: Code, counted: Counted, kinds: Mapping[
     programs = min(programs, max(1, math.prod(launch.grid) // gpu.launch.multiprocessors))
     bounds["latency"] = waiting / programs / counted.units
     figures: Figures = {}
-    if "logits_ptr" in values:
-        read = values["logits_ptr"].itemsize
+    if work.array:
+        read = values[work.array].itemsize
         written = values["grad_ptr"].itemsize if "grad_ptr" in values and values["grad_ptr"].numel() else 0
         bytes_a_clock = gpu.copy * 1000 / gpu.clock / gpu.launch.multiprocessors
-        passes = len(counted.loops) if work.tile else 1
-        if programs * gpu.launch.multiprocessors * values["classes"] * read < gpu.cache_mb * 1e6:
+        passes = len(counted.loops) if work.tile(values) else 1
+        if programs * gpu.launch.multiprocessors * work.units(values) * read < gpu.cache_mb * 1e6:
             passes = 1  # the others find the rows in the L2 cache
         bounds["memory"] = (passes * read + written) / bytes_a_clock
         figures["share"] = round((read + written) / bytes_a_clock / max(bounds.values()), 3)
@@ -466,6 +472,7 @@ def main() -> None:
         parser.error("TRITON_INTERPRET is 1, which replaces the compiler; unset it")
     import triton
 
+    limited = triton.__version__.startswith(LIMITS_TRITON)
     budget = json.loads(args.budget.read_text()) if args.budget else {}
     if budget and budget["triton"] != triton.__version__:
         parser.error(
@@ -481,7 +488,7 @@ def main() -> None:
             print(f"\n{target}\n  {'kernel':56} per   instructions  barriers  registers  programs  KB in flight  bound")
             for label, figures in report[target].items():
                 checked += 1
-                wrong = faults(target, label, figures, budget.get(target, {}).get(label), bool(budget))
+                wrong = faults(target, label, figures, budget.get(target, {}).get(label), limited)
                 bad += bool(wrong)
                 if not isinstance(figures, str):
                     f = figures

@@ -103,28 +103,38 @@ class Code:
         return seen
 
     @cached_property
-    def loops(self) -> dict[int, frozenset[int]]:
-        """Blocks of each natural loop, by its first block; those that share it are one loop."""
-        live = self.reachable(0)
-        before = {i: [p for p in live if i in self.successors[p]] for i in live}
-        dominators = {i: set(live) for i in live} | {0: {0}}
+    def dominators(self) -> dict[int, set[int]]:
+        """For each block that can run, those that run before it on every way to it, and itself."""
+        live, before = self.reachable(0), self.predecessors
+        found = {i: set(live) for i in live} | {0: {0}}
         changed = True
         while changed:
             changed = False
             for i in sorted(live - {0}):
-                new = {i}.union(set.intersection(*(dominators[p] for p in before[i])))
-                changed |= new != dominators[i]
-                dominators[i] = new
+                new = {i}.union(set.intersection(*(found[p] for p in before[i])))
+                changed |= new != found[i]
+                found[i] = new
+        return found
+
+    @cached_property
+    def predecessors(self) -> dict[int, list[int]]:
+        """For each block that can run, those that it can follow."""
+        live = self.reachable(0)
+        return {i: [p for p in live if i in self.successors[p]] for i in live}
+
+    @cached_property
+    def loops(self) -> dict[int, frozenset[int]]:
+        """Blocks of each natural loop, by its first block; those that share it are one loop."""
         found: dict[int, set[int]] = {}
-        for tail in live:
-            for head in self.successors[tail] & dominators[tail]:
+        for tail, dominators in self.dominators.items():
+            for head in self.successors[tail] & dominators:
                 body = found.setdefault(head, {head})
                 stack = [tail]
                 while stack:
                     block = stack.pop()
                     if block not in body:
                         body.add(block)
-                        stack += before[block]
+                        stack += self.predecessors[block]
         return {head: frozenset(body) for head, body in sorted(found.items())}
 
     def lines(self, blocks: Iterable[int]) -> list[Instruction]:
