@@ -75,32 +75,37 @@ TYPES = {
 class Work:
     """What a kernel's instructions are counted per.
 
-    ``units`` and ``tile`` are functions of the kernel's arguments and constants by name.
+    ``units``, ``tile`` and ``passes`` are functions of the kernel's arguments and constants by name.
     """
 
     unit: str
     units: Callable[[Mapping[str, Any]], int]  # in an iteration of the loop over rows, or in a program without one
-    tile: Callable[[Mapping[str, Any]], int] = lambda _: 0  # in an iteration of an inner loop; 0: no such loops
+    tile: Callable[[Mapping[str, Any]], int] = lambda _: 0  # units in an iteration of an inner loop
+    passes: Callable[[Mapping[str, Any]], int] = lambda _: 0  # inner loops, each over all units; 0: none
     array: str = ""  # argument that is read from memory: one element a unit and pass
     hot_loop: bool = False  # count only the inner loop with the most minima
     loops_only: bool = False  # leave out what is not in a loop
 
 
+def in_tiles(passes: Callable[[Mapping[str, Any]], int]) -> Work:
+    """Work of a kernel that reads rows in tiles, so many times."""
+    return Work("logit", lambda v: v["classes"], lambda v: v["BLOCK"], passes, "logits_ptr")
+
+
 ON_CHIP = Work("logit", lambda v: v["classes"], array="logits_ptr")
-IN_TILES = Work("logit", lambda v: v["classes"], lambda v: v["BLOCK"], array="logits_ptr")
 SEARCH = Work("pair", lambda v: v["QUERIES"] * v["ENTRIES"], lambda v: v["QUERIES"] * v["ENTRIES"], hot_loop=True)
 WORK = {
     "loss_kernel": ON_CHIP,
     "packed_row_loss_kernel": ON_CHIP,
-    "long_row_loss_kernel": IN_TILES,
-    "batch_sums_kernel": IN_TILES,
-    "scan_kernel": IN_TILES,
-    "exp_sums_kernel": IN_TILES,
-    "gradient_kernel": IN_TILES,
+    "long_row_loss_kernel": in_tiles(lambda v: 2 + v["NEED_GRAD"]),
+    "batch_sums_kernel": in_tiles(lambda _: 1),
+    "scan_kernel": in_tiles(lambda _: 1),
+    "exp_sums_kernel": in_tiles(lambda _: 1),
+    "gradient_kernel": in_tiles(lambda _: 1),
     "scale_kernel": Work("value", lambda v: v["BLOCK"]),
     "statistics_distance_kernel": SEARCH,
     "nearest_kernel": SEARCH,
-    "push_kernel": Work("row", lambda v: v["ROWS"], lambda v: v["ROWS"], loops_only=True),
+    "push_kernel": Work("row", lambda v: v["ROWS"], lambda v: v["ROWS"], lambda _: 2, loops_only=True),
 }
 # Most instructions per unit for sm_90 with this Triton, and most barriers in what is counted, by label.
 LIMITS_TRITON = "3.8"
@@ -267,13 +272,25 @@ def values_of(launch: Any) -> dict[str, Any]:
     return {**dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)), **launch.constants}
 
 
-def count(code: Code, launch: Any, threads: int) -> Counted:
-    """What is counted of a kernel; not what only the last program runs, after the ticket."""
+def element_sizes(launch: Any) -> tuple[int, int]:
+    """Bytes that a kernel reads and writes per unit and pass; 0, 0 for one whose data stay in the L2 cache."""
     work, values = WORK[launch.kernel.__name__], values_of(launch)
-    size = values[work.array].itemsize if work.array else 0
+    grad = values.get("grad_ptr")
+    written = grad.itemsize if grad is not None and grad.numel() else 0
+    return (values[work.array].itemsize, written) if work.array else (0, 0)
 
-    def loaded(blocks: Iterable[int]) -> int:
-        return threads * sum(line.bytes for line in code.lines(blocks) if line.kind == "load")
+
+def count(code: Code, launch: Any, threads: int) -> Counted:
+    """What is counted of a kernel; not what only the last program runs, after the ticket.
+
+    Of a branch the shorter way counts, if it too runs all passes and moves all bytes; else both.
+    """
+    work, values = WORK[launch.kernel.__name__], values_of(launch)
+    units, tile = work.units(values), work.tile(values)
+    read, written = element_sizes(launch)
+
+    def moved(blocks: Iterable[int], kind: str) -> int:
+        return threads * sum(line.bytes for line in code.lines(blocks) if line.kind == kind)
 
     live = code.reachable(0)
     looping = set().union(*code.loops.values())
@@ -281,30 +298,36 @@ def count(code: Code, launch: Any, threads: int) -> Counted:
     live -= set().union(*(code.reachable(after) for b in tickets for after in code.successors[b]))
     loops = {head: body for head, body in code.loops.items() if head in live}
     inner = {head: body for head, body in loops.items() if not any(head != h and h in body for h in loops)}
-    outer = {head: body for head, body in loops.items() if head not in inner}
-    units, tile = work.units(values), work.tile(values)
-    if not (tile and inner):
-        blocks = set().union(*loops.values()) or live
-        if loaded(blocks) < size * units:
-            raise RuntimeError(f"{units} {work.unit}s were expected where the code loads {loaded(blocks)} bytes")
-        return Counted(dict.fromkeys(blocks, 1.0), units, list(loops.values()))
     if work.hot_loop:
         body = max(inner.values(), key=lambda body: minima(code.lines(body)))
         tiles = minima(code.lines(body)) * threads / tile
         if tiles < 1 or tiles != int(tiles):
             raise RuntimeError(f"the hot loop has {tiles} minima for each of {tile} pairs, which should be one")
         return Counted(dict.fromkeys(body, 1.0), tile * tiles, [body])
-    # A loop that some rows skip, where others run for every row, is a rare case and not counted.
-    ends = [b for head, body in outer.items() for b in body if head in code.successors[b]]
-    always = [head for head in inner if ends and all(head in code.dominators[end] for end in ends)]
-    passes = [inner[head] for head in always or inner]
-    runs = {} if work.loops_only else dict.fromkeys(set().union(*outer.values()) or live, 1.0)
-    runs = {block: times for block, times in runs.items() if not any(block in body for body in inner.values())}
+    expected = work.passes(values)
+    if not expected:
+        inner = {}
+    # The loop over rows, or the whole program.
+    rows = {head: body for head, body in loops.items() if head not in inner}
+    head, blocks = max(rows.items(), key=lambda loop: len(loop[1]), default=(0, frozenset(live)))
+    ends = {b for b in blocks if (head in code.successors[b] if rows else not code.successors[b] & blocks)}
+    way = code.shortest_way(blocks, head, ends)
+    passes = [body for h, body in inner.items() if h in way]
+    if len(passes) < expected or (
+        not expected and (moved(way, "load") < read * units or moved(way, "store") < written * units)
+    ):
+        way, passes = set(blocks), list(inner.values())
+    if len(passes) != expected:
+        raise RuntimeError(f"{expected} loops over tiles were expected and {len(passes)} found")
+    if not expected and moved(way, "load") < read * units:
+        raise RuntimeError(f"{units} {work.unit}s were expected where the code loads {moved(way, 'load')} bytes")
+    in_passes = set().union(*inner.values())
+    runs = {} if work.loops_only else dict.fromkeys(way - in_passes, 1.0)
     for body in passes:
         # The compiler may unroll a loop; the loads tell how often.
-        tiles = max(1, round(loaded(body) / (tile * size))) if size else 1
+        tiles = max(1, round(moved(body, "load") / (tile * read))) if read else 1
         runs |= dict.fromkeys(body, units / (tile * tiles))
-    return Counted(runs, units, passes)
+    return Counted(runs, units, passes or ([frozenset(way)] if rows else []))
 
 
 def programs_a_multiprocessor(registers: int, shared: int, warps: int, target_name: str) -> int:
@@ -386,11 +409,10 @@ def predict(gpu: GPU, launch: Any, code: Code, counted: Counted, kinds: Mapping[
     programs = min(programs, max(1, math.prod(launch.grid) // gpu.launch.multiprocessors))
     bounds["latency"] = waiting / programs / counted.units
     figures: Figures = {}
-    if work.array:
-        read = values[work.array].itemsize
-        written = values["grad_ptr"].itemsize if "grad_ptr" in values and values["grad_ptr"].numel() else 0
+    read, written = element_sizes(launch)
+    if read:
         bytes_a_clock = gpu.copy * 1000 / gpu.clock / gpu.launch.multiprocessors
-        passes = len(counted.loops) if work.tile(values) else 1
+        passes = work.passes(values) or 1
         if programs * gpu.launch.multiprocessors * work.units(values) * read < gpu.cache_mb * 1e6:
             passes = 1  # the others find the rows in the L2 cache
         bounds["memory"] = (passes * read + written) / bytes_a_clock

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heappop, heappush
 
 # Kinds of instructions; the first four are execution units, which the model of ``compile_check`` bounds. An opcode not
 # listed belongs to "alu" (integers, comparisons, selections, conversions between float32 and half precision).
@@ -136,6 +137,19 @@ class Code:
                         body.add(block)
                         stack += self.predecessors[block]
         return {head: frozenset(body) for head, body in sorted(found.items())}
+
+    def shortest_way(self, blocks: Set[int], start: int, ends: Set[int]) -> set[int]:
+        """Blocks on the way of fewest instructions from ``start`` to one of ``ends``; a loop on it is run once."""
+        ways, seen = [(0, start, (start,))], set()
+        while ways:
+            length, block, way = heappop(ways)
+            if block in ends:
+                return set(way)
+            if block not in seen:
+                seen.add(block)
+                for after in self.successors[block] & blocks:
+                    heappush(ways, (length + len(self.blocks[after]), after, (*way, after)))
+        return set(blocks)
 
     def lines(self, blocks: Iterable[int]) -> list[Instruction]:
         """Instructions of blocks, in order."""

@@ -168,14 +168,27 @@ def test_rows_on_chip_are_counted_by_the_iteration_or_by_the_program() -> None:
         compile_check.count(sass("LDG.E R4, desc[UR4][R2.64]", *TICKET), rows, 128)
 
 
+def test_the_shorter_way_through_a_branch_counts_if_it_moves_every_logit() -> None:
+    logits = torch.empty(8, 1024, dtype=torch.bfloat16, device="meta")
+    rows = launch("loss_kernel", logits_ptr=logits, classes=1000)
+    rare = ["@P2 BRA `(.L_x_1)", *["MOV R1, R2"] * 50, ".L_x_1"]
+    skipped = sass(".L_x_0", *LOADS, *rare, "@P0 BRA `(.L_x_0)", *TICKET)
+    assert len(skipped.lines(compile_check.count(skipped, rows, 128).runs)) == 4
+    needed = sass(".L_x_0", "@P2 BRA `(.L_x_1)", *LOADS, *["MOV R1, R2"] * 50, ".L_x_1", "@P0 BRA `(.L_x_0)", *TICKET)
+    assert len(needed.lines(compile_check.count(needed, rows, 128).runs)) == 54
+
+
 def test_passes_over_a_wide_row_are_summed_and_unrolling_is_seen() -> None:
     logits = torch.empty(8, 8192, dtype=torch.bfloat16, device="meta")
-    rows = launch("long_row_loss_kernel", logits_ptr=logits, classes=8192, BLOCK=1024)
+    rows = launch("long_row_loss_kernel", logits_ptr=logits, classes=8192, BLOCK=1024, NEED_GRAD=False)
     code = sass(".L_x_0", *LOADS, "@P0 BRA `(.L_x_0)", ".L_x_1", *LOADS, *LOADS, "@P0 BRA `(.L_x_1)", *TICKET)
     counted = compile_check.count(code, rows, 128)
     # 8 logits a thread and load: 8 iterations of one tile, 4 of two.
     assert sorted(counted.runs.values()) == [1, 4, 8]
     assert counted.units == 8192
+    rows.arguments = (*rows.arguments[:-1], True)  # and a gradient, which would be a third
+    with pytest.raises(RuntimeError, match="3 loops over tiles were expected and 2 found"):
+        compile_check.count(code, rows, 128)
 
 
 def test_a_loop_that_some_rows_skip_is_not_a_pass_over_the_row() -> None:
