@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.compare import load
-from tal_fast.kernels.compile_check import LIMITS
+from tal_fast.kernels.compile_check import LIMITS, describe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -414,16 +414,11 @@ def kernels_table(folder: Path) -> str:
     for label, (limit, _) in LIMITS.items():
         now = report["cuda:90"][label]
         old = before["cuda:90"].get(label)
-        expected = []
-        for target in ("cuda:90", "cuda:80", "cuda:100"):
-            f = report[target][label]
-            expected.append(
-                f["bound"] + (f", {f['share']:.0%}" if "share" in f else f", {f['us']} µs" if "us" in f else "")
-            )
+        models = [describe(report[target][label]["model"]) for target in ("cuda:90", "cuda:80", "cuda:100")]
         loads = ", ".join(f"{count} x {size}" for size, count in now["loads"].items())
         counts = (f"{old['instructions']:.1f}" if old else "–", f"{now['instructions']:.1f}", f"{limit:g}", now["unit"])
         held = (str(now["barriers"]), str(now["registers"]), str(now["programs"]), f"{now['in_flight'] / 1024:.0f} KB")
-        rows.append((label, *counts, loads, *held, *expected))
+        rows.append((label, *counts, loads, *held, "; ".join(models)))
     head = (
         "kernel",
         "before",
@@ -436,7 +431,7 @@ def kernels_table(folder: Path) -> str:
         "programs",
         "in flight",
     )
-    return table((*head, "H100", "A100", "B200"), rows)
+    return table((*head, "model"), rows)
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {

@@ -39,25 +39,30 @@ Figures = dict[str, Any]  # of one kernel; ``analyse`` lists them
 
 @dataclass(frozen=True)
 class GPU:
-    """What a launch and the model of its speed need to know of a GPU.
-
-    Instructions a clock and multiprocessor: 128 issued, of these 128 fma, 64 alu, 32 shared, 16 special.
-    """
+    """What the model of a kernel's speed needs to know of a GPU."""
 
     name: str
+    clock: float  # GHz
+    copy: float  # TB/s of a device copy, reads and writes counted
+    cache_mb: int  # L2
+    float64: int  # thread instructions in float64 a clock and multiprocessor
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What launches and occupancy need to know, and the GPUs whose speed is predicted."""
+
     launch: Target
     shared_kb: int  # shared memory of a multiprocessor
-    clock: float = 0  # GHz; 0: no model
-    copy: float = 0  # TB/s of a device copy, reads and writes counted
-    cache_mb: int = 0  # L2
-    float64: int = 0  # float64 operations a clock and multiprocessor
+    gpus: tuple[GPU, ...] = ()
 
 
+H100, H200 = GPU("H100", 1.755, 3.0, 50, 64), GPU("H200", 1.95, 4.25, 50, 64)
 TARGETS = {
-    "cuda:80": GPU("A100", Target(108, 32, True), 164, 1.41, 1.75, 40, 32),
-    "cuda:90": GPU("H100", Target(132, 32, True), 228, 1.755, 3.0, 50, 64),
-    "cuda:100": GPU("B200", Target(148, 32, False), 228, 1.85, 6.8, 126, 64),
-    "hip:gfx942": GPU("MI300", Target(304, 64, False), 64),
+    "cuda:80": Architecture(Target(108, 32, True), 164, (GPU("A100", 1.41, 1.75, 40, 32),)),
+    "cuda:90": Architecture(Target(132, 32, True), 228, (H100, H200)),
+    "cuda:100": Architecture(Target(148, 32, False), 228, (GPU("B200", 1.85, 6.8, 126, 64),)),
+    "hip:gfx942": Architecture(Target(304, 64, False), 64),  # MI300
 }
 # Triton's names of pointer types.
 TYPES = {
@@ -118,9 +123,9 @@ LIMITS: dict[str, tuple[float, int | None]] = {
 }
 RISE = 1.05  # allowed over the committed report
 
-# The model's constants; clocks.
-UNITS = {"alu": 64, "fma": 128, "special": 16, "shared": 32}  # thread instructions a clock and multiprocessor
-ISSUE_EFFICIENCY = 0.8
+# The model's constants: thread instructions a clock and multiprocessor, and clocks.
+ISSUE = 128
+UNITS = {"alu": 64, "fma": 128, "special": 16, "shared": 32}
 LATENCY = 800  # of a load from memory, under load
 CACHE_LATENCY = 300  # of a load from the L2 cache, where the search finds the queue
 BARRIER = 40
@@ -332,14 +337,14 @@ def count(code: Code, launch: Any, threads: int) -> Counted:
 
 def programs_a_multiprocessor(registers: int, shared: int, warps: int, target_name: str) -> int:
     """Programs that run at once on a multiprocessor, by registers, shared memory and warps."""
-    gpu = TARGETS[target_name]
+    shared_kb = TARGETS[target_name].shared_kb
     if target_name.startswith("hip"):
         # 512 vector registers a lane on each of 4 SIMDs, in steps of 8; 8 waves a SIMD.
         waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))
-        return min(waves // warps, gpu.shared_kb * 1024 // shared if shared else 32)
+        return min(waves // warps, shared_kb * 1024 // shared if shared else 32)
     # 65,536 registers, given to warps by 256; 64 warps; 32 programs; CUDA keeps 1 KB of shared memory for each.
     by_registers = 65536 // (256 * -(-registers * 32 // 256))
-    by_shared = gpu.shared_kb * 1024 // (1024 + -(-shared // 128) * 128)
+    by_shared = shared_kb * 1024 // (1024 + -(-shared // 128) * 128)
     return min(by_registers // warps, 64 // warps, 32, by_shared)
 
 
@@ -352,8 +357,7 @@ def analyse(launch: Any, compiled: Any, target_name: str) -> tuple[Figures, str]
         loads, stores: instructions by the bytes a thread moves; barriers: their number. All in the counted part.
         warps, registers, spilled (bytes on NVIDIA, registers on AMD), shared (bytes), programs (a multiprocessor).
         in_flight: bytes of loads in flight on a multiprocessor.
-        bound, share: what limits an NVIDIA GPU of this kind, and the share of the copy bandwidth it leaves; for pairs,
-            which move no memory, microseconds for 256 queries of 880,880 entries.
+        model: by GPU, ``predict``.
     """
     if target_name.startswith("hip"):
         assembly = compiled.asm["amdgcn"]
@@ -363,8 +367,7 @@ def analyse(launch: Any, compiled: Any, target_name: str) -> tuple[Figures, str]
         assembly, registers, spilled = read_cubin(compiled.asm["cubin"])
         code = machine_code.read_sass(assembly)
     warps, shared = launch.num_warps, compiled.metadata.shared
-    gpu = TARGETS[target_name]
-    threads = warps * gpu.launch.warp_size
+    threads = warps * TARGETS[target_name].launch.warp_size
     counted = count(code, launch, threads)
     kinds: Counter[str] = Counter()
     for block, times in counted.runs.items():
@@ -387,16 +390,26 @@ def analyse(launch: Any, compiled: Any, target_name: str) -> tuple[Figures, str]
         "programs": programs,
         "in_flight": min(wait.in_flight for wait in waits) * threads * programs,
     }
-    return figures | (predict(gpu, launch, code, counted, kinds, programs) if gpu.clock else {}), assembly
+    architecture = TARGETS[target_name]
+    multiprocessors = architecture.launch.multiprocessors
+    programs = min(programs, max(1, math.prod(launch.grid) // multiprocessors))
+    model = {g.name: predict(g, multiprocessors, launch, code, counted, kinds, programs) for g in architecture.gpus}
+    return figures | {"model": model}, assembly
 
 
-def predict(gpu: GPU, launch: Any, code: Code, counted: Counted, kinds: Mapping[str, float], programs: int) -> Figures:
-    """What bounds a kernel, and how fast it is then; docs/performance.md states the model and its error."""
+def predict(
+    gpu: GPU, multiprocessors: int, launch: Any, code: Code, counted: Counted, kinds: Mapping[str, float], programs: int
+) -> Figures:
+    """What bounds a kernel, and how fast it is then; docs/performance.md states the model and its error.
+
+    Figures:
+        bound: the largest part of the time. share: of the bandwidth of a copy. us: for pairs, which move no memory,
+            microseconds for 256 queries of 880,880 entries.
+    """
     work, values = WORK[launch.kernel.__name__], values_of(launch)
-    # Clocks of a multiprocessor per unit, by what would take them.
+    # Parts of the time, in clocks of a multiprocessor per unit.
     rates = {**UNITS, "float64": gpu.float64}
-    bounds = {unit: kinds.get(unit, 0) / rate / ISSUE_EFFICIENCY for unit, rate in rates.items()}
-    bounds["issue"] = sum(kinds.values()) / 128 / ISSUE_EFFICIENCY
+    parts = {"issue": max(sum(kinds.values()) / ISSUE, *(kinds.get(unit, 0) / rate for unit, rate in rates.items()))}
     # A program waits for each round of loads and at each barrier; a warp issues an instruction every two clocks.
     latency = CACHE_LATENCY if work.hot_loop else LATENCY
     straight = frozenset(counted.runs).difference(*counted.loops)
@@ -406,20 +419,20 @@ def predict(gpu: GPU, launch: Any, code: Code, counted: Counted, kinds: Mapping[
         wait = machine_code.waits(lines, body in counted.loops)
         busy = len(lines) * max(2, launch.num_warps / 4) + BARRIER * sum(line.kind == "barrier" for line in lines)
         waiting += counted.runs[min(body)] * max(busy + wait.rounds * latency, latency * bool(wait.carried))
-    programs = min(programs, max(1, math.prod(launch.grid) // gpu.launch.multiprocessors))
-    bounds["latency"] = waiting / programs / counted.units
-    figures: Figures = {}
+    parts["latency"] = waiting / programs / counted.units
     read, written = element_sizes(launch)
+    bytes_a_clock = gpu.copy * 1000 / gpu.clock / multiprocessors
+    passes = work.passes(values) or 1
+    if programs * multiprocessors * work.units(values) * read < gpu.cache_mb * 1e6:
+        passes = 1  # the others find the rows in the L2 cache
+    parts["memory"] = (passes * read + written) / bytes_a_clock
+    clocks = math.hypot(*parts.values())  # they overlap in part
+    figures: Figures = {"bound": max(parts, key=lambda name: parts[name])}
     if read:
-        bytes_a_clock = gpu.copy * 1000 / gpu.clock / gpu.launch.multiprocessors
-        passes = work.passes(values) or 1
-        if programs * gpu.launch.multiprocessors * work.units(values) * read < gpu.cache_mb * 1e6:
-            passes = 1  # the others find the rows in the L2 cache
-        bounds["memory"] = (passes * read + written) / bytes_a_clock
-        figures["share"] = round((read + written) / bytes_a_clock / max(bounds.values()), 3)
-    if work.hot_loop:
-        figures["us"] = round(max(bounds.values()) * 256 * 880_880 / gpu.launch.multiprocessors / gpu.clock / 1000, 1)
-    return {"bound": max(bounds, key=lambda name: bounds[name])} | figures
+        figures["share"] = round((read + written) / bytes_a_clock / clocks, 3)
+    elif work.hot_loop:
+        figures["us"] = round(clocks * 256 * 880_880 / multiprocessors / gpu.clock / 1000, 1)
+    return figures
 
 
 def check_target(target_name: str, match: str, emit: Path | None) -> dict[str, Figures | str]:
@@ -432,7 +445,7 @@ def check_target(target_name: str, match: str, emit: Path | None) -> dict[str, F
             compiled = compile_launch(launch, target_name)
             found[label], assembly = analyse(launch, compiled, target_name)
         except Exception as error:  # report the other kernels too
-            found[label] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            found[label] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1].strip()}"
             continue
         if emit:
             folder = emit / target_name.replace("cuda:", "sm_").replace("hip:", "")
@@ -465,6 +478,16 @@ def faults(target_name: str, label: str, figures: Figures | str, budget: Figures
         if barriers is not None and figures["barriers"] > barriers:
             found.append(f"{figures['barriers']} barriers in the loop, limit {barriers}")
     return found
+
+
+def describe(model: Mapping[str, Figures]) -> str:
+    """The model's figures in a line: by GPU what bounds it, and the share of a copy's bandwidth or the time."""
+    speed = [
+        f"{f['share']:.0%} of copy" if "share" in f else f"{f['us']} µs" if "us" in f else "" for f in model.values()
+    ]
+    return "; ".join(
+        f"{name} {f['bound']} {what}".strip() for (name, f), what in zip(model.items(), speed, strict=True)
+    )
 
 
 def write_report(path: Path, targets: Mapping[str, Mapping[str, Figures | str]]) -> None:
@@ -507,7 +530,7 @@ def main() -> None:
         jobs = [pool.submit(check_target, target, args.match, args.emit) for target in targets]
         for target, job in zip(targets, jobs, strict=True):
             report[target] = job.result()
-            print(f"\n{target}\n  {'kernel':56} per   instructions  barriers  registers  programs  KB in flight  bound")
+            print(f"\n{target}\n  {'kernel':56} per   instructions  barriers  registers  programs  KB in flight  model")
             for label, figures in report[target].items():
                 checked += 1
                 wrong = faults(target, label, figures, budget.get(target, {}).get(label), limited)
@@ -516,8 +539,7 @@ def main() -> None:
                     f = figures
                     print(
                         f"  {label:56} {f['unit']:5} {f['instructions']:12} {f['barriers']:9} {f['registers']:10} "
-                        f"{f['programs']:9} {f['in_flight'] / 1024:13.1f}  {f.get('bound', '')} "
-                        + (f"{f['share']:.0%} of copy" if "share" in f else f"{f['us']} µs" if "us" in f else "")
+                        f"{f['programs']:9} {f['in_flight'] / 1024:13.1f}  {describe(f['model'])}"
                     )
                 for fault in wrong:
                     print(f"  {label:56} FAULT: {fault}")
