@@ -412,9 +412,9 @@ def kernels_table(folder: Path) -> str:
     report, before = (json.loads((folder / name).read_text()) for name in ("triton-3.8.json", "before.json"))
     rows = []
     for label, (limit, _) in LIMITS.items():
-        now = report["cuda:90"][label]
-        old = before["cuda:90"].get(label)
-        models = [describe(report[target][label]["model"]) for target in ("cuda:90", "cuda:80", "cuda:100")]
+        now = report["sm_90"][label]
+        old = before["sm_90"].get(label)
+        models = [describe(report[target][label]["model"]) for target in ("sm_90", "sm_80", "sm_100")]
         loads = ", ".join(f"{count} x {size}" for size, count in now["loads"].items())
         counts = (f"{old['instructions']:.1f}" if old else "–", f"{now['instructions']:.1f}", f"{limit:g}", now["unit"])
         held = (str(now["barriers"]), str(now["registers"]), str(now["programs"]), f"{now['in_flight'] / 1024:.0f} KB")

@@ -15,55 +15,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tal_fast.kernels import machine_code
-from tal_fast.kernels.launch import Target
-from tal_fast.kernels.machine_code import Code, Instruction
+from tal_fast.kernels.cost import TARGETS, Figures, analyse
+from tal_fast.kernels.launch import Launch
 
-Figures = dict[str, Any]  # of one kernel; ``analyse`` lists them
-
-
-@dataclass(frozen=True)
-class GPU:
-    """What the model of a kernel's speed needs to know of a GPU."""
-
-    name: str
-    clock: float  # GHz
-    copy: float  # TB/s of a device copy, reads and writes counted
-    cache_mb: int  # L2
-    float64: int  # thread instructions in float64 a clock and multiprocessor
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What launches and occupancy need to know, and the GPUs whose speed is predicted."""
-
-    launch: Target
-    shared_kb: int  # shared memory of a multiprocessor
-    gpus: tuple[GPU, ...] = ()
-
-
-H100, H200 = GPU("H100", 1.755, 3.0, 50, 64), GPU("H200", 1.95, 4.25, 50, 64)
-TARGETS = {
-    "cuda:80": Architecture(Target(108, 32, True), 164, (GPU("A100", 1.41, 1.75, 40, 32),)),
-    "cuda:90": Architecture(Target(132, 32, True), 228, (H100, H200)),
-    "cuda:100": Architecture(Target(148, 32, False), 228, (GPU("B200", 1.85, 6.8, 126, 64),)),
-    "hip:gfx942": Architecture(Target(304, 64, False), 64),  # MI300
-}
 # Triton's names of pointer types.
 TYPES = {
     torch.float64: "*fp64",
@@ -76,42 +40,6 @@ TYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a kernel's instructions are counted per.
-
-    ``units``, ``tile`` and ``passes`` are functions of the kernel's arguments and constants by name.
-    """
-
-    unit: str
-    units: Callable[[Mapping[str, Any]], int]  # in an iteration of the loop over rows, or in a program without one
-    tile: Callable[[Mapping[str, Any]], int] = lambda _: 0  # units in an iteration of an inner loop
-    passes: Callable[[Mapping[str, Any]], int] = lambda _: 0  # inner loops, each over all units; 0: none
-    array: str = ""  # argument that is read from memory: one element a unit and pass
-    hot_loop: bool = False  # count only the inner loop with the most minima
-    loops_only: bool = False  # leave out what is not in a loop
-
-
-def in_tiles(passes: Callable[[Mapping[str, Any]], int]) -> Work:
-    """Work of a kernel that reads rows in tiles, so many times."""
-    return Work("logit", lambda v: v["classes"], lambda v: v["BLOCK"], passes, "logits_ptr")
-
-
-ON_CHIP = Work("logit", lambda v: v["classes"], array="logits_ptr")
-SEARCH = Work("pair", lambda v: v["QUERIES"] * v["ENTRIES"], lambda v: v["QUERIES"] * v["ENTRIES"], hot_loop=True)
-WORK = {
-    "loss_kernel": ON_CHIP,
-    "packed_row_loss_kernel": ON_CHIP,
-    "long_row_loss_kernel": in_tiles(lambda v: 2 + v["NEED_GRAD"]),
-    "batch_sums_kernel": in_tiles(lambda _: 1),
-    "scan_kernel": in_tiles(lambda _: 1),
-    "exp_sums_kernel": in_tiles(lambda _: 1),
-    "gradient_kernel": in_tiles(lambda _: 1),
-    "scale_kernel": Work("value", lambda v: v["BLOCK"]),
-    "statistics_distance_kernel": SEARCH,
-    "nearest_kernel": SEARCH,
-    "push_kernel": Work("row", lambda v: v["ROWS"], lambda v: v["ROWS"], lambda _: 2, loops_only=True),
-}
 # Most instructions per unit for sm_90 with this Triton, and most barriers in what is counted, by label.
 LIMITS_TRITON = "3.8"
 LIMITS: dict[str, tuple[float, int | None]] = {
@@ -123,15 +51,8 @@ LIMITS: dict[str, tuple[float, int | None]] = {
 }
 RISE = 1.05  # allowed over the committed report
 
-# The model's constants: thread instructions a clock and multiprocessor, and clocks.
-ISSUE = 128
-UNITS = {"alu": 64, "fma": 128, "special": 16, "shared": 32}
-LATENCY = 800  # of a load from memory, under load
-CACHE_LATENCY = 300  # of a load from the L2 cache, where the search finds the queue
-BARRIER = 40
 
-
-def planned_launches(target_name: str) -> Iterator[tuple[str, Any]]:
+def planned_launches(target_name: str) -> Iterator[tuple[str, Launch]]:
     """Labels and launches of every kernel, at shapes that reach each launch configuration."""
     from tal_fast.kernels.distance import plan_nearest, plan_statistics_distance
     from tal_fast.kernels.loss import plan_batch_sums, plan_loss, plan_scale
@@ -196,7 +117,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def compile_launch(launch: Any, target_name: str) -> Any:
+def compile_launch(launch: Launch, target_name: str) -> Any:
     """Compile a kernel with the types, integer specialisation and options that its launch would have."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -217,222 +138,11 @@ def compile_launch(launch: Any, target_name: str) -> Any:
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     signature.update(dict.fromkeys(names[len(launch.arguments) :], "constexpr"))
-    kind, arch = target_name.split(":")
-    gpu = GPUTarget(kind, int(arch) if arch.isdigit() else arch, TARGETS[target_name].launch.warp_size)
+    is_amd = target_name.startswith("gfx")
+    kind, arch = ("hip", target_name) if is_amd else ("cuda", int(target_name.removeprefix("sm_")))
+    gpu = GPUTarget(kind, arch, TARGETS[target_name].launch.warp_size)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     return triton.compile(source, target=gpu, options=launch.options)
-
-
-def hip_resources(assembly: str) -> tuple[int, int]:
-    """Vector registers a thread, and how many of them spill, from the metadata of an AMD code object.
-
-    Scalar registers spill into lanes of vector registers, which takes no memory.
-    """
-
-    def field(name: str) -> int:
-        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
-        if found is None:
-            raise RuntimeError(f"the AMD code object has no .{name}: its format has changed")
-        return int(found.group(1))
-
-    return field("vgpr_count"), field("vgpr_spill_count")
-
-
-def read_cubin(cubin: bytes) -> tuple[str, int, int]:
-    """Assembly, registers a thread and bytes of stack (spills) of a cubin, from the tools that Triton ships."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, assembly = (
-            subprocess.run([str(tools / tool), option, file.name], capture_output=True, text=True)
-            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout)
-    if found is None or assembly.returncode:
-        raise RuntimeError(f"the cubin cannot be read: {usage.stdout}{usage.stderr}{assembly.stderr}")
-    registers, stack, _, local = map(int, found.groups())
-    return assembly.stdout, registers, stack + local
-
-
-def minima(lines: list[Instruction]) -> int:
-    """Number of minima, of which a pair takes one."""
-    found = [line.opcode for line in lines if re.match(r"[FD]MNMX|DSETP\.MIN|v_min", line.opcode)]
-    return sum(2 if "3" in re.split(r"[._]f", opcode)[0] else 1 for opcode in found)
-
-
-@dataclass(frozen=True)
-class Counted:
-    """What is counted of a kernel."""
-
-    runs: dict[int, float]  # how often each block runs for ``units``
-    units: float
-    loops: list[frozenset[int]]  # blocks of each loop over rows or tiles
-
-
-def values_of(launch: Any) -> dict[str, Any]:
-    """Arguments and constants of a launch by name."""
-    return {**dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)), **launch.constants}
-
-
-def element_sizes(launch: Any) -> tuple[int, int]:
-    """Bytes that a kernel reads and writes per unit and pass; 0, 0 for one whose data stay in the L2 cache."""
-    work, values = WORK[launch.kernel.__name__], values_of(launch)
-    grad = values.get("grad_ptr")
-    written = grad.itemsize if grad is not None and grad.numel() else 0
-    return (values[work.array].itemsize, written) if work.array else (0, 0)
-
-
-def count(code: Code, launch: Any, threads: int) -> Counted:
-    """What is counted of a kernel; not what only the last program runs, after the ticket.
-
-    Of a branch the shorter way counts, if it too runs all passes and moves all bytes; else both.
-    """
-    work, values = WORK[launch.kernel.__name__], values_of(launch)
-    units, tile = work.units(values), work.tile(values)
-    read, written = element_sizes(launch)
-
-    def moved(blocks: Iterable[int], kind: str) -> int:
-        return threads * sum(line.bytes for line in code.lines(blocks) if line.kind == kind)
-
-    live = code.reachable(0)
-    looping = set().union(*code.loops.values())
-    tickets = [b for b in live - looping if any(line.kind == "atomic" for line in code.lines([b]))]
-    live -= set().union(*(code.reachable(after) for b in tickets for after in code.successors[b]))
-    loops = {head: body for head, body in code.loops.items() if head in live}
-    inner = {head: body for head, body in loops.items() if not any(head != h and h in body for h in loops)}
-    if work.hot_loop:
-        body = max(inner.values(), key=lambda body: minima(code.lines(body)))
-        tiles = minima(code.lines(body)) * threads / tile
-        if tiles < 1 or tiles != int(tiles):
-            raise RuntimeError(f"the hot loop has {tiles} minima for each of {tile} pairs, which should be one")
-        return Counted(dict.fromkeys(body, 1.0), tile * tiles, [body])
-    expected = work.passes(values)
-    if not expected:
-        inner = {}
-    # The loop over rows, or the whole program.
-    rows = {head: body for head, body in loops.items() if head not in inner}
-    head, blocks = max(rows.items(), key=lambda loop: len(loop[1]), default=(0, frozenset(live)))
-    ends = {b for b in blocks if (head in code.successors[b] if rows else not code.successors[b] & blocks)}
-    way = code.shortest_way(blocks, head, ends)
-    passes = [body for h, body in inner.items() if h in way]
-    if len(passes) < expected or (
-        not expected and (moved(way, "load") < read * units or moved(way, "store") < written * units)
-    ):
-        way, passes = set(blocks), list(inner.values())
-    if len(passes) != expected:
-        raise RuntimeError(f"{expected} loops over tiles were expected and {len(passes)} found")
-    if not expected and moved(way, "load") < read * units:
-        raise RuntimeError(f"{units} {work.unit}s were expected where the code loads {moved(way, 'load')} bytes")
-    in_passes = set().union(*inner.values())
-    runs = {} if work.loops_only else dict.fromkeys(way - in_passes, 1.0)
-    for body in passes:
-        # The compiler may unroll a loop; the loads tell how often.
-        tiles = max(1, round(moved(body, "load") / (tile * read))) if read else 1
-        runs |= dict.fromkeys(body, units / (tile * tiles))
-    return Counted(runs, units, passes or ([frozenset(way)] if rows else []))
-
-
-def programs_a_multiprocessor(registers: int, shared: int, warps: int, target_name: str) -> int:
-    """Programs that run at once on a multiprocessor, by registers, shared memory and warps."""
-    shared_kb = TARGETS[target_name].shared_kb
-    if target_name.startswith("hip"):
-        # 512 vector registers a lane on each of 4 SIMDs, in steps of 8; 8 waves a SIMD.
-        waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))
-        return min(waves // warps, shared_kb * 1024 // shared if shared else 32)
-    # 65,536 registers, given to warps by 256; 64 warps; 32 programs; CUDA keeps 1 KB of shared memory for each.
-    by_registers = 65536 // (256 * -(-registers * 32 // 256))
-    by_shared = shared_kb * 1024 // (1024 + -(-shared // 128) * 128)
-    return min(by_registers // warps, 64 // warps, 32, by_shared)
-
-
-def analyse(launch: Any, compiled: Any, target_name: str) -> tuple[Figures, str]:
-    """Figures of a compiled kernel, and its assembly.
-
-    Figures:
-        unit, instructions: what is counted per (logit, pair, row, value), and thread instructions per unit.
-        kinds: the same by kind (``machine_code``).
-        loads, stores: instructions by the bytes a thread moves; barriers: their number. All in the counted part.
-        warps, registers, spilled (bytes on NVIDIA, registers on AMD), shared (bytes), programs (a multiprocessor).
-        in_flight: bytes of loads in flight on a multiprocessor.
-        model: by GPU, ``predict``.
-    """
-    if target_name.startswith("hip"):
-        assembly = compiled.asm["amdgcn"]
-        registers, spilled = hip_resources(assembly)
-        code = machine_code.read_amdgcn(assembly)
-    else:
-        assembly, registers, spilled = read_cubin(compiled.asm["cubin"])
-        code = machine_code.read_sass(assembly)
-    warps, shared = launch.num_warps, compiled.metadata.shared
-    threads = warps * TARGETS[target_name].launch.warp_size
-    counted = count(code, launch, threads)
-    kinds: Counter[str] = Counter()
-    for block, times in counted.runs.items():
-        for kind, number in Counter(line.kind for line in code.lines([block])).items():
-            kinds[kind] += number * times * threads / counted.units
-    lines = code.lines(counted.runs)
-    programs = programs_a_multiprocessor(registers, shared, warps, target_name)
-    waits = [machine_code.waits(code.lines(body), True) for body in counted.loops] or [machine_code.waits(lines, False)]
-    figures: Figures = {
-        "unit": WORK[launch.kernel.__name__].unit,
-        "instructions": round(sum(kinds.values()), 2),
-        "kinds": {kind: round(number, 2) for kind, number in kinds.most_common()},
-        "loads": machine_code.widths(lines, "load"),
-        "stores": machine_code.widths(lines, "store"),
-        "barriers": sum(line.kind == "barrier" for line in lines),
-        "warps": warps,
-        "registers": registers,
-        "spilled": spilled,
-        "shared": shared,
-        "programs": programs,
-        "in_flight": min(wait.in_flight for wait in waits) * threads * programs,
-    }
-    architecture = TARGETS[target_name]
-    multiprocessors = architecture.launch.multiprocessors
-    programs = min(programs, max(1, math.prod(launch.grid) // multiprocessors))
-    model = {g.name: predict(g, multiprocessors, launch, code, counted, kinds, programs) for g in architecture.gpus}
-    return figures | {"model": model}, assembly
-
-
-def predict(
-    gpu: GPU, multiprocessors: int, launch: Any, code: Code, counted: Counted, kinds: Mapping[str, float], programs: int
-) -> Figures:
-    """What bounds a kernel, and how fast it is then; docs/performance.md states the model and its error.
-
-    Figures:
-        bound: the largest part of the time. share: of the bandwidth of a copy. us: for pairs, which move no memory,
-            microseconds for 256 queries of 880,880 entries.
-    """
-    work, values = WORK[launch.kernel.__name__], values_of(launch)
-    # Parts of the time, in clocks of a multiprocessor per unit.
-    rates = {**UNITS, "float64": gpu.float64}
-    parts = {"issue": max(sum(kinds.values()) / ISSUE, *(kinds.get(unit, 0) / rate for unit, rate in rates.items()))}
-    # A program waits for each round of loads and at each barrier; a warp issues an instruction every two clocks.
-    latency = CACHE_LATENCY if work.hot_loop else LATENCY
-    straight = frozenset(counted.runs).difference(*counted.loops)
-    waiting = 0.0
-    for body in [*counted.loops, *([straight] if straight else [])]:
-        lines = code.lines(body)
-        wait = machine_code.waits(lines, body in counted.loops)
-        busy = len(lines) * max(2, launch.num_warps / 4) + BARRIER * sum(line.kind == "barrier" for line in lines)
-        waiting += counted.runs[min(body)] * max(busy + wait.rounds * latency, latency * bool(wait.carried))
-    parts["latency"] = waiting / programs / counted.units
-    read, written = element_sizes(launch)
-    bytes_a_clock = gpu.copy * 1000 / gpu.clock / multiprocessors
-    passes = work.passes(values) or 1
-    if programs * multiprocessors * work.units(values) * read < gpu.cache_mb * 1e6:
-        passes = 1  # the others find the rows in the L2 cache
-    parts["memory"] = (passes * read + written) / bytes_a_clock
-    clocks = math.hypot(*parts.values())  # they overlap in part
-    figures: Figures = {"bound": max(parts, key=lambda name: parts[name])}
-    if read:
-        figures["share"] = round((read + written) / bytes_a_clock / clocks, 3)
-    elif work.hot_loop:
-        figures["us"] = round(clocks * 256 * 880_880 / multiprocessors / gpu.clock / 1000, 1)
-    return figures
 
 
 def check_target(target_name: str, match: str, emit: Path | None) -> dict[str, Figures | str]:
@@ -448,10 +158,10 @@ def check_target(target_name: str, match: str, emit: Path | None) -> dict[str, F
             found[label] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1].strip()}"
             continue
         if emit:
-            folder = emit / target_name.replace("cuda:", "sm_").replace("hip:", "")
+            folder = emit / target_name
             folder.mkdir(parents=True, exist_ok=True)
             name = re.sub(r"[^\w=.-]+", "-", label)
-            code, text = ("hsaco", "s") if target_name.startswith("hip") else ("cubin", "sass")
+            code, text = ("hsaco", "s") if target_name.startswith("gfx") else ("cubin", "sass")
             (folder / f"{name}.{code}").write_bytes(compiled.asm[code])
             (folder / f"{name}.{text}").write_text(assembly)
     return found
@@ -462,16 +172,18 @@ def faults(target_name: str, label: str, figures: Figures | str, budget: Figures
 
     Args:
         figures: of this kernel now, or why it does not compile.
-        budget: its figures in the committed report, if there is one.
+        budget: its figures in the committed report, {} if it is not there, None if there is no report.
         limited: whether ``LIMITS`` hold, which are for one version of Triton.
     """
     if isinstance(figures, str):
         return [f"does not compile: {figures}"]
     now, unit = figures["instructions"], figures["unit"]
     found = [f"spills {figures['spilled']}"] if figures["spilled"] else []
+    if budget == {}:
+        found.append("is not in the report; make kernels-report writes it")
     if budget and now > RISE * budget["instructions"]:
         found.append(f"{now} instructions a {unit}, {budget['instructions']} in the report")
-    if limited and target_name == "cuda:90" and label in LIMITS:
+    if limited and target_name == "sm_90" and label in LIMITS:
         limit, barriers = LIMITS[label]
         if now > limit:
             found.append(f"{now} instructions a {unit}, limit {limit}")
@@ -482,12 +194,12 @@ def faults(target_name: str, label: str, figures: Figures | str, budget: Figures
 
 def describe(model: Mapping[str, Figures]) -> str:
     """The model's figures in a line: by GPU what bounds it, and the share of a copy's bandwidth or the time."""
-    speed = [
-        f"{f['share']:.0%} of copy" if "share" in f else f"{f['us']} µs" if "us" in f else "" for f in model.values()
-    ]
-    return "; ".join(
-        f"{name} {f['bound']} {what}".strip() for (name, f), what in zip(model.items(), speed, strict=True)
-    )
+    words = []
+    for name, figures in model.items():
+        speed = f" {figures['share']:.0%} of copy" if "share" in figures else ""
+        speed += f" {figures['us']} µs" if "us" in figures else ""
+        words.append(f"{name} {figures['bound']}{speed}")
+    return "; ".join(words)
 
 
 def write_report(path: Path, targets: Mapping[str, Mapping[str, Figures | str]]) -> None:
@@ -518,7 +230,7 @@ def main() -> None:
     import triton
 
     limited = triton.__version__.startswith(LIMITS_TRITON)
-    budget = json.loads(args.budget.read_text()) if args.budget else {}
+    budget = json.loads(args.budget.read_text()) if args.budget else None
     if budget and budget["triton"] != triton.__version__:
         parser.error(
             f"{args.budget} is for Triton {budget['triton']} and this is {triton.__version__}; install that one"
@@ -533,7 +245,7 @@ def main() -> None:
             print(f"\n{target}\n  {'kernel':56} per   instructions  barriers  registers  programs  KB in flight  model")
             for label, figures in report[target].items():
                 checked += 1
-                wrong = faults(target, label, figures, budget.get(target, {}).get(label), limited)
+                wrong = faults(target, label, figures, budget and budget[target].get(label, {}), limited)
                 bad += bool(wrong)
                 if not isinstance(figures, str):
                     f = figures

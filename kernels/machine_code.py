@@ -94,53 +94,32 @@ class Code:
             targets |= {labels[last.target]} if last.target else set()
             self.successors.append({starts.index(t) for t in targets if t < count})
 
-    def reachable(self, start: int) -> set[int]:
-        """Blocks that can run after the start of block ``start``, itself included."""
-        seen, stack = {start}, [start]
+    def reachable(self, start: int, without: int = -1) -> set[int]:
+        """Blocks that can run after the start of block ``start``, itself included, on ways that avoid ``without``."""
+        seen, stack = {start, without}, [start]
         while stack:
             new = self.successors[stack.pop()] - seen
             seen |= new
             stack += new
-        return seen
-
-    @cached_property
-    def dominators(self) -> dict[int, set[int]]:
-        """For each block that can run, those that run before it on every way to it, and itself."""
-        live, before = self.reachable(0), self.predecessors
-        found = {i: set(live) for i in live} | {0: {0}}
-        changed = True
-        while changed:
-            changed = False
-            for i in sorted(live - {0}):
-                new = {i}.union(set.intersection(*(found[p] for p in before[i])))
-                changed |= new != found[i]
-                found[i] = new
-        return found
-
-    @cached_property
-    def predecessors(self) -> dict[int, list[int]]:
-        """For each block that can run, those that it can follow."""
-        live = self.reachable(0)
-        return {i: [p for p in live if i in self.successors[p]] for i in live}
+        return seen - {without}
 
     @cached_property
     def loops(self) -> dict[int, frozenset[int]]:
         """Blocks of each natural loop, by its first block; those that share it are one loop."""
-        found: dict[int, set[int]] = {}
-        for tail, dominators in self.dominators.items():
-            for head in self.successors[tail] & dominators:
-                body = found.setdefault(head, {head})
-                stack = [tail]
-                while stack:
-                    block = stack.pop()
-                    if block not in body:
-                        body.add(block)
-                        stack += self.predecessors[block]
-        return {head: frozenset(body) for head, body in sorted(found.items())}
+        live = self.reachable(0)
+        found: dict[int, frozenset[int]] = {}
+        for tail in sorted(live):
+            for head in self.successors[tail]:
+                if head != 0 and tail in self.reachable(0, without=head):
+                    continue  # not a loop: ``tail`` can be reached without its ``head``
+                body = {block for block in live - {head} if tail in self.reachable(block, without=head)}
+                found[head] = found.get(head, frozenset()) | body | {head}
+        return dict(sorted(found.items()))
 
     def shortest_way(self, blocks: Set[int], start: int, ends: Set[int]) -> set[int]:
         """Blocks on the way of fewest instructions from ``start`` to one of ``ends``; a loop on it is run once."""
-        ways, seen = [(0, start, (start,))], set()
+        ways: list[tuple[int, int, tuple[int, ...]]] = [(0, start, (start,))]
+        seen: set[int] = set()
         while ways:
             length, block, way = heappop(ways)
             if block in ends:
