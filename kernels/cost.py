@@ -59,6 +59,9 @@ class Work:
     units: Callable[[Mapping[str, Any]], int]  # in an iteration of the loop over rows, or in a program without one
     tile: Callable[[Mapping[str, Any]], int] = lambda _: 0  # units in an iteration of an inner loop
     passes: Callable[[Mapping[str, Any]], int] = lambda _: 0  # inner loops, each over all units; 0: none
+    extra: Callable[[Mapping[str, Any]], int] = lambda _: (
+        0
+    )  # bytes a unit that passes without exponentials read besides
     array: str = ""  # argument that is read from memory: one element a unit and pass
     hot_loop: bool = False  # count only the inner loop with the most minima
     loops_only: bool = False  # leave out what is not in a loop
@@ -66,7 +69,7 @@ class Work:
 
 def in_tiles(passes: Callable[[Mapping[str, Any]], int]) -> Work:
     """Work of a kernel that reads rows in tiles, so many times."""
-    return Work("logit", lambda v: v["classes"], lambda v: v["BLOCK"], passes, "logits_ptr")
+    return Work("logit", lambda v: v["classes"], lambda v: v["BLOCK"], passes, array="logits_ptr")
 
 
 ON_CHIP = Work("logit", lambda v: v["classes"], array="logits_ptr")
@@ -109,7 +112,7 @@ def hip_resources(assembly: str) -> tuple[int, int]:
 
 
 def read_cubin(cubin: bytes) -> tuple[str, int, int]:
-    """Assembly, registers a thread and bytes of stack (spills) of a cubin, from the tools that Triton ships."""
+    """Assembly, registers a thread and bytes of stack of a cubin, from the tools that Triton ships."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -155,10 +158,46 @@ def element_sizes(launch: Launch) -> tuple[int, int]:
     return (values[work.array].itemsize, written) if work.array else (0, 0)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """An inner loop of a kernel that reads rows in tiles."""
+
+    body: frozenset[int]
+    tiles: int  # in an iteration: the compiler may unroll a loop
+    kind: tuple[bool, bool]  # whether it stores, and whether it computes exponentials
+
+
+def passes_of(code: Code, inner: Iterable[frozenset[int]], launch: Launch, threads: int) -> list[Pass]:
+    """The loop that does most of each pass, of all inner loops.
+
+    The compiler makes several loops of one: unrolled, and for the remainder; they are of one kind. A loop that neither
+    stores nor computes exponentials, and exchanges values between threads, is no pass but a rare second look at a row.
+    """
+    work, values = WORK[launch.kernel.__name__], values_of(launch)
+    read, written = element_sizes(launch)
+    tile, expected = work.tile(values), work.passes(values)
+    loops = []
+    for body in inner:
+        lines = code.lines(body)
+        kinds = Counter(line.kind for line in lines)
+        loaded, stored = (sum(line.bytes for line in lines if line.kind == kind) for kind in ("load", "store"))
+        # Without special functions, an exponential takes some 40 instructions in float64.
+        exponentials = kinds["special"] + kinds["float64"] / 8 > loaded / max(read, 1)
+        moved, size = (stored, written) if stored else (loaded, read if exponentials else read + work.extra(values))
+        tiles = max(1, round(moved * threads / (tile * size))) if size else 1
+        if len(inner) <= expected or stored or exponentials or not kinds["shared"] + kinds["barrier"]:
+            loops.append(Pass(body, tiles, (stored > 0, exponentials)))
+    if len(loops) > expected:
+        loops = [max((x for x in loops if x.kind == kind), key=lambda x: x.tiles) for kind in {x.kind for x in loops}]
+    if len(loops) != expected:
+        raise RuntimeError(f"{expected} loops over tiles were expected and {len(loops)} found")
+    return sorted(loops, key=lambda x: min(x.body))
+
+
 def count(code: Code, launch: Launch, threads: int) -> Counted:
     """What is counted of a kernel; not what only the last program runs, after the ticket.
 
-    Of a branch the shorter way counts, if it too runs all passes and moves all bytes; else both.
+    Of a branch the shorter way counts, if it too moves all bytes; else both.
     """
     work, values = WORK[launch.kernel.__name__], values_of(launch)
     units, tile = work.units(values), work.tile(values)
@@ -175,34 +214,29 @@ def count(code: Code, launch: Launch, threads: int) -> Counted:
     inner = {head: body for head, body in loops.items() if not any(head != h and h in body for h in loops)}
     if work.hot_loop:
         body = max(inner.values(), key=lambda body: minima(code.lines(body)))
-        tiles = minima(code.lines(body)) * threads / tile
-        if tiles < 1 or tiles != int(tiles):
-            raise RuntimeError(f"the hot loop has {tiles} minima for each of {tile} pairs, which should be one")
-        return Counted(dict.fromkeys(body, 1.0), tile * tiles, [body])
-    expected = work.passes(values)
-    if not expected:
+        found = minima(code.lines(body)) * threads / tile
+        if found < 1 or found != int(found):
+            raise RuntimeError(f"the hot loop has {found} minima for each of {tile} pairs, which should be one")
+        return Counted(dict.fromkeys(body, 1.0), tile * found, [body])
+    if not work.passes(values):
         inner = {}
+    passes = passes_of(code, list(inner.values()), launch, threads)
     # The loop over rows, or the whole program.
     rows = {head: body for head, body in loops.items() if head not in inner}
-    head, blocks = max(rows.items(), key=lambda loop: len(loop[1]), default=(0, frozenset(live)))
-    ends = {b for b in blocks if (head in code.successors[b] if rows else not code.successors[b] & blocks)}
-    way = code.shortest_way(blocks, head, ends)
-    passes = [body for h, body in inner.items() if h in way]
-    if len(passes) < expected or (
-        not expected and (moved(way, "load") < read * units or moved(way, "store") < written * units)
-    ):
-        way, passes = set(blocks), list(inner.values())
-    if len(passes) != expected:
-        raise RuntimeError(f"{expected} loops over tiles were expected and {len(passes)} found")
-    if not expected and moved(way, "load") < read * units:
-        raise RuntimeError(f"{units} {work.unit}s were expected where the code loads {moved(way, 'load')} bytes")
-    in_passes = set().union(*inner.values())
-    runs = {} if work.loops_only else dict.fromkeys(way - in_passes, 1.0)
-    for body in passes:
-        # The compiler may unroll a loop; the loads tell how often.
-        tiles = max(1, round(moved(body, "load") / (tile * read))) if read else 1
-        runs |= dict.fromkeys(body, units / (tile * tiles))
-    return Counted(runs, units, passes or ([frozenset(way)] if rows else []))
+    start, blocks = max(rows.items(), key=lambda loop: len(loop[1]), default=(0, frozenset(live)))
+    ends = {b for b in blocks if (start in code.successors[b] if rows else not code.successors[b] & blocks)}
+    way: set[int] = set()
+    for stops in [*({min(x.body)} for x in passes), ends]:
+        way |= code.shortest_way(blocks, start, stops)
+        start = min(stops)
+    if not passes and (moved(way, "load") < read * units or moved(way, "store") < written * units):
+        way = set(blocks)
+        if moved(way, "load") < read * units:
+            raise RuntimeError(f"{units} {work.unit}s were expected where the code loads {moved(way, 'load')} bytes")
+    runs = {} if work.loops_only else dict.fromkeys(way, 1.0)
+    for x in passes:
+        runs |= dict.fromkeys(x.body, units / (tile * x.tiles))
+    return Counted(runs, units, [x.body for x in passes] or ([frozenset(way)] if rows else []))
 
 
 def programs_a_multiprocessor(registers: int, shared: int, warps: int, target_name: str) -> int:
@@ -236,6 +270,8 @@ def analyse(launch: Launch, compiled: Any, target_name: str) -> tuple[Figures, s
     else:
         assembly, registers, spilled = read_cubin(compiled.asm["cubin"])
         code = machine_code.read_sass(assembly)
+        if not any(line.kind == "local" for line in code.instructions):
+            spilled = 0  # a stack that is reserved and not used
     warps, shared = launch.num_warps, compiled.metadata.shared
     threads = warps * TARGETS[target_name].launch.warp_size
     counted = count(code, launch, threads)
@@ -299,7 +335,7 @@ def predict(
     read, written = element_sizes(launch)
     bytes_a_clock = gpu.copy * 1000 / gpu.clock / multiprocessors
     passes = work.passes(values) or 1
-    if programs * multiprocessors * work.units(values) * read < gpu.cache_mb * 1e6:
+    if programs * multiprocessors * work.units(values) * read < gpu.cache_mb * 0.5e6:
         passes = 1  # the others find the rows in the L2 cache
     parts["memory"] = (passes * read + written) / bytes_a_clock
     clocks = math.hypot(*parts.values())  # they overlap in part
