@@ -45,7 +45,6 @@ LIMITS_TRITON = "3.8"
 LIMITS: dict[str, tuple[float, int | None]] = {
     **{f"loss {t} C={c} paper": (40, None) for t in ("bfloat16", "float32") for c in (1000, 4096, 8192)},
     **{f"loss {t} C={c} paper": (45, None) for t in ("bfloat16", "float32") for c in (100, 1003, 21841, 131072)},
-    "statistics and search bfloat16 D=2048 queue float32": (6, 0),
     "search queue float32": (6, 0),
     "push accepted queue float32": (12, None),
 }
@@ -54,7 +53,7 @@ RISE = 1.05  # allowed over the committed report
 
 def planned_launches(target_name: str) -> Iterator[tuple[str, Launch]]:
     """Labels and launches of every kernel, at shapes that reach each launch configuration."""
-    from tal_fast.kernels.distance import plan_nearest, plan_statistics_distance
+    from tal_fast.kernels.distance import TICKETS, plan_search, plan_statistics
     from tal_fast.kernels.loss import plan_batch_sums, plan_loss, plan_scale
     from tal_fast.kernels.queue_push import plan_push
     from tal_fast.kernels.sharded import plan_exp_sums, plan_gradient, plan_scan
@@ -66,17 +65,20 @@ def planned_launches(target_name: str) -> Iterator[tuple[str, Launch]]:
 
     rows = 256
     labels, accepted = meta(rows, dtype=torch.int64), meta(rows, dtype=torch.bool)
-    cursor, ticket = meta(2, dtype=torch.int64), meta(1, dtype=torch.int32)
-    summary = meta(6, dtype=torch.float64)
+    cursor, tickets = meta(2, dtype=torch.int64), meta(TICKETS.value, dtype=torch.int32)
+    summary = meta(7, dtype=torch.float64)
+    for dtype, width in ((torch.float32, 2048), (torch.bfloat16, 2048), (torch.float16, 63), (torch.float64, 2048)):
+        plan, _ = plan_statistics(meta(rows, width, dtype=dtype), torch.float32)
+        yield f"statistics {dtype_name(dtype)} D={width}", plan
     for queue_dtype in (torch.float32, torch.float64):
         queue = meta(880_880, dtype=queue_dtype)
         entry = meta(rows, dtype=queue_dtype)
         in_queue = f"queue {dtype_name(queue_dtype)}"
-        for dtype, width in ((torch.float32, 2048), (torch.bfloat16, 2048), (torch.float16, 63)):
-            features = meta(rows, width, dtype=dtype)
-            plan, _ = plan_statistics_distance(features, labels, queue, queue, cursor, ticket, -100, target)
-            yield f"statistics and search {dtype_name(dtype)} D={width} {in_queue}", plan
-        yield f"search {in_queue}", plan_nearest(queue, queue, cursor, entry, entry, target)[0]
+        search = queue, queue, cursor, entry, entry, entry, tickets
+        for weights in (None, meta(1000)):
+            plan, _ = plan_search(*search, labels, weights, -100, target)
+            yield f"search {in_queue}{'' if weights is None else ' class weights'}", plan
+        yield f"search without labels {in_queue}", plan_search(*search, None, None, -100, target)[0]
         yield f"push accepted {in_queue}", plan_push(queue, queue, cursor, entry, entry, accepted)
         yield f"push all {in_queue}", plan_push(queue, queue, cursor, entry, entry, None)
 
@@ -89,22 +91,32 @@ def planned_launches(target_name: str) -> Iterator[tuple[str, Launch]]:
         shape = f"{dtype_name(dtype)} C={classes}"
         logits = meta(rows, classes, dtype=dtype)
         # The launch whose speed counts, then the one with every branch that takes registers.
-        branches = [("paper", True, False, False, True), ("released", True, True, False, True)]
+        branches = [("paper", 20.0, 0.0, None, "mean", False, True)]
+        branches += [("released", 20.0, 0.1, meta(classes), "mean", False, True)]
         if classes in (1003, 21841):
-            branches += [("paper", False, True, False, False), ("paper", True, False, True, True)]
-        for variant, has_t_wrong, smooth, warmup, need_grad in branches:
+            branches += [
+                ("paper", None, 0.1, None, "none", False, False),
+                ("paper", 20.0, 0.0, None, "sum", True, True),
+            ]
+        for variant, t_wrong, smoothing, weights, reduction, warmup, need_grad in branches:
             plan, _ = plan_loss(
-                logits, labels, distance, summary, ticket,
-                variant, 10.0, 100.0, 20.0 if has_t_wrong else None, 0.0, 0.1 if smooth else 0.0, -100, warmup,
-                need_grad, target=target,
+                logits, labels, distance, summary, tickets, weights,
+                variant, 10.0, 100.0, t_wrong, 0.0, smoothing, -100, reduction, warmup, need_grad, target=target,
             )  # fmt: skip
-            flags = ["", " smoothing"][smooth] + ["", " warm-up"][warmup] + [" no gradient", ""][need_grad]
+            flags = ["", " smoothing"][smoothing > 0] + ["", " class weights"][weights is not None]
+            flags += ["", " warm-up"][warmup] + [" no gradient", ""][need_grad]
             yield f"loss {shape} {variant}{flags}", plan
-        if classes in (100, 1003, 21841):
-            plan = plan_batch_sums(logits, labels, distance, summary, ticket, 0.0, -100, target)
+        if classes in (100, 1000, 1003, 21841):
+            plan = plan_batch_sums(logits, labels, distance, summary, tickets, 0.0, -100, target)
             yield f"batch sums {shape}", plan
-        if classes == 1003 and dtype != torch.float16:  # the gradient of float16 logits is float32
-            yield f"scale {dtype_name(dtype)}", plan_scale(logits, meta(1, dtype=torch.float32))
+        if classes == 1003:
+            factor = meta(1)
+            yield f"scale {dtype_name(dtype)} in place", plan_scale(logits, factor, logits, target)
+            if dtype == torch.float32:
+                yield (
+                    "scale float32 to float16",
+                    plan_scale(logits, factor, meta(rows, classes, dtype=torch.float16), target),
+                )
         if classes in (1003, 131072):
             column, valid = meta(rows, dtype=torch.float64), meta(rows, dtype=torch.bool)
             yield f"sharded scan {shape}", plan_scan(logits, target)[0]

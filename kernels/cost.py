@@ -41,10 +41,10 @@ class Architecture:
 
 H100, H200 = GPU("H100", 1.755, 3.0, 50, 64), GPU("H200", 1.95, 4.25, 50, 64)
 TARGETS = {
-    "sm_80": Architecture(Target(108, 32, True), 164, (GPU("A100", 1.41, 1.75, 40, 32),)),
-    "sm_90": Architecture(Target(132, 32, True), 228, (H100, H200)),
-    "sm_100": Architecture(Target(148, 32, False), 228, (GPU("B200", 1.85, 6.8, 126, 64),)),
-    "gfx942": Architecture(Target(304, 64, False), 64),  # MI300
+    "sm_80": Architecture(Target(108, 32), 164, (GPU("A100", 1.41, 1.75, 40, 32),)),
+    "sm_90": Architecture(Target(132, 32), 228, (H100, H200)),
+    "sm_100": Architecture(Target(148, 32), 228, (GPU("B200", 1.85, 6.8, 126, 64),)),
+    "gfx942": Architecture(Target(304, 64), 64),  # MI300
 }
 
 
@@ -67,25 +67,31 @@ class Work:
     loops_only: bool = False  # leave out what is not in a loop
 
 
-def in_tiles(passes: Callable[[Mapping[str, Any]], int]) -> Work:
-    """Work of a kernel that reads rows in tiles, so many times."""
-    return Work("logit", lambda v: v["classes"], lambda v: v["BLOCK"], passes, array="logits_ptr")
-
-
-ON_CHIP = Work("logit", lambda v: v["classes"], array="logits_ptr")
-SEARCH = Work("pair", lambda v: v["QUERIES"] * v["ENTRIES"], lambda v: v["QUERIES"] * v["ENTRIES"], hot_loop=True)
+LOGITS = Work(
+    "logit",
+    lambda v: v["ROWS"] * v["CLASSES"],
+    lambda v: v["ROWS"] * v["WIDTH"],
+    lambda v: 0 if v["HELD"] else 2 + v["NEED_GRAD"] if "NEED_GRAD" in v else 1,
+    lambda v: v["class_weight_ptr"].itemsize if v.get("SMOOTH") and v["WEIGHTED"] else 0,
+    "logits_ptr",
+)
+SHARDED = Work("logit", lambda v: v["classes"], lambda v: v["BLOCK"], lambda _: 1, array="logits_ptr")
 WORK = {
-    "loss_kernel": ON_CHIP,
-    "packed_row_loss_kernel": ON_CHIP,
-    "long_row_loss_kernel": in_tiles(lambda v: 2 + v["NEED_GRAD"]),
-    "batch_sums_kernel": in_tiles(lambda _: 1),
-    "scan_kernel": in_tiles(lambda _: 1),
-    "exp_sums_kernel": in_tiles(lambda _: 1),
-    "gradient_kernel": in_tiles(lambda _: 1),
+    "loss_kernel": LOGITS,
+    "batch_sums_kernel": LOGITS,
+    "scan_kernel": SHARDED,
+    "exp_sums_kernel": SHARDED,
+    "gradient_kernel": SHARDED,
     "scale_kernel": Work("value", lambda v: v["BLOCK"]),
-    "statistics_distance_kernel": SEARCH,
-    "nearest_kernel": SEARCH,
-    "push_kernel": Work("row", lambda v: v["ROWS"], lambda v: v["ROWS"], lambda _: 2, loops_only=True),
+    "statistics_kernel": Work(
+        "feature", lambda v: v["width"], lambda v: v["FEATURES"], lambda _: 1, array="features_ptr"
+    ),
+    "search_kernel": Work(
+        "pair", lambda v: v["QUERIES"] * v["ENTRIES"], lambda v: v["QUERIES"] * v["ENTRIES"], hot_loop=True
+    ),
+    "push_kernel": Work(
+        "row", lambda v: v["ROWS"], lambda v: v["ROWS"], lambda v: 1 + v["MORE_THAN_SLOTS"], loops_only=True
+    ),
 }
 
 # The model's constants: thread instructions a clock and multiprocessor, and clocks.

@@ -56,7 +56,7 @@ TICKET = ["ATOMG.E.ADD.STRONG.GPU PT, R3, desc[UR4][R2.64], R5", "@P0 EXIT", *LA
 
 def test_rows_on_chip_are_counted_by_the_iteration_or_by_the_program() -> None:
     logits = torch.empty(8, 1024, dtype=torch.bfloat16, device="meta")
-    rows = launch("loss_kernel", logits_ptr=logits, classes=1000)
+    rows = launch("loss_kernel", logits_ptr=logits, ROWS=1, CLASSES=1000, WIDTH=256, HELD=True)
     loop = sass("MOV R1, R2", ".L_x_0", *LOADS, "@P0 BRA `(.L_x_0)", *TICKET)
     counted = cost.count(loop, rows, 128)
     assert counted.units == 1000
@@ -70,7 +70,7 @@ def test_rows_on_chip_are_counted_by_the_iteration_or_by_the_program() -> None:
 
 def test_the_shorter_way_through_a_branch_counts_if_it_moves_every_logit() -> None:
     logits = torch.empty(8, 1024, dtype=torch.bfloat16, device="meta")
-    rows = launch("loss_kernel", logits_ptr=logits, classes=1000)
+    rows = launch("loss_kernel", logits_ptr=logits, ROWS=1, CLASSES=1000, WIDTH=256, HELD=True)
     rare = ["@P2 BRA `(.L_x_1)", *["MOV R1, R2"] * 50, ".L_x_1"]
     skipped = sass(".L_x_0", *LOADS, *rare, "@P0 BRA `(.L_x_0)", *TICKET)
     assert len(skipped.lines(cost.count(skipped, rows, 128).runs)) == 4
@@ -78,32 +78,48 @@ def test_the_shorter_way_through_a_branch_counts_if_it_moves_every_logit() -> No
     assert len(needed.lines(cost.count(needed, rows, 128).runs)) == 54
 
 
+def wide_rows(**values: Any) -> Any:
+    """Launch over rows of 8,192 logits in tiles of 1,024, 8 a thread."""
+    logits = torch.empty(8, 8192, dtype=torch.bfloat16, device="meta")
+    constants = {"ROWS": 1, "CLASSES": 8192, "WIDTH": 1024, "HELD": False, "SMOOTH": False, **values}
+    return launch("loss_kernel", logits_ptr=logits, grad_ptr=logits, **constants)
+
+
+def loop(label: int, *lines: str) -> list[str]:
+    return [f".L_x_{label}", *lines, f"@P0 BRA `(.L_x_{label})"]
+
+
+EXPONENTIALS = ["MUFU.EX2 R4, R4"] * 16
+STORE = "STG.E.128 desc[UR4][R2.64], R4"
+
+
 def test_passes_over_a_wide_row_are_summed_and_unrolling_is_seen() -> None:
-    logits = torch.empty(8, 8192, dtype=torch.bfloat16, device="meta")
-    rows = launch("long_row_loss_kernel", logits_ptr=logits, classes=8192, BLOCK=1024, NEED_GRAD=False)
-    code = sass(".L_x_0", *LOADS, "@P0 BRA `(.L_x_0)", ".L_x_1", *LOADS, *LOADS, "@P0 BRA `(.L_x_1)", *TICKET)
-    counted = cost.count(code, rows, 128)
-    # 8 logits a thread and load: 8 iterations of one tile, 4 of two.
-    assert sorted(counted.runs.values()) == [1, 4, 8]
-    assert counted.units == 8192
-    rows.arguments = (*rows.arguments[:-1], True)  # and a gradient, which would be a third
-    with pytest.raises(RuntimeError, match="3 loops over tiles were expected and 2 found"):
-        cost.count(code, rows, 128)
+    scan = [*loop(1, *LOADS), *loop(2, *LOADS, *LOADS)]  # the remainder, and two tiles at a time
+    tie = ["@P2 BRA `(.L_x_4)", *loop(3, *LOADS, "SHFL.BFLY PT, R4, R4, 0x10, 0x1f"), ".L_x_4"]
+    sums, gradient = loop(5, *LOADS, *EXPONENTIALS), loop(6, *LOADS, *EXPONENTIALS, STORE)
+    code = sass(".L_x_0", "MOV R1, R2", *scan, *tie, *sums, *gradient, "@P1 BRA `(.L_x_0)", *TICKET)
+    counted = cost.count(code, wide_rows(NEED_GRAD=True), 128)
+    iterations = [(len(code.lines(body)), counted.runs[min(body)]) for body in counted.loops]
+    assert iterations == [(5, 4), (19, 8), (20, 8)]
+    # Besides: the first and the last instruction, the remainder once, and the branch over the tie.
+    assert sum(len(code.lines([b])) * times for b, times in counted.runs.items()) == 4 * 5 + 8 * 19 + 8 * 20 + 2 + 3 + 1
+    with pytest.raises(RuntimeError, match="2 loops over tiles were expected and 3 found"):
+        cost.count(code, wide_rows(NEED_GRAD=False), 128)
 
 
-def test_a_loop_that_some_rows_skip_is_not_a_pass_over_the_row() -> None:
-    logits = torch.empty(8, 8192, dtype=torch.bfloat16, device="meta")
-    rows = launch("batch_sums_kernel", logits_ptr=logits, classes=8192, BLOCK=1024)
-    always = [".L_x_1", *LOADS, "@P0 BRA `(.L_x_1)"]
-    skipped = ["@P2 BRA `(.L_x_3)", ".L_x_2", *LOADS, "@P0 BRA `(.L_x_2)", ".L_x_3"]
-    code = sass(".L_x_0", "MOV R1, R2", *always, *skipped, "@P1 BRA `(.L_x_0)", *TICKET)
+def test_class_weights_are_not_taken_for_more_tiles() -> None:
+    weights = torch.empty(8192, device="meta")
+    reads = [*LOADS, *["LDG.E.128 R8, desc[UR4][R6.64]"] * 2]  # 8 logits and their 8 weights
+    scan, sums = loop(1, *reads), loop(2, *LOADS, *EXPONENTIALS)
+    gradient = loop(3, *reads, *EXPONENTIALS, STORE)
+    code = sass(".L_x_0", "MOV R1, R2", *scan, *sums, *gradient, "@P1 BRA `(.L_x_0)", *TICKET)
+    rows = wide_rows(NEED_GRAD=True, class_weight_ptr=weights, WEIGHTED=True, SMOOTH=True)
     counted = cost.count(code, rows, 128)
-    assert len(counted.loops) == 1
-    assert sum(len(code.lines([block])) * times for block, times in counted.runs.items()) == 3 * 8 + 3
+    assert [counted.runs[min(body)] for body in counted.loops] == [8, 8, 8]
 
 
 def test_pairs_are_counted_in_the_loop_with_the_minima() -> None:
-    search = launch("nearest_kernel", QUERIES=16, ENTRIES=128)
+    search = launch("search_kernel", QUERIES=16, ENTRIES=128)
     minima = [".L_x_1", *["FMNMX R1, R1, R2, PT"] * 32, "@P0 BRA `(.L_x_1)"]
     code = sass(".L_x_0", *LOADS, "@P0 BRA `(.L_x_0)", *minima, "EXIT")
     counted = cost.count(code, search, 128)
@@ -115,7 +131,7 @@ def test_pairs_are_counted_in_the_loop_with_the_minima() -> None:
 
 def test_the_model_names_what_is_slowest() -> None:
     logits = torch.empty(8, 1024, dtype=torch.bfloat16, device="meta")
-    rows = launch("loss_kernel", logits_ptr=logits, grad_ptr=logits, classes=1024)
+    rows = launch("loss_kernel", logits_ptr=logits, grad_ptr=logits, ROWS=1, CLASSES=1024, WIDTH=256, HELD=True)
     stores = ["STG.E.128 desc[UR4][R2.64], R4"]
 
     def predict(*lines: str, programs: int = 16) -> dict[str, Any]:

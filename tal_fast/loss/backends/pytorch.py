@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tal_fast.loss import reference
 from tal_fast.loss.autograd import differentiate
-from tal_fast.loss.backends.base import Backend, LossInputs
+from tal_fast.loss.backends.base import Backend, BatchStatistics, LossInputs
 from tal_fast.loss.reference import TALStats
 from tal_fast.loss.ring import RingBuffer
 
@@ -29,22 +29,24 @@ class PyTorchBackend(Backend):
     name = "reference"
 
     def statistics_distance(
-        self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int, class_weight: Tensor | None = None
+    ) -> BatchStatistics:
         mean, std = reference.feature_statistics(features, ring.mean.dtype)
-        return mean, std, self.nearest(ring, mean, std), None
+        return BatchStatistics(mean, std, self.nearest(ring, mean, std), None)
 
     def complete_summary(self, inputs: LossInputs) -> Tensor:
         options = inputs.options
         return reference.batch_summary(
             inputs.logits, inputs.labels, inputs.distance,
             confidence_threshold=options.confidence_threshold, ignore_index=options.ignore_index,
+            class_weight=inputs.class_weight,
         )  # fmt: skip
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, TALStats]:
         return reference.tal_loss(
-            inputs.logits, inputs.labels, inputs.distance, inputs.options, warmup=inputs.warmup, summary=inputs.summary
-        )
+            inputs.logits, inputs.labels, inputs.distance, inputs.options,
+            warmup=inputs.warmup, summary=inputs.summary, class_weight=inputs.class_weight,
+        )  # fmt: skip
 
     def loss_and_gradient(self, inputs: LossInputs) -> tuple[Tensor, Tensor, TALStats]:
         return differentiate(lambda z: self.loss(replace(inputs, logits=z)), inputs.logits)

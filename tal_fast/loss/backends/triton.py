@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tal_fast.loss.autograd import mark_overwritten, may_overwrite
-from tal_fast.loss.backends.base import KernelBackend, LossInputs
+from tal_fast.loss.backends.base import BatchStatistics, KernelBackend, LossInputs
 from tal_fast.loss.reference import TALStats
 from tal_fast.loss.ring import RingBuffer
 
@@ -18,13 +18,15 @@ class TritonBackend(KernelBackend):
     name = "triton"
 
     def statistics_distance(
-        self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int, class_weight: Tensor | None = None
+    ) -> BatchStatistics:
         from tal_fast import kernels
 
         ring.check()
-        return kernels.statistics_distance(
-            features.detach(), labels, ring.mean, ring.std, ring.cursor, ring.ticket, ignore_index=ignore_index
+        return BatchStatistics(
+            *kernels.statistics_distance(
+                features.detach(), labels, ring.mean, ring.std, ring.cursor, class_weight, ignore_index=ignore_index
+            )
         )
 
     def complete_summary(self, inputs: LossInputs) -> Tensor:
@@ -32,7 +34,7 @@ class TritonBackend(KernelBackend):
 
         assert inputs.summary is not None
         kernels.batch_sums(
-            inputs.logits.detach(), inputs.labels, inputs.distance, inputs.summary, inputs.ring.ticket,
+            inputs.logits.detach(), inputs.labels, inputs.distance, inputs.summary, inputs.tickets,
             confidence_threshold=inputs.options.confidence_threshold, ignore_index=inputs.options.ignore_index,
         )  # fmt: skip
         return inputs.summary
@@ -40,13 +42,14 @@ class TritonBackend(KernelBackend):
     def forward(self, inputs: LossInputs, need_grad: bool) -> tuple[Tensor, Tensor, TALStats]:
         from tal_fast import kernels
 
-        options = inputs.options
-        inplace = need_grad and may_overwrite(inputs.logits, options)
+        o = inputs.options
+        inplace = need_grad and may_overwrite(inputs.logits, o)
         loss, grad, stats, flags = kernels.loss_forward(
-            inputs.logits.detach(), inputs.labels, inputs.distance, inputs.summary, inputs.ring.ticket,
-            variant=options.variant, t_min=options.t_min, t_max=options.t_max, t_wrong=options.t_wrong,
-            confidence_threshold=options.confidence_threshold, label_smoothing=options.label_smoothing,
-            ignore_index=options.ignore_index, warmup=inputs.warmup, need_grad=need_grad, inplace=inplace,
+            inputs.logits.detach(), inputs.labels, inputs.distance, inputs.summary, inputs.tickets, inputs.class_weight,
+            variant=o.variant, t_min=o.t_min, t_max=o.t_max, t_wrong=o.t_wrong,
+            confidence_threshold=o.confidence_threshold, label_smoothing=o.label_smoothing,
+            ignore_index=o.ignore_index, reduction=o.reduction, warmup=inputs.warmup, need_grad=need_grad,
+            inplace=inplace,
         )  # fmt: skip
         if inplace:
             mark_overwritten(grad)
