@@ -409,6 +409,8 @@ def gpu_table(result: dict[str, Any]) -> str:
 
 def kernels_table(folder: Path) -> str:
     """Kernels with a limit: figures of the compile check, and as "before" those of an older commit."""
+    if not (folder / "triton-3.8.json").exists():
+        return "No report yet: `make kernels-report` writes it."
     report, before = (json.loads((folder / name).read_text()) for name in ("triton-3.8.json", "before.json"))
     rows = []
     for label, (limit, _) in LIMITS.items():
