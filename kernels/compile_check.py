@@ -91,7 +91,7 @@ def planned_launches(target_name: str) -> Iterator[tuple[str, Launch]]:
         shape = f"{dtype_name(dtype)} C={classes}"
         logits = meta(rows, classes, dtype=dtype)
         # The launch whose speed counts, then the one with every branch that takes registers.
-        branches = [("paper", 20.0, 0.0, None, "mean", False, True)]
+        branches: list[tuple[Any, ...]] = [("paper", 20.0, 0.0, None, "mean", False, True)]
         branches += [("released", 20.0, 0.1, meta(classes), "mean", False, True)]
         if classes in (1003, 21841):
             branches += [

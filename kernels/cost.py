@@ -6,7 +6,7 @@ import math
 import re
 import subprocess
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +173,7 @@ class Pass:
     kind: tuple[bool, bool]  # whether it stores, and whether it computes exponentials
 
 
-def passes_of(code: Code, inner: Iterable[frozenset[int]], launch: Launch, threads: int) -> list[Pass]:
+def passes_of(code: Code, inner: list[frozenset[int]], launch: Launch, threads: int) -> list[Pass]:
     """The loop that does most of each pass, of all inner loops.
 
     The compiler makes several loops of one: unrolled, and for the remainder; they are of one kind. A loop that neither
@@ -281,7 +281,7 @@ def analyse(launch: Launch, compiled: Any, target_name: str) -> tuple[Figures, s
     warps, shared = launch.num_warps, compiled.metadata.shared
     threads = warps * TARGETS[target_name].launch.warp_size
     counted = count(code, launch, threads)
-    kinds: Counter[str] = Counter()
+    kinds: defaultdict[str, float] = defaultdict(float)
     for block, times in counted.runs.items():
         for kind, number in Counter(line.kind for line in code.lines([block])).items():
             kinds[kind] += number * times * threads / counted.units
@@ -291,7 +291,7 @@ def analyse(launch: Launch, compiled: Any, target_name: str) -> tuple[Figures, s
     figures: Figures = {
         "unit": WORK[launch.kernel.__name__].unit,
         "instructions": round(sum(kinds.values()), 2),
-        "kinds": {kind: round(number, 2) for kind, number in kinds.most_common()},
+        "kinds": {kind: round(number, 2) for kind, number in sorted(kinds.items(), key=lambda kind: -kind[1])},
         "loads": machine_code.widths(lines, "load"),
         "stores": machine_code.widths(lines, "store"),
         "barriers": sum(line.kind == "barrier" for line in lines),
