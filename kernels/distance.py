@@ -88,7 +88,7 @@ def statistics_kernel(
 
 @triton.jit
 def load_entries(queue_mean_ptr, queue_std_ptr, start, length, ENTRIES: tl.constexpr, UNROLL: tl.constexpr):
-    """UNROLL tiles of means and standard deviations, in turns; past the end the last entry again, which needs no mask."""
+    """UNROLL tiles of means and of standard deviations, in turns; past the end the last entry, which needs no mask."""
     entries = ()
     for i in tl.static_range(UNROLL):
         j = tl.minimum(start + i * ENTRIES + tl.arange(0, ENTRIES), tl.maximum(length - 1, 0))
@@ -98,8 +98,8 @@ def load_entries(queue_mean_ptr, queue_std_ptr, start, length, ENTRIES: tl.const
 
 @triton.jit
 def search_kernel(
-    mean_ptr, std_ptr, queue_mean_ptr, queue_std_ptr, cursor_ptr, squared_ptr, tickets_ptr, labels_ptr, class_weight_ptr,
-    summary_ptr, rows, capacity, labels_stride, ignore_index,
+    mean_ptr, std_ptr, queue_mean_ptr, queue_std_ptr, cursor_ptr, squared_ptr, tickets_ptr, labels_ptr,
+    class_weight_ptr, summary_ptr, rows, capacity, labels_stride, ignore_index,
     SUMMARY: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr, QUERIES: tl.constexpr, ENTRIES: tl.constexpr,
     ROWS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip

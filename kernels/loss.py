@@ -43,6 +43,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Indices into the tensor of ``loss_constants``.
 T_MIN, T_RANGE, T_WRONG, THRESHOLD, SMOOTHING = (tl.constexpr(i) for i in range(5))
 
+PARTS = tl.constexpr(1024)  # partial sums added at a time
 SCALE_BLOCK = 4096  # values per iteration of scale_kernel
 
 
@@ -89,9 +90,9 @@ def _log_sum_exp(others, at_label):
 @triton.jit
 def _ordered_sum(parts_ptr, count):
     """Sum, in a fixed order, of ``count`` float64 values stored by all programs of this launch."""
-    total = tl.zeros((1024,), tl.float64)
-    for start in range(0, count, 1024):
-        i = start + tl.arange(0, 1024)
+    total = tl.zeros((PARTS,), tl.float64)
+    for start in range(0, count, PARTS):
+        i = start + tl.arange(0, PARTS)
         # .cg reads from the L2 cache, where the other programs' stores are.
         total += tl.load(parts_ptr + i, mask=i < count, other=0.0, cache_modifier=".cg")
     return tl.sum(total, axis=0)
@@ -135,9 +136,7 @@ def class_weights(class_weight_ptr, column, inside, dtype: tl.constexpr):
 
 
 @triton.jit
-def locate_rows(
-    row, label, rows, stride_b, ignore_index, CLASSES: tl.constexpr, V: tl.constexpr, EDGES: tl.constexpr
-):
+def locate_rows(row, label, rows, stride_b, ignore_index, CLASSES: tl.constexpr, V: tl.constexpr, EDGES: tl.constexpr):
     """Whether rows are valid and their label in range; the label's column, 0 if not; offset and column of the first
     whole vector; and the number of logits in whole vectors.
     """
@@ -164,9 +163,7 @@ def load_chunk(base, begin, length, valid, stride_c, WIDTH: tl.constexpr, V: tl.
 
 
 @triton.jit
-def load_rows(
-    base, length, valid, stride_c, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr
-):
+def load_rows(base, length, valid, stride_c, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr):
     held = ()
     for i in tl.static_range(CHUNKS):
         held = held + (load_chunk(base, i * WIDTH, length, valid, stride_c, WIDTH, V),)  # noqa: RUF005
@@ -338,13 +335,13 @@ def fetch_rows(
 
 @triton.jit
 def store_chunk(
-    y, p, q, out, begin, head, length, present, g_p, g_q, z_coef, constant, away, class_weight_ptr,
+    z, p, q, out, begin, head, length, present, g_p, g_q, z_coef, constant, away, class_weight_ptr,
     dtype: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr, WEIGHTED_SMOOTHING: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient g_p p + g_q q - z_coef y + constant of a chunk."""
+    """Store the gradient g_p p + g_q q - z_coef z + constant of a chunk."""
     at = begin + tl.arange(0, WIDTH)[None, :]
     mask = (at // V * V < length[:, None]) & present[:, None]
-    g = g_p[:, None] * p + (g_q[:, None] * q + (constant[:, None] - z_coef[:, None] * y))
+    g = g_p[:, None] * p + (g_q[:, None] * q + (constant[:, None] - z_coef[:, None] * z))
     if WEIGHTED_SMOOTHING:
         g -= away[:, None] * class_weights(class_weight_ptr, head[:, None] + at, mask, dtype)
     tl.store(out[:, None] + at, g.to(out.dtype.element_ty), mask=mask)
@@ -461,7 +458,7 @@ def loss_kernel(
                 others = other_logits(held[i].to(dtype), i * WIDTH, length, label_at, dtype, WIDTH, V)
                 y = (others - z_max[:, None]) * scale[:, None]
                 p, q, p_sum, yp_sum, q_sum = add_exponentials(y, ratio, p_sum, yp_sum, q_sum, dtype)
-                kept = kept + ((y, p, q),)  # noqa: RUF005
+                kept = kept + ((others, p, q),)  # noqa: RUF005
         else:
             full, label_chunk, plain = plain_chunks(label_at, length, valid, WIDTH)
             for j in tl.range(0, plain, loop_unroll_factor=UNROLL):
@@ -477,8 +474,8 @@ def loss_kernel(
         p_sum, yp_sum, q_sum = tl.reduce((p_sum, yp_sum, q_sum), 1, _add3)
         if EDGES:
             edge_column, in_edge = edge_columns(head, length, CLASSES, V)
-            others = tl.where(in_edge & (edge_column != column[:, None]), z_edge.to(dtype), masked_logit(dtype))
-            y_edge = (others - z_max[:, None]) * scale[:, None]
+            edge_others = tl.where(in_edge & (edge_column != column[:, None]), z_edge.to(dtype), masked_logit(dtype))
+            y_edge = (edge_others - z_max[:, None]) * scale[:, None]
             p_edge, q_edge = exponentials(y_edge, ratio[:, None], dtype)
             p_k, yp_k, q_k = tl.reduce((p_edge, y_edge * p_edge, q_edge), 1, _add3)
             p_sum += p_k
@@ -510,7 +507,7 @@ def loss_kernel(
             tl.store(loss_ptr + row, row_loss, mask=present)
         total += row_loss.to(tl.float64)
 
-        # 5. Gradient g_p p + g_q q - z_coef y + constant; at the label in a store of its own.
+        # 5. Gradient g_p p + g_q q - z_coef z + constant; at the label in a store of its own.
         if NEED_GRAD:
             inverse_p = 1.0 / (p_sum + p_label)
             inverse_q = 1.0 / (q_sum + q_label)
@@ -522,26 +519,22 @@ def loss_kernel(
             away = c_y * 0.0
             if SMOOTH:
                 away = (f_dir + f_ce) * smoothing * (1.0 / CLASSES)
-            constant = -z_max * z_coef
             g_label = f_dir * (spread_mass - mass * p_sum * inverse_p) + f_ce * (spread_mass - mass * q_sum * inverse_q)
             g_label -= z_label * z_coef + away * c_y
-            if not WEIGHTED:
-                constant -= away
             known = finite | (valid == 0)
             g_label = tl.where(known, g_label, float("nan"))
-            constant = tl.where(known, constant, float("nan"))
+            constant = tl.where(known, 0.0 if WEIGHTED else -away, float("nan"))
             g_p = f_dir * mass * inverse_p
             g_q = f_ce * mass * inverse_q
-            z_coef *= ratio * LN2
             out = row * grad_stride_b + head
             if EDGES:  # a multiple of V, as the row's offset is
                 out = out // V * V
             out = grad_ptr + out
             if HELD:
                 for i in tl.static_range(CHUNKS):
-                    y, p, q = kept[i]
+                    others, p, q = kept[i]
                     store_chunk(
-                        y, p, q, out, i * WIDTH, head, length, present, g_p, g_q, z_coef, constant, away,
+                        others, p, q, out, i * WIDTH, head, length, present, g_p, g_q, z_coef, constant, away,
                         class_weight_ptr, dtype, WIDTH, V, SMOOTH and WEIGHTED,
                     )  # fmt: skip
             else:
@@ -550,11 +543,13 @@ def loss_kernel(
                     y = (z - z_max[:, None]) * scale[:, None]
                     p, q = exponentials(y, ratio[:, None], dtype)
                     store_chunk(
-                        y, p, q, out, begin, head, length, present, g_p, g_q, z_coef, constant, away,
+                        z, p, q, out, begin, head, length, present, g_p, g_q, z_coef, constant, away,
                         class_weight_ptr, dtype, WIDTH, V, SMOOTH and WEIGHTED,
                     )  # fmt: skip
             if EDGES:
-                g = g_p[:, None] * p_edge + (g_q[:, None] * q_edge + (constant[:, None] - z_coef[:, None] * y_edge))
+                g = g_p[:, None] * p_edge + (
+                    g_q[:, None] * q_edge + (constant[:, None] - z_coef[:, None] * edge_others)
+                )
                 if SMOOTH and WEIGHTED:
                     g -= away[:, None] * class_weights(class_weight_ptr, edge_column, in_edge, dtype)
                 at_edge = edge_column - head[:, None]
@@ -683,7 +678,7 @@ def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool) -> LossCo
     rows = max(1, 1024 // block)
     num_warps = max(1, block // 1024)
     width = max(v, min(block, 32 * num_warps * v // rows))
-    programs, registers = (12, 168) if num_warps == 1 and not edges else (max(1, 8 // num_warps), None)
+    programs, registers = (12, 168) if num_warps == 1 and rows == 1 and not edges else (max(1, 8 // num_warps), None)
     return LossConfig(rows, block // width, width, True, num_warps, programs, max_registers=registers)
 
 

@@ -99,7 +99,7 @@ def exp_sums_kernel(
         z = load_chunk(base, begin, length, length >= 0, tl.cast(logits_stride_c, tl.int64), BLOCK, 1).to(dtype)
         others = other_logits(z, begin, length, label.to(tl.int32), dtype, BLOCK, 1)
         y = (others - z_max[:, None]) * (rate * LOG2E)[:, None]
-        p, q, p_sum, yp_sum, q_sum = add_exponentials(y, ratio, p_sum, yp_sum, q_sum, dtype)
+        _, _, p_sum, yp_sum, q_sum = add_exponentials(y, ratio, p_sum, yp_sum, q_sum, dtype)
     p_sum, yp_sum, q_sum = tl.reduce((p_sum, yp_sum, q_sum), 1, _add3)
     is_local = label >= 0
     z_label = tl.load(base + label * logits_stride_c, mask=is_local, other=0.0).to(dtype)
@@ -145,8 +145,8 @@ def gradient_kernel(
         y = (z - z_max[:, None]) * (rate * LOG2E)[:, None]
         p, q = exponentials(y, ratio[:, None], dtype)
         store_chunk(
-            y, p, q, out, begin, length, length, length >= 0, g_p, g_q, z_coef * ratio * LN2, -z_max * z_coef - away,
-            away, grad_ptr, dtype, BLOCK, 1, False,
+            z, p, q, out, begin, length, length, length >= 0, g_p, g_q, z_coef, -away, away, grad_ptr, dtype, BLOCK, 1,
+            False,
         )  # fmt: skip
     tl.debug_barrier()  # the label's gradient is the last to be stored at its address
     z_label = tl.load(base + label * logits_stride_c, mask=valid & (label >= 0), other=0.0).to(dtype)

@@ -18,8 +18,8 @@ from tal_fast.loss.options import LossOptions
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 AVAILABLE, REASON = kernels.is_available(DEVICE)
 
-# The interpreter computes with NumPy, which warns where a test has NaN or infinity on purpose, and of the columns beyond a
-# row and the rows beyond a batch, whose exponentials and quotients are computed and not used.
+# The interpreter computes with NumPy, which warns where a test has NaN or infinity on purpose, and of columns beyond a
+# row and rows beyond a batch, whose exponentials and quotients are computed and not used.
 NAN_WARNINGS = [
     pytest.mark.filterwarnings(f"ignore:{what}:RuntimeWarning")
     for what in ("invalid value encountered", "overflow encountered in exp2")

@@ -40,7 +40,7 @@ class Allocations(TorchDispatchMode):
 def test_number_of_launches_and_memory_of_a_step(
     variant: Literal["paper", "released"], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step launches statistics, search, loss and push, and the batch sums for ``released``; backward on a GPU launches one
+    """A step launches statistics, search, loss and push, and for ``released`` the sums; backward on a GPU launches one
     more, which multiplies by the upstream gradient. The gradient is the only tensor of B x C, and none is of B x N."""
     rows, classes, entries = 12, 50, 600
     launched: list[str] = []
