@@ -18,7 +18,8 @@ BENCHMARKS ?= step loss typicalness queue training metrics
 # does not, and a list queue's step at B = 128, N = 30,000 takes 54 or 14 ms.
 KEEP := MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_MMAP_THRESHOLD_=17179869184
 
-.PHONY: setup demo test test-slow test-all lint typecheck sanitize sanitize-memory sanitize-threads docs kernels-check bench-smoke bench clean
+.PHONY: setup demo test test-slow test-all lint typecheck sanitize sanitize-memory sanitize-threads docs kernels-check kernels-report kernels-report-all \
+    bench-smoke bench clean
 
 setup: $(VENV)/.ready
 
@@ -86,8 +87,22 @@ sanitize-threads:
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
 
+# Every Triton kernel compiled for GPUs that are not present, and its machine code held to the committed report.
+REPORTS := bench/results/kernels
 kernels-check: setup
-	$(BIN)/python -m tal_fast.kernels.compile_check --quick
+	$(BIN)/python -m tal_fast.kernels.compile_check --budget $(REPORTS)/triton-3.8.json
+
+# After a change of the kernels: the report that the check compares with.
+kernels-report: setup
+	$(BIN)/python -m tal_fast.kernels.compile_check --report $(REPORTS)/triton-3.8.json
+
+# Before a release: also with the Triton of other supported versions of torch, the oldest among them.
+kernels-report-all: kernels-report
+	for pair in 2.11.0:3.6 2.9.0:3.5; do \
+	    env=build/torch-$${pair%:*}; \
+	    [ -e $$env/.ready ] || { $(PYTHON) -m venv $$env && $$env/bin/pip install --quiet torch==$${pair%:*} numpy && touch $$env/.ready; } || exit 1; \
+	    PYTHONPATH=$$PWD $$env/bin/python -m tal_fast.kernels.compile_check --report $(REPORTS)/triton-$${pair#*:}.json || failed=1; \
+	done; exit $${failed:-0}
 
 # Ratios to a floor that runs in turns, against the committed ones of a CPU with the same vector instructions: half as slow
 # again, beyond the noise, is a failure.

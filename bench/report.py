@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.compare import load
+from tal_fast.kernels.compile_check import LIMITS, describe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -408,6 +409,35 @@ def gpu_table(result: dict[str, Any]) -> str:
     return table(("B x C", "type", "what", "p20", "rate", "of copy"), rows)
 
 
+def kernels_table(folder: Path) -> str:
+    """Kernels with a limit: figures of the compile check, and as "before" those of an older commit."""
+    if not (folder / "triton-3.8.json").exists():
+        return "No report yet: `make kernels-report` writes it."
+    report, before = (json.loads((folder / name).read_text()) for name in ("triton-3.8.json", "before.json"))
+    rows = []
+    for label, (limit, _) in LIMITS.items():
+        now = report["sm_90"][label]
+        old = before["sm_90"].get(label)
+        models = [describe(report[target][label]["model"]) for target in ("sm_90", "sm_80", "sm_100")]
+        loads = ", ".join(f"{count} x {size}" for size, count in now["loads"].items())
+        counts = (f"{old['instructions']:.1f}" if old else "–", f"{now['instructions']:.1f}", f"{limit:g}", now["unit"])
+        held = (str(now["barriers"]), str(now["registers"]), str(now["programs"]), f"{now['in_flight'] / 1024:.0f} KB")
+        rows.append((label, *counts, loads, *held, "; ".join(models)))
+    head = (
+        "kernel",
+        "before",
+        "now",
+        "limit",
+        "per",
+        "loads x bytes",
+        "barriers",
+        "registers",
+        "programs",
+        "in flight",
+    )
+    return table((*head, "model"), rows)
+
+
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "source": source,
     "limits": limits_table,
@@ -424,6 +454,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "training": training_table,
     "metrics": metrics_table,
     "targets": targets_table,
+    "kernels": lambda _: kernels_table(RESULTS / "kernels"),
 }
 
 

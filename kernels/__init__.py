@@ -7,7 +7,9 @@
 ``queue_push.py``      append the accepted rows to the queue
 ``launch.py``          grids, constants and the properties of a device that they depend on
 ``ops.py``             the launchers as torch operators, for torch.compile
-``compile_check.py``   compile every kernel for GPUs that are not present, and fail on spilled registers
+``compile_check.py``   compile every kernel for GPUs that are not present, and fail where one is over its budget
+``cost.py``            what a compiled kernel costs: instructions, occupancy, loads in flight, predicted time
+``machine_code.py``    reader of NVIDIA's and AMD's machine code
 =====================  =======================================================================================
 
 The functions of this module call the launcher in eager mode and the operator under torch.compile. They import Triton

@@ -1,36 +1,33 @@
-"""Compile every kernel for GPUs that are not present, and fail on spilled registers.
+"""Compile every kernel for GPUs that are not present, read its machine code, and hold it to a budget.
 
-``python -m tal_fast.kernels.compile_check [--quick]`` plans the launches that the launchers would make, from tensors
-without data, and compiles each for A100, H100, B200 and MI300. Spills are read from the binary: on NVIDIA from the
-stack size, on AMD from the metadata of the code object.
+``python -m tal_fast.kernels.compile_check`` plans the launches that the launchers would make, from tensors without
+data, compiles each for A100, H100, B200 and MI300, and reads from the code object what it costs: instructions per
+logit, pair or row, loads in flight, programs per multiprocessor, and the bound that these give (docs/performance.md
+states the model and its error).
+
+``--report FILE`` writes the figures, ``--emit DIR`` the code objects and their assembly, ``--budget FILE`` compares
+with a report of the same version of Triton. A spill, more instructions than the limit or 5% over the report, and a
+kernel that does not compile fail the check.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tal_fast.kernels.launch import Target
+from tal_fast.kernels.cost import TARGETS, Figures, analyse
+from tal_fast.kernels.launch import Launch
 
-# A100, H100, B200 and MI300.
-TARGETS = {
-    "cuda:80": Target(108, 32, "sm_80"),
-    "cuda:90": Target(132, 32, "sm_90"),
-    "cuda:100": Target(148, 32, "sm_100"),
-    "hip:gfx942": Target(304, 64, "gfx942"),
-}
 # Triton's names of pointer types.
 TYPES = {
     torch.float64: "*fp64",
@@ -43,83 +40,88 @@ TYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Resources:
-    """Resources of a compiled kernel."""
+# Most instructions per unit for sm_90 with this Triton, and most barriers in what is counted, by label.
+LIMITS_TRITON = "3.8"
+LIMITS: dict[str, tuple[float, int | None]] = {
+    **{f"loss {t} C={c} paper": (40, None) for t in ("bfloat16", "float32") for c in (1000, 4096, 8192)},
+    **{f"loss {t} C={c} paper": (45, None) for t in ("bfloat16", "float32") for c in (100, 1003, 21841, 131072)},
+    "search queue float32": (6, 0),
+    "push accepted queue float32": (12, None),
+}
+RISE = 1.05  # allowed over the committed report
 
-    registers: int  # per thread
-    spilled: int  # bytes of stack on NVIDIA, registers on AMD
-    shared: int  # bytes of shared memory
 
-
-def planned_launches(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
+def planned_launches(target_name: str) -> Iterator[tuple[str, Launch]]:
     """Labels and launches of every kernel, at shapes that reach each launch configuration."""
-    from tal_fast.kernels.distance import plan_search, plan_statistics
+    from tal_fast.kernels.distance import TICKETS, plan_search, plan_statistics
     from tal_fast.kernels.loss import plan_batch_sums, plan_loss, plan_scale
     from tal_fast.kernels.queue_push import plan_push
     from tal_fast.kernels.sharded import plan_exp_sums, plan_gradient, plan_scan
 
-    target = TARGETS[target_name]
+    target = TARGETS[target_name].launch
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     rows = 256
     labels, accepted = meta(rows, dtype=torch.int64), meta(rows, dtype=torch.bool)
-    cursor, tickets = meta(2, dtype=torch.int64), meta(3, dtype=torch.int32)
+    cursor, tickets = meta(2, dtype=torch.int64), meta(TICKETS.value, dtype=torch.int32)
     summary = meta(7, dtype=torch.float64)
+    for dtype, width in ((torch.float32, 2048), (torch.bfloat16, 2048), (torch.float16, 63), (torch.float64, 2048)):
+        plan, _ = plan_statistics(meta(rows, width, dtype=dtype), torch.float32)
+        yield f"statistics {dtype_name(dtype)} D={width}", plan
     for queue_dtype in (torch.float32, torch.float64):
         queue = meta(880_880, dtype=queue_dtype)
         entry = meta(rows, dtype=queue_dtype)
-        for dtype, width in ((torch.float32, 2048), (torch.bfloat16, 2048), (torch.float16, 63)):
-            if quick and (queue_dtype, dtype) not in ((torch.float32, torch.bfloat16), (torch.float64, torch.float32)):
-                continue
-            features = meta(rows, width, dtype=dtype)
-            plan, _ = plan_statistics(features, queue_dtype)
-            yield f"statistics {dtype_name(dtype)} D={width}, queue {dtype_name(queue_dtype)}", plan
-        for some_labels, weights in ((labels, None), (labels, entry), (None, None)):
-            kind = "nearest" if some_labels is None else "search" if weights is None else "search, class weights"
-            search = entry, entry, entry, tickets, some_labels, weights, -100, target
-            yield f"{kind}, queue {dtype_name(queue_dtype)}", plan_search(queue, queue, cursor, *search)[0]
-        for kept in (accepted, None):
-            yield (
-                f"push{'' if kept is None else ' accepted'}, queue {dtype_name(queue_dtype)}",
-                plan_push(queue, queue, cursor, entry, entry, kept),
-            )
+        in_queue = f"queue {dtype_name(queue_dtype)}"
+        search = queue, queue, cursor, entry, entry, entry, tickets
+        for weights in (None, meta(1000)):
+            plan, _ = plan_search(*search, labels, weights, -100, target)
+            yield f"search {in_queue}{'' if weights is None else ' class weights'}", plan
+        yield f"search without labels {in_queue}", plan_search(*search, None, None, -100, target)[0]
+        yield f"push accepted {in_queue}", plan_push(queue, queue, cursor, entry, entry, accepted)
+        yield f"push all {in_queue}", plan_push(queue, queue, cursor, entry, entry, None)
 
-    # Widths on either side of each change of configuration: one warp, odd, the widest single block, the first long row.
-    widths = (10, 1003, 16384, 21841) if quick else (1, 100, 1000, 1003, 2048, 4096, 8192, 16384, 21841, 32768, 131072)
-    dtypes = (torch.bfloat16, torch.float32) if quick else (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-    for classes, dtype in itertools.product(widths, dtypes):
-        logits, distance = meta(rows, classes, dtype=dtype), meta(rows)
-        # The largest kernel first, with every branch that takes registers.
-        branches = [("released", True, True, False, True), ("paper", True, False, False, True)]
-        if not quick:
-            branches += [("paper", False, True, False, False), ("paper", True, False, True, True)]
-        if dtype != torch.float16:  # the gradient of float16 logits is float32
-            factor = meta(1, dtype=torch.float32)
-            yield f"scale {dtype_name(dtype)} C={classes}", plan_scale(logits, factor, logits, target)
-        for variant, has_t_wrong, smooth, warmup, need_grad in branches:
+    rows = 4096
+    labels, distance = meta(rows, dtype=torch.int64), meta(rows)
+    for dtype, classes in itertools.product(TYPES, (1, 10, 100, 1000, 1003, 4096, 8192, 16384, 21841, 32768, 131072)):
+        # float16 and float64 differ in the type of the gradient and of the arithmetic, which two widths show.
+        if not dtype.is_floating_point or (dtype in (torch.float16, torch.float64) and classes not in (1003, 21841)):
+            continue
+        shape = f"{dtype_name(dtype)} C={classes}"
+        logits = meta(rows, classes, dtype=dtype)
+        # The launch whose speed counts, then the one with every branch that takes registers.
+        branches: list[tuple[Any, ...]] = [("paper", 20.0, 0.0, None, "mean", False, True)]
+        branches += [("released", 20.0, 0.1, meta(classes), "mean", False, True)]
+        if classes in (1003, 21841):
+            branches += [
+                ("paper", None, 0.1, None, "none", False, False),
+                ("paper", 20.0, 0.0, None, "sum", True, True),
+            ]
+        for variant, t_wrong, smoothing, weights, reduction, warmup, need_grad in branches:
             plan, _ = plan_loss(
-                logits, labels, distance, summary, tickets, meta(classes) if smooth else None,
-                variant, 10.0, 100.0, 20.0 if has_t_wrong else None, 0.0, 0.1 if smooth else 0.0, -100, "mean", warmup,
-                need_grad, target=target,
+                logits, labels, distance, summary, tickets, weights,
+                variant, 10.0, 100.0, t_wrong, 0.0, smoothing, -100, reduction, warmup, need_grad, target=target,
             )  # fmt: skip
-            flags = [variant] + ["smoothing"] * smooth + ["warm-up"] * warmup + ["no gradient"] * (not need_grad)
-            yield f"{plan.kernel.__name__} {dtype_name(dtype)} C={classes} {' '.join(flags)}", plan
+            flags = ["", " smoothing"][smoothing > 0] + ["", " class weights"][weights is not None]
+            flags += ["", " warm-up"][warmup] + [" no gradient", ""][need_grad]
+            yield f"loss {shape} {variant}{flags}", plan
+        if classes in (100, 1000, 1003, 21841):
+            plan = plan_batch_sums(logits, labels, distance, summary, tickets, 0.0, -100, target)
+            yield f"batch sums {shape}", plan
+        if classes == 1003:
+            factor = meta(1)
+            yield f"scale {dtype_name(dtype)} in place", plan_scale(logits, factor, logits, target)
+            if dtype == torch.float32:
+                yield (
+                    "scale float32 to float16",
+                    plan_scale(logits, factor, meta(rows, classes, dtype=torch.float16), target),
+                )
         if classes in (1003, 131072):
-            column = meta(rows, dtype=torch.float64)
-            terms = meta(rows, 7, dtype=torch.float64)
-            for plan in (
-                plan_scan(logits, target)[0],
-                plan_exp_sums(logits, labels, column, column, target)[0],
-                plan_gradient(logits, labels, accepted, terms, target)[0],
-            ):
-                yield f"sharded {plan.kernel.__name__} {dtype_name(dtype)} C={classes}", plan
-        yield (
-            f"batch_sums {dtype_name(dtype)} C={classes}",
-            plan_batch_sums(logits, labels, distance, summary, tickets, 0.0, -100, target),
-        )
+            column, valid = meta(rows, dtype=torch.float64), meta(rows, dtype=torch.bool)
+            yield f"sharded scan {shape}", plan_scan(logits, target)[0]
+            yield f"sharded sums {shape}", plan_exp_sums(logits, labels, column, column, target)[0]
+            yield f"sharded gradient {shape}", plan_gradient(logits, labels, valid, meta(rows, 7), target)[0]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -127,7 +129,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def compile_launch(launch: Any, target_name: str) -> Resources:
+def compile_launch(launch: Launch, target_name: str) -> Any:
     """Compile a kernel with the types, integer specialisation and options that its launch would have."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -148,89 +150,127 @@ def compile_launch(launch: Any, target_name: str) -> Resources:
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     signature.update(dict.fromkeys(names[len(launch.arguments) :], "constexpr"))
-    kind, arch = target_name.split(":")
-    gpu = GPUTarget(kind, int(arch) if arch.isdigit() else arch, TARGETS[target_name].warp_size)
+    is_amd = target_name.startswith("gfx")
+    kind, arch = ("hip", target_name) if is_amd else ("cuda", int(target_name.removeprefix("sm_")))
+    gpu = GPUTarget(kind, arch, TARGETS[target_name].launch.warp_size)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=gpu, options=launch.options)
-    if kind == "hip":
-        return hip_resources(compiled.asm["amdgcn"], compiled.metadata.shared)
-    return cuda_resources(compiled.asm["cubin"])
+    return triton.compile(source, target=gpu, options=launch.options)
 
 
-def hip_resources(assembly: str, shared: int) -> Resources:
-    """Resources from the metadata of an AMD code object.
-
-    Scalar registers spill into lanes of vector registers, which takes no memory; only vector spills count.
-    """
-
-    def field(name: str) -> int:
-        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
-        if found is None:
-            raise RuntimeError(f"the AMD code object has no .{name}: its format has changed")
-        return int(found.group(1))
-
-    return Resources(field("vgpr_count"), field("vgpr_spill_count"), shared)
-
-
-def cuda_resources(cubin: bytes) -> Resources:
-    """Resources from cuobjdump, which Triton ships."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", done.stdout)
-    if found is None:
-        raise RuntimeError(f"cuobjdump gave no resources: {done.stdout}{done.stderr}")
-    registers, stack, shared, local = map(int, found.groups())
-    return Resources(registers, stack + local, shared)
-
-
-def check_target(target_name: str, quick: bool, match: str) -> list[tuple[str, int, Resources | str]]:
-    """Label, number of warps, and resources or error message of every matching kernel on one target."""
-    rows: list[tuple[str, int, Resources | str]] = []
-    for label, launch in planned_launches(target_name, quick):
+def check_target(target_name: str, match: str, emit: Path | None) -> dict[str, Figures | str]:
+    """Figures, or the error message, of every matching kernel on one target, by label."""
+    found: dict[str, Figures | str] = {}
+    for label, launch in planned_launches(target_name):
         if match not in label:
             continue
         try:
-            outcome: Resources | str = compile_launch(launch, target_name)
+            compiled = compile_launch(launch, target_name)
+            found[label], assembly = analyse(launch, compiled, target_name)
         except Exception as error:  # report the other kernels too
-            outcome = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        rows.append((label, launch.num_warps, outcome))
-    return rows
+            found[label] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1].strip()}"
+            continue
+        if emit:
+            folder = emit / target_name
+            folder.mkdir(parents=True, exist_ok=True)
+            name = re.sub(r"[^\w=.-]+", "-", label)
+            code, text = ("hsaco", "s") if target_name.startswith("gfx") else ("cubin", "sass")
+            (folder / f"{name}.{code}").write_bytes(compiled.asm[code])
+            (folder / f"{name}.{text}").write_text(assembly)
+    return found
+
+
+def faults(target_name: str, label: str, figures: Figures | str, budget: Figures | None, limited: bool) -> list[str]:
+    """What is wrong with a kernel: it does not compile, spills, or takes more instructions than it may.
+
+    Args:
+        figures: of this kernel now, or why it does not compile.
+        budget: its figures in the committed report, {} if it is not there, None if there is no report.
+        limited: whether ``LIMITS`` hold, which are for one version of Triton.
+    """
+    if isinstance(figures, str):
+        return [f"does not compile: {figures}"]
+    now, unit = figures["instructions"], figures["unit"]
+    found = [f"spills {figures['spilled']}"] if figures["spilled"] else []
+    if budget == {}:
+        found.append("is not in the report; make kernels-report writes it")
+    if budget and now > RISE * budget["instructions"]:
+        found.append(f"{now} instructions a {unit}, {budget['instructions']} in the report")
+    if limited and target_name == "sm_90" and label in LIMITS:
+        limit, barriers = LIMITS[label]
+        if now > limit:
+            found.append(f"{now} instructions a {unit}, limit {limit}")
+        if barriers is not None and figures["barriers"] > barriers:
+            found.append(f"{figures['barriers']} barriers in the loop, limit {barriers}")
+    return found
+
+
+def describe(model: Mapping[str, Figures]) -> str:
+    """The model's figures in a line: by GPU what bounds it, and the share of a copy's bandwidth or the time."""
+    words = []
+    for name, figures in model.items():
+        speed = f" {figures['share']:.0%} of copy" if "share" in figures else ""
+        speed += f" {figures['us']} µs" if "us" in figures else ""
+        words.append(f"{name} {figures['bound']}{speed}")
+    return "; ".join(words)
+
+
+def write_report(path: Path, targets: Mapping[str, Mapping[str, Figures | str]]) -> None:
+    """Write the figures, one kernel a line."""
+    import triton
+
+    lines = [
+        f"  {json.dumps(target)}: {{\n"
+        + ",\n".join(f"    {json.dumps(label)}: {json.dumps(figures)}" for label, figures in kernels.items())
+        + "\n  }"
+        for target, kernels in targets.items()
+    ]
+    versions = f'"triton": {json.dumps(triton.__version__)}, "torch": {json.dumps(torch.__version__)}'
+    path.write_text(f"{{\n  {versions},\n" + ",\n".join(lines) + "\n}\n")
 
 
 def main() -> None:
-    """Print a table per target; exit 1 if a kernel spills or does not compile."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="check fewer shapes")
+    """Print a table per target; exit 1 if a kernel does not compile, spills or is over its budget."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--emit", type=Path, metavar="DIR", help="write the code objects and their assembly")
+    parser.add_argument("--budget", type=Path, metavar="FILE", help="compare with this report")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="check only this target; repeatable")
     parser.add_argument("--match", default="", help="check only kernels whose label contains this text")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is 1, which replaces the compiler; unset it")
+    import triton
+
+    limited = triton.__version__.startswith(LIMITS_TRITON)
+    budget = json.loads(args.budget.read_text()) if args.budget else None
+    if budget and budget["triton"] != triton.__version__:
+        parser.error(
+            f"{args.budget} is for Triton {budget['triton']} and this is {triton.__version__}; install that one"
+        )
     targets = args.target or list(TARGETS)
+    report: dict[str, dict[str, Figures | str]] = {}
     bad = checked = 0
     with ProcessPoolExecutor(min(len(targets), os.cpu_count() or 1)) as pool:
-        jobs = [pool.submit(check_target, target, args.quick, args.match) for target in targets]
+        jobs = [pool.submit(check_target, target, args.match, args.emit) for target in targets]
         for target, job in zip(targets, jobs, strict=True):
-            rows = job.result()
-            print(f"\n{target}\n  {'kernel':66} warps  registers  spilled  shared")
-            for label, warps, outcome in rows:
+            report[target] = job.result()
+            print(f"\n{target}\n  {'kernel':56} per   instructions  barriers  registers  programs  KB in flight  model")
+            for label, figures in report[target].items():
                 checked += 1
-                if isinstance(outcome, str):
-                    bad += 1
-                    print(f"  {label:66} {warps:5}  DOES NOT COMPILE: {outcome}")
-                else:
-                    bad += outcome.spilled > 0
-                    mark = "  SPILLS" if outcome.spilled else ""
-                    print(f"  {label:66} {warps:5} {outcome.registers:10} {outcome.spilled:8} {outcome.shared:7}{mark}")
+                wrong = faults(target, label, figures, budget and budget[target].get(label, {}), limited)
+                bad += bool(wrong)
+                if not isinstance(figures, str):
+                    f = figures
+                    print(
+                        f"  {label:56} {f['unit']:5} {f['instructions']:12} {f['barriers']:9} {f['registers']:10} "
+                        f"{f['programs']:9} {f['in_flight'] / 1024:13.1f}  {describe(f['model'])}"
+                    )
+                for fault in wrong:
+                    print(f"  {label:56} FAULT: {fault}")
             sys.stdout.flush()
-    print(
-        f"\n{checked} kernels compiled for {', '.join(targets)}: {bad} bad" if bad else f"\n{checked} kernels: no spill"
-    )
+    if args.report:
+        write_report(args.report, report)
+    print(f"\n{checked} kernels, {bad} bad")
     raise SystemExit(1 if bad else 0)
 
 

@@ -23,7 +23,7 @@ definition, which scales such rows, has a loss for it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -680,8 +680,9 @@ def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool, architect
         unroll, registers = (4, 128) if num_warps < 16 else (1, 64)
         options = {"num_warps": num_warps, "programs": programs, "unroll": unroll, "max_registers": registers, **tuned}
         return LossConfig(1, 1, 32 * options["num_warps"] * v, False, **options)
-    tile = 32 * tuned.get("logits", 32)  # of a warp
-    rows = max(1, tile // block)
+    # Of a warp; several float32 rows of few logits would spill.
+    tile = 32 * tuned.get("logits", 16 if dtype.itemsize == 4 and block < 512 else 32)
+    rows = max(1, min(64, tile // block))
     num_warps = max(1, block // tile)
     width = max(v, min(block, 32 * num_warps * v // rows))
     programs, registers = (12, 168) if num_warps == 1 and rows == 1 and not edges else (max(1, 8 // num_warps), None)
@@ -769,7 +770,11 @@ def plan_loss(
     stats = logits.new_empty((3, rows), dtype=wide)
     flags = logits.new_empty((2, rows), dtype=torch.bool)
     v, edges = vector_of(logits, grad)
-    config = loss_config(classes, logits.dtype, v, edges, target.architecture) if config is None else config
+    if config is None:
+        config = loss_config(classes, logits.dtype, v, edges, target.architecture)
+        if label_smoothing:  # takes more registers than the limits leave, and with class weights than a held row does
+            config = replace(config, max_registers=None)
+            config = config if class_weight is None or not config.held else LossConfig(1, 1, 128 * v, False, 4, 4)
     programs = num_programs_for(cdiv(rows, config.rows), config.programs, target)
     constants = loss_constants(logits.device, t_min, t_max, t_wrong, confidence_threshold, label_smoothing)
     arguments = (

@@ -1,16 +1,19 @@
-"""Compile check: kernels compile for GPUs that are not present, and a spill fails the check."""
+"""Compile check: kernels compile for GPUs that are not present, and spills and kernels over their budget fail it."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
-from tal_fast.kernels import compile_check
+from tal_fast.kernels import compile_check, cost
 
 COMMAND = [sys.executable, "-m", "tal_fast.kernels.compile_check"]
 
@@ -20,30 +23,56 @@ def run(*command: str, interpreter: bool = False) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_one_kernel_compiles_for_every_target() -> None:
-    done = run(*COMMAND, "--quick", "--match", "push accepted")
+def test_one_kernel_compiles_for_every_target_and_is_held_to_its_report(tmp_path: Path) -> None:
+    report, objects = tmp_path / "report.json", tmp_path / "objects"
+    only = ["--match", "push all queue float32"]
+    done = run(*COMMAND, *only, "--report", str(report), "--emit", str(objects))
     assert done.returncode == 0, done.stdout + done.stderr
-    for target in compile_check.TARGETS:
-        assert target in done.stdout
-    assert "8 kernels: no spill" in done.stdout
+    found = json.loads(report.read_text())
+    for target, architecture in cost.TARGETS.items():
+        figures = found[target]["push all queue float32"]
+        assert figures["unit"] == "row"
+        assert figures["instructions"] == pytest.approx(sum(figures["kinds"].values()), abs=0.2)
+        assert figures["registers"] > 0
+        assert figures["programs"] > 0
+        assert set(figures["model"]) == {gpu.name for gpu in architecture.gpus}
+    files = {str(file.relative_to(objects)) for file in objects.rglob("*") if file.is_file()}
+    assert "sm_90/push-all-queue-float32.cubin" in files
+    assert "gfx942/push-all-queue-float32.hsaco" in files
+
+    # A report of fewer instructions: the same kernel is now over it, on this target only.
+    found["sm_80"]["push all queue float32"]["instructions"] /= 1.06
+    report.write_text(json.dumps(found))
+    over = run(*COMMAND, *only, "--budget", str(report), "--target", "sm_80")
+    assert over.returncode == 1
+    assert "in the report" in over.stdout
+    found["triton"] = "1.0"
+    report.write_text(json.dumps(found))
+    other = run(*COMMAND, *only, "--budget", str(report), "--target", "sm_80")
+    assert other.returncode == 2
+    assert "is for Triton 1.0" in other.stderr
 
 
 def test_a_spill_fails_the_check() -> None:
     code = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields
+from types import SimpleNamespace
 from tal_fast.kernels import compile_check
-plans = list(compile_check.planned_launches("cuda:90", quick=True))
-# 24 registers do not hold the 16 minima of a thread and their addresses.
-compile_check.planned_launches = lambda *_: [(label, replace(plan, max_registers=24)) for label, plan in plans]
+plans = list(compile_check.planned_launches("sm_90"))
+# 24 registers do not hold the minima of a thread and their addresses.
+limited = lambda plan: SimpleNamespace(
+    **{field.name: getattr(plan, field.name) for field in fields(plan)}, options={**plan.options, "maxnreg": 24}
+)
+compile_check.planned_launches = lambda _: [(label, limited(plan)) for label, plan in plans]
 compile_check.ProcessPoolExecutor = ThreadPoolExecutor  # a process would not see the change
-sys.argv = ["compile_check", "--quick", "--target", "cuda:90", "--match", "nearest, queue float32"]
+sys.argv = ["compile_check", "--target", "sm_90", "--match", "search queue float32"]
 compile_check.main()
 """
     done = run(sys.executable, "-c", code)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "SPILLS" in done.stdout
+    assert "FAULT: spills" in done.stdout
 
 
 def test_the_interpreter_is_refused() -> None:
@@ -52,8 +81,33 @@ def test_the_interpreter_is_refused() -> None:
     assert "unset it" in done.stderr
 
 
-def test_unknown_amd_metadata_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match=r"no \.vgpr_count"):
-        compile_check.hip_resources("nothing here", 0)
-    resources = compile_check.hip_resources(".vgpr_count:     40\n.vgpr_spill_count: 3\n", 16)
-    assert resources == compile_check.Resources(40, 3, 16)
+@pytest.mark.parametrize(
+    ("figures", "budget", "expected"),
+    [
+        ({}, None, []),
+        ({}, {"instructions": 39.0}, []),
+        ({}, {"instructions": 38.0}, ["40.0 instructions a logit, 38.0 in the report"]),
+        ({}, {}, ["is not in the report; make kernels-report writes it"]),
+        ({"instructions": 40.1}, None, ["40.1 instructions a logit, limit 40"]),
+        ({"spilled": 8}, None, ["spills 8"]),
+    ],
+)
+def test_faults(figures: dict[str, Any], budget: dict[str, Any] | None, expected: list[str]) -> None:
+    label = "loss bfloat16 C=1000 paper"
+    kernel = {"unit": "logit", "instructions": 40.0, "spilled": 0, "barriers": 2, **figures}
+    assert compile_check.faults("sm_90", label, kernel, budget, limited=True) == expected
+
+
+def test_a_barrier_in_the_search_is_a_fault() -> None:
+    kernel = {"unit": "pair", "instructions": 5.0, "spilled": 0, "barriers": 1}
+    label = "search queue float32"
+    assert compile_check.faults("sm_90", label, kernel, None, limited=True) == ["1 barriers in the loop, limit 0"]
+    assert compile_check.faults("sm_100", label, kernel, None, limited=True) == []
+    assert compile_check.faults("sm_90", label, kernel, None, limited=False) == []
+
+
+def test_every_limit_is_of_a_planned_launch_and_every_kernel_has_its_unit() -> None:
+    planned = {target: dict(compile_check.planned_launches(target)) for target in cost.TARGETS}
+    assert set(compile_check.LIMITS) <= set(planned["sm_90"])
+    kernels = {launch.kernel.__name__ for launches in planned.values() for launch in launches.values()}
+    assert kernels == set(cost.WORK)
