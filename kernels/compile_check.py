@@ -46,7 +46,10 @@ LIMITS: dict[str, tuple[float, int | None]] = {
     **{f"loss {t} C={c} paper": (40, None) for t in ("bfloat16", "float32") for c in (1000, 4096, 8192)},
     **{f"loss {t} C={c} paper": (45, None) for t in ("bfloat16", "float32") for c in (100, 1003, 21841, 131072)},
     "search queue float32": (6, 0),
-    "push accepted queue float32": (12, None),
+    # Several rows to a warp; twice the logits a thread, which would do, spill with Triton 3.8.
+    "loss float32 C=100 paper": (60, None),
+    # One program; a scan over its rows takes most.
+    "push accepted queue float32": (85, None),
 }
 RISE = 1.05  # allowed over the committed report
 

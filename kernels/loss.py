@@ -772,9 +772,12 @@ def plan_loss(
     v, edges = vector_of(logits, grad)
     if config is None:
         config = loss_config(classes, logits.dtype, v, edges, target.architecture)
-        if label_smoothing:  # takes more registers than the limits leave, and with class weights than a held row does
+        if label_smoothing:  # takes more registers than the limits leave, and with class weights than a full tile does
             config = replace(config, max_registers=None)
-            config = config if class_weight is None or not config.held else LossConfig(1, 1, 128 * v, False, 4, 4)
+            if class_weight is not None and config.held:
+                block = triton.next_power_of_2(classes)
+                width = min(block, 32 * v) if block <= 512 else block // 4
+                config = LossConfig(1, block // width, width, block <= 512, 1 if block <= 512 else 4, 4)
     programs = num_programs_for(cdiv(rows, config.rows), config.programs, target)
     constants = loss_constants(logits.device, t_min, t_max, t_wrong, confidence_threshold, label_smoothing)
     arguments = (
