@@ -1,0 +1,439 @@
+"""TAL fused with the last Linear layer, whose logits exist for a chunk of rows at a time.
+
+For each chunk: one matrix product gives its logits Z = X Wᵀ + b; their loss is computed and their gradient g written over
+them; two more products give g W, the chunk's part of the features' gradient, and gᵀ X, which adds to the weight's in
+float32. The temperature of variant ``paper`` needs of other rows only their features; ``released`` and
+``queue_scope="global"`` need every row's arg-max, and so the logits twice: in a first round for the batch's sums, in a
+second for the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from math import ceil
+from typing import Any, Literal, NoReturn, overload
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tal_fast.loss import dispatch
+from tal_fast.loss.autograd import attach_gradient, refuse_transforms, wants_gradient
+from tal_fast.loss.backends import Backend, KernelBackend, LossInputs
+from tal_fast.loss.functional import StepResult, step_in_parts
+from tal_fast.loss.module import TALLoss
+from tal_fast.loss.options import LossOptions, check_inputs
+from tal_fast.loss.reference import TALStats, compute_dtype
+from tal_fast.loss.ring import RingBuffer
+
+CHUNK_ROWS = 512
+"""Most rows of a chunk. On one core of a Sapphire Rapids CPU (C = 131,072, D = 512) the three products in chunks take 1.01
+times those of the whole batch at 512 rows, 1.06 at 256, 1.19 at 128 and 1.52 at 64."""
+
+CHUNK_BYTES = 256 << 20
+"""Memory a chunk may always take; beyond it, a ninth of the batch's rows: with the rest, less than 1/8 of all logits."""
+
+CAST_CLASSES = 4096
+"""Classes whose gradient is cast at a time where no product of half-precision factors adds to float32."""
+
+
+class TALLinearLoss(TALLoss):
+    """Typicalness-aware learning loss and the last Linear layer in one, for class counts whose logits fill the memory.
+
+    The loss, its gradients and the queue are those of ``TALLoss`` of ``F.linear(features, weight, bias)``, to rounding,
+    without a (B, C) tensor: at most 256 MB of logits, or a ninth of the batch's, exist at a time. The gradients are
+    computed in the forward pass. In half precision the weight's is summed in float32 and rounded once. The matrix
+    products of variant ``released`` and of ``queue_scope="global"`` are four instead of three. In plain PyTorch
+    (``backend="reference"``) it is ``F.linear`` and ``TALLoss``, logits and all.
+
+    Args:
+        As of ``TALLoss``, whose ``state_dict`` it has too. ``class_group`` must be None and ``reduction`` not ``"none"``;
+        ``inplace`` has no effect.
+
+    Raises:
+        ValueError: If an option is out of its range.
+
+    Examples:
+        >>> import torch
+        >>> from tal_fast import TALLinearLoss
+        >>> head, loss_fn = torch.nn.Linear(64, 1000), TALLinearLoss(queue_size=1000)
+        >>> features, labels = torch.rand(32, 64, requires_grad=True), torch.randint(1000, (32,))
+        >>> loss = loss_fn(features, head.weight, head.bias, labels)
+        >>> loss.backward()
+        >>> features.grad.shape, head.weight.grad.shape, head.bias.grad.shape
+        (torch.Size([32, 64]), torch.Size([1000, 64]), torch.Size([1000]))
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.class_group is not None:
+            raise ValueError("class_group is for logits that a TALLoss is given; leave it None, or use TALLoss")
+
+    # The type of the result depends on ``return_stats``.
+    @overload  # type: ignore[override]
+    def forward(
+        self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, warmup: bool = ...,
+        push: bool = ..., return_stats: Literal[False] = ...,
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def forward(
+        self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, warmup: bool = ...,
+        push: bool = ..., return_stats: Literal[True],
+    ) -> tuple[Tensor, TALStats]: ...  # fmt: skip
+
+    def forward(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        *,
+        warmup: bool = False,
+        push: bool = True,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, TALStats]:
+        """Loss of a batch.
+
+        Args:
+            features: (B, D) floating point, D >= 2: the input of the last Linear layer. Its gradient is that through the
+                logits; the typicalness passes none.
+            weight, bias: (C, D) and (C,) or None: the layer's parameters, in the features' dtype unless autocast is on.
+            labels: (B,) int64 in [0, C), or ``ignore_index``.
+            warmup, push, return_stats: As in ``TALLoss``.
+
+        Returns:
+            loss: Scalar in float32 (float64 for float64 logits).
+            stats: ``TALStats`` with (B,) fields, if ``return_stats``.
+
+        Raises:
+            ValueError: If shapes do not fit, D < 2, devices differ, or a label is out of range (checked as in ``TALLoss``).
+            TypeError: If a dtype is not as above.
+        """
+        self._check(_check_layer(features, weight, bias), features, labels)
+        step = partial(linear_step, features, weight, bias, labels)
+        result = self._around_queue(step, features.device, len(labels), warmup, push)
+        self._look(result.stats, push)
+        return (result.loss, result.stats) if return_stats else result.loss
+
+    def loss_and_gradient(self, *_: Any, **__: Any) -> NoReturn:
+        """Not available: the gradients are computed in ``forward``."""
+        raise NotImplementedError("TALLinearLoss has no gradient of logits to give; call it and use loss.backward()")
+
+
+def linear_tal_loss(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    queue_mean: Tensor,
+    queue_std: Tensor,
+    *,
+    variant: str = "paper",
+    t_min: float = 10.0,
+    t_max: float = 100.0,
+    t_wrong: float | None = 20.0,
+    confidence_threshold: float | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    warmup: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, TALStats]:
+    """TAL loss of a batch and its last Linear layer, given the queue as tensors; see ``TALLinearLoss``.
+
+    Args:
+        features, weight, bias, labels: As in ``TALLinearLoss.forward``.
+
+    The other arguments, results and errors are those of ``tal_loss``.
+
+    Examples:
+        >>> import torch
+        >>> from tal_fast.functional import linear_tal_loss
+        >>> head, features = torch.nn.Linear(64, 1000), torch.rand(32, 64)
+        >>> queue_mean, queue_std = torch.rand(500), torch.rand(500)
+        >>> labels = torch.randint(1000, (32,))
+        >>> loss, stats = linear_tal_loss(features, head.weight, head.bias, labels, queue_mean, queue_std)
+        >>> loss.shape, stats.typicalness.shape
+        (torch.Size([]), torch.Size([32]))
+    """
+    options = LossOptions(variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing)
+    check_inputs(_check_layer(features, weight, bias), features, labels, ignore_index)
+    result = linear_step(
+        features, weight, bias, labels, RingBuffer.of_entries(queue_mean, queue_std, features.device), options,
+        backend=dispatch.for_loss(dispatch.check_name(backend), features.device), warmup=warmup, combine=None,
+    )  # fmt: skip
+    return result.loss, result.stats
+
+
+def linear_step(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ring: RingBuffer,
+    options: LossOptions,
+    *,
+    backend: Backend,
+    warmup: bool,
+    combine: Callable[..., Tensor] | None,
+) -> StepResult:
+    """TAL step from features and the last layer, without the checks before it and the push after it.
+
+    The arguments are those of ``functional.step_in_parts``.
+    """
+    if not isinstance(backend, KernelBackend):
+        return step_in_parts(
+            F.linear(features, weight, bias), features, labels, ring, options,
+            backend=backend, warmup=warmup, class_group=None, combine=combine, direct=False,
+        )  # fmt: skip
+    layer = [features, weight] if bias is None else [features, weight, bias]
+    for tensor in layer:
+        refuse_transforms(tensor)
+    wanted = [wants_gradient(tensor) for tensor in layer] + [False] * (bias is None)
+    with torch.no_grad():
+        mean, std, distance, summary = backend.statistics_distance(features, labels, ring, options.ignore_index)
+        factors = [tensor.detach().to(_dtype_in_products(tensor)) for tensor in layer]
+        inputs = LossInputs(factors[0], labels, distance, summary, ring, options, warmup)
+        fused = _operators if torch.compiler.is_compiling() else _fused
+        loss, gradients, stats = fused(factors, inputs, backend, wanted, combine)
+    for tensor, gradient in zip(layer, gradients, strict=False):
+        if wants_gradient(tensor):  # a node each, whose own loss is 0
+            # float16 waits for a gradient scaler's factor.
+            gradient = gradient if tensor.dtype == torch.float16 else gradient.to(tensor.dtype)
+            loss = loss + attach_gradient(tensor, torch.zeros_like(loss), gradient)
+    return StepResult(loss, None, stats, mean, std)
+
+
+def _check_layer(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Raise ValueError or TypeError unless features and a Linear layer's parameters fit; else (B, C) for further checks."""
+    if weight.dim() != 2 or features.dim() != 2 or features.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"features are {tuple(features.shape)} and the weight {tuple(weight.shape)} but must be (B, D) and (C, D)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias is {tuple(bias.shape)} but must be ({len(weight)},) as the weight's rows, or None")
+    layer = {"features": features, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in layer.items():
+        if tensor.device != features.device:
+            raise ValueError(f"features are on {features.device} and {name} on {tensor.device}; move them to one device")
+        if _dtype_in_products(tensor) != _dtype_in_products(features):
+            raise TypeError(f"features are {features.dtype} and {name} {tensor.dtype}; convert one of them or use autocast")
+    return weight.detach().new_zeros(()).expand(len(features), len(weight))
+
+
+def _dtype_in_products(tensor: Tensor) -> torch.dtype:
+    """The tensor's dtype in a matrix product: autocast's where it is on, which leaves float64 alone."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64 else tensor.dtype
+
+
+def rows_per_chunk(rows: int, classes: int, bytes_each: int) -> int:
+    """Rows of a chunk, at least 1, whose logits take ``bytes_each`` with their gradient."""
+    most = min(CHUNK_ROWS, max(CHUNK_BYTES // (classes * bytes_each), ceil(rows / 9)))
+    return max(1, ceil(rows / ceil(rows / most))) if rows else 1
+
+
+class _Logits:
+    """Logits of a batch, a chunk of rows at a time in one piece of memory."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.x, self.weight, self.bias = x, weight, bias
+        # float16 logits have a float32 gradient beside them, and its float16 copy.
+        rows = rows_per_chunk(len(x), len(weight), 8 if x.dtype == torch.float16 else x.element_size())
+        self.chunks = [slice(start, min(start + rows, len(x))) for start in range(0, max(1, len(x)), rows)]
+        self.memory = x.new_empty(min(rows, len(x)), len(weight))
+        self.held: slice | None = None  # the rows whose logits the memory holds
+
+    def of(self, chunk: slice) -> Tensor:
+        """Logits (rows, C) of a chunk; whoever overwrites them sets ``held`` to None."""
+        logits = self.memory[: chunk.stop - chunk.start]
+        if self.held != chunk:
+            if self.bias is None:
+                torch.mm(self.x[chunk], self.weight.T, out=logits)
+            else:
+                torch.addmm(self.bias, self.x[chunk], self.weight.T, out=logits)
+            self.held = chunk
+        return logits
+
+
+class _Gradients:
+    """Gradients by features, weight and bias, summed over chunks; None where not wanted.
+
+    That by the features is in the dtype of the products, the others in float32 (float64 for float64). In float16 all are
+    multiplied by ``scale`` until ``finish``, without which small gradients would be lost.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, wanted: list[bool], scale: float) -> None:
+        wide = compute_dtype(x)
+        self.factors, self.scale, self.empty = (x, weight), scale, True
+        self.sums = [
+            x.new_empty(x.shape) if wanted[0] else None,
+            weight.new_empty(weight.shape, dtype=wide) if wanted[1] else None,
+            weight.new_empty(len(weight), dtype=wide) if wanted[2] else None,
+        ]
+
+    def add(self, chunk: slice, gradient: Tensor) -> None:
+        """Add a chunk's part, from its gradient (rows, C) by the logits, which is lost."""
+        x, weight = self.factors
+        by_x, by_weight, by_bias = self.sums
+        if gradient.dtype != x.dtype:
+            gradient = gradient.mul_(self.scale).to(x.dtype)
+        if by_x is not None:
+            torch.mm(gradient, weight, out=by_x[chunk])
+        if by_weight is not None:
+            _add_product(by_weight, gradient.T, x[chunk], beta=0.0 if self.empty else 1.0)
+        if by_bias is not None:
+            part = gradient.sum(0, dtype=by_bias.dtype)
+            by_bias.copy_(part) if self.empty else by_bias.add_(part)
+        self.empty = False
+
+    def finish(self) -> list[Tensor | None]:
+        """The gradients."""
+        if self.scale != 1:
+            self.sums = [None if t is None else t.to(torch.float32).div_(self.scale) for t in self.sums]
+        return self.sums
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
+    """Write beta · total + a b over ``total``, in its dtype even if a and b have half its precision."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif _adds_to_float32(total.device):
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        b = b.to(total.dtype)
+        for rows, part in zip(total.split(CAST_CLASSES), a.split(CAST_CLASSES), strict=True):
+            torch.addmm(rows, part.to(total.dtype), b, beta=beta, out=rows)
+
+
+@cache
+def _adds_to_float32(device: torch.device) -> bool:
+    """Whether products of bfloat16 and float16 matrices can be added to float32 ones on this device."""
+    total = torch.ones(16, 16, device=device)
+    half = total.to(torch.bfloat16)
+    try:
+        torch.addmm(total, half, half, out_dtype=torch.float32, out=total)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _fused(
+    factors: list[Tensor], inputs: LossInputs, backend: KernelBackend, wanted: list[bool],
+    combine: Callable[..., Tensor] | None, summed: bool = False,
+) -> tuple[Tensor, list[Tensor | None], TALStats]:  # fmt: skip
+    """Loss without a graph, gradients where wanted (else None), and statistics.
+
+    Args:
+        factors: features (B, D), weight (C, D) and perhaps bias (C,), of one dtype.
+        inputs: those of the whole batch, without logits.
+        wanted: whether the gradients by features, weight and bias are wanted.
+        summed: whether the summary has all its sums already.
+    """
+    logits = _Logits(*factors)
+    options = inputs.options
+    if not summed and (combine is not None or options.variant == "released"):
+        inputs.summary = _whole_summary(logits, inputs, backend)
+        inputs.summary = inputs.summary if combine is None else combine(inputs.summary)
+    half = factors[0].dtype == torch.float16
+    # A power of 2, with which a row's gradient is about 16 times that of its own loss.
+    scale = 2.0 ** (4 + len(factors[0]).bit_length()) if half else 1.0
+    need_grad = any(wanted)
+    gradients = _Gradients(*factors[:2], wanted, scale)
+    results = []
+    whole = replace(inputs, options=replace(options, inplace=not half))
+    for chunk in reversed(logits.chunks):  # the first round, if there was one, has left the last chunk's logits
+        loss, gradient, stats = backend.forward(_rows(whole, chunk, logits.of(chunk)), need_grad)
+        results.append((loss, stats))
+        if need_grad:
+            logits.held = None
+            gradients.add(chunk, gradient)
+    losses, stats = zip(*reversed(results), strict=True)
+    fields = (torch.cat(parts) for parts in zip(*stats, strict=True))
+    return torch.stack(losses).sum(), gradients.finish(), TALStats(*fields)
+
+
+def _whole_summary(logits: _Logits, inputs: LossInputs, backend: Backend) -> Tensor:
+    """Summary of the batch with the sums that need logits; they add up over the chunks."""
+    assert inputs.summary is not None
+    total = inputs.summary.clone()
+    total[3:6] = 0
+    for chunk in logits.chunks:
+        rows = _rows(inputs, chunk, logits.of(chunk))
+        total[3:6] += backend.complete_summary(replace(rows, summary=inputs.summary.clone()))[3:6]
+    return total
+
+
+def _rows(inputs: LossInputs, chunk: slice, logits: Tensor) -> LossInputs:
+    """A chunk's inputs, with the summary of the batch."""
+    return replace(inputs, logits=logits, labels=inputs.labels[chunk], distance=inputs.distance[chunk])
+
+
+# What torch.compile keeps in its graph.
+_INPUTS = (
+    "Tensor[] factors, Tensor labels, Tensor distance, Tensor summary, str backend, bool warmup, str variant, "
+    "float t_min, float t_max, float? t_wrong, float confidence_threshold, int ignore_index, float label_smoothing"
+)
+
+
+def _operators(
+    factors: list[Tensor], inputs: LossInputs, backend: KernelBackend, wanted: list[bool],
+    combine: Callable[..., Tensor] | None,
+) -> tuple[Tensor, list[Tensor], TALStats]:  # fmt: skip
+    """``_fused`` as operators, which ``torch.compile`` keeps in its graph."""
+    o = inputs.options
+    rest = (
+        backend.name, inputs.warmup, o.variant, o.t_min, o.t_max, o.t_wrong, o.confidence_threshold, o.ignore_index,
+        o.label_smoothing,
+    )  # fmt: skip
+    summary = inputs.summary
+    if combine is not None:
+        summary = combine(_linear_sums(factors, inputs.labels, inputs.distance, summary, *rest))
+    loss, by_x, by_weight, by_bias, *stats = _linear_loss(
+        wanted, combine is not None, factors, inputs.labels, inputs.distance, summary, *rest
+    )
+    return loss, [by_x, by_weight, by_bias], TALStats(inputs.distance, *stats)
+
+
+def _inputs_of(
+    factors: list[Tensor], labels: Tensor, distance: Tensor, summary: Tensor, backend: str, warmup: bool, *options: Any
+) -> tuple[LossInputs, KernelBackend]:
+    ring = RingBuffer.empty(1, torch.float32, labels.device, indexed=False)  # scratch memory for the kernels
+    inputs = LossInputs(factors[0], labels, distance, summary, ring, LossOptions(*options), warmup)
+    return inputs, dispatch.for_loss(backend, labels.device)  # type: ignore[return-value]
+
+
+@partial(torch.library.custom_op, "tal_fast::linear_sums", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
+def _linear_sums(factors: list[Tensor], *arguments: Any) -> Tensor:
+    return _whole_summary(_Logits(*factors), *_inputs_of(factors, *arguments))
+
+
+@partial(
+    torch.library.custom_op, "tal_fast::linear_loss", mutates_args=(),
+    schema=f"(bool[] wanted, bool summed, {_INPUTS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def _linear_loss(wanted: list[bool], summed: bool, factors: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
+    loss, gradients, stats = _fused(factors, *_inputs_of(factors, *arguments), wanted, None, summed)
+    by_layer = [loss.new_empty(0) if gradient is None else gradient for gradient in gradients]
+    return (loss, *by_layer, *stats[1:])
+
+
+@_linear_sums.register_fake
+def _(factors: list[Tensor], labels: Tensor, distance: Tensor, summary: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(summary)
+
+
+@_linear_loss.register_fake
+def _(wanted: list[bool], summed: bool, factors: list[Tensor], *_: Any) -> tuple[Tensor, ...]:
+    x, weight = factors[:2]
+    wide, rows = compute_dtype(x), x.shape[:1]
+    by_x, by_weight, by_bias = wanted
+    gradients = (
+        x.new_empty(x.shape if by_x else (0,), dtype=wide if x.dtype == torch.float16 or not by_x else x.dtype),
+        x.new_empty(weight.shape if by_weight else (0,), dtype=wide),
+        x.new_empty(weight.shape[:1] if by_bias else (0,), dtype=wide),
+    )
+    stats = [x.new_empty(rows, dtype=dtype) for dtype in (wide, wide, wide, torch.bool, torch.bool)]
+    return (x.new_empty((), dtype=wide), *gradients, *stats)
