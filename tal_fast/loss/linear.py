@@ -1,8 +1,8 @@
 """TAL fused with the last Linear layer, whose logits exist for a chunk of rows at a time.
 
-For each chunk: one matrix product gives its logits Z = X Wᵀ + b; their loss is computed and their gradient g written over
-them; two more products give g W, the chunk's part of the features' gradient, and gᵀ X, which adds to the weight's in
-float32. The temperature of variant ``paper`` needs of other rows only their features; ``released`` and
+For each chunk: one matrix product gives its logits Z = X Wᵀ + b; their loss is computed and their gradient g written
+over them; two more products give g W, the chunk's part of the features' gradient, and gᵀ X, which adds to the weight's
+in float32. The temperature of variant ``paper`` needs of other rows only their features; ``released`` and
 ``queue_scope="global"`` need every row's arg-max, and so the logits twice: in a first round for the batch's sums, in a
 second for the loss.
 """
@@ -29,11 +29,11 @@ from tal_fast.loss.reference import TALStats, compute_dtype
 from tal_fast.loss.ring import RingBuffer
 
 CHUNK_ROWS = 512
-"""Most rows of a chunk. On one core of a Sapphire Rapids CPU (C = 131,072, D = 512) the three products in chunks take 1.01
-times those of the whole batch at 512 rows, 1.06 at 256, 1.19 at 128 and 1.52 at 64."""
+"""Most rows of a chunk. At C = 131,072 and D = 512, on one core with AVX-512, the three products in chunks take 1.06
+times as long as whole at 256 rows, 1.19 at 128 and 1.52 at 64: each reads the weight and its gradient once more."""
 
 CHUNK_BYTES = 256 << 20
-"""Memory a chunk may always take; beyond it, a ninth of the batch's rows: with the rest, less than 1/8 of all logits."""
+"""Memory of a chunk; where that is less than a ninth of the rows, a ninth: with the rest, 1/8 of all logits."""
 
 CAST_CLASSES = 4096
 """Classes whose gradient is cast at a time where no product of half-precision factors adds to float32."""
@@ -49,8 +49,7 @@ class TALLinearLoss(TALLoss):
     (``backend="reference"``) it is ``F.linear`` and ``TALLoss``, logits and all.
 
     Args:
-        As of ``TALLoss``, whose ``state_dict`` it has too. ``class_group`` must be None and ``reduction`` not ``"none"``;
-        ``inplace`` has no effect.
+        Those of ``TALLoss``, which has the same ``state_dict``. ``class_group`` must be None; ``inplace`` has no effect.
 
     Raises:
         ValueError: If an option is out of its range.
@@ -97,8 +96,8 @@ class TALLinearLoss(TALLoss):
         """Loss of a batch.
 
         Args:
-            features: (B, D) floating point, D >= 2: the input of the last Linear layer. Its gradient is that through the
-                logits; the typicalness passes none.
+            features: (B, D) floating point, D >= 2: the input of the last Linear layer. Their gradient is that through
+                the logits; the typicalness passes none.
             weight, bias: (C, D) and (C,) or None: the layer's parameters, in the features' dtype unless autocast is on.
             labels: (B,) int64 in [0, C), or ``ignore_index``.
             warmup, push, return_stats: As in ``TALLoss``.
@@ -108,8 +107,7 @@ class TALLinearLoss(TALLoss):
             stats: ``TALStats`` with (B,) fields, if ``return_stats``.
 
         Raises:
-            ValueError: If shapes do not fit, D < 2, devices differ, or a label is out of range (checked as in ``TALLoss``).
-            TypeError: If a dtype is not as above.
+            ValueError, TypeError: As in ``TALLoss``.
         """
         self._check(_check_layer(features, weight, bias), features, labels)
         step = partial(linear_step, features, weight, bias, labels)
@@ -206,7 +204,7 @@ def linear_step(
 
 
 def _check_layer(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Raise ValueError or TypeError unless features and a Linear layer's parameters fit; else (B, C) for further checks."""
+    """Raise ValueError or TypeError unless a Linear layer fits the features; returns (B, C) in place of its logits."""
     if weight.dim() != 2 or features.dim() != 2 or features.shape[1] != weight.shape[1]:
         raise ValueError(
             f"features are {tuple(features.shape)} and the weight {tuple(weight.shape)} but must be (B, D) and (C, D)"
@@ -216,16 +214,20 @@ def _check_layer(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     layer = {"features": features, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, tensor in layer.items():
         if tensor.device != features.device:
-            raise ValueError(f"features are on {features.device} and {name} on {tensor.device}; move them to one device")
+            raise ValueError(f"features are on {features.device}, {name} on {tensor.device}; move them to one device")
         if _dtype_in_products(tensor) != _dtype_in_products(features):
-            raise TypeError(f"features are {features.dtype} and {name} {tensor.dtype}; convert one of them or use autocast")
+            raise TypeError(
+                f"features are {features.dtype}, {name} {tensor.dtype}; convert one of them, or use autocast"
+            )
     return weight.detach().new_zeros(()).expand(len(features), len(weight))
 
 
 def _dtype_in_products(tensor: Tensor) -> torch.dtype:
     """The tensor's dtype in a matrix product: autocast's where it is on, which leaves float64 alone."""
     kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64 else tensor.dtype
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return tensor.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def rows_per_chunk(rows: int, classes: int, bytes_each: int) -> int:
@@ -260,8 +262,8 @@ class _Logits:
 class _Gradients:
     """Gradients by features, weight and bias, summed over chunks; None where not wanted.
 
-    That by the features is in the dtype of the products, the others in float32 (float64 for float64). In float16 all are
-    multiplied by ``scale`` until ``finish``, without which small gradients would be lost.
+    That by the features is in the dtype of the products, the others in float32 (float64 for float64). In float16 all
+    are multiplied by ``scale`` until ``finish``, without which small gradients would be lost.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, wanted: list[bool], scale: float) -> None:
@@ -307,6 +309,14 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
             torch.addmm(rows, part.to(total.dtype), b, beta=beta, out=rows)
 
 
+def _scale(rows: int) -> float:
+    """Factor of float16 gradients of a mean over rows, a power of 2 with which they are 16 to 32 times one row's.
+
+    A row's gradient beyond 2,000, as that of logits of norm 0.05, overflows.
+    """
+    return 2.0 ** (4 + rows.bit_length())
+
+
 @cache
 def _adds_to_float32(device: torch.device) -> bool:
     """Whether products of bfloat16 and float16 matrices can be added to float32 ones on this device."""
@@ -337,8 +347,7 @@ def _fused(
         inputs.summary = _whole_summary(logits, inputs, backend)
         inputs.summary = inputs.summary if combine is None else combine(inputs.summary)
     half = factors[0].dtype == torch.float16
-    # A power of 2, with which a row's gradient is about 16 times that of its own loss.
-    scale = 2.0 ** (4 + len(factors[0]).bit_length()) if half else 1.0
+    scale = _scale(len(factors[0])) if half else 1.0
     need_grad = any(wanted)
     gradients = _Gradients(*factors[:2], wanted, scale)
     results = []
@@ -404,16 +413,17 @@ def _inputs_of(
     return inputs, dispatch.for_loss(backend, labels.device)  # type: ignore[return-value]
 
 
-@partial(torch.library.custom_op, "tal_fast::linear_sums", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
+@torch.library.custom_op("tal_fast::linear_sums", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 def _linear_sums(factors: list[Tensor], *arguments: Any) -> Tensor:
     return _whole_summary(_Logits(*factors), *_inputs_of(factors, *arguments))
 
 
-@partial(
-    torch.library.custom_op, "tal_fast::linear_loss", mutates_args=(),
-    schema=f"(bool[] wanted, bool summed, {_INPUTS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)  # fmt: skip
+_RESULTS = ", ".join(["Tensor"] * 9)
+
+
+@torch.library.custom_op(
+    "tal_fast::linear_loss", mutates_args=(), schema=f"(bool[] wanted, bool summed, {_INPUTS}) -> ({_RESULTS})"
+)
 def _linear_loss(wanted: list[bool], summed: bool, factors: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
     loss, gradients, stats = _fused(factors, *_inputs_of(factors, *arguments), wanted, None, summed)
     by_layer = [loss.new_empty(0) if gradient is None else gradient for gradient in gradients]
