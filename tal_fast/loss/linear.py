@@ -2,9 +2,8 @@
 
 For each chunk: one matrix product gives its logits Z = X Wᵀ + b; their loss is computed and their gradient g written
 over them; two more products give g W, the chunk's part of the features' gradient, and gᵀ X, which adds to the weight's
-in float32. The temperature of variant ``paper`` needs of other rows only their features; ``released`` and
-``queue_scope="global"`` need every row's arg-max, and so the logits twice: in a first round for the batch's sums, in a
-second for the loss.
+in float32. The temperature of variant ``paper`` needs of other rows only their features; ``released`` needs every row's
+arg-max, and so the logits twice: in a first round for the batch's sums, in a second for the loss.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ class TALLinearLoss(TALLoss):
     The loss, its gradients and the queue are those of ``TALLoss`` of ``F.linear(features, weight, bias)``, to rounding,
     without a (B, C) tensor: at most 256 MB of logits, or a ninth of the batch's, exist at a time. The gradients are
     computed in the forward pass. In half precision the weight's is summed in float32 and rounded once. The matrix
-    products of variant ``released`` and of ``queue_scope="global"`` are four instead of three. In plain PyTorch
-    (``backend="reference"``) it is ``F.linear`` and ``TALLoss``, logits and all.
+    products of variant ``released`` are four instead of three. In plain PyTorch (``backend="reference"``) it is
+    ``F.linear`` and ``TALLoss``, logits and all.
 
     Args:
-        Those of ``TALLoss``, which has the same ``state_dict``. ``class_group`` must be None; ``inplace`` has no effect.
+        Those of ``TALLoss``, whose ``state_dict`` is the same. ``class_group`` must be None; ``inplace`` does nothing.
 
     Raises:
         ValueError: If an option is out of its range.
@@ -196,10 +195,9 @@ def linear_step(
         fused = _operators if torch.compiler.is_compiling() else _fused
         loss, gradients, stats = fused(factors, inputs, backend, wanted, combine)
     for tensor, gradient in zip(layer, gradients, strict=False):
-        if wants_gradient(tensor):  # a node each, whose own loss is 0
-            # float16 waits for a gradient scaler's factor.
-            gradient = gradient if tensor.dtype == torch.float16 else gradient.to(tensor.dtype)
-            loss = loss + attach_gradient(tensor, torch.zeros_like(loss), gradient)
+        if wants_gradient(tensor):
+            kept = torch.float32 if tensor.dtype == torch.float16 else tensor.dtype  # for a gradient scaler's factor
+            loss = loss + attach_gradient(tensor, torch.zeros_like(loss), gradient.to(kept))
     return StepResult(loss, None, stats, mean, std)
 
 
@@ -260,41 +258,37 @@ class _Logits:
 
 
 class _Gradients:
-    """Gradients by features, weight and bias, summed over chunks; None where not wanted.
+    """Gradients by features, weight and bias, summed over chunks; empty where not wanted.
 
     That by the features is in the dtype of the products, the others in float32 (float64 for float64). In float16 all
     are multiplied by ``scale`` until ``finish``, without which small gradients would be lost.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, wanted: list[bool], scale: float) -> None:
+        self.x, self.weight, self.wanted, self.scale = x, weight, wanted, scale
         wide = compute_dtype(x)
-        self.factors, self.scale, self.empty = (x, weight), scale, True
-        self.sums = [
-            x.new_empty(x.shape) if wanted[0] else None,
-            weight.new_empty(weight.shape, dtype=wide) if wanted[1] else None,
-            weight.new_empty(len(weight), dtype=wide) if wanted[2] else None,
-        ]
+        self.by_x = x.new_empty(x.shape if wanted[0] else (0,))
+        self.by_weight = x.new_empty(weight.shape if wanted[1] else (0,), dtype=wide)
+        self.by_bias = x.new_zeros(weight.shape[:1] if wanted[2] else (0,), dtype=wide)
+        self.beta = 0.0  # of the first chunk, before which the weight's gradient is not written
 
     def add(self, chunk: slice, gradient: Tensor) -> None:
         """Add a chunk's part, from its gradient (rows, C) by the logits, which is lost."""
-        x, weight = self.factors
-        by_x, by_weight, by_bias = self.sums
-        if gradient.dtype != x.dtype:
-            gradient = gradient.mul_(self.scale).to(x.dtype)
-        if by_x is not None:
-            torch.mm(gradient, weight, out=by_x[chunk])
-        if by_weight is not None:
-            _add_product(by_weight, gradient.T, x[chunk], beta=0.0 if self.empty else 1.0)
-        if by_bias is not None:
-            part = gradient.sum(0, dtype=by_bias.dtype)
-            by_bias.copy_(part) if self.empty else by_bias.add_(part)
-        self.empty = False
+        by_x, by_weight, by_bias = self.wanted
+        if gradient.dtype != self.x.dtype:
+            gradient = gradient.mul_(self.scale).to(self.x.dtype)
+        if by_x:
+            torch.mm(gradient, self.weight, out=self.by_x[chunk])
+        if by_weight:
+            _add_product(self.by_weight, gradient.T, self.x[chunk], self.beta)
+        if by_bias:
+            self.by_bias += gradient.sum(0, dtype=self.by_bias.dtype)
+        self.beta = 1.0
 
-    def finish(self) -> list[Tensor | None]:
+    def finish(self) -> list[Tensor]:
         """The gradients."""
-        if self.scale != 1:
-            self.sums = [None if t is None else t.to(torch.float32).div_(self.scale) for t in self.sums]
-        return self.sums
+        gradients = [self.by_x, self.by_weight, self.by_bias]
+        return gradients if self.scale == 1 else [t.to(torch.float32).div_(self.scale) for t in gradients]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
@@ -332,35 +326,39 @@ def _adds_to_float32(device: torch.device) -> bool:
 def _fused(
     factors: list[Tensor], inputs: LossInputs, backend: KernelBackend, wanted: list[bool],
     combine: Callable[..., Tensor] | None, summed: bool = False,
-) -> tuple[Tensor, list[Tensor | None], TALStats]:  # fmt: skip
-    """Loss without a graph, gradients where wanted (else None), and statistics.
+) -> tuple[Tensor, list[Tensor], TALStats]:  # fmt: skip
+    """Loss without a graph, gradients (empty where not wanted), and statistics.
 
     Args:
         factors: features (B, D), weight (C, D) and perhaps bias (C,), of one dtype.
         inputs: those of the whole batch, without logits.
         wanted: whether the gradients by features, weight and bias are wanted.
-        summed: whether the summary has all its sums already.
+        summed: whether the summary is complete.
     """
     logits = _Logits(*factors)
-    options = inputs.options
-    if not summed and (combine is not None or options.variant == "released"):
-        inputs.summary = _whole_summary(logits, inputs, backend)
-        inputs.summary = inputs.summary if combine is None else combine(inputs.summary)
+    if not summed:
+        if _needs_sums(inputs):
+            inputs.summary = _whole_summary(logits, inputs, backend)
+        if combine is not None:
+            inputs.summary = combine(inputs.summary)
     half = factors[0].dtype == torch.float16
-    scale = _scale(len(factors[0])) if half else 1.0
-    need_grad = any(wanted)
-    gradients = _Gradients(*factors[:2], wanted, scale)
-    results = []
-    whole = replace(inputs, options=replace(options, inplace=not half))
+    inputs.options = replace(inputs.options, inplace=not half)
+    gradients = _Gradients(factors[0], factors[1], wanted, _scale(len(factors[0])) if half else 1.0)
+    losses, rows = [], []
     for chunk in reversed(logits.chunks):  # the first round, if there was one, has left the last chunk's logits
-        loss, gradient, stats = backend.forward(_rows(whole, chunk, logits.of(chunk)), need_grad)
-        results.append((loss, stats))
-        if need_grad:
+        loss, gradient, stats = backend.forward(_rows(inputs, chunk, logits.of(chunk)), any(wanted))
+        losses.append(loss)
+        rows.append(stats)
+        if any(wanted):
             logits.held = None
             gradients.add(chunk, gradient)
-    losses, stats = zip(*reversed(results), strict=True)
-    fields = (torch.cat(parts) for parts in zip(*stats, strict=True))
+    fields = (torch.cat(parts[::-1]) for parts in zip(*rows, strict=True))
     return torch.stack(losses).sum(), gradients.finish(), TALStats(*fields)
+
+
+def _needs_sums(inputs: LossInputs) -> bool:
+    """Whether the loss of a row depends on other rows' logits."""
+    return inputs.options.variant == "released" and not inputs.warmup
 
 
 def _whole_summary(logits: _Logits, inputs: LossInputs, backend: Backend) -> Tensor:
@@ -398,11 +396,11 @@ def _operators(
     )  # fmt: skip
     summary = inputs.summary
     if combine is not None:
-        summary = combine(_linear_sums(factors, inputs.labels, inputs.distance, summary, *rest))
-    loss, by_x, by_weight, by_bias, *stats = _linear_loss(
-        wanted, combine is not None, factors, inputs.labels, inputs.distance, summary, *rest
-    )
-    return loss, [by_x, by_weight, by_bias], TALStats(inputs.distance, *stats)
+        if _needs_sums(inputs):
+            summary = _linear_sums(factors, inputs.labels, inputs.distance, summary, *rest)
+        summary = combine(summary)
+    results = _linear_loss(wanted, combine is not None, factors, inputs.labels, inputs.distance, summary, *rest)
+    return results[0], results[1:4], TALStats(inputs.distance, *results[4:])
 
 
 def _inputs_of(
@@ -426,8 +424,7 @@ _RESULTS = ", ".join(["Tensor"] * 9)
 )
 def _linear_loss(wanted: list[bool], summed: bool, factors: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
     loss, gradients, stats = _fused(factors, *_inputs_of(factors, *arguments), wanted, None, summed)
-    by_layer = [loss.new_empty(0) if gradient is None else gradient for gradient in gradients]
-    return (loss, *by_layer, *stats[1:])
+    return (loss, *gradients, *stats[1:])
 
 
 @_linear_sums.register_fake
@@ -441,7 +438,7 @@ def _(wanted: list[bool], summed: bool, factors: list[Tensor], *_: Any) -> tuple
     wide, rows = compute_dtype(x), x.shape[:1]
     by_x, by_weight, by_bias = wanted
     gradients = (
-        x.new_empty(x.shape if by_x else (0,), dtype=wide if x.dtype == torch.float16 or not by_x else x.dtype),
+        x.new_empty(x.shape if by_x else (0,), dtype=wide if x.dtype == torch.float16 else x.dtype),
         x.new_empty(weight.shape if by_weight else (0,), dtype=wide),
         x.new_empty(weight.shape[:1] if by_bias else (0,), dtype=wide),
     )
