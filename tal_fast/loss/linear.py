@@ -281,7 +281,9 @@ class _Gradients:
             torch.mm(gradient, self.weight, out=self.by_x[chunk])
         if by_weight:
             _add_product(self.by_weight, gradient.T, self.x[chunk], self.beta)
-        if by_bias:
+        if by_bias and gradient.dtype == self.by_bias.dtype:
+            self.by_bias.addmv_(gradient.T, gradient.new_ones(len(gradient)))  # in half the time of sum(0) on CPUs
+        elif by_bias:
             self.by_bias += gradient.sum(0, dtype=self.by_bias.dtype)
         self.beta = 1.0
 
