@@ -49,6 +49,7 @@ SHARDED = ("tests/loss/test_tensor_parallel.py", "-k", "at_once")
 INPLACE = ("tests/loss/test_autograd.py", "-k", "native and (inplace or retained)")
 STEP = ("tests/loss/test_module.py", "-k", "one_call")
 DIRECT = ("tests/loss/test_module.py", "-k", "native and loss_and_gradient")
+WEIGHTS = ("tests/loss/test_weights_and_reductions.py", "-k", "(native and error_bounds) or one_call")
 HALF = ("tests/loss/test_module.py", "-k", "loss_and_gradient_of_float16")
 
 MUTATIONS = [
@@ -161,7 +162,7 @@ MUTATIONS = [
     ),
     Mutation(
         "C++ step without a graph: no entry is pushed", "csrc/step_cpu.cpp",
-        "warmup, push, /*need_grad=*/true", "warmup, false, /*need_grad=*/true", DIRECT,
+        "class_weight, push, /*need_grad=*/true", "class_weight, false, /*need_grad=*/true", DIRECT,
     ),
     Mutation(
         "loss and gradient: float16 logits get a float16 gradient", "tal_fast/loss/autograd.py",
@@ -170,6 +171,23 @@ MUTATIONS = [
     Mutation(
         "C++ step: the gradient of a retained graph is scaled in place", "csrc/step_cpu.cpp",
         "const bool kept = torch::autograd::get_current_graph_task_keep_graph();", "const bool kept = false;", STEP,
+    ),
+    Mutation(
+        "C++ class weights: the mean is over the number of rows", "csrc/ops_cpu.cpp",
+        "summary[6] = sum_of_weights(y, *class_weight, ignore_index);", "summary[6] = summary[2];", WEIGHTS,
+    ),
+    Mutation(
+        "C++ class weights: label smoothing is subtracted evenly", "csrc/kernels_cpu.inc",
+        "gradient[c] -= subtract * shares[c];", "gradient[c] -= subtract / count;", WEIGHTS,
+    ),
+    Mutation(
+        "C++ row losses: an upstream gradient reaches ignored rows", "csrc/step_cpu.cpp",
+        "loss = loss.masked_fill(labels == ignore_index, 0);", ";", WEIGHTS,
+    ),
+    Mutation(
+        "sharded class weights: the label's share of the smoothing is added to its weight",
+        "tal_fast/loss/tensor_parallel.py",
+        "row_scale = (1 - options.label_smoothing) * row_scale + spread", "row_scale = row_scale + spread", SHARDED,
     ),
     Mutation(
         "C++ push: the ring wraps one slot early", "csrc/ring.h",

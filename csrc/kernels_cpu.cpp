@@ -120,14 +120,14 @@ template const CpuKernels<double>& cpu_kernels<double>();
 
 template <typename T>
 T row_loss_of_huge_logits(const T* z, int64_t classes, int64_t label, const RowScan<T>& scan, T temperature, T weight,
-                          T smoothing, T norm_eps, T gradient_scale, T* /*work*/, T* gradient) {
+                          T smoothing, const T* shares, T norm_eps, T gradient_scale, T* /*work*/, T* gradient) {
   using Wide = long double;
   const Wide norm = static_cast<Wide>(scan.norm) * scan.unit, n = norm + norm_eps;
   const Wide largest = scan.largest, z_label = z[label], x_label = z_label - largest;
-  const Wide hit = 1 - static_cast<Wide>(smoothing), spread = static_cast<Wide>(smoothing) / classes;
-  Wide sum_x = 0;
-  for (int64_t c = 0; c < classes; ++c) sum_x += z[c] - largest;
-  const Wide target_x = hit * x_label + spread * sum_x;
+  const Wide hit = 1 - static_cast<Wide>(smoothing);
+  const auto spread = [&](int64_t c) { return smoothing * (shares ? shares[c] : Wide(1) / classes); };
+  Wide target_x = hit * x_label;
+  for (int64_t c = 0; c < classes; ++c) target_x += spread(c) * (z[c] - largest);
   // One cross-entropy: its loss, and the coefficients of its gradient for the exponentials, at the label and along z.
   struct Terms {
     Wide loss, per_exponential, at_label, along_z;
@@ -150,20 +150,20 @@ T row_loss_of_huge_logits(const T* z, int64_t classes, int64_t label, const RowS
   const Wide scale = temperature / n;
   const Terms direction = cross_entropy(scale, weight), magnitude = cross_entropy(1, 1 - weight);
   if (gradient) {
-    const Wide subtract = (weight * scale + (1 - weight)) * gradient_scale * spread;
+    const Wide subtract = (weight * scale + (1 - weight)) * gradient_scale;
     for (int64_t c = 0; c < classes; ++c) {
       const Wide x = z[c] - largest;
       Wide g = direction.per_exponential * std::exp(scale * x) + magnitude.per_exponential * std::exp(x);
       if (c == label) g = direction.at_label + magnitude.at_label;
-      gradient[c] = static_cast<T>(g - z[c] * direction.along_z - subtract);
+      gradient[c] = static_cast<T>(g - z[c] * direction.along_z - subtract * spread(c));
     }
   }
   return static_cast<T>(direction.loss + magnitude.loss);
 }
 template float row_loss_of_huge_logits(const float*, int64_t, int64_t, const RowScan<float>&, float, float, float,
-                                       float, float, float*, float*);
+                                       const float*, float, float, float*, float*);
 template double row_loss_of_huge_logits(const double*, int64_t, int64_t, const RowScan<double>&, double, double, double,
-                                        double, double, double*, double*);
+                                        const double*, double, double, double*, double*);
 
 const char* cpu_isa() {
   switch (isa_in_use()) {

@@ -24,10 +24,11 @@ struct CpuKernels {
                           int64_t batch, T* best);
   // Largest logit, norm, arg-max and finiteness of a row.
   RowScan<T> (*scan_row)(const T* z, int64_t classes);
-  // Loss of one row of finite logits; also writes `gradient_scale` times its gradient unless `gradient` is null. `work`
-  // is scratch memory of row_work_size(classes) values.
+  // Loss of one row of finite logits; also writes `gradient_scale` times its gradient unless `gradient` is null. The
+  // label smoothing is spread over the classes as `shares`, or evenly if that is null. `work` is scratch memory of
+  // row_work_size(classes) values.
   T (*row_loss)(const T* z, int64_t classes, int64_t label, const RowScan<T>& scan, T temperature, T weight,
-                T smoothing, T norm_eps, T gradient_scale, T* work, T* gradient);
+                T smoothing, const T* shares, T norm_eps, T gradient_scale, T* work, T* gradient);
 };
 
 // Kernels of the instruction set in use.
@@ -37,7 +38,7 @@ const CpuKernels<T>& cpu_kernels();
 // As CpuKernels::row_loss, one logit after the other in extended precision, for the rare rows whose unit is not 1.
 template <typename T>
 T row_loss_of_huge_logits(const T* z, int64_t classes, int64_t label, const RowScan<T>& scan, T temperature, T weight,
-                          T smoothing, T norm_eps, T gradient_scale, T* work, T* gradient);
+                          T smoothing, const T* shares, T norm_eps, T gradient_scale, T* work, T* gradient);
 
 // Three rows, each padded by up to a pack.
 inline int64_t row_work_size(int64_t classes) { return 3 * (classes + 16); }

@@ -17,44 +17,48 @@ TORCH_LIBRARY(tal_fast, m) {
   m.def(
       "nearest(Tensor queue_mean, Tensor queue_std, Tensor cursor, Tensor mean, Tensor std, Tensor? index=None) -> "
       "Tensor");
-  // -> mean, std, distance (B,) in the queue's dtype, and batch (6,) float64 (tal_fast.loss.reference.batch_summary),
+  // -> mean, std, distance (B,) in the queue's dtype, and batch (7,) float64 (tal_fast.loss.reference.batch_summary),
   // with zeros for the sums that need the logits.
   m.def(
       "statistics_distance(Tensor features, Tensor labels, Tensor queue_mean, Tensor queue_std, Tensor cursor, "
-      "int ignore_index, Tensor? index=None) -> (Tensor, Tensor, Tensor, Tensor)");
-  // -> batch (6,) with the sums that variant `released` needs before the loss of any row.
+      "int ignore_index, Tensor? index=None, Tensor? class_weight=None) -> (Tensor, Tensor, Tensor, Tensor)");
+  // -> batch (7,) with the sums that variant `released` needs before the loss of any row.
   m.def(
       "batch_sums(Tensor logits, Tensor labels, Tensor distance, Tensor batch, float confidence_threshold, "
       "int ignore_index) -> Tensor");
-  // -> loss (), gradient (B, C) or empty, typicalness, weight, temperature (B,), correct, accepted (B,) bool.
+  // -> loss () or, with reduction 0, (B,); gradient (B, C) or empty, typicalness, weight, temperature (B,), correct,
+  // accepted (B,) bool. `reduction` is that of at::Reduction: 0 none, 1 mean, 2 sum. class_weight: (C,) floating point.
   m.def(
       "loss_forward(Tensor logits, Tensor labels, Tensor distance, Tensor batch, bool released, float t_min, "
       "float t_max, float? t_wrong, float confidence_threshold, float label_smoothing, int ignore_index, bool warmup, "
-      "bool need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int reduction, Tensor? class_weight, bool need_grad) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // As loss_forward, with the gradient written over the logits.
   m.def(
       "loss_inplace_(Tensor(a!) logits, Tensor labels, Tensor distance, Tensor batch, bool released, float t_min, "
-      "float t_max, float? t_wrong, float confidence_threshold, float label_smoothing, int ignore_index, bool warmup) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "float t_max, float? t_wrong, float confidence_threshold, float label_smoothing, int ignore_index, bool warmup, "
+      "int reduction, Tensor? class_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The step without the push, on the CPU -> loss, gradient or empty, mean, std, distance, typicalness, weight,
   // temperature, correct, accepted.
   m.def(
       "step_forward(Tensor logits, Tensor features, Tensor labels, Tensor queue_mean, Tensor queue_std, Tensor cursor, "
       "Tensor? index, bool released, float t_min, float t_max, float? t_wrong, float confidence_threshold, "
-      "float label_smoothing, int ignore_index, bool warmup, bool need_grad) -> "
+      "float label_smoothing, int ignore_index, bool warmup, int reduction, Tensor? class_weight, bool need_grad) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The whole step on the CPU -> loss, distance, typicalness, weight, temperature, correct, accepted. The loss is
   // differentiable by the logits; entries are pushed if `push`. torch.compile uses the parts instead.
   m.def(
       "step(Tensor logits, Tensor features, Tensor labels, Tensor(a!) queue_mean, Tensor(b!) queue_std, "
       "Tensor(c!) cursor, Tensor(d!)? index, bool released, float t_min, float t_max, float? t_wrong, "
-      "float confidence_threshold, float label_smoothing, int ignore_index, bool warmup, bool push) -> "
+      "float confidence_threshold, float label_smoothing, int ignore_index, bool warmup, int reduction, "
+      "Tensor? class_weight, bool push) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // As step, without an autograd graph -> loss, its gradient by the logits, distance, ...
   m.def(
       "step_with_gradient(Tensor logits, Tensor features, Tensor labels, Tensor(a!) queue_mean, Tensor(b!) queue_std, "
       "Tensor(c!) cursor, Tensor(d!)? index, bool released, float t_min, float t_max, float? t_wrong, "
-      "float confidence_threshold, float label_smoothing, int ignore_index, bool warmup, bool push) -> "
+      "float confidence_threshold, float label_smoothing, int ignore_index, bool warmup, int reduction, "
+      "Tensor? class_weight, bool push) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Bytes of the `index` (uint8) of a queue on the CPU; 0 for capacities at which brute force is as fast.
   m.def("index_bytes(int capacity, bool double_precision) -> int", &tal_fast::index_bytes);

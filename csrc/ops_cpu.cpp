@@ -169,9 +169,24 @@ Tensor nearest_cpu(const Tensor& queue_mean, const Tensor& queue_std, const Tens
 
 }  // namespace
 
+// Sum of the class weights of the rows' labels. Labels out of range, which the loss refuses, count as 0.
+static double sum_of_weights(const Tensor& labels, const Tensor& class_weight, int64_t ignore_index) {
+  TORCH_CHECK_VALUE(class_weight.dim() == 1, "class_weight must be (C,), not ", class_weight.sizes());
+  const Tensor weights = class_weight.to(compute_type(class_weight)).contiguous();
+  const int64_t* label = labels.const_data_ptr<int64_t>();
+  double sum = 0;
+  for_float_or_double(weights.scalar_type(), [&](auto zero) {
+    const auto* weight = weights.const_data_ptr<decltype(zero)>();
+    for (int64_t b = 0; b < labels.numel(); ++b)
+      if (label[b] != ignore_index && label[b] >= 0 && label[b] < weights.numel()) sum += weight[label[b]];
+  });
+  return sum;
+}
+
 Statistics statistics_distance(const Tensor& features, const Tensor& labels, const Tensor& queue_mean,
                                const Tensor& queue_std, const Tensor& cursor, int64_t ignore_index,
-                               const std::optional<Tensor>& index, double* summary) {
+                               const std::optional<Tensor>& index, const std::optional<Tensor>& class_weight,
+                               double* summary) {
   check_queue(queue_mean, queue_std, cursor);
   TORCH_CHECK_VALUE(features.dim() == 2 && features.size(1) >= 2, "features must be (B, D) with D >= 2, not ",
                     features.sizes());
@@ -214,8 +229,9 @@ Statistics statistics_distance(const Tensor& features, const Tensor& labels, con
     }
     summary[0] = smallest;
     summary[1] = largest;
-    summary[2] = valid;
+    summary[2] = summary[6] = valid;
   });
+  if (class_weight) summary[6] = sum_of_weights(y, *class_weight, ignore_index);
   return out;
 }
 
@@ -224,10 +240,11 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor> statistics_distance_cpu(const Tensor& features, const Tensor& labels,
                                                                    const Tensor& queue_mean, const Tensor& queue_std,
                                                                    const Tensor& cursor, int64_t ignore_index,
-                                                                   const std::optional<Tensor>& index) {
+                                                                   const std::optional<Tensor>& index,
+                                                                   const std::optional<Tensor>& class_weight) {
   Tensor batch = at::zeros({kSummary}, at::kDouble);
   const Statistics s = statistics_distance(features, labels, queue_mean, queue_std, cursor, ignore_index, index,
-                                           batch.mutable_data_ptr<double>());
+                                           class_weight, batch.mutable_data_ptr<double>());
   return {s.mean, s.std, s.distance, batch};
 }
 
@@ -249,7 +266,7 @@ void check_loss_inputs(const Tensor& logits, const Tensor& labels, const Tensor&
 
 void check_summary(const Tensor& batch) {
   TORCH_CHECK_VALUE(batch.numel() == kSummary && batch.scalar_type() == at::kDouble && batch.is_contiguous(),
-                    "batch must be 6 contiguous float64 values");
+                    "batch must be ", kSummary, " contiguous float64 values");
 }
 
 template <typename T>
@@ -263,7 +280,7 @@ std::vector<RowScan<T>> scan_rows(const Rows<T>& rows, int64_t batch_size, int64
   return scans;
 }
 
-// Write the last three values of `summary`, which variant `released` needs before the loss of any row.
+// Write the values 3 to 5 of `summary`, which variant `released` needs before the loss of any row.
 template <typename T>
 void add_sums(const std::vector<RowScan<T>>& scans, const int64_t* label, const Tensor& distance,
               double confidence_threshold, int64_t ignore_index, double* summary) {
@@ -308,6 +325,49 @@ double mean_weight(const double* batch, bool warmup) {
   return (batch[4] + n_weighted - (batch[5] - n_weighted * batch[0]) / (batch[1] - batch[0] + kRangeEps)) / n_valid;
 }
 
+// Divisor of a mean; see tal_fast.loss.reference.mean_divisor.
+double mean_divisor(const double* batch) {
+  if (batch[2] <= 0) return 1;
+  return batch[6] > 0 ? batch[6] : std::numeric_limits<double>::quiet_NaN();
+}
+
+// Class weights as row losses use them. With label smoothing ε, F.cross_entropy gives a row of label y the targets
+// a_c = (1 - ε) w_y [c = y] + ε w_c / C, which sum to `scale(y)`: its loss is that many times a cross-entropy whose
+// smoothing is `smoothing(y)`, spread over the classes as `shares`.
+template <typename T>
+class ClassWeights {
+ public:
+  ClassWeights(const std::optional<Tensor>& weight, int64_t classes, double smoothing) : smoothing_(smoothing) {
+    if (!weight) return;
+    TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == classes, "class_weight must be (C,) = (", classes,
+                      ",), not ", weight->sizes());
+    weight_ = weight->to(c10::CppTypeToScalarType<T>::value).contiguous();
+    first_ = weight_.const_data_ptr<T>();
+    if (smoothing == 0) return;
+    double sum = 0;
+    for (int64_t c = 0; c < classes; ++c) sum += first_[c];
+    mean_ = sum / static_cast<double>(classes);
+    shares_.resize(static_cast<size_t>(classes));
+    for (int64_t c = 0; c < classes; ++c) shares_[c] = sum > 0 ? static_cast<T>(first_[c] / sum) : T(0);
+  }
+
+  double scale(int64_t label) const {
+    return first_ ? (1 - smoothing_) * first_[label] + smoothing_ * mean_ : 1;
+  }
+  double smoothing(int64_t label) const {
+    const double whole = scale(label);
+    return shares_.empty() || whole == 0 ? smoothing_ : smoothing_ * mean_ / whole;
+  }
+  // Null where all are 1 / C.
+  const T* shares() const { return shares_.empty() ? nullptr : shares_.data(); }
+
+ private:
+  double smoothing_, mean_ = 0;
+  Tensor weight_;
+  const T* first_ = nullptr;
+  std::vector<T> shares_;
+};
+
 // Loss, and gradient into `grad` if it is defined: (B, C) of any floating dtype, possibly `logits` itself. Unless
 // `summed`, the sums of variant `released` are added to `summary` first.
 LossOutput loss_into(const Tensor& logits, const Tensor& labels, const Tensor& distance, double* summary, bool summed,
@@ -324,8 +384,13 @@ LossOutput loss_into(const Tensor& logits, const Tensor& labels, const Tensor& d
   const auto type = compute_type(logits);
   const auto options = logits.options().dtype(type);
   const auto flags = logits.options().dtype(at::kBool);
-  LossOutput out{at::empty({}, options),           at::empty({batch_size}, options), at::empty({batch_size}, options),
-                 at::empty({batch_size}, options), at::empty({batch_size}, flags),   at::empty({batch_size}, flags)};
+  const bool per_row = o.reduction == at::Reduction::None;
+  LossOutput out{per_row ? at::empty({batch_size}, options) : at::empty({}, options),
+                 at::empty({batch_size}, options),
+                 at::empty({batch_size}, options),
+                 at::empty({batch_size}, options),
+                 at::empty({batch_size}, flags),
+                 at::empty({batch_size}, flags)};
 
   for_float_or_double(type, [&](auto zero) {
     using T = decltype(zero);
@@ -335,7 +400,8 @@ LossOutput loss_into(const Tensor& logits, const Tensor& labels, const Tensor& d
       scans = scan_rows(rows, batch_size, classes);
       add_sums(scans, label, distance, o.confidence_threshold, o.ignore_index, summary);
     }
-    const double count = summary[2] > 0 ? summary[2] : 1;
+    const ClassWeights<T> weights(o.class_weight, classes, o.label_smoothing);
+    const double divisor = o.reduction == at::Reduction::Mean ? mean_divisor(summary) : 1;
     const double w_bar = o.released ? mean_weight(summary, o.warmup) : 0;
     const bool inactive = o.warmup || (o.released && summary[3] == summary[2]);
     const Tensor d = distance.to(type).contiguous();
@@ -345,7 +411,8 @@ LossOutput loss_into(const Tensor& logits, const Tensor& labels, const Tensor& d
     bool *correct = out.correct.mutable_data_ptr<bool>(), *accept = out.accepted.mutable_data_ptr<bool>();
     const T d_min = static_cast<T>(summary[0]), range = static_cast<T>(summary[1]) - d_min + static_cast<T>(kRangeEps);
     const auto& kernels = cpu_kernels<T>();
-    std::vector<T> row_losses(static_cast<size_t>(batch_size));
+    std::vector<T> row_buffer(per_row ? 0 : static_cast<size_t>(batch_size));
+    T* const row_losses = per_row ? out.loss.mutable_data_ptr<T>() : row_buffer.data();
     at::parallel_for(0, batch_size, rows_per_task(classes), [&](int64_t begin, int64_t end) {
       std::vector<T> buffer(static_cast<size_t>(classes)), work(static_cast<size_t>(row_work_size(classes)));
       GradientRow<T> gradient(grad);
@@ -367,9 +434,11 @@ LossOutput loss_into(const Tensor& logits, const Tensor& labels, const Tensor& d
                                        : static_cast<T>(o.t_min) + (1 - tau[b]) * static_cast<T>(o.t_max - o.t_min);
         if (scan.finite) {
           const auto row_loss = scan.unit == 1 ? kernels.row_loss : &row_loss_of_huge_logits<T>;
-          row_losses[b] = row_loss(z, classes, label[b], scan, temp[b], o.released ? static_cast<T>(w_bar) : w[b],
-                                   static_cast<T>(o.label_smoothing), static_cast<T>(kNormEps),
-                                   static_cast<T>(1 / count), work.data(), row_grad);
+          const double scale = weights.scale(label[b]);
+          row_losses[b] = static_cast<T>(scale) *
+                          row_loss(z, classes, label[b], scan, temp[b], o.released ? static_cast<T>(w_bar) : w[b],
+                                   static_cast<T>(weights.smoothing(label[b])), weights.shares(),
+                                   static_cast<T>(kNormEps), static_cast<T>(scale / divisor), work.data(), row_grad);
         } else {
           // Cross-entropy is not finite here either, or, with a logit of -inf, the direction is undefined.
           row_losses[b] = std::numeric_limits<T>::quiet_NaN();
@@ -378,9 +447,10 @@ LossOutput loss_into(const Tensor& logits, const Tensor& labels, const Tensor& d
         gradient.finish(b);
       }
     });
+    if (per_row) return;
     double sum = 0;
-    for (const T row : row_losses) sum += row;
-    *out.loss.mutable_data_ptr<T>() = static_cast<T>(sum / count);
+    for (const T row : row_buffer) sum += row;
+    *out.loss.mutable_data_ptr<T>() = static_cast<T>(sum / divisor);
   });
   return out;
 }
@@ -410,9 +480,9 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward_cpu(
     const Tensor& logits, const Tensor& labels, const Tensor& distance, const Tensor& batch, bool released,
     double t_min, double t_max, std::optional<double> t_wrong, double confidence_threshold, double label_smoothing,
-    int64_t ignore_index, bool warmup, bool need_grad) {
-  const LossOptions options{released, t_min, t_max, t_wrong, confidence_threshold,
-                            label_smoothing, ignore_index, warmup};
+    int64_t ignore_index, bool warmup, int64_t reduction, const std::optional<Tensor>& class_weight, bool need_grad) {
+  const LossOptions options{released,        t_min,        t_max,  t_wrong,   confidence_threshold,
+                            label_smoothing, ignore_index, warmup, reduction, class_weight};
   auto summary = read_summary(batch);
   const auto [out, grad] = loss_and_gradient(logits, labels, distance, summary.data(), true, options, need_grad);
   return {out.loss, grad, out.typicalness, out.weight, out.temperature, out.correct, out.accepted};
@@ -421,11 +491,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward_
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_inplace_cpu(
     Tensor& logits, const Tensor& labels, const Tensor& distance, const Tensor& batch, bool released, double t_min,
     double t_max, std::optional<double> t_wrong, double confidence_threshold, double label_smoothing,
-    int64_t ignore_index, bool warmup) {
+    int64_t ignore_index, bool warmup, int64_t reduction, const std::optional<Tensor>& class_weight) {
   TORCH_CHECK_VALUE(logits.dim() == 2 && logits.is_non_overlapping_and_dense() && logits.stride(1) == 1,
                     "logits must be (B, C) with contiguous rows to be overwritten");
-  const LossOptions options{released, t_min, t_max, t_wrong, confidence_threshold,
-                            label_smoothing, ignore_index, warmup};
+  const LossOptions options{released,        t_min,        t_max,  t_wrong,   confidence_threshold,
+                            label_smoothing, ignore_index, warmup, reduction, class_weight};
   auto summary = read_summary(batch);
   const LossOutput out = loss_into(logits, labels, distance, summary.data(), true, options, logits);
   return {out.loss, out.typicalness, out.weight, out.temperature, out.correct, out.accepted};

@@ -24,12 +24,16 @@ using OutputsAndGradient = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Te
 Forward step_forward(const Tensor& logits, const Tensor& features, const Tensor& labels, const Tensor& queue_mean,
                      const Tensor& queue_std, const Tensor& cursor, const std::optional<Tensor>& index, bool released,
                      double t_min, double t_max, std::optional<double> t_wrong, double confidence_threshold,
-                     double label_smoothing, int64_t ignore_index, bool warmup, bool need_grad) {
-  const LossOptions options{released, t_min, t_max, t_wrong, confidence_threshold,
-                            label_smoothing, ignore_index, warmup};
+                     double label_smoothing, int64_t ignore_index, bool warmup, int64_t reduction,
+                     const std::optional<Tensor>& class_weight, bool need_grad) {
+  // Rounded once for the row losses and for the sum they are divided by.
+  std::optional<Tensor> weight;
+  if (class_weight) weight = class_weight->to(logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const LossOptions options{released,        t_min,        t_max,  t_wrong,   confidence_threshold,
+                            label_smoothing, ignore_index, warmup, reduction, weight};
   double summary[kSummary] = {};
   const Statistics s =
-      statistics_distance(features, labels, queue_mean, queue_std, cursor, ignore_index, index, summary);
+      statistics_distance(features, labels, queue_mean, queue_std, cursor, ignore_index, index, weight, summary);
   const auto [out, grad] = loss_and_gradient(logits, labels, s.distance, summary, false, options, need_grad);
   return {out.loss, grad,       s.mean,          s.std,     s.distance, out.typicalness,
           out.weight, out.temperature, out.correct, out.accepted};
@@ -55,8 +59,10 @@ struct Attach : Function<Attach> {
     // An upstream gradient of 1, which loss.backward() gives, costs no pass over memory. The engine casts the product
     // to the logits' dtype: under a gradient scaler a float16 product keeps small values that float16 factors lose.
     const bool kept = torch::autograd::get_current_graph_task_keep_graph();
-    if (!kept && upstream[0].item<double>() == 1) return {gradient, Tensor()};
-    const Tensor factor = upstream[0].to(gradient.scalar_type());
+    const bool per_row = upstream[0].dim() == 1;
+    if (!kept && !per_row && upstream[0].item<double>() == 1) return {gradient, Tensor()};
+    Tensor factor = upstream[0].to(gradient.scalar_type());
+    if (per_row) factor = factor.unsqueeze(1);
     return {kept ? gradient * factor : gradient.mul_(factor), Tensor()};
   }
 };
@@ -75,8 +81,8 @@ template <typename Between>
 Forward forward_and_push(const Tensor& logits, const Tensor& features, const Tensor& labels, Tensor& queue_mean,
                          Tensor& queue_std, Tensor& cursor, const std::optional<Tensor>& index, bool released,
                          double t_min, double t_max, std::optional<double> t_wrong, double confidence_threshold,
-                         double label_smoothing, int64_t ignore_index, bool warmup, bool push, bool need_grad,
-                         Between between) {
+                         double label_smoothing, int64_t ignore_index, bool warmup, int64_t reduction,
+                         const std::optional<Tensor>& class_weight, bool push, bool need_grad, Between between) {
   static const auto forward_op = c10::Dispatcher::singleton()
                                      .findSchemaOrThrow("tal_fast::step_forward", "")
                                      .typed<decltype(step_forward)>();
@@ -86,7 +92,8 @@ Forward forward_and_push(const Tensor& logits, const Tensor& features, const Ten
   Forward out = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     return forward_op.call(logits, features, labels, queue_mean, queue_std, cursor, index, released, t_min, t_max,
-                           t_wrong, confidence_threshold, label_smoothing, ignore_index, warmup, need_grad);
+                           t_wrong, confidence_threshold, label_smoothing, ignore_index, warmup, reduction,
+                           class_weight, need_grad);
   }();
   between(out);
   if (push) {
@@ -99,16 +106,20 @@ Forward forward_and_push(const Tensor& logits, const Tensor& features, const Ten
 Outputs step(const Tensor& logits, const Tensor& features, const Tensor& labels, Tensor& queue_mean, Tensor& queue_std,
              Tensor& cursor, const std::optional<Tensor>& index, bool released, double t_min, double t_max,
              std::optional<double> t_wrong, double confidence_threshold, double label_smoothing, int64_t ignore_index,
-             bool warmup, bool push) {
+             bool warmup, int64_t reduction, const std::optional<Tensor>& class_weight, bool push) {
   const bool need_grad = at::GradMode::is_enabled() && logits.requires_grad();
   // Before the push, because activation checkpointing stops a recomputed step where the gradient is saved.
   const auto attach = [&](Forward& out) {
     auto& loss = std::get<0>(out);
-    if (need_grad) loss = Attach::apply(logits, Attach::Computed{loss, std::get<1>(out)});
+    if (!need_grad) return;
+    loss = Attach::apply(logits, Attach::Computed{loss, std::get<1>(out)});
+    // Whatever is computed from an ignored row's loss of 0, its logits have a gradient of 0.
+    if (reduction == at::Reduction::None) loss = loss.masked_fill(labels == ignore_index, 0);
   };
   auto [loss, gradient, mean, std, distance, typicalness, weight, temperature, correct, accepted] =
       forward_and_push(logits, features, labels, queue_mean, queue_std, cursor, index, released, t_min, t_max, t_wrong,
-                       confidence_threshold, label_smoothing, ignore_index, warmup, push, need_grad, attach);
+                       confidence_threshold, label_smoothing, ignore_index, warmup, reduction, class_weight, push,
+                       need_grad, attach);
   return {loss, distance, typicalness, weight, temperature, correct, accepted};
 }
 
@@ -116,10 +127,12 @@ OutputsAndGradient step_with_gradient(const Tensor& logits, const Tensor& featur
                                       Tensor& queue_mean, Tensor& queue_std, Tensor& cursor,
                                       const std::optional<Tensor>& index, bool released, double t_min, double t_max,
                                       std::optional<double> t_wrong, double confidence_threshold,
-                                      double label_smoothing, int64_t ignore_index, bool warmup, bool push) {
+                                      double label_smoothing, int64_t ignore_index, bool warmup, int64_t reduction,
+                                      const std::optional<Tensor>& class_weight, bool push) {
   auto [loss, gradient, mean, std, distance, typicalness, weight, temperature, correct, accepted] = forward_and_push(
       logits, features, labels, queue_mean, queue_std, cursor, index, released, t_min, t_max, t_wrong,
-      confidence_threshold, label_smoothing, ignore_index, warmup, push, /*need_grad=*/true, [](Forward&) {});
+      confidence_threshold, label_smoothing, ignore_index, warmup, reduction, class_weight, push, /*need_grad=*/true,
+      [](Forward&) {});
   return {loss, gradient, distance, typicalness, weight, temperature, correct, accepted};
 }
 

@@ -25,7 +25,9 @@ def load() -> tuple[bool, str]:
     try:
         torch.ops.load_library(str(files[0]))
         isa = torch.ops.tal_fast.cpu_isa()
-        _ = torch.ops.tal_fast.step_with_gradient  # the newest: missing from the build of an older version
+        step = torch.ops.tal_fast.step_with_gradient.default._schema
+        if not any(argument.name == "class_weight" for argument in step.arguments):  # the newest
+            raise RuntimeError("it is the build of an older version")
         cuda = torch.ops.tal_fast.built_with_cuda()
     except (OSError, RuntimeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -86,7 +88,7 @@ def _register_fakes() -> None:
     @torch.library.register_fake("tal_fast::statistics_distance")
     def _(features: Tensor, labels: Tensor, queue_mean: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean, std, distance = (queue_mean.new_empty(features.shape[:1]) for _ in range(3))
-        return mean, std, distance, queue_mean.new_empty((6,), dtype=torch.float64)
+        return mean, std, distance, queue_mean.new_empty((7,), dtype=torch.float64)
 
     @torch.library.register_fake("tal_fast::batch_sums")
     def _(logits: Tensor, labels: Tensor, distance: Tensor, summary: Tensor, *_: object) -> Tensor:
@@ -94,7 +96,7 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("tal_fast::loss_forward")
     def _(logits: Tensor, *arguments: object) -> tuple[Tensor, ...]:
-        need_grad = arguments[-1]
+        *_, reduction, _, need_grad = arguments
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         rows = logits.shape[:1]
         # float16 would lose small gradients before a gradient scaler multiplies them.
@@ -102,4 +104,4 @@ def _register_fakes() -> None:
         grad = logits.new_empty(logits.shape if need_grad else (0,), dtype=stored)
         per_row = [logits.new_empty(rows, dtype=wide) for _ in range(3)]
         flags = [logits.new_empty(rows, dtype=torch.bool) for _ in range(2)]
-        return (logits.new_empty((), dtype=wide), grad, *per_row, *flags)
+        return (logits.new_empty(() if reduction else rows, dtype=wide), grad, *per_row, *flags)

@@ -39,9 +39,14 @@ def wants_gradient(logits: Tensor) -> bool:
     return logits.requires_grad and torch.is_grad_enabled()
 
 
-def attach_gradient(logits: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
-    """Scalar ``loss`` with the known gradient ``grad`` (B, C) with respect to ``logits``."""
-    return _AttachGradient.apply(logits, loss, grad)
+def attach_gradient(logits: Tensor, loss: Tensor, grad: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """``loss`` with the known gradient ``grad`` (B, C) with respect to ``logits``.
+
+    ``loss`` is a scalar, or (B,) where row i of ``grad`` is the gradient of loss i.
+    """
+    loss = _AttachGradient.apply(logits, loss, grad)
+    # Whatever is computed from an ignored row's loss of 0, its logits have a gradient of 0.
+    return loss.masked_fill(labels == ignore_index, 0) if loss.dim() else loss
 
 
 class _AttachGradient(torch.autograd.Function):
@@ -60,7 +65,7 @@ class _AttachGradient(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         # Multiplied before the cast: under a gradient scaler a float16 product keeps what float16 factors lose.
         if torch.compiler.is_compiling() or grad.dtype != ctx.logits_dtype or _graph_is_kept():
-            return (grad * upstream.to(grad.dtype)).to(ctx.logits_dtype), None, None
+            return (grad * _as_factor(upstream, grad)).to(ctx.logits_dtype), None, None
         return _scale_(grad, upstream), None, None
 
 
@@ -69,12 +74,20 @@ def _graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def _scale_(grad: Tensor, factor: Tensor) -> Tensor:
-    """Multiply ``grad`` in place by a scalar tensor.
+def _as_factor(upstream: Tensor, grad: Tensor) -> Tensor:
+    """The upstream gradient, a scalar or one number for each row, as a factor of ``grad``."""
+    factor = upstream.to(grad.dtype)
+    return factor[:, None] if factor.dim() else factor
 
-    A factor of 1, which ``loss.backward()`` gives, costs no pass over memory: it is read here on CPUs, and by the
+
+def _scale_(grad: Tensor, factor: Tensor) -> Tensor:
+    """Multiply ``grad`` in place by a scalar tensor, or each row by its number.
+
+    A scalar of 1, which ``loss.backward()`` gives, costs no pass over memory: it is read here on CPUs, and by the
     kernel on GPUs.
     """
+    if factor.dim():
+        return grad.mul_(_as_factor(factor, grad))
     if grad.device.type == "cpu":
         return grad if factor.item() == 1 else grad.mul_(factor.to(grad.dtype))
     if triton_problem(grad.device) is None and grad.is_contiguous():
@@ -89,7 +102,7 @@ def _scale_(grad: Tensor, factor: Tensor) -> Tensor:
 def differentiate(
     loss_of: Callable[[Tensor], tuple[Tensor, TALStats]], logits: Tensor
 ) -> tuple[Tensor, Tensor, TALStats]:
-    """Loss, its gradient with respect to the logits, and its statistics, by autograd.
+    """Loss, its gradient with respect to the logits (row i is that of loss i), and its statistics, by autograd.
 
     float16 logits are converted to float32, so that their gradient is float32. Inference mode is an error.
     """
@@ -102,7 +115,7 @@ def differentiate(
     leaf = (leaf.float() if leaf.dtype == torch.float16 else leaf).requires_grad_()
     with torch.enable_grad():
         loss, stats = loss_of(leaf)
-        (grad,) = torch.autograd.grad(loss, leaf)
+        (grad,) = torch.autograd.grad(loss.sum(), leaf)  # rows are independent: τ and w are constants
     return loss.detach(), grad, stats
 
 

@@ -60,8 +60,8 @@ def combine_summaries(summary: Tensor, rows: int, group: dist.ProcessGroup | Non
 
     The number of rows of each rank travels along; raises ValueError, on every rank alike, if they differ.
 
-    Dividing by the mean number of valid rows per rank scales each rank's loss by world · valid_local / valid_all;
-    DDP's averaging over the ranks then gives the gradient of the whole batch.
+    Dividing by the mean number of valid rows per rank (or of their class weights' sum) scales each rank's mean loss by
+    world · valid_local / valid_all; DDP's averaging over the ranks then gives the gradient of the whole batch.
     """
     summaries = gather(torch.cat([summary, summary.new_full((1,), rows)]), group)
     check_equal_rows(summaries[:, -1], rows, group)

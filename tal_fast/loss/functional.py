@@ -12,8 +12,8 @@ from torch import Tensor
 from tal_fast.loss import dispatch, tensor_parallel
 from tal_fast.loss.autograd import attach_gradient, refuse_transforms, wants_gradient
 from tal_fast.loss.backends import Backend, KernelBackend, LossInputs
-from tal_fast.loss.options import LossOptions, check_inputs
-from tal_fast.loss.reference import TALStats, feature_statistics, nearest_distance
+from tal_fast.loss.options import LossOptions, check_class_weight, check_inputs
+from tal_fast.loss.reference import TALStats, compute_dtype, feature_statistics, nearest_distance
 from tal_fast.loss.ring import RingBuffer
 
 __all__ = ["TALStats", "feature_statistics", "nearest_distance", "tal_loss"]
@@ -37,8 +37,10 @@ def tal_loss(
     class_group: dist.ProcessGroup | None = None,
     inplace: bool = False,
     backend: str = "auto",
+    reduction: str = "mean",
+    class_weight: Tensor | None = None,
 ) -> tuple[Tensor, TALStats]:
-    """Mean TAL loss of a batch, given the queue as tensors.
+    """TAL loss of a batch, given the queue as tensors.
 
     The queue is only read. To update it, append ``feature_statistics(features)`` of the rows with ``stats.accepted``.
 
@@ -52,7 +54,7 @@ def tal_loss(
     The other arguments are those of ``TALLoss``.
 
     Returns:
-        loss: Scalar in float32 (float64 for float64 logits).
+        loss: Scalar, or (B,) for reduction "none", in float32 (float64 for float64 logits).
         stats: ``TALStats`` with (B,) fields.
 
     Raises:
@@ -69,8 +71,12 @@ def tal_loss(
         >>> loss.shape, stats.typicalness.shape
         (torch.Size([]), torch.Size([32]))
     """
-    options = LossOptions(variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing, inplace)
-    check_inputs(logits, features, labels, ignore_index, class_sharded=class_group is not None)
+    options = LossOptions(
+        variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing, inplace, reduction
+    )
+    if class_weight is not None:
+        class_weight = check_class_weight(class_weight)
+    check_inputs(logits, features, labels, ignore_index, class_group is not None, class_weight)
     if queue_mean.dim() != 1 or queue_mean.shape != queue_std.shape:
         raise ValueError(
             f"queue_mean and queue_std must both be (N,), not {tuple(queue_mean.shape)} and {tuple(queue_std.shape)}"
@@ -78,7 +84,7 @@ def tal_loss(
     result = step_in_parts(
         logits, features, labels, RingBuffer.of_entries(queue_mean, queue_std, logits.device), options,
         backend=dispatch.for_loss(dispatch.check_name(backend), logits.device),
-        warmup=warmup, class_group=class_group, combine=None, direct=False,
+        warmup=warmup, class_weight=class_weight, class_group=class_group, combine=None, direct=False,
     )  # fmt: skip
     return result.loss, result.stats
 
@@ -102,6 +108,7 @@ def step_in_parts(
     *,
     backend: Backend,
     warmup: bool,
+    class_weight: Tensor | None,
     class_group: dist.ProcessGroup | None,
     combine: Callable[..., Tensor] | None,
     direct: bool,
@@ -116,20 +123,24 @@ def step_in_parts(
     """
     if direct or class_group is not None or isinstance(backend, KernelBackend):
         refuse_transforms(logits)
+    if class_weight is not None:
+        class_weight = class_weight.to(compute_dtype(logits))
     with torch.no_grad():
-        mean, std, distance, summary = backend.statistics_distance(features, labels, ring, options.ignore_index)
+        mean, std, distance, summary = backend.statistics_distance(
+            features, labels, ring, options.ignore_index, class_weight if class_group is None else None
+        )
     gradient: Tensor | None = None
     if class_group is not None:
         need_grad = direct or wants_gradient(logits)
         loss, gradient, stats = tensor_parallel.loss_and_gradient(
             logits, labels, distance, options, warmup, class_group,
-            backend=backend.name, combine=combine, need_grad=need_grad,
+            class_weight=class_weight, backend=backend.name, combine=combine, need_grad=need_grad,
         )  # fmt: skip
         if need_grad and not direct:
-            loss = attach_gradient(logits, loss, gradient)
+            loss = attach_gradient(logits, loss, gradient, labels, options.ignore_index)
         return StepResult(loss, gradient, stats, mean, std)
 
-    inputs = LossInputs(logits, labels, distance, summary, ring, options, warmup)
+    inputs = LossInputs(logits, labels, distance, summary, ring, options, warmup, class_weight)
     with torch.no_grad():
         if combine is not None or (options.variant == "released" and summary is not None):
             inputs.summary = backend.complete_summary(inputs)

@@ -23,7 +23,7 @@ from tal_fast.loss.autograd import attach_gradient, refuse_transforms, wants_gra
 from tal_fast.loss.backends import Backend, KernelBackend, LossInputs
 from tal_fast.loss.functional import StepResult, step_in_parts
 from tal_fast.loss.module import TALLoss
-from tal_fast.loss.options import LossOptions, check_inputs
+from tal_fast.loss.options import LossOptions, check_class_weight, check_inputs
 from tal_fast.loss.reference import TALStats, compute_dtype
 from tal_fast.loss.ring import RingBuffer
 
@@ -48,7 +48,8 @@ class TALLinearLoss(TALLoss):
     ``F.linear`` and ``TALLoss``, logits and all.
 
     Args:
-        Those of ``TALLoss``, whose ``state_dict`` is the same. ``class_group`` must be None; ``inplace`` does nothing.
+        Those of ``TALLoss``, whose ``state_dict`` is the same. ``class_group`` must be None and ``reduction`` not
+        ``"none"``; ``inplace`` does nothing.
 
     Raises:
         ValueError: If an option is out of its range.
@@ -66,6 +67,7 @@ class TALLinearLoss(TALLoss):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        _check_reduction(self.options)
         if self.class_group is not None:
             raise ValueError("class_group is for logits that a TALLoss is given; leave it None, or use TALLoss")
 
@@ -134,6 +136,8 @@ def linear_tal_loss(
     confidence_threshold: float | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    class_weight: Tensor | None = None,
     warmup: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, TALStats]:
@@ -154,11 +158,17 @@ def linear_tal_loss(
         >>> loss.shape, stats.typicalness.shape
         (torch.Size([]), torch.Size([32]))
     """
-    options = LossOptions(variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing)
-    check_inputs(_check_layer(features, weight, bias), features, labels, ignore_index)
+    options = LossOptions(
+        variant, t_min, t_max, t_wrong, confidence_threshold, ignore_index, label_smoothing, reduction=reduction
+    )
+    _check_reduction(options)
+    if class_weight is not None:
+        class_weight = check_class_weight(class_weight)
+    check_inputs(_check_layer(features, weight, bias), features, labels, ignore_index, class_weight=class_weight)
     result = linear_step(
         features, weight, bias, labels, RingBuffer.of_entries(queue_mean, queue_std, features.device), options,
-        backend=dispatch.for_loss(dispatch.check_name(backend), features.device), warmup=warmup, combine=None,
+        backend=dispatch.for_loss(dispatch.check_name(backend), features.device),
+        warmup=warmup, class_weight=class_weight, combine=None,
     )  # fmt: skip
     return result.loss, result.stats
 
@@ -173,6 +183,7 @@ def linear_step(
     *,
     backend: Backend,
     warmup: bool,
+    class_weight: Tensor | None,
     combine: Callable[..., Tensor] | None,
 ) -> StepResult:
     """TAL step from features and the last layer, without the checks before it and the push after it.
@@ -182,23 +193,34 @@ def linear_step(
     if not isinstance(backend, KernelBackend):
         return step_in_parts(
             F.linear(features, weight, bias), features, labels, ring, options,
-            backend=backend, warmup=warmup, class_group=None, combine=combine, direct=False,
+            backend=backend, warmup=warmup, class_weight=class_weight, class_group=None, combine=combine, direct=False,
         )  # fmt: skip
     layer = [features, weight] if bias is None else [features, weight, bias]
     for tensor in layer:
         refuse_transforms(tensor)
     wanted = [wants_gradient(tensor) for tensor in layer] + [False] * (bias is None)
     with torch.no_grad():
-        mean, std, distance, summary = backend.statistics_distance(features, labels, ring, options.ignore_index)
         factors = [tensor.detach().to(_dtype_in_products(tensor)) for tensor in layer]
-        inputs = LossInputs(factors[0], labels, distance, summary, ring, options, warmup)
+        if class_weight is not None:
+            class_weight = class_weight.to(compute_dtype(factors[0]))
+        mean, std, distance, summary = backend.statistics_distance(
+            features, labels, ring, options.ignore_index, class_weight
+        )
+        inputs = LossInputs(factors[0], labels, distance, summary, ring, options, warmup, class_weight)
         fused = _operators if torch.compiler.is_compiling() else _fused
         loss, gradients, stats = fused(factors, inputs, backend, wanted, combine)
     for tensor, gradient in zip(layer, gradients, strict=False):
         if wants_gradient(tensor):
             kept = torch.float32 if tensor.dtype == torch.float16 else tensor.dtype  # for a gradient scaler's factor
-            loss = loss + attach_gradient(tensor, torch.zeros_like(loss), gradient.to(kept))
+            none = torch.zeros_like(loss)
+            loss = loss + attach_gradient(tensor, none, gradient.to(kept), labels, options.ignore_index)
     return StepResult(loss, None, stats, mean, std)
+
+
+def _check_reduction(options: LossOptions) -> None:
+    """Raise ValueError for the losses of single rows, whose gradients do not add up before the backward pass."""
+    if options.reduction == "none":
+        raise ValueError("reduction is 'none', which a loss fused with its layer has not; use 'mean', 'sum' or TALLoss")
 
 
 def _check_layer(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -306,7 +328,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
 
 
 def _scale(rows: int) -> float:
-    """Factor of float16 gradients of a mean over rows, a power of 2 with which they are 16 to 32 times one row's.
+    """Factor of float16 gradients of a mean over rows: a power of 2, with which they are 16 to 32 times one row's.
 
     A row's gradient beyond 2,000, as that of logits of norm 0.05, overflows.
     """
@@ -345,7 +367,8 @@ def _fused(
             inputs.summary = combine(inputs.summary)
     half = factors[0].dtype == torch.float16
     inputs.options = replace(inputs.options, inplace=not half)
-    gradients = _Gradients(factors[0], factors[1], wanted, _scale(len(factors[0])) if half else 1.0)
+    parts = len(factors[0]) if inputs.options.reduction == "mean" else 1
+    gradients = _Gradients(factors[0], factors[1], wanted, _scale(parts) if half else 1.0)
     losses, rows = [], []
     for chunk in reversed(logits.chunks):  # the first round, if there was one, has left the last chunk's logits
         loss, gradient, stats = backend.forward(_rows(inputs, chunk, logits.of(chunk)), any(wanted))
@@ -381,8 +404,9 @@ def _rows(inputs: LossInputs, chunk: slice, logits: Tensor) -> LossInputs:
 
 # What torch.compile keeps in its graph.
 _INPUTS = (
-    "Tensor[] factors, Tensor labels, Tensor distance, Tensor summary, str backend, bool warmup, str variant, "
-    "float t_min, float t_max, float? t_wrong, float confidence_threshold, int ignore_index, float label_smoothing"
+    "Tensor[] factors, Tensor labels, Tensor distance, Tensor summary, Tensor? class_weight, str backend, bool warmup, "
+    "str variant, float t_min, float t_max, float? t_wrong, float confidence_threshold, int ignore_index, "
+    "float label_smoothing, str reduction"
 )
 
 
@@ -393,8 +417,8 @@ def _operators(
     """``_fused`` as operators, which ``torch.compile`` keeps in its graph."""
     o = inputs.options
     rest = (
-        backend.name, inputs.warmup, o.variant, o.t_min, o.t_max, o.t_wrong, o.confidence_threshold, o.ignore_index,
-        o.label_smoothing,
+        inputs.class_weight, backend.name, inputs.warmup, o.variant, o.t_min, o.t_max, o.t_wrong,
+        o.confidence_threshold, o.ignore_index, o.label_smoothing, o.reduction,
     )  # fmt: skip
     summary = inputs.summary
     if combine is not None:
@@ -406,10 +430,18 @@ def _operators(
 
 
 def _inputs_of(
-    factors: list[Tensor], labels: Tensor, distance: Tensor, summary: Tensor, backend: str, warmup: bool, *options: Any
+    factors: list[Tensor],
+    labels: Tensor,
+    distance: Tensor,
+    summary: Tensor,
+    class_weight: Tensor | None,
+    backend: str,
+    warmup: bool,
+    *arguments: Any,
 ) -> tuple[LossInputs, KernelBackend]:
     ring = RingBuffer.empty(1, torch.float32, labels.device, indexed=False)  # scratch memory for the kernels
-    inputs = LossInputs(factors[0], labels, distance, summary, ring, LossOptions(*options), warmup)
+    options = LossOptions(*arguments[:-1], reduction=arguments[-1])
+    inputs = LossInputs(factors[0], labels, distance, summary, ring, options, warmup, class_weight)
     return inputs, dispatch.for_loss(backend, labels.device)  # type: ignore[return-value]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tal_fast.loss import collectives, dispatch
 from tal_fast.loss.backends import cpp
 from tal_fast.loss.functional import StepResult, step_in_parts
-from tal_fast.loss.options import LossOptions, check_inputs
+from tal_fast.loss.options import LossOptions, check_class_weight, check_inputs
 from tal_fast.loss.queue import FeatureQueue
 from tal_fast.loss.reference import TALStats
 from tal_fast.loss.watch import QueueWatch
@@ -56,6 +56,13 @@ class TALLoss(nn.Module):
             float32 or float64, and no leaf with a gradient. No effect in plain PyTorch, under ``torch.compile`` and
             with ``class_group``.
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see ``tal_fast.loss.dispatch``.
+        reduction: ``"mean"`` over the rows that are not ignored; ``"sum"``; or ``"none"``, a loss for each row, 0 where
+            ignored. ``"mean"`` alone is rescaled between the ranks of ``"global"``.
+        class_weight: (C,) floating point, finite, >= 0, or None: factors of the row losses by label, in both
+            cross-entropies as in ``F.cross_entropy``: ``"mean"`` divides by their sum over the batch (and is NaN where
+            that is 0), and label smoothing weights each class by its own. Typicalness, temperature and queue do not
+            depend on them. They are an option, not state: moved with the module, but neither cast by ``half()`` and the
+            like nor in the ``state_dict``. With ``class_group`` they are those of all classes, on every rank.
 
     Attributes:
         queue: ``FeatureQueue`` of past samples.
@@ -64,6 +71,7 @@ class TALLoss(nn.Module):
 
     Raises:
         ValueError: If an option is out of its range.
+        TypeError: If ``class_weight`` is not a floating-point tensor.
 
     Examples:
         >>> import torch
@@ -93,11 +101,13 @@ class TALLoss(nn.Module):
         class_group: dist.ProcessGroup | None = None,
         inplace: bool = False,
         backend: Literal["auto", "reference", "native", "triton"] = "auto",
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        class_weight: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.options = LossOptions(
             variant, float(t_min), float(t_max), None if t_wrong is None else float(t_wrong), confidence_threshold,
-            int(ignore_index), float(label_smoothing), bool(inplace),
+            int(ignore_index), float(label_smoothing), bool(inplace), reduction,
         )  # fmt: skip
         if queue_scope not in ("local", "global"):
             raise ValueError(f"queue_scope is {queue_scope!r}; use 'local' or 'global'")
@@ -112,13 +122,25 @@ class TALLoss(nn.Module):
         self.backend = dispatch.check_name(backend)
         self.queue = FeatureQueue(queue_size, backend=backend)
         self.watch: QueueWatch | None = QueueWatch()
+        self.class_weight: Tensor | None
+        weight = None if class_weight is None else check_class_weight(class_weight)
+        self.register_buffer("class_weight", weight, persistent=False)
+
+    def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> TALLoss:
+        weight = self.class_weight
+        super()._apply(fn, *args, **kwargs)
+        if weight is not None:  # moved, but neither rounded by half() nor emptied by to_empty()
+            assert self.class_weight is not None
+            self.class_weight = weight.to(self.class_weight.device)
+        return self
 
     def reset_parameters(self) -> None:
         """Empty the queue, whatever its memory holds."""
         self.queue.reset_parameters()
 
     def extra_repr(self) -> str:
-        return f"{self.options}, queue_scope={self.queue_scope!r}, backend={self.backend!r}"
+        weights = "" if self.class_weight is None else f", class_weight of {len(self.class_weight)} classes"
+        return f"{self.options}, queue_scope={self.queue_scope!r}, backend={self.backend!r}{weights}"
 
     # The type of the result depends on ``return_stats``.
     @overload
@@ -142,7 +164,7 @@ class TALLoss(nn.Module):
         push: bool = True,
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, TALStats]:
-        """Mean loss of a batch.
+        """Loss of a batch.
 
         Args:
             logits: (B, C) float64, float32, bfloat16 or float16, C >= 1, any strides.
@@ -153,7 +175,7 @@ class TALLoss(nn.Module):
             return_stats: Whether to return the per-sample statistics too.
 
         Returns:
-            loss: Scalar in float32 (float64 for float64 logits).
+            loss: Scalar, or (B,) for reduction ``"none"``, in float32 (float64 for float64 logits).
             stats: ``TALStats`` with (B,) fields, if ``return_stats``.
 
         Raises:
@@ -172,7 +194,7 @@ class TALLoss(nn.Module):
     def loss_and_gradient(
         self, logits: Tensor, features: Tensor, labels: Tensor, *, warmup: bool = False, push: bool = True
     ) -> tuple[Tensor, Tensor, TALStats]:
-        """Mean loss of a batch and its gradient with respect to the logits, without autograd.
+        """Loss of a batch and its gradient with respect to the logits, without autograd.
 
         ``logits.backward(gradient)`` continues through the network; the gradients are those of ``forward`` and
         ``loss.backward()``. Forward hooks of this module are not called. Use ``forward``, which pushes once, in parts
@@ -183,9 +205,10 @@ class TALLoss(nn.Module):
             logits, features, labels, warmup, push: As in ``forward``; no gradient is recorded.
 
         Returns:
-            loss: Scalar without a graph.
+            loss: As in ``forward``, without a graph.
             gradient: (B, C) in the logits' dtype, and in their memory with ``inplace``; float32 for float16 logits, to
                 be multiplied by a gradient scaler's factor before ``backward`` casts it (``scaler.scale(gradient)``).
+                For reduction ``"none"`` row i is the gradient of loss i.
             stats: ``TALStats`` with (B,) fields.
 
         Raises:
@@ -223,7 +246,10 @@ class TALLoss(nn.Module):
         queue: FeatureQueue = self._modules["queue"]  # type: ignore[assignment]  # self.queue runs Python code
         queue.flush()
         try:
-            return cpp.step(logits, features, labels, queue.ring, self.options, warmup, push and self.training, direct)
+            return cpp.step(
+                logits, features, labels, queue.ring, self.options, warmup, self._buffers["class_weight"],
+                push and self.training, direct,
+            )  # fmt: skip
         except Exception:
             try:
                 self._check(logits, features, labels)
@@ -249,7 +275,9 @@ class TALLoss(nn.Module):
         combine = None
         if self._acts_as_one():
             combine = partial(collectives.combine_summaries, rows=rows, group=group)
-        result = step(ring, self.options, backend=backend, warmup=warmup, combine=combine)
+        result = step(
+            ring, self.options, backend=backend, warmup=warmup, class_weight=self.class_weight, combine=combine
+        )
         if push and self.training:
             with torch.no_grad():
                 entries = result.mean, result.std, result.stats.accepted
@@ -261,7 +289,8 @@ class TALLoss(nn.Module):
         return result
 
     def _check(self, logits: Tensor, features: Tensor, labels: Tensor) -> None:
-        check_inputs(logits, features, labels, self.options.ignore_index, class_sharded=self.class_group is not None)
+        sharded = self.class_group is not None
+        check_inputs(logits, features, labels, self.options.ignore_index, sharded, self.class_weight)
         if self.queue.device != logits.device:
             move = f".{'to_empty(device=' if self.queue.device.type == 'meta' else 'to('}{str(logits.device)!r})"
             raise ValueError(

@@ -27,6 +27,7 @@ class LossOptions:
     ignore_index: int = -100
     label_smoothing: float = 0.0
     inplace: bool = False
+    reduction: str = "mean"
 
     def __post_init__(self) -> None:
         if self.variant not in ("paper", "released"):
@@ -43,15 +44,18 @@ class LossOptions:
             raise ValueError(f"confidence_threshold is {self.confidence_threshold}; a cosine lies in [-1, 1]")
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1]")
+        if self.reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction is {self.reduction!r}; use 'mean', 'sum' or 'none'")
 
 
 def check_inputs(
-    logits: Tensor, features: Tensor, labels: Tensor, ignore_index: int, class_sharded: bool = False
-) -> None:
+    logits: Tensor, features: Tensor, labels: Tensor, ignore_index: int, class_sharded: bool = False,
+    class_weight: Tensor | None = None,
+) -> None:  # fmt: skip
     """Raise ValueError or TypeError unless a batch is as ``TALLoss.forward`` wants it.
 
-    With ``class_sharded`` logits, this rank's columns of wider rows, C may be 0, and the labels' range, which no rank
-    knows alone, is not checked.
+    With ``class_sharded`` logits, this rank's columns of wider rows, C may be 0, and what no rank knows alone is not
+    checked: the labels' range and the number of class weights.
     """
     if logits.dim() != 2 or (logits.shape[1] < 1 and not class_sharded):
         raise ValueError(f"logits are {tuple(logits.shape)} but must be (B, C) with C >= 1")
@@ -76,8 +80,44 @@ def check_inputs(
             f"logits are on {logits.device}, features on {features.device} and labels on {labels.device}; "
             "move them to one device"
         )
+    if class_weight is not None:
+        if class_weight.device != logits.device:
+            raise ValueError(
+                f"class_weight is on {class_weight.device} but the logits are on {logits.device}; move it to theirs"
+            )
+        if not class_sharded:
+            check_number_of_weights(class_weight, logits.shape[1])
     if not class_sharded and labels_are_checked(labels):
         check_label_range(labels, logits.shape[1], ignore_index)
+
+
+def check_class_weight(weight: Tensor) -> Tensor:
+    """Return the weights without a graph; raise TypeError or ValueError unless they are as ``TALLoss`` wants them.
+
+    Their values are read where those of labels are.
+    """
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(
+            f"class_weight is {found} but must be a floating-point tensor, such as torch.tensor([1.0, 2.0])"
+        )
+    if weight.dim() != 1:
+        raise ValueError(f"class_weight is {tuple(weight.shape)} but must be (C,), one weight for each class")
+    weight = weight.detach()
+    if labels_are_checked(weight):
+        wrong = ~(weight.isfinite() & (weight >= 0))
+        if wrong.any():
+            at = int(wrong.nonzero()[0])
+            raise ValueError(f"class_weight[{at}] is {float(weight[at])} but must be finite and at least 0")
+    return weight
+
+
+def check_number_of_weights(weight: Tensor, num_classes: int) -> None:
+    """Raise ValueError unless there is one class weight for each class."""
+    if len(weight) != num_classes:
+        raise ValueError(
+            f"class_weight has {len(weight)} weights but the logits {num_classes} classes; give one for each"
+        )
 
 
 def labels_are_checked(labels: Tensor) -> bool:

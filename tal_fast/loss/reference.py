@@ -26,6 +26,9 @@ d_min and d_max are those of the batch. Two variants exist because the paper and
 ``released``
     The loss is mean(w) mean(L_dir) + (1 - mean(w)) mean(L_ce), and τ = 1 if all samples of the batch are accepted.
 
+Class weights c multiply L_dir and L_ce as ``F.cross_entropy`` defines it, label smoothing included; the mean is then
+divided by the sum of c_y over the batch. The typicalness, mean(w) and the queue do not depend on them.
+
 Everything runs on any device without reading a value back to the host, in float64 for float64 logits and in float32
 for all others.
 """
@@ -33,7 +36,7 @@ for all others.
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -138,25 +141,27 @@ def nearest_distance(
 
 
 def batch_summary(
-    logits: Tensor, labels: Tensor, distance: Tensor, *, confidence_threshold: float = 0.0, ignore_index: int = -100
-) -> Tensor:
-    """Six numbers of a batch that the loss of each of its samples depends on.
+    logits: Tensor, labels: Tensor, distance: Tensor, *, confidence_threshold: float = 0.0, ignore_index: int = -100,
+    class_weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Seven numbers of a batch that the loss of each of its samples depends on.
 
     Those of several ranks combine to those of the whole batch by a minimum, a maximum and sums. The mean weight of
     variant ``released`` is therefore carried as sums: τ is affine in the distance, so Σ τ follows from Σ d.
 
     Returns:
-        (6,) float64: the smallest and the largest finite distance (inf and -inf if there is none); the number of
+        (7,) float64: the smallest and the largest finite distance (inf and -inf if there is none); the number of
         valid rows, of accepted rows, and of rows with a weight of 1 whatever the distances (misclassified, or without
-        a finite distance); and the sum of the other valid rows' distances.
+        a finite distance); the sum of the other valid rows' distances; and the sum of the valid rows' class weights,
+        their number if there are none.
     """
     z, valid = _valid_rows(logits, labels, ignore_index)
     correct, accepted = _classified(z, labels, valid, confidence_threshold)
-    return summarize(distance, valid, correct, accepted)
+    return summarize(distance, valid, correct, accepted, row_weights(labels, valid, class_weight))
 
 
-def summarize(distance: Tensor, valid: Tensor, correct: Tensor, accepted: Tensor) -> Tensor:
-    """``batch_summary`` from each row's distance and flags, all (B,)."""
+def summarize(distance: Tensor, valid: Tensor, correct: Tensor, accepted: Tensor, row_weight: Tensor | None) -> Tensor:
+    """``batch_summary`` from each row's distance, flags and class weight, all (B,)."""
     d = distance.double()
     measured = valid & d.isfinite()
     weighted = measured & correct
@@ -167,7 +172,15 @@ def summarize(distance: Tensor, valid: Tensor, correct: Tensor, accepted: Tensor
         accepted.sum().double(),
         (valid & ~weighted).sum().double(),
         torch.where(weighted, d, 0).sum(),
+        (valid if row_weight is None else row_weight).sum().double(),
     ])  # fmt: skip
+
+
+def row_weights(labels: Tensor, valid: Tensor, class_weight: Tensor | None) -> Tensor | None:
+    """Class weight of each row's label (B,), 0 for ignored rows; None without class weights."""
+    if class_weight is None:
+        return None
+    return torch.where(valid, class_weight[torch.where(valid, labels, 0)], 0.0)
 
 
 def tal_loss(
@@ -178,18 +191,19 @@ def tal_loss(
     *,
     warmup: bool = False,
     summary: Tensor | None = None,
+    class_weight: Tensor | None = None,
 ) -> tuple[Tensor, TALStats]:
     """TAL loss of a batch, given each sample's distance to the queue (paper, equations 2 to 6).
 
     Args:
-        logits, labels, warmup: As in ``tal_fast.functional.tal_loss``.
+        logits, labels, warmup, class_weight: As in ``tal_fast.functional.tal_loss``.
         distance: (B,) from ``nearest_distance``; inf if the queue is empty.
         options: The defaults if None. ``inplace`` has no effect here.
         summary: ``batch_summary`` of a larger batch that this one is a part of, each sum divided by the number of
             parts; that of this batch by default.
 
     Returns:
-        loss: Scalar in float32 (float64 for float64 logits).
+        loss: Scalar, or (B,) for reduction "none", in float32 (float64 for float64 logits).
         stats: Per-sample ``TALStats``.
     """
     options = LossOptions() if options is None else options
@@ -203,17 +217,34 @@ def tal_loss(
     # Direction loss on the unit-length logits, magnitude loss on the logits as they are (equations 2 and 6).
     u = unit_length(z)
     target = labels.masked_fill(~valid, 0)
-    smoothing = options.label_smoothing
-    l_dir = F.cross_entropy(temperature[:, None] * u, target, reduction="none", label_smoothing=smoothing)
-    l_ce = F.cross_entropy(z, target, reduction="none", label_smoothing=smoothing)
+    class_weight = None if class_weight is None else class_weight.to(z.dtype)
+    given: dict[str, Any] = {"weight": class_weight, "reduction": "none", "label_smoothing": options.label_smoothing}
+    l_dir = F.cross_entropy(temperature[:, None] * u, target, **given)
+    l_ce = F.cross_entropy(z, target, **given)
     if options.variant == "released":
         w_bar = mean_weight(weight, valid, summary, warmup)
         per_sample = w_bar * l_dir + (1 - w_bar) * l_ce
     else:
         per_sample = weight * l_dir + (1 - weight) * l_ce
-    count = valid.sum().to(z.dtype) if summary is None else summary[2].to(z.dtype)
-    loss = torch.where(valid, per_sample, 0.0).sum() / torch.where(count > 0, count, 1.0)
+    loss = torch.where(valid, per_sample, 0.0)
+    if options.reduction != "none":
+        loss = loss.sum()
+    if options.reduction == "mean":
+        if summary is None:
+            row_weight = row_weights(labels, valid, class_weight)
+            count, weight_sum = valid.sum(), (valid if row_weight is None else row_weight).sum()
+        else:
+            count, weight_sum = summary[2], summary[6]
+        loss = loss / mean_divisor(count, weight_sum.to(z.dtype))
     return loss, TALStats(distance.detach(), typicalness, weight, temperature, correct, accepted)
+
+
+def mean_divisor(count: Tensor, weight_sum: Tensor) -> Tensor:
+    """Divisor of a mean: the valid rows' class weights; 1 without a valid row, NaN where all their weights are 0.
+
+    ``F.cross_entropy`` is NaN in both cases, with label smoothing too.
+    """
+    return torch.where(count > 0, torch.where(weight_sum > 0, weight_sum, torch.nan), 1.0)
 
 
 def unit_length(z: Tensor) -> Tensor:
@@ -261,7 +292,7 @@ def mean_weight(weight: Tensor, valid: Tensor, summary: Tensor | None, warmup: b
     """Mean weight of the batch, or of the larger batch that ``summary`` describes."""
     if summary is None:
         return weight.sum() / valid.sum().clamp(min=1)
-    d_min, d_max, n_valid, n_accepted, n_one, sum_distance = summary.double()
+    d_min, d_max, n_valid, n_accepted, n_one, sum_distance = summary[:6].double()
     n_weighted = n_valid - n_one
     # Without any weighted row d_min is infinite, and 0 * inf would make the sum NaN.
     nearest = torch.where(n_weighted > 0, d_min, 0.0)

@@ -27,12 +27,12 @@ from torch import Tensor
 
 from tal_fast.loss import reference
 from tal_fast.loss.collectives import check_rows_once, gather
-from tal_fast.loss.options import LossOptions, check_label_range, labels_are_checked
+from tal_fast.loss.options import LossOptions, check_label_range, check_number_of_weights, labels_are_checked
 from tal_fast.loss.reference import NORM_EPS, TALStats, compute_dtype
 
 # Columns of the results of the first pass and of the second, and of the terms of the third.
 LARGEST, ARGMAX, NORM, SUM, FINITE = range(5)
-P_SUM, P_WEIGHTED, Q_SUM, AT_LABEL = range(4)
+P_SUM, P_WEIGHTED, Q_SUM, AT_LABEL, SHARED = range(5)
 Z_MAX, SCALE, G_P, G_Q, G_LABEL, ALONG, AWAY = range(7)
 
 
@@ -56,16 +56,19 @@ def loss_and_gradient(
     warmup: bool,
     class_group: dist.ProcessGroup,
     *,
+    class_weight: Tensor | None = None,
     backend: str,
     combine: Callable[[Tensor], Tensor] | None,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, TALStats]:
-    """Mean loss of a batch without a graph, its gradient, and per-sample statistics.
+    """Loss of a batch without a graph, its gradient, and per-sample statistics.
 
     Args:
         logits: (B, C_r) floating point, this rank's columns, C_r >= 0.
         labels: (B,) int64 in [0, ΣC_r), or ``options.ignore_index``.
         distance: (B,) distance to the queue.
+        class_weight: (C,) weights of all ranks' classes, the same on every rank. A rank's own columns would not do: the
+            sum over the labels' weights is needed before the collective that brings the labels' logits.
         backend: Name of the backend that computes the passes over the logits.
         combine: Function from the batch's summary to that of all ranks' rows, where those are one batch; else None.
 
@@ -74,8 +77,8 @@ def loss_and_gradient(
         columns, empty unless ``need_grad``.
 
     Raises:
-        ValueError: On every rank alike, if labels are out of range or differ between the ranks, or, in the first step,
-            the ranks have unequal numbers of rows.
+        ValueError: On every rank alike, if labels are out of range or differ between the ranks, the class weights are
+            not as many as the classes, or, in the first step, the ranks have unequal numbers of rows.
     """
     scan, exp_sums, gradient = _passes(backend)
     z, wide = logits.detach(), compute_dtype(logits)
@@ -83,13 +86,14 @@ def loss_and_gradient(
 
     # 1. Whole rows, and which of them are correct and accepted.
     found = scan(z)
-    rows = _whole_rows(found, labels, z.shape[1], class_group, options.ignore_index)
+    rows = _whole_rows(found, labels, z.shape[1], class_group, options.ignore_index, class_weight)
     valid = labels != options.ignore_index
     correct = valid & (rows.argmax == labels)
     accepted = correct & rows.finite & (rows.largest / (rows.norm + NORM_EPS) > options.confidence_threshold)
 
     # 2. Typicalness, weight and temperature, as for whole logits.
-    summary = reference.summarize(distance, valid, correct, accepted)
+    row_weight = reference.row_weights(labels, valid, class_weight)
+    summary = reference.summarize(distance, valid, correct, accepted, row_weight)
     if combine is not None:
         summary = combine(summary)
     typicalness, weight, temperature = reference.sample_terms(
@@ -103,12 +107,29 @@ def loss_and_gradient(
     # 3. Sums of exponentials of x = z - max(z) without the label's, whose x one rank alone knows.
     label_column = labels - rows.start
     label_column = torch.where(valid & (label_column >= 0) & (label_column < z.shape[1]), label_column, -1)
-    sums = gather(exp_sums(z, label_column, rows.largest, scale), class_group).sum(0)  # (B, 4)
+    found = exp_sums(z, label_column, rows.largest, scale)
+    smoothing: float | Tensor = options.label_smoothing
+    row_scale = torch.ones_like(scale) if row_weight is None else row_weight.double()
+    shares = None  # of the smoothing, by class, in this rank's columns; None if it is even
+    if class_weight is not None and smoothing and len(labels):
+        # The targets (1 - ε) c_y [c = y] + ε c_c / C sum to row_scale: a row's loss is that many times a cross-entropy
+        # with another smoothing, spread over the classes by their weights.
+        whole = class_weight.double().sum()
+        columns = class_weight[rows.start[0] + torch.arange(z.shape[1], device=z.device)].double()
+        shares = (columns / torch.where(whole > 0, whole, 1.0)).to(wide)
+        spread = options.label_smoothing * whole / rows.classes
+        row_scale = (1 - options.label_smoothing) * row_scale + spread
+        smoothing = torch.where(row_scale > 0, spread / row_scale, 0.0)
+        found = torch.cat([found, (z.to(wide) * shares).sum(1, dtype=torch.float64)[:, None]], dim=1)
+    sums = gather(found, class_group).sum(0)  # (B, 4), or (B, 5) with shares
     x_label, p_others, q_others = sums[:, AT_LABEL], sums[:, P_SUM], sums[:, Q_SUM]
-    target_x = (1 - options.label_smoothing) * x_label
+    target_x = (1 - smoothing) * x_label
     if options.label_smoothing:
-        target_x = target_x + options.label_smoothing * (rows.sum / rows.classes - rows.largest)
-    per_row = 1 / torch.where(summary[2] > 0, summary[2], 1.0)
+        mean_z = rows.sum / rows.classes if shares is None else sums[:, SHARED]
+        target_x = target_x + smoothing * (mean_z - rows.largest)
+    per_row = row_scale
+    if options.reduction == "mean":
+        per_row = row_scale / reference.mean_divisor(summary[2], summary[6])
 
     def cross_entropy(rate: Tensor, others: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropy of softmax(rate x), and ``factor`` times its gradient: per exponential, and at the label."""
@@ -116,13 +137,14 @@ def loss_and_gradient(
         total = others + at_label
         # The label's own exponential stays out of the sums: a confident row's gradient is others / total, not 1 - p.
         log_sum = torch.where(at_label == 1, others.log1p(), total.log())
-        return log_sum - rate * target_x, factor / total, factor * (options.label_smoothing - others / total)
+        return log_sum - rate * target_x, factor / total, factor * (smoothing - others / total)
 
     f_dir, f_ce = share * scale * per_row, (1 - share) * per_row
     l_dir, g_p, g_p_label = cross_entropy(scale, p_others, f_dir)
     l_ce, g_q, g_q_label = cross_entropy(torch.ones_like(scale), q_others, f_ce)
     row_loss = torch.where(rows.finite, share * l_dir + (1 - share) * l_ce, torch.nan)
-    loss = (torch.where(valid, row_loss, 0.0).sum() * per_row).to(wide)
+    loss = torch.where(valid, row_loss * per_row, 0.0)
+    loss = (loss if options.reduction == "none" else loss.sum()).to(wide)
 
     # 4. Gradient of this rank's columns.
     grad = z.new_empty(0)
@@ -130,18 +152,23 @@ def loss_and_gradient(
         at_label = (scale * x_label).exp()
         k = (sums[:, P_WEIGHTED] + x_label * at_label) / (p_others + at_label) - target_x  # <z, p - e>
         along = torch.where(rows.norm > 0, f_dir * k / (rows.norm * (rows.norm + NORM_EPS)), 0.0)
-        away = (f_dir + f_ce) * options.label_smoothing / rows.classes
-        away = torch.where(rows.finite, away, torch.nan)  # a row that is not finite has no finite gradient
-        terms = torch.stack([rows.largest, scale, g_p, g_q, g_p_label + g_q_label, along, away], dim=1)
+        away = (f_dir + f_ce) * smoothing
+        evenly = away / rows.classes if shares is None else torch.zeros_like(away)
+        evenly = torch.where(rows.finite, evenly, torch.nan)  # a row that is not finite has no finite gradient
+        terms = torch.stack([rows.largest, scale, g_p, g_q, g_p_label + g_q_label, along, evenly], dim=1)
         grad = gradient(z, label_column, valid, terms)
+        if shares is not None:
+            away = torch.where(valid & rows.finite, away, 0.0).to(wide)
+            grad.addcmul_(away[:, None], shares, value=-1)
     stats = TALStats(distance.detach(), typicalness.to(wide), weight.to(wide), temperature.to(wide), correct, accepted)
     return loss, grad, stats
 
 
 def _whole_rows(
-    found: Tensor, labels: Tensor, columns: int, class_group: dist.ProcessGroup, ignore_index: int
-) -> _Rows:
-    """Whole rows from the first pass of all ranks; checks the labels, which travel along."""
+    found: Tensor, labels: Tensor, columns: int, class_group: dist.ProcessGroup, ignore_index: int,
+    class_weight: Tensor | None,
+) -> _Rows:  # fmt: skip
+    """Whole rows from the first pass of all ranks; checks the labels, which travel along, and the class weights."""
     width = torch.full_like(labels, columns)
     parts = gather(torch.cat([found, torch.stack([width, labels], dim=1).double()], dim=1), class_group)
     widths, labels_of_all = parts[:, :, 5], parts[:, :, 6]
@@ -152,6 +179,8 @@ def _whole_rows(
             raise ValueError("labels differ between the ranks of class_group; give all of them the same rows")
         if len(labels):
             check_label_range(labels, int(classes[0]), ignore_index)
+            if class_weight is not None:
+                check_number_of_weights(class_weight, int(classes[0]))
     largest, winner = parts[:, :, LARGEST].max(dim=0)  # the first rank on ties, and within it the first class
     return _Rows(
         largest=largest,

@@ -22,7 +22,7 @@ AVAILABLE, REASON = kernels.is_available(DEVICE)
 NAN_WARNINGS = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 LOSS_OPTIONS: dict[str, Any] = {
-    **{name: value for name, value in asdict(LossOptions()).items() if name != "inplace"},
+    **{name: value for name, value in asdict(LossOptions()).items() if name not in ("inplace", "reduction")},
     "warmup": False,
     "need_grad": True,
 }

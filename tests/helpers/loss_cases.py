@@ -58,13 +58,16 @@ def random_queue(entries: int) -> tuple[Tensor, Tensor]:
 def exact(logits: Tensor, labels: Tensor, typicalness: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Loss and gradient in float64 for a given typicalness, from the definition's formulas one by one.
 
-    It is independent of ``tal_fast.loss.reference``: log-sum-exps and the closed-form gradient instead of autograd.
+    Row i of the gradient is that of loss i, if losses are not reduced. It is independent of
+    ``tal_fast.loss.reference``: log-sum-exps and the closed-form gradient instead of autograd.
     """
     variant, smoothing = kwargs.get("variant", "paper"), kwargs.get("label_smoothing", 0.0)
     t_min, t_max, t_wrong = (kwargs.get(k, d) for k, d in (("t_min", 10.0), ("t_max", 100.0), ("t_wrong", 20.0)))
     valid = labels != kwargs.get("ignore_index", -100)
+    reduction = kwargs.get("reduction", "mean")
     if not valid.any():
-        return torch.zeros((), dtype=torch.float64), torch.zeros_like(logits, dtype=torch.float64)
+        rows = len(logits) if reduction == "none" else ()
+        return logits.new_zeros(rows, dtype=torch.float64), torch.zeros_like(logits, dtype=torch.float64)
     z, tau, y = logits.detach().double(), typicalness.double(), labels.clamp(min=0)
     correct = z.argmax(1) == y
     w = torch.where(correct, tau, 1.0)
@@ -73,19 +76,22 @@ def exact(logits: Tensor, labels: Tensor, typicalness: Tensor, **kwargs: Any) ->
     r = z.norm(dim=1, keepdim=True)
     n = r + reference.NORM_EPS
     u = z / n
-    e = torch.nn.functional.one_hot(y, z.shape[1]).double()
-    e = (1 - smoothing) * e + smoothing / z.shape[1]
+    class_weight = kwargs.get("class_weight")
+    c = torch.ones(z.shape[1], dtype=torch.float64) if class_weight is None else class_weight.double()
+    e = (1 - smoothing) * c * torch.nn.functional.one_hot(y, z.shape[1]) + smoothing * c / z.shape[1]
+    mass = e.sum(1, keepdim=True)  # 1 without class weights
     scaled = t[:, None] * u
-    l_dir = scaled.logsumexp(1) - (e * scaled).sum(1)
-    l_ce = z.logsumexp(1) - (e * z).sum(1)
-    p_e, q_e = scaled.softmax(1) - e, z.softmax(1) - e
+    l_dir = mass[:, 0] * scaled.logsumexp(1) - (e * scaled).sum(1)
+    l_ce = mass[:, 0] * z.logsumexp(1) - (e * z).sum(1)
+    p_e, q_e = mass * scaled.softmax(1) - e, mass * z.softmax(1) - e
     along = torch.where(r > 0, (n / r) * u * (u * p_e).sum(1, keepdim=True), 0.0)
     g_dir = (t[:, None] / n) * (p_e - along)
     if variant == "released":
         w = torch.full_like(w, w[valid].mean())
-    count = valid.sum()
-    loss = (w * l_dir + (1 - w) * l_ce)[valid].sum() / count
-    grad = (w[:, None] * g_dir + (1 - w[:, None]) * q_e) / count
+    divisor = c[y[valid]].sum() if reduction == "mean" else 1.0
+    loss = torch.where(valid, w * l_dir + (1 - w) * l_ce, 0.0)
+    loss = loss if reduction == "none" else loss.sum() / divisor
+    grad = (w[:, None] * g_dir + (1 - w[:, None]) * q_e) / divisor
     return loss, torch.where(valid[:, None], grad, 0.0)
 
 
@@ -99,12 +105,14 @@ def run_step(
 ) -> tuple[Tensor, Tensor, TALStats]:
     """Loss, gradient and statistics of one step of a backend, on the CPU; against a random queue by default."""
     device = device_of(backend)
+    if kwargs.get("class_weight") is not None:
+        kwargs["class_weight"] = kwargs["class_weight"].to(device)
     queue = random_queue(100) if queue is None else queue
     leaf = logits.detach().to(device).requires_grad_()
     loss, stats = functional.tal_loss(
         leaf, features.to(device), labels.to(device), *(q.to(device) for q in queue), backend=backend, **kwargs
     )
-    (grad,) = torch.autograd.grad(loss, leaf)
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
     return loss.detach().cpu(), grad.cpu(), TALStats(*(s.cpu() for s in stats))
 
 
@@ -115,7 +123,9 @@ def reference_loss(
     *,
     warmup: bool = False,
     summary: Tensor | None = None,
+    class_weight: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, TALStats]:
     """``reference.tal_loss`` with its options as keyword arguments."""
-    return reference.tal_loss(logits, labels, distance, LossOptions(**kwargs), warmup=warmup, summary=summary)
+    given: dict[str, Any] = {"warmup": warmup, "summary": summary, "class_weight": class_weight}
+    return reference.tal_loss(logits, labels, distance, LossOptions(**kwargs), **given)

@@ -408,9 +408,9 @@ def test_golden_loss_and_gradient(case: str, variant: str) -> None:
 
 
 def run_sums(logits: Tensor, labels: Tensor, distance: Tensor, summary: Tensor, threshold: float) -> Tensor:
-    """The summary with its last three values computed by the kernel."""
+    """The summary with its values 3 to 5 computed by the kernel."""
     unfinished = summary.clone()
-    unfinished[3:] = torch.nan
+    unfinished[3:6] = torch.nan
     ticket = new_ticket()
     moved = on_device(logits, labels, distance, unfinished)
     kernels.batch_sums(*moved, ticket, confidence_threshold=threshold, ignore_index=-100)

@@ -88,6 +88,27 @@ def train_with_global_scope(rank: int) -> dict[tuple[str, str], Any]:
     return results
 
 
+def weighted_losses(part: slice, scope: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Losses with class weights and their gradients, by variant and reduction, of some rows of a batch."""
+    torch.manual_seed(5)
+    logits, features = torch.randn(ROWS, CLASSES).double(), torch.rand(ROWS, 5).double()
+    labels = torch.where(torch.rand(ROWS) < 0.5, logits.argmax(1), torch.randint(CLASSES, (ROWS,)))
+    labels[:3], weight = -100, torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0, 0.25])
+    results = []
+    for backend in BACKENDS:
+        for variant in ("paper", "released"):
+            for reduction in ("mean", "sum", "none"):
+                loss_fn = TALLoss(
+                    variant, queue_scope=scope, label_smoothing=0.1, backend=backend, reduction=reduction,
+                    class_weight=weight,
+                ).double()  # fmt: skip  # type: ignore[arg-type]
+                loss_fn.queue.push(torch.linspace(0.3, 0.6, 9).double(), torch.full((9,), 0.3).double())
+                leaf = logits[part].requires_grad_()
+                loss = loss_fn(leaf, features[part], labels[part])
+                results.append((loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]))
+    return results
+
+
 def entries_before_and_after_reading(rank: int) -> list[tuple[int, int]]:
     """Numbers of entries that a step adds to the ring before the queue is read, and afterwards."""
     torch.manual_seed(0)
@@ -163,6 +184,7 @@ class Results(NamedTuple):
     queues: list[tuple[torch.Tensor, torch.Tensor]]
     losses: tuple[list[float], list[float]]
     unequal: tuple[list[str], int]
+    weighted: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def everything(rank: int) -> Results:
@@ -172,6 +194,7 @@ def everything(rank: int) -> Results:
         local_queues_inside_and_outside_ddp(rank),
         losses_compiled_and_eager(rank),
         errors_of_unequal_rows(rank),
+        weighted_losses(rows_of(rank), "global"),
     )
 
 
@@ -196,6 +219,19 @@ def test_global_scope_equals_one_process(ranks: list[Results]) -> None:
             for got, other, want in zip(queue0, queue1, loss_fn.queue.contents(), strict=True):
                 assert torch.equal(got, other)
                 torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
+
+
+def test_global_scope_with_class_weights_equals_one_process(ranks: list[Results]) -> None:
+    whole = weighted_losses(slice(None), "local")
+    reductions = ["mean", "sum", "none"] * (len(whole) // 3)
+    for reduction, (loss, grad), *parts in zip(reductions, whole, *(rank.weighted for rank in ranks), strict=True):
+        losses, grads = (torch.cat([torch.atleast_1d(t) for t in values]) for values in zip(*parts, strict=True))
+        if reduction == "mean":  # alone is rescaled, so that the ranks' mean is that of the batch
+            losses, grads = losses / WORLD, grads / WORLD
+        if reduction != "none":
+            losses = losses.sum()
+        torch.testing.assert_close(losses, loss, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(grads, grad, rtol=1e-9, atol=1e-12)
 
 
 def test_global_push_is_deferred_until_the_queue_is_used(ranks: list[Results]) -> None:

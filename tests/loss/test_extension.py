@@ -32,16 +32,19 @@ def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
 
 
 def digest() -> int:
-    """Number that depends on every bit of a step's results."""
+    """Number that depends on every bit of the results of a step, and of one with class weights and label smoothing."""
     torch.manual_seed(0)
-    loss_fn = TALLoss(queue_size=1000, backend="native")
-    loss_fn.queue.push(torch.rand(900), torch.rand(900))
     z, f, y = torch.randn(33, 1003) * 5, torch.rand(33, 515), torch.randint(1003, (33,))
     y[:20] = z[:20].argmax(1)
-    z.requires_grad_()
-    loss, stats = loss_fn(z, f, y, return_stats=True)
-    loss.backward()
-    values = torch.cat([loss.detach().view(1), z.grad.flatten(), stats.distance, stats.typicalness])
+    queue, results = (torch.rand(900), torch.rand(900)), []
+    for options in ({}, {"class_weight": torch.rand(1003), "label_smoothing": 0.1}):
+        loss_fn = TALLoss(queue_size=1000, backend="native", **options)
+        loss_fn.queue.push(*queue)
+        leaf = z.clone().requires_grad_()
+        loss, stats = loss_fn(leaf, f, y, return_stats=True)
+        loss.backward()
+        results += [loss.detach().view(1), leaf.grad.flatten(), stats.distance, stats.typicalness]
+    values = torch.cat(results)
     return int(values.view(torch.int32).long().mul(torch.arange(1, values.numel() + 1)).sum())
 
 
@@ -71,7 +74,9 @@ def test_queue_operators_pass_opcheck(capacity: int) -> None:
         copies = [None if t is None else t.clone() for t in (*ring, index)]
         torch.library.opcheck(ops.push_.default, (*copies[:3], mean, std, rows, copies[3]))
     torch.library.opcheck(ops.nearest.default, (*ring, mean, std, index))
-    torch.library.opcheck(ops.statistics_distance.default, (torch.rand(5, 9), torch.arange(5), *ring, -100, index))
+    rows = torch.rand(5, 9), torch.arange(5)
+    for weight in (None, torch.rand(5)):
+        torch.library.opcheck(ops.statistics_distance.default, (*rows, *ring, -100, index, weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
@@ -84,8 +89,9 @@ def test_loss_operators_pass_opcheck(dtype: torch.dtype) -> None:
     _, _, distance, summary = ops.statistics_distance(features, labels, ring.mean, ring.std, ring.cursor, -100)
     torch.library.opcheck(ops.batch_sums.default, (logits, labels, distance, summary, 0.0, -100))
     for need_grad in (True, False):
-        arguments = (True, 10.0, 100.0, None, 0.0, 0.1, -100, False, need_grad)
-        torch.library.opcheck(ops.loss_forward.default, (logits, labels, distance, summary, *arguments))
+        for reduction, weight in ((0, torch.rand(7)), (1, None), (2, None)):
+            arguments = (True, 10.0, 100.0, None, 0.0, 0.1, -100, False, reduction, weight, need_grad)
+            torch.library.opcheck(ops.loss_forward.default, (logits, labels, distance, summary, *arguments))
 
 
 def test_index_of_another_size_is_refused() -> None:

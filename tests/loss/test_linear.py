@@ -25,6 +25,7 @@ from tests.helpers.backends import (
     every_backend,
     every_variant,
     kernel_backends,
+    weighted_backends,
 )
 from tests.helpers.loss_cases import CASES, golden, options, random_queue, relative
 from tests.helpers.ranks import run_ranks
@@ -106,6 +107,34 @@ def test_equals_the_separate_layer(
                 assert gradient.dtype == expected.dtype
                 assert relative(gradient, expected) <= ROUNDING[dtype]
             assert same_queues(fused, separate)
+
+
+@weighted_backends
+@every_variant
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.usefixtures("poison")
+def test_class_weights_and_reductions(
+    backend: str, variant: str, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "CHUNK_ROWS", 4)
+    for dtype in ROUNDING:
+        layer, labels = random_layer(9, 20, 37, dtype)
+        class_weight = torch.rand(20).to(device_of(backend))
+        class_weight[labels[0]] = 0
+        fused, separate = pair(
+            backend, dtype, variant=variant, label_smoothing=0.1, reduction=reduction, class_weight=class_weight
+        )
+        loss, gradients = run(fused, layer, labels)
+        want, wanted = run(separate, layer, labels)
+        assert relative(loss, want) <= ROUNDING[dtype]
+        for gradient, expected in zip(gradients, wanted, strict=True):
+            assert relative(gradient, expected) <= ROUNDING[dtype]
+        arguments = [t.detach().to(device_of(backend)) for t in (*layer, labels)]  # type: ignore[union-attr]
+        functional, _ = linear_tal_loss(
+            *arguments, *random_queue(5), variant=variant, label_smoothing=0.1, reduction=reduction,
+            class_weight=class_weight, warmup=True, backend=backend,
+        )  # fmt: skip
+        assert torch.equal(functional, fused(*arguments, warmup=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -273,7 +302,8 @@ def test_no_valid_row(backend: str, rows: int) -> None:
 def check_compiled(backend: str, variant: str, compiler: str) -> None:
     torch._dynamo.reset()
     device = device_of(backend)
-    eager, _ = pair(backend, variant=variant)
+    weighted = {"class_weight": torch.rand(10), "reduction": "sum"} if backend == "native" else {}
+    eager, _ = pair(backend, variant=variant, **weighted)
     inner = copy.deepcopy(eager)
 
     def step(features: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
@@ -451,6 +481,10 @@ def test_invalid_arguments(changes: dict[str, Tensor], error: type[Exception], m
 def test_what_it_does_not_do_is_refused() -> None:
     with pytest.raises(ValueError, match="class_group is for logits"):
         TALLinearLoss(class_group=object())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="reduction is 'none'"):
+        TALLinearLoss(reduction="none")
+    with pytest.raises(ValueError, match="reduction is 'none'"):
+        linear_tal_loss(*(torch.rand(2, 2),) * 2, None, torch.tensor([0, 1]), *random_queue(5), reduction="none")
     with pytest.raises(NotImplementedError, match="has no gradient of logits"):
         TALLinearLoss().loss_and_gradient(torch.rand(2, 3), torch.rand(2, 4), torch.tensor([0, 1]))
 

@@ -25,7 +25,11 @@ OPTIONS: list[dict[str, Any]] = [
     {"label_smoothing": 0.1},
     {"t_wrong": None, "confidence_threshold": 0.4},
     {"warmup": True},
+    {"reduction": "sum", "class_weight": torch.tensor([1.0, 0.3, 0.0, 2.0, 0.5, 1.5, 0.7, 0.2, 1.1, 0.9, 0.6])},
 ]
+# Label smoothing spreads over the classes by their weights, which each rank knows of its own columns.
+OPTIONS += [{**OPTIONS[-1], "reduction": reduction, "label_smoothing": 0.1} for reduction in ("mean", "none")]
+HUGE_OPTIONS = {"label_smoothing": 0.1, "class_weight": OPTIONS[-1]["class_weight"]}
 Case = dict[str, Any]
 
 
@@ -72,7 +76,7 @@ def sharded_losses(rank: int, world: int, group: dist.ProcessGroup) -> list[Any]
             loss, stats = functional.tal_loss(
                 part, features, labels, *case["queue"], backend=backend, class_group=group, **case["options"]
             )
-            (grad,) = torch.autograd.grad(loss * 3, part)
+            (grad,) = torch.autograd.grad(loss.sum() * 3, part)
             results.append((loss.detach(), grad / 3, tuple(stats)))
     return results
 
@@ -84,7 +88,7 @@ def train_on_columns_and_rows(rank: int, class_group: dist.ProcessGroup, row_gro
     for variant in ("paper", "released"):
         loss_fn = TALLoss(
             variant, queue_size=20, queue_scope="global", process_group=row_group, class_group=class_group,
-            label_smoothing=0.05,
+            label_smoothing=0.05, class_weight=OPTIONS[-1]["class_weight"],
         ).double()  # fmt: skip
         losses, grads = [], []
         for step, case in enumerate(cases(2)[:8]):
@@ -102,11 +106,17 @@ def train_on_columns_and_rows(rank: int, class_group: dist.ProcessGroup, row_gro
 
 
 def invalid_labels_and_logits(rank: int, group: dist.ProcessGroup) -> Any:
-    """Messages for two batches of invalid labels, then the step with an infinite logit on one rank."""
+    """Messages for two batches of invalid labels and for one class weight too few, then the step with an infinite logit
+    on one rank.
+    """
     torch.manual_seed(0)
     loss_fn = TALLoss(queue_size=10, class_group=group)
     logits, features = torch.randn(3, 4), torch.rand(3, 5)
     messages = []
+    try:
+        TALLoss(class_group=group, class_weight=torch.ones(7))(logits, features, torch.tensor([0, 1, 2]))
+    except ValueError as error:
+        messages.append(str(error))
     for labels in (torch.tensor([0, 7, 8]), torch.tensor([0, 1, 2 + rank])):
         try:
             loss_fn(logits, features, labels)
@@ -133,7 +143,7 @@ def huge_logits_and_unequal_rows(rank: int, group: dist.ProcessGroup) -> Any:
         message = str(error)
     part = columns_of(huge(logits), rank, 2).requires_grad_()
     loss, stats = functional.tal_loss(
-        part, features, labels, *case["queue"], class_group=group, backend="reference", label_smoothing=0.1
+        part, features, labels, *case["queue"], class_group=group, backend="reference", **HUGE_OPTIONS
     )
     (grad,) = torch.autograd.grad(loss, part)
     return message, loss.detach(), grad, stats.typicalness
@@ -173,7 +183,7 @@ def test_sharded_loss_equals_the_unsharded_one(world: int, ranks: list[dict[str,
         eager, eager_stats = functional.tal_loss(
             leaf, features, labels, *case["queue"], backend="reference", **case["options"]
         )
-        (eager_grad,) = torch.autograd.grad(eager, leaf)
+        (eager_grad,) = torch.autograd.grad(eager.sum(), leaf)
         for _ in BACKENDS:
             parts = next(results)
             loss, _, stats = parts[0]
@@ -182,6 +192,7 @@ def test_sharded_loss_equals_the_unsharded_one(world: int, ranks: list[dict[str,
                 assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(other_stats, stats, strict=True))
             grad = torch.cat([part[1] for part in parts], dim=1)
             assert loss.dtype == eager.dtype
+            assert loss.shape == eager.shape
             assert grad.dtype == logits.dtype
             _, typicalness, weight, temperature, correct, accepted = stats
             tolerance = TOLERANCE[case["dtype"]]
@@ -196,7 +207,9 @@ def test_sharded_loss_equals_the_unsharded_one(world: int, ranks: list[dict[str,
                 assert relative(grad, eager_grad) <= tolerance
             else:
                 clean = logits.nan_to_num()
-                known = {k: v for k, v in case["options"].items() if k in ("variant", "label_smoothing", "t_wrong")}
+                known = {
+                    k: v for k, v in case["options"].items() if k not in ("warmup", "confidence_threshold")
+                }  # what the loss depends on, given the typicalness
                 truth = exact(clean, labels, typicalness, **known)
                 eager_truth = exact(clean, labels, eager_stats.typicalness, **known)
                 assert relative(loss, truth[0]) <= relative(eager, eager_truth[0]) + tolerance
@@ -205,7 +218,10 @@ def test_sharded_loss_equals_the_unsharded_one(world: int, ranks: list[dict[str,
 
 def test_columns_and_rows_shared_at_once(ranks: list[dict[str, Any]]) -> None:
     for variant in ("paper", "released"):
-        loss_fn = TALLoss(variant, queue_size=20, label_smoothing=0.05, backend="reference").double()
+        weight = OPTIONS[-1]["class_weight"]
+        loss_fn = TALLoss(
+            variant, queue_size=20, label_smoothing=0.05, class_weight=weight, backend="reference"
+        ).double()
         results = [rank["trained"][variant] for rank in ranks]
         for step, case in enumerate(cases(2)[:8]):
             logits, features, labels = case["batch"]
@@ -226,9 +242,10 @@ def test_columns_and_rows_shared_at_once(ranks: list[dict[str, Any]]) -> None:
 def test_invalid_labels_and_infinite_logits_are_noticed_by_every_rank(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks[:2]:
         messages, loss, grad, accepted, length = rank["invalid"]
-        assert len(messages) == 2
-        assert "label 8 in row 2 is outside [0, 8)" in messages[0]
-        assert "labels differ between the ranks" in messages[1]
+        assert len(messages) == 3
+        assert "class_weight has 7 weights but the logits 8 classes" in messages[0]
+        assert "label 8 in row 2 is outside [0, 8)" in messages[1]
+        assert "labels differ between the ranks" in messages[2]
         assert loss.isnan()  # on both ranks, though only one has the infinite logit
         assert grad[1].isnan().all()
         assert grad[[0, 2]].isfinite().all()
@@ -241,7 +258,7 @@ def test_unequal_rows_are_refused_and_huge_logits_have_a_direction(ranks: list[d
     assert message == other
     assert "rank 0 has 3 and rank 1 has 4" in message
     case = cases(2)[0]
-    want_loss, want_grad = exact(huge(case["batch"][0]), case["batch"][2], typicalness, label_smoothing=0.1)
+    want_loss, want_grad = exact(huge(case["batch"][0]), case["batch"][2], typicalness, **HUGE_OPTIONS)
     assert relative(loss, want_loss) <= 1e-5
     assert relative(torch.cat([grad0, grad1], 1), want_grad) <= 1e-5
 

@@ -20,10 +20,11 @@ class LossInputs:
     logits: Tensor
     labels: Tensor
     distance: Tensor  # (B,) distance to the queue
-    summary: Tensor | None  # (6,) ``reference.batch_summary``, or None if the backend needs none
+    summary: Tensor | None  # (7,) ``reference.batch_summary``, or None if the backend needs none
     ring: RingBuffer  # the queue, for the kernels' scratch memory
     options: LossOptions
     warmup: bool
+    class_weight: Tensor | None = None  # (C,) in the dtype of the computation
 
 
 class Backend(ABC):
@@ -33,7 +34,7 @@ class Backend(ABC):
 
     @abstractmethod
     def statistics_distance(
-        self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int
+        self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int, class_weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Mean, standard deviation and distance to the queue, each (B,), and the summary without what needs logits."""
 
@@ -43,11 +44,14 @@ class Backend(ABC):
 
     @abstractmethod
     def loss(self, inputs: LossInputs) -> tuple[Tensor, TALStats]:
-        """Mean loss, differentiable with respect to the logits, and per-sample statistics."""
+        """Loss, reduced as the options say and differentiable by the logits, and per-sample statistics."""
 
     @abstractmethod
     def loss_and_gradient(self, inputs: LossInputs) -> tuple[Tensor, Tensor, TALStats]:
-        """Mean loss without a graph, its gradient (float32 for float16 logits), and per-sample statistics."""
+        """Loss without a graph, its gradient (float32 for float16 logits), and per-sample statistics.
+
+        With reduction "none" row i of the gradient is that of loss i.
+        """
 
     @abstractmethod
     def push(self, ring: RingBuffer, mean: Tensor, std: Tensor, accepted: Tensor | None) -> None:
@@ -63,12 +67,14 @@ class KernelBackend(Backend):
 
     @abstractmethod
     def forward(self, inputs: LossInputs, need_grad: bool) -> tuple[Tensor, Tensor, TALStats]:
-        """Mean loss without a graph, its gradient (empty unless ``need_grad``), and per-sample statistics."""
+        """``loss_and_gradient``, with an empty gradient unless ``need_grad``."""
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, TALStats]:
         need_grad = wants_gradient(inputs.logits)
         loss, grad, stats = self.forward(inputs, need_grad)
-        return attach_gradient(inputs.logits, loss, grad) if need_grad else loss, stats
+        if need_grad:
+            loss = attach_gradient(inputs.logits, loss, grad, inputs.labels, inputs.options.ignore_index)
+        return loss, stats
 
     def loss_and_gradient(self, inputs: LossInputs) -> tuple[Tensor, Tensor, TALStats]:
         return self.forward(inputs, need_grad=True)

@@ -31,10 +31,10 @@ class CppBackend(_CppQueue, KernelBackend):
     """The step on CPUs, in parts: what ``torch.compile`` traces, and what distributed runs interrupt."""
 
     def statistics_distance(
-        self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int
+        self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int, class_weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         return torch.ops.tal_fast.statistics_distance(
-            features.detach(), labels, ring.mean, ring.std, ring.cursor, ignore_index, ring.index
+            features.detach(), labels, ring.mean, ring.std, ring.cursor, ignore_index, ring.index, class_weight
         )
 
     def complete_summary(self, inputs: LossInputs) -> Tensor:
@@ -46,7 +46,7 @@ class CppBackend(_CppQueue, KernelBackend):
 
     def forward(self, inputs: LossInputs, need_grad: bool) -> tuple[Tensor, Tensor, TALStats]:
         logits = inputs.logits.detach()
-        options = _loss_arguments(inputs.options, inputs.warmup)
+        options = _loss_arguments(inputs.options, inputs.warmup, inputs.class_weight)
         arguments = (logits, inputs.labels, inputs.distance, inputs.summary, *options)
         if need_grad and may_overwrite(inputs.logits, inputs.options):
             loss, *stats = torch.ops.tal_fast.loss_inplace_(*arguments)
@@ -61,8 +61,8 @@ class CppCudaBackend(_CppQueue, PyTorchBackend):
 
 
 def step(
-    logits: Tensor, features: Tensor, labels: Tensor, ring: RingBuffer, options: LossOptions, warmup: bool, push: bool,
-    direct: bool,
+    logits: Tensor, features: Tensor, labels: Tensor, ring: RingBuffer, options: LossOptions, warmup: bool,
+    class_weight: Tensor | None, push: bool, direct: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Whole step on the CPU in one call, which checks its arguments.
 
@@ -71,15 +71,20 @@ def step(
     operator = torch.ops.tal_fast.step_with_gradient.default if direct else torch.ops.tal_fast.step.default
     queue = ring.mean, ring.std, ring.cursor, ring.index
     try:
-        results = operator(logits, features, labels, *queue, *_loss_arguments(options, warmup), push)
+        results = operator(logits, features, labels, *queue, *_loss_arguments(options, warmup, class_weight), push)
     except RuntimeError:
         refuse_transforms(logits)  # in plainer words than PyTorch's
         raise
     return (*results[:-6], TALStats(*results[-6:]))
 
 
-def _loss_arguments(options: LossOptions, warmup: bool) -> tuple[Any, ...]:
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # at::Reduction
+
+
+def _loss_arguments(options: LossOptions, warmup: bool, class_weight: Tensor | None) -> tuple[Any, ...]:
     """Options in the order of the extension's operators."""
-    temperatures = options.t_min, options.t_max, options.t_wrong
-    others = options.confidence_threshold, options.label_smoothing, options.ignore_index, warmup
-    return options.variant == "released", *temperatures, *others
+    o = options
+    return (
+        o.variant == "released", o.t_min, o.t_max, o.t_wrong, o.confidence_threshold, o.label_smoothing,
+        o.ignore_index, warmup, _REDUCTIONS[o.reduction], class_weight,
+    )  # fmt: skip

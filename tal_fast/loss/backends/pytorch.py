@@ -29,7 +29,7 @@ class PyTorchBackend(Backend):
     name = "reference"
 
     def statistics_distance(
-        self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int
+        self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int, class_weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         mean, std = reference.feature_statistics(features, ring.mean.dtype)
         return mean, std, self.nearest(ring, mean, std), None
@@ -39,12 +39,14 @@ class PyTorchBackend(Backend):
         return reference.batch_summary(
             inputs.logits, inputs.labels, inputs.distance,
             confidence_threshold=options.confidence_threshold, ignore_index=options.ignore_index,
+            class_weight=inputs.class_weight,
         )  # fmt: skip
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, TALStats]:
         return reference.tal_loss(
-            inputs.logits, inputs.labels, inputs.distance, inputs.options, warmup=inputs.warmup, summary=inputs.summary
-        )
+            inputs.logits, inputs.labels, inputs.distance, inputs.options,
+            warmup=inputs.warmup, summary=inputs.summary, class_weight=inputs.class_weight,
+        )  # fmt: skip
 
     def loss_and_gradient(self, inputs: LossInputs) -> tuple[Tensor, Tensor, TALStats]:
         return differentiate(lambda z: self.loss(replace(inputs, logits=z)), inputs.logits)
