@@ -406,7 +406,7 @@ def _rows(inputs: LossInputs, chunk: slice, logits: Tensor) -> LossInputs:
 _INPUTS = (
     "Tensor[] factors, Tensor labels, Tensor distance, Tensor summary, Tensor? class_weight, str backend, bool warmup, "
     "str variant, float t_min, float t_max, float? t_wrong, float confidence_threshold, int ignore_index, "
-    "float label_smoothing, str reduction"
+    "float label_smoothing, bool inplace, str reduction"
 )
 
 
@@ -418,7 +418,7 @@ def _operators(
     o = inputs.options
     rest = (
         inputs.class_weight, backend.name, inputs.warmup, o.variant, o.t_min, o.t_max, o.t_wrong,
-        o.confidence_threshold, o.ignore_index, o.label_smoothing, o.reduction,
+        o.confidence_threshold, o.ignore_index, o.label_smoothing, o.inplace, o.reduction,
     )  # fmt: skip
     summary = inputs.summary
     if combine is not None:
@@ -430,18 +430,11 @@ def _operators(
 
 
 def _inputs_of(
-    factors: list[Tensor],
-    labels: Tensor,
-    distance: Tensor,
-    summary: Tensor,
-    class_weight: Tensor | None,
-    backend: str,
-    warmup: bool,
-    *arguments: Any,
-) -> tuple[LossInputs, KernelBackend]:
+    factors: list[Tensor], labels: Tensor, distance: Tensor, summary: Tensor, class_weight: Tensor | None, backend: str,
+    warmup: bool, *options: Any,
+) -> tuple[LossInputs, KernelBackend]:  # fmt: skip
     ring = RingBuffer.empty(1, torch.float32, labels.device, indexed=False)  # scratch memory for the kernels
-    options = LossOptions(*arguments[:-1], reduction=arguments[-1])
-    inputs = LossInputs(factors[0], labels, distance, summary, ring, options, warmup, class_weight)
+    inputs = LossInputs(factors[0], labels, distance, summary, ring, LossOptions(*options), warmup, class_weight)
     return inputs, dispatch.for_loss(backend, labels.device)  # type: ignore[return-value]
 
 

@@ -435,6 +435,7 @@ print((1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) - ke
 """
 
 
+@pytest.mark.slow
 @NEEDS_EXTENSION
 def test_temporaries_take_less_than_an_eighth_of_the_logits() -> None:
     share = {}
