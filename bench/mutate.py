@@ -36,9 +36,15 @@ class Mutation:
 
 KERNELS = "tests/kernels"
 PATHS = (f"{KERNELS}/test_loss.py", "-k", "every_path and (65 or 130) and released")
-TIES = (f"{KERNELS}/test_loss.py", "-k", "ties and packed")
+TIES = (f"{KERNELS}/test_loss.py", "-k", "ties and held")
+TURNS = (f"{KERNELS}/test_loss.py", "-k", "shared_among_programs and held")
+OPTIONS = (f"{KERNELS}/test_loss.py", "-k", "every_option and reduction and held")
 SUMS = (f"{KERNELS}/test_loss.py", "-k", "(test_batch_sums and 33 and float32) or partial_sums")
-STATISTICS = (f"{KERNELS}/test_distance.py", "-k", "(any_split and 17 and (129 or 500)) or (float64 and 65)")
+STATISTICS = (
+    f"{KERNELS}/test_distance.py",
+    "-k",
+    "(any_split and 17 and (65 or 700)) or (float64 and 65) or class_weights",
+)
 PUSH = (f"{KERNELS}/test_queue_push.py",)
 NATIVE = ("tests/loss/test_backends.py", "-k", "native and (golden or confident)")
 # The packs of the widest registers are never halved, so other instruction sets are compared too.
@@ -55,67 +61,92 @@ HALF = ("tests/loss/test_module.py", "-k", "loss_and_gradient_of_float16")
 MUTATIONS = [
     Mutation(
         "loss: wrong sign of the gradient's component along z", "kernels/loss.py",
-        "g = tl.where(c == label, g_label, g) - (x + z_max) * z_coef - smooth_term",
-        "g = tl.where(c == label, g_label, g) + (x + z_max) * z_coef - smooth_term", PATHS,
+        "(constant[:, None] - z_coef[:, None] * z))\n    if WEIGHTED_SMOOTHING",
+        "(constant[:, None] + z_coef[:, None] * z))\n    if WEIGHTED_SMOOTHING", PATHS,
     ),
     Mutation(
         "loss: columns past the end of a row count as logits of 0", "kernels/loss.py",
-        "        other = inside & (c != label)\n        p = ", "        other = c != label\n        p = ", PATHS,
+        "keep = (at != (label_at - begin)[:, None]) & ((begin + at) // V * V < length[:, None])",
+        "keep = (at != (label_at - begin)[:, None]) & (length[:, None] >= 0)", PATHS,
     ),
     Mutation(
         "loss: the label's exponential left in the sums", "kernels/loss.py",
-        "        other = inside & (c != label)\n        p = ", "        other = inside\n        p = ", PATHS,
+        "keep = (at != (label_at - begin)[:, None]) & (", "keep = (at >= 0) & (", PATHS,
     ),
     Mutation(
-        "packed rows: the two halves swapped", "kernels/loss.py",
-        "bits = (words ^ opaque_zero) >> (16 * half)", "bits = (words ^ opaque_zero) >> (16 * (1 - half))", PATHS,
+        "loss: both losses with T without the norm", "kernels/loss.py",
+        "rate = temperature * inverse_norm", "rate = temperature", PATHS,
     ),
     Mutation(
-        "packed rows: the sign of the low half spreads into the high half", "kernels/loss.py",
-        "low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF", "low.to(tl.int16, bitcast=True).to(tl.int32)", PATHS,
+        "held rows: a turn fetches its own rows again", "kernels/loss.py",
+        "        if HELD:\n            ahead = fetch_rows(\n                logits_ptr, distance_ptr, next_row,",
+        "        if HELD:\n            ahead = fetch_rows(\n                logits_ptr, distance_ptr, row,", TURNS,
     ),
     Mutation(
-        "packed rows: ties go to the last class", "kernels/loss.py",
-        "(at < column + opaque_zero)))", "(at > column + opaque_zero)))", TIES,
+        "held rows: ties go to the last class", "kernels/loss.py",
+        "(i * WIDTH + at < (column - head)[:, None])", "(i * WIDTH + at > (column - head)[:, None])", TIES,
     ),
     Mutation(
-        "long rows: the second block overlaps the first by one", "kernels/loss.py",
-        "    q_sum = tl.zeros((BLOCK,), dtype)\n    for start in range(0, classes, BLOCK):",
-        "    q_sum = tl.zeros((BLOCK,), dtype)\n    for start in range(0, classes, BLOCK - 1):", PATHS,
+        "wide rows: the label's chunk counts twice", "kernels/loss.py",
+        "    begin = (j + (j >= label_chunk).to(tl.int32)) * WIDTH\n                z =",
+        "    begin = j * WIDTH\n                z =", PATHS,
     ),
     Mutation(
-        "both losses: T without the norm", "kernels/loss.py",
-        "dir_weight, temperature / (norm + NORM_EPS)", "dir_weight, temperature", PATHS,
+        "wide rows: the last chunk is left out where it is not full", "kernels/loss.py",
+        "tl.where((j == 1) | (label_chunk < full), length, 0)", "tl.where(label_chunk < full, length, 0)", PATHS,
+    ),
+    Mutation(
+        "edges: a logit of the row before belongs to the row", "kernels/loss.py",
+        "head = ((V - offset % V) % V).to(tl.int32)", "head = ((V - offset % V) % V).to(tl.int32) - 1", PATHS,
+    ),
+    Mutation(
+        "edges: the last column of a row is left out", "kernels/loss.py",
+        "e < head[:, None], column < CLASSES)", "e < head[:, None], column < CLASSES - 1)", PATHS,
+    ),
+    Mutation(
+        "class weights: not in the gradient", "kernels/loss.py",
+        "g_p = f_dir * mass * inverse_p", "g_p = f_dir * inverse_p", OPTIONS,
+    ),
+    Mutation(
+        "reduction: a sum is divided as the mean is", "kernels/loss.py",
+        '"MEAN": reduction == "mean"', '"MEAN": True', OPTIONS,
     ),
     Mutation(
         "released: the guard counts correct samples instead of accepted ones", "kernels/loss.py",
-        "n_accepted += tl.where(accepted, 1.0, 0.0)", "n_accepted += tl.where(correct, 1.0, 0.0)", SUMS,
+        "n_accepted += accepted.to(tl.float64)", "n_accepted += correct.to(tl.float64)", SUMS,
     ),
     Mutation(
-        "the last program adds only the first 256 partial sums", "kernels/loss.py",
-        "    for start in range(0, count, 256):", "    for start in range(0, 1, 256):", SUMS,
+        "the last program adds only its first partial sums", "kernels/loss.py",
+        "    for start in range(0, count, PARTS):", "    for start in range(0, 1, PARTS):", SUMS,
     ),
     Mutation(
         "statistics: biased standard deviation", "kernels/distance.py",
         "/ (width - 1)", "/ width", STATISTICS,
     ),
     Mutation(
-        "distance: one entry past the queue's length is read", "kernels/distance.py",
-        "        inside = j < length", "        inside = j < length + 1", STATISTICS,
+        "search: the queue's last entry is left out", "kernels/distance.py",
+        "tl.maximum(length - 1, 0)", "tl.maximum(length - 2, 0)", STATISTICS,
     ),
     Mutation(
-        "distance: a split is left out", "kernels/distance.py",
-        "    start = tl.program_id(1).to(tl.int64) * ENTRIES",
-        "    start = (tl.program_id(1).to(tl.int64) + 1) * ENTRIES",
+        "search: a split is left out", "kernels/distance.py",
+        "    first = tl.program_id(1) * (UNROLL * ENTRIES)", "    first = (tl.program_id(1) + 1) * (UNROLL * ENTRIES)",
         STATISTICS,
     ),
     Mutation(
-        "push: off by one in the slot", "kernels/queue_push.py",
-        "slot = (head + rank) % capacity", "slot = (head + rank + 1) % capacity", PUSH,
+        "search: the entries loaded ahead are those at hand", "kernels/distance.py",
+        "start + step, length, ENTRIES", "start, length, ENTRIES", STATISTICS,
     ),
     Mutation(
-        "push: of more rows than slots the first are written", "kernels/queue_push.py",
-        "is_written = keep & (rank >= kept - capacity)", "is_written = keep & (rank < capacity)", PUSH,
+        "summary: the number of valid rows for the sum of their class weights", "kernels/distance.py",
+        "tl.sum(weights, axis=0) if HAS_CLASS_WEIGHT else n_valid", "n_valid", STATISTICS,
+    ),
+    Mutation(
+        "push: off by one in the slot", "kernels/queue_push.py",
+        "slot = first + rank", "slot = first + rank + 1", PUSH,
+    ),
+    Mutation(
+        "push: of more rows than slots the first slot is not the oldest", "kernels/queue_push.py",
+        "first = (head + skipped) % capacity", "first = head", PUSH,
     ),
     Mutation(
         "push: the length grows beyond the capacity", "kernels/queue_push.py",
@@ -136,7 +167,7 @@ MUTATIONS = [
     ),
     Mutation(
         "backward: the gradient of a retained graph is scaled in place", "tal_fast/loss/autograd.py",
-        " or _graph_is_kept():", ":", INPLACE,
+        " and not _graph_is_kept()", "", INPLACE,
     ),
     Mutation(
         "C++ row: wrong sign of the smoothing at the label", "csrc/kernels_cpu.inc",

@@ -1,7 +1,7 @@
 """Triton kernels of the TAL step.
 
 =====================  =======================================================================================
-``distance.py``        features -> mean, standard deviation, distance to the queue, the batch's distance range
+``distance.py``        features -> mean, standard deviation; distance to the queue, the batch's distance range
 ``loss.py``            logits -> loss and gradient; the batch's sums, which variant ``released`` needs first
 ``sharded.py``         loss and gradient in three passes, for ranks that hold some of the classes
 ``queue_push.py``      append the accepted rows to the queue
@@ -41,7 +41,7 @@ def is_available(device: torch.device) -> tuple[bool, str]:
     return False, f"Triton has no backend for {device.type}"
 
 
-def statistics_distance(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def statistics_distance(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Feature statistics and distance to the queue; arguments of ``distance.statistics_distance``."""
     from tal_fast.kernels import distance, ops
 
@@ -63,7 +63,7 @@ def batch_sums(*args: Any, **kwargs: Any) -> None:
 
 
 def loss_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean loss, gradient and per-sample statistics; arguments of ``loss.plan_loss``."""
+    """Loss, gradient and per-sample statistics; arguments of ``loss.plan_loss``."""
     from tal_fast.kernels import loss, ops
 
     if torch.compiler.is_compiling():
@@ -72,11 +72,11 @@ def loss_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Ten
     return loss.loss_forward(*args, **kwargs)
 
 
-def scale(values: Tensor, factor: Tensor) -> None:
-    """Multiply values in place by a scalar tensor; in eager mode only. See ``loss.scale``."""
+def scale(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values times a scalar tensor, in eager mode only; see ``loss.scale``."""
     from tal_fast.kernels import loss
 
-    loss.scale(values, factor)
+    return loss.scale(values, factor, dtype)
 
 
 def push(*args: Any) -> None:

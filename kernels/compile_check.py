@@ -26,10 +26,10 @@ from tal_fast.kernels.launch import Target
 
 # A100, H100, B200 and MI300.
 TARGETS = {
-    "cuda:80": Target(108, 32, True),
-    "cuda:90": Target(132, 32, True),
-    "cuda:100": Target(148, 32, False),
-    "hip:gfx942": Target(304, 64, False),
+    "cuda:80": Target(108, 32),
+    "cuda:90": Target(132, 32),
+    "cuda:100": Target(148, 32),
+    "hip:gfx942": Target(304, 64),
 }
 # Triton's names of pointer types.
 TYPES = {
@@ -54,7 +54,7 @@ class Resources:
 
 def planned_launches(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]:
     """Labels and launches of every kernel, at shapes that reach each launch configuration."""
-    from tal_fast.kernels.distance import plan_nearest, plan_statistics_distance
+    from tal_fast.kernels.distance import plan_search, plan_statistics
     from tal_fast.kernels.loss import plan_batch_sums, plan_loss, plan_scale
     from tal_fast.kernels.queue_push import plan_push
     from tal_fast.kernels.sharded import plan_exp_sums, plan_gradient, plan_scan
@@ -66,8 +66,8 @@ def planned_launches(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]
 
     rows = 256
     labels, accepted = meta(rows, dtype=torch.int64), meta(rows, dtype=torch.bool)
-    cursor, ticket = meta(2, dtype=torch.int64), meta(1, dtype=torch.int32)
-    summary = meta(6, dtype=torch.float64)
+    cursor, tickets = meta(2, dtype=torch.int64), meta(3, dtype=torch.int32)
+    summary = meta(7, dtype=torch.float64)
     for queue_dtype in (torch.float32, torch.float64):
         queue = meta(880_880, dtype=queue_dtype)
         entry = meta(rows, dtype=queue_dtype)
@@ -75,9 +75,12 @@ def planned_launches(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]
             if quick and (queue_dtype, dtype) not in ((torch.float32, torch.bfloat16), (torch.float64, torch.float32)):
                 continue
             features = meta(rows, width, dtype=dtype)
-            plan, _ = plan_statistics_distance(features, labels, queue, queue, cursor, ticket, -100, target)
-            yield f"statistics_distance {dtype_name(dtype)} D={width}, queue {dtype_name(queue_dtype)}", plan
-        yield f"nearest, queue {dtype_name(queue_dtype)}", plan_nearest(queue, queue, cursor, entry, entry, target)[0]
+            plan, _ = plan_statistics(features, queue_dtype)
+            yield f"statistics {dtype_name(dtype)} D={width}, queue {dtype_name(queue_dtype)}", plan
+        for some_labels, weights in ((labels, None), (labels, entry), (None, None)):
+            kind = "nearest" if some_labels is None else "search" if weights is None else "search, class weights"
+            search = entry, entry, entry, tickets, some_labels, weights, -100, target
+            yield f"{kind}, queue {dtype_name(queue_dtype)}", plan_search(queue, queue, cursor, *search)[0]
         for kept in (accepted, None):
             yield (
                 f"push{'' if kept is None else ' accepted'}, queue {dtype_name(queue_dtype)}",
@@ -94,11 +97,12 @@ def planned_launches(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]
         if not quick:
             branches += [("paper", False, True, False, False), ("paper", True, False, True, True)]
         if dtype != torch.float16:  # the gradient of float16 logits is float32
-            yield f"scale {dtype_name(dtype)} C={classes}", plan_scale(logits, meta(1, dtype=torch.float32))
+            factor = meta(1, dtype=torch.float32)
+            yield f"scale {dtype_name(dtype)} C={classes}", plan_scale(logits, factor, logits, target)
         for variant, has_t_wrong, smooth, warmup, need_grad in branches:
             plan, _ = plan_loss(
-                logits, labels, distance, summary, ticket,
-                variant, 10.0, 100.0, 20.0 if has_t_wrong else None, 0.0, 0.1 if smooth else 0.0, -100, warmup,
+                logits, labels, distance, summary, tickets, meta(classes) if smooth else None,
+                variant, 10.0, 100.0, 20.0 if has_t_wrong else None, 0.0, 0.1 if smooth else 0.0, -100, "mean", warmup,
                 need_grad, target=target,
             )  # fmt: skip
             flags = [variant] + ["smoothing"] * smooth + ["warm-up"] * warmup + ["no gradient"] * (not need_grad)
@@ -114,7 +118,7 @@ def planned_launches(target_name: str, quick: bool) -> Iterator[tuple[str, Any]]
                 yield f"sharded {plan.kernel.__name__} {dtype_name(dtype)} C={classes}", plan
         yield (
             f"batch_sums {dtype_name(dtype)} C={classes}",
-            plan_batch_sums(logits, labels, distance, summary, ticket, 0.0, -100, target),
+            plan_batch_sums(logits, labels, distance, summary, tickets, 0.0, -100, target),
         )
 
 

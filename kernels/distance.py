@@ -1,12 +1,10 @@
-"""Feature statistics, distance to the nearest queue entry, and the batch's distance range, in one launch.
+"""Feature statistics, distance to the nearest queue entry, and the batch's distance range, in two launches.
 
-Cost: B·N comparisons of 6 operations each, and B·D·itemsize + 8·N bytes read. At B = 256 and N = 880,880 the
-comparisons dominate and the queue (7 MB) stays in the L2 cache.
-
-The grid is (query blocks) x (queue splits). Each program computes the statistics of its own queries (reading a few rows
-again from the L2 cache costs less than a second launch), compares them with its split of the queue and stores the
-minima in scratch memory. The last program to finish, identified by a ticket counter, reduces the minima over the
-splits. This needs no second launch and no floating-point atomics, and the result does not depend on timing.
+The search costs B·N comparisons of 5 operations each, and reads 8·N bytes. At B = 256 and N = 880,880 the comparisons
+dominate and the queue (7 MB) stays in the L2 cache. Its grid is (query blocks) x (queue splits): each program compares
+its queries with its split of the queue, and an atomic minimum of bit patterns, which order as the distances do, joins
+the splits. The last program to finish, identified by a ticket counter, takes the roots and the batch's range. Nothing
+depends on timing.
 """
 
 from __future__ import annotations
@@ -18,11 +16,16 @@ from torch import Tensor
 
 from tal_fast.kernels.launch import Launch, Target, cdiv, device_target
 
-QUERIES = 16  # queries per program; every queue entry loaded serves all of them
-ENTRIES = 128  # queue entries per iteration: a 16 x 128 tile of minima takes 16 float32 registers a thread at 4 warps
-FEATURES = 64  # features per iteration: two 16 x 64 tiles of float64 sums take 32 registers a thread
+QUERIES = 16  # queries per program of the search; every queue entry loaded serves all of them
+ENTRIES = 64  # queue entries at a time: one a thread
+NUM_WARPS = 2
+UNROLL = 4  # entries of a thread compared at a time, while as many are in flight
+PROGRAMS = 16  # programs of the search per multiprocessor
 ROWS = 256  # rows per iteration of the last program's reduction
-NUM_WARPS = 4
+FEATURES = 1024  # features per iteration of the statistics, 8 a thread
+
+# Arrival counters of a step, one for each launch that needs to know its last program.
+SEARCH_TICKET, SUMS_TICKET, LOSS_TICKET, TICKETS = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
@@ -32,38 +35,6 @@ def sqrt_rn(x):
         return tl.sqrt(x)
     else:
         return tl.sqrt_rn(x)
-
-
-@triton.jit
-def _nearest_in_split(
-    queue_mean_ptr, queue_std_ptr, length, m, s,
-    QUERIES: tl.constexpr, ENTRIES: tl.constexpr,
-):  # fmt: skip
-    """Smallest squared distance of each query to this program's split of the queue.
-
-    Split i of n holds the tiles i, i + n, i + 2n, ... of ENTRIES queue entries. ``m`` and ``s`` are (QUERIES,).
-    """
-    best = tl.full((QUERIES, ENTRIES), float("inf"), m.dtype)
-    start = tl.program_id(1).to(tl.int64) * ENTRIES
-    step = tl.num_programs(1).to(tl.int64) * ENTRIES
-    while start < length:
-        j = start + tl.arange(0, ENTRIES)
-        inside = j < length
-        # An infinite mean past the end: its distance is never the smallest.
-        qm = tl.load(queue_mean_ptr + j, mask=inside, other=float("inf"))
-        qs = tl.load(queue_std_ptr + j, mask=inside, other=0.0)
-        dm = m[:, None] - qm[None, :]
-        ds = s[:, None] - qs[None, :]
-        best = tl.minimum(best, dm * dm + ds * ds)
-        start += step
-    return tl.min(best, axis=1)
-
-
-@triton.jit
-def _length(cursor_ptr, capacity):
-    """Number of entries; 0 if the cursor holds a number that cannot be it, so that nothing outside the ring is read."""
-    length = tl.load(cursor_ptr + 1)
-    return tl.where((length >= 0) & (length <= capacity), length, 0)
 
 
 @triton.jit
@@ -82,129 +53,167 @@ def is_last_program(ticket_ptr, programs):
 
 
 @triton.jit
-def statistics_distance_kernel(
-    features_ptr, labels_ptr, queue_mean_ptr, queue_std_ptr, cursor_ptr, ticket_ptr, mean_ptr, std_ptr, distance_ptr,
-    summary_ptr, scratch_ptr, rows, width, capacity, features_stride_b, features_stride_d, labels_stride, ignore_index,
-    QUERIES: tl.constexpr, ENTRIES: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr,
+def statistics_kernel(
+    features_ptr, mean_ptr, std_ptr, squared_ptr, tickets_ptr, rows, width, stride_b, stride_d,
+    FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of each row, its distance to the nearest queue entry, and the batch's distance range.
+    """Mean and standard deviation of each row, and what the search needs before it: infinite distances, tickets of 0.
 
-    Pointers are the arguments and results of ``statistics_distance``, and:
-        summary: (6,) float64 out: smallest and largest distance, number of valid rows, three zeros.
-        scratch: (splits, rows), squared distance to each split of the queue.
+    In float64, from one pass of sums shifted by the row's first feature. Because the shift is one of the values,
+    cancellation costs a relative error of at most D times 1e-16.
     """
-    row = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
-    in_batch = row < rows
-    base = features_ptr + row[:, None] * features_stride_b
-
-    # 1. Mean and standard deviation in float64, from one pass of sums shifted by each row's first feature. Because the
-    #    shift is one of the values, cancellation costs a relative error of at most D times 1e-16.
-    first = tl.load(features_ptr + row * features_stride_b, mask=in_batch, other=0.0).to(tl.float64)
-    total = tl.zeros((QUERIES, FEATURES), tl.float64)
-    squares = tl.zeros((QUERIES, FEATURES), tl.float64)
-    for start in range(0, width, FEATURES):
-        d = start + tl.arange(0, FEATURES)
-        inside = in_batch[:, None] & (d < width)[None, :]
-        x = tl.load(base + d[None, :].to(tl.int64) * features_stride_d, mask=inside, other=0.0).to(tl.float64)
-        x = tl.where(inside, x - first[:, None], 0.0)
-        total += x
-        squares += x * x
-    shifted = tl.sum(total, axis=1) / width
-    variance = (tl.sum(squares, axis=1) - width * shifted * shifted) / (width - 1)
-    dtype = queue_mean_ptr.dtype.element_ty
-    m = (first + shifted).to(dtype)
-    # Rounding may leave the variance of a constant row just below zero; NaN stays NaN.
-    s = sqrt_rn(tl.where(variance < 0, 0.0, variance)).to(dtype)
-    if tl.program_id(1) == 0:
-        tl.store(mean_ptr + row, m, mask=in_batch)
-        tl.store(std_ptr + row, s, mask=in_batch)
-
-    # 2. Smallest squared distances to this program's split of the queue.
-    length = _length(cursor_ptr, capacity)
-    best = _nearest_in_split(queue_mean_ptr, queue_std_ptr, length, m, s, QUERIES, ENTRIES)
-    tl.store(scratch_ptr + tl.program_id(1).to(tl.int64) * rows + row, best, mask=in_batch)
-
-    # 3. In the last program: reduce over the splits, write the distances and the batch's summary.
-    if is_last_program(ticket_ptr, tl.num_programs(0) * tl.num_programs(1)):
-        smallest = tl.full((ROWS,), float("inf"), tl.float64)
-        largest = tl.full((ROWS,), float("-inf"), tl.float64)
-        valid_rows = tl.zeros((ROWS,), tl.int64)
-        for start in range(0, rows, ROWS):
-            r = start + tl.arange(0, ROWS).to(tl.int64)
-            present = r < rows
-            squared = tl.full((ROWS,), float("inf"), dtype)
-            for split in range(0, tl.num_programs(1)):
-                # .cg reads from the L2 cache, where the other programs' stores are.
-                part = tl.load(
-                    scratch_ptr + tl.cast(split, tl.int64) * rows + r,
-                    mask=present,
-                    other=float("inf"),
-                    cache_modifier=".cg",
-                )
-                squared = tl.minimum(squared, part)
-            distance = sqrt_rn(squared)
-            tl.store(distance_ptr + r, distance, mask=present)
-            label = tl.load(labels_ptr + r * labels_stride, mask=present, other=ignore_index)
-            valid = present & (label != ignore_index)
-            measured = valid & (distance < float("inf"))  # false for NaN too
-            wide = distance.to(tl.float64)
-            smallest = tl.where(measured & (wide < smallest), wide, smallest)
-            largest = tl.where(measured & (wide > largest), wide, largest)
-            valid_rows += valid.to(tl.int64)
-        tl.store(summary_ptr, tl.min(smallest, axis=0))
-        tl.store(summary_ptr + 1, tl.max(largest, axis=0))
-        tl.store(summary_ptr + 2, tl.sum(valid_rows, axis=0).to(tl.float64))
-        for k in tl.static_range(3, 6):
-            tl.store(summary_ptr + k, tl.zeros((), tl.float64))
+    row = tl.program_id(0).to(tl.int64)
+    if row == 0:
+        for k in tl.static_range(TICKETS):
+            tl.store(tickets_ptr + k, 0)
+    if row < rows:  # false in the one program of an empty batch
+        base = features_ptr + row * stride_b
+        first = tl.load(base).to(tl.float64)
+        total = tl.zeros((FEATURES,), tl.float64)
+        squares = tl.zeros((FEATURES,), tl.float64)
+        for start in range(0, width, FEATURES):
+            d = start + tl.arange(0, FEATURES)
+            x = tl.load(base + d.to(tl.int64) * stride_d, mask=d < width, other=0.0).to(tl.float64)
+            x = tl.where(d < width, x - first, 0.0)
+            total += x
+            squares += x * x
+        shifted = tl.sum(total, axis=0) / width
+        variance = (tl.sum(squares, axis=0) - width * shifted * shifted) / (width - 1)
+        dtype = mean_ptr.dtype.element_ty
+        tl.store(mean_ptr + row, (first + shifted).to(dtype))
+        # Rounding may leave the variance of a constant row just below zero; NaN stays NaN.
+        tl.store(std_ptr + row, sqrt_rn(tl.where(variance < 0, 0.0, variance)).to(dtype))
+        tl.store(squared_ptr + row, float("inf"))
 
 
 @triton.jit
-def nearest_kernel(
-    mean_ptr, std_ptr, queue_mean_ptr, queue_std_ptr, cursor_ptr, squared_ptr, rows, capacity,
-    QUERIES: tl.constexpr, ENTRIES: tl.constexpr,
+def load_entries(queue_mean_ptr, queue_std_ptr, start, length, ENTRIES: tl.constexpr, UNROLL: tl.constexpr):
+    """UNROLL tiles of means and of standard deviations, in turns; past the end the last entry, which needs no mask."""
+    entries = ()
+    for i in tl.static_range(UNROLL):
+        j = tl.minimum(start + i * ENTRIES + tl.arange(0, ENTRIES), tl.maximum(length - 1, 0))
+        entries = entries + (tl.load(queue_mean_ptr + j), tl.load(queue_std_ptr + j))  # noqa: RUF005
+    return entries
+
+
+@triton.jit
+def search_kernel(
+    mean_ptr, std_ptr, queue_mean_ptr, queue_std_ptr, cursor_ptr, squared_ptr, tickets_ptr, labels_ptr,
+    class_weight_ptr, summary_ptr, rows, capacity, labels_stride, ignore_index,
+    SUMMARY: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr, QUERIES: tl.constexpr, ENTRIES: tl.constexpr,
+    ROWS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Squared distance of each (mean, std) to the nearest entry of each split of the queue: (splits, rows)."""
-    row = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
-    in_batch = row < rows
-    m = tl.load(mean_ptr + row, mask=in_batch, other=0.0)
-    s = tl.load(std_ptr + row, mask=in_batch, other=0.0)
-    length = _length(cursor_ptr, capacity)
-    best = _nearest_in_split(queue_mean_ptr, queue_std_ptr, length, m, s, QUERIES, ENTRIES)
-    tl.store(squared_ptr + tl.program_id(1).to(tl.int64) * rows + row, best, mask=in_batch)
+    """Distance of each (mean, std) to the nearest queue entry, and with SUMMARY the batch's summary.
 
-
-def num_splits_for(rows: int, capacity: int, target: Target) -> int:
-    """Number of queue splits: about two programs per multiprocessor, and at least four tiles of entries per split.
-
-    The queue's length is on the device, so its capacity decides. Not yet tuned on a GPU.
+    Pointers:
+        squared: (rows,) in: inf; out: the distances.
+        tickets: (3,) int32, 0.
+        class_weight: (classes,), with HAS_CLASS_WEIGHT.
+        summary: (7,) float64 out: smallest and largest distance, number of valid rows, three zeros, sum of the valid
+            rows' class weights.
+        The others are the arguments and results of ``statistics_distance``.
     """
-    blocks = cdiv(max(rows, 1), QUERIES)
-    return max(1, min(cdiv(2 * target.multiprocessors, blocks), cdiv(capacity, 4 * ENTRIES)))
+    row = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    in_batch = row < rows
+    m = tl.load(mean_ptr + row, mask=in_batch, other=0.0)[:, None]
+    s = tl.load(std_ptr + row, mask=in_batch, other=0.0)[:, None]
+    length = tl.load(cursor_ptr + 1)
+    # A cursor that cannot be one: nothing outside the ring is read.
+    length = tl.where((length >= 0) & (length <= capacity), length, 0).to(tl.int32)
+    dtype = m.dtype
+    best = tl.full((QUERIES, ENTRIES), float("inf"), dtype)
+    first = tl.program_id(1) * (UNROLL * ENTRIES)
+    step = tl.num_programs(1) * (UNROLL * ENTRIES)
+    # Entries are loaded while those before are compared.
+    ahead = load_entries(queue_mean_ptr, queue_std_ptr, first, length, ENTRIES, UNROLL)
+    for start in range(first, length, step):
+        entries = ahead
+        ahead = load_entries(queue_mean_ptr, queue_std_ptr, start + step, length, ENTRIES, UNROLL)
+        for i in tl.static_range(UNROLL):
+            dm = m - entries[2 * i][None, :]
+            ds = s - entries[2 * i + 1][None, :]
+            best = tl.minimum(best, dm * dm + ds * ds)
+    bits = tl.int64 if dtype == tl.float64 else tl.int32
+    tl.atomic_min(
+        squared_ptr.to(tl.pointer_type(bits), bitcast=True) + row, tl.min(best, axis=1).to(bits, bitcast=True),
+        mask=in_batch,
+    )  # fmt: skip
+    if is_last_program(tickets_ptr + SEARCH_TICKET, tl.num_programs(0) * tl.num_programs(1)):
+        smallest = tl.full((ROWS,), float("inf"), tl.float64)
+        largest = tl.full((ROWS,), float("-inf"), tl.float64)
+        valid_rows = tl.zeros((ROWS,), tl.int64)
+        weights = tl.zeros((ROWS,), tl.float64)
+        for start in range(0, rows, ROWS):
+            r = start + tl.arange(0, ROWS)
+            present = r < rows
+            # .cg reads from the L2 cache, where the other programs' minima are.
+            distance = sqrt_rn(tl.load(squared_ptr + r, mask=present, other=float("inf"), cache_modifier=".cg"))
+            tl.store(squared_ptr + r, distance, mask=present)
+            if SUMMARY:
+                label = tl.load(labels_ptr + r.to(tl.int64) * labels_stride, mask=present, other=ignore_index)
+                valid = present & (label != ignore_index)
+                measured = valid & (distance < float("inf"))  # false for NaN too
+                wide = distance.to(tl.float64)
+                smallest = tl.where(measured & (wide < smallest), wide, smallest)
+                largest = tl.where(measured & (wide > largest), wide, largest)
+                valid_rows += valid.to(tl.int64)
+                if HAS_CLASS_WEIGHT:
+                    weights += tl.load(class_weight_ptr + label, mask=valid, other=0.0).to(tl.float64)
+        if SUMMARY:
+            n_valid = tl.sum(valid_rows, axis=0).to(tl.float64)
+            tl.store(summary_ptr, tl.min(smallest, axis=0))
+            tl.store(summary_ptr + 1, tl.max(largest, axis=0))
+            tl.store(summary_ptr + 2, n_valid)
+            for k in tl.static_range(3, 6):
+                tl.store(summary_ptr + k, 0.0)
+            tl.store(summary_ptr + 6, tl.sum(weights, axis=0) if HAS_CLASS_WEIGHT else n_valid)
 
 
-def plan_statistics_distance(
-    features: Tensor,
-    labels: Tensor,
+def plan_statistics(features: Tensor, dtype: torch.dtype) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Launch of ``statistics_kernel``, and its outputs: mean, std and infinite squared distances (B,), and tickets."""
+    rows, width = features.shape
+    mean, std, squared = (features.new_empty(rows, dtype=dtype) for _ in range(3))
+    tickets = features.new_empty(TICKETS.value, dtype=torch.int32)
+    arguments = (features, mean, std, squared, tickets, rows, width, *features.stride())
+    constants = {"FEATURES": min(FEATURES, triton.next_power_of_2(width))}
+    return Launch(statistics_kernel, (max(1, rows),), arguments, constants, 4), (mean, std, squared, tickets)
+
+
+def num_splits_for(blocks: int, capacity: int, target: Target) -> int:
+    """Number of queue splits for a number of query blocks; the queue's length is on the device, so its capacity
+    decides. No split has less than UNROLL tiles of entries.
+    """
+    return max(1, min(PROGRAMS * target.multiprocessors // blocks, cdiv(capacity, UNROLL * ENTRIES)))
+
+
+def plan_search(
     queue_mean: Tensor,
     queue_std: Tensor,
     cursor: Tensor,
-    ticket: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    squared: Tensor,
+    tickets: Tensor,
+    labels: Tensor | None,
+    class_weight: Tensor | None,
     ignore_index: int,
     target: Target,
-) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Launch of ``statistics_distance_kernel``, and its outputs: mean, std, distance (B,) and the summary (6,)."""
-    rows, width = features.shape
-    mean, std, distance = (queue_mean.new_empty(rows) for _ in range(3))
-    summary = queue_mean.new_empty(6, dtype=torch.float64)
-    splits = num_splits_for(rows, queue_mean.numel(), target)
+) -> tuple[Launch, Tensor]:
+    """Launch of ``search_kernel``, and the summary (7,), which is not written without labels."""
+    rows, capacity = mean.numel(), queue_mean.numel()
+    summary = mean.new_empty(7, dtype=torch.float64)
+    blocks = max(1, cdiv(rows, QUERIES))  # an empty batch needs a program too: it writes the summary
+    splits = num_splits_for(blocks, capacity, target)
     arguments = (
-        features, labels, queue_mean, queue_std, cursor, ticket, mean, std, distance,
-        summary, queue_mean.new_empty(splits * rows), rows, width, queue_mean.numel(), *features.stride(),
-        labels.stride(0), ignore_index,
+        mean, std, queue_mean, queue_std, cursor, squared, tickets, cursor if labels is None else labels,
+        mean if class_weight is None else class_weight, summary, rows, capacity,
+        0 if labels is None else labels.stride(0), ignore_index,
     )  # fmt: skip
-    constants = {"QUERIES": QUERIES, "ENTRIES": ENTRIES, "FEATURES": FEATURES, "ROWS": ROWS}
-    grid = (max(1, cdiv(rows, QUERIES)), splits)  # an empty batch needs a program too: it writes the summary
-    return Launch(statistics_distance_kernel, grid, arguments, constants, NUM_WARPS), (mean, std, distance, summary)
+    constants = {
+        "SUMMARY": labels is not None, "HAS_CLASS_WEIGHT": class_weight is not None, "QUERIES": QUERIES,
+        "ENTRIES": ENTRIES, "ROWS": ROWS, "UNROLL": UNROLL,
+    }  # fmt: skip
+    return Launch(search_kernel, (blocks, splits), arguments, constants, NUM_WARPS), summary
 
 
 def statistics_distance(
@@ -213,40 +222,32 @@ def statistics_distance(
     queue_mean: Tensor,
     queue_std: Tensor,
     cursor: Tensor,
-    ticket: Tensor,
+    class_weight: Tensor | None,
     ignore_index: int = -100,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Mean and standard deviation of each sample's features, and their distance to the nearest queue entry.
 
     Args:
         features: (B, D) floating point, any strides, D >= 2.
         labels: (B,) int64; rows labelled ``ignore_index`` are left out of the summary.
-        queue_mean, queue_std: (N,) float32 or float64, contiguous.
+        queue_mean, queue_std: (N,) float32 or float64, contiguous, N < 2^31.
         cursor: (2,) int64, [next slot, number of entries].
-        ticket: (1,) int32, zero before and after. Launches that may overlap need separate tickets.
+        class_weight: (C,) floating point, contiguous, or None.
         ignore_index: label of the rows to ignore.
 
     Returns:
-        ``(mean, std, distance, summary)``. The first three are (B,) in the queue's dtype; the (6,) float64 summary is
-        that of ``tal_fast.loss.reference.batch_summary``, with zeros for the three sums that need logits.
+        ``(mean, std, distance, summary, tickets)``. The first three are (B,) in the queue's dtype; the (7,) float64
+        summary is that of ``tal_fast.loss.reference.batch_summary``, with zeros for the three sums that need logits;
+        the tickets are (3,) int32 zeros, for the other launches of the step.
     """
-    launch, results = plan_statistics_distance(
-        features, labels, queue_mean, queue_std, cursor, ticket, ignore_index, device_target(features.device)
-    )
+    launch, (mean, std, squared, tickets) = plan_statistics(features, queue_mean.dtype)
     launch.run()
-    return results
-
-
-def plan_nearest(
-    queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor, std: Tensor, target: Target
-) -> tuple[Launch, Tensor]:
-    """Launch of ``nearest_kernel``, and its output: (splits, B) squared distances."""
-    rows = mean.numel()
-    splits = num_splits_for(rows, queue_mean.numel(), target)
-    squared = mean.new_empty(splits, rows)
-    arguments = (mean, std, queue_mean, queue_std, cursor, squared, rows, queue_mean.numel())
-    constants = {"QUERIES": QUERIES, "ENTRIES": ENTRIES}
-    return Launch(nearest_kernel, (cdiv(rows, QUERIES), splits), arguments, constants, NUM_WARPS), squared
+    search, summary = plan_search(
+        queue_mean, queue_std, cursor, mean, std, squared, tickets, labels, class_weight, ignore_index,
+        device_target(features.device),
+    )  # fmt: skip
+    search.run()
+    return mean, std, squared, summary, tickets
 
 
 def nearest(queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -257,10 +258,11 @@ def nearest(queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor,
     Returns:
         (B,) distances; inf for an empty queue.
     """
-    if mean.numel() == 0:
-        return mean.clone()
-    launch, squared = plan_nearest(
-        queue_mean, queue_std, cursor, mean.contiguous(), std.contiguous(), device_target(mean.device)
-    )
-    launch.run()
-    return squared.amin(0).sqrt()
+    distance = torch.full_like(mean, float("inf"), memory_format=torch.contiguous_format)
+    if mean.numel():
+        tickets = torch.zeros(TICKETS.value, dtype=torch.int32, device=mean.device)
+        plan_search(
+            queue_mean, queue_std, cursor, mean.contiguous(), std.contiguous(), distance, tickets, None, None, 0,
+            device_target(mean.device),
+        )[0].run()  # fmt: skip
+    return distance

@@ -22,8 +22,13 @@ class Launch:
     max_registers: int | None = None  # per thread, NVIDIA only; None leaves the choice to the compiler
 
     def run(self) -> None:
-        """Launch the kernel on the current stream of the current device."""
+        """Launch the kernel on the current stream of its arguments' device."""
+        device = self.arguments[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.run()
         self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+        return None
 
     @property
     def options(self) -> dict[str, int]:
@@ -38,7 +43,6 @@ class Target:
 
     multiprocessors: int
     warp_size: int  # 32 on NVIDIA, 64 on AMD's data-center GPUs
-    holds_wide_rows: bool  # whether one program's registers hold a row of 16,384 logits; see loss.loss_config
 
 
 def cdiv(a: int, b: int) -> int:
@@ -54,9 +58,9 @@ def device_target(device: torch.device) -> Target:
     interpreter runs few programs.
     """
     if device.type != "cuda":
-        return Target(4, 32, True)
+        return Target(4, 32)
     p = torch.cuda.get_device_properties(device)
-    return Target(p.multi_processor_count, getattr(p, "warp_size", 32), torch.version.hip is None and p.major < 10)
+    return Target(p.multi_processor_count, getattr(p, "warp_size", 32))
 
 
 @cache

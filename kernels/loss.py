@@ -1,104 +1,58 @@
 """TAL loss and its gradient from logits (paper, equations 2 to 6).
 
-While a row fits on chip (see ``loss_config``), each logit is read once and each gradient element written once:
-``loss_kernel`` holds the row in registers as float32, ``packed_row_loss_kernel`` as pairs of half-precision values.
-Wider rows take ``long_row_loss_kernel``, which reads a row three times in blocks (norm and maximum; exponential sums;
-gradient), the second and third time mostly from the L2 cache. Each program stores one partial sum of the loss, and the
-last program to finish adds them in order, so the loss needs no second launch and does not depend on timing.
+``loss_kernel`` holds a row on chip where it fits (see ``loss_config``), so that each logit is read once and each
+gradient element written once. A wider row is read three times in tiles (norm and maximum; exponential sums; gradient),
+the second and third time from the L2 cache. Each program stores one partial sum of the loss, and the last program to
+finish adds them in order, so the loss needs no second launch and does not depend on timing.
 
 Variant ``released`` needs the mean weight of the batch before the loss of any row; ``batch_sums_kernel`` reads the
-logits once more for it. A batch is summarised by six numbers (``tal_fast.loss.reference.batch_summary``), which may
+logits once more for it. A batch is summarised by seven numbers (``tal_fast.loss.reference.batch_summary``), which may
 also cover all ranks of a distributed run.
+
+Rows are read in chunks of WIDTH logits, V of which make a vector in one thread. Where rows do not begin and end with an
+aligned vector (EDGES), the logits before the first and after the last whole vector of a row are a small tile of their
+own.
 
 The label's exponential is left out of the sums, because the gradient of a confident row at the label is
 -(sum of the other exponentials) / (sum of all), which softmax - 1 would round to zero.
 
 A row whose squares overflow (float32: logits beyond 1e19) counts as not finite, so that its loss is NaN; the
 definition, which scales such rows, has a loss for it.
-
-The three loss kernels are written out, signatures included: one launcher serves them, hence equal arguments, and they
-differ in where a row is held. What does not depend on that is in functions of its own.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tal_fast.kernels.distance import is_last_program, sqrt_rn
+from tal_fast.kernels.distance import LOSS_TICKET, SUMS_TICKET, is_last_program, sqrt_rn
 from tal_fast.kernels.launch import Launch, Target, cdiv, device_constants, device_target
 
 NORM_EPS = tl.constexpr(1e-7)  # added to a row's norm; reference.NORM_EPS
 RANGE_EPS = tl.constexpr(1e-8)  # added to the batch's distance range; reference.RANGE_EPS
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 # Indices into the tensor of ``loss_constants``.
-T_MIN, T_RANGE, T_WRONG, THRESHOLD, SMOOTHING, OPAQUE_ONE, OPAQUE_ZERO = (tl.constexpr(i) for i in range(7))
+T_MIN, T_RANGE, T_WRONG, THRESHOLD, SMOOTHING = (tl.constexpr(i) for i in range(5))
 
-# Logits per iteration of a long row, 4 a thread: the largest block that spills nowhere (2,048: 8 to 16 bytes, 4,096: up
-# to 56).
-LONG_BLOCK = 512
-SUMS_BLOCK = 1024  # logits per iteration of batch_sums_kernel
-SCALE_BLOCK = 4096  # values per program of scale_kernel
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """How a row of logits is held on chip."""
-
-    path: Literal["one block", "packed", "blocks"]
-    block: int  # logits held at a time; per chunk on path "packed"
-    num_warps: int
-    recompute: bool = False  # on path "one block": compute the exponentials twice instead of keeping them in registers
-    max_registers: int | None = None  # per thread
-
-
-@cache
-def loss_config(classes: int, dtype: torch.dtype, target: Target, contiguous: bool) -> LossConfig:
-    """Layout of rows of ``classes`` logits. Not yet tuned on a GPU.
-
-    - One block: rows of up to 8,192 logits, or 16,384 in half precision where that does not spill.
-    - Packed pairs: half-precision rows of up to 32,768 logits, where those do not spill.
-    - Blocks: wider rows, and float64, which serves checks only.
-
-    The limits come from the compile check, for the largest kernel (``released`` with label smoothing). In one block a
-    logit takes three registers (its value and two exponentials), and addresses, masks and scalars some 30 a thread
-    whatever the block, which favours few threads with many logits. Rows of 16,384 must compute their exponentials
-    twice: that does not spill on sm_80 and sm_90, but spills 4 to 40 bytes on sm_100 and gfx942, which therefore take
-    blocks; packed rows spill 16 to 32 bytes there. A packed logit takes half a register. Four exponentials a logit
-    still keep pace with memory, at 16 per clock and multiprocessor.
-
-    ``contiguous`` says whether the logits of a row are adjacent in memory, which packed rows require.
-    """
-    block = triton.next_power_of_2(classes)
-    if dtype.itemsize == 2 and target.holds_wide_rows and contiguous and 16384 < classes <= 32768:
-        # 16 warps of 64 registers (two programs per multiprocessor) spill at 32,768 logits; 32 warps do not.
-        if classes <= 22528:
-            return LossConfig("packed", 2048, 16, max_registers=64)
-        return LossConfig("packed", 4096, 32)
-    widest = 16384 if dtype.itemsize == 2 and target.holds_wide_rows else 8192
-    if block > widest or dtype == torch.float64:
-        block = min(block, LONG_BLOCK)
-        return LossConfig("blocks", block, num_warps_for(block, target))
-    return LossConfig("one block", block, num_warps_for(block, target), block > 8192)
-
-
-def num_warps_for(block: int, target: Target) -> int:
-    """Number of warps for a block: 4 logits a thread up to 1,024 logits, 16 up to 8,192, 32 beyond."""
-    logits = 4 if block <= 1024 else 16 if block <= 8192 else 32
-    return max(1, block // (logits * target.warp_size))
+PARTS = tl.constexpr(1024)  # partial sums added at a time
+SCALE_BLOCK = 4096  # values per iteration of scale_kernel
 
 
 @triton.jit
-def _batch_terms(summary_ptr, dtype: tl.constexpr, RELEASED: tl.constexpr, WARMUP: tl.constexpr):
-    """Smallest distance, distance range, loss divisor, mean weight (``released``) and whether typicalness is inactive.
+def _batch_terms(summary_ptr, dtype: tl.constexpr, RELEASED: tl.constexpr, WARMUP: tl.constexpr, MEAN: tl.constexpr):
+    """Smallest distance, inverse distance range, inverse loss divisor, mean weight (``released``), and whether
+    typicalness is inactive.
 
-    ``summary_ptr`` is the (6,) float64 summary. Differences are taken in float64 and divisions in ``dtype``, because a
+    ``summary_ptr`` is the (7,) float64 summary. Differences are taken in float64 and divisions in ``dtype``, because a
     float64 division is a subroutine that needs a stack.
     """
     low = tl.load(summary_ptr)
@@ -109,7 +63,9 @@ def _batch_terms(summary_ptr, dtype: tl.constexpr, RELEASED: tl.constexpr, WARMU
     high = tl.where(no_distance, 0.0, high)
     d_min = low.to(dtype)
     spread = high.to(dtype) - d_min + RANGE_EPS
-    count = tl.where(n_valid > 0, n_valid, 1.0).to(dtype)
+    inverse = tl.full((), 1.0, dtype)
+    if MEAN:
+        inverse = 1.0 / tl.where(n_valid > 0, tl.load(summary_ptr + 6), 1.0).to(dtype)
     w_bar = tl.full((), 1.0, dtype)
     inactive = n_valid < 0  # always false, as a tensor
     if RELEASED and not WARMUP:
@@ -118,508 +74,636 @@ def _batch_terms(summary_ptr, dtype: tl.constexpr, RELEASED: tl.constexpr, WARMU
         # Typicalness is affine in the distance, so its sum follows from the sum of the distances.
         n_weighted = n_valid - n_one
         above = (tl.load(summary_ptr + 5) - n_weighted * low).to(dtype)
+        count = tl.where(n_valid > 0, n_valid, 1.0).to(dtype)
         mean = (n_valid.to(dtype) - above / spread) / count
         w_bar = tl.where(inactive | (n_weighted <= 0), 1.0, mean)
-    return d_min, spread, count, w_bar, inactive
-
-
-@triton.jit
-def _sample_terms(
-    d, correct, valid, d_min, spread, inactive, constants_ptr, HAS_T_WRONG: tl.constexpr, WARMUP: tl.constexpr
-):
-    """Typicalness, weight and temperature of one row, in the dtype of its distance ``d``."""
-    dtype = d.dtype
-    t_min = tl.load(constants_ptr + T_MIN).to(dtype)
-    t_range = tl.load(constants_ptr + T_RANGE).to(dtype)
-    if WARMUP:
-        tau = tl.full((), 1.0, dtype)
-    else:
-        measured = valid & (tl.abs(d) < float("inf")) & (inactive == 0)
-        tau = tl.where(measured, 1.0 - (d - d_min) / spread, 1.0).to(dtype)
-    temperature = t_min + (1.0 - tau) * t_range
-    if HAS_T_WRONG:
-        temperature = tl.where(correct | (valid == 0), temperature, tl.load(constants_ptr + T_WRONG).to(dtype))
-    weight = tl.where(valid, tl.where(correct, tau, 1.0), 0.0).to(dtype)
-    return tau, weight, temperature
+    return d_min, spread, inverse, w_bar, inactive
 
 
 @triton.jit
 def _log_sum_exp(others, at_label):
     """log(others + at_label), also accurate where at_label is 1 and others is tiny (``tl`` has no log1p)."""
-    series = others * (1.0 - others * (0.5 - others / 3.0))  # error x^4 / 4: 2.5e-13 at 1e-3
+    series = others * (1.0 - others * (0.5 - others * (1.0 / 3.0)))  # error x^4 / 4: 2.5e-13 at 1e-3
     return tl.where((at_label == 1.0) & (others < 1e-3), series, tl.log(others + at_label))
-
-
-@triton.jit
-def _cross_entropy(
-    others, weighted, at_label, x_label, target_x, scale, factor, weight, norm, smoothing, DIRECTION: tl.constexpr
-):
-    """One of the two cross-entropies of a row.
-
-    Args:
-        others: sum over the classes other than the label of e = exp(scale x), with x = z - max z.
-        weighted: sum over the same classes of x e.
-        at_label: exp(scale x) at the label.
-        x_label: x at the label.
-        target_x: mean of x under the (smoothed) target distribution.
-        factor: upstream gradient of this cross-entropy times ``scale``.
-        weight: weight of this cross-entropy in the loss.
-        DIRECTION: whether this is the direction loss, whose gradient also has a component along z.
-
-    Returns:
-        Weighted loss, and the gradient's coefficients: of the exponentials, at the label, and of z.
-    """
-    total = others + at_label
-    loss = weight * (_log_sum_exp(others, at_label) - scale * target_x)
-    per_exponential = factor / total
-    at_label_gradient = factor * (smoothing - others / total)
-    z_coef = tl.zeros_like(others)
-    if DIRECTION:
-        # <z, p - target>; the shift by the maximum cancels because p - target sums to 0.
-        k = (weighted + x_label * at_label) / total - target_x
-        z_coef = tl.where(norm > 0, factor * k / (norm * (norm + NORM_EPS)), 0.0)
-    return loss, per_exponential, at_label_gradient, z_coef
 
 
 @triton.jit
 def _ordered_sum(parts_ptr, count):
     """Sum, in a fixed order, of ``count`` float64 values stored by all programs of this launch."""
-    total = tl.zeros((256,), tl.float64)
-    for start in range(0, count, 256):
-        i = start + tl.arange(0, 256)
+    total = tl.zeros((PARTS,), tl.float64)
+    for start in range(0, count, PARTS):
+        i = start + tl.arange(0, PARTS)
         # .cg reads from the L2 cache, where the other programs' stores are.
         total += tl.load(parts_ptr + i, mask=i < count, other=0.0, cache_modifier=".cg")
     return tl.sum(total, axis=0)
 
 
 @triton.jit
-def _write_mean_loss(total, partials_ptr, ticket_ptr, loss_ptr, count):
-    """Store this program's partial sum; the last program adds all of them in order and writes the mean loss."""
-    programs = tl.num_programs(0)
-    tl.store(partials_ptr + tl.program_id(0), total)
-    if is_last_program(ticket_ptr, programs):
-        tl.store(loss_ptr, _ordered_sum(partials_ptr, programs).to(loss_ptr.dtype.element_ty) / count)
+def _add3(a, b, c, d, e, f):
+    return a + d, b + e, c + f
 
 
 @triton.jit
-def _row_weights(
-    d, z_max, norm, finite, correct, valid, d_min, spread, w_bar, inactive, constants_ptr,
-    RELEASED: tl.constexpr, HAS_T_WRONG: tl.constexpr, WARMUP: tl.constexpr,
-):  # fmt: skip
-    """Accepted flag, typicalness, weight, temperature, weight of the direction loss, and scale of its exponents.
+def _max_and_add(a, b, c, d):
+    return tl.maximum(a, c), b + d
 
-    ``d``, ``z_max``, ``norm``, ``finite``, ``correct`` and ``valid`` describe the row; the rest the batch.
+
+@triton.jit
+def masked_logit(dtype: tl.constexpr):
+    """Stands for the label's logit and for columns outside a row.
+
+    It is below every logit of a row with a finite norm, its exponential is 0 at every scale of such a row, and its
+    product with that 0 is 0, for temperatures from 3e-4 to 2e6.
     """
-    dtype = d.dtype
-    accepted = correct & finite & (z_max / (norm + NORM_EPS) > tl.load(constants_ptr + THRESHOLD).to(dtype))
-    tau, w, temperature = _sample_terms(d, correct, valid, d_min, spread, inactive, constants_ptr, HAS_T_WRONG, WARMUP)
-    dir_weight = w_bar if RELEASED else w
-    return accepted, tau, w, temperature, dir_weight, temperature / (norm + NORM_EPS)
+    if dtype == tl.float64:
+        return -1e200
+    else:
+        return -1e25
 
 
 @triton.jit
-def _row_loss_and_coefficients(
-    p_sum, p_weighted, q_sum, x_label, mean_x, scale, dir_weight, norm, finite, valid, count, constants_ptr, classes,
-    SMOOTH: tl.constexpr,
-):  # fmt: skip
-    """Loss of a row and the coefficients of its gradient, from its exponential sums.
+def exponentials(y, ratio, dtype: tl.constexpr):
+    """exp(scale x) and exp(x) from y = scale x log2(e) and ratio = 1 / scale."""
+    if dtype == tl.float64:
+        return tl.exp(y * LN2), tl.exp(y * (ratio * LN2))
+    else:
+        return tl.exp2(y), tl.exp2(y * ratio)
 
-    The gradient is g_p exp(scale x) + g_q exp(x) - z_coef z - smooth_term, with g_label instead of the first two terms
-    at the label. ``smooth_term`` comes from label smoothing.
 
-    Returns:
-        Loss (float64), g_p, g_q, g_label, z_coef, smooth_term.
+@triton.jit
+def class_weights(class_weight_ptr, column, inside, dtype: tl.constexpr):
+    return tl.load(class_weight_ptr + column, mask=inside, other=0.0).to(dtype)
+
+
+@triton.jit
+def locate_rows(row, label, rows, stride_b, ignore_index, CLASSES: tl.constexpr, V: tl.constexpr, EDGES: tl.constexpr):
+    """Whether rows are valid and their label in range; the label's column, 0 if not; offset and column of the first
+    whole vector; and the number of logits in whole vectors.
     """
-    dtype = scale.dtype
-    smoothing = tl.load(constants_ptr + SMOOTHING).to(dtype)
-    target_x = x_label
-    if SMOOTH:
-        target_x = (1.0 - smoothing) * x_label + smoothing * mean_x
-    inverse_count = 1.0 / count
-    f_dir = dir_weight * scale * inverse_count
-    f_ce = (1.0 - dir_weight) * inverse_count
-    one = tl.full((), 1.0, dtype)
-    l_dir, g_p, g_p_label, z_coef = _cross_entropy(
-        p_sum, p_weighted, tl.exp(scale * x_label), x_label, target_x, scale, f_dir, dir_weight, norm, smoothing, True
-    )
-    l_ce, g_q, g_q_label, _ = _cross_entropy(
-        q_sum, q_sum, tl.exp(x_label), x_label, target_x, one, f_ce, 1.0 - dir_weight, norm, smoothing, False
-    )
-    # Logits that are not finite give NaN: cross-entropy is not finite either, or, with a logit of -inf, the direction
-    # is undefined.
-    row_loss = tl.where(valid, tl.where(finite, l_dir + l_ce, float("nan")), 0.0)
-    return row_loss.to(tl.float64), g_p, g_q, g_p_label + g_q_label, z_coef, (f_dir + f_ce) * smoothing / classes
+    valid = (row < rows) & (label != ignore_index)
+    in_range = valid & (label >= 0) & (label < CLASSES)
+    column = tl.where(in_range, label, 0).to(tl.int32)
+    offset = row * stride_b
+    head = tl.zeros_like(column)
+    length = head + CLASSES
+    if EDGES:
+        head = ((V - offset % V) % V).to(tl.int32)
+        length = (CLASSES - head) // V * V
+        offset = (offset + (V - 1)) // V * V
+    return valid, in_range, column, offset, head, length
 
 
 @triton.jit
-def _store_row_stats(row, rows, tau, w, temperature, correct, accepted, stats_ptr, flags_ptr):
-    """Write the statistics of one row; ``stats_ptr`` is (3, rows) and ``flags_ptr`` (2, rows)."""
-    tl.store(stats_ptr + row, tau)
-    tl.store(stats_ptr + rows + row, w)
-    tl.store(stats_ptr + 2 * rows + row, temperature)
-    tl.store(flags_ptr + row, correct)
-    tl.store(flags_ptr + rows + row, accepted)
+def load_chunk(base, begin, length, valid, stride_c, WIDTH: tl.constexpr, V: tl.constexpr):
+    """WIDTH logits of each row from position ``begin``; 0 from ``length``."""
+    at = begin + tl.arange(0, WIDTH)[None, :]
+    # The same predicate for the V logits of a vector, so that they are one load.
+    mask = (at // V * V < length[:, None]) & valid[:, None]
+    return tl.load(base[:, None] + at * stride_c, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_rows(base, length, valid, stride_c, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr):
+    held = ()
+    for i in tl.static_range(CHUNKS):
+        held = held + (load_chunk(base, i * WIDTH, length, valid, stride_c, WIDTH, V),)  # noqa: RUF005
+    return held
+
+
+@triton.jit
+def other_logits(z, begin, length, label_at, dtype: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr):
+    """A chunk's logits with MASKED at the label and from ``length``."""
+    at = tl.arange(0, WIDTH)[None, :]
+    keep = (at != (label_at - begin)[:, None]) & ((begin + at) // V * V < length[:, None])
+    return tl.where(keep, z, masked_logit(dtype))
+
+
+@triton.jit
+def edge_columns(head, length, CLASSES: tl.constexpr, V: tl.constexpr):
+    """Columns before the first and after the last whole vector of each row (rows, 2 V), and which of them there are."""
+    e = tl.arange(0, 2 * V)[None, :]
+    column = tl.where(e < V, e, (head + length)[:, None] + (e - V))
+    return column, tl.where(e < V, e < head[:, None], column < CLASSES)
+
+
+@triton.jit
+def add_scan(others, z, largest, squares):
+    return tl.maximum(largest, others), squares + z * z
+
+
+@triton.jit
+def add_exponentials(y, ratio, p_sum, yp_sum, q_sum, dtype: tl.constexpr):
+    """Both exponentials, and the sums with them."""
+    p, q = exponentials(y, ratio[:, None], dtype)
+    return p, q, p_sum + p, yp_sum + y * p, q_sum + q
+
+
+@triton.jit
+def plain_chunks(label_at, length, valid, WIDTH: tl.constexpr):
+    """Number of a row's full chunks; which of them holds the label, or that number; and how many need no mask."""
+    full = tl.max(length, axis=0) // WIDTH
+    at = tl.max(label_at, axis=0)
+    label_chunk = tl.where(at >= 0, tl.minimum(at // WIDTH, full), full)
+    plain = full - (label_chunk < full).to(tl.int32)
+    return full, label_chunk, tl.where(tl.max(valid.to(tl.int32), axis=0) != 0, plain, 0)
+
+
+@triton.jit
+def masked_chunk(j, full, label_chunk, length, WIDTH: tl.constexpr):
+    """Begin and end of the chunks that are left: the label's (j = 0), and the row's last, which is not full (j = 1)."""
+    begin = tl.where(j == 0, label_chunk, full) * WIDTH
+    return begin, tl.where((j == 1) | (label_chunk < full), length, 0)
+
+
+@triton.jit
+def scan_rows(
+    held, z_edge, base, z_label, column, in_range, valid, head, length, stride_c, class_weight_ptr,
+    dtype: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
+    V: tl.constexpr, EDGES: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr, SUM: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """Largest other logit, norm, whether the label is the first largest, and sums for label smoothing, of each row.
+
+    ``held`` are the chunks of the rows if they are HELD, ``z_edge`` their edges with EDGES.
+    """
+    largest = tl.full((ROWS, WIDTH), masked_logit(dtype), dtype)
+    squares = tl.zeros((ROWS, WIDTH), dtype)
+    z_sum = tl.zeros((ROWS, WIDTH), dtype)
+    c_sum = tl.zeros((ROWS, WIDTH), dtype)
+    at = tl.arange(0, WIDTH)[None, :]
+    label_at = tl.where(in_range, column - head, -1)
+    if HELD:
+        for i in tl.static_range(CHUNKS):
+            z = held[i].to(dtype)
+            others = other_logits(z, i * WIDTH, length, label_at, dtype, WIDTH, V)
+            largest, squares = add_scan(others, z, largest, squares)
+            if SUM:
+                z_sum, c_sum = add_smoothing(
+                    z, head[:, None] + i * WIDTH + at, i * WIDTH + at < length[:, None], z_sum, c_sum,
+                    class_weight_ptr, dtype, WEIGHTED,
+                )  # fmt: skip
+    else:
+        full, label_chunk, plain = plain_chunks(label_at, length, valid, WIDTH)
+        for j in tl.range(0, plain, loop_unroll_factor=UNROLL):
+            begin = (j + (j >= label_chunk).to(tl.int32)) * WIDTH
+            z = tl.load(base[:, None] + (begin + at) * stride_c).to(dtype)
+            largest, squares = add_scan(z, z, largest, squares)
+            if SUM:
+                z_sum, c_sum = add_smoothing(
+                    z, head[:, None] + begin + at, at >= 0, z_sum, c_sum, class_weight_ptr, dtype, WEIGHTED
+                )
+        for j in range(2):
+            begin, end = masked_chunk(j, full, label_chunk, length, WIDTH)
+            z = load_chunk(base, begin, end, valid, stride_c, WIDTH, V).to(dtype)
+            others = other_logits(z, begin, end, label_at, dtype, WIDTH, V)
+            largest, squares = add_scan(others, z, largest, squares)
+            if SUM:
+                z_sum, c_sum = add_smoothing(
+                    z, head[:, None] + begin + at, begin + at < end[:, None], z_sum, c_sum,
+                    class_weight_ptr, dtype, WEIGHTED,
+                )  # fmt: skip
+    largest, squares = tl.reduce((largest, squares), 1, _max_and_add)
+    z_sum = tl.sum(z_sum, axis=1)
+    c_sum = tl.sum(c_sum, axis=1)
+    if EDGES:
+        edge_column, in_edge = edge_columns(head, length, CLASSES, V)
+        z_edge = z_edge.to(dtype)
+        others = tl.where(in_edge & (edge_column != column[:, None]), z_edge, masked_logit(dtype))
+        edge_largest, edge_squares = tl.reduce((others, z_edge * z_edge), 1, _max_and_add)
+        largest = tl.maximum(largest, edge_largest)
+        squares += edge_squares
+        if SUM:
+            edge_z, edge_c = add_smoothing(
+                z_edge, edge_column, in_edge, z_edge * 0.0, z_edge * 0.0, class_weight_ptr, dtype, WEIGHTED
+            )
+            z_sum += tl.sum(edge_z, axis=1)
+            c_sum += tl.sum(edge_c, axis=1)
+    # A class as large as the label comes before it: rare, so that the second look costs little.
+    tied = in_range & (largest == z_label)
+    ahead = tl.zeros_like(column)
+    if tl.max(tied.to(tl.int32), axis=0) != 0:
+        if HELD:
+            for i in tl.static_range(CHUNKS):
+                equal = (held[i].to(dtype) == z_label[:, None]) & (i * WIDTH + at < (column - head)[:, None])
+                ahead += tl.sum((equal & (i * WIDTH + at < length[:, None])).to(tl.int32), axis=1)
+        else:
+            for begin in range(0, tl.max(length, axis=0), WIDTH):
+                z = load_chunk(base, begin, length, valid, stride_c, WIDTH, V).to(dtype)
+                equal = (z == z_label[:, None]) & (begin + at < (column - head)[:, None])
+                ahead += tl.sum((equal & (begin + at < length[:, None])).to(tl.int32), axis=1)
+        if EDGES:
+            equal = in_edge & (z_edge == z_label[:, None]) & (edge_column < column[:, None])
+            ahead += tl.sum(equal.to(tl.int32), axis=1)
+    norm = sqrt_rn(squares)
+    is_first = in_range & ((largest < z_label) | (tied & (ahead == 0))) & (norm == norm)
+    return largest, norm, is_first, z_sum, c_sum
+
+
+@triton.jit
+def add_smoothing(z, column, inside, z_sum, c_sum, class_weight_ptr, dtype: tl.constexpr, WEIGHTED: tl.constexpr):
+    """Sums of the logits and of 1 for label smoothing, weighted by the class weights if there are any."""
+    if WEIGHTED:
+        c_k = class_weights(class_weight_ptr, column, inside, dtype)
+        return z_sum + z * c_k, c_sum + c_k
+    else:
+        return z_sum + z, c_sum
+
+
+@triton.jit
+def fetch_rows(
+    logits_ptr, distance_ptr, row, label, rows, stride_b, stride_c, ignore_index,
+    CLASSES: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr, EDGES: tl.constexpr,
+    HELD: tl.constexpr,
+):  # fmt: skip
+    """What is read of rows before anything is known of them but the label; see ``locate_rows``."""
+    valid, in_range, column, offset, head, length = locate_rows(
+        row, label, rows, stride_b, ignore_index, CLASSES, V, EDGES
+    )
+    base = logits_ptr + offset
+    z_label = tl.load(base + (column - head) * stride_c, mask=in_range, other=0.0)
+    d = tl.load(distance_ptr + row, mask=row < rows, other=0.0)
+    held = ()
+    z_edge = z_label
+    if HELD:
+        held = load_rows(base, length, valid, stride_c, CHUNKS, WIDTH, V)
+    if EDGES:
+        edge_column, in_edge = edge_columns(head, length, CLASSES, V)
+        at = edge_column - head[:, None]
+        z_edge = tl.load(base[:, None] + at, mask=in_edge & valid[:, None], other=0.0)
+    return valid, in_range, column, base, head, length, z_label, d, z_edge, held
+
+
+@triton.jit
+def store_chunk(
+    z, p, q, out, begin, head, length, present, g_p, g_q, z_coef, constant, away, class_weight_ptr,
+    dtype: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr, WEIGHTED_SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    """Store the gradient g_p p + g_q q - z_coef z + constant of a chunk."""
+    at = begin + tl.arange(0, WIDTH)[None, :]
+    mask = (at // V * V < length[:, None]) & present[:, None]
+    g = g_p[:, None] * p + (g_q[:, None] * q + (constant[:, None] - z_coef[:, None] * z))
+    if WEIGHTED_SMOOTHING:
+        g -= away[:, None] * class_weights(class_weight_ptr, head[:, None] + at, mask, dtype)
+    tl.store(out[:, None] + at, g.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def loss_kernel(
-    logits_ptr, labels_ptr, distance_ptr, summary_ptr, constants_ptr, ticket_ptr, partials_ptr, loss_ptr, grad_ptr,
-    stats_ptr, flags_ptr, rows, classes, logits_stride_b, logits_stride_c, labels_stride, grad_stride_b, ignore_index,
+    logits_ptr, labels_ptr, distance_ptr, summary_ptr, constants_ptr, class_weight_ptr, tickets_ptr, partials_ptr,
+    loss_ptr, grad_ptr, stats_ptr, flags_ptr, rows, stride_b, stride_c, labels_stride, grad_stride_b, ignore_index,
     RELEASED: tl.constexpr, HAS_T_WRONG: tl.constexpr, SMOOTH: tl.constexpr, WARMUP: tl.constexpr,
-    NEED_GRAD: tl.constexpr, RECOMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    NEED_GRAD: tl.constexpr, MEAN: tl.constexpr, ROW_LOSS: tl.constexpr, WEIGHTED: tl.constexpr,
+    CLASSES: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr,
+    EDGES: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Loss, gradient and statistics of rows of up to BLOCK logits, held in registers.
+    """Loss, gradient and statistics of ROWS rows at a time, held on chip (HELD) or read three times.
 
     Pointers:
-        logits: (rows, classes), strides logits_stride_b and logits_stride_c.
-        labels, distance, summary, ticket: as for ``plan_loss``; the labels' stride is labels_stride.
-        constants: (9,) float64 from ``loss_constants``.
+        logits: (rows, CLASSES), strides stride_b and stride_c.
+        labels, distance, summary, tickets: as for ``plan_loss``; the labels' stride is labels_stride.
+        constants: (5,) float64 from ``loss_constants``.
+        class_weight: (CLASSES,), contiguous, if WEIGHTED.
         partials: (programs,) float64 scratch.
-        loss: () out.
-        grad: (rows, classes) out, stride grad_stride_b between rows; may be the logits.
+        loss: () out, or (rows,) with ROW_LOSS.
+        grad: (rows, CLASSES) out, stride grad_stride_b between rows; may be the logits.
         stats: (3, rows) out: typicalness, weight, temperature; its dtype is the compute dtype.
         flags: (2, rows) bool out: correct, accepted.
+
+    Constants:
+        V: logits in a vector of up to 16 bytes where rows are contiguous, else 1.
+        EDGES: whether rows may begin or end within a vector. Without, stride_b, grad_stride_b and CLASSES are
+            multiples of V; with, stride_b and grad_stride_b are equal.
     """
     dtype = stats_ptr.dtype.element_ty
-    d_min, spread, count, w_bar, inactive = _batch_terms(summary_ptr, dtype, RELEASED, WARMUP)
-    c = tl.arange(0, BLOCK)
-    inside = c < classes
-    total = tl.zeros((), tl.float64)
-    row = tl.program_id(0).to(tl.int64)
-    while row < rows:
-        label = tl.load(labels_ptr + row * labels_stride)
-        valid = label != ignore_index
-        in_range = (label >= 0) & (label < classes)
-        # 1. Load the row.
-        base = logits_ptr + row * logits_stride_b
-        z = tl.load(base + c.to(tl.int64) * logits_stride_c, mask=inside, other=0.0).to(dtype)
-        z_label = tl.load(base + label * logits_stride_c, mask=valid & in_range, other=0.0).to(dtype)
-        # 2. Largest logit, norm, and whether the label is the arg-max: no class is larger, or as large and earlier. An
-        #    arg-max with indices would take as many registers again as the logits.
-        z_max = tl.max(tl.where(inside, z, float("-inf")), axis=0)
-        norm = sqrt_rn(tl.sum(z * z, axis=0))
-        finite = norm < float("inf")  # false for any NaN or infinity, too
-        ahead = inside & (~(z <= z_label) | ((z == z_label) & (c < label)))
-        correct = valid & in_range & (tl.sum(ahead.to(tl.int32), axis=0) == 0)
-        # 3. Typicalness, weight, temperature.
-        d = tl.load(distance_ptr + row).to(dtype)
-        accepted, tau, w, temperature, dir_weight, scale = _row_weights(
-            d, z_max, norm, finite, correct, valid, d_min, spread, w_bar, inactive, constants_ptr,
-            RELEASED, HAS_T_WRONG, WARMUP,
-        )  # fmt: skip
-        # 4. Both cross-entropies, from the same registers.
-        x = tl.where(inside, z - z_max, 0.0)
-        other = inside & (c != label)
-        p = tl.where(other, tl.exp(scale * x), 0.0)
-        q = tl.where(other, tl.exp(x), 0.0)
-        mean_x = tl.sum(x, axis=0) / classes if SMOOTH else z_max
-        row_loss, g_p, g_q, g_label, z_coef, smooth_term = _row_loss_and_coefficients(
-            tl.sum(p, axis=0), tl.sum(x * p, axis=0), tl.sum(q, axis=0), z_label - z_max, mean_x, scale, dir_weight,
-            norm, finite, valid, count, constants_ptr, classes, SMOOTH,
-        )  # fmt: skip
-        total += row_loss
-        # 5. Store the gradient and the statistics.
-        if NEED_GRAD:
-            if RECOMPUTE:
-                # An opaque 1 makes the compiler compute the exponentials again; keeping them would spill.
-                opaque_one = tl.load(constants_ptr + OPAQUE_ONE).to(dtype)
-                g = tl.exp(scale * opaque_one * x) * g_p + tl.exp(opaque_one * x) * g_q
-            else:
-                g = p * g_p + q * g_q
-            g = tl.where(c == label, g_label, g) - (x + z_max) * z_coef - smooth_term
-            g = tl.where(valid, tl.where(finite, g, float("nan")), 0.0)
-            tl.store(grad_ptr + row * grad_stride_b + c, g.to(grad_ptr.dtype.element_ty), mask=inside)
-        _store_row_stats(row, rows, tau, w, temperature, correct, accepted, stats_ptr, flags_ptr)
-        row += tl.num_programs(0)
-    _write_mean_loss(total, partials_ptr, ticket_ptr, loss_ptr, count)
+    if not EDGES:  # what the compiler then knows lets it use vectors
+        stride_b = stride_b // V * V
+        grad_stride_b = grad_stride_b // V * V
+    if stride_c != 1:
+        stride_c = tl.cast(stride_c, tl.int64)
+    d_min, spread, inverse, w_bar, inactive = _batch_terms(summary_ptr, dtype, RELEASED, WARMUP, MEAN)
+    inverse_spread = 1.0 / spread
+    t_min = tl.load(constants_ptr + T_MIN).to(dtype)
+    t_range = tl.load(constants_ptr + T_RANGE).to(dtype)
+    t_wrong = tl.load(constants_ptr + T_WRONG).to(dtype)
+    threshold = tl.load(constants_ptr + THRESHOLD).to(dtype)
+    smoothing = tl.load(constants_ptr + SMOOTHING).to(dtype)
+    total = tl.zeros((ROWS,), tl.float64)
 
-
-@triton.jit
-def _unpack_half(words, half: tl.constexpr, opaque_zero, dtype: tl.constexpr):
-    """One half of packed half-precision pairs, as float32.
-
-    ``opaque_zero`` is zero, loaded from memory so that the compiler unpacks again at every use; it would otherwise keep
-    the float32 values in registers, twice as many as the packed words take.
-    """
-    bits = (words ^ opaque_zero) >> (16 * half)
-    return bits.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def packed_row_loss_kernel(
-    logits_ptr, labels_ptr, distance_ptr, summary_ptr, constants_ptr, ticket_ptr, partials_ptr, loss_ptr, grad_ptr,
-    stats_ptr, flags_ptr, rows, classes, logits_stride_b, logits_stride_c, labels_stride, grad_stride_b, ignore_index,
-    RELEASED: tl.constexpr, HAS_T_WRONG: tl.constexpr, SMOOTH: tl.constexpr, WARMUP: tl.constexpr,
-    NEED_GRAD: tl.constexpr, CHUNKS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """Loss, gradient and statistics of half-precision rows, held in registers as packed pairs.
-
-    A row is CHUNKS chunks of 2 HALF logits. Pointers as for ``loss_kernel``; logits_stride_c is 1.
-    """
-    dtype = stats_ptr.dtype.element_ty
-    stored = logits_ptr.dtype.element_ty
-    d_min, spread, count, w_bar, inactive = _batch_terms(summary_ptr, dtype, RELEASED, WARMUP)
-    c = tl.arange(0, HALF)
-    total = tl.zeros((), tl.float64)
-    row = tl.program_id(0).to(tl.int64)
-    while row < rows:
-        label = tl.load(labels_ptr + row * labels_stride)
-        valid = label != ignore_index
-        in_range = (label >= 0) & (label < classes)
-        # 1. Load the row. All chunks but the last are full.
-        base = logits_ptr + row * logits_stride_b
-        held = ()
-        for i in tl.static_range(CHUNKS):
-            at = 2 * i * HALF + c
-            if i + 1 < CHUNKS:
-                low = tl.load(base + at)
-                high = tl.load(base + at + HALF)
-            else:
-                low = tl.load(base + at, mask=at < classes, other=0.0)
-                high = tl.load(base + at + HALF, mask=at + HALF < classes, other=0.0)
-            low_bits = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-            held = held + (  # type: ignore[assignment]  # noqa: RUF005 (Triton has no unpacking)
-                low_bits | (high.to(tl.int16, bitcast=True).to(tl.int32) << 16),
-            )
-        z_label = tl.load(base + label, mask=valid & in_range, other=0.0).to(dtype)
-        column = tl.where(in_range, label, -1).to(tl.int32)
-        # 2. Largest logit, norm, and whether the label is the arg-max. The opaque zero also keeps the compiler from
-        #    holding the masks in registers.
-        opaque_zero = tl.load(constants_ptr + OPAQUE_ZERO).to(tl.int32)
-        largest = tl.full((HALF,), float("-inf"), dtype)
-        squares = tl.zeros((HALF,), dtype)
-        z_sum = tl.zeros((HALF,), dtype)
-        ahead = tl.zeros((HALF,), tl.int32)
-        for i in tl.static_range(CHUNKS):
-            for half in tl.static_range(2):
-                z = _unpack_half(held[i], half, opaque_zero, stored)
-                at = (2 * i + half) * HALF + c
-                inside = (at < classes + opaque_zero) if i + 1 == CHUNKS else tl.full((HALF,), True, tl.int1)
-                largest = tl.maximum(largest, tl.where(inside, z, float("-inf")))
-                squares += z * z
-                z_sum += z
-                ahead |= (inside & (~(z <= z_label) | ((z == z_label) & (at < column + opaque_zero)))).to(tl.int32)
-        z_max = tl.max(largest, axis=0)
-        norm = sqrt_rn(tl.sum(squares, axis=0))
-        finite = norm < float("inf")  # false for any NaN or infinity, too
-        correct = valid & in_range & (tl.sum(ahead, axis=0) == 0)
-        d = tl.load(distance_ptr + row).to(dtype)
-        accepted, tau, w, temperature, dir_weight, scale = _row_weights(
-            d, z_max, norm, finite, correct, valid, d_min, spread, w_bar, inactive, constants_ptr,
-            RELEASED, HAS_T_WRONG, WARMUP,
-        )  # fmt: skip
-        # 3. Exponential sums of both cross-entropies.
-        opaque_zero = tl.load(constants_ptr + OPAQUE_ZERO + 1).to(tl.int32)
-        p_sum = tl.zeros((HALF,), dtype)
-        p_weighted = tl.zeros((HALF,), dtype)
-        q_sum = tl.zeros((HALF,), dtype)
-        for i in tl.static_range(CHUNKS):
-            for half in tl.static_range(2):
-                z = _unpack_half(held[i], half, opaque_zero, stored)
-                at = (2 * i + half) * HALF + c
-                inside = (at < classes + opaque_zero) if i + 1 == CHUNKS else tl.full((HALF,), True, tl.int1)
-                other = inside & (at != column + opaque_zero)
-                x = tl.where(inside, z - z_max, 0.0)
-                p = tl.where(other, tl.exp(scale * x), 0.0)
-                p_sum += p
-                p_weighted += x * p
-                q_sum += tl.where(other, tl.exp(x), 0.0)
-        row_loss, g_p, g_q, g_label, z_coef, smooth_term = _row_loss_and_coefficients(
-            tl.sum(p_sum, axis=0), tl.sum(p_weighted, axis=0), tl.sum(q_sum, axis=0), z_label - z_max,
-            tl.sum(z_sum, axis=0) / classes - z_max, scale, dir_weight, norm, finite, valid, count, constants_ptr,
-            classes, SMOOTH,
-        )  # fmt: skip
-        total += row_loss
-        # 4. Store the gradient and the statistics.
-        if NEED_GRAD:
-            opaque_zero = tl.load(constants_ptr + OPAQUE_ZERO + 2).to(tl.int32)
-            out = grad_ptr + row * grad_stride_b
-            for i in tl.static_range(CHUNKS):
-                for half in tl.static_range(2):
-                    z = _unpack_half(held[i], half, opaque_zero, stored)
-                    at = (2 * i + half) * HALF + c
-                    inside = (at < classes + opaque_zero) if i + 1 == CHUNKS else tl.full((HALF,), True, tl.int1)
-                    x = tl.where(inside, z - z_max, 0.0)
-                    g = tl.exp(scale * x) * g_p + tl.exp(x) * g_q
-                    g = tl.where(at == column + opaque_zero, g_label, g) - z * z_coef - smooth_term
-                    g = tl.where(valid, tl.where(finite, g, float("nan")), 0.0)
-                    tl.store(out + at, g.to(grad_ptr.dtype.element_ty), mask=inside)
-        _store_row_stats(row, rows, tau, w, temperature, correct, accepted, stats_ptr, flags_ptr)
-        row += tl.num_programs(0)
-    _write_mean_loss(total, partials_ptr, ticket_ptr, loss_ptr, count)
-
-
-@triton.jit
-def scan_long_row(base, classes, stride, label, z_label, dtype: tl.constexpr, BLOCK: tl.constexpr):
-    """Largest logit, norm, whether all are finite, whether the label is the arg-max, and the sum, in one pass."""
-    c = tl.arange(0, BLOCK)
-    largest = tl.full((BLOCK,), float("-inf"), dtype)
-    squares = tl.zeros((BLOCK,), dtype)
-    z_sum = tl.zeros((BLOCK,), dtype)
-    ahead = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, classes, BLOCK):
-        at = start + c
-        inside = at < classes
-        z = tl.load(base + at.to(tl.int64) * stride, mask=inside, other=0.0).to(dtype)
-        largest = tl.maximum(largest, tl.where(inside, z, float("-inf")))
-        squares += z * z
-        z_sum += z
-        ahead |= (inside & (~(z <= z_label) | ((z == z_label) & (at < label)))).to(tl.int32)
-    norm = sqrt_rn(tl.sum(squares, axis=0))
-    return (
-        tl.max(largest, axis=0),
-        norm,
-        norm < float("inf"),  # false for any NaN or infinity, too
-        tl.sum(ahead, axis=0) == 0,
-        tl.sum(z_sum, axis=0),
-    )
-
-
-@triton.jit
-def exp_sums_long_row(base, classes, stride, label, z_max, scale, dtype: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums over the classes other than the label of exp(scale x), x exp(scale x) and exp(x), with x = z - z_max."""
-    c = tl.arange(0, BLOCK)
-    p_sum = tl.zeros((BLOCK,), dtype)
-    p_weighted = tl.zeros((BLOCK,), dtype)
-    q_sum = tl.zeros((BLOCK,), dtype)
-    for start in range(0, classes, BLOCK):
-        at = start + c.to(tl.int64)
-        inside = at < classes
-        z = tl.load(base + at * stride, mask=inside, other=0.0).to(dtype)
-        other = inside & (at != label)
-        x = tl.where(inside, z - z_max, 0.0)
-        p = tl.where(other, tl.exp(scale * x), 0.0)
-        p_sum += p
-        p_weighted += x * p
-        q_sum += tl.where(other, tl.exp(x), 0.0)
-    return tl.sum(p_sum, axis=0), tl.sum(p_weighted, axis=0), tl.sum(q_sum, axis=0)
-
-
-@triton.jit
-def store_long_row_gradient(
-    base, out, classes, stride, label, valid, finite, z_max, scale, g_p, g_q, g_label, z_coef, smooth_term,
-    dtype: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write the gradient of one row in one pass; see ``_row_loss_and_coefficients`` for its terms."""
-    c = tl.arange(0, BLOCK)
-    for start in range(0, classes, BLOCK):
-        at = start + c.to(tl.int64)
-        inside = at < classes
-        z = tl.load(base + at * stride, mask=inside, other=0.0).to(dtype)
-        x = tl.where(inside, z - z_max, 0.0)
-        g = tl.exp(scale * x) * g_p + tl.exp(x) * g_q
-        g = tl.where(at == label, g_label, g) - z * z_coef - smooth_term
-        g = tl.where(valid, tl.where(finite, g, float("nan")), 0.0)
-        tl.store(out + at, g.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def long_row_loss_kernel(
-    logits_ptr, labels_ptr, distance_ptr, summary_ptr, constants_ptr, ticket_ptr, partials_ptr, loss_ptr, grad_ptr,
-    stats_ptr, flags_ptr, rows, classes, logits_stride_b, logits_stride_c, labels_stride, grad_stride_b, ignore_index,
-    RELEASED: tl.constexpr, HAS_T_WRONG: tl.constexpr, SMOOTH: tl.constexpr, WARMUP: tl.constexpr,
-    NEED_GRAD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Loss, gradient and statistics of rows read in blocks, one program per row. Pointers as for ``loss_kernel``."""
-    dtype = stats_ptr.dtype.element_ty
-    d_min, spread, count, w_bar, inactive = _batch_terms(summary_ptr, dtype, RELEASED, WARMUP)
-    total = tl.zeros((), tl.float64)
-    row = tl.program_id(0).to(tl.int64)
-    if row < rows:  # false in the one program of an empty batch
-        label = tl.load(labels_ptr + row * labels_stride)
-        valid = label != ignore_index
-        in_range = (label >= 0) & (label < classes)
-        base = logits_ptr + row * logits_stride_b
-        z_label = tl.load(base + label * logits_stride_c, mask=valid & in_range, other=0.0).to(dtype)
-        # 1. First read: largest logit, norm, and whether the label is the arg-max.
-        z_max, norm, finite, is_argmax, z_sum = scan_long_row(
-            base, classes, logits_stride_c, label, z_label, dtype, BLOCK
-        )
-        correct = valid & in_range & is_argmax
-        d = tl.load(distance_ptr + row).to(dtype)
-        accepted, tau, w, temperature, dir_weight, scale = _row_weights(
-            d, z_max, norm, finite, correct, valid, d_min, spread, w_bar, inactive, constants_ptr,
-            RELEASED, HAS_T_WRONG, WARMUP,
-        )  # fmt: skip
-        # 2. Second read: exponential sums of both cross-entropies.
-        p_sum, p_weighted, q_sum = exp_sums_long_row(base, classes, logits_stride_c, label, z_max, scale, dtype, BLOCK)
-        row_loss, g_p, g_q, g_label, z_coef, smooth_term = _row_loss_and_coefficients(
-            p_sum, p_weighted, q_sum, z_label - z_max, z_sum / classes - z_max, scale, dir_weight, norm, finite, valid,
-            count, constants_ptr, classes, SMOOTH,
-        )  # fmt: skip
-        total += row_loss
-        # 3. Third read: the gradient.
-        if NEED_GRAD:
-            store_long_row_gradient(
-                base, grad_ptr + row * grad_stride_b, classes, logits_stride_c, label, valid, finite, z_max, scale,
-                g_p, g_q, g_label, z_coef, smooth_term, dtype, BLOCK,
+    # Rows that are held are fetched while those before are worked on, and their labels one turn earlier.
+    step = tl.num_programs(0) * ROWS
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    next_label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
+    ahead = fetch_rows(
+        logits_ptr, distance_ptr, row, next_label, rows, stride_b, stride_c, ignore_index,
+        CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
+    )  # fmt: skip
+    next_row = row + step
+    next_label = tl.load(labels_ptr + next_row * labels_stride, mask=next_row < rows, other=ignore_index)
+    for turn in range(tl.program_id(0) * ROWS, rows, step):  # noqa: B007
+        valid, in_range, column, base, head, length, z_label, d, z_edge, held = ahead
+        if HELD:
+            ahead = fetch_rows(
+                logits_ptr, distance_ptr, next_row, next_label, rows, stride_b, stride_c, ignore_index,
+                CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
             )  # fmt: skip
-        _store_row_stats(row, rows, tau, w, temperature, correct, accepted, stats_ptr, flags_ptr)
-    _write_mean_loss(total, partials_ptr, ticket_ptr, loss_ptr, count)
+            next_row += step
+            next_label = tl.load(labels_ptr + next_row * labels_stride, mask=next_row < rows, other=ignore_index)
+        present = row < rows
+        z_label = z_label.to(dtype)
+        d = d.to(dtype)
+        c_y = tl.full((ROWS,), 1.0, dtype)
+        if WEIGHTED:
+            c_y = tl.load(class_weight_ptr + column, mask=in_range, other=0.0).to(dtype)
+
+        # 1. Norm, largest logit, correct and accepted rows.
+        largest, norm, correct, z_sum, c_sum = scan_rows(
+            held, z_edge, base, z_label, column, in_range, valid, head, length, stride_c, class_weight_ptr,
+            dtype, CLASSES, ROWS, CHUNKS, WIDTH, V, EDGES, HELD, UNROLL, SMOOTH, WEIGHTED,
+        )  # fmt: skip
+        finite = norm < float("inf")  # false for any NaN or infinity, too
+        z_max = tl.maximum(largest, z_label)
+        inverse_norm = 1.0 / (norm + NORM_EPS)
+        accepted = correct & finite & (z_max * inverse_norm > threshold)
+
+        # 2. Typicalness, weight, temperature.
+        tau = tl.full((ROWS,), 1.0, dtype)
+        if not WARMUP:
+            measured = valid & (tl.abs(d) < float("inf")) & (inactive == 0)
+            tau = tl.where(measured, 1.0 - (d - d_min) * inverse_spread, 1.0)
+        temperature = t_min + (1.0 - tau) * t_range
+        if HAS_T_WRONG:
+            temperature = tl.where(correct | (valid == 0), temperature, t_wrong)
+        w = tl.where(valid, tl.where(correct, tau, 1.0), 0.0)
+        tl.store(stats_ptr + row, tau, mask=present)
+        tl.store(stats_ptr + rows + row, w, mask=present)
+        tl.store(stats_ptr + 2 * rows + row, temperature, mask=present)
+        tl.store(flags_ptr + row, correct, mask=present)
+        tl.store(flags_ptr + rows + row, accepted, mask=present)
+
+        # 3. Sums of the exponentials of x = z - z_max without the label, from y = scale x log2(e).
+        dir_weight = w
+        if RELEASED:
+            dir_weight = w * 0.0 + w_bar
+        rate = temperature * inverse_norm  # the direction loss is the cross-entropy of rate z
+        scale = rate * LOG2E
+        ratio = (norm + NORM_EPS) / temperature
+        p_sum = tl.zeros((ROWS, WIDTH), dtype)
+        yp_sum = tl.zeros((ROWS, WIDTH), dtype)
+        q_sum = tl.zeros((ROWS, WIDTH), dtype)
+        at = tl.arange(0, WIDTH)[None, :]
+        label_at = tl.where(in_range, column - head, -1)
+        kept = ()
+        if HELD:
+            for i in tl.static_range(CHUNKS):
+                others = other_logits(held[i].to(dtype), i * WIDTH, length, label_at, dtype, WIDTH, V)
+                y = (others - z_max[:, None]) * scale[:, None]
+                p, q, p_sum, yp_sum, q_sum = add_exponentials(y, ratio, p_sum, yp_sum, q_sum, dtype)
+                kept = kept + ((others, p, q),)  # noqa: RUF005
+        else:
+            full, label_chunk, plain = plain_chunks(label_at, length, valid, WIDTH)
+            for j in tl.range(0, plain, loop_unroll_factor=UNROLL):
+                begin = (j + (j >= label_chunk).to(tl.int32)) * WIDTH
+                z = tl.load(base[:, None] + (begin + at) * stride_c).to(dtype)
+                y = (z - z_max[:, None]) * scale[:, None]
+                p, q, p_sum, yp_sum, q_sum = add_exponentials(y, ratio, p_sum, yp_sum, q_sum, dtype)
+            for j in range(2):
+                begin, end = masked_chunk(j, full, label_chunk, length, WIDTH)
+                z = load_chunk(base, begin, end, valid, stride_c, WIDTH, V).to(dtype)
+                y = (other_logits(z, begin, end, label_at, dtype, WIDTH, V) - z_max[:, None]) * scale[:, None]
+                p, q, p_sum, yp_sum, q_sum = add_exponentials(y, ratio, p_sum, yp_sum, q_sum, dtype)
+        p_sum, yp_sum, q_sum = tl.reduce((p_sum, yp_sum, q_sum), 1, _add3)
+        if EDGES:
+            edge_column, in_edge = edge_columns(head, length, CLASSES, V)
+            edge_others = tl.where(in_edge & (edge_column != column[:, None]), z_edge.to(dtype), masked_logit(dtype))
+            y_edge = (edge_others - z_max[:, None]) * scale[:, None]
+            p_edge, q_edge = exponentials(y_edge, ratio[:, None], dtype)
+            p_k, yp_k, q_k = tl.reduce((p_edge, y_edge * p_edge, q_edge), 1, _add3)
+            p_sum += p_k
+            yp_sum += yp_k
+            q_sum += q_k
+
+        # 4. Loss of each row. The target puts (1 - smoothing) c_y on the label and smoothing c_k / C on every class k.
+        x_label = z_label - z_max
+        y_label = x_label * scale
+        mass = c_y  # of the target
+        target_x = c_y * x_label  # <target, x>
+        spread_mass = c_y * 0.0
+        if SMOOTH:
+            spread_mass = spread_mass + smoothing
+            spread_x = smoothing * (z_sum * (1.0 / CLASSES) - z_max)
+            if WEIGHTED:
+                spread_mass = smoothing * (c_sum * (1.0 / CLASSES))
+                spread_x = smoothing * ((z_sum - c_sum * z_max) * (1.0 / CLASSES))
+            mass = (1.0 - smoothing) * c_y + spread_mass
+            target_x = (1.0 - smoothing) * target_x + spread_x
+        p_label, q_label = exponentials(y_label, ratio, dtype)
+        l_dir = mass * _log_sum_exp(p_sum, p_label) - rate * target_x
+        l_ce = mass * _log_sum_exp(q_sum, q_label) - target_x
+        # Logits that are not finite give NaN: cross-entropy is not finite either, or, with a logit of -inf, the
+        # direction is undefined.
+        row_loss = tl.where(finite, dir_weight * l_dir + (1.0 - dir_weight) * l_ce, float("nan"))
+        row_loss = tl.where(valid, row_loss, 0.0)
+        if ROW_LOSS:
+            tl.store(loss_ptr + row, row_loss, mask=present)
+        total += row_loss.to(tl.float64)
+
+        # 5. Gradient g_p p + g_q q - z_coef z + constant; at the label in a store of its own.
+        if NEED_GRAD:
+            inverse_p = 1.0 / (p_sum + p_label)
+            inverse_q = 1.0 / (q_sum + q_label)
+            f_dir = tl.where(valid, dir_weight * inverse, 0.0) * rate
+            f_ce = tl.where(valid, (1.0 - dir_weight) * inverse, 0.0)
+            # <z, p - target>; the shift by the maximum cancels because p - target sums to 0.
+            k = mass * (yp_sum + y_label * p_label) * (ratio * LN2) * inverse_p - target_x
+            z_coef = tl.where(norm > 0, f_dir * k * inverse_norm / norm, 0.0)
+            away = c_y * 0.0
+            if SMOOTH:
+                away = (f_dir + f_ce) * smoothing * (1.0 / CLASSES)
+            g_label = f_dir * (spread_mass - mass * p_sum * inverse_p) + f_ce * (spread_mass - mass * q_sum * inverse_q)
+            g_label -= z_label * z_coef + away * c_y
+            known = finite | (valid == 0)
+            g_label = tl.where(known, g_label, float("nan"))
+            constant = tl.where(known, 0.0 if WEIGHTED else -away, float("nan"))
+            g_p = f_dir * mass * inverse_p
+            g_q = f_ce * mass * inverse_q
+            out = row * grad_stride_b + head
+            if EDGES:  # a multiple of V, as the row's offset is
+                out = out // V * V
+            out = grad_ptr + out
+            if HELD:
+                for i in tl.static_range(CHUNKS):
+                    others, p, q = kept[i]
+                    store_chunk(
+                        others, p, q, out, i * WIDTH, head, length, present, g_p, g_q, z_coef, constant, away,
+                        class_weight_ptr, dtype, WIDTH, V, SMOOTH and WEIGHTED,
+                    )  # fmt: skip
+            else:
+                for begin in tl.range(0, tl.max(length, axis=0), WIDTH, loop_unroll_factor=UNROLL):
+                    z = load_chunk(base, begin, length, valid, stride_c, WIDTH, V).to(dtype)
+                    y = (z - z_max[:, None]) * scale[:, None]
+                    p, q = exponentials(y, ratio[:, None], dtype)
+                    store_chunk(
+                        z, p, q, out, begin, head, length, present, g_p, g_q, z_coef, constant, away,
+                        class_weight_ptr, dtype, WIDTH, V, SMOOTH and WEIGHTED,
+                    )  # fmt: skip
+            if EDGES:
+                g = g_p[:, None] * p_edge + (
+                    g_q[:, None] * q_edge + (constant[:, None] - z_coef[:, None] * edge_others)
+                )
+                if SMOOTH and WEIGHTED:
+                    g -= away[:, None] * class_weights(class_weight_ptr, edge_column, in_edge, dtype)
+                at_edge = edge_column - head[:, None]
+                tl.store(out[:, None] + at_edge, g.to(grad_ptr.dtype.element_ty), mask=in_edge & present[:, None])
+            tl.debug_barrier()  # the label's gradient is the last to be stored at its address
+            tl.store(out + (column - head), g_label.to(grad_ptr.dtype.element_ty), mask=in_range)
+
+        row += step
+        if not HELD:
+            ahead = fetch_rows(
+                logits_ptr, distance_ptr, row, next_label, rows, stride_b, stride_c, ignore_index,
+                CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
+            )  # fmt: skip
+            next_row += step
+            next_label = tl.load(labels_ptr + next_row * labels_stride, mask=next_row < rows, other=ignore_index)
+    if not ROW_LOSS:
+        tl.store(partials_ptr + tl.program_id(0), tl.sum(total, axis=0))
+        programs = tl.num_programs(0)
+        if is_last_program(tickets_ptr + LOSS_TICKET, programs):
+            loss = _ordered_sum(partials_ptr, programs)
+            tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty) * inverse)
 
 
 @triton.jit
 def batch_sums_kernel(
-    logits_ptr, labels_ptr, distance_ptr, summary_ptr, constants_ptr, ticket_ptr, partials_ptr, rows, classes,
-    logits_stride_b, logits_stride_c, labels_stride, ignore_index,
-    FLOAT64: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, labels_ptr, distance_ptr, summary_ptr, constants_ptr, tickets_ptr, partials_ptr, rows,
+    stride_b, stride_c, labels_stride, ignore_index,
+    FLOAT64: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
+    V: tl.constexpr, EDGES: tl.constexpr, HELD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Number of accepted rows, number of rows of weight 1, and sum of the other valid rows' distances.
 
-    Pointers:
-        logits, labels, distance, constants, ticket: as for ``loss_kernel``.
-        summary: (6,) float64 summary; its last three values are written.
+    Pointers and constants are those of ``loss_kernel``, and:
+        summary: (7,) float64 summary; its values 3 to 5 are written.
         partials: (3, programs) float64 scratch.
     """
     dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
+    if not EDGES:
+        stride_b = stride_b // V * V
+    if stride_c != 1:
+        stride_c = tl.cast(stride_c, tl.int64)
     threshold = tl.load(constants_ptr + THRESHOLD).to(dtype)
-    n_accepted = tl.zeros((), tl.float64)
-    n_one = tl.zeros((), tl.float64)
-    sum_distance = tl.zeros((), tl.float64)
-    row = tl.program_id(0).to(tl.int64)
-    while row < rows:
-        label = tl.load(labels_ptr + row * labels_stride)
-        valid = label != ignore_index
-        in_range = (label >= 0) & (label < classes)
-        base = logits_ptr + row * logits_stride_b
-        z_label = tl.load(base + label * logits_stride_c, mask=valid & in_range, other=0.0).to(dtype)
-        z_max, norm, finite, is_argmax, _ = scan_long_row(base, classes, logits_stride_c, label, z_label, dtype, BLOCK)
-        correct = valid & in_range & is_argmax
-        accepted = correct & finite & (z_max / (norm + NORM_EPS) > threshold)
-        d = tl.load(distance_ptr + row).to(tl.float64)
+    n_accepted = tl.zeros((ROWS,), tl.float64)
+    n_one = tl.zeros((ROWS,), tl.float64)
+    sum_distance = tl.zeros((ROWS,), tl.float64)
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = tl.cast(first, tl.int64) + tl.arange(0, ROWS)
+        label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
+        valid, in_range, column, base, head, length, z_label, d, z_edge, held = fetch_rows(
+            logits_ptr, distance_ptr, row, label, rows, stride_b, stride_c, ignore_index,
+            CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
+        )  # fmt: skip
+        z_label = z_label.to(dtype)
+        largest, norm, correct, _, _ = scan_rows(
+            held, z_edge, base, z_label, column, in_range, valid, head, length, stride_c, constants_ptr,
+            dtype, CLASSES, ROWS, CHUNKS, WIDTH, V, EDGES, HELD, UNROLL, False, False,
+        )  # fmt: skip
+        cosine = tl.maximum(largest, z_label) * (1.0 / (norm + NORM_EPS))
+        accepted = correct & (norm < float("inf")) & (cosine > threshold)
+        d = d.to(tl.float64)
         weighted = correct & (tl.abs(d) < float("inf"))
-        n_accepted += tl.where(accepted, 1.0, 0.0)
-        n_one += tl.where(valid & (weighted == 0), 1.0, 0.0)
+        n_accepted += accepted.to(tl.float64)
+        n_one += (valid & (weighted == 0)).to(tl.float64)
         sum_distance += tl.where(weighted, d, 0.0)
-        row += tl.num_programs(0)
     programs = tl.num_programs(0)
     pid = tl.program_id(0)
-    tl.store(partials_ptr + pid, n_accepted)
-    tl.store(partials_ptr + programs + pid, n_one)
-    tl.store(partials_ptr + 2 * programs + pid, sum_distance)
-    if is_last_program(ticket_ptr, programs):
+    tl.store(partials_ptr + pid, tl.sum(n_accepted, axis=0))
+    tl.store(partials_ptr + programs + pid, tl.sum(n_one, axis=0))
+    tl.store(partials_ptr + 2 * programs + pid, tl.sum(sum_distance, axis=0))
+    if is_last_program(tickets_ptr + SUMS_TICKET, programs):
         for k in range(3):
             tl.store(summary_ptr + 3 + k, _ordered_sum(partials_ptr + k * programs, programs))
 
 
-def num_programs_for(rows: int, num_warps: int, target: Target) -> int:
-    """Number of programs: one per row, or at most what runs at once at 64 registers a thread (1,024 threads per
-    multiprocessor). An empty batch needs one, to write its loss. Not yet tuned on a GPU.
+@triton.jit
+def scale_kernel(
+    values_ptr, factor_ptr, out_ptr, size,
+    IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Values times a scalar; in place, a factor of 1 moves no memory."""
+    factor = tl.load(factor_ptr)
+    blocks = tl.cdiv(size, BLOCK)
+    if IN_PLACE:
+        blocks = tl.where(factor == 1, 0, blocks)
+    dtype = values_ptr.dtype.element_ty
+    wide: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        values = tl.load(values_ptr + at, mask=at < size, other=0.0).to(wide)
+        tl.store(out_ptr + at, (values * factor.to(wide)).to(out_ptr.dtype.element_ty), mask=at < size)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """How rows of logits are laid out over a program."""
+
+    rows: int  # at a time
+    chunks: int  # of a row that is held
+    width: int  # logits of a row in a chunk
+    held: bool  # whether the chunks cover a row
+    num_warps: int
+    programs: int  # most programs on a multiprocessor
+    unroll: int = 1  # chunks in flight, of a row that is not held
+    max_registers: int | None = None  # per thread
+
+
+@cache
+def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool) -> LossConfig:
+    """Layout of rows of ``classes`` logits in vectors of ``v``; ``python -m bench.tune`` measures others.
+
+    Rows are held up to 8,192 logits, 32 in a thread, because the fixed work of a row, some 400 instructions in every
+    warp, then costs least: on an H200 16,384 rows of 1,000 bfloat16 logits take 29 us with one warp a row, 38 with two.
+    At 168 registers 12 warps fit on a multiprocessor.
+
+    Wider rows are read three times, by few warps for the same reason, and so few at once that the second and third
+    time they are in the L2 cache (of 50 MB): 528 rows of up to 45 KB, 264 of up to 90 KB. float64 serves checks only.
     """
-    at_once = max(1, 1024 // (num_warps * target.warp_size))
-    return max(1, min(rows, at_once * target.multiprocessors))
+    block = triton.next_power_of_2(classes)
+    if dtype == torch.float64:
+        return LossConfig(1, 1, min(block, 256), False, 4, 4)
+    if block > 8192:
+        kilobytes = classes * dtype.itemsize / 1000
+        num_warps, programs = (4, 4) if kilobytes <= 45 else (8, 2) if kilobytes <= 90 else (16, 2)
+        unroll, registers = (4, 128) if num_warps < 16 else (1, 64)
+        return LossConfig(1, 1, 32 * num_warps * v, False, num_warps, programs, unroll, registers)
+    rows = max(1, 1024 // block)
+    num_warps = max(1, block // 1024)
+    width = max(v, min(block, 32 * num_warps * v // rows))
+    programs, registers = (12, 168) if num_warps == 1 and rows == 1 and not edges else (max(1, 8 // num_warps), None)
+    return LossConfig(rows, block // width, width, True, num_warps, programs, max_registers=registers)
+
+
+def vector_of(logits: Tensor, grad: Tensor | None) -> tuple[int, bool]:
+    """Logits in a vector of up to 16 bytes, and whether rows may begin or end within one."""
+    if logits.stride(1) != 1 or logits.data_ptr() % 16:
+        return 1, False
+    strides = [logits.stride(0)] + ([grad.stride(0)] if grad is not None and grad.numel() else [])
+    widest = 16 // logits.dtype.itemsize
+    common = math.gcd(widest, logits.shape[1], *strides)
+    if common < widest and logits.shape[1] >= 256 and len(set(strides)) == 1:
+        return widest, True
+    return common, False
+
+
+def num_programs_for(turns: int, per_multiprocessor: int, target: Target) -> int:
+    """Number of programs; an empty batch needs one, to write its loss."""
+    return max(1, min(turns, per_multiprocessor * target.multiprocessors))
 
 
 def loss_constants(
     device: torch.device, t_min: float, t_max: float, t_wrong: float | None, threshold: float, smoothing: float
 ) -> Tensor:
-    """User-chosen numbers as a (9,) float64 tensor, followed by opaque constants that prevent constant folding.
-
-    The opaque constants are a 1 and three zeros. Loaded from memory, they keep the compiler from reusing registers
-    across the steps of a kernel where computing a value again is cheaper than holding it.
-    """
-    wrong = 0.0 if t_wrong is None else t_wrong
-    return device_constants(device, t_min, t_max - t_min, wrong, threshold, smoothing, 1.0, 0.0, 0.0, 0.0)
+    """User-chosen numbers as a (5,) float64 tensor."""
+    return device_constants(device, t_min, t_max - t_min, 0.0 if t_wrong is None else t_wrong, threshold, smoothing)
 
 
 def plan_loss(
@@ -627,7 +711,8 @@ def plan_loss(
     labels: Tensor,
     distance: Tensor,
     summary: Tensor,
-    ticket: Tensor,
+    tickets: Tensor,
+    class_weight: Tensor | None,
     variant: str,
     t_min: float,
     t_max: float,
@@ -635,13 +720,15 @@ def plan_loss(
     confidence_threshold: float,
     label_smoothing: float,
     ignore_index: int,
+    reduction: str,
     warmup: bool,
     need_grad: bool,
     inplace: bool = False,
     *,
     target: Target,
+    config: LossConfig | None = None,
 ) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Launch of the loss kernel for this width, and its outputs.
+    """Launch of the loss kernel, and its outputs.
 
     The options that are not listed are those of ``tal_fast.TALLoss``.
 
@@ -650,32 +737,36 @@ def plan_loss(
         labels: (B,) int64 in [0, C) or ``ignore_index``. They are not checked, which would wait for the device: a label
             out of range reads nothing outside the logits and gives a meaningless loss.
         distance: (B,) floating point, distance to the queue.
-        summary: (6,) float64, ``tal_fast.loss.reference.batch_summary``; the last three are read for ``released`` only.
-        ticket: (1,) int32, zero before and after.
+        summary: (7,) float64, ``tal_fast.loss.reference.batch_summary``; values 3 to 5 are read for ``released`` only.
+        tickets: (3,) int32 from ``distance.statistics_distance``, zero before and after.
+        class_weight: (C,) floating point, contiguous, or None.
         warmup: whether typicalness is 1 for every sample.
         need_grad: whether to compute the gradient.
         inplace: write the gradient over the logits, which must be contiguous and not float16.
         target: the device.
+        config: layout of the rows; by default the one for their width.
 
     Returns:
-        The launch, and ``(loss, gradient, stats, flags)``: a scalar; (B, C) in the logits' dtype (float32 for float16),
-        empty without ``need_grad``; (3, B) typicalness, weight and temperature; (2, B) bool, correct and accepted.
-        Floats are float32, or float64 for float64 logits.
+        The launch, and ``(loss, gradient, stats, flags)``: a scalar, or (B,) with reduction "none"; (B, C) in the
+        logits' dtype (float32 for float16), empty without ``need_grad``; (3, B) typicalness, weight and temperature;
+        (2, B) bool, correct and accepted. Floats are float32, or float64 for float64 logits.
     """
     rows, classes = logits.shape
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     # float32 for float16 logits: float16 would lose small gradients before a gradient scaler multiplies them.
     stored = wide if logits.dtype == torch.float16 else logits.dtype
-    loss = logits.new_empty((), dtype=wide)
+    loss = logits.new_empty((rows,) if reduction == "none" else (), dtype=wide)
     grad = logits if inplace else logits.new_empty((rows, classes) if need_grad else (0,), dtype=stored)
     stats = logits.new_empty((3, rows), dtype=wide)
     flags = logits.new_empty((2, rows), dtype=torch.bool)
-    config = loss_config(classes, logits.dtype, target, logits.stride(1) == 1)
-    programs = max(1, rows) if config.path == "blocks" else num_programs_for(rows, config.num_warps, target)
+    v, edges = vector_of(logits, grad)
+    config = loss_config(classes, logits.dtype, v, edges) if config is None else config
+    programs = num_programs_for(cdiv(rows, config.rows), config.programs, target)
     constants = loss_constants(logits.device, t_min, t_max, t_wrong, confidence_threshold, label_smoothing)
     arguments = (
-        logits, labels, distance, summary, constants, ticket, summary.new_empty(programs), loss, grad,
-        stats, flags, rows, classes, *logits.stride(), labels.stride(0), grad.stride(0), ignore_index,
+        logits, labels, distance, summary, constants, constants if class_weight is None else class_weight, tickets,
+        summary.new_empty(programs), loss, grad, stats, flags, rows, *logits.stride(), labels.stride(0),
+        grad.stride(0), ignore_index,
     )  # fmt: skip
     constexprs: dict[str, Any] = {
         "RELEASED": variant == "released",
@@ -683,22 +774,31 @@ def plan_loss(
         "SMOOTH": label_smoothing != 0,
         "WARMUP": warmup,
         "NEED_GRAD": need_grad,
+        "MEAN": reduction == "mean",
+        "ROW_LOSS": reduction == "none",
+        "WEIGHTED": class_weight is not None,
+        **layout(classes, v, edges, config),
     }
-    if config.path == "one block":
-        kernel = loss_kernel
-        constexprs |= {"RECOMPUTE": config.recompute, "BLOCK": config.block}
-    elif config.path == "packed":
-        kernel = packed_row_loss_kernel
-        constexprs |= {"CHUNKS": cdiv(classes, config.block), "HALF": config.block // 2}
-    else:
-        kernel = long_row_loss_kernel
-        constexprs["BLOCK"] = config.block
-    launch = Launch(kernel, (programs,), arguments, constexprs, config.num_warps, config.max_registers)
+    launch = Launch(loss_kernel, (programs,), arguments, constexprs, config.num_warps, config.max_registers)
     return launch, (loss, grad, stats, flags)
 
 
+def layout(classes: int, v: int, edges: bool, config: LossConfig) -> dict[str, Any]:
+    """Compile-time constants of the kernels that read rows of logits."""
+    return {
+        "CLASSES": classes,
+        "ROWS": config.rows,
+        "CHUNKS": config.chunks,
+        "WIDTH": config.width,
+        "V": v,
+        "EDGES": edges,
+        "HELD": config.held,
+        "UNROLL": config.unroll,
+    }
+
+
 def loss_forward(logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean loss, its gradient, and the per-sample statistics; arguments and results as for ``plan_loss``."""
+    """Loss, its gradient, and the per-sample statistics; arguments and results as for ``plan_loss``."""
     launch, outputs = plan_loss(logits, *args, target=device_target(logits.device), **kwargs)
     launch.run()
     return outputs
@@ -709,23 +809,23 @@ def plan_batch_sums(
     labels: Tensor,
     distance: Tensor,
     summary: Tensor,
-    ticket: Tensor,
+    tickets: Tensor,
     confidence_threshold: float,
     ignore_index: int,
     target: Target,
 ) -> Launch:
     """Launch of ``batch_sums_kernel``."""
     rows, classes = logits.shape
-    block = min(SUMS_BLOCK, triton.next_power_of_2(classes))
-    num_warps = num_warps_for(block, target)
-    programs = num_programs_for(rows, num_warps, target)
+    v, edges = vector_of(logits, None)
+    config = loss_config(classes, logits.dtype, v, edges)
+    programs = num_programs_for(cdiv(rows, config.rows), max(1, 16 // config.num_warps), target)
     constants = loss_constants(logits.device, 0.0, 0.0, None, confidence_threshold, 0.0)
     arguments = (
-        logits, labels, distance, summary, constants, ticket, summary.new_empty(3 * programs), rows, classes,
+        logits, labels, distance, summary, constants, tickets, summary.new_empty(3 * programs), rows,
         *logits.stride(), labels.stride(0), ignore_index,
     )  # fmt: skip
-    constexprs = {"FLOAT64": logits.dtype == torch.float64, "BLOCK": block}
-    return Launch(batch_sums_kernel, (programs,), arguments, constexprs, num_warps)
+    constexprs = {"FLOAT64": logits.dtype == torch.float64, **layout(classes, v, edges, config)}
+    return Launch(batch_sums_kernel, (programs,), arguments, constexprs, config.num_warps)
 
 
 def batch_sums(
@@ -733,41 +833,31 @@ def batch_sums(
     labels: Tensor,
     distance: Tensor,
     summary: Tensor,
-    ticket: Tensor,
+    tickets: Tensor,
     confidence_threshold: float,
     ignore_index: int,
 ) -> None:
-    """Fill in the last three values of ``summary`` (6,), which variant ``released`` needs before the loss.
+    """Fill in the values 3 to 5 of ``summary`` (7,), which variant ``released`` needs before the loss.
 
     Arguments as for ``plan_loss``; ``tal_fast.loss.reference.batch_summary`` defines the values.
     """
     target = device_target(logits.device)
-    plan_batch_sums(logits, labels, distance, summary, ticket, confidence_threshold, ignore_index, target).run()
+    plan_batch_sums(logits, labels, distance, summary, tickets, confidence_threshold, ignore_index, target).run()
 
 
-@triton.jit
-def scale_kernel(
-    values_ptr, factor_ptr, size,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Multiply values in place by a scalar; a factor of 1 moves no memory."""
-    factor = tl.load(factor_ptr)
-    if factor != 1:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < size
-        dtype = values_ptr.dtype.element_ty
-        wide = tl.float64 if dtype == tl.float64 else tl.float32
-        values = tl.load(values_ptr + at, mask=inside, other=0.0).to(wide)
-        tl.store(values_ptr + at, (values * factor.to(wide)).to(dtype), mask=inside)
-
-
-def plan_scale(values: Tensor, factor: Tensor) -> Launch:
+def plan_scale(values: Tensor, factor: Tensor, out: Tensor, target: Target) -> Launch:
     """Launch of ``scale_kernel``."""
-    arguments = (values, factor, values.numel())
-    return Launch(scale_kernel, (cdiv(values.numel(), SCALE_BLOCK),), arguments, {"BLOCK": SCALE_BLOCK}, 8)
+    programs = min(cdiv(values.numel(), SCALE_BLOCK), 8 * target.multiprocessors)
+    constants = {"IN_PLACE": out is values, "BLOCK": SCALE_BLOCK}
+    return Launch(scale_kernel, (programs,), (values, factor, out, values.numel()), constants, 8)
 
 
-def scale(values: Tensor, factor: Tensor) -> None:
-    """Multiply contiguous ``values`` in place by the scalar tensor ``factor``, without reading it back to the host."""
+def scale(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous ``values`` times a scalar tensor, without reading it back to the host.
+
+    In their own memory if the dtype is theirs, else in new memory: the product is rounded once.
+    """
+    out = values if dtype == values.dtype else torch.empty_like(values, dtype=dtype)
     if values.numel():
-        plan_scale(values, factor).run()
+        plan_scale(values, factor, out, device_target(values.device)).run()
+    return out

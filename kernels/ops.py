@@ -14,10 +14,12 @@ from torch import Tensor
 from tal_fast.kernels import distance, loss, queue_push
 
 statistics_distance = torch.library.custom_op(
-    "tal_fast_triton::statistics_distance", distance.statistics_distance, mutates_args={"ticket"}
+    "tal_fast_triton::statistics_distance", distance.statistics_distance, mutates_args=()
 )
 nearest = torch.library.custom_op("tal_fast_triton::nearest", distance.nearest, mutates_args=())
-batch_sums = torch.library.custom_op("tal_fast_triton::batch_sums", loss.batch_sums, mutates_args={"summary", "ticket"})
+batch_sums = torch.library.custom_op(
+    "tal_fast_triton::batch_sums", loss.batch_sums, mutates_args={"summary", "tickets"}
+)
 push = torch.library.custom_op(
     "tal_fast_triton::push", queue_push.push, mutates_args={"queue_mean", "queue_std", "cursor"}
 )
@@ -25,19 +27,20 @@ push = torch.library.custom_op(
 loss_forward = torch.library.custom_op(
     "tal_fast_triton::loss_forward",
     loss.loss_forward,
-    mutates_args={"ticket"},
+    mutates_args={"tickets"},
     schema=(
-        "(Tensor logits, Tensor labels, Tensor distance, Tensor summary, Tensor(a!) ticket, str variant, "
-        "float t_min, float t_max, float? t_wrong, float confidence_threshold, float label_smoothing, "
-        "int ignore_index, bool warmup, bool need_grad) -> (Tensor, Tensor, Tensor, Tensor)"
+        "(Tensor logits, Tensor labels, Tensor distance, Tensor summary, Tensor(a!) tickets, Tensor? class_weight, "
+        "str variant, float t_min, float t_max, float? t_wrong, float confidence_threshold, float label_smoothing, "
+        "int ignore_index, str reduction, bool warmup, bool need_grad) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 
 
 @statistics_distance.register_fake
-def _(features: Tensor, labels: Tensor, queue_mean: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(features: Tensor, labels: Tensor, queue_mean: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     mean, std, distances = (queue_mean.new_empty(features.shape[:1]) for _ in range(3))
-    return mean, std, distances, queue_mean.new_empty((6,), dtype=torch.float64)
+    summary, tickets = (queue_mean.new_empty(n, dtype=t) for n, t in ((7, torch.float64), (3, torch.int32)))
+    return mean, std, distances, summary, tickets
 
 
 @nearest.register_fake
@@ -53,10 +56,11 @@ def _(*_: Any) -> None:
 
 @loss_forward.register_fake
 def _(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_grad = options[-1]
+    reduction, _, need_grad = options[-3:]
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     stored = wide if logits.dtype == torch.float16 else logits.dtype
     rows = logits.shape[0]
     grad = logits.new_empty(logits.shape if need_grad else (0,), dtype=stored)
     stats = logits.new_empty((3, rows), dtype=wide)
-    return logits.new_empty((), dtype=wide), grad, stats, logits.new_empty((2, rows), dtype=torch.bool)
+    loss = logits.new_empty((rows,) if reduction == "none" else (), dtype=wide)
+    return loss, grad, stats, logits.new_empty((2, rows), dtype=torch.bool)

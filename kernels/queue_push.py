@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tal_fast.kernels.launch import Launch
 
-ROWS = 1024  # rows per iteration: 8 per thread at 4 warps
+ROWS = 1024  # rows per iteration, 8 a thread
 NUM_WARPS = 4
 
 
@@ -27,7 +27,7 @@ def _load_rows(mean_ptr, std_ptr, accepted_ptr, r, rows, HAS_ACCEPTED: tl.conste
 @triton.jit
 def push_kernel(
     queue_mean_ptr, queue_std_ptr, cursor_ptr, mean_ptr, std_ptr, accepted_ptr, rows, capacity,
-    HAS_ACCEPTED: tl.constexpr, ROWS: tl.constexpr,
+    HAS_ACCEPTED: tl.constexpr, MORE_THAN_SLOTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Append rows to a ring buffer in batch order; pointers are the arguments of ``push``.
 
@@ -36,25 +36,28 @@ def push_kernel(
     head = tl.load(cursor_ptr)
     length = tl.load(cursor_ptr + 1)
     is_valid = (head >= 0) & (head < capacity) & (length >= 0) & (length <= capacity)
-    # 1. Count the rows to push: if they outnumber the slots, only the last `capacity` of them are written.
-    counts = tl.zeros((ROWS,), tl.int64)
+    # 1. If the rows to push may outnumber the slots, count them: only the last `capacity` of them are written.
+    skipped = tl.zeros((), tl.int32)
+    if MORE_THAN_SLOTS:
+        counts = tl.zeros((ROWS,), tl.int32)
+        for start in range(0, rows, ROWS):
+            keep, _, _ = _load_rows(mean_ptr, std_ptr, accepted_ptr, start + tl.arange(0, ROWS), rows, HAS_ACCEPTED)
+            counts += keep.to(tl.int32)
+        skipped = tl.maximum(tl.sum(counts, axis=0) - capacity, 0)
+    # 2. Write each kept row to the slot given by its rank among those that are written.
+    first = (head + skipped) % capacity
+    before = -skipped
     for start in range(0, rows, ROWS):
-        r = start + tl.arange(0, ROWS).to(tl.int64)
-        keep, _, _ = _load_rows(mean_ptr, std_ptr, accepted_ptr, r, rows, HAS_ACCEPTED)
-        counts += keep.to(tl.int64)
-    kept = tl.sum(counts, axis=0)
-    # 2. Write each kept row to the slot given by its rank among the kept rows.
-    before = tl.zeros((), tl.int64)
-    for start in range(0, rows, ROWS):
-        r = start + tl.arange(0, ROWS).to(tl.int64)
-        keep, m, s = _load_rows(mean_ptr, std_ptr, accepted_ptr, r, rows, HAS_ACCEPTED)
+        keep, m, s = _load_rows(mean_ptr, std_ptr, accepted_ptr, start + tl.arange(0, ROWS), rows, HAS_ACCEPTED)
         ones = keep.to(tl.int32)
-        rank = before + tl.cumsum(ones, axis=0).to(tl.int64) - 1
-        slot = (head + rank) % capacity
-        is_written = keep & (rank >= kept - capacity)
-        tl.store(queue_mean_ptr + slot, m, mask=is_written & is_valid)
-        tl.store(queue_std_ptr + slot, s, mask=is_written & is_valid)
-        before += tl.sum(ones, axis=0).to(tl.int64)
+        rank = before + tl.cumsum(ones, axis=0) - 1
+        slot = first + rank
+        slot = tl.where(slot >= capacity, slot - capacity, slot)
+        is_written = keep & (rank >= 0) & is_valid
+        tl.store(queue_mean_ptr + slot, m, mask=is_written)
+        tl.store(queue_std_ptr + slot, s, mask=is_written)
+        before += tl.sum(ones, axis=0)
+    kept = (before + skipped).to(tl.int64)
     # 3. Move the cursor, after every thread has read it.
     tl.debug_barrier()
     tl.store(cursor_ptr, (head + kept) % capacity, mask=is_valid)
@@ -67,7 +70,11 @@ def plan_push(
     """Launch of ``push_kernel``."""
     accepted_rows = cursor if accepted is None else accepted
     arguments = (queue_mean, queue_std, cursor, mean, std, accepted_rows, mean.numel(), queue_mean.numel())
-    constants = {"HAS_ACCEPTED": accepted is not None, "ROWS": ROWS}
+    constants = {
+        "HAS_ACCEPTED": accepted is not None,
+        "MORE_THAN_SLOTS": mean.numel() > queue_mean.numel(),
+        "ROWS": min(ROWS, triton.next_power_of_2(mean.numel())),
+    }
     return Launch(push_kernel, (1,), arguments, constants, NUM_WARPS)
 
 

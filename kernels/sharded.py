@@ -1,7 +1,7 @@
 """TAL loss kernels for class-sharded logits: three passes over the columns that a rank holds.
 
 They are the three reads of a long row, with the collectives of ``tal_fast/loss/tensor_parallel.py`` between them. One
-program takes one row, in blocks of ``LONG_BLOCK`` logits. Results are float64, as the ranks combine them.
+program takes one row, in chunks. Results are float64, as the ranks combine them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,19 @@ from torch import Tensor
 
 from tal_fast.kernels.distance import sqrt_rn
 from tal_fast.kernels.launch import Launch, Target, device_target
-from tal_fast.kernels.loss import LONG_BLOCK, exp_sums_long_row, num_warps_for, store_long_row_gradient
+from tal_fast.kernels.loss import (
+    LN2,
+    LOG2E,
+    _add3,
+    add_exponentials,
+    exponentials,
+    load_chunk,
+    other_logits,
+    store_chunk,
+)
+
+CHUNK = 2048  # logits at a time, 16 a thread
+NUM_WARPS = 4
 
 
 @triton.jit
@@ -73,17 +85,27 @@ def exp_sums_kernel(
         out: (rows, 4) float64 out: sums of exp(scale x), x exp(scale x) and exp(x); x at the label, or 0.
     """
     dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     base = logits_ptr + row * logits_stride_b
     label = tl.load(label_column_ptr + row)
     z_max = tl.load(z_max_ptr + row).to(dtype)
-    scale = tl.load(scale_ptr + row).to(dtype)
-    p_sum, p_weighted, q_sum = exp_sums_long_row(base, classes, logits_stride_c, label, z_max, scale, dtype, BLOCK)
+    rate = tl.load(scale_ptr + row).to(dtype)
+    ratio = 1.0 / rate
+    length = tl.zeros((1,), tl.int32) + classes
+    p_sum = tl.zeros((1, BLOCK), dtype)
+    yp_sum = tl.zeros((1, BLOCK), dtype)
+    q_sum = tl.zeros((1, BLOCK), dtype)
+    for begin in range(0, classes, BLOCK):
+        z = load_chunk(base, begin, length, length >= 0, tl.cast(logits_stride_c, tl.int64), BLOCK, 1).to(dtype)
+        others = other_logits(z, begin, length, label.to(tl.int32), dtype, BLOCK, 1)
+        y = (others - z_max[:, None]) * (rate * LOG2E)[:, None]
+        _, _, p_sum, yp_sum, q_sum = add_exponentials(y, ratio, p_sum, yp_sum, q_sum, dtype)
+    p_sum, yp_sum, q_sum = tl.reduce((p_sum, yp_sum, q_sum), 1, _add3)
     is_local = label >= 0
     z_label = tl.load(base + label * logits_stride_c, mask=is_local, other=0.0).to(dtype)
     out = out_ptr + row * 4
     tl.store(out, p_sum.to(tl.float64))
-    tl.store(out + 1, p_weighted.to(tl.float64))
+    tl.store(out + 1, (yp_sum * ratio * LN2).to(tl.float64))
     tl.store(out + 2, q_sum.to(tl.float64))
     tl.store(out + 3, tl.where(is_local, z_label - z_max, 0.0).to(tl.float64))
 
@@ -93,7 +115,7 @@ def gradient_kernel(
     logits_ptr, label_column_ptr, valid_ptr, terms_ptr, grad_ptr, classes, logits_stride_b, logits_stride_c,
     FLOAT64: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of each row by these columns; ``loss._row_loss_and_coefficients`` has its formula.
+    """Gradient of each row by these columns; ``loss.loss_kernel`` has its formula.
 
     Pointers:
         logits, label_column: as for ``exp_sums_kernel``.
@@ -103,25 +125,42 @@ def gradient_kernel(
         grad: (rows, classes) out, contiguous.
     """
     dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     terms = terms_ptr + row * 7
-    smooth_term = tl.load(terms + 6).to(dtype)
-    store_long_row_gradient(
-        logits_ptr + row * logits_stride_b, grad_ptr + row * classes, classes, logits_stride_c,
-        tl.load(label_column_ptr + row), tl.load(valid_ptr + row) != 0, smooth_term == smooth_term,
-        tl.load(terms).to(dtype), tl.load(terms + 1).to(dtype), tl.load(terms + 2).to(dtype),
-        tl.load(terms + 3).to(dtype), tl.load(terms + 4).to(dtype), tl.load(terms + 5).to(dtype), smooth_term,
-        dtype, BLOCK,
-    )  # fmt: skip
+    base = logits_ptr + row * logits_stride_b
+    out = grad_ptr + row * classes
+    label = tl.load(label_column_ptr + row)
+    valid = tl.load(valid_ptr + row) != 0
+    z_max = tl.where(valid, tl.load(terms), 0.0).to(dtype)
+    rate = tl.where(valid, tl.load(terms + 1), 1.0).to(dtype)
+    g_p = tl.where(valid, tl.load(terms + 2), 0.0).to(dtype)
+    g_q = tl.where(valid, tl.load(terms + 3), 0.0).to(dtype)
+    g_label = tl.load(terms + 4).to(dtype)
+    z_coef = tl.where(valid, tl.load(terms + 5), 0.0).to(dtype)
+    away = tl.where(valid, tl.load(terms + 6), 0.0).to(dtype)
+    ratio = 1.0 / rate
+    length = tl.zeros((1,), tl.int32) + classes
+    for begin in range(0, classes, BLOCK):
+        z = load_chunk(base, begin, length, valid, tl.cast(logits_stride_c, tl.int64), BLOCK, 1).to(dtype)
+        y = (z - z_max[:, None]) * (rate * LOG2E)[:, None]
+        p, q = exponentials(y, ratio[:, None], dtype)
+        store_chunk(
+            z, p, q, out, begin, length, length, length >= 0, g_p, g_q, z_coef, -away, away, grad_ptr, dtype, BLOCK, 1,
+            False,
+        )  # fmt: skip
+    tl.debug_barrier()  # the label's gradient is the last to be stored at its address
+    z_label = tl.load(base + label * logits_stride_c, mask=valid & (label >= 0), other=0.0).to(dtype)
+    g_label -= z_label * z_coef + away
+    tl.store(out + label, g_label.to(grad_ptr.dtype.element_ty), mask=valid & (label >= 0))
 
 
 def _plan(kernel: object, logits: Tensor, tensors: tuple[Tensor, ...], target: Target) -> Launch:
     """Launch with one program per row, for the logits and the kernel's other tensors."""
     rows, classes = logits.shape
-    block = min(LONG_BLOCK, triton.next_power_of_2(max(1, classes)))
+    block = min(CHUNK, triton.next_power_of_2(max(1, classes)))
     constants = {"FLOAT64": logits.dtype == torch.float64, "BLOCK": block}
     arguments = (logits, *tensors, classes, *logits.stride())
-    return Launch(kernel, (rows,), arguments, constants, num_warps_for(block, target))
+    return Launch(kernel, (rows,), arguments, constants, NUM_WARPS)
 
 
 def plan_scan(logits: Tensor, target: Target) -> tuple[Launch, Tensor]:

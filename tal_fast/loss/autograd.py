@@ -63,10 +63,8 @@ class _AttachGradient(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         (grad,) = ctx.saved_tensors
-        # Multiplied before the cast: under a gradient scaler a float16 product keeps what float16 factors lose.
-        if torch.compiler.is_compiling() or grad.dtype != ctx.logits_dtype or _graph_is_kept():
-            return (grad * _as_factor(upstream, grad)).to(ctx.logits_dtype), None, None
-        return _scale_(grad, upstream), None, None
+        may_overwrite = not torch.compiler.is_compiling() and not _graph_is_kept()
+        return _scaled(grad, upstream, ctx.logits_dtype, may_overwrite), None, None
 
 
 def _graph_is_kept() -> bool:
@@ -74,28 +72,23 @@ def _graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def _as_factor(upstream: Tensor, grad: Tensor) -> Tensor:
-    """The upstream gradient, a scalar or one number for each row, as a factor of ``grad``."""
-    factor = upstream.to(grad.dtype)
-    return factor[:, None] if factor.dim() else factor
+def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype, may_overwrite: bool) -> Tensor:
+    """``grad`` times the upstream gradient, a scalar or one number for each row, in the logits' dtype.
 
-
-def _scale_(grad: Tensor, factor: Tensor) -> Tensor:
-    """Multiply ``grad`` in place by a scalar tensor, or each row by its number.
-
-    A scalar of 1, which ``loss.backward()`` gives, costs no pass over memory: it is read here on CPUs, and by the
-    kernel on GPUs.
+    Multiplied before the cast: under a gradient scaler a float16 product keeps what float16 factors lose. A scalar of
+    1, which ``loss.backward()`` gives, costs no pass over memory where ``grad`` may be overwritten: it is read here on
+    CPUs, and by the kernel on GPUs.
     """
-    if factor.dim():
-        return grad.mul_(_as_factor(factor, grad))
-    if grad.device.type == "cpu":
-        return grad if factor.item() == 1 else grad.mul_(factor.to(grad.dtype))
-    if triton_problem(grad.device) is None and grad.is_contiguous():
+    factor = upstream.to(grad.dtype)
+    if not may_overwrite or factor.dim():
+        return (grad * (factor[:, None] if factor.dim() else factor)).to(dtype)
+    if grad.device.type != "cpu" and triton_problem(grad.device) is None and grad.is_contiguous():
         from tal_fast import kernels
 
-        kernels.scale(grad, factor)
-        return grad
-    return grad.mul_(factor.to(grad.dtype))
+        return kernels.scale(grad, upstream, dtype)
+    if grad.device.type != "cpu" or factor.item() != 1:
+        grad.mul_(factor)
+    return grad.to(dtype)
 
 
 @torch.compiler.disable

@@ -126,7 +126,7 @@ def step_in_parts(
     if class_weight is not None:
         class_weight = class_weight.to(compute_dtype(logits))
     with torch.no_grad():
-        mean, std, distance, summary = backend.statistics_distance(
+        mean, std, distance, summary, tickets = backend.statistics_distance(
             features, labels, ring, options.ignore_index, class_weight if class_group is None else None
         )
     gradient: Tensor | None = None
@@ -140,7 +140,7 @@ def step_in_parts(
             loss = attach_gradient(logits, loss, gradient, labels, options.ignore_index)
         return StepResult(loss, gradient, stats, mean, std)
 
-    inputs = LossInputs(logits, labels, distance, summary, ring, options, warmup, class_weight)
+    inputs = LossInputs(logits, labels, distance, summary, tickets, options, warmup, class_weight)
     with torch.no_grad():
         if combine is not None or (options.variant == "released" and summary is not None):
             inputs.summary = backend.complete_summary(inputs)

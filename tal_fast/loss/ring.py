@@ -21,7 +21,6 @@ class RingBuffer:
     mean: Tensor  # (N,) float32 or float64, where N is the capacity
     std: Tensor
     cursor: Tensor  # (2,) int64, [slot of the next entry, number of entries]
-    ticket: Tensor  # (1,) int32, number of programs of a Triton launch that have finished; 0 between launches
     indexed: bool = False  # whether the C++ extension may keep an index
     index: Tensor | None = None  # uint8, search index of the C++ extension; all zeros is an empty index
 
@@ -34,7 +33,6 @@ class RingBuffer:
             mean=torch.zeros(capacity, dtype=dtype, device=device),
             std=torch.zeros(capacity, dtype=dtype, device=device),
             cursor=torch.zeros(2, dtype=torch.int64, device=device),
-            ticket=torch.zeros(1, dtype=torch.int32, device=device),
             indexed=indexed,
         )
         ring.allocate_index()
@@ -80,7 +78,7 @@ class RingBuffer:
 
     def clear(self) -> None:
         """Remove all entries, whatever the memory holds."""
-        for tensor in (self.mean, self.std, self.cursor, self.ticket):
+        for tensor in (self.mean, self.std, self.cursor):
             tensor.zero_()
         self.invalidate_index()
 
@@ -95,7 +93,7 @@ class RingBuffer:
             old = getattr(self, name)
             new = function(old)
             setattr(self, name, new if new.dtype in (torch.float32, torch.float64) else old.to(new.device))
-        self.cursor, self.ticket = function(self.cursor), function(self.ticket)
+        self.cursor = function(self.cursor)
         self.allocate_index()
         if not converted.is_meta and (probe.is_meta or int(converted) != int(probe)):
             self.clear()

@@ -22,10 +22,6 @@ TRITON = pytest.param(
 )
 every_backend = pytest.mark.parametrize("backend", ["reference", NATIVE, TRITON])
 kernel_backends = pytest.mark.parametrize("backend", [NATIVE, TRITON])
-NOT_IN_TRITON = [pytest.mark.skip(reason="class weights and reductions are not in the Triton kernels yet")]
-_TRITON_WEIGHTED = pytest.param("triton", marks=[*TRITON.marks, *NOT_IN_TRITON])
-weighted_backends = pytest.mark.parametrize("backend", ["reference", NATIVE, _TRITON_WEIGHTED])
-weighted_kernels = pytest.mark.parametrize("backend", [NATIVE, _TRITON_WEIGHTED])
 every_variant = pytest.mark.parametrize("variant", ["paper", "released"])
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.kernels import AVAILABLE, DEVICE, NAN_WARNINGS, REASON, gpu_too, new_ticket, on_device
+from tests.helpers.kernels import AVAILABLE, DEVICE, NAN_WARNINGS, REASON, gpu_too, new_tickets, on_device
 from tests.helpers.loss_cases import CASES, golden, random_queue
 
 if not AVAILABLE:
@@ -19,20 +19,21 @@ from tal_fast import kernels
 from tal_fast.kernels import distance
 from tal_fast.loss import reference
 
-pytestmark = [pytest.mark.usefixtures("poison"), NAN_WARNINGS]
+pytestmark = [pytest.mark.usefixtures("poison"), *NAN_WARNINGS]
 
 
 def run_statistics(
     features: Tensor, labels: Tensor | None, queue: tuple[Tensor, Tensor], length: int | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = -100, class_weight: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Outputs of the statistics kernel on the CPU."""
     labels = torch.zeros(len(features), dtype=torch.int64) if labels is None else labels
-    ticket = new_ticket()
     cursor = torch.tensor([0, queue[0].numel() if length is None else length], device=DEVICE)
     features, labels, *queue_on_device = on_device(features, labels, *queue)
-    outputs = kernels.statistics_distance(features, labels, *queue_on_device, cursor, ticket, ignore_index)
-    assert ticket.item() == 0
+    *outputs, tickets = kernels.statistics_distance(
+        features, labels, *queue_on_device, cursor, class_weight, ignore_index
+    )
+    assert not tickets.any()
     return tuple(t.cpu() for t in outputs)
 
 
@@ -69,12 +70,12 @@ def test_statistics_are_those_of_float64(width: int, dtype: torch.dtype, queue_d
     torch.testing.assert_close(nearest, expected, rtol=8 * torch.finfo(queue_dtype).eps, atol=0)
 
 
-# Rows around the query block of 16 and beyond the reduction's 256; entries around the tile of 128; more splits than
-# tiles, fewer, and as many.
+# Rows around the query block of 16 and beyond the reduction's 256; entries around the tile of 64 and 8 of them; more
+# splits than tiles, fewer, and as many.
 SPLITS = [
-    *((17, entries, splits) for entries in (0, 1, 127, 128, 129, 500) for splits in (1, 3)),
-    *((rows, entries, 3) for rows in (0, 1, 16) for entries in (0, 129)),
-    (300, 129, 3),
+    *((17, entries, splits) for entries in (0, 1, 63, 64, 65, 700) for splits in (1, 3)),
+    *((rows, entries, 3) for rows in (0, 1, 16) for entries in (0, 65)),
+    (300, 65, 3),
 ]
 
 
@@ -83,7 +84,7 @@ SPLITS = [
 def test_distance_and_summary_for_any_split(
     rows: int, entries: int, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distance, "num_splits_for", lambda rows, capacity, target: splits)
+    monkeypatch.setattr(distance, "num_splits_for", lambda blocks, capacity, target: splits)
     features, labels = torch.rand(rows, 5), torch.randint(10, (rows,))
     labels[1::4] = -100
     features[2::7, 1] = torch.nan
@@ -99,7 +100,16 @@ def test_distance_and_summary_for_any_split(
     measured = nearest[nearest.isfinite() & (labels != -100)].double()
     low, high = (float(measured.min()), float(measured.max())) if len(measured) else (float("inf"), float("-inf"))
     assert batch.dtype == torch.float64
-    assert batch.tolist() == [low, high, int((labels != -100).sum()), 0, 0, 0]
+    count = int((labels != -100).sum())
+    assert batch.tolist() == [low, high, count, 0, 0, 0, count]
+
+
+@gpu_too
+def test_sum_of_the_class_weights() -> None:
+    features, labels, weights = torch.rand(300, 5), torch.randint(4, (300,)), torch.tensor([0.5, 0.0, 2.0, 7.0])
+    labels[::3] = -100
+    batch = run_statistics(features, labels, random_queue(10), class_weight=weights.to(DEVICE))[3]
+    assert batch[6] == weights[labels[labels != -100]].double().sum()
 
 
 @gpu_too
@@ -107,7 +117,7 @@ def test_distance_does_not_depend_on_the_split(monkeypatch: pytest.MonkeyPatch) 
     features, queue = torch.rand(20, 9), random_queue(700)
     results = []
     for splits in (1, 2, 5, 12):
-        monkeypatch.setattr(distance, "num_splits_for", lambda rows, capacity, target, splits=splits: splits)
+        monkeypatch.setattr(distance, "num_splits_for", lambda blocks, capacity, target, splits=splits: splits)
         results.append(run_statistics(features, None, queue)[2])
     assert all(torch.equal(r, results[0]) for r in results)
 
@@ -139,7 +149,7 @@ def test_distances_equal_the_golden_ones() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("splits", [1, 3, 7])
 def test_nearest_equals_brute_force(splits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distance, "num_splits_for", lambda rows, capacity, target: splits)
+    monkeypatch.setattr(distance, "num_splits_for", lambda blocks, capacity, target: splits)
     queue = tuple(q.to(dtype) for q in random_queue(400))
     m, s = (q.to(dtype) for q in random_queue(21))
     queue_on_device = on_device(*queue)
@@ -159,13 +169,13 @@ def _arrivals_kernel(ticket_ptr, last_ptr):
 @gpu_too
 @pytest.mark.parametrize("count", [1, 2, 300])
 def test_exactly_one_program_is_the_last(count: int) -> None:
-    ticket = new_ticket()
+    ticket = new_tickets()
     for _ in range(3):
         last = torch.zeros(count, dtype=torch.bool, device=DEVICE)
         _arrivals_kernel[(count,)](ticket, last)
         assert last.sum() == 1
         assert last[-1] or DEVICE.type == "cuda"  # the interpreter runs them in order
-        assert ticket.item() == 0
+        assert not ticket.any()
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from tests.helpers.kernels import AVAILABLE, DEVICE, LOSS_OPTIONS, REASON, new_ticket, on_device
+from tests.helpers.kernels import AVAILABLE, DEVICE, LOSS_OPTIONS, NAN_WARNINGS, REASON, on_device
 from tests.helpers.loss_cases import random_batch, random_queue
 
 if not AVAILABLE:
@@ -18,6 +18,8 @@ if not AVAILABLE:
 from tal_fast import kernels
 from tal_fast.kernels import ops
 
+pytestmark = NAN_WARNINGS
+
 
 def test_operators_keep_to_their_schemas() -> None:
     """Mutated arguments, shapes and dtypes of the fakes, and AOT dispatch, on which torch.compile relies."""
@@ -25,14 +27,16 @@ def test_operators_keep_to_their_schemas() -> None:
     logits, features, labels = on_device(*random_batch(5, 7))
     queue = on_device(*random_queue(6))
     cursor = torch.tensor([3, 6], device=DEVICE)
-    statistics = features, labels, *queue, cursor, new_ticket(), -100
+    statistics = features, labels, *queue, cursor, None, -100
     torch.library.opcheck(ops.statistics_distance, statistics, test_utils=utils)
-    mean, std, distance, batch = ops.statistics_distance(*statistics)
+    mean, std, distance, batch, tickets = ops.statistics_distance(*statistics)
     sums = {"confidence_threshold": 0.0, "ignore_index": -100}
-    torch.library.opcheck(ops.batch_sums, (logits, labels, distance, batch, new_ticket()), sums, test_utils=utils)
+    torch.library.opcheck(ops.batch_sums, (logits, labels, distance, batch, tickets), sums, test_utils=utils)
     for dtype, need_grad in ((torch.float32, True), (torch.float16, True), (torch.float64, False)):
-        arguments = logits.to(dtype), labels, distance, batch, new_ticket()
-        torch.library.opcheck(ops.loss_forward, arguments, {**LOSS_OPTIONS, "need_grad": need_grad}, test_utils=utils)
+        arguments = logits.to(dtype), labels, distance, batch, tickets
+        for reduction in ("mean", "none"):
+            options = {**LOSS_OPTIONS, "need_grad": need_grad, "reduction": reduction}
+            torch.library.opcheck(ops.loss_forward, arguments, options, test_utils=utils)
     for accepted in (torch.rand(5, device=DEVICE) < 0.5, None):
         torch.library.opcheck(ops.push, (*queue, cursor, mean, std, accepted), test_utils=utils)
     torch.library.opcheck(ops.nearest, (*queue, cursor, mean, std), test_utils=utils)

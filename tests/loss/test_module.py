@@ -274,8 +274,9 @@ def test_loss_and_gradient_of_float16_is_float32(backend: str) -> None:
     loss, gradient, _ = loss_fn.loss_and_gradient(half, features, labels)
     want, want_gradient, _ = loss_fn.loss_and_gradient(half.float(), features, labels)
     assert gradient.dtype == torch.float32
-    assert torch.equal(loss, want)
-    assert torch.equal(gradient, want_gradient)
+    # Triton's kernels add other vectors first where logits have another size.
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, want_gradient, rtol=1e-5, atol=1e-10)
 
 
 @every_backend

@@ -18,9 +18,9 @@ from tests.helpers.backends import (
     INTERPRETED,
     NEEDS_EXTENSION,
     device_of,
+    every_backend,
     every_variant,
-    weighted_backends,
-    weighted_kernels,
+    kernel_backends,
 )
 from tests.helpers.loss_cases import exact, random_batch, random_queue, reference_loss, relative, run_step
 
@@ -43,7 +43,7 @@ def cross_entropy(z: Tensor, labels: Tensor, **given: Any) -> Tensor:
 
 @every_smoothing
 @every_reduction
-@weighted_backends
+@every_backend
 @every_variant
 def test_direction_loss_has_the_conventions_of_cross_entropy(
     variant: str, backend: str, reduction: str, smoothing: float
@@ -98,7 +98,7 @@ def random_rows(rows: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("rows", "classes"), [(1, 1), (5, 7), (33, 100), (6, 1003)])
 @every_smoothing
-@weighted_backends
+@every_backend
 @every_variant
 @pytest.mark.usefixtures("poison")
 def test_error_bounds(
@@ -148,7 +148,7 @@ def test_reference_passes_gradcheck(variant: str, reduction: str, smoothing: flo
 
 
 @every_smoothing
-@weighted_backends
+@every_backend
 @every_variant
 def test_reductions_agree(variant: str, backend: str, smoothing: float) -> None:
     logits, features, labels = random_rows(6, 17)
@@ -170,7 +170,7 @@ def test_reductions_agree(variant: str, backend: str, smoothing: float) -> None:
             assert all(torch.equal(a, b) for a, b in zip(stats, others, strict=True))
 
 
-@weighted_backends
+@every_backend
 @every_variant
 def test_typicalness_and_queue_do_not_depend_on_class_weights(variant: str, backend: str) -> None:
     device = device_of(backend)
@@ -187,7 +187,7 @@ def test_typicalness_and_queue_do_not_depend_on_class_weights(variant: str, back
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("inplace", [False, True])
-@weighted_backends
+@every_backend
 @every_variant
 def test_each_row_is_scaled_by_its_own_upstream_gradient(
     variant: str, backend: str, inplace: bool, dtype: torch.dtype
@@ -244,7 +244,7 @@ def test_step_in_one_call_equals_its_parts(
 
 
 @every_reduction
-@weighted_backends
+@every_backend
 @every_variant
 def test_loss_and_gradient_equals_forward_and_backward(variant: str, backend: str, reduction: str) -> None:
     device = device_of(backend)
@@ -265,7 +265,7 @@ def test_loss_and_gradient_equals_forward_and_backward(variant: str, backend: st
     "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )  # the fakes' shapes, and Inductor's strides
 @every_reduction
-@weighted_backends
+@every_backend
 def test_compiled_full_graph_equals_eager(backend: str, reduction: str, compiler: str) -> None:
     torch._dynamo.reset()
     device = device_of(backend)
@@ -288,7 +288,7 @@ def test_compiled_full_graph_equals_eager(backend: str, reduction: str, compiler
 
 
 @pytest.mark.parametrize("parts", [False, True], ids=["one call", "parts"])
-@weighted_kernels
+@kernel_backends
 def test_second_derivatives_of_row_losses_are_refused(
     backend: str, parts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,7 +305,7 @@ def test_second_derivatives_of_row_losses_are_refused(
 
 
 @every_smoothing
-@weighted_backends
+@every_backend
 def test_weights_that_sum_to_0(backend: str, smoothing: float) -> None:
     """The mean is NaN as that of F.cross_entropy, even where the other classes' smoothing has a weight."""
     logits, features, _ = random_batch(4, 5)
@@ -327,7 +327,7 @@ def test_weights_that_sum_to_0(backend: str, smoothing: float) -> None:
 
 
 @every_reduction
-@weighted_backends
+@every_backend
 @every_variant
 @pytest.mark.parametrize("rows", [0, 3])
 def test_no_valid_row(variant: str, backend: str, reduction: str, rows: int) -> None:
@@ -339,7 +339,7 @@ def test_no_valid_row(variant: str, backend: str, reduction: str, rows: int) -> 
     assert (grad == 0).all()
 
 
-@weighted_backends
+@every_backend
 def test_a_row_of_weight_0_that_is_not_finite_is_noticed(backend: str) -> None:
     logits, features, labels = random_batch(3, 6)
     labels[1] = 2
@@ -352,7 +352,7 @@ def test_a_row_of_weight_0_that_is_not_finite_is_noticed(backend: str) -> None:
     assert rows.isnan().tolist() == [False, True, False]
 
 
-@weighted_backends
+@every_backend
 @pytest.mark.parametrize("size", [1e16, 1e20])
 def test_huge_logits_with_class_weights(backend: str, size: float) -> None:
     if backend == "triton":
@@ -396,7 +396,7 @@ def test_invalid_class_weights(weight: Any, error: type[Exception], message: str
         functional.tal_loss(*random_batch(4, 2), *random_queue(3), class_weight=weight)
 
 
-@weighted_backends
+@every_backend
 @pytest.mark.parametrize("method", ["forward", "loss_and_gradient"])
 def test_class_weights_must_fit_the_logits(backend: str, method: str) -> None:
     device = device_of(backend)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -21,10 +22,20 @@ class LossInputs:
     labels: Tensor
     distance: Tensor  # (B,) distance to the queue
     summary: Tensor | None  # (7,) ``reference.batch_summary``, or None if the backend needs none
-    ring: RingBuffer  # the queue, for the kernels' scratch memory
+    tickets: Tensor | None  # ``BatchStatistics.tickets``
     options: LossOptions
     warmup: bool
     class_weight: Tensor | None = None  # (C,) in the dtype of the computation
+
+
+class BatchStatistics(NamedTuple):
+    """What a step computes from the features."""
+
+    mean: Tensor  # (B,)
+    std: Tensor  # (B,)
+    distance: Tensor  # (B,) distance to the queue
+    summary: Tensor | None  # ``reference.batch_summary`` without what needs logits, or None if the backend needs none
+    tickets: Tensor | None = None  # arrival counters of the kernels' launches in this step
 
 
 class Backend(ABC):
@@ -35,8 +46,8 @@ class Backend(ABC):
     @abstractmethod
     def statistics_distance(
         self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int, class_weight: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Mean, standard deviation and distance to the queue, each (B,), and the summary without what needs logits."""
+    ) -> BatchStatistics:
+        """Feature statistics of a batch and its distances to the queue."""
 
     @abstractmethod
     def complete_summary(self, inputs: LossInputs) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tal_fast.loss.autograd import mark_overwritten, may_overwrite, refuse_transforms
-from tal_fast.loss.backends.base import Backend, KernelBackend, LossInputs
+from tal_fast.loss.backends.base import Backend, BatchStatistics, KernelBackend, LossInputs
 from tal_fast.loss.backends.pytorch import PyTorchBackend
 from tal_fast.loss.options import LossOptions
 from tal_fast.loss.reference import TALStats
@@ -32,10 +32,11 @@ class CppBackend(_CppQueue, KernelBackend):
 
     def statistics_distance(
         self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int, class_weight: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        return torch.ops.tal_fast.statistics_distance(
+    ) -> BatchStatistics:
+        results = torch.ops.tal_fast.statistics_distance(
             features.detach(), labels, ring.mean, ring.std, ring.cursor, ignore_index, ring.index, class_weight
         )
+        return BatchStatistics(*results)
 
     def complete_summary(self, inputs: LossInputs) -> Tensor:
         options = inputs.options

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tal_fast.loss import reference
 from tal_fast.loss.autograd import differentiate
-from tal_fast.loss.backends.base import Backend, LossInputs
+from tal_fast.loss.backends.base import Backend, BatchStatistics, LossInputs
 from tal_fast.loss.reference import TALStats
 from tal_fast.loss.ring import RingBuffer
 
@@ -30,9 +30,9 @@ class PyTorchBackend(Backend):
 
     def statistics_distance(
         self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int, class_weight: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    ) -> BatchStatistics:
         mean, std = reference.feature_statistics(features, ring.mean.dtype)
-        return mean, std, self.nearest(ring, mean, std), None
+        return BatchStatistics(mean, std, self.nearest(ring, mean, std), None)
 
     def complete_summary(self, inputs: LossInputs) -> Tensor:
         options = inputs.options

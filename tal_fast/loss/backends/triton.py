@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tal_fast.loss.autograd import mark_overwritten, may_overwrite
-from tal_fast.loss.backends.base import KernelBackend, LossInputs
+from tal_fast.loss.backends.base import BatchStatistics, KernelBackend, LossInputs
 from tal_fast.loss.reference import TALStats
 from tal_fast.loss.ring import RingBuffer
 
@@ -20,24 +19,22 @@ class TritonBackend(KernelBackend):
 
     def statistics_distance(
         self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int, class_weight: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    ) -> BatchStatistics:
         from tal_fast import kernels
 
-        if class_weight is not None:
-            raise NotImplementedError("class_weight is not in the Triton kernels yet; use backend='reference'")
         ring.check()
-        *statistics, summary = kernels.statistics_distance(
-            features.detach(), labels, ring.mean, ring.std, ring.cursor, ring.ticket, ignore_index=ignore_index
+        return BatchStatistics(
+            *kernels.statistics_distance(
+                features.detach(), labels, ring.mean, ring.std, ring.cursor, class_weight, ignore_index=ignore_index
+            )
         )
-        mean, std, distance = statistics
-        return mean, std, distance, torch.cat([summary, summary[2:3]])
 
     def complete_summary(self, inputs: LossInputs) -> Tensor:
         from tal_fast import kernels
 
         assert inputs.summary is not None
         kernels.batch_sums(
-            inputs.logits.detach(), inputs.labels, inputs.distance, inputs.summary[:6], inputs.ring.ticket,
+            inputs.logits.detach(), inputs.labels, inputs.distance, inputs.summary, inputs.tickets,
             confidence_threshold=inputs.options.confidence_threshold, ignore_index=inputs.options.ignore_index,
         )  # fmt: skip
         return inputs.summary
@@ -45,18 +42,14 @@ class TritonBackend(KernelBackend):
     def forward(self, inputs: LossInputs, need_grad: bool) -> tuple[Tensor, Tensor, TALStats]:
         from tal_fast import kernels
 
-        options = inputs.options
-        if options.reduction != "mean":
-            raise NotImplementedError(
-                f"reduction={options.reduction!r} is not in the Triton kernels yet; use backend='reference'"
-            )
-        assert inputs.summary is not None
-        inplace = need_grad and may_overwrite(inputs.logits, options)
+        o = inputs.options
+        inplace = need_grad and may_overwrite(inputs.logits, o)
         loss, grad, stats, flags = kernels.loss_forward(
-            inputs.logits.detach(), inputs.labels, inputs.distance, inputs.summary[:6], inputs.ring.ticket,
-            variant=options.variant, t_min=options.t_min, t_max=options.t_max, t_wrong=options.t_wrong,
-            confidence_threshold=options.confidence_threshold, label_smoothing=options.label_smoothing,
-            ignore_index=options.ignore_index, warmup=inputs.warmup, need_grad=need_grad, inplace=inplace,
+            inputs.logits.detach(), inputs.labels, inputs.distance, inputs.summary, inputs.tickets, inputs.class_weight,
+            variant=o.variant, t_min=o.t_min, t_max=o.t_max, t_wrong=o.t_wrong,
+            confidence_threshold=o.confidence_threshold, label_smoothing=o.label_smoothing,
+            ignore_index=o.ignore_index, reduction=o.reduction, warmup=inputs.warmup, need_grad=need_grad,
+            inplace=inplace,
         )  # fmt: skip
         if inplace:
             mark_overwritten(grad)
