@@ -203,10 +203,10 @@ def linear_step(
         factors = [tensor.detach().to(_dtype_in_products(tensor)) for tensor in layer]
         if class_weight is not None:
             class_weight = class_weight.to(compute_dtype(factors[0]))
-        mean, std, distance, summary = backend.statistics_distance(
-            features, labels, ring, options.ignore_index, class_weight
+        batch = backend.statistics_distance(features, labels, ring, options.ignore_index, class_weight)
+        inputs = LossInputs(
+            factors[0], labels, batch.distance, batch.summary, batch.tickets, options, warmup, class_weight
         )
-        inputs = LossInputs(factors[0], labels, distance, summary, ring, options, warmup, class_weight)
         fused = _operators if torch.compiler.is_compiling() else _fused
         loss, gradients, stats = fused(factors, inputs, backend, wanted, combine)
     for tensor, gradient in zip(layer, gradients, strict=False):
@@ -214,7 +214,7 @@ def linear_step(
             kept = torch.float32 if tensor.dtype == torch.float16 else tensor.dtype  # for a gradient scaler's factor
             none = torch.zeros_like(loss)
             loss = loss + attach_gradient(tensor, none, gradient.to(kept), labels, options.ignore_index)
-    return StepResult(loss, None, stats, mean, std)
+    return StepResult(loss, None, stats, batch.mean, batch.std)
 
 
 def _check_reduction(options: LossOptions) -> None:
@@ -404,9 +404,9 @@ def _rows(inputs: LossInputs, chunk: slice, logits: Tensor) -> LossInputs:
 
 # What torch.compile keeps in its graph.
 _INPUTS = (
-    "Tensor[] factors, Tensor labels, Tensor distance, Tensor summary, Tensor? class_weight, str backend, bool warmup, "
-    "str variant, float t_min, float t_max, float? t_wrong, float confidence_threshold, int ignore_index, "
-    "float label_smoothing, bool inplace, str reduction"
+    "Tensor[] factors, Tensor labels, Tensor distance, Tensor summary, Tensor? tickets, Tensor? class_weight, "
+    "str backend, bool warmup, str variant, float t_min, float t_max, float? t_wrong, float confidence_threshold, "
+    "int ignore_index, float label_smoothing, bool inplace, str reduction"
 )
 
 
@@ -417,7 +417,7 @@ def _operators(
     """``_fused`` as operators, which ``torch.compile`` keeps in its graph."""
     o = inputs.options
     rest = (
-        inputs.class_weight, backend.name, inputs.warmup, o.variant, o.t_min, o.t_max, o.t_wrong,
+        inputs.tickets, inputs.class_weight, backend.name, inputs.warmup, o.variant, o.t_min, o.t_max, o.t_wrong,
         o.confidence_threshold, o.ignore_index, o.label_smoothing, o.inplace, o.reduction,
     )  # fmt: skip
     summary = inputs.summary
@@ -430,11 +430,11 @@ def _operators(
 
 
 def _inputs_of(
-    factors: list[Tensor], labels: Tensor, distance: Tensor, summary: Tensor, class_weight: Tensor | None, backend: str,
-    warmup: bool, *options: Any,
+    factors: list[Tensor], labels: Tensor, distance: Tensor, summary: Tensor, tickets: Tensor | None,
+    class_weight: Tensor | None, backend: str, warmup: bool, *options: Any,
 ) -> tuple[LossInputs, KernelBackend]:  # fmt: skip
-    ring = RingBuffer.empty(1, torch.float32, labels.device, indexed=False)  # scratch memory for the kernels
-    inputs = LossInputs(factors[0], labels, distance, summary, ring, LossOptions(*options), warmup, class_weight)
+    own = None if tickets is None else torch.zeros_like(tickets)  # an operator does not write into its arguments
+    inputs = LossInputs(factors[0], labels, distance, summary, own, LossOptions(*options), warmup, class_weight)
     return inputs, dispatch.for_loss(backend, labels.device)  # type: ignore[return-value]
 
 
