@@ -29,7 +29,7 @@ from tal_fast.loss.ring import RingBuffer
 
 CHUNK_ROWS = 1024
 """Most rows of a chunk, each of which reads the weight and its gradient once more. At C = 131,072 and D = 512, on one
-core with AVX-512, the three products take 1.06 times as long in chunks of 256 rows as whole, 1.19 of 128, 1.52 of 64."""
+core with AVX-512, the three products take 1.06 times as long in chunks of 256 rows as whole, 1.52 in those of 64."""
 
 CHUNK_BYTES = 256 << 20
 """Memory of a chunk; where that is less than a ninth of the rows, a ninth: with the rest, 1/8 of all logits."""
