@@ -13,7 +13,7 @@ EXTRAS := $(if $(filter Linux,$(shell uname -s)),dev$(comma)dali,dev)
 BIN := $(VENV)/bin
 RUNS ?= runs
 JOBS ?= auto
-BENCHMARKS ?= step loss typicalness queue training metrics
+BENCHMARKS ?= step linear loss typicalness queue training metrics
 # Benchmarks keep the memory they free: else glibc, by what ran before in the process, gives it back after every step or
 # does not, and a list queue's step at B = 128, N = 30,000 takes 54 or 14 ms.
 KEEP := MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_MMAP_THRESHOLD_=17179869184

@@ -364,6 +364,22 @@ def metrics_table(results: Results) -> str:
     return table(("samples", "what", "p20", "over one sort"), rows)
 
 
+def linear_table(results: Results) -> str:
+    """The fused last layer's loss and gradients, beside two steps."""
+    peers = ("paper", "released", "paper_two_steps", "released_two_steps", "cross_entropy_torch")
+    rows = []
+    for r in results.find("linear", peer="paper"):
+        facts = {key: r[key] for key in ("B", "C", "D", "dtype", "threads")}
+        found = [results.one("linear", peer=peer, **facts) for peer in peers]
+        own = [row for row in found[:2] if row]
+        rows.append((
+            f"{r['B']:,}, {r['C']:,}, {r['D']:,}", ms(r["floor_p20_ms"]), *(p20(row) for row in found),
+            ", ".join(times(row["ratio"]) for row in own), ", ".join(percent(row["temporaries"]) for row in own),
+        ))  # fmt: skip
+    names = "`paper`", "`released`", "`paper`, two steps", "`released`, two steps", "F.linear_cross_entropy, chunked"
+    return table(("B, C, D", "three products", *names, "of the products' time", "temporaries, of the logits"), rows)
+
+
 def targets_table(results: Results) -> str:
     """Targets on CPUs and whether they are met."""
     rows: list[tuple[str, ...]] = []
@@ -390,6 +406,11 @@ def targets_table(results: Results) -> str:
     if small and large:
         growth = large["mean_ms"] / small["mean_ms"]
         judge("queue at N = 10,000,000", "4x its cost at 20,000", times(growth), growth <= 4)
+    for r in results.find("linear"):
+        limit = {"paper": 1.1, "released": 1.45}.get(r["peer"])
+        if limit:
+            where = f"`{r['peer']}` and last layer at {r['B']:,}, {r['C']:,}, {r['D']:,}"
+            judge(where, f"{limit}x its three products", f"{r['ratio']:.2f}x", r["ratio"] <= limit)
     return table(("what", "limit", "measured", "met"), rows)
 
 
@@ -450,6 +471,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "typicalness": typicalness_table,
     "typicalness-sweep": typicalness_sweep_table,
     "queue": queue_table,
+    "linear": linear_table,
     "distributions": distribution_table,
     "training": training_table,
     "metrics": metrics_table,

@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
-__all__ = ["FeatureQueue", "TALLoss", "TALStats", "__version__"]
+__all__ = ["FeatureQueue", "TALLinearLoss", "TALLoss", "TALStats", "__version__"]
 
 if TYPE_CHECKING:
-    from tal_fast.loss import FeatureQueue, TALLoss, TALStats
+    from tal_fast.loss import FeatureQueue, TALLinearLoss, TALLoss, TALStats
 
 
 def __getattr__(name: str) -> Any:

@@ -262,24 +262,29 @@ class TALLoss(nn.Module):
     ) -> StepResult:
         """Step from the backend's parts; ``direct`` as in ``step_in_parts``."""
         self._check(logits, features, labels)
+        step = partial(step_in_parts, logits, features, labels, class_group=self.class_group, direct=direct)
+        return self._around_queue(step, logits.device, len(labels), warmup, push)
+
+    def _around_queue(
+        self, step: Callable[..., StepResult], device: torch.device, rows: int, warmup: bool, push: bool
+    ) -> StepResult:
+        """A step of ``rows`` rows between what precedes it and the push after it."""
         self.queue.flush()
         ring, group = self.queue.ring, self.process_group
-        backend = dispatch.for_loss(self.backend, logits.device)
+        backend = dispatch.for_loss(self.backend, device)
         combine = None
         if self._acts_as_one():
-            combine = partial(collectives.combine_summaries, rows=len(labels), group=group)
-        result = step_in_parts(
-            logits, features, labels, ring, self.options,
-            backend=backend, warmup=warmup, class_weight=self.class_weight, class_group=self.class_group,
-            combine=combine, direct=direct,
-        )  # fmt: skip
+            combine = partial(collectives.combine_summaries, rows=rows, group=group)
+        result = step(
+            ring, self.options, backend=backend, warmup=warmup, class_weight=self.class_weight, combine=combine
+        )
         if push and self.training:
             with torch.no_grad():
-                rows = result.mean, result.std, result.stats.accepted
+                entries = result.mean, result.std, result.stats.accepted
                 if combine is None:
-                    backend.push(ring, *rows)
+                    backend.push(ring, *entries)
                 else:  # the entries travel during the backward pass, since only the next step needs them
-                    wait = collectives.gather_entries(*rows, group)
+                    wait = collectives.gather_entries(*entries, group)
                     self.queue.push_later(lambda: backend.push(ring, *wait()))
         return result
 

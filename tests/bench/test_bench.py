@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import bench_loss, bench_queue, bench_step, compare, harness, report
+from bench import bench_linear, bench_loss, bench_queue, bench_step, compare, harness, report
 from bench.batches import FreshFeatures, statistics
 from bench.list_queue import ListQueueTAL
 from tests.helpers.loss_cases import CASES, golden, relative, trace
@@ -105,6 +105,19 @@ def test_gate_accepts_each_step_and_refuses_a_wrong_one(peer: str, layer: bool) 
     wrong = bench_step.make_step(case, device)
     with pytest.raises(AssertionError, match="off by"):
         bench_step.gate(case, lambda z, f, y: wrong(z, 0.5 * f, y), device)
+
+
+@pytest.mark.parametrize("peer", bench_linear.PEERS)
+def test_gate_accepts_each_fused_layer_and_refuses_a_wrong_one(peer: str) -> None:
+    case = bench_linear.Case(peer, 32, 100, 16)
+    p = bench_linear.Problem(case, torch.device("cpu"))
+    try:
+        run = bench_linear.make_run(peer, p)
+    except harness.CannotRun as reason:
+        pytest.skip(str(reason))
+    bench_linear.gate(case, run, p)
+    with pytest.raises(AssertionError, match="the gradient by the bias of .* is off by"):
+        bench_linear.gate(case, lambda: (*run()[:3], 1.1 * run()[3]), p)
 
 
 @pytest.mark.parametrize("peer", bench_queue.PEERS)

@@ -7,10 +7,10 @@ from types import ModuleType
 
 import pytest
 
-from tal_fast.loss import functional, module, queue, reference
+from tal_fast.loss import functional, linear, module, queue, reference
 
 
-@pytest.mark.parametrize("documented", [module, queue, functional, reference], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("documented", [module, queue, functional, linear, reference], ids=lambda m: m.__name__)
 def test_examples_run(documented: ModuleType) -> None:
     results = doctest.testmod(documented)
     assert results.attempted > 0
