@@ -112,6 +112,15 @@ def planned_launches(target_name: str) -> Iterator[tuple[str, Launch]]:
         if classes in (100, 1000, 1003, 21841):
             plan = plan_batch_sums(logits, labels, distance, summary, tickets, 0.0, -100, target)
             yield f"batch sums {shape}", plan
+        if classes in (1000, 32768):  # logits of a row that are not adjacent
+            apart = meta(classes, rows, dtype=dtype).t()
+            plan, _ = plan_loss(
+                apart, labels, distance, summary, tickets, None,
+                "paper", 10.0, 100.0, 20.0, 0.0, 0.0, -100, "mean", False, True, target=target,
+            )  # fmt: skip
+            yield f"loss {shape} of any strides", plan
+            plan = plan_batch_sums(apart, labels, distance, summary, tickets, 0.0, -100, target)
+            yield f"batch sums {shape} of any strides", plan
         if classes == 1003:
             factor = meta(1)
             yield f"scale {dtype_name(dtype)} in place", plan_scale(logits, factor, logits, target)

@@ -378,7 +378,7 @@ def loss_kernel(
     if not EDGES:  # what the compiler then knows lets it use vectors
         stride_b = stride_b // V * V
         grad_stride_b = grad_stride_b // V * V
-    if stride_c != 1:
+    if V == 1:  # the logits of a row may lie apart; otherwise stride_c is 1
         stride_c = tl.cast(stride_c, tl.int64)
     d_min, spread, inverse, w_bar, inactive = _batch_terms(summary_ptr, dtype, RELEASED, WARMUP, MEAN)
     inverse_spread = 1.0 / spread
@@ -589,19 +589,29 @@ def batch_sums_kernel(
     dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
     if not EDGES:
         stride_b = stride_b // V * V
-    if stride_c != 1:
+    if V == 1:  # the logits of a row may lie apart; otherwise stride_c is 1
         stride_c = tl.cast(stride_c, tl.int64)
     threshold = tl.load(constants_ptr + THRESHOLD).to(dtype)
     n_accepted = tl.zeros((ROWS,), tl.float64)
     n_one = tl.zeros((ROWS,), tl.float64)
     sum_distance = tl.zeros((ROWS,), tl.float64)
-    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
-        row = tl.cast(first, tl.int64) + tl.arange(0, ROWS)
-        label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
-        valid, in_range, column, base, head, length, z_label, d, z_edge, held = fetch_rows(
-            logits_ptr, distance_ptr, row, label, rows, stride_b, stride_c, ignore_index,
+    step = tl.num_programs(0) * ROWS
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    next_label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
+    ahead = fetch_rows(
+        logits_ptr, distance_ptr, row, next_label, rows, stride_b, stride_c, ignore_index,
+        CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
+    )  # fmt: skip
+    row += step
+    next_label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
+    for turn in range(tl.program_id(0) * ROWS, rows, step):  # noqa: B007
+        valid, in_range, column, base, head, length, z_label, d, z_edge, held = ahead
+        ahead = fetch_rows(
+            logits_ptr, distance_ptr, row, next_label, rows, stride_b, stride_c, ignore_index,
             CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
         )  # fmt: skip
+        row += step
+        next_label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
         z_label = z_label.to(dtype)
         largest, norm, correct, _, _ = scan_rows(
             held, z_edge, base, z_label, column, in_range, valid, head, length, stride_c, constants_ptr,
