@@ -51,16 +51,20 @@ def version_of(package: str) -> str | None:
 def copy_bandwidth(device: torch.device, megabytes: int = 256) -> float:
     """Bytes read and written per second by a large copy on the device, with the threads in use.
 
-    256 MB are eight times the largest cache of the measured CPUs and five times an H100's.
+    256 MB are eight times the largest cache of the measured CPUs and five times an H100's. On GPUs by a kernel: on an
+    H200 that moves 4,270 GB/s, ``copy_``, which takes the copy engine, 2,740.
     """
-    source = torch.empty(megabytes << 20, dtype=torch.uint8, device=device).fill_(1)
+    source = torch.ones(megabytes << 19, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
 
     def copy() -> None:
-        target.copy_(source)
+        if device.type == "cuda":
+            torch.mul(source, 2, out=target)
+        else:
+            target.copy_(source)
 
     taken = GraphTimer(device)([copy]) if device.type == "cuda" else clock(copy, 5, clock_of(torch.get_num_threads()))
-    return 2 * source.numel() / float(np.percentile(taken, 20))
+    return 2 * source.nbytes / float(np.percentile(taken, 20))
 
 
 def arithmetic_rate(device: torch.device, size: int = 1024) -> float:

@@ -189,9 +189,9 @@ class SearchConfig:
 
 
 @cache
-def search_config(pairs: int, architecture: str) -> SearchConfig:
-    """Tiles and programs for a number of pairs of rows and entries, with the architecture's tuned options if any."""
-    return SearchConfig(**tuned_options("search", pairs, architecture))
+def search_config(pairs: int, dtype: torch.dtype, architecture: str) -> SearchConfig:
+    """Tiles and programs for a number of pairs of rows and entries; for float32 with the tuned options."""
+    return SearchConfig(**tuned_options("search", pairs, architecture) if dtype == torch.float32 else {})
 
 
 def num_splits_for(blocks: int, tiles: int, programs: int) -> int:
@@ -218,7 +218,7 @@ def plan_search(
     """Launch of ``search_kernel``, and the summary (7,), which is not written without labels."""
     rows, capacity = mean.numel(), queue_mean.numel()
     summary = mean.new_empty(7, dtype=torch.float64)
-    config = search_config(rows * capacity, target.architecture)
+    config = search_config(rows * capacity, mean.dtype, target.architecture)
     blocks = max(1, cdiv(rows, config.queries))  # an empty batch needs a program too: it writes the summary
     tiles = cdiv(capacity, config.unroll * config.entries)
     splits = num_splits_for(blocks, tiles, config.programs * target.multiprocessors)

@@ -695,7 +695,8 @@ def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool, architect
     rows = max(1, min(64, tile // block))
     num_warps = max(1, block // tile)
     width = max(v, min(block, 32 * num_warps * v // rows))
-    programs, registers = (12, 168) if num_warps == 1 and rows == 1 and not edges else (max(1, 8 // num_warps), None)
+    in_few = num_warps == 1 and rows == 1 and not edges and v > 1
+    programs, registers = (12, 168) if in_few else (max(1, 8 // num_warps), None)
     if "max_registers" in tuned and not edges:
         registers = tuned["max_registers"]
         programs = max(1, 65_536 // (32 * registers * num_warps))

@@ -129,8 +129,8 @@ def test_launchers_read_the_file_of_the_architecture(tmp_path: Path, monkeypatch
         (300, torch.float16, "sm_1"),
     ):
         assert layout(classes, dtype, architecture) == layout(classes, dtype, "")
-    assert distance.search_config(99, "sm_0").queries == 8
-    assert distance.search_config(100, "sm_0") == distance.SearchConfig()
+    assert distance.search_config(99, torch.float32, "sm_0").queries == 8
+    assert distance.search_config(100, torch.float32, "sm_0") == distance.SearchConfig()
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_committed_options_are_those_of_the_launchers(file: Path) -> None:
         assert sizes == sorted(sizes)
         for entry in entries:
             if kernel == "search":
-                assert distance.search_config(entry["at_most"], file.stem)
+                assert distance.search_config(entry["at_most"], torch.float32, file.stem)
             else:
                 dtype = {"loss_16bit": torch.bfloat16, "loss_32bit": torch.float32}[kernel]
                 config = loss.loss_config(entry["at_most"], dtype, 16 // dtype.itemsize, False, file.stem)
