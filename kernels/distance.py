@@ -90,7 +90,8 @@ def load_entries(queue_mean_ptr, queue_std_ptr, start, length, ENTRIES: tl.const
     entries = ()
     for i in tl.static_range(UNROLL):
         j = tl.minimum(start + i * ENTRIES + tl.arange(0, ENTRIES), tl.maximum(length - 1, 0))
-        entries = entries + (tl.load(queue_mean_ptr + j), tl.load(queue_std_ptr + j))  # noqa: RUF005
+        tile = tl.load(queue_mean_ptr + j), tl.load(queue_std_ptr + j)
+        entries = entries + tile  # type: ignore[assignment]
     return entries
 
 

@@ -166,7 +166,8 @@ def load_chunk(base, begin, length, valid, stride_c, WIDTH: tl.constexpr, V: tl.
 def load_rows(base, length, valid, stride_c, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr):
     held = ()
     for i in tl.static_range(CHUNKS):
-        held = held + (load_chunk(base, i * WIDTH, length, valid, stride_c, WIDTH, V),)  # noqa: RUF005
+        chunk = load_chunk(base, i * WIDTH, length, valid, stride_c, WIDTH, V)
+        held = held + (chunk,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no unpacking)
     return held
 
 
@@ -458,7 +459,7 @@ def loss_kernel(
                 others = other_logits(held[i].to(dtype), i * WIDTH, length, label_at, dtype, WIDTH, V)
                 y = (others - z_max[:, None]) * scale[:, None]
                 p, q, p_sum, yp_sum, q_sum = add_exponentials(y, ratio, p_sum, yp_sum, q_sum, dtype)
-                kept = kept + ((others, p, q),)  # noqa: RUF005
+                kept = kept + ((others, p, q),)  # type: ignore[assignment]  # noqa: RUF005
         else:
             full, label_chunk, plain = plain_chunks(label_at, length, valid, WIDTH)
             for j in tl.range(0, plain, loop_unroll_factor=UNROLL):
@@ -687,8 +688,8 @@ def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool, architect
     if classes > WIDEST_HELD:
         kilobytes = classes * dtype.itemsize / 1000
         num_warps, programs = (4, 4) if kilobytes <= 45 else (8, 2) if kilobytes <= 90 else (16, 2)
-        unroll, registers = (4, 128) if num_warps < 16 else (1, 64)
-        options = {"num_warps": num_warps, "programs": programs, "unroll": unroll, "max_registers": registers, **tuned}
+        unroll, most = (4, 128) if num_warps < 16 else (1, 64)
+        options = {"num_warps": num_warps, "programs": programs, "unroll": unroll, "max_registers": most, **tuned}
         return LossConfig(1, 1, 32 * options["num_warps"] * v, False, **options)
     # Of a warp; several float32 rows of few logits would spill.
     tile = 32 * tuned.get("logits", 16 if dtype.itemsize == 4 and block < 512 else 32)
@@ -696,7 +697,8 @@ def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool, architect
     num_warps = max(1, block // tile)
     width = max(v, min(block, 32 * num_warps * v // rows))
     in_few = num_warps == 1 and rows == 1 and not edges and v > 1
-    programs, registers = (12, 168) if in_few else (max(1, 8 // num_warps), None)
+    programs = 12 if in_few else max(1, 8 // num_warps)
+    registers = 168 if in_few else None
     if "max_registers" in tuned and not edges:
         registers = tuned["max_registers"]
         programs = max(1, 65_536 // (32 * registers * num_warps))
