@@ -51,6 +51,16 @@ LIMITS: dict[str, tuple[float, int | None]] = {
     # One program; a scan over its rows takes most.
     "push accepted queue float32": (85, None),
 }
+# Bytes that spill outside the loops of a few kernels, as measured: other layouts spill more, or are slower.
+SPILLS = {
+    **{("sm_100", f"loss float64 C={c} released smoothing class weights"): 16 for c in (1003, 21841)},
+    **{
+        ("sm_100", f"loss {t} C=21841 paper{w}"): 24
+        for t in ("float32", "bfloat16", "float16")
+        for w in ("", " warm-up")
+    },
+    ("sm_100", "loss float32 C=100 released smoothing class weights"): 8,
+}
 RISE = 1.05  # allowed over the committed report
 
 
@@ -201,11 +211,15 @@ def faults(target_name: str, label: str, figures: Figures | str, budget: Figures
     """
     if isinstance(figures, str):
         return [f"does not compile: {figures}"]
-    now, unit = figures["instructions"], figures["unit"]
-    found = [f"spills {figures['spilled']}"] if figures["spilled"] else []
+    found = [f"spills {figures['spilled']}"] if figures["spilled"] > SPILLS.get((target_name, label), 0) else []
     if budget == {}:
         found.append("is not in the report; make kernels-report writes it")
-    if budget and now > RISE * budget["instructions"]:
+    if "uncounted" in figures:
+        if (limited and target_name == "sm_90" and label in LIMITS) or "instructions" in (budget or {}):
+            found.append(f"cannot be counted: {figures['uncounted']}")
+        return found
+    now, unit = figures["instructions"], figures["unit"]
+    if budget and "instructions" in budget and now > RISE * budget["instructions"]:
         found.append(f"{now} instructions a {unit}, {budget['instructions']} in the report")
     if limited and target_name == "sm_90" and label in LIMITS:
         limit, barriers = LIMITS[label]
@@ -271,7 +285,9 @@ def main() -> None:
                 checked += 1
                 wrong = faults(target, label, figures, budget and budget[target].get(label, {}), limited)
                 bad += bool(wrong)
-                if not isinstance(figures, str):
+                if not isinstance(figures, str) and "uncounted" in figures:
+                    print(f"  {label:56} {figures['unit']:5} not counted: {figures['uncounted']}")
+                elif not isinstance(figures, str):
                     f = figures
                     print(
                         f"  {label:56} {f['unit']:5} {f['instructions']:12} {f['barriers']:9} {f['registers']:10} "

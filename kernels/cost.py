@@ -164,6 +164,10 @@ def element_sizes(launch: Launch) -> tuple[int, int]:
     return (values[work.array].itemsize, written) if work.array else (0, 0)
 
 
+class Uncounted(Exception):
+    """The code has another form than what is counted: a loop may be unrolled in full."""
+
+
 @dataclass(frozen=True)
 class Pass:
     """An inner loop of a kernel that reads rows in tiles."""
@@ -196,7 +200,7 @@ def passes_of(code: Code, inner: list[frozenset[int]], launch: Launch, threads: 
     if len(loops) > expected:
         loops = [max((x for x in loops if x.kind == kind), key=lambda x: x.tiles) for kind in {x.kind for x in loops}]
     if len(loops) != expected:
-        raise RuntimeError(f"{expected} loops over tiles were expected and {len(loops)} found")
+        raise Uncounted(f"{expected} loops over tiles were expected and {len(loops)} found")
     return sorted(loops, key=lambda x: min(x.body))
 
 
@@ -222,7 +226,7 @@ def count(code: Code, launch: Launch, threads: int) -> Counted:
         body = max(inner.values(), key=lambda body: minima(code.lines(body)))
         found = minima(code.lines(body)) * threads / tile
         if found < 1 or found != int(found):
-            raise RuntimeError(f"the hot loop has {found} minima for each of {tile} pairs, which should be one")
+            raise Uncounted(f"the hot loop has {found} minima for each of {tile} pairs, which should be one")
         return Counted(dict.fromkeys(body, 1.0), tile * found, [body])
     if not work.passes(values):
         inner = {}
@@ -238,7 +242,7 @@ def count(code: Code, launch: Launch, threads: int) -> Counted:
     if not passes and (moved(way, "load") < read * units or moved(way, "store") < written * units):
         way = set(blocks)
         if moved(way, "load") < read * units:
-            raise RuntimeError(f"{units} {work.unit}s were expected where the code loads {moved(way, 'load')} bytes")
+            raise Uncounted(f"{units} {work.unit}s were expected where the code loads {moved(way, 'load')} bytes")
     runs = {} if work.loops_only else dict.fromkeys(way, 1.0)
     for x in passes:
         runs |= dict.fromkeys(x.body, units / (tile * x.tiles))
@@ -262,7 +266,8 @@ def analyse(launch: Launch, compiled: Any, target_name: str) -> tuple[Figures, s
     """Figures of a compiled kernel, and its assembly.
 
     Figures:
-        unit, instructions: what is counted per (logit, pair, row, value), and thread instructions per unit.
+        unit, instructions: what is counted per (logit, pair, row, value), and thread instructions per unit. A kernel
+            that is ``Uncounted`` has "uncounted", the reason, instead, and no figures but registers and spills.
         kinds: the same by kind (``machine_code``).
         loads, stores: instructions by the bytes a thread moves; barriers: their number. All in the counted part.
         warps, registers, spilled (bytes on NVIDIA, registers on AMD), shared (bytes), programs (a multiprocessor).
@@ -280,7 +285,12 @@ def analyse(launch: Launch, compiled: Any, target_name: str) -> tuple[Figures, s
             spilled = 0  # a stack that is reserved and not used
     warps, shared = launch.num_warps, compiled.metadata.shared
     threads = warps * TARGETS[target_name].launch.warp_size
-    counted = count(code, launch, threads)
+    figures: Figures
+    try:
+        counted = count(code, launch, threads)
+    except Uncounted as error:
+        figures = {"unit": WORK[launch.kernel.__name__].unit, "uncounted": str(error), "warps": warps}
+        return figures | {"registers": registers, "spilled": spilled, "shared": shared}, assembly
     kinds: defaultdict[str, float] = defaultdict(float)
     for block, times in counted.runs.items():
         for kind, number in Counter(line.kind for line in code.lines([block])).items():
@@ -288,7 +298,7 @@ def analyse(launch: Launch, compiled: Any, target_name: str) -> tuple[Figures, s
     lines = code.lines(counted.runs)
     programs = programs_a_multiprocessor(registers, shared, warps, target_name)
     waits = [machine_code.waits(code.lines(body), True) for body in counted.loops] or [machine_code.waits(lines, False)]
-    figures: Figures = {
+    figures = {
         "unit": WORK[launch.kernel.__name__].unit,
         "instructions": round(sum(kinds.values()), 2),
         "kinds": {kind: round(number, 2) for kind, number in sorted(kinds.items(), key=lambda kind: -kind[1])},

@@ -687,8 +687,7 @@ def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool, architect
     if classes > WIDEST_HELD:
         kilobytes = classes * dtype.itemsize / 1000
         num_warps, programs = (4, 4) if kilobytes <= 45 else (8, 2) if kilobytes <= 90 else (16, 2)
-        unroll, most = (4, 128) if num_warps < 16 else (1, 64)
-        options = {"num_warps": num_warps, "programs": programs, "unroll": unroll, "max_registers": most, **tuned}
+        options = {"num_warps": num_warps, "programs": programs, "unroll": 4 if num_warps < 16 else 1, **tuned}
         return LossConfig(1, 1, 32 * options["num_warps"] * v, False, **options)
     # Of a warp; several float32 rows of few logits would spill.
     tile = 32 * tuned.get("logits", 16 if dtype.itemsize == 4 and block < 512 else 32)
@@ -783,7 +782,7 @@ def plan_loss(
     if config is None:
         config = loss_config(classes, logits.dtype, v, edges, target.architecture)
         if label_smoothing:  # takes more registers than the limits leave, and with class weights than a full tile does
-            config = replace(config, max_registers=None)
+            config = replace(config, unroll=1, max_registers=None)
             if class_weight is not None and config.held:
                 block = triton.next_power_of_2(classes)
                 width = min(block, 32 * v) if block <= 512 else block // 4

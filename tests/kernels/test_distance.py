@@ -90,6 +90,8 @@ def test_distance_and_summary_for_any_split(
     features[2::7, 1] = torch.nan
     features[4::9, 0] = torch.inf
     queue = random_queue(entries + 5)
+    if rows and entries:  # the last entry is the nearest of the first row
+        queue[0][entries - 1], queue[1][entries - 1] = features[0].mean() + 1e-5, features[0].std()
     for values in queue:
         values[entries:] = torch.nan  # slots past the length are not part of the queue
     mean, std, nearest, batch = run_statistics(features, labels, queue, entries)
