@@ -676,7 +676,6 @@ def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool, architect
 
     Rows are held up to 8,192 logits, 32 in a thread, because the fixed work of a row, some 400 instructions in every
     warp, then costs least: on an H200 16,384 rows of 1,000 bfloat16 logits take 29 us with one warp a row, 38 with two.
-    At 168 registers 12 warps fit on a multiprocessor.
 
     Wider rows are read three times, by few warps for the same reason, and so few at once that the second and third
     time they are in the L2 cache (of 50 MB): 528 rows of up to 45 KB, 264 of up to 90 KB. float64 serves checks only.
@@ -696,10 +695,8 @@ def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool, architect
     rows = max(1, min(64, tile // block))
     num_warps = max(1, block // tile)
     width = max(v, min(block, 32 * num_warps * v // rows))
-    in_few = num_warps == 1 and rows == 1 and not edges and v > 1
-    programs = 12 if in_few else max(1, 8 // num_warps)
-    registers = 168 if in_few else None
-    if "max_registers" in tuned and not edges:
+    programs, registers = max(1, 8 // num_warps), None
+    if "max_registers" in tuned and not edges and v > 1:  # the others would spill
         registers = tuned["max_registers"]
         programs = max(1, 65_536 // (32 * registers * num_warps))
     return LossConfig(rows, block // width, width, True, num_warps, programs, max_registers=registers)
