@@ -250,6 +250,17 @@ def test_gpu_tables_compare_what_was_measured_before_and_now(cpu: report.Results
     assert "| 2.0x |" in row
 
 
+@pytest.mark.parametrize(("step_ms", "share", "met"), [(0.059, 0.86, "yes"), (0.061, 0.84, "**no**")])
+def test_gpu_targets_are_judged(step_ms: float, share: float, met: str) -> None:
+    size = {"B": 256, "C": 1000, "D": 2048, "N": 880_880, "dtype": "float32"}
+    step = {"peer": "paper", **size, "graph": {"p20_ms": step_ms}}
+    kernel = {"p20_ms": 0.03, "share_of_copy": share, "GB_per_s": 2500.0}
+    loss = {"B": 16_384, "C": 1000, "dtype": "bfloat16", "peers": {"kernel": kernel}}
+    rows = report.gpu_targets_table({"step": [step], "loss": [loss]}).splitlines()[2:]
+    assert len(rows) == 2
+    assert all(row.endswith(f"| {met} |") for row in rows)
+
+
 def test_wall_clock_figures_under_load_are_withheld(cpu: report.Results) -> None:
     files = copy.deepcopy(cpu.files)
     for file in files:
