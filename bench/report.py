@@ -1,8 +1,8 @@
 """Tables and plots of the committed results: ``python -m bench.report``.
 
-Reads bench/results/cpu/*.json, kernels/*.json, and gpu.json where there is one; writes the tables of README.md and docs/performance.md
-between their markers, and docs/figures/*.svg. The same results always give the same text. ``--check`` writes nothing
-and exits with 1 where a table is not what the results say.
+Reads bench/results/cpu/*.json, kernels/*.json, and gpu.json where there is one; writes the tables of README.md and
+docs/performance.md between their markers, and docs/figures/*.svg. The same results always give the same text.
+``--check`` writes nothing and exits with 1 where a table is not what the results say.
 """
 
 from __future__ import annotations
