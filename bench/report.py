@@ -1,8 +1,8 @@
 """Tables and plots of the committed results: ``python -m bench.report``.
 
-Reads bench/results/cpu/*.json, and gpu.json where there is one; writes the tables of README.md and docs/performance.md
-between their markers, and docs/figures/*.svg. The same results always give the same text. ``--check`` writes nothing
-and exits with 1 where a table is not what the results say.
+Reads bench/results/cpu/*.json, kernels/*.json, and gpu.json where there is one; writes the tables of README.md and
+docs/performance.md between their markers, and docs/figures/*.svg. The same results always give the same text.
+``--check`` writes nothing and exits with 1 where a table is not what the results say.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.compare import load
+from bench.gpu_summary import COPY_LIMIT, STEP_LIMIT_US
 from tal_fast.kernels.compile_check import LIMITS, describe
 
 ROOT = Path(__file__).parents[1]
@@ -415,19 +416,91 @@ def targets_table(results: Results) -> str:
 
 
 def gpu_table(result: dict[str, Any]) -> str:
-    """The loss, and its peers, of bench.gpu's file."""
-    rows = []
+    """The loss and its peers of bench.gpu's file: time, and share of the bandwidth of a copy."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
     for r in [*result.get("loss", []), *result.get("peers", [])]:
-        if "peers" not in r:  # a step, or it failed before it began
-            continue
-        shape = f"{r['B']:,} x {r['C']:,}"
-        for name, t in r["peers"].items():
-            if "p20_ms" not in t:
-                rows.append((shape, r["dtype"], NAMES.get(name, name), "–", "–", t.get("skipped") or t["failed"]))
-                continue
-            rate = f"{t['GB_per_s']:,.0f} GB/s"
-            rows.append((shape, r["dtype"], NAMES.get(name, name), ms(t["p20_ms"]), rate, percent(t["share_of_copy"])))
-    return table(("B x C", "type", "what", "p20", "rate", "of copy"), rows)
+        for name, t in r.get("peers", {}).items():  # a part that failed before it began has none
+            text = (
+                f"{ms(t['p20_ms'])}, {percent(t['share_of_copy'])}"
+                if "p20_ms" in t
+                else t.get("skipped") or t["failed"]
+            )
+            rows.setdefault((f"{r['B']:,} x {r['C']:,}", r["dtype"]), {})[name] = text
+    peers = list(dict.fromkeys(name for found in rows.values() for name in found))
+    head = ("B x C", "type", *(NAMES.get(name, name) for name in peers))
+    return table(head, ((*shape, *(found.get(name, "–") for name in peers)) for shape, found in rows.items()))
+
+
+def gpu_steps_table(result: dict[str, Any]) -> str:
+    """Whole steps of bench.gpu's file with the time of each kernel, and where they were measured."""
+    kernels = ("statistics", "search", "batch_sums", "loss", "push", "scale")
+    rows = []
+    for r in result.get("step", []):
+        if "graph" in r:
+            size, taken = ", ".join(f"{r[key]:,}" for key in "BCDN"), dict(r["kernels_us"])
+            each = (f"{taken[f'{k}_kernel']:.1f}" if f"{k}_kernel" in taken else "–" for k in kernels)
+            floor = ms(r["cross_entropy_graph"]["p20_ms"])
+            rows.append((size, r["dtype"], NAMES[r["peer"]], ms(r["graph"]["p20_ms"]), floor, *each))
+    heads = (f"{k.replace('_', ' ')}, µs" for k in kernels)
+    info = result["machine_info"]
+    where = f"{info['gpu']}; torch {info['torch']}, Triton {info['triton']}; commit {info['commit']}"
+    copy = f"A copy, reads and writes counted: {result['copy_GB_per_s']:,.0f} GB/s."
+    return f"{table(('B, C, D, N', 'type', 'step', 'p20', 'cross-entropy', *heads), rows)}\n\n{where}. {copy}"
+
+
+def gpu_targets_table(result: dict[str, Any]) -> str:
+    """Targets on a GPU and whether they are met."""
+    rows = []
+    for r in result.get("step", []):
+        if "graph" in r and r["B"] == 256 and r["dtype"] == "float32":
+            met, took = r["graph"]["p20_ms"] <= STEP_LIMIT_US / 1e3, ms(r["graph"]["p20_ms"])
+            size = ", ".join(f"{r[key]:,}" for key in "BCDN")
+            rows.append((f"step {NAMES[r['peer']]} at {size}", f"{STEP_LIMIT_US:g} µs", took, met))
+    for r in result.get("loss", []):
+        kernel = r.get("peers", {}).get("kernel", {})
+        limit = COPY_LIMIT.get(r.get("C", 0))
+        if limit and "share_of_copy" in kernel and r["dtype"] == "bfloat16" and r["B"] > 256:
+            share, rate = kernel["share_of_copy"], kernel["GB_per_s"]
+            what = f"loss `paper` at {r['B']:,} x {r['C']:,}, bfloat16"
+            rows.append((what, f"{limit:.0%} of a copy", f"{share:.0%} ({rate:,.0f} GB/s)", share >= limit))
+    return table(("what", "limit", "measured", "met"), ((*text, "yes" if met else "**no**") for *text, met in rows))
+
+
+def gpu_search_table(result: dict[str, Any]) -> str:
+    """Statistics and search of bench.gpu's file, over their arithmetic."""
+    rows = [
+        (f"{r['B']:,}, {r['D']:,}, {r['N']:,}", ms(r["p20_ms"]), ms(r["floor_ms"]), times(r["p20_ms"] / r["floor_ms"]))
+        for r in result.get("search", [])
+        if "floor_ms" in r
+    ]
+    return table(("B, D, N", "p20", "arithmetic", "over it"), rows)
+
+
+def gpu_before_table(result: dict[str, Any]) -> str:
+    """Kernels and steps before they were rebuilt and now, at the sizes that both files have."""
+    before = json.loads((RESULTS / "kernels" / "h200_before.json").read_text())
+
+    def timed(file: dict[str, Any]) -> dict[str, float]:
+        losses = ((r, r.get("peers", {}).get("kernel", r)) for r in file.get("loss", []))
+        searches = ((r, r) for r in file.get("search", []))
+        steps = ((r, r.get("graph", r)) for r in file.get("step", []))
+        return {
+            **{f"loss `paper`, {r['B']:,} x {r['C']:,}, {r['dtype']}": t["p20_ms"] for r, t in losses if "p20_ms" in t},
+            **{
+                f"statistics and search, {r['B']:,}, {r['D']:,}, {r['N']:,}": t["p20_ms"]
+                for r, t in searches
+                if "p20_ms" in t
+            },
+            **{
+                f"step {NAMES[r['peer']]}, {', '.join(f'{r[k]:,}' for k in 'BCDN')}": t["p20_ms"]
+                for r, t in steps
+                if "p20_ms" in t
+            },
+        }
+
+    old, new = timed(before), timed(result)
+    rows = [(what, ms(t), ms(new[what]), times(t / new[what])) for what, t in old.items() if what in new]
+    return table(("what", "before", "now", "faster"), rows)
 
 
 def kernels_table(folder: Path) -> str:
@@ -479,6 +552,14 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "kernels": lambda _: kernels_table(RESULTS / "kernels"),
 }
 
+GPU_BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "gpu": gpu_table,
+    "gpu-step": gpu_steps_table,
+    "gpu-targets": gpu_targets_table,
+    "gpu-search": gpu_search_table,
+    "gpu-before": gpu_before_table,
+}
+
 
 def fill_in(text: str, cpu: Results, gpu: dict[str, Any] | None) -> str:
     """The page with each ``<!-- bench:NAME -->`` ... ``<!-- /bench -->`` block written anew.
@@ -489,12 +570,12 @@ def fill_in(text: str, cpu: Results, gpu: dict[str, Any] | None) -> str:
 
     def block(match: re.Match[str]) -> str:
         name = match[1]
-        if name == "gpu":
-            body = gpu_table(gpu) if gpu else "Not yet run on a GPU."
+        if name in GPU_BLOCKS:
+            body = GPU_BLOCKS[name](gpu) if gpu else "Not yet run on a GPU."
         elif name in BLOCKS:
             body = BLOCKS[name](cpu)
         else:
-            raise ValueError(f"there is no table {name!r}; there are {', '.join(BLOCKS)} and gpu")
+            raise ValueError(f"there is no table {name!r}; there are {', '.join([*BLOCKS, *GPU_BLOCKS])}")
         return f"<!-- bench:{name} -->\n\n{body}\n\n<!-- /bench -->"  # Markdown needs the empty lines
 
     return re.sub(r"<!-- bench:([\w-]+) -->\n.*?<!-- /bench -->", block, text, flags=re.DOTALL)

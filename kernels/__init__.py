@@ -5,7 +5,8 @@
 ``loss.py``            logits -> loss and gradient; the batch's sums, which variant ``released`` needs first
 ``sharded.py``         loss and gradient in three passes, for ranks that hold some of the classes
 ``queue_push.py``      append the accepted rows to the queue
-``launch.py``          grids, constants and the properties of a device that they depend on
+``launch.py``          grids, constants, tuned options and the properties of a device that they depend on
+``tuned/``             launch options that ``bench.tune`` measured on a GPU, a file per architecture
 ``ops.py``             the launchers as torch operators, for torch.compile
 ``compile_check.py``   compile every kernel for GPUs that are not present, and fail where one is over its budget
 ``cost.py``            what a compiled kernel costs: instructions, occupancy, loads in flight, predicted time

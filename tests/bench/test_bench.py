@@ -235,10 +235,30 @@ def test_gpu_table_lists_timed_skipped_and_failed_peers(cpu: report.Results) -> 
     peers = {"paper": timed, "quack": {"skipped": "quack is not installed"}, "liger": {"failed": "RuntimeError: no"}}
     found = {"loss": [{"B": 16_384, "C": 1000, "dtype": "bfloat16", "peers": peers}, {"failed": "out of memory"}]}
     text = report.fill_in("<!-- bench:gpu -->\n<!-- /bench -->", cpu, found)
-    assert "| 16,384 x 1,000 | bfloat16 | tal_fast `paper` | 24.0 µs | 2,730 GB/s | 91% |" in text
-    assert "quack is not installed" in text
-    assert "RuntimeError: no" in text
+    assert "| 16,384 x 1,000 | bfloat16 | 24.0 µs, 91% | quack is not installed | RuntimeError: no |" in text
     assert "Not yet run" in report.fill_in("<!-- bench:gpu -->\n<!-- /bench -->", cpu, None)
+
+
+def test_gpu_tables_compare_what_was_measured_before_and_now(cpu: report.Results) -> None:
+    before = json.loads((report.RESULTS / "kernels" / "h200_before.json").read_text())
+    first, missing = before["loss"][:2]
+    half = {**first, "peers": {"kernel": {"p20_ms": first["p20_ms"] / 2}}}
+    failed = {**missing, "peers": {"kernel": {"failed": "out of memory"}}}
+    text = report.fill_in("<!-- bench:gpu-before -->\n<!-- /bench -->", cpu, {"loss": [half, failed]})
+    (row,) = [line for line in text.splitlines() if line.startswith("| loss")]
+    assert f"{first['B']:,} x {first['C']:,}, {first['dtype']}" in row
+    assert "| 2.0x |" in row
+
+
+@pytest.mark.parametrize(("step_ms", "share", "met"), [(0.059, 0.86, "yes"), (0.061, 0.84, "**no**")])
+def test_gpu_targets_are_judged(step_ms: float, share: float, met: str) -> None:
+    size = {"B": 256, "C": 1000, "D": 2048, "N": 880_880, "dtype": "float32"}
+    step = {"peer": "paper", **size, "graph": {"p20_ms": step_ms}}
+    kernel = {"p20_ms": 0.03, "share_of_copy": share, "GB_per_s": 2500.0}
+    loss = {"B": 16_384, "C": 1000, "dtype": "bfloat16", "peers": {"kernel": kernel}}
+    rows = report.gpu_targets_table({"step": [step], "loss": [loss]}).splitlines()[2:]
+    assert len(rows) == 2
+    assert all(row.endswith(f"| {met} |") for row in rows)
 
 
 def test_wall_clock_figures_under_load_are_withheld(cpu: report.Results) -> None:
