@@ -268,7 +268,12 @@ def main() -> None:
     import triton
 
     limited = triton.__version__.startswith(LIMITS_TRITON)
-    budget = json.loads(args.budget.read_text()) if args.budget else None
+    if args.report and not args.report.parent.is_dir():
+        parser.error(f"--report is {args.report} but there is no folder {args.report.parent}; make it first")
+    try:
+        budget = json.loads(args.budget.read_text()) if args.budget else None
+    except (OSError, ValueError) as error:
+        parser.error(f"--budget is {args.budget}, which is no report that can be read ({error}); --report writes one")
     if budget and budget["triton"] != triton.__version__:
         parser.error(
             f"{args.budget} is for Triton {budget['triton']} and this is {triton.__version__}; install that one"
@@ -283,7 +288,7 @@ def main() -> None:
             print(f"\n{target}\n  {'kernel':56} per   instructions  barriers  registers  programs  KB in flight  model")
             for label, figures in report[target].items():
                 checked += 1
-                wrong = faults(target, label, figures, budget and budget[target].get(label, {}), limited)
+                wrong = faults(target, label, figures, budget and budget.get(target, {}).get(label, {}), limited)
                 bad += bool(wrong)
                 if not isinstance(figures, str) and "uncounted" in figures:
                     print(f"  {label:56} {figures['unit']:5} not counted: {figures['uncounted']}")
@@ -296,6 +301,8 @@ def main() -> None:
                 for fault in wrong:
                     print(f"  {label:56} FAULT: {fault}")
             sys.stdout.flush()
+    if not checked:
+        parser.error(f"--match is {args.match!r}, which no kernel's label contains; leave it out to see all labels")
     if args.report:
         write_report(args.report, report)
     print(f"\n{checked} kernels, {bad} bad")

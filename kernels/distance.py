@@ -98,7 +98,7 @@ def load_entries(queue_mean_ptr, queue_std_ptr, start, length, ENTRIES: tl.const
 @triton.jit
 def search_kernel(
     mean_ptr, std_ptr, queue_mean_ptr, queue_std_ptr, cursor_ptr, squared_ptr, tickets_ptr, labels_ptr,
-    class_weight_ptr, summary_ptr, rows, capacity, labels_stride, ignore_index,
+    class_weight_ptr, summary_ptr, rows, capacity, labels_stride, classes, ignore_index,
     SUMMARY: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr, QUERIES: tl.constexpr, ENTRIES: tl.constexpr,
     ROWS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +157,8 @@ def search_kernel(
                 largest = tl.where(measured & (wide > largest), wide, largest)
                 valid_rows += valid.to(tl.int64)
                 if HAS_CLASS_WEIGHT:
-                    weights += tl.load(class_weight_ptr + label, mask=valid, other=0.0).to(tl.float64)
+                    in_range = valid & (label >= 0) & (label < classes)
+                    weights += tl.load(class_weight_ptr + label, mask=in_range, other=0.0).to(tl.float64)
         if SUMMARY:
             n_valid = tl.sum(valid_rows, axis=0).to(tl.float64)
             tl.store(summary_ptr, tl.min(smallest, axis=0))
@@ -226,7 +227,7 @@ def plan_search(
     arguments = (
         mean, std, queue_mean, queue_std, cursor, squared, tickets, cursor if labels is None else labels,
         mean if class_weight is None else class_weight, summary, rows, capacity,
-        0 if labels is None else labels.stride(0), ignore_index,
+        0 if labels is None else labels.stride(0), 0 if class_weight is None else len(class_weight), ignore_index,
     )  # fmt: skip
     constants = {
         "SUMMARY": labels is not None, "HAS_CLASS_WEIGHT": class_weight is not None, "QUERIES": config.queries,

@@ -65,7 +65,9 @@ def _batch_terms(summary_ptr, dtype: tl.constexpr, RELEASED: tl.constexpr, WARMU
     spread = high.to(dtype) - d_min + RANGE_EPS
     inverse = tl.full((), 1.0, dtype)
     if MEAN:
-        inverse = 1.0 / tl.where(n_valid > 0, tl.load(summary_ptr + 6), 1.0).to(dtype)
+        weight_sum = tl.load(summary_ptr + 6)
+        weight_sum = tl.where(weight_sum > 0, weight_sum, float("nan"))  # as reference.mean_divisor
+        inverse = 1.0 / tl.where(n_valid > 0, weight_sum, 1.0).to(dtype)
     w_bar = tl.full((), 1.0, dtype)
     inactive = n_valid < 0  # always false, as a tensor
     if RELEASED and not WARMUP:

@@ -64,7 +64,7 @@ class _AttachGradient(torch.autograd.Function):
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         (grad,) = ctx.saved_tensors
         may_overwrite = not torch.compiler.is_compiling() and not _graph_is_kept()
-        return _scaled(grad, upstream, ctx.logits_dtype, may_overwrite), None, None
+        return scaled(grad, upstream, ctx.logits_dtype, may_overwrite), None, None
 
 
 def _graph_is_kept() -> bool:
@@ -72,7 +72,7 @@ def _graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype, may_overwrite: bool) -> Tensor:
+def scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype, may_overwrite: bool) -> Tensor:
     """``grad`` times the upstream gradient, a scalar or one number for each row, in the logits' dtype.
 
     Multiplied before the cast: under a gradient scaler a float16 product keeps what float16 factors lose. A scalar of

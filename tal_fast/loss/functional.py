@@ -124,7 +124,7 @@ def step_in_parts(
     if direct or class_group is not None or isinstance(backend, KernelBackend):
         refuse_transforms(logits)
     if class_weight is not None:
-        class_weight = class_weight.to(compute_dtype(logits))
+        class_weight = class_weight.to(compute_dtype(logits)).contiguous()
     with torch.no_grad():
         mean, std, distance, summary, tickets = backend.statistics_distance(
             features, labels, ring, options.ignore_index, class_weight if class_group is None else None

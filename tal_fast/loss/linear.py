@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tal_fast.loss import dispatch
-from tal_fast.loss.autograd import attach_gradient, refuse_transforms, wants_gradient
+from tal_fast.loss.autograd import attach_gradient, refuse_transforms, scaled, wants_gradient
 from tal_fast.loss.backends import Backend, KernelBackend, LossInputs
 from tal_fast.loss.functional import StepResult, step_in_parts
 from tal_fast.loss.module import TALLoss
@@ -202,7 +202,7 @@ def linear_step(
     with torch.no_grad():
         factors = [tensor.detach().to(_dtype_in_products(tensor)) for tensor in layer]
         if class_weight is not None:
-            class_weight = class_weight.to(compute_dtype(factors[0]))
+            class_weight = class_weight.to(compute_dtype(factors[0])).contiguous()
         batch = backend.statistics_distance(features, labels, ring, options.ignore_index, class_weight)
         inputs = LossInputs(
             factors[0], labels, batch.distance, batch.summary, batch.tickets, options, warmup, class_weight
@@ -225,13 +225,19 @@ def _check_reduction(options: LossOptions) -> None:
 
 def _check_layer(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Raise ValueError or TypeError unless a Linear layer fits the features; returns (B, C) in place of its logits."""
+    layer = {"features": features, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in layer.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(
+                f"{name} must be a floating-point tensor, not {found}; pass the layer's input, its weight and its bias"
+            )
     if weight.dim() != 2 or features.dim() != 2 or features.shape[1] != weight.shape[1]:
         raise ValueError(
             f"features are {tuple(features.shape)} and the weight {tuple(weight.shape)} but must be (B, D) and (C, D)"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias is {tuple(bias.shape)} but must be ({len(weight)},) as the weight's rows, or None")
-    layer = {"features": features, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, tensor in layer.items():
         if tensor.device != features.device:
             raise ValueError(f"features are on {features.device}, {name} on {tensor.device}; move them to one device")
@@ -282,37 +288,55 @@ class _Logits:
 class _Gradients:
     """Gradients by features, weight and bias, summed over chunks; empty where not wanted.
 
-    That by the features is in the dtype of the products, the others in float32 (float64 for float64). In float16 all
-    are multiplied by ``scale`` until ``finish``, without which small gradients would be lost.
+    That by the features is in the dtype of the logits' gradient, the others in float32 (float64 for float64). float16
+    factors of products are multiplied by a power of 2, without which small gradients would be lost and large ones
+    overflow: the largest of all chunks is then 16 to 32.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor, wanted: list[bool], scale: float) -> None:
-        self.x, self.weight, self.wanted, self.scale = x, weight, wanted, scale
+    def __init__(self, x: Tensor, weight: Tensor, wanted: list[bool]) -> None:
+        self.x, self.weight, self.wanted = x, weight, wanted
+        self.half = x.dtype == torch.float16
         wide = compute_dtype(x)
-        self.by_x = x.new_empty(x.shape if wanted[0] else (0,))
+        self.by_x = x.new_empty(x.shape if wanted[0] else (0,), dtype=wide if self.half else x.dtype)
         self.by_weight = x.new_empty(weight.shape if wanted[1] else (0,), dtype=wide)
         self.by_bias = x.new_zeros(weight.shape[:1] if wanted[2] else (0,), dtype=wide)
         self.beta = 0.0  # of the first chunk, before which the weight's gradient is not written
+        self.scale = x.new_full((), 2.0**100, dtype=wide)  # of float16 factors and of the weight's gradient
 
     def add(self, chunk: slice, gradient: Tensor) -> None:
         """Add a chunk's part, from its gradient (rows, C) by the logits, which is lost."""
         by_x, by_weight, by_bias = self.wanted
-        if gradient.dtype != self.x.dtype:
-            gradient = gradient.mul_(self.scale).to(self.x.dtype)
-        if by_x:
-            torch.mm(gradient, self.weight, out=self.by_x[chunk])
-        if by_weight:
-            _add_product(self.by_weight, gradient.T, self.x[chunk], self.beta)
         if by_bias and gradient.dtype == self.by_bias.dtype:
             self.by_bias.addmv_(gradient.T, gradient.new_ones(len(gradient)))  # in half the time of sum(0) on CPUs
         elif by_bias:
             self.by_bias += gradient.sum(0, dtype=self.by_bias.dtype)
+        if self.half and (by_x or by_weight):
+            gradient = self._to_half(gradient)
+        if by_x and self.half:
+            self.by_x[chunk].copy_(torch.mm(gradient, self.weight)).div_(self.scale)
+        elif by_x:
+            torch.mm(gradient, self.weight, out=self.by_x[chunk])
+        if by_weight:
+            _add_product(self.by_weight, gradient.T, self.x[chunk], self.beta)
         self.beta = 1.0
+
+    def _to_half(self, gradient: Tensor) -> Tensor:
+        """Scaled float16 gradient; what the weight's has so far follows a scale that falls."""
+        if not gradient.numel():
+            return gradient.half()  # without a largest number
+        largest = torch.linalg.vector_norm(gradient, torch.inf)
+        own = torch.where(largest.isfinite(), torch.exp2(5 - largest.log2().ceil()), 1.0)
+        scale = torch.minimum(own, self.scale)
+        if self.wanted[1] and self.beta:
+            scaled(self.by_weight, scale / self.scale, self.by_weight.dtype, may_overwrite=True)
+        self.scale = scale
+        return gradient.mul_(scale).half()
 
     def finish(self) -> list[Tensor]:
         """The gradients."""
-        gradients = [self.by_x, self.by_weight, self.by_bias]
-        return gradients if self.scale == 1 else [t.to(torch.float32).div_(self.scale) for t in gradients]
+        if self.half:
+            self.by_weight.div_(self.scale)
+        return [self.by_x, self.by_weight, self.by_bias]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
@@ -325,14 +349,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
         b = b.to(total.dtype)
         for rows, part in zip(total.split(CAST_CLASSES), a.split(CAST_CLASSES), strict=True):
             torch.addmm(rows, part.to(total.dtype), b, beta=beta, out=rows)
-
-
-def _scale(rows: int) -> float:
-    """Factor of float16 gradients of a mean over rows: a power of 2, with which they are 16 to 32 times one row's.
-
-    A row's gradient beyond 2,000, as that of logits of norm 0.05, overflows.
-    """
-    return 2.0 ** (4 + rows.bit_length())
 
 
 @cache
@@ -365,10 +381,8 @@ def _fused(
             inputs.summary = _whole_summary(logits, inputs, backend)
         if combine is not None:
             inputs.summary = combine(inputs.summary)
-    half = factors[0].dtype == torch.float16
-    inputs.options = replace(inputs.options, inplace=not half)
-    parts = len(factors[0]) if inputs.options.reduction == "mean" else 1
-    gradients = _Gradients(factors[0], factors[1], wanted, _scale(parts) if half else 1.0)
+    inputs.options = replace(inputs.options, inplace=factors[0].dtype != torch.float16)
+    gradients = _Gradients(factors[0], factors[1], wanted)
     losses, rows = [], []
     for chunk in reversed(logits.chunks):  # the first round, if there was one, has left the last chunk's logits
         loss, gradient, stats = backend.forward(_rows(inputs, chunk, logits.of(chunk)), any(wanted))

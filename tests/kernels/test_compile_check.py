@@ -82,6 +82,21 @@ def test_the_interpreter_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--budget", "missing.json"), "no report that can be read"),
+        (("--report", "missing/report.json"), "there is no folder missing"),
+        (("--target", "sm_90", "--match", "los bfloat16"), "which no kernel's label contains"),
+    ],
+)
+def test_arguments_that_would_check_nothing_are_refused(arguments: tuple[str, ...], message: str) -> None:
+    done = run(*COMMAND, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
     ("figures", "budget", "expected"),
     [
         ({}, None, []),

@@ -107,6 +107,14 @@ def test_distance_and_summary_for_any_split(
 
 
 @gpu_too
+def test_label_out_of_range_reads_no_class_weight() -> None:
+    memory = torch.full((5,), torch.nan)
+    memory[1:4] = torch.tensor([0.5, 1.0, 2.0])
+    labels = torch.tensor([0, -1, 3, 2])
+    batch = run_statistics(torch.rand(4, 6), labels, random_queue(10), class_weight=memory.to(DEVICE)[1:4])[3]
+    assert batch[6] == 2.5
+
+
 def test_sum_of_the_class_weights() -> None:
     features, labels, weights = torch.rand(300, 5), torch.randint(4, (300,)), torch.tensor([0.5, 0.0, 2.0, 7.0])
     labels[::3] = -100

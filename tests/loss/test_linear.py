@@ -216,16 +216,33 @@ def test_half_precision_gradient_of_the_weight_is_summed_in_float32(
     assert weight_gradient_error(dtype) > limit
 
 
-@pytest.mark.parametrize(("scale", "kept"), [(2.0**14, True), (1.0, False)])
-def test_float16_keeps_small_gradients(scale: float, kept: bool) -> None:
+@pytest.mark.parametrize("sizes", [(1e-8, 1e-8), (1e-6, 1e6), (1e6, 1e-6), (0.0, 1e-8), (1e6, 0.0)], ids=str)
+def test_float16_keeps_small_and_large_gradients(sizes: tuple[float, float]) -> None:
+    """float16 has nothing between 0 and 6e-8, nor beyond 65,504; ``sizes`` are those of the two chunks."""
     x, weight = torch.rand(8, 16).half(), torch.rand(30, 16).half()
-    gradient = 1e-8 * torch.rand(8, 30)  # float16 has nothing between 0 and 6e-8
-    gradients = linear._Gradients(x, weight, [True, True, True], scale)
+    gradient = torch.rand(8, 30) * torch.tensor(sizes).repeat_interleave(torch.tensor([5, 3]))[:, None]
+    gradients = linear._Gradients(x, weight, [True, True, True])
     gradients.add(slice(0, 5), gradient[:5].clone())
     gradients.add(slice(5, 8), gradient[5:].clone())
     wanted = gradient @ weight.float(), gradient.T @ x.float(), gradient.sum(0)
     for got, want in zip(gradients.finish(), wanted, strict=True):
-        assert (relative(got, want) <= 1e-3) == kept
+        assert relative(got, want) <= 1e-3
+
+
+@every_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_float16_gradients_of_few_or_heavy_rows(backend: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither ignored rows, class weights nor short logits make the gradients of the others overflow."""
+    monkeypatch.setattr(linear, "CHUNK_ROWS", 16)
+    features, labels = torch.rand(64, 8), torch.full((64,), -100)
+    labels[:3] = torch.tensor([0, 1, 2])
+    layer = features.half().requires_grad_(), (0.02 * torch.randn(20, 8)).half().requires_grad_()
+    weights = torch.linspace(1e-6, 1, 20).flip(0)
+    fused, separate = pair(backend, reduction=reduction, class_weight=weights, t_wrong=None)
+    results = (run(loss_fn, (*layer, None), labels)[1] for loss_fn in (fused, separate))
+    for gradient, expected in zip(*results, strict=True):
+        assert gradient.isfinite().all()
+        assert relative(gradient, expected) <= 1e-2
 
 
 @every_backend
@@ -467,10 +484,12 @@ def test_chunks_are_small(rows: int, classes: int, size: int) -> None:
         ({"bias": torch.rand(3, device="meta")}, ValueError, "features are on cpu, bias on meta"),
         ({"labels": torch.tensor([0, 1, 3, 0])}, ValueError, "label 3 in row 2"),
         ({"labels": torch.zeros(3).long()}, ValueError, "labels are"),
+        ({"weight": torch.nn.Linear(6, 3)}, TypeError, "weight must be a floating-point tensor, not Linear"),
+        ({"bias": torch.zeros(3).long()}, TypeError, "bias must be a floating-point tensor, not torch.int64"),
         ({"features": torch.rand(4, 1), "weight": torch.rand(3, 1)}, ValueError, "features have 1 dimension"),
     ],
 )
-def test_invalid_arguments(changes: dict[str, Tensor], error: type[Exception], message: str) -> None:
+def test_invalid_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     arguments = {"features": torch.rand(4, 6), "weight": torch.rand(3, 6), "bias": torch.rand(3)}
     arguments["labels"] = torch.zeros(4).long()
     TALLinearLoss()(**arguments)

@@ -306,6 +306,20 @@ def test_second_derivatives_of_row_losses_are_refused(
 
 @every_smoothing
 @every_backend
+@every_variant
+def test_class_weights_of_any_strides(variant: str, backend: str, smoothing: float) -> None:
+    logits, features, labels = random_batch(6, 9)
+    weights = random_weights(9)
+    apart = torch.stack([weights, torch.full((9,), torch.nan)], 1)[:, 0]
+    given: dict[str, Any] = {"queue": random_queue(50), "variant": variant, "label_smoothing": smoothing}
+    loss, grad, _ = run_step(backend, logits, features, labels, class_weight=weights, **given)
+    same_loss, same_grad, _ = run_step(backend, logits, features, labels, class_weight=apart, **given)
+    assert torch.equal(loss, same_loss)
+    assert torch.equal(grad, same_grad)
+
+
+@every_smoothing
+@every_backend
 def test_weights_that_sum_to_0(backend: str, smoothing: float) -> None:
     """The mean is NaN as that of F.cross_entropy, even where the other classes' smoothing has a weight."""
     logits, features, _ = random_batch(4, 5)
