@@ -685,10 +685,10 @@ def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool, architect
     block = triton.next_power_of_2(classes)
     if dtype == torch.float64:
         return LossConfig(1, 1, min(block, 256), False, 4, 4)
-    tuned = tuned_options(f"loss_{8 * dtype.itemsize}bit", classes, architecture)
+    tuned = tuned_options(f"loss_{8 * dtype.itemsize}bit", classes, architecture) if v > 1 else {}
     if classes > WIDEST_HELD:
         kilobytes = classes * dtype.itemsize / 1000
-        num_warps, programs = (4, 4) if kilobytes <= 45 else (8, 2) if kilobytes <= 90 else (16, 2)
+        num_warps, programs = (4, 4) if kilobytes <= 45 or v == 1 else (8, 2) if kilobytes <= 90 else (16, 2)
         options = {"num_warps": num_warps, "programs": programs, "unroll": 4 if num_warps < 16 else 1, **tuned}
         return LossConfig(1, 1, 32 * options["num_warps"] * v, False, **options)
     # Of a warp; several float32 rows of few logits would spill.
@@ -697,7 +697,7 @@ def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool, architect
     num_warps = max(1, block // tile)
     width = max(v, min(block, 32 * num_warps * v // rows))
     programs, registers = max(1, 8 // num_warps), None
-    if "max_registers" in tuned and not edges and v > 1:  # the others would spill
+    if "max_registers" in tuned and not edges:  # which would spill
         registers = tuned["max_registers"]
         programs = max(1, 65_536 // (32 * registers * num_warps))
     return LossConfig(rows, block // width, width, True, num_warps, programs, max_registers=registers)
