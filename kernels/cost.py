@@ -164,7 +164,7 @@ def element_sizes(launch: Launch) -> tuple[int, int]:
     return (values[work.array].itemsize, written) if work.array else (0, 0)
 
 
-class Uncounted(Exception):
+class Uncounted(RuntimeError):
     """The code has another form than what is counted: a loop may be unrolled in full."""
 
 
