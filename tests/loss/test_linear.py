@@ -462,7 +462,7 @@ def test_temporaries_take_less_than_an_eighth_of_the_logits() -> None:
         command = [sys.executable, "-c", MEMORY, loss, str(classes)]
         share[loss] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert share["fused"] < 1 / 8
-    assert share["separate"] > 1.5  # the logits and their gradient
+    assert share["separate"] > 0.5  # so that the measurement sees the logits: 0.96 to 2 of them, with their gradient
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9, 500, 1000, 1024, 100_000])
