@@ -315,7 +315,7 @@ def parts(bench: Bench, only: tuple[str, ...]) -> list[Part]:
 
 
 def run_part(part: Part, left: float) -> dict[str, Any]:
-    """What a part measured in its budget, or in what is left of all, and why it ended early."""
+    """Result of a part within its budget or the time left, with the reason if it ended early."""
 
     def stop(*_: object) -> None:
         raise OutOfTime

@@ -122,7 +122,7 @@ def name_of(r: dict[str, Any]) -> str:
 
 
 def advice(steps: list[dict[str, Any]], losses: list[dict[str, Any]], searches: list[dict[str, Any]]) -> list[str]:
-    """What falls short of its goal, the furthest first in each group."""
+    """Figures that miss their goal, the furthest first in each group."""
     found = []
     slow = [
         r for r in steps if r["B"] == 256 and r["dtype"] == "float32" and 1e3 * r["graph"]["p20_ms"] > STEP_LIMIT_US

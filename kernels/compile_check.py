@@ -202,7 +202,7 @@ def check_target(target_name: str, match: str, emit: Path | None) -> dict[str, F
 
 
 def faults(target_name: str, label: str, figures: Figures | str, budget: Figures | None, limited: bool) -> list[str]:
-    """What is wrong with a kernel: it does not compile, spills, or takes more instructions than it may.
+    """Faults of a kernel: it does not compile, spills, or takes more instructions than its limit.
 
     Args:
         figures: of this kernel now, or why it does not compile.

@@ -1,4 +1,4 @@
-"""What a compiled kernel costs: instructions per unit of work, loads in flight, and the time that a model predicts."""
+"""Cost of a compiled kernel: instructions per unit of work, loads in flight, and the time that a model predicts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Figures = dict[str, Any]  # of one kernel; ``analyse`` and ``predict`` list them
 
 @dataclass(frozen=True)
 class GPU:
-    """What the model of a kernel's speed needs to know of a GPU."""
+    """Properties of a GPU in the model of a kernel's speed."""
 
     name: str
     clock: float  # GHz
@@ -32,7 +32,7 @@ class GPU:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What launches and occupancy need to know, and the GPUs whose speed is predicted."""
+    """Properties of an architecture that decide launches and occupancy, and its GPUs whose speed is predicted."""
 
     launch: Target
     shared_kb: int  # shared memory of a multiprocessor
@@ -50,7 +50,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Work:
-    """What a kernel's instructions are counted per.
+    """Unit of work that a kernel's instructions are counted per.
 
     ``units``, ``tile`` and ``passes`` are functions of the kernel's arguments and constants by name.
     """
@@ -59,9 +59,8 @@ class Work:
     units: Callable[[Mapping[str, Any]], int]  # in an iteration of the loop over rows, or in a program without one
     tile: Callable[[Mapping[str, Any]], int] = lambda _: 0  # units in an iteration of an inner loop
     passes: Callable[[Mapping[str, Any]], int] = lambda _: 0  # inner loops, each over all units; 0: none
-    extra: Callable[[Mapping[str, Any]], int] = lambda _: (
-        0
-    )  # bytes a unit that passes without exponentials read besides
+    # Bytes a unit that passes without exponentials read besides.
+    extra: Callable[[Mapping[str, Any]], int] = lambda _: 0
     array: str = ""  # argument that is read from memory: one element a unit and pass
     hot_loop: bool = False  # count only the inner loop with the most minima
     loops_only: bool = False  # leave out what is not in a loop
@@ -144,7 +143,7 @@ def minima(lines: list[Instruction]) -> int:
 
 @dataclass(frozen=True)
 class Counted:
-    """What is counted of a kernel."""
+    """Counted part of a kernel's code."""
 
     runs: dict[int, float]  # how often each block runs for ``units``
     units: float
@@ -205,7 +204,7 @@ def passes_of(code: Code, inner: list[frozenset[int]], launch: Launch, threads: 
 
 
 def count(code: Code, launch: Launch, threads: int) -> Counted:
-    """What is counted of a kernel; not what only the last program runs, after the ticket.
+    """Counted part of a kernel's code, without what only the last program runs, after the ticket.
 
     Of a branch the shorter way counts, if it too moves all bytes; else both.
     """
@@ -328,7 +327,7 @@ def predict(
     kinds: Mapping[str, float],
     programs: int,
 ) -> Figures:
-    """What bounds a kernel, and how fast it is then; docs/performance.md states the model and its error.
+    """Predicted speed of a kernel, and its bound; docs/performance.md states the model and its error.
 
     Figures:
         bound: the largest part of the time. share: of the bandwidth of a copy. us: for pairs, which move no memory,

@@ -101,7 +101,7 @@ def _ordered_sum(parts_ptr, count):
 
 
 @triton.jit
-def _add3(a, b, c, d, e, f):
+def add3(a, b, c, d, e, f):
     return a + d, b + e, c + f
 
 
@@ -135,6 +135,12 @@ def exponentials(y, ratio, dtype: tl.constexpr):
 @triton.jit
 def class_weights(class_weight_ptr, column, inside, dtype: tl.constexpr):
     return tl.load(class_weight_ptr + column, mask=inside, other=0.0).to(dtype)
+
+
+@triton.jit
+def load_labels(labels_ptr, row, rows, labels_stride, ignore_index):
+    """Labels of rows; ``ignore_index`` beyond the batch."""
+    return tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
 
 
 @triton.jit
@@ -318,7 +324,7 @@ def fetch_rows(
     CLASSES: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr, EDGES: tl.constexpr,
     HELD: tl.constexpr,
 ):  # fmt: skip
-    """What is read of rows before anything is known of them but the label; see ``locate_rows``."""
+    """Position, label's logit, distance and logits of rows whose label is known; see ``locate_rows``."""
     valid, in_range, column, offset, head, length = locate_rows(
         row, label, rows, stride_b, ignore_index, CLASSES, V, EDGES
     )
@@ -395,13 +401,13 @@ def loss_kernel(
     # Rows that are held are fetched while those before are worked on, and their labels one turn earlier.
     step = tl.num_programs(0) * ROWS
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    next_label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
+    next_label = load_labels(labels_ptr, row, rows, labels_stride, ignore_index)
     ahead = fetch_rows(
         logits_ptr, distance_ptr, row, next_label, rows, stride_b, stride_c, ignore_index,
         CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
     )  # fmt: skip
     next_row = row + step
-    next_label = tl.load(labels_ptr + next_row * labels_stride, mask=next_row < rows, other=ignore_index)
+    next_label = load_labels(labels_ptr, next_row, rows, labels_stride, ignore_index)
     for turn in range(tl.program_id(0) * ROWS, rows, step):  # noqa: B007
         valid, in_range, column, base, head, length, z_label, d, z_edge, held = ahead
         if HELD:
@@ -410,7 +416,7 @@ def loss_kernel(
                 CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
             )  # fmt: skip
             next_row += step
-            next_label = tl.load(labels_ptr + next_row * labels_stride, mask=next_row < rows, other=ignore_index)
+            next_label = load_labels(labels_ptr, next_row, rows, labels_stride, ignore_index)
         present = row < rows
         z_label = z_label.to(dtype)
         d = d.to(dtype)
@@ -474,13 +480,13 @@ def loss_kernel(
                 z = load_chunk(base, begin, end, valid, stride_c, WIDTH, V).to(dtype)
                 y = (other_logits(z, begin, end, label_at, dtype, WIDTH, V) - z_max[:, None]) * scale[:, None]
                 p, q, p_sum, yp_sum, q_sum = add_exponentials(y, ratio, p_sum, yp_sum, q_sum, dtype)
-        p_sum, yp_sum, q_sum = tl.reduce((p_sum, yp_sum, q_sum), 1, _add3)
+        p_sum, yp_sum, q_sum = tl.reduce((p_sum, yp_sum, q_sum), 1, add3)
         if EDGES:
             edge_column, in_edge = edge_columns(head, length, CLASSES, V)
             edge_others = tl.where(in_edge & (edge_column != column[:, None]), z_edge.to(dtype), masked_logit(dtype))
             y_edge = (edge_others - z_max[:, None]) * scale[:, None]
             p_edge, q_edge = exponentials(y_edge, ratio[:, None], dtype)
-            p_k, yp_k, q_k = tl.reduce((p_edge, y_edge * p_edge, q_edge), 1, _add3)
+            p_k, yp_k, q_k = tl.reduce((p_edge, y_edge * p_edge, q_edge), 1, add3)
             p_sum += p_k
             yp_sum += yp_k
             q_sum += q_k
@@ -567,7 +573,7 @@ def loss_kernel(
                 CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
             )  # fmt: skip
             next_row += step
-            next_label = tl.load(labels_ptr + next_row * labels_stride, mask=next_row < rows, other=ignore_index)
+            next_label = load_labels(labels_ptr, next_row, rows, labels_stride, ignore_index)
     if not ROW_LOSS:
         tl.store(partials_ptr + tl.program_id(0), tl.sum(total, axis=0))
         programs = tl.num_programs(0)
@@ -600,13 +606,13 @@ def batch_sums_kernel(
     sum_distance = tl.zeros((ROWS,), tl.float64)
     step = tl.num_programs(0) * ROWS
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    next_label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
+    next_label = load_labels(labels_ptr, row, rows, labels_stride, ignore_index)
     ahead = fetch_rows(
         logits_ptr, distance_ptr, row, next_label, rows, stride_b, stride_c, ignore_index,
         CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
     )  # fmt: skip
     row += step
-    next_label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
+    next_label = load_labels(labels_ptr, row, rows, labels_stride, ignore_index)
     for turn in range(tl.program_id(0) * ROWS, rows, step):  # noqa: B007
         valid, in_range, column, base, head, length, z_label, d, z_edge, held = ahead
         ahead = fetch_rows(
@@ -614,7 +620,7 @@ def batch_sums_kernel(
             CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
         )  # fmt: skip
         row += step
-        next_label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
+        next_label = load_labels(labels_ptr, row, rows, labels_stride, ignore_index)
         z_label = z_label.to(dtype)
         largest, norm, correct, _, _ = scan_rows(
             held, z_edge, base, z_label, column, in_range, valid, head, length, stride_c, constants_ptr,

@@ -16,7 +16,7 @@ from tal_fast.kernels.launch import Launch, Target, device_target
 from tal_fast.kernels.loss import (
     LN2,
     LOG2E,
-    _add3,
+    add3,
     add_exponentials,
     exponentials,
     load_chunk,
@@ -100,7 +100,7 @@ def exp_sums_kernel(
         others = other_logits(z, begin, length, label.to(tl.int32), dtype, BLOCK, 1)
         y = (others - z_max[:, None]) * (rate * LOG2E)[:, None]
         _, _, p_sum, yp_sum, q_sum = add_exponentials(y, ratio, p_sum, yp_sum, q_sum, dtype)
-    p_sum, yp_sum, q_sum = tl.reduce((p_sum, yp_sum, q_sum), 1, _add3)
+    p_sum, yp_sum, q_sum = tl.reduce((p_sum, yp_sum, q_sum), 1, add3)
     is_local = label >= 0
     z_label = tl.load(base + label * logits_stride_c, mask=is_local, other=0.0).to(dtype)
     out = out_ptr + row * 4

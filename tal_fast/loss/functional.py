@@ -77,10 +77,6 @@ def tal_loss(
     if class_weight is not None:
         class_weight = check_class_weight(class_weight)
     check_inputs(logits, features, labels, ignore_index, class_group is not None, class_weight)
-    if queue_mean.dim() != 1 or queue_mean.shape != queue_std.shape:
-        raise ValueError(
-            f"queue_mean and queue_std must both be (N,), not {tuple(queue_mean.shape)} and {tuple(queue_std.shape)}"
-        )
     result = step_in_parts(
         logits, features, labels, RingBuffer.of_entries(queue_mean, queue_std, logits.device), options,
         backend=dispatch.for_loss(dispatch.check_name(backend), logits.device),
@@ -142,7 +138,8 @@ def step_in_parts(
 
     inputs = LossInputs(logits, labels, distance, summary, tickets, options, warmup, class_weight)
     with torch.no_grad():
-        if combine is not None or (options.variant == "released" and summary is not None):
+        # Plain PyTorch has no summary yet, and needs one for other ranks only.
+        if (summary is not None and inputs.needs_sums) or (summary is None and combine is not None):
             inputs.summary = backend.complete_summary(inputs)
         if combine is not None:
             inputs.summary = combine(inputs.summary)

@@ -245,7 +245,7 @@ def _check_layer(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
             raise TypeError(
                 f"features are {features.dtype}, {name} {tensor.dtype}; convert one of them, or use autocast"
             )
-    return weight.detach().new_zeros(()).expand(len(features), len(weight))
+    return weight.detach().new_empty(()).expand(len(features), len(weight))
 
 
 def _dtype_in_products(tensor: Tensor) -> torch.dtype:
@@ -377,7 +377,7 @@ def _fused(
     """
     logits = _Logits(*factors)
     if not summed:
-        if _needs_sums(inputs):
+        if inputs.needs_sums:
             inputs.summary = _whole_summary(logits, inputs, backend)
         if combine is not None:
             inputs.summary = combine(inputs.summary)
@@ -393,11 +393,6 @@ def _fused(
             gradients.add(chunk, gradient)
     fields = (torch.cat(parts[::-1]) for parts in zip(*rows, strict=True))
     return torch.stack(losses).sum(), gradients.finish(), TALStats(*fields)
-
-
-def _needs_sums(inputs: LossInputs) -> bool:
-    """Whether the loss of a row depends on other rows' logits."""
-    return inputs.options.variant == "released" and not inputs.warmup
 
 
 def _whole_summary(logits: _Logits, inputs: LossInputs, backend: Backend) -> Tensor:
@@ -436,7 +431,7 @@ def _operators(
     )  # fmt: skip
     summary = inputs.summary
     if combine is not None:
-        if _needs_sums(inputs):
+        if inputs.needs_sums:
             summary = _linear_sums(factors, inputs.labels, inputs.distance, summary, *rest)
         summary = combine(summary)
     results = _linear_loss(wanted, combine is not None, factors, inputs.labels, inputs.distance, summary, *rest)

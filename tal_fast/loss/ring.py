@@ -40,7 +40,14 @@ class RingBuffer:
 
     @classmethod
     def of_entries(cls, mean: Tensor, std: Tensor, device: torch.device) -> RingBuffer:
-        """Full ring buffer of (N,) entries on the device, N >= 0, for searching only; contiguous tensors are shared."""
+        """Full ring buffer of (N,) entries on the device, N >= 0, for searching only; contiguous tensors are shared.
+
+        Raises ValueError if their shapes differ or are not (N,).
+        """
+        if mean.dim() != 1 or mean.shape != std.shape:
+            raise ValueError(
+                f"queue_mean and queue_std must both be (N,), not {tuple(mean.shape)} and {tuple(std.shape)}"
+            )
         ring = cls.empty(1, mean.dtype, device, indexed=False)  # the kernels need one slot at least
         if mean.numel():
             ring.mean, ring.std = mean.detach().contiguous(), std.detach().contiguous()

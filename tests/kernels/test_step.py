@@ -66,6 +66,9 @@ def test_number_of_launches_and_memory_of_a_step(
     value.backward()
     # The interpreter's CPU compares the factor with 1 without a launch.
     assert len(launched) == expected + (DEVICE.type == "cuda")
+    launched.clear()
+    loss_fn(logits.detach(), features, labels, warmup=True)
+    assert len(launched) == 4  # no loss then depends on other rows' logits
 
 
 @pytest.mark.slow

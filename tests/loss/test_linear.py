@@ -498,6 +498,8 @@ def test_invalid_arguments(changes: dict[str, Any], error: type[Exception], mess
     queue = torch.rand(5), torch.rand(5)
     with pytest.raises(error, match=message):
         linear_tal_loss(**(arguments | changes), queue_mean=queue[0], queue_std=queue[1])
+    with pytest.raises(ValueError, match="queue_mean and queue_std must both be"):
+        linear_tal_loss(**arguments, queue_mean=queue[0], queue_std=torch.rand(6))
 
 
 def test_what_it_does_not_do_is_refused() -> None:

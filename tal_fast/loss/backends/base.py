@@ -27,9 +27,14 @@ class LossInputs:
     warmup: bool
     class_weight: Tensor | None = None  # (C,) in the dtype of the computation
 
+    @property
+    def needs_sums(self) -> bool:
+        """Whether the loss of a row depends on other rows' logits, through the sums of the summary."""
+        return self.options.variant == "released" and not self.warmup
+
 
 class BatchStatistics(NamedTuple):
-    """What a step computes from the features."""
+    """Feature statistics of a batch, its distances to the queue, and its summary as far as they give it."""
 
     mean: Tensor  # (B,)
     std: Tensor  # (B,)
