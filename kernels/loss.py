@@ -138,12 +138,6 @@ def class_weights(class_weight_ptr, column, inside, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_labels(labels_ptr, row, rows, labels_stride, ignore_index):
-    """Labels of rows; ``ignore_index`` beyond the batch."""
-    return tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
-
-
-@triton.jit
 def locate_rows(row, label, rows, stride_b, ignore_index, CLASSES: tl.constexpr, V: tl.constexpr, EDGES: tl.constexpr):
     """Whether rows are valid and their label in range; the label's column, 0 if not; offset and column of the first
     whole vector; and the number of logits in whole vectors.
@@ -401,13 +395,13 @@ def loss_kernel(
     # Rows that are held are fetched while those before are worked on, and their labels one turn earlier.
     step = tl.num_programs(0) * ROWS
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    next_label = load_labels(labels_ptr, row, rows, labels_stride, ignore_index)
+    next_label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
     ahead = fetch_rows(
         logits_ptr, distance_ptr, row, next_label, rows, stride_b, stride_c, ignore_index,
         CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
     )  # fmt: skip
     next_row = row + step
-    next_label = load_labels(labels_ptr, next_row, rows, labels_stride, ignore_index)
+    next_label = tl.load(labels_ptr + next_row * labels_stride, mask=next_row < rows, other=ignore_index)
     for turn in range(tl.program_id(0) * ROWS, rows, step):  # noqa: B007
         valid, in_range, column, base, head, length, z_label, d, z_edge, held = ahead
         if HELD:
@@ -416,7 +410,7 @@ def loss_kernel(
                 CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
             )  # fmt: skip
             next_row += step
-            next_label = load_labels(labels_ptr, next_row, rows, labels_stride, ignore_index)
+            next_label = tl.load(labels_ptr + next_row * labels_stride, mask=next_row < rows, other=ignore_index)
         present = row < rows
         z_label = z_label.to(dtype)
         d = d.to(dtype)
@@ -573,7 +567,7 @@ def loss_kernel(
                 CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
             )  # fmt: skip
             next_row += step
-            next_label = load_labels(labels_ptr, next_row, rows, labels_stride, ignore_index)
+            next_label = tl.load(labels_ptr + next_row * labels_stride, mask=next_row < rows, other=ignore_index)
     if not ROW_LOSS:
         tl.store(partials_ptr + tl.program_id(0), tl.sum(total, axis=0))
         programs = tl.num_programs(0)
@@ -606,13 +600,13 @@ def batch_sums_kernel(
     sum_distance = tl.zeros((ROWS,), tl.float64)
     step = tl.num_programs(0) * ROWS
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    next_label = load_labels(labels_ptr, row, rows, labels_stride, ignore_index)
+    next_label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
     ahead = fetch_rows(
         logits_ptr, distance_ptr, row, next_label, rows, stride_b, stride_c, ignore_index,
         CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
     )  # fmt: skip
     row += step
-    next_label = load_labels(labels_ptr, row, rows, labels_stride, ignore_index)
+    next_label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
     for turn in range(tl.program_id(0) * ROWS, rows, step):  # noqa: B007
         valid, in_range, column, base, head, length, z_label, d, z_edge, held = ahead
         ahead = fetch_rows(
@@ -620,7 +614,7 @@ def batch_sums_kernel(
             CLASSES, CHUNKS, WIDTH, V, EDGES, HELD,
         )  # fmt: skip
         row += step
-        next_label = load_labels(labels_ptr, row, rows, labels_stride, ignore_index)
+        next_label = tl.load(labels_ptr + row * labels_stride, mask=row < rows, other=ignore_index)
         z_label = z_label.to(dtype)
         largest, norm, correct, _, _ = scan_rows(
             held, z_edge, base, z_label, column, in_range, valid, head, length, stride_c, constants_ptr,
