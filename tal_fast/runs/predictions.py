@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import tal_fast
 from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import DataBundle, MemoryImages, Split
-from tal_fast.evaluation.prediction_store import NotKept, Outputs, OutputStore, ShardWriter, keep, remove_unused
+from tal_fast.runs.prediction_store import NotKept, Outputs, OutputStore, ShardWriter, keep, remove_unused
 from tal_fast.utils.arrays import Ints
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.environment import version_of
