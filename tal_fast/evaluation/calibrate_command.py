@@ -47,8 +47,8 @@ def calibrate_run(
     import torch
 
     from tal_fast.evaluation.export import PROGRAM, STATE, SelectiveClassifier, export
-    from tal_fast.evaluation.predictions import CACHE, Inference, PassOptions, weights_hash
     from tal_fast.runs.load import load_run
+    from tal_fast.runs.predictions import CACHE, Inference, PassOptions, weights_hash
     from tal_fast.utils.distributed import Ranks
 
     folder = Path(run_dir) / "calibrated" if output is None else Path(output)

@@ -95,9 +95,9 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
     """Evaluate what the options name; returns the evaluation (None on ranks other than 0) and the output folder."""
     from tal_fast.config.schema import ModelConfig
     from tal_fast.data.ood import parse_named
-    from tal_fast.evaluation.predictions import PassOptions
     from tal_fast.evaluation.report import EvaluationOptions
     from tal_fast.evaluation.sources import default_output, evaluate_npz, evaluate_run, evaluate_weights
+    from tal_fast.runs.predictions import PassOptions
     from tal_fast.utils.distributed import Ranks
 
     options = EvaluationOptions(

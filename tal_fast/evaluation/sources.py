@@ -19,11 +19,11 @@ from tal_fast.evaluation.npz import read_npz
 from tal_fast.evaluation.pipeline import EvaluationInputs, check_set_names, evaluate_outputs
 from tal_fast.evaluation.plots import FILES as PLOT_FILES
 from tal_fast.evaluation.plots import write_plots
-from tal_fast.evaluation.predictions import CACHE, Inference, PassOptions, split_hash, weights_hash
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.models.features import last_layer
 from tal_fast.models.pretrained import PRETRAINED, evaluation_data, load_weights
 from tal_fast.runs.load import Run, load_run
+from tal_fast.runs.predictions import CACHE, Inference, PassOptions, split_hash, weights_hash
 from tal_fast.scores.features import Training, training_needed
 from tal_fast.utils.io import check_writable
 from tal_fast.utils.locks import alone_in

@@ -20,16 +20,17 @@ from torch import nn
 
 import tal_fast
 from tal_fast import compare, html_report
-from tal_fast.evaluation import predictions, sources
+from tal_fast.evaluation import sources
 from tal_fast.evaluation.calibrate_command import calibrate_run
 from tal_fast.evaluation.compare import read_method
 from tal_fast.evaluation.evaluation import read_evaluation
 from tal_fast.evaluation.galleries import find_galleries
-from tal_fast.evaluation.predictions import Inference, PassOptions, model_hash, run_model
 from tal_fast.evaluation.report import read_report
 from tal_fast.evaluation.sources import evaluate_npz
 from tal_fast.evaluation.train_typicalness import training_typicalness
+from tal_fast.runs import predictions
 from tal_fast.runs.load import Run, load_run
+from tal_fast.runs.predictions import Inference, PassOptions, model_hash, run_model
 from tests.helpers.compare import csv_rows, write_run
 from tests.helpers.evaluation import make_run, record_passes, write_npz
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from tal_fast import evaluate
 from tal_fast.config.schema import DataConfig, ModelConfig
-from tal_fast.evaluation.predictions import weights_hash
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sources import evaluate_weights
 from tal_fast.models import build_model, pretrained
 from tal_fast.models.pretrained import evaluation_data, load_weights, preprocessing, read_state
 from tal_fast.models.registry import NETWORKS
+from tal_fast.runs.predictions import weights_hash
 from tests.helpers.fuzz import FUZZ, mutations, reads_or_refuses
 
 SMALL = ModelConfig("cifar_resnet8", width=4)
