@@ -356,6 +356,11 @@ class Config:
             )
         if starts and self.model.cache_features:
             raise ValueError("image_sizes needs images in training; empty it, or set model.cache_features to false")
+        if self.model.cache_features and (self.data.changes_pixels or self.data.erase):
+            raise ValueError(
+                "data.augment, data.color_jitter and data.erase need images in training; leave them out, or set "
+                "model.cache_features to false"
+            )
         if self.profile is not None:
             self.profile_window()
         return self
