@@ -56,8 +56,7 @@ Split = ImageFiles | MemoryImages
 class DataBundle:
     """All splits of a data set, made by ``build_data``.
 
-    ``class_names`` has the name of each label; ``image_size`` is the side of the images in pixels; ``interpolation`` is
-    the filter that images are resized with, one of ``tal_fast.config.names.INTERPOLATIONS``.
+    ``class_names`` has the name of each label; ``image_size`` is the side of the images in pixels.
     """
 
     def __init__(
@@ -72,7 +71,6 @@ class DataBundle:
         self.config = config
         self.class_names = tuple(class_names)
         self.image_size = image_size
-        self.interpolation = "bilinear"
         self._splits: dict[str, Split] = {"train": train, "train-eval": train, "val": val}
         self._ood = ood
 
@@ -85,6 +83,11 @@ class DataBundle:
     def channels(self) -> int:
         """Number of channels of the images, 1 or 3."""
         return self.config.channels
+
+    @property
+    def interpolation(self) -> str:
+        """Filter that images are resized with, one of ``tal_fast.config.names.INTERPOLATIONS``."""
+        return self.config.interpolation or "bilinear"
 
     @property
     def ood_names(self) -> tuple[str, ...]:
@@ -161,7 +164,7 @@ class DataBundle:
             training = isinstance(split, str) and split == "train"
         paths, shift = ((), config.shift) if isinstance(images, MemoryImages) else (images.paths, 0)
         augmentation = Augmentation(config.crop_area, config.crop_ratio, config.flip, shift)
-        plan = Plan(images.sizes, batch_size, rank, world_size, training, seed, config.crop_fraction, augmentation)
+        plan = Plan(images.sizes, batch_size, rank, world_size, training, seed, config.central_crop, augmentation)
         limit = config.max_unreadable
         if limit is None:
             limit = max(MIN_UNREADABLE, int(UNREADABLE_SHARE * len(images)))
