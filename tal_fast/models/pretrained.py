@@ -259,7 +259,7 @@ def _load(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
     network.load_state_dict(state, strict=False)
 
 
-def _pretrained(model: str) -> Mapping[str, Tensor]:
+def _pretrained(model: str) -> dict[str, Tensor]:
     """State dict of a network of torchvision or timm with its own weights, from its cache or downloaded."""
     if model in NETWORKS:
         raise ValueError(f"{PRETRAINED} weights are for networks of torchvision and timm, not {model}; name a file")
@@ -280,8 +280,8 @@ def _pretrained(model: str) -> Mapping[str, Tensor]:
         cache = str(Path(torch.hub.get_dir()) / "checkpoints")
     try:
         if name is not None:
-            return timm.create_model(name, pretrained=True).state_dict()
-        return published.get_state_dict(progress=False, check_hash=True, weights_only=True)
+            return dict(timm.create_model(name, pretrained=True).state_dict())
+        return dict(published.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except Exception as error:  # of many types: no network, a proxy, a damaged file in the cache
         raise ValueError(
             f"the weights of {model} are not in {cache} and cannot be downloaded ({one_line(error)[:200]}); copy that "
