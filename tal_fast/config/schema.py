@@ -156,6 +156,10 @@ class ModelConfig:
             by default random. A file may be a state dict, safetensors or a checkpoint, also of another trainer.
         weights_key: key of the weights in a checkpoint, with dots where it is nested; by default averaged weights, if
             there are any.
+        head: classifier on top of the network; ``mlp`` has a hidden layer as wide as the network's features.
+        cache_features: run the frozen network (``model.freeze backbone``) once over the training and validation images
+            without random augmentation, keep its features on disk, and train the head on them. The result is the whole
+            network.
         compile: compile the network and the loss with ``torch.compile``; by default on GPUs.
         channels_last: keep images and weights in channels-last memory order; by default on GPUs. On CPUs it makes the
             small ResNets a quarter faster, but without AVX-512, convolutions of stride 2 with fewer than 7 channels
@@ -167,6 +171,8 @@ class ModelConfig:
     width: int | None = None
     weights: str | None = None
     weights_key: str | None = None
+    head: Literal["linear", "mlp"] = "linear"
+    cache_features: bool = False
     compile: bool | None = None
     channels_last: bool | None = None
     sync_batchnorm: bool = False
@@ -346,6 +352,8 @@ class Config:
                 f"image_sizes is {[list(pair) for pair in self.image_sizes]} but must be (epoch, side) pairs, the "
                 "epochs ascending from 0, such as [[0, 160], [8, 192]]"
             )
+        if starts and self.model.cache_features:
+            raise ValueError("image_sizes needs images in training; empty it, or set model.cache_features to false")
         if self.profile is not None:
             self.profile_window()
         return self

@@ -24,7 +24,7 @@ from tal_fast.data import image_folder
 from tal_fast.data.build import FOLDER_IMAGE_SIZE, build_data
 from tal_fast.data.datasets import DataBundle
 from tal_fast.models.build import build_model, timm_name
-from tal_fast.models.features import FeatureLinear
+from tal_fast.models.features import FeatureLinear, head_path
 from tal_fast.models.registry import NETWORKS
 from tal_fast.models.weight_files import choose_state, read_content
 
@@ -152,22 +152,23 @@ def load_weights(
 def start_from(network: nn.Module, weights: Weights, class_names: Sequence[str]) -> None:
     """Load weights into a network that is to be trained further.
 
-    For other classes than those of the weights, by number or, where they are known, by name, the network's own last
-    layer stays. A first convolution of three channels is summed for images of one.
+    For other classes than those of the weights, by number or, where they are known, by name, the network's own head
+    stays. A first convolution of three channels is summed for images of one.
 
     Raises:
         ValueError: other tensors do not fit.
     """
     state = _fitted(network, weights)
-    path, layer = _last_layer(network)
-    head = state.get(f"{path}.weight")
-    theirs = len(head) if head is not None and head.ndim else 0
+    path, (last, layer) = head_path(network), _last_layer(network)
+    new = {f"{path}.{name}": value for name, value in network.get_submodule(path).state_dict().items()}
+    theirs = next(
+        (len(state[name]) for name in (f"{last}.weight", f"{path}.weight") if name in state and state[name].ndim), 0
+    )
     other = weights.class_names is not None and weights.class_names != list(class_names)
-    if other or theirs != layer.out_features:
-        about = f"is for {theirs}{' other' * other} classes" if theirs else f"has no {path}.weight"
-        logger.info("%s %s: the last layer, of %d, is new", weights.source, about, layer.out_features)
-        state = {name: value for name, value in state.items() if name.rpartition(".")[0] != path}
-        state |= {f"{path}.{name}": value for name, value in layer.state_dict().items()}
+    if other or theirs != layer.out_features or not new.keys() <= state.keys():
+        about = f"is for {theirs}{' other' * other} classes" if theirs else f"has no {last}.weight"
+        logger.info("%s %s: the head, for %d classes, is new", weights.source, about, layer.out_features)
+        state = {name: value for name, value in state.items() if not name.startswith(f"{path}.")} | new
     stem, first = next(((p, m) for p, m in network.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
     kernel = state.get(f"{stem}.weight")
     if first is not None and kernel is not None and kernel.ndim == 4 and first.in_channels == 1 < kernel.shape[1]:

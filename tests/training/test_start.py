@@ -37,7 +37,7 @@ def test_a_file_of_other_classes_gets_a_new_last_layer(tmp_path: Path, caplog: p
     path = weights_file(tmp_path)
     with caplog.at_level(logging.INFO):
         network = Trainer(start(tmp_path / "a", path)).network.state_dict()
-    assert "is for 7 classes: the last layer, of 10, is new" in caplog.text
+    assert "is for 7 classes: the head, for 10 classes, is new" in caplog.text
     theirs = torch.load(path)["state_dict"]
     assert all(torch.equal(network[name], value) for name, value in theirs.items() if not name.startswith("fc."))
     random = Trainer(start(tmp_path / "b", None)).network.state_dict()
@@ -88,7 +88,7 @@ def test_classes_of_other_names_get_a_new_last_layer(tmp_path: Path, caplog: pyt
     torch.save(content, path)
     with caplog.at_level(logging.INFO):
         network = Trainer(start(tmp_path / "second", tmp_path / "first")).network.state_dict()
-    assert "is for 10 other classes: the last layer, of 10, is new" in caplog.text
+    assert "is for 10 other classes: the head, for 10 classes, is new" in caplog.text
     assert not torch.equal(network["fc.weight"], content["model"]["fc.weight"])
 
 
