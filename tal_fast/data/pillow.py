@@ -88,15 +88,22 @@ class _BatchDataset(Dataset):
         return images, torch.from_numpy(batch.indices), unreadable
 
     def _read(self, path: str, stored: np.ndarray, box: np.ndarray, mirror: bool, size: int) -> np.ndarray:
-        top, left, height, width = (int(v) for v in box)
         with Image.open(path) as file:
             if (file.height, file.width) != tuple(stored):
                 raise ValueError(f"{path} has changed its size")
-            image = file.convert("RGB" if self._channels == 3 else "L")
-        image = image.crop((left, top, left + width, top + height)).resize((size, size), self._filter)
-        if mirror:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(image).reshape(size, size, self._channels)
+            return resized_crop(file, self._channels, box, size, self._filter, mirror)
+
+
+def resized_crop(
+    image: Image.Image, channels: int, box: np.ndarray, size: int, filter: Image.Resampling, mirror: bool = False
+) -> np.ndarray:
+    """Pixels (size, size, channels) uint8 of a box (top, left, height, width) of an image, mirrored on request."""
+    top, left, height, width = (int(v) for v in box)
+    image = image.convert("RGB" if channels == 3 else "L")
+    image = image.crop((left, top, left + width, top + height)).resize((size, size), filter)
+    if mirror:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(image).reshape(size, size, channels)
 
 
 class _BatchSampler(Sampler):
