@@ -131,6 +131,10 @@ class ModelConfig:
             ``cifar_convmixer_256_16``; ``resnet50`` is torchvision's, ``timm/deit_small_patch16_224`` timm's.
         width: width of one of the project's networks; by default that of its paper. It is the number of channels of the
             first stage, of ConvMixer's blocks, or a DenseNet's growth rate.
+        head: classifier on top of the network; ``mlp`` has a hidden layer as wide as the network's features.
+        cache_features: run the frozen network (``model.freeze backbone``) once over the training and validation images
+            without random augmentation, keep its features on disk, and train the head on them. The result is the whole
+            network.
         compile: compile the network and the loss with ``torch.compile``; by default on GPUs.
         channels_last: keep images and weights in channels-last memory order; by default on GPUs. On CPUs it makes the
             small ResNets a quarter faster, but without AVX-512, convolutions of stride 2 with fewer than 7 channels
@@ -140,6 +144,8 @@ class ModelConfig:
 
     name: str = "resnet50"
     width: int | None = None
+    head: Literal["linear", "mlp"] = "linear"
+    cache_features: bool = False
     compile: bool | None = None
     channels_last: bool | None = None
     sync_batchnorm: bool = False
@@ -317,6 +323,8 @@ class Config:
                 f"image_sizes is {[list(pair) for pair in self.image_sizes]} but must be (epoch, side) pairs, the "
                 "epochs ascending from 0, such as [[0, 160], [8, 192]]"
             )
+        if starts and self.model.cache_features:
+            raise ValueError("image_sizes needs images in training; empty it, or set model.cache_features to false")
         if self.profile is not None:
             self.profile_window()
         return self

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -21,6 +23,10 @@ Images = tuple[Tensor, Tensor, Tensor]
 
 IGNORED_LABEL = -100
 """Label of an image that could not be read: the ``ignore_index`` of cross-entropy and ``TALLoss``."""
+
+
+MAPPED_BYTES = 8 << 20
+"""Size of a batch from which it is a mapping of its own, whose pages cost 0.3 ms a MB; below, the heap reuses its blocks."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,17 @@ def prefetch(
         yield result
 
 
+def _new_batch(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Uninitialised float32 tensor; a large one on the CPU is a mapping of its own, returned to the system when freed.
+
+    glibc's malloc keeps blocks up to 32 MiB in its heap, where batches of 19 MB left 0.2 to 0.6 GB of unused holes.
+    """
+    size = 4 * math.prod(shape)
+    if device.type != "cpu" or size < MAPPED_BYTES:
+        return torch.empty(shape, device=device)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.float32).view(shape)
+
+
 class Normalizer:
     """Normalization ``(x / 255 - mean) / std`` of (B, H, W, C) uint8 to (B, C, H, W) float32.
 
@@ -193,8 +210,12 @@ class Normalizer:
         self.white = (255 * self._scale - self._offset)[:, None, None]
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        images = (pixels.float() * self._scale - self._offset).permute(0, 3, 1, 2).contiguous()
-        return images.flatten(1).view(images.shape)
+        batch, height, width, channels = pixels.shape
+        images = _new_batch((batch, channels, height, width), pixels.device)
+        images.copy_(
+            pixels.permute(0, 3, 1, 2)
+        )  # and in place from here: temporary tensors took three times the memory
+        return images.mul_(self._scale[:, None, None]).sub_(self._offset[:, None, None])
 
 
 class MemorySource:
