@@ -84,7 +84,11 @@ class Preprocessing:
         return Normalizer(ImageFormat(self.channels, self.mean, self.std, torch.device("cpu")))
 
     def check(self, images: Tensor) -> None:
-        """Raise ValueError unless images are (B, C, S, S)."""
+        """Raise ValueError unless images are (B, C, S, S) of a float type."""
+        if not images.is_floating_point():
+            raise ValueError(f"preprocessed images must be float, not {images.dtype}; give pixels as arrays")
         wanted = (self.channels, self.image_size, self.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
-            raise ValueError(f"preprocessed images must be (B, {', '.join(map(str, wanted))}), not {tuple(images.shape)}")
+            raise ValueError(
+                f"preprocessed images must be (B, {', '.join(map(str, wanted))}), not {tuple(images.shape)}"
+            )

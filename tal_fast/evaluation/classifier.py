@@ -181,7 +181,11 @@ class Classifier:
             except UnreadableImage as error:
                 return UnreadableImage(f"{path} cannot be read as an image ({error})")
         if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3)):
+            if (
+                image.dtype != np.uint8
+                or image.ndim not in (2, 3)
+                or (image.ndim == 3 and image.shape[2] not in (1, 3))
+            ):
                 raise ValueError(
                     f"an array must be (H, W), (H, W, 1) or (H, W, 3) uint8, not {image.shape} {image.dtype}"
                 )
