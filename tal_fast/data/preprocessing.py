@@ -38,10 +38,11 @@ class Preprocessing:
     interpolation: str  # filter for resizing, one of ``tal_fast.config.names.INTERPOLATIONS``
 
     @classmethod
-    def of(cls, config: DataConfig, image_size: int, interpolation: str = "bilinear") -> Preprocessing:
+    def of(cls, config: DataConfig, image_size: int) -> Preprocessing:
         """Preprocessing of a run's validation images, ``image_size`` pixels a side."""
-        fraction = 1.0 if config.dataset in IN_MEMORY else config.crop_fraction
-        return cls(image_size, config.channels, *config.normalization(), fraction, interpolation)
+        fraction = 1.0 if config.dataset in IN_MEMORY else config.central_crop
+        filter = config.interpolation or "bilinear"
+        return cls(image_size, config.channels, *config.normalization(), fraction, filter)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
@@ -77,7 +78,8 @@ class Preprocessing:
         if image.mode not in MODES:
             raise ValueError(f"an image of mode {image.mode} has no standard conversion to 8 bits; convert it to RGB")
         box = central_boxes(np.array([[image.height, image.width]], np.float64), self.crop_fraction)[0]
-        return resized_crop(image, self.channels, box, self.image_size, Image.Resampling[self.interpolation.upper()])
+        size, resampling = self.image_size, Image.Resampling[self.interpolation.upper()]
+        return np.asarray(resized_crop(image, self.channels, box, size, resampling)).reshape(size, size, self.channels)
 
     def normalizer(self) -> Normalizer:
         """Normalization of (B, S, S, C) uint8 to (B, C, S, S) float32 on the CPU."""
@@ -87,8 +89,7 @@ class Preprocessing:
         """Raise ValueError unless images are (B, C, S, S) of a float type."""
         if not images.is_floating_point():
             raise ValueError(f"preprocessed images must be float, not {images.dtype}; give pixels as arrays")
-        wanted = (self.channels, self.image_size, self.image_size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
-            raise ValueError(
-                f"preprocessed images must be (B, {', '.join(map(str, wanted))}), not {tuple(images.shape)}"
-            )
+        size = self.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (self.channels, size, size):
+            shape = f"(B, {self.channels}, {size}, {size})"
+            raise ValueError(f"preprocessed images must be {shape}, not {tuple(images.shape)}")

@@ -84,8 +84,8 @@ def _agreement(about: Any) -> list[str]:
         return []
     found = about["agreement"]
     return [
-        f"the export decides as PyTorch on {found['images'] - found['decisions_differ']} of {found['images']} validation "
-        f"images; {found['inside']} lie within {found['bound']:.2g} of the threshold, where it may differ"
+        f"the export decides as PyTorch on {found['images'] - found['decisions_differ']} of {found['images']} images; "
+        f"{found['inside']} lie within {found['bound']:.2g} of the threshold, where it may differ"
     ]
 
 

@@ -149,8 +149,9 @@ class Classifier:
             if errors and not skip_unreadable:
                 raise errors[0]
             pixels = [row for row in rows if not isinstance(row, UnreadableImage)]
-            batch = normalize(torch.from_numpy(np.stack(pixels))) if pixels else []
-            predictions = iter(self._classify(batch, top_k) if pixels else [])
+            predictions: Iterator[Prediction] = iter(())
+            if pixels:
+                predictions = iter(self._classify(normalize(torch.from_numpy(np.stack(pixels))), top_k))
             for row in rows:
                 if isinstance(row, UnreadableImage):
                     yield Prediction("", math.nan, None, (), str(row))

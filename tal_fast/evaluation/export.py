@@ -225,7 +225,7 @@ def export_run(
     about: dict[str, Any] = {
         "score": score, "run": str(run_dir), "checkpoint": run.checkpoint.stem, "epoch": run.epoch,
         "weights_sha256": weights_hash(run.model), "class_names": list(run.class_names),
-        **Preprocessing.of(run.config.data, run.image_size, run.data.interpolation).to_dict(),
+        **Preprocessing.of(run.config.data, run.image_size).to_dict(),
     }  # fmt: skip
     classifier = SelectiveClassifier(run.model.cpu(), score, -math.inf)
     graph: Graph | None = None
@@ -332,8 +332,8 @@ def agreement(
     if (differ & ~inside).any():
         raise ValueError(
             f"the exported graph decides otherwise than PyTorch for {int((differ & ~inside).sum())} of {len(differ)} "
-            f"images whose score is further than {bound:.2g} from the threshold (scores differ by up to {largest:.2g}); "
-            "export with --precision fp32"
+            f"images whose score is further than {bound:.2g} from the threshold; scores differ by up to "
+            f"{largest:.2g}: export with --precision fp32"
         )
     return {
         "images": len(differ), "bound": bound, "inside": int(inside.sum()), "decisions_differ": int(differ.sum()),

@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 def find_images(sources: Iterable[str]) -> Iterator[str]:
-    """Paths of images: files as they are, the images of folders at any depth, and glob patterns; sorted for each source.
+    """Paths of images: files as they are, images of folders at any depth, and of glob patterns; sorted for each source.
 
     Raises ValueError for a folder or pattern without images.
     """
@@ -69,9 +69,9 @@ def shift_warning(about: dict[str, Any], accepted: int, total: int) -> str | Non
     if not too_few and not too_many:
         return None
     return (
-        f"{accepted / total:.1%} of {total:,} images are accepted, and {low:.1%} to {high:.1%} were at calibration: these "
-        f"images are not like the validation images, and the bound of {about['risk']:.2%} on the error rate does not "
-        "hold for them; calibrate on labelled images like these"
+        f"{accepted / total:.1%} of {total:,} images are accepted, and {low:.1%} to {high:.1%} were at calibration: "
+        f"these images are not like the validation images, and the bound of {about['risk']:.2%} on the error rate does "
+        "not hold for them; calibrate on labelled images like these"
     )
 
 

@@ -110,9 +110,9 @@ def test_an_onnx_graph_accepts_by_its_own_scores(score: str, tmp_path: Path) -> 
 def test_decisions_may_differ_within_the_bound_alone() -> None:
     reference = np.array([0.1, 0.5, 0.50005, 0.9])
     found = agreement(
-        np.array([0, 1, 1, 2]), reference + [0, 0, -6e-5, 0], np.array([0, 1, 2, 2]), reference, 0.5, 1e-4
+        np.array([0, 1, 1, 2]), reference - np.array([0, 0, 6e-5, 0]), np.array([0, 1, 2, 2]), reference, 0.5, 1e-4
     )
     assert (found["images"], found["inside"], found["decisions_differ"], found["classes_differ"]) == (4, 2, 1, 1)
     assert found["largest_difference"] == pytest.approx(6e-5)
     with pytest.raises(ValueError, match=r"for 1 of 4 images whose score is further than 0\.0001"):
-        agreement(*[np.zeros(4, int), reference - [0, 0, 0, 0.5], np.zeros(4, int), reference], 0.5, 1e-4)
+        agreement(*[np.zeros(4, int), reference - np.array([0, 0, 0, 0.5]), np.zeros(4, int), reference], 0.5, 1e-4)

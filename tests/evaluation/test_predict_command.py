@@ -23,7 +23,7 @@ from tests.helpers.evaluation import make_run
 from tests.helpers.images import cut_short, make_folder, picture
 
 CLASSES = ("cat", "dog", "emu")
-CALIBRATE = "--risk 0.85 --confidence 0.5 --calibration-share 1 --device cpu".split()
+CALIBRATE = ["--risk", "0.85", "--confidence", "0.5", "--calibration-share", "1", "--device", "cpu"]
 """Accepts some of the predictions of an untrained network, a third of which are right."""
 
 
@@ -139,7 +139,10 @@ def test_mistakes_are_one_sentence(
 
 def test_help_needs_no_torch() -> None:
     for command in ("predict", "export"):
-        code = f"import sys, atexit, tal_fast.{command} as c; atexit.register(lambda: print('torch' in sys.modules)); c.main()"
+        code = (
+            f"import sys, atexit, tal_fast.{command} as c\n"
+            "atexit.register(lambda: print('torch' in sys.modules)); c.main()"
+        )
         done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=300)
         assert done.stdout.endswith("False\n"), done.stderr
 
