@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -89,6 +91,49 @@ def _trial_batches(model: nn.Module) -> list[Tensor]:
     if isinstance(settings, dict) and settings.get("input_size"):
         shapes.append(settings["input_size"])
     return [torch.zeros(2, *shape) for shape in shapes]
+
+
+class TwoLayerHead(nn.Sequential):
+    """Classifier of two layers: Linear (D, D), ReLU, and a ``FeatureLinear`` (D, C)."""
+
+
+class _Inputs(nn.Module):
+    """Stand-in for a head: no logits, and the head's input as features."""
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        return input[:, :0], input
+
+
+def head_path(model: nn.Module) -> str:
+    """Name of the head in a model from ``expose_features``: its ``FeatureLinear`` or the ``TwoLayerHead`` around it."""
+    path = [path for path, module in model.named_modules() if isinstance(module, FeatureLinear)][-1]
+    parent = path.rpartition(".")[0]
+    return parent if isinstance(model.get_submodule(parent), TwoLayerHead) else path
+
+
+def add_hidden_layer(model: nn.Module) -> None:
+    """Replace the head of a model from ``expose_features`` by a ``TwoLayerHead`` with new weights, in place."""
+    path = head_path(model)
+    last: Any = model.get_submodule(path)
+    hidden = nn.Linear(last.in_features, last.in_features)
+    _replace(model, path, TwoLayerHead(hidden, nn.ReLU(), FeatureLinear(last.in_features, last.out_features)))
+
+
+@contextlib.contextmanager
+def without_head(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, returning no logits (B, 0) and its head's input (B, D); the head is put back at the end."""
+    path = head_path(model)
+    head = model.get_submodule(path)
+    _replace(model, path, _Inputs())
+    try:
+        yield model
+    finally:
+        _replace(model, path, head)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def keep_classes(model: nn.Module, num_classes: int) -> None:
