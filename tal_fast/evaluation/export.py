@@ -23,7 +23,7 @@ from tal_fast.data.datasets import DataBundle
 from tal_fast.data.preprocessing import Preprocessing
 from tal_fast.evaluation.selective import FORMAT, calibrate
 from tal_fast.runs.load import load_run
-from tal_fast.runs.predictions import CACHE, Inference, PassOptions, weights_hash
+from tal_fast.runs.predictions import CACHE, PassOptions, weights_hash
 from tal_fast.scores.logits import SCORES
 from tal_fast.utils.arrays import Floats, Ints
 from tal_fast.utils.distributed import Ranks
@@ -219,7 +219,7 @@ def export_run(
     run = load_run(run_dir, checkpoint=checkpoint, device=device)
     score = check_score(score or run.score)
     passes = PassOptions(batch_size, ranks=Ranks(0, 1, torch.device(device)))
-    outputs = Inference(run.model, run.data, Path(run_dir) / CACHE / run.checkpoint.stem, passes).store("val").load()
+    outputs = run.inference(Path(run_dir) / CACHE / run.checkpoint.stem, passes).store("val").load()
     prediction: Ints = outputs.logits.argmax(1).astype(np.int64)
     confidence: Floats = SCORES[score](outputs.logits)
     about: dict[str, Any] = {
