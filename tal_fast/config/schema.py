@@ -369,6 +369,7 @@ class Config:
             bfloat16 on GPUs that have it, float16 with a gradient scaler on older ones, float32 on the CPU.
         cuda_graphs: replay forward, backward and update as one CUDA graph, on one GPU and not with float16.
         checkpoint_every_steps: save within an epoch too, after every so many steps.
+        validate_every: epochs from one validation to the next; the last epoch is always validated.
         keep_every_epochs: keep the checkpoint of every so many epochs beside the last two and the best.
         logger: where numbers are logged beside metrics.csv; under torchrun, spell the option ``--logger``.
         log_every_steps: number of steps between two readings of the loss for the logs.
@@ -396,6 +397,7 @@ class Config:
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     cuda_graphs: bool = False
     checkpoint_every_steps: int | None = None
+    validate_every: int = 1
     keep_every_epochs: int | None = None
     logger: Literal["none", "tensorboard", "wandb", "all"] = "tensorboard"
     log_every_steps: int = 50
@@ -412,7 +414,7 @@ class Config:
             section.check()
         for name in (
             "epochs", "batch_size", "eval_batch_size", "threads", "checkpoint_every_steps", "keep_every_epochs",
-            "log_every_steps",
+            "log_every_steps", "validate_every",
         ):  # fmt: skip
             check_at_least(name, getattr(self, name), 1)
         check_at_least("seed", self.seed, 0)

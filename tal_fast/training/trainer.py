@@ -40,7 +40,7 @@ from tal_fast.training.runtime import Runtime
 from tal_fast.training.saving import Saver, TrainingFailed
 from tal_fast.training.state import build_state, conditions, data_shape
 from tal_fast.training.train_step import TrainStep, Update, check_parts
-from tal_fast.training.validation import Validator
+from tal_fast.training.validation import NOT_VALIDATED, Validator
 from tal_fast.training.weight_averaging import STATISTICS_IMAGES
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.environment import code_digest
@@ -196,7 +196,9 @@ class Trainer:
                     started = time.perf_counter()
                     training, histograms = self._train_epoch(epoch)
                     self._update_average(epoch)
-                    validation = self._validator.validate(state.averaged or self.network, self._saver.guard)
+                    validation = NOT_VALIDATED
+                    if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
+                        validation = self._validator.validate(state.averaged or self.network, self._saver.guard)
                     self._report_unreadable()
                     row = epoch_row(state.epoch, training, validation)
                     self._finish_epoch(row, histograms)
@@ -312,7 +314,8 @@ class Trainer:
                 logger.warning("%s could not be written (%s)", METRICS_FILE, error)
         if self._loggers:
             self._loggers.histograms(histograms, self._steps_done)
-            self._loggers.scalars({f"epoch/{k}": v for k, v in row.items() if k != "epoch"}, self._steps_done)
+            measured = {f"epoch/{k}": v for k, v in row.items() if k != "epoch" and not math.isnan(v)}
+            self._loggers.scalars(measured, self._steps_done)
         self.save(best)
 
     @property
