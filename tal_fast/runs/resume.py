@@ -22,8 +22,8 @@ from tal_fast.utils.locks import FolderLock
 logger = logging.getLogger(__name__)
 
 SAME_BITS = frozenset({
-    "output", "resume", "allow", "extend", "progress", "checkpoint_every_steps", "keep_every_epochs", "logger",
-    "log_every_steps", "profile", "data.root", "data.ood", "data.workers", "data.max_unreadable",
+    "output", "resume", "allow", "extend", "progress", "checkpoint_every_steps", "keep_every_epochs", "validate_every",
+    "logger", "log_every_steps", "profile", "data.root", "data.ood", "data.workers", "data.max_unreadable",
     "data.timeout", "rank_timeout",
 })  # fmt: skip
 """Options that a resumed run may change without changing what it computes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,8 +56,9 @@ class TrainingState:
         self.history.append(row)
         average = self.average
         # Networks from before the first average do not count: the method stands for averaged weights.
-        first_average = average is not None and average.in_use(self.epoch) and not average.in_use(self.epoch - 1)
-        better = first_average or row["val_accuracy"] > self.best["val_accuracy"]
+        best_epoch, accuracy = int(self.best["epoch"]), row["val_accuracy"]  # NaN if it was not validated
+        first_average = average is not None and average.in_use(self.epoch) and not average.in_use(best_epoch)
+        better = accuracy > self.best["val_accuracy"] or (first_average and not math.isnan(accuracy))
         if better:
             self.best = {"epoch": row["epoch"], "val_accuracy": row["val_accuracy"]}
         return better
