@@ -300,6 +300,51 @@ class MethodConfig:
 
 
 @dataclass
+class MixConfig:
+    """Mixing of the images of a batch with one another.
+
+    Attributes:
+        mixup: parameter α of mixup, whose images are λ x + (1 - λ) x' with one λ ~ Beta(α, α) a batch; 0 for none.
+        cutmix: parameter α of CutMix, which replaces a rectangle of the share 1 - λ by another image; 0 for none.
+        switch_prob: share of the batches that CutMix takes where mixup is on too.
+        prob: share of the batches that are mixed at all.
+        weight: weight of the mixed images' loss beside that of the clean ones, as in RegMixup; a step then has twice
+            the images. By default the mixed images take the place of the clean ones.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    switch_prob: float = 0.5
+    prob: float = 1.0
+    weight: float | None = None
+
+    @property
+    def on(self) -> bool:
+        """Whether images are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def check(self) -> None:
+        """Raise ValueError for a value outside its range."""
+        for name in ("mixup", "cutmix"):
+            check_at_least(f"mix.{name}", getattr(self, name), 0)
+        if not 0 <= self.switch_prob <= 1:
+            raise ValueError(f"mix.switch_prob is {self.switch_prob} but must be in [0, 1]")
+        if not 0 < self.prob <= 1:
+            raise ValueError(f"mix.prob is {self.prob} but must be in (0, 1]")
+        check_positive("mix.weight", self.weight, ", or null for mixed images in place of the clean ones")
+        if self.weight is not None and not self.on:
+            raise ValueError(
+                f"mix.weight is {self.weight} but no images are mixed; set mix.mixup or mix.cutmix, or mix.weight to "
+                "null"
+            )
+
+    def summary(self) -> str:
+        """Kind of mixing in a few words."""
+        parts = [f"{name} (alpha {a:g})" for name, a in (("mixup", self.mixup), ("CutMix", self.cutmix)) if a]
+        return " or ".join(parts) + ("" if self.prob == 1 else f" of {self.prob:.0%} of the batches")
+
+
+@dataclass
 class Config:
     """Run.
 
@@ -336,6 +381,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
     output: str = "runs/latest"
     resume: str = "never"
     allow: list[str] = field(default_factory=list)
@@ -364,7 +410,7 @@ class Config:
     def check(self) -> Config:
         """Raise ValueError for a value outside its range; returns the configuration itself."""
         read(Config, self.to_dict(), "")  # types and finite numbers, for a configuration that was made in Python
-        for section in (self.data, self.model, self.optim, self.method):
+        for section in (self.data, self.model, self.optim, self.method, self.mix):
             section.check()
         for name in (
             "epochs", "batch_size", "eval_batch_size", "threads", "checkpoint_every_steps", "keep_every_epochs",
@@ -387,9 +433,9 @@ class Config:
             )
         if starts and self.model.cache_features:
             raise ValueError("image_sizes needs images in training; empty it, or set model.cache_features to false")
-        if self.model.cache_features and (self.data.changes_pixels or self.data.erase):
+        if self.model.cache_features and (self.data.changes_pixels or self.data.erase or self.mix.on):
             raise ValueError(
-                "data.augment, data.color_jitter and data.erase need images in training; leave them out, or set "
+                "data.augment, data.color_jitter, data.erase and mix need images in training; leave them out, or set "
                 "model.cache_features to false"
             )
         if self.profile is not None:

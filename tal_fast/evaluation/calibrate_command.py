@@ -48,7 +48,7 @@ def calibrate_run(
 
     from tal_fast.evaluation.export import PROGRAM, STATE, SelectiveClassifier, export
     from tal_fast.runs.load import load_run
-    from tal_fast.runs.predictions import CACHE, Inference, PassOptions, weights_hash
+    from tal_fast.runs.predictions import CACHE, PassOptions, weights_hash
     from tal_fast.utils.distributed import Ranks
 
     folder = Path(run_dir) / "calibrated" if output is None else Path(output)
@@ -57,7 +57,7 @@ def calibrate_run(
     score = _check_score(score or run.score)
     cache = Path(run_dir) / CACHE / run.checkpoint.stem
     passes = PassOptions(batch_size, ranks=Ranks(0, 1, torch.device(device)))
-    outputs = Inference(run.model, run.data, cache, passes).store("val").load()
+    outputs = run.inference(cache, passes).store("val").load()
     chosen, about = calibrate(SCORES[score](outputs.logits), outputs.correct, **options)
     data = run.config.data
     mean, std = data.normalization()

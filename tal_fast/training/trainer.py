@@ -32,6 +32,7 @@ from tal_fast.training import loggers
 from tal_fast.training.batches import TrainingBatches
 from tal_fast.training.epoch_stats import Histogram, percentile_columns
 from tal_fast.training.feature_cache import FeatureBundle
+from tal_fast.training.mixing import check_images
 from tal_fast.training.optim import learning_rate
 from tal_fast.training.profiler import Profiler
 from tal_fast.training.progress import Progress, epoch_line, memory_in_use, shows_bar
@@ -106,6 +107,7 @@ class Trainer:
         seed_all(config.seed)  # the same initial weights on all ranks
         self.state = build_state(config, self.data, self.runtime, weights)
         self.network, self.method = self.state.network, self.state.method
+        check_images(config, self.method)
         batch_size = config.batch_size // self.ranks.world_size
         check_parts(self.network, batch_size // config.optim.accumulate)
         images = FeatureBundle(self.data, self.method) if config.model.cache_features else self.data
@@ -125,7 +127,7 @@ class Trainer:
         if isinstance(images, FeatureBundle):
             images.compute(self.state.whole or self.network, config, self.runtime, self.ranks, self._stop)
 
-        step = TrainStep(self.network, self.method, self.runtime)
+        step = TrainStep(self.network, self.method, self.runtime, config.mix)
         if self.runtime.compile:
             step.compile()  # in place and before DDP: the keys of the network's state stay the same
         self.model: nn.Module = step
@@ -178,6 +180,12 @@ class Trainer:
             f"{'' if state.whole is None else ' in the head'}; {self.ranks.world_size} x "
             f"{self.ranks.device.type}, {self.runtime.summary()}, loader {self.data.loader_name}"
         )
+        if config.mix.on:
+            beside = "in place of the images"
+            if config.mix.weight is not None:
+                beside = f"beside the images, weight {config.mix.weight:g}: {2 * config.batch_size} images a step, not "
+                beside += f"{config.batch_size}"
+            self._info(f"{config.mix.summary()} {beside}")
         if self.ranks.is_main:
             self._loggers = loggers.Loggers(config, self.output, self._steps_done)
         problem = None
