@@ -119,7 +119,7 @@ class Bench:
         """Name and microseconds of each Triton launch of a call, in order, each replayed by itself."""
         launches = [kernels_launched(call) for call in calls]
         return [
-            (same[0].kernel.fn.__name__, 1e3 * self.time([launch.run for launch in same])["p20_ms"])
+            (same[0].kernel.fn.__name__, 1e3 * self.time([partial(e.run, *e.tensors) for e in same])["p20_ms"])
             for same in zip(*launches, strict=True)
         ]
 

@@ -125,6 +125,13 @@ def step_in_parts(
         mean, std, distance, summary, tickets = backend.statistics_distance(
             features, labels, ring, options.ignore_index, class_weight if class_group is None else None
         )
+        inputs = LossInputs(logits, labels, distance, summary, tickets, options, warmup, class_weight)
+        if class_group is None:
+            # Plain PyTorch has no summary yet, and needs one for other ranks only.
+            if (summary is not None and inputs.needs_sums) or (summary is None and combine is not None):
+                inputs.summary = backend.complete_summary(inputs)
+            if combine is not None:
+                inputs.summary = combine(inputs.summary)
     gradient: Tensor | None = None
     if class_group is not None:
         need_grad = direct or wants_gradient(logits)
@@ -134,16 +141,7 @@ def step_in_parts(
         )  # fmt: skip
         if need_grad and not direct:
             loss = attach_gradient(logits, loss, gradient, labels, options.ignore_index)
-        return StepResult(loss, gradient, stats, mean, std)
-
-    inputs = LossInputs(logits, labels, distance, summary, tickets, options, warmup, class_weight)
-    with torch.no_grad():
-        # Plain PyTorch has no summary yet, and needs one for other ranks only.
-        if (summary is not None and inputs.needs_sums) or (summary is None and combine is not None):
-            inputs.summary = backend.complete_summary(inputs)
-        if combine is not None:
-            inputs.summary = combine(inputs.summary)
-    if direct:
+    elif direct:
         loss, gradient, stats = backend.loss_and_gradient(inputs)
     else:
         loss, stats = backend.loss(inputs)

@@ -279,13 +279,12 @@ class TALLoss(nn.Module):
             ring, self.options, backend=backend, warmup=warmup, class_weight=self.class_weight, combine=combine
         )
         if push and self.training:
-            with torch.no_grad():
-                entries = result.mean, result.std, result.stats.accepted
-                if combine is None:
-                    backend.push(ring, *entries)
-                else:  # the entries travel during the backward pass, since only the next step needs them
-                    wait = collectives.gather_entries(*entries, group)
-                    self.queue.push_later(lambda: backend.push(ring, *wait()))
+            entries = result.mean, result.std, result.stats.accepted  # without a graph
+            if combine is None:
+                backend.push(ring, *entries)
+            else:  # the entries travel during the backward pass, since only the next step needs them
+                wait = collectives.gather_entries(*entries, group)
+                self.queue.push_later(lambda: backend.push(ring, *wait()))
         return result
 
     def _check(self, logits: Tensor, features: Tensor, labels: Tensor) -> None:
