@@ -79,7 +79,7 @@ def tal_loss(
     check_inputs(logits, features, labels, ignore_index, class_group is not None, class_weight)
     result = step_in_parts(
         logits, features, labels, RingBuffer.of_entries(queue_mean, queue_std, logits.device), options,
-        backend=dispatch.for_loss(dispatch.check_name(backend), logits.device),
+        backend=dispatch.for_device(dispatch.check_name(backend), logits.device),
         warmup=warmup, class_weight=class_weight, class_group=class_group, combine=None, direct=False,
     )  # fmt: skip
     return result.loss, result.stats

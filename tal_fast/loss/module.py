@@ -271,7 +271,7 @@ class TALLoss(nn.Module):
         """A step of ``rows`` rows between what precedes it and the push after it."""
         self.queue.flush()
         ring, group = self.queue.ring, self.process_group
-        backend = dispatch.for_loss(self.backend, device)
+        backend = dispatch.for_device(self.backend, device)
         combine = None
         if self._acts_as_one():
             combine = partial(collectives.combine_summaries, rows=rows, group=group)
