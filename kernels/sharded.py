@@ -183,7 +183,8 @@ def gradient(logits: Tensor, label_column: Tensor, valid: Tensor, terms: Tensor)
 
 
 def _run(kernel: Any, logits: Tensor, others: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    if len(logits):
-        launch = plan_rows(kernel, *logits.shape, logits.stride(), logits.dtype == torch.float64)
+    rows, classes = logits.shape
+    if rows:
+        launch = plan_rows(kernel, rows, classes, logits.stride(), logits.dtype == torch.float64)
         launch.run(logits, *[t.contiguous() for t in others], out)
     return out
