@@ -7,6 +7,7 @@ reads both, those of version 0.1.0 too. The first sentence about each attribute 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,9 @@ OWN_OF_A_RANK = frozenset({
     "method.options.outliers",
 })  # fmt: skip
 """Options that the ranks of one run may differ in: folders and resources of their machines."""
+
+PREPROCESSING = ("image_size", "mean", "std", "crop_fraction", "interpolation")
+"""Options of the data that follow the weights a run starts from, where they are not given."""
 
 TRAINING_IMAGES = "training_images"
 """Name by which ``Config.allow`` allows other training images."""
@@ -48,15 +52,32 @@ class DataConfig:
         loader: decoder of image files; ``auto`` takes DALI if it is installed.
         workers: decoding threads (DALI) or processes (torch) of each rank; 0 decodes in the training process (torch).
         timeout: seconds to wait for a step of the decoding threads or processes before training ends with a sentence.
-        image_size: side of the square images in pixels; by default 224 for a folder, else the data set's own.
+        image_size: side of the square images in pixels; by default that of ``model.weights``, else 224 for a folder and
+            the data set's own for others.
         channels: 3 for RGB, 1 for grayscale; images are converted.
-        mean: mean of each channel, for pixel values in [0, 1]; by default CIFAR's for CIFAR, else ImageNet's.
+        mean: mean of each channel, for pixel values in [0, 1]; by default that of ``model.weights``, else CIFAR's for
+            CIFAR and ImageNet's for others.
         std: standard deviation of each channel, like the mean.
-        crop_fraction: central share of the shorter side that validation images are cropped to.
+        crop_fraction: central share of the shorter side that validation images are cropped to; by default that of
+            ``model.weights``, else 0.875.
+        interpolation: antialiased filter that images are resized with; by default that of ``model.weights``, else
+            bilinear.
         crop_area: range of the area that training crops take, as shares of the image; null crops as in validation.
         crop_ratio: range of the width-to-height ratio of training crops.
         flip: mirror each training image with probability 1/2.
         shift: largest random shift of in-memory training images in pixels, padded with zeros.
+        augment: random operations on the pixels of training images. ``randaugment`` is timm's
+            ``rand-mM-mstdS-inc1``, which DeiT uses: two of 15 operations, each with probability 1/2;
+            ``trivialaugment`` is torchvision's TrivialAugmentWide: one of 14 operations at any strength.
+        augment_magnitude: strength M of randaugment, in [0, 10]; torchvision counts to 30.
+        augment_std: standard deviation S of randaugment's strength between images.
+        color_jitter: largest relative changes of brightness, contrast and saturation, and of hue as a share of the
+            colour circle, such as 0.4, 0.4, 0.4, 0.1, in random order; null for none.
+        erase: probability that a rectangle of 2 to 33% of a training image is replaced by noise (random erasing).
+        sampling: ``shuffle`` reads each training image once an epoch, ``balanced`` draws as many with replacement, all
+            classes equally often.
+        repeats: readings of each training image in one batch, each augmented anew (repeated augmentation). An epoch
+            keeps its length and has fewer different images.
         holdout: number of training images to validate on instead of the validation images. They are a fixed random
             choice that is not trained on, for choosing hyper-parameters.
         train_limit: number of training images to use, a fixed random choice; by default all.
@@ -76,15 +97,34 @@ class DataConfig:
     channels: Literal[1, 3] = 3
     mean: list[float] | None = None
     std: list[float] | None = None
-    crop_fraction: float = 0.875
+    crop_fraction: float | None = None
+    interpolation: Literal["bilinear", "bicubic"] | None = None
     crop_area: tuple[float, float] | None = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
     shift: int = 0
+    augment: Literal["none", "randaugment", "trivialaugment"] = "none"
+    augment_magnitude: float = 9.0
+    augment_std: float = 0.5
+    color_jitter: tuple[float, float, float, float] | None = None
+    erase: float = 0.0
+    sampling: Literal["shuffle", "balanced"] = "shuffle"
+    repeats: int = 1
     holdout: int | None = None
     train_limit: int | None = None
     synthetic_images: int = 2000
     synthetic_classes: int = 10
+
+    def follow(self, values: Mapping[str, Any]) -> None:
+        """Set the options of ``PREPROCESSING`` that are not given to other values."""
+        for name in PREPROCESSING:
+            if getattr(self, name) is None:
+                setattr(self, name, values.get(name))
+
+    @property
+    def central_crop(self) -> float:
+        """Central share of the shorter side that validation images are cropped to."""
+        return 0.875 if self.crop_fraction is None else self.crop_fraction
 
     def normalization(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel, for pixel values in [0, 1]."""
@@ -97,6 +137,11 @@ class DataConfig:
             return list(mean), list(std)
         return [sum(mean) / 3], [sum(std) / 3]
 
+    @property
+    def changes_pixels(self) -> bool:
+        """Whether training images are changed by operations of the torch loader alone."""
+        return self.augment != "none" or self.color_jitter is not None
+
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
         if (self.mean is None) != (self.std is None):
@@ -108,16 +153,23 @@ class DataConfig:
             raise ValueError(f"data.std is {self.std} but must be above 0")
         limits = {
             "workers": 0, "timeout": 1, "shift": 0, "image_size": 1, "holdout": 1, "train_limit": 1,
-            "max_unreadable": 0, "synthetic_images": 2, "synthetic_classes": 2,
+            "max_unreadable": 0, "synthetic_images": 2, "synthetic_classes": 2, "augment_std": 0, "repeats": 1,
         }  # fmt: skip
         for name, limit in limits.items():
             check_at_least(f"data.{name}", getattr(self, name), limit)
-        if not 0 < self.crop_fraction <= 1:
+        if not 0 < self.central_crop <= 1:
             raise ValueError(f"data.crop_fraction is {self.crop_fraction} but must be in (0, 1]")
         if self.crop_area is not None and not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
             raise ValueError(f"data.crop_area is {list(self.crop_area)} but must be 0 < smallest <= largest <= 1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(f"data.crop_ratio is {list(self.crop_ratio)} but must be 0 < smallest <= largest")
+        for name, largest in {"augment_magnitude": 10, "erase": 1}.items():
+            if not 0 <= getattr(self, name) <= largest:
+                raise ValueError(f"data.{name} is {getattr(self, name)} but must be in [0, {largest}]")
+        if self.color_jitter is not None and not (min(self.color_jitter) >= 0 and self.color_jitter[3] <= 0.5):
+            raise ValueError(
+                f"data.color_jitter is {list(self.color_jitter)} but must be at least 0, and the last, hue, at most 0.5"
+            )
 
 
 @dataclass
@@ -131,6 +183,14 @@ class ModelConfig:
             ``cifar_convmixer_256_16``; ``resnet50`` is torchvision's, ``timm/deit_small_patch16_224`` timm's.
         width: width of one of the project's networks; by default that of its paper. It is the number of channels of the
             first stage, of ConvMixer's blocks, or a DenseNet's growth rate.
+        weights: weights to start from, ``pretrained`` for torchvision's or timm's own, a file, or the folder of a run;
+            by default random. A file may be a state dict, safetensors or a checkpoint, also of another trainer.
+        weights_key: key of the weights in a checkpoint, with dots where it is nested; by default averaged weights, if
+            there are any.
+        head: classifier on top of the network; ``mlp`` has a hidden layer as wide as the network's features.
+        cache_features: run the frozen network (``model.freeze backbone``) once over the training and validation images
+            without random augmentation, keep its features on disk, and train the head on them. The result is the whole
+            network.
         compile: compile the network and the loss with ``torch.compile``; by default on GPUs.
         channels_last: keep images and weights in channels-last memory order; by default on GPUs. On CPUs it makes the
             small ResNets a quarter faster, but without AVX-512, convolutions of stride 2 with fewer than 7 channels
@@ -140,6 +200,10 @@ class ModelConfig:
 
     name: str = "resnet50"
     width: int | None = None
+    weights: str | None = None
+    weights_key: str | None = None
+    head: Literal["linear", "mlp"] = "linear"
+    cache_features: bool = False
     compile: bool | None = None
     channels_last: bool | None = None
     sync_batchnorm: bool = False
@@ -147,6 +211,8 @@ class ModelConfig:
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
         check_at_least("model.width", self.width, 1)
+        if self.weights_key is not None and self.weights is None:
+            raise ValueError(f"model.weights_key is {self.weights_key!r} but there is no file; set model.weights too")
 
 
 @dataclass
@@ -234,6 +300,51 @@ class MethodConfig:
 
 
 @dataclass
+class MixConfig:
+    """Mixing of the images of a batch with one another.
+
+    Attributes:
+        mixup: parameter α of mixup, whose images are λ x + (1 - λ) x' with one λ ~ Beta(α, α) a batch; 0 for none.
+        cutmix: parameter α of CutMix, which replaces a rectangle of the share 1 - λ by another image; 0 for none.
+        switch_prob: share of the batches that CutMix takes where mixup is on too.
+        prob: share of the batches that are mixed at all.
+        weight: weight of the mixed images' loss beside that of the clean ones, as in RegMixup; a step then has twice
+            the images. By default the mixed images take the place of the clean ones.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    switch_prob: float = 0.5
+    prob: float = 1.0
+    weight: float | None = None
+
+    @property
+    def on(self) -> bool:
+        """Whether images are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def check(self) -> None:
+        """Raise ValueError for a value outside its range."""
+        for name in ("mixup", "cutmix"):
+            check_at_least(f"mix.{name}", getattr(self, name), 0)
+        if not 0 <= self.switch_prob <= 1:
+            raise ValueError(f"mix.switch_prob is {self.switch_prob} but must be in [0, 1]")
+        if not 0 < self.prob <= 1:
+            raise ValueError(f"mix.prob is {self.prob} but must be in (0, 1]")
+        check_positive("mix.weight", self.weight, ", or null for mixed images in place of the clean ones")
+        if self.weight is not None and not self.on:
+            raise ValueError(
+                f"mix.weight is {self.weight} but no images are mixed; set mix.mixup or mix.cutmix, or mix.weight to "
+                "null"
+            )
+
+    def summary(self) -> str:
+        """Kind of mixing in a few words."""
+        parts = [f"{name} (alpha {a:g})" for name, a in (("mixup", self.mixup), ("CutMix", self.cutmix)) if a]
+        return " or ".join(parts) + ("" if self.prob == 1 else f" of {self.prob:.0%} of the batches")
+
+
+@dataclass
 class Config:
     """Run.
 
@@ -258,6 +369,7 @@ class Config:
             bfloat16 on GPUs that have it, float16 with a gradient scaler on older ones, float32 on the CPU.
         cuda_graphs: replay forward, backward and update as one CUDA graph, on one GPU and not with float16.
         checkpoint_every_steps: save within an epoch too, after every so many steps.
+        validate_every: epochs from one validation to the next; the last epoch is always validated.
         keep_every_epochs: keep the checkpoint of every so many epochs beside the last two and the best.
         logger: where numbers are logged beside metrics.csv; under torchrun, spell the option ``--logger``.
         log_every_steps: number of steps between two readings of the loss for the logs.
@@ -269,6 +381,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
     output: str = "runs/latest"
     resume: str = "never"
     allow: list[str] = field(default_factory=list)
@@ -284,6 +397,7 @@ class Config:
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     cuda_graphs: bool = False
     checkpoint_every_steps: int | None = None
+    validate_every: int = 1
     keep_every_epochs: int | None = None
     logger: Literal["none", "tensorboard", "wandb", "all"] = "tensorboard"
     log_every_steps: int = 50
@@ -296,11 +410,11 @@ class Config:
     def check(self) -> Config:
         """Raise ValueError for a value outside its range; returns the configuration itself."""
         read(Config, self.to_dict(), "")  # types and finite numbers, for a configuration that was made in Python
-        for section in (self.data, self.model, self.optim, self.method):
+        for section in (self.data, self.model, self.optim, self.method, self.mix):
             section.check()
         for name in (
             "epochs", "batch_size", "eval_batch_size", "threads", "checkpoint_every_steps", "keep_every_epochs",
-            "log_every_steps",
+            "log_every_steps", "validate_every",
         ):  # fmt: skip
             check_at_least(name, getattr(self, name), 1)
         check_at_least("seed", self.seed, 0)
@@ -316,6 +430,13 @@ class Config:
             raise ValueError(
                 f"image_sizes is {[list(pair) for pair in self.image_sizes]} but must be (epoch, side) pairs, the "
                 "epochs ascending from 0, such as [[0, 160], [8, 192]]"
+            )
+        if starts and self.model.cache_features:
+            raise ValueError("image_sizes needs images in training; empty it, or set model.cache_features to false")
+        if self.model.cache_features and (self.data.changes_pixels or self.data.erase or self.mix.on):
+            raise ValueError(
+                "data.augment, data.color_jitter, data.erase and mix need images in training; leave them out, or set "
+                "model.cache_features to false"
             )
         if self.profile is not None:
             self.profile_window()

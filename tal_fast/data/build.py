@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,11 @@ def build_data(config: DataConfig) -> DataBundle:
         raise ValueError(
             "data.loader is 'dali' but DALI cannot be imported; install nvidia-dali-cuda130 or set data.loader to torch"
         )
+    if config.loader == "dali" and config.changes_pixels:
+        raise ValueError(
+            "data.loader is 'dali' but data.augment and data.color_jitter work in the torch loader alone; set "
+            "data.loader to torch, or data.augment to none and data.color_jitter to null"
+        )
     if config.file_list is not None and config.dataset != "folder":
         raise ValueError(f"data.file_list is for data.dataset folder, not {config.dataset}; set it to null")
     if config.crop_area is not None and config.dataset not in ("folder", "digits"):
@@ -48,6 +54,8 @@ def build_data(config: DataConfig) -> DataBundle:
         "synthetic": _synthetic,
     }
     bundle = make[config.dataset](config)
+    if config.changes_pixels and config.loader == "auto" and bundle.loader_name == "torch" and dali.available():
+        image_folder.say("data.augment and data.color_jitter work in the torch loader, which is taken", logging.INFO)
     train = bundle.split("train")
     if config.holdout is not None:
         if config.holdout >= len(train):

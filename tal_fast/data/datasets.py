@@ -6,12 +6,15 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 
 from tal_fast.config.schema import DataConfig
 from tal_fast.data import dali
+from tal_fast.data.augment import PixelAugmentation
+from tal_fast.data.erasing import Eraser
 from tal_fast.data.image_folder import OOD_LABEL, ImageFiles
 from tal_fast.data.loader import ImageFormat, Loader, MemorySource, Source
 from tal_fast.data.pillow import TorchSource
@@ -56,8 +59,7 @@ Split = ImageFiles | MemoryImages
 class DataBundle:
     """All splits of a data set, made by ``build_data``.
 
-    ``class_names`` has the name of each label; ``image_size`` is the side of the images in pixels; ``interpolation`` is
-    the filter that images are resized with, one of ``tal_fast.config.names.INTERPOLATIONS``.
+    ``class_names`` has the name of each label; ``image_size`` is the side of the images in pixels.
     """
 
     def __init__(
@@ -72,7 +74,6 @@ class DataBundle:
         self.config = config
         self.class_names = tuple(class_names)
         self.image_size = image_size
-        self.interpolation = "bilinear"
         self._splits: dict[str, Split] = {"train": train, "train-eval": train, "val": val}
         self._ood = ood
 
@@ -87,6 +88,11 @@ class DataBundle:
         return self.config.channels
 
     @property
+    def interpolation(self) -> str:
+        """Filter that images are resized with, one of ``tal_fast.config.names.INTERPOLATIONS``."""
+        return self.config.interpolation or "bilinear"
+
+    @property
     def ood_names(self) -> tuple[str, ...]:
         """Names of the out-of-distribution sets, which are splits for ``loader``."""
         return tuple(self._ood)
@@ -97,7 +103,7 @@ class DataBundle:
         if isinstance(self._splits["train"], MemoryImages):
             return "memory"
         if self.config.loader == "auto":
-            return "dali" if dali.available() else "torch"
+            return "dali" if dali.available() and not self.config.changes_pixels else "torch"
         return self.config.loader
 
     def summary(self) -> str:
@@ -160,14 +166,22 @@ class DataBundle:
         if training is None:
             training = isinstance(split, str) and split == "train"
         paths, shift = ((), config.shift) if isinstance(images, MemoryImages) else (images.paths, 0)
-        augmentation = Augmentation(config.crop_area, config.crop_ratio, config.flip, shift)
-        plan = Plan(images.sizes, batch_size, rank, world_size, training, seed, config.crop_fraction, augmentation)
+        augment = PixelAugmentation(config) if training and config.changes_pixels else None
+        draws = 0 if augment is None else augment.draws
+        augmentation = Augmentation(config.crop_area, config.crop_ratio, config.flip, shift, draws)
+        order: dict[str, Any] = {}
+        if split == "train":  # not the outliers of a method
+            order = {"balanced": images.labels if config.sampling == "balanced" else None, "repeats": config.repeats}
+        plan = Plan(
+            images.sizes, batch_size, rank, world_size, training, seed, config.central_crop, augmentation, **order
+        )
         limit = config.max_unreadable
         if limit is None:
             limit = max(MIN_UNREADABLE, int(UNREADABLE_SHARE * len(images)))
         return Loader(
-            self._source(images, plan, device), plan, images.labels, device, image_size=self.image_size, paths=paths,
-            max_unreadable=limit if skip_unreadable else 0, check_command=self._check_command(split),
+            self._source(images, plan, device, augment), plan, images.labels, device, image_size=self.image_size,
+            paths=paths, max_unreadable=limit if skip_unreadable else 0, check_command=self._check_command(split),
+            change=Eraser(plan, config.erase, device) if training and config.erase else None,
         )  # fmt: skip
 
     def _check_command(self, split: str | Split) -> str:
@@ -182,11 +196,11 @@ class DataBundle:
             "then resume with --data.file_list list.txt --resume auto"
         )
 
-    def _source(self, images: Split, plan: Plan, device: torch.device) -> Source:
+    def _source(self, images: Split, plan: Plan, device: torch.device, augment: PixelAugmentation | None) -> Source:
         form = ImageFormat(self.channels, *self.config.normalization(), device, self.interpolation)
         if isinstance(images, MemoryImages):
             rows = None if images.rows is None else torch.from_numpy(images.rows)
-            return MemorySource(plan, torch.from_numpy(images.pixels), rows, form)
+            return MemorySource(plan, torch.from_numpy(images.pixels), rows, form, augment)
         if self.loader_name == "dali":
             return dali.DaliSource(plan, images, form, self.config.workers, self.config.timeout)
-        return TorchSource(plan, images, form, self.config.workers, self.config.timeout)
+        return TorchSource(plan, images, form, self.config.workers, self.config.timeout, augment)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data._utils import signal_handling
 
+from tal_fast.data.augment import PixelAugmentation
 from tal_fast.data.image_folder import ImageFiles, undecodable
 from tal_fast.data.loader import ImageBatch, ImageFormat, Normalizer, prefetch, to_device
 from tal_fast.data.sampler import Batch, Plan
@@ -59,8 +60,9 @@ _Decoded = tuple[Tensor, Tensor, dict[int, str]]
 class _BatchDataset(Dataset):
     """Dataset whose items are decoded batches."""
 
-    def __init__(self, files: ImageFiles, channels: int, interpolation: str) -> None:
+    def __init__(self, files: ImageFiles, channels: int, interpolation: str, augment: PixelAugmentation | None) -> None:
         self._files = files
+        self._augment = augment
         self._channels = channels
         self._filter = Image.Resampling[interpolation.upper()]
 
@@ -71,7 +73,10 @@ class _BatchDataset(Dataset):
         for row, index in enumerate(batch.indices):
             path, stored = self._files.paths[index], self._files.sizes[index]
             try:
-                pixels[row] = self._read(path, stored, batch.boxes[row], bool(batch.mirror[row]), size)
+                image = self._read(path, stored, batch.boxes[row], bool(batch.mirror[row]), size)
+                if self._augment is not None and batch.draws is not None:
+                    image = self._augment(image, batch.draws[row])
+                pixels[row] = np.asarray(image).reshape(size, size, self._channels)
             except Exception:
                 problem = undecodable(path, stored)
                 if problem is None:
@@ -87,16 +92,21 @@ class _BatchDataset(Dataset):
                 return f"a process of the loader has no shared memory for {pixels.nbytes / 2**20:.1f} MiB ({error})"
         return images, torch.from_numpy(batch.indices), unreadable
 
-    def _read(self, path: str, stored: np.ndarray, box: np.ndarray, mirror: bool, size: int) -> np.ndarray:
-        top, left, height, width = (int(v) for v in box)
+    def _read(self, path: str, stored: np.ndarray, box: np.ndarray, mirror: bool, size: int) -> Image.Image:
         with Image.open(path) as file:
             if (file.height, file.width) != tuple(stored):
                 raise ValueError(f"{path} has changed its size")
-            image = file.convert("RGB" if self._channels == 3 else "L")
-        image = image.crop((left, top, left + width, top + height)).resize((size, size), self._filter)
-        if mirror:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(image).reshape(size, size, self._channels)
+            image = resized_crop(file, self._channels, box, size, self._filter)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image
+
+
+def resized_crop(
+    image: Image.Image, channels: int, box: np.ndarray, size: int, filter: Image.Resampling
+) -> Image.Image:
+    """RGB or grayscale image of ``size`` x ``size`` pixels from a box (top, left, height, width) of an image."""
+    top, left, height, width = (int(v) for v in box)
+    image = image.convert("RGB" if channels == 3 else "L")
+    return image.crop((left, top, left + width, top + height)).resize((size, size), filter)
 
 
 class _BatchSampler(Sampler):
@@ -124,13 +134,16 @@ class TorchSource:
     """Source of image files decoded by ``workers`` processes; with 0 in this one.
 
     ``plan`` has their order and crops, ``form`` is the format of the batches, and a step is waited for ``timeout``
-    seconds.
+    seconds. ``augment`` changes the images of a training plan.
     """
 
-    def __init__(self, plan: Plan, files: ImageFiles, form: ImageFormat, workers: int, timeout: float) -> None:
+    def __init__(
+        self, plan: Plan, files: ImageFiles, form: ImageFormat, workers: int, timeout: float,
+        augment: PixelAugmentation | None = None,
+    ) -> None:  # fmt: skip
         self._device = form.device
         self._sampler = _BatchSampler(plan)
-        self._dataset = _BatchDataset(files, form.channels, form.interpolation)
+        self._dataset = _BatchDataset(files, form.channels, form.interpolation, augment)
         self._normalize = Normalizer(form)
         self._workers = min(workers, len(plan))
         self._timeout = timeout

@@ -5,7 +5,6 @@ module                contents
 ====================  =================================================================================================
 ``command``           options of ``python -m tal_fast.evaluate``
 ``sources``           evaluation of a training run, of weights, or of saved outputs (``npz``)
-``predictions``       passes of a model over images; ``prediction_store`` caches their outputs
 ``pipeline``          from outputs to scores and metrics
 ``evaluation``        ``Evaluation``, the result that everything below is written from
 ``report``            ``report.json``; ``sample_scores``: ``samples.npz``; ``tables``: printed tables

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from tal_fast.evaluation.pipeline import EvaluationInputs
-from tal_fast.evaluation.prediction_store import Outputs
-from tal_fast.evaluation.predictions import check_finite
+from tal_fast.runs.prediction_store import Outputs
+from tal_fast.runs.predictions import check_finite
 from tal_fast.scores.features import Training
 from tal_fast.utils.arrays import open_npz
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from tal_fast.evaluation.evaluation import Evaluation, evaluate_samples
-from tal_fast.evaluation.prediction_store import Outputs
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sample_scores import Predictions, Samples, identity_of
 from tal_fast.metrics.calibration import calibration_metrics
+from tal_fast.runs.prediction_store import Outputs
 from tal_fast.scores.features import FeatureScorer, Training, training_needed
 from tal_fast.scores.logits import SCORES
 from tal_fast.scores.temperature import fit_temperature, held_out

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tal_fast.evaluation.prediction_store import Outputs
 from tal_fast.metrics.settings import Mix, ScoredSetting, Shifts, scored_settings
+from tal_fast.runs.prediction_store import Outputs
 from tal_fast.scores.logits import msp
 from tal_fast.utils.arrays import Floats, Ints, open_npz
 from tal_fast.utils.io import replacing

@@ -19,11 +19,11 @@ from tal_fast.evaluation.npz import read_npz
 from tal_fast.evaluation.pipeline import EvaluationInputs, check_set_names, evaluate_outputs
 from tal_fast.evaluation.plots import FILES as PLOT_FILES
 from tal_fast.evaluation.plots import write_plots
-from tal_fast.evaluation.predictions import CACHE, Inference, PassOptions, split_hash, weights_hash
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.models.features import last_layer
 from tal_fast.models.pretrained import PRETRAINED, evaluation_data, load_weights
 from tal_fast.runs.load import Run, load_run
+from tal_fast.runs.predictions import CACHE, Inference, PassOptions, split_hash, weights_hash
 from tal_fast.scores.features import Training, training_needed
 from tal_fast.utils.io import check_writable
 from tal_fast.utils.locks import alone_in
@@ -68,7 +68,7 @@ def evaluate_run(
     }  # fmt: skip
     output = run_dir if output is None else output
     passes.ranks.on_main(lambda: check_writable(output))
-    inference = Inference(run.model, run.data, cache, passes)
+    inference = run.inference(cache, passes)
     evaluation = _evaluate_model(inference, ood or {}, shifts or {}, options, provenance)
     if evaluation is None:
         return None
@@ -83,7 +83,6 @@ def evaluate_weights(
     output: str | Path | None = None,
     *,
     weights_key: str | None = None,
-    interpolation: str = "bilinear",
     ood: Mapping[str, str] | None = None,
     shifts: Mapping[str, str] | None = None,
     cache: str | Path | None = None,
@@ -97,10 +96,9 @@ def evaluate_weights(
         model: the network they are for.
         data: data set and preprocessing; a ``folder`` needs ``train/`` only for scores fitted on training features.
         output: folder of the report and of the cache; default ``default_output``.
-        weights_key: key of the weights in a checkpoint, see ``tal_fast.models.pretrained.read_state``.
-        interpolation: filter that images are resized with, ``bilinear`` or ``bicubic``.
+        weights_key: key of the weights in a checkpoint, see ``tal_fast.models.weight_files``.
     """
-    bundle = evaluation_data(data, interpolation)
+    bundle = evaluation_data(data)
     network, key = load_weights(weights, model, bundle, weights_key)
     output = default_output(weights, model.name) if output is None else output
     provenance = {
@@ -149,7 +147,7 @@ def _preprocessing(data: DataBundle) -> dict[str, Any]:
     mean, std = data.config.normalization()
     entry = {"image_size": data.image_size, "interpolation": data.interpolation, "mean": mean, "std": std}
     # Images in memory are resized whole.
-    return entry if data.loader_name == "memory" else {**entry, "crop_fraction": data.config.crop_fraction}
+    return entry if data.loader_name == "memory" else {**entry, "crop_fraction": data.config.central_crop}
 
 
 def _ood_splits(data: DataBundle, specs: Mapping[str, str]) -> dict[str, Split]:

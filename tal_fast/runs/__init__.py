@@ -1,1 +1,1 @@
-"""Run folders: their files, checkpoints, resuming, and loading trained models."""
+"""Run folders: their files, checkpoints, resuming, loading trained models, and passes of a model with their cache."""

@@ -17,7 +17,7 @@ ROWS = 4096
 
 
 class Rows(Protocol):
-    """Training features on disk, such as ``tal_fast.evaluation.prediction_store.OutputStore``."""
+    """Training features on disk, such as ``tal_fast.runs.prediction_store.OutputStore``."""
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -15,14 +15,24 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tal_fast.config.schema import OWN_OF_A_RANK, Config, DataConfig
+from tal_fast.config.schema import OWN_OF_A_RANK, Config
 from tal_fast.data import build_data
+from tal_fast.models.pretrained import PRETRAINED, Weights, read_weights
 from tal_fast.runs import checkpoint
 from tal_fast.runs.folder import METRICS_FILE, epoch_row, write_config, write_metrics
-from tal_fast.runs.resume import changes, find_checkpoint, leaves_epoch, refuse_existing_run, refuse_other_data
+from tal_fast.runs.resume import (
+    changes,
+    find_checkpoint,
+    following,
+    leaves_epoch,
+    refuse_existing_run,
+    refuse_other_data,
+)
 from tal_fast.training import loggers
 from tal_fast.training.batches import TrainingBatches
 from tal_fast.training.epoch_stats import Histogram, percentile_columns
+from tal_fast.training.feature_cache import FeatureBundle
+from tal_fast.training.mixing import check_images
 from tal_fast.training.optim import learning_rate
 from tal_fast.training.profiler import Profiler
 from tal_fast.training.progress import Progress, epoch_line, memory_in_use, shows_bar
@@ -30,7 +40,7 @@ from tal_fast.training.runtime import Runtime
 from tal_fast.training.saving import Saver, TrainingFailed
 from tal_fast.training.state import build_state, conditions, data_shape
 from tal_fast.training.train_step import TrainStep, Update, check_parts
-from tal_fast.training.validation import Validator
+from tal_fast.training.validation import NOT_VALIDATED, Validator
 from tal_fast.training.weight_averaging import STATISTICS_IMAGES
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.environment import code_digest
@@ -54,7 +64,7 @@ class Trainer:
 
     Attributes:
         data: images of the run.
-        network: the network, not wrapped by DDP.
+        network: the network, not wrapped by DDP; if its features are cached, its head.
         state: state of the run, as a checkpoint holds it.
         batches: training batches of this rank.
         model: network and method as one module, with DDP around it on several ranks.
@@ -73,13 +83,20 @@ class Trainer:
         self.runtime = Runtime.resolve(config, device, self.ranks.world_size)
         loggers.check_installed(config.logger)
         self.output = Path(config.output)
-        _make_paths_absolute(config.data)
+        _make_paths_absolute(config)
         self._lock = FolderLock(self.output)
         weakref.finalize(self, self._lock.release)
         # Only rank 0's output folder need exist.
         resumed = self.ranks.on_main(lambda: find_checkpoint(config, self._lock))
         self._claimed = self._lock.held
 
+        weights = None
+        if resumed is not None:
+            config.data = following(Config.from_dict(resumed[0]["config"]), config).data
+        elif config.model.weights is not None:
+            weights = self.ranks.on_main(lambda: _read_weights(config))  # only rank 0 needs the file or the network
+            config.data.follow(weights.preprocessing)
+            config.check()
         self.data = build_data(config.data)
         options: dict[str, Any] = {
             "rank": self.ranks.rank,
@@ -88,15 +105,17 @@ class Trainer:
             "skip_unreadable": True,
         }
         seed_all(config.seed)  # the same initial weights on all ranks
-        self.state = build_state(config, self.data, self.runtime)
+        self.state = build_state(config, self.data, self.runtime, weights)
         self.network, self.method = self.state.network, self.state.method
+        check_images(config, self.method)
         batch_size = config.batch_size // self.ranks.world_size
         check_parts(self.network, batch_size // config.optim.accumulate)
-        self.batches = TrainingBatches(config, self.data, self.method.outliers, batch_size, options)
+        images = FeatureBundle(self.data, self.method) if config.model.cache_features else self.data
+        self.batches = TrainingBatches(config, images, self.method.outliers, batch_size, options)
         shape = data_shape(self.data, self.batches.num_images)
         self.ranks.check_same({**shape, "data.loader": self.data.loader_name})
         self._shape = {**shape, "conditions": conditions(config, self.data, self.runtime)}
-        val_loader = self.data.loader("val", batch_size=config.eval_batch_size, **options)
+        val_loader = images.loader("val", batch_size=config.eval_batch_size, **options)
         self._validator = Validator(
             val_loader, config.eval_batch_size, self.data.num_classes, self.method, self.runtime, self.ranks
         )
@@ -104,8 +123,11 @@ class Trainer:
         seed_all(config.seed + 1 + self.ranks.rank)  # dropout and the like differ between ranks
         if resumed is not None:
             self._restore(*resumed)
+        self._stop = stop or StopRequest()
+        if isinstance(images, FeatureBundle):
+            images.compute(self.state.whole or self.network, config, self.runtime, self.ranks, self._stop)
 
-        step = TrainStep(self.network, self.method, self.runtime)
+        step = TrainStep(self.network, self.method, self.runtime, config.mix)
         if self.runtime.compile:
             step.compile()  # in place and before DDP: the keys of the network's state stay the same
         self.model: nn.Module = step
@@ -117,7 +139,6 @@ class Trainer:
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")  # TF32 where the network is not under autocast
         self._reported = self._unreadable()  # files named so far, also by the run before
-        self._stop = stop or StopRequest()
         self._saver = Saver(config, self.state, self._shape, self.ranks, self._stop)
         self._writer = self._saver.writer
         self._loggers: loggers.Loggers | None = None
@@ -155,9 +176,16 @@ class Trainer:
             return
         self._info(
             f"{config.method.name} on {self.data.summary()}; {config.model.name}, "
-            f"{sum(p.numel() for p in self.network.parameters()):,} parameters; {self.ranks.world_size} x "
+            f"{sum(p.numel() for p in self.network.parameters()):,} parameters"
+            f"{'' if state.whole is None else ' in the head'}; {self.ranks.world_size} x "
             f"{self.ranks.device.type}, {self.runtime.summary()}, loader {self.data.loader_name}"
         )
+        if config.mix.on:
+            beside = "in place of the images"
+            if config.mix.weight is not None:
+                beside = f"beside the images, weight {config.mix.weight:g}: {2 * config.batch_size} images a step, not "
+                beside += f"{config.batch_size}"
+            self._info(f"{config.mix.summary()} {beside}")
         if self.ranks.is_main:
             self._loggers = loggers.Loggers(config, self.output, self._steps_done)
         problem = None
@@ -168,7 +196,9 @@ class Trainer:
                     started = time.perf_counter()
                     training, histograms = self._train_epoch(epoch)
                     self._update_average(epoch)
-                    validation = self._validator.validate(state.averaged or self.network, self._saver.guard)
+                    validation = NOT_VALIDATED
+                    if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
+                        validation = self._validator.validate(state.averaged or self.network, self._saver.guard)
                     self._report_unreadable()
                     row = epoch_row(state.epoch, training, validation)
                     self._finish_epoch(row, histograms)
@@ -284,7 +314,8 @@ class Trainer:
                 logger.warning("%s could not be written (%s)", METRICS_FILE, error)
         if self._loggers:
             self._loggers.histograms(histograms, self._steps_done)
-            self._loggers.scalars({f"epoch/{k}": v for k, v in row.items() if k != "epoch"}, self._steps_done)
+            measured = {f"epoch/{k}": v for k, v in row.items() if k != "epoch" and not math.isnan(v)}
+            self._loggers.scalars(measured, self._steps_done)
         self.save(best)
 
     @property
@@ -365,9 +396,22 @@ class Trainer:
             self._info(f"the schedule goes on with a learning rate of {now:.4g}, which was {was:.4g} before")
 
 
-def _make_paths_absolute(data: DataConfig) -> None:
-    if data.root is not None:
-        data.root = str(Path(data.root).expanduser().absolute())
-    if data.file_list is not None:
-        data.file_list = str(Path(data.file_list).expanduser().absolute())
-    data.ood = {name: str(Path(path).expanduser().absolute()) for name, path in data.ood.items()}
+def _read_weights(config: Config) -> Weights:
+    """Weights that a run starts from."""
+    model = config.model
+    name = model.weights or PRETRAINED
+    if name != PRETRAINED and Path(name).is_dir():
+        name = str(Path(name) / checkpoint.FOLDER / checkpoint.BEST)
+    return read_weights(name, model.name, model.weights_key, "--model.weights-key", config.data.channels)
+
+
+def _make_paths_absolute(config: Config) -> None:
+    data, model = config.data, config.model
+    data.root, data.file_list = map(_absolute, (data.root, data.file_list))
+    data.ood = {name: str(_absolute(path)) for name, path in data.ood.items()}
+    if model.weights != PRETRAINED:
+        model.weights = _absolute(model.weights)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())

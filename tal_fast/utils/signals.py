@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -42,6 +43,15 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         self._previous: dict[int, Any] = {}
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
+    @contextlib.contextmanager
+    def while_training(self) -> Iterator[None]:
+        """Record Ctrl-C too, for ``poll``."""
+        self.training = True
+        try:
+            yield
+        finally:
+            self.training = False
+
     def __enter__(self) -> StopRequest:
         self._depth += 1
         if self._depth > 1:
@@ -68,3 +78,6 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         if number == signal.SIGINT and (self.number or not self.training):
             raise KeyboardInterrupt
         self.number = int(number)
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+            # Not print, which may be interrupted in the middle of its own output.
+            os.write(2, b"\nCtrl-C: finishing the step and saving; press again to quit at once\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +232,20 @@ def test_normalize() -> None:
     assert images.is_contiguous()
     gray = Normalizer(ImageFormat(1, [0.5], [0.5], torch.device("cpu")))(torch.zeros(2, 3, 5, 1, dtype=torch.uint8))
     assert gray.stride() == (15, 15, 5, 1)  # not channels-last's, which for one channel are as good
+
+
+def test_memory_of_large_batches_returns_to_the_system() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    normalize = Normalizer(ImageFormat(3, [0.5, 0.2, 0.0], [0.5, 0.1, 1.0], torch.device("cpu")))
+    pixels = torch.randint(256, (29, 224, 224, 3), dtype=torch.uint8)
+    normalize(pixels)  # glibc's malloc keeps such blocks after the first one
+    before, kept = resident(), []
+    for _ in range(5):
+        batches = [normalize(pixels) for _ in range(2)]
+        kept.append(torch.ones(10_000))  # stays in the heap, above them
+    batch = 4 * pixels.numel()
+    assert resident() - before < 3 * batch
+    del batches
+    assert resident() - before < batch

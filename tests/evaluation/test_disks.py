@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from tal_fast import calibrate, compare, evaluate
-from tal_fast.evaluation import prediction_store, predictions
-from tal_fast.evaluation.predictions import Inference, PassOptions, run_model
+from tal_fast.runs import prediction_store, predictions
 from tal_fast.runs.load import load_run
+from tal_fast.runs.predictions import Inference, PassOptions, run_model
 from tal_fast.utils.locks import unlock
 from tests.helpers.compare import write_run
 from tests.helpers.evaluation import make_run, record_passes, write_npz

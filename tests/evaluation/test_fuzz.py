@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from tal_fast.evaluation import train_typicalness
 from tal_fast.evaluation.npz import read_npz
-from tal_fast.evaluation.prediction_store import Outputs, OutputStore
 from tal_fast.evaluation.report import read_report, write_report
 from tal_fast.evaluation.sample_scores import read_samples
+from tal_fast.runs.prediction_store import Outputs, OutputStore
 from tal_fast.utils import arrays
 from tests.helpers.compare import write_run
 from tests.helpers.fuzz import FUZZ, mutations, reads_or_refuses

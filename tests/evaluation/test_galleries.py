@@ -9,8 +9,8 @@ import numpy as np
 
 from tal_fast.evaluation.evaluation import read_evaluation
 from tal_fast.evaluation.galleries import GALLERY_SIZE, confidence_galleries, find_galleries, largest
-from tal_fast.evaluation.predictions import CACHE
 from tal_fast.evaluation.sample_scores import Predictions, Samples
+from tal_fast.runs.predictions import CACHE
 from tests.helpers.evaluation import make_run, record_passes
 
 

@@ -20,12 +20,12 @@ from tal_fast.evaluation.evaluation import read_evaluation
 from tal_fast.evaluation.html.page import FILE, write_html
 from tal_fast.evaluation.npz import read_npz
 from tal_fast.evaluation.pipeline import evaluate_outputs
-from tal_fast.evaluation.predictions import CACHE
 from tal_fast.evaluation.report import EvaluationOptions, write_report
 from tal_fast.evaluation.sources import evaluate_run
 from tal_fast.evaluation.tables import format_value
 from tal_fast.metrics.curves import OperatingPoints
 from tal_fast.metrics.ranking import risk_coverage_curve
+from tal_fast.runs.predictions import CACHE
 from tests.helpers.chromium import PROGRAM, Chromium, chromium
 from tests.helpers.evaluation import Page, make_run, read_json, write_npz
 

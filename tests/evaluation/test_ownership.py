@@ -20,16 +20,17 @@ from torch import nn
 
 import tal_fast
 from tal_fast import compare, html_report
-from tal_fast.evaluation import predictions, sources
+from tal_fast.evaluation import sources
 from tal_fast.evaluation.calibrate_command import calibrate_run
 from tal_fast.evaluation.compare import read_method
 from tal_fast.evaluation.evaluation import read_evaluation
 from tal_fast.evaluation.galleries import find_galleries
-from tal_fast.evaluation.predictions import Inference, PassOptions, model_hash, run_model
 from tal_fast.evaluation.report import read_report
 from tal_fast.evaluation.sources import evaluate_npz
 from tal_fast.evaluation.train_typicalness import training_typicalness
+from tal_fast.runs import predictions
 from tal_fast.runs.load import Run, load_run
+from tal_fast.runs.predictions import Inference, PassOptions, model_hash, run_model
 from tests.helpers.compare import csv_rows, write_run
 from tests.helpers.evaluation import make_run, record_passes, write_npz
 
@@ -241,7 +242,8 @@ def test_calibrated_files_are_of_one_model(tmp_path: Path, monkeypatch: pytest.M
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"selective.pt", "threshold.json"}
     about = json.loads((tmp_path / "out" / "threshold.json").read_text())
     assert about["weights_sha256"] != first["weights_sha256"]
-    monkeypatch.setattr(torch.export, "export", killed)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.export, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         calibrated(0)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"selective.pt"}

@@ -11,11 +11,11 @@ import pytest
 from tal_fast.config.names import FEATURE_SCORES, LOGIT_SCORES, SIRC_SCORES, check_scores
 from tal_fast.evaluation.npz import read_npz
 from tal_fast.evaluation.pipeline import EvaluationInputs, evaluate_outputs
-from tal_fast.evaluation.prediction_store import Outputs
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.metrics.calibration import calibration_metrics
 from tal_fast.metrics.failure import failure_metrics
 from tal_fast.metrics.settings import Mix, new_fd, ood
+from tal_fast.runs.prediction_store import Outputs
 from tal_fast.scores import logits
 from tal_fast.scores.temperature import fit_temperature, held_out
 from tal_fast.scores.training_statistics import Training

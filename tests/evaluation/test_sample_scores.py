@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tal_fast.evaluation.prediction_store import Outputs
 from tal_fast.evaluation.sample_scores import Predictions, Samples, read_samples, write_samples
+from tal_fast.runs.prediction_store import Outputs
 
 
 def test_samples_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 from tal_fast.config.names import SCORE_GROUPS
-from tal_fast.evaluation.predictions import CACHE, Inference, PassOptions
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sources import default_output, evaluate_npz, evaluate_run
 from tal_fast.metrics.failure import failure_metrics
 from tal_fast.metrics.settings import Mix
 from tal_fast.models.features import last_layer
 from tal_fast.runs.load import load_run
+from tal_fast.runs.predictions import CACHE, Inference, PassOptions
 from tal_fast.scores.features import FeatureScorer
 from tal_fast.scores.logits import SCORES
 from tal_fast.scores.training_statistics import Training

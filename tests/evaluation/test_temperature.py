@@ -7,10 +7,10 @@ import pytest
 
 from tal_fast.evaluation.command import main
 from tal_fast.evaluation.pipeline import EvaluationInputs, evaluate_outputs
-from tal_fast.evaluation.prediction_store import Outputs
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.metrics.calibration import calibration_metrics
 from tal_fast.metrics.settings import Mix
+from tal_fast.runs.prediction_store import Outputs
 from tal_fast.scores.features import Training
 from tal_fast.scores.temperature import fit_temperature, held_out
 

@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from tal_fast.config.schema import Config
-from tal_fast.evaluation import predictions
 from tal_fast.loss.queue import FeatureQueue
 from tal_fast.models import build_model
-from tal_fast.runs import checkpoint
+from tal_fast.runs import checkpoint, predictions
 from tests.helpers.checkpoints import content
 
 SYNTHETIC = {"dataset": "synthetic", "crop_area": None, "image_size": 16, "channels": 1, "synthetic_images": 400}

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tal_fast.evaluation import predictions
-from tal_fast.evaluation.predictions import Inference, PassOptions, cache_path, run_model
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sources import evaluate_run
+from tal_fast.runs import predictions
 from tal_fast.runs.load import load_run
+from tal_fast.runs.predictions import Inference, PassOptions, cache_path, run_model
 from tal_fast.utils.distributed import Ranks
 from tests.helpers.evaluation import make_run
 
@@ -100,8 +100,8 @@ def test_the_time_to_wait_for_the_loader_is_not_part_of_the_cache_key(tmp_path: 
 KILLED = """
 import os, signal, sys
 import numpy as np
-from tal_fast.evaluation import prediction_store
-from tal_fast.evaluation.predictions import PassOptions
+from tal_fast.runs import prediction_store
+from tal_fast.runs.predictions import PassOptions
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sources import evaluate_run
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tal_fast.evaluation import prediction_store
-from tal_fast.evaluation.prediction_store import Outputs, OutputStore, ShardWriter
+from tal_fast.runs import prediction_store
+from tal_fast.runs.prediction_store import Outputs, OutputStore, ShardWriter
 from tal_fast.utils.io import replacing
 
 RNG = np.random.default_rng(0)

@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,14 @@ import torch
 from torch import Tensor, nn
 
 import tal_fast
+from tal_fast.config.schema import Config
+from tal_fast.data.cache import cache_dir
 from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import DataBundle, MemoryImages, Split
-from tal_fast.evaluation.prediction_store import NotKept, Outputs, OutputStore, ShardWriter, keep, remove_unused
+from tal_fast.data.image_folder import UnreadableImage
+from tal_fast.data.loader import IGNORED_LABEL
+from tal_fast.models import head_path, without_head
+from tal_fast.runs.prediction_store import NotKept, Outputs, OutputStore, ShardWriter, keep, remove_unused
 from tal_fast.utils.arrays import Ints
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.environment import version_of
@@ -151,6 +156,21 @@ class PassOptions:
     # This process among those that share the passes; all of them have to share the cache too.
     ranks: Ranks = field(default_factory=lambda: Ranks(0, 1, torch.device("cpu")))
     timeout: float | None = None  # seconds to wait for a step of the loader; by default the data set's
+    skip_unreadable: bool = False  # give a file that does not decode the label -100, up to ``data.max_unreadable``
+    elsewhere: str = "name another folder with --cache"  # how to keep outputs in another folder, for messages
+    after_batch: Callable[[], None] = lambda: None  # may raise, to end a pass; what was computed is kept
+
+
+FEATURES_ELSEWHERE = "set TAL_FAST_CACHE to another folder"
+
+
+def feature_folder(config: Config, image_size: int, amp: str | None) -> Path:
+    """Folder of the features that a run's frozen network gives, in the cache; it can be deleted at any time.
+
+    Features of other weights or preprocessing replace those of the same data set, network, image size and precision.
+    """
+    parts = config.data.dataset, str(config.data.root), config.model.name, str(image_size), str(amp)
+    return cache_dir() / "features" / cache_key(*parts)[:16]
 
 
 @dataclass
@@ -162,6 +182,8 @@ class Inference:
     # Folder of the stores. If it cannot be written, outputs go to a temporary folder that is deleted with this object.
     cache: str | Path
     options: PassOptions = field(default_factory=PassOptions)  # options of the passes
+    # ``feature_folder`` of a model with a frozen network, which runs only for features that this does not hold.
+    frozen: Path | None = None
     _temporary: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -190,7 +212,7 @@ class Inference:
         if not len(images):
             raise ValueError(f"the split {name!r} has no samples")
         key = cache_key(self._model_key(), split_hash(images), str(corruption))
-        store = OutputStore(cache_path(self._temporary or self.cache, name), key, len(images), self.options.features)
+        store = self._store(self._temporary or self.cache, name, key, images)
         try:
             return self._complete(store, name, images, corruption)
         except NotKept as error:
@@ -202,10 +224,14 @@ class Inference:
         self._temporary = tempfile.mkdtemp(prefix="tal-fast-")
         weakref.finalize(self, unlock, keep(Path(self._temporary)))
         weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
-        temporary = OutputStore(cache_path(self._temporary, name), key, len(images), self.options.features)
+        temporary = self._store(self._temporary, name, key, images)
         temporary.prepare()
         temporary.continue_from(store)
         return self._complete(temporary, name, images, corruption)
+
+    def _store(self, folder: str | Path, name: str, key: str, images: Split) -> OutputStore:
+        options = self.options
+        return OutputStore(cache_path(folder, name), key, len(images), options.features, options.elsewhere)
 
     def _complete(self, store: OutputStore, name: str, images: Split, corruption: Corruption | None) -> OutputStore:
         """Compute the samples that a store lacks, and return it; raises NotKept if they cannot be written."""
@@ -225,17 +251,21 @@ class Inference:
             if still_missing.size:
                 raise ValueError(
                     f"{len(still_missing)} of {len(images)} samples of {name!r} are missing in {store.folder} after "
-                    "the pass; all ranks must share that folder: name another with --cache"
+                    f"the pass; all ranks must share that folder: {self.options.elsewhere}"
                 )
         return store
 
     def _run(self, store: OutputStore, name: str, images: Split, missing: Ints, corruption: Corruption | None) -> None:
+        if self.frozen is not None:
+            self._run_head(self.frozen, store, name, images, missing, corruption)
+            return
         options, ranks = self.options, self.options.ranks
         if missing.size < len(images):
             images = images.subset(missing)
         loader = self.data.loader(
-            images, batch_size=options.batch_size, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device
-        )
+            images, batch_size=options.batch_size, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device,
+            skip_unreadable=options.skip_unreadable,
+        )  # fmt: skip
         positions = torch.from_numpy(missing)  # batches of a subset get each sample's position in the whole split
         batches: Iterator[Any] = ((x, labels, positions[index.cpu()]) for x, labels, index in loader)
         if corruption is not None:
@@ -246,6 +276,30 @@ class Inference:
                 self.model, batches, ranks.device, name, options.amp, ranks.is_main, len(loader)
             ):
                 writer.add(indices, outputs if options.features else Outputs(outputs.logits, None, outputs.labels))
+                options.after_batch()
         finally:
             loader.close()
             writer.flush()  # keeps what was computed before an unreadable image
+
+    def _run_head(
+        self, folder: Path, store: OutputStore, name: str, images: Split, missing: Ints, corruption: Corruption | None
+    ) -> None:
+        """Compute samples from the features of the frozen network."""
+        options = dataclasses.replace(self.options, features=True, elsewhere=FEATURES_ELSEWHERE)
+        head = self.model.get_submodule(head_path(self.model))
+        with without_head(self.model) as network:
+            inference = Inference(network, self.data, folder, options)
+            features = inference.store(name, images, corruption)
+        if not self.options.ranks.is_main:
+            return
+        for shard in features.shards(("indices", "features", "labels")):
+            kept = np.isin(shard["indices"], missing)
+            rows, labels = shard["indices"][kept], shard["labels"][kept]
+            for i in rows[labels == IGNORED_LABEL]:  # left out of training
+                raise UnreadableImage(
+                    f"image {i} of {name!r} ({images.paths[i]}) did not decode; remove or replace it"  # type: ignore
+                )
+            batch = tuple(map(torch.from_numpy, (shard["features"][kept], labels, rows)))
+            for indices, outputs in run_model(head, [batch], options.ranks.device, name, options.amp, False):
+                wanted = outputs if self.options.features else Outputs(outputs.logits, None, outputs.labels)
+                store.write(indices, wanted)
