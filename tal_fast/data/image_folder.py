@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import hashlib
+import io
 import logging
 import os
 import stat
@@ -13,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -44,6 +46,9 @@ OOD_LABEL = -1
 ABOVE = "link to a folder above it"
 """Problem of a link that is not followed, because the files it leads to are read already."""
 
+NO_SIZES = np.zeros((0, 2), np.int32)
+"""Sizes of images before they are read."""
+
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
 
 
@@ -61,13 +66,27 @@ class ImageFiles:
     # (N, 2) int64 sizes in bytes and times of change in ns.
     stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
 
+    _ARRAYS: ClassVar = ("labels", "sizes", "stamps")
+
     def __len__(self) -> int:
         return len(self.paths)
 
     def subset(self, indices: np.ndarray) -> ImageFiles:
         """Images at ``indices``."""
-        paths = [self.paths[i] for i in indices]
-        return ImageFiles(paths, self.labels[indices], self.sizes[indices], self.stamps[indices])
+        arrays = {name: getattr(self, name)[indices] for name in self._ARRAYS}
+        return dataclasses.replace(self, paths=[self.paths[i] for i in indices], **arrays)
+
+    def file(self, index: int) -> str:
+        """File on disk that holds an image."""
+        return self.paths[index]
+
+    def open(self, index: int) -> str | io.BytesIO:
+        """What Pillow opens to read an image."""
+        return self.paths[index]
+
+    def read(self, index: int) -> bytes:
+        """Content of an image's file."""
+        return Path(self.paths[index]).read_bytes()
 
 
 def class_folders(root: Path, split: str) -> list[str]:
@@ -98,14 +117,7 @@ def read_list(path: Path, root: Path) -> dict[str, tuple[int, int]]:
     skipped. Raises ValueError if the list cannot be read, is empty, or names a missing file or one that is not below
     ``root``.
     """
-    write = f"python -m tal_fast.check_data {root} --out {path}"
-    try:
-        lines = read_text(path).split("\n")
-    except OSError as error:
-        raise ValueError(f"data.file_list {path} cannot be read ({error.strerror}); write it with {write}") from None
-    names = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#")]
-    if not names:
-        raise ValueError(f"data.file_list {path} names no files; write it with {write}")
+    names = list_lines(path, root)
     start, real = os.path.abspath(root), os.path.realpath(root)
     resolve = functools.cache(os.path.realpath)  # of folders, which many files share
 
@@ -124,9 +136,22 @@ def read_list(path: Path, root: Path) -> dict[str, tuple[int, int]]:
     if missing:
         raise ValueError(
             f"data.file_list {path} names {len(missing)} files that are not in {root} ({first_names(missing)}); "
-            f"write it again with {write}"
+            f"write it again with python -m tal_fast.check_data {root} --out {path}"
         )
     return {path: stamp for path, stamp in zip(listed, found, strict=True) if stamp}
+
+
+def list_lines(path: Path, root: str | Path) -> list[str]:
+    """Lines of a list that are neither empty nor comments; raises ValueError if there are none."""
+    write = f"python -m tal_fast.check_data {root} --out {path}"
+    try:
+        lines = read_text(path).split("\n")
+    except OSError as error:
+        raise ValueError(f"data.file_list {path} cannot be read ({error.strerror}); write it with {write}") from None
+    names = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#")]
+    if not names:
+        raise ValueError(f"data.file_list {path} names no files; write it with {write}")
+    return names
 
 
 def _stamp(path: str) -> tuple[int, int] | None:
@@ -174,7 +199,7 @@ def files_by_class(root: Path, split: str, listed: Mapping[str, tuple[int, int]]
         if Path(image[0]).stem not in classes or split != "val":
             raise ValueError(f"{image[0]} is none of ImageNet's validation images; remove it, or sort by class folders")
         found.setdefault(classes[Path(image[0]).stem], []).append(image)
-    _report(folder, left_out)
+    report_left_out(folder, left_out)
     return {name: sorted(images) for name, images in sorted(found.items())}
 
 
@@ -197,7 +222,7 @@ def read_split(
             )
     without = [name for name in class_names if name not in by_class]
     if without and by_class:
-        _warn(f"{root / split} has no image of {len(without)} of {len(class_names)} classes: {first_names(without)}")
+        warn(f"{root / split} has no image of {len(without)} of {len(class_names)} classes: {first_names(without)}")
     for name, found in by_class.items():
         folder = root / split / name
         if name not in label_of:
@@ -223,19 +248,19 @@ def read_flat(folder: Path, name: str) -> ImageFiles:
         raise ValueError(f"data.ood {name!r}: {folder} is not a folder")
     left_out: Counter[str] = Counter()
     found = _images(folder, left_out)
-    _report(folder, left_out)
+    report_left_out(folder, left_out)
     if not found:
         raise ValueError(f"data.ood {name!r}: {folder} holds no images ({', '.join(EXTENSIONS)})")
     return _with_sizes(found, [OOD_LABEL] * len(found))
 
 
-def image_size(path: str) -> tuple[int, int]:
-    """Height and width from the header of an image file.
+def image_size(path: str, source: str | io.BytesIO | None = None) -> tuple[int, int]:
+    """Height and width from the header of an image file, or of its content ``source``.
 
     Raises UnreadableImage if it is no image, cannot be read, or has pixels that the loaders read differently.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(source or path) as image:
             problem = unsupported_pixels(image)
             if problem is None:
                 return image.height, image.width
@@ -273,19 +298,23 @@ def _jpeg2000_bits(image: Image.Image) -> int:
     """Largest number of bits of a channel in the header of a JPEG 2000 file; 0 for other formats."""
     if image.format != "JPEG2000":
         return 0
-    with open(image.filename, "rb") as file:  # type: ignore[attr-defined]
-        head = file.read(1 << 16)
+    file = image.fp  # type: ignore[attr-defined]
+    place = file.tell()
+    file.seek(0)
+    head = file.read(1 << 16)
+    file.seek(place)
     start = head.find(b"\xff\x4f\xff\x51")  # SOC and SIZ; the number of channels is 40 bytes after them
     count = int.from_bytes(head[start + 40 : start + 42], "big") if start >= 0 else 0
     return max((1 + (bits & 127) for bits in head[start + 42 : start + 42 + 3 * count : 3]), default=0)
 
 
-def undecodable(path: str, size: np.ndarray) -> str | None:
-    """Reason that a file of ``size`` (height, width) does not decode; None if it does."""
-    if not os.path.isfile(path):
+def undecodable(files: ImageFiles, index: int) -> str | None:
+    """Reason that an image does not decode; None if it does."""
+    path, size = files.paths[index], files.sizes[index]
+    if not os.path.isfile(files.file(index)):
         return f"{path} cannot be decoded (there is no such file)"
     try:
-        with Image.open(path) as image:
+        with Image.open(files.open(index)) as image:
             if (image.height, image.width) != tuple(size):
                 return f"{path} cannot be used (it was {size[0]} x {size[1]} and is {image.height} x {image.width} now)"
             image.load()
@@ -375,16 +404,16 @@ def ending(path: str) -> str:
     return os.path.splitext(path)[1].lower() or "without an ending"
 
 
-def _report(folder: Path, left_out: Counter[str]) -> None:
+def report_left_out(folder: Path, left_out: Counter[str]) -> None:
     """Warn of what was left out, once and not on every rank."""
     links = left_out.pop(ABOVE, 0)
     if links:
-        _warn(f"{folder}: links to a folder above them are not followed: {links:,}; their images are read once")
+        warn(f"{folder}: links to a folder above them are not followed: {links:,}; their images are read once")
     if left_out.total():
-        _warn(f"{folder}: {counted(left_out)}; convert images among them to JPEG or PNG")
+        warn(f"{folder}: {counted(left_out)}; convert images among them to JPEG or PNG")
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
     if int(os.environ.get("RANK") or 0) == 0:
         logger.warning("%s", message)
 
@@ -400,30 +429,37 @@ def counted(left_out: Counter[str]) -> str:
 def _with_sizes(found: Found, labels: Sequence[int]) -> ImageFiles:
     """Image files with their labels and sizes in pixels."""
     paths, stamps = [path for path, _, _ in found], [(size, changed) for _, size, changed in found]
-    return ImageFiles(paths, np.array(labels, np.int64), _sizes(paths, stamps), np.array(stamps, np.int64))
+    return with_sizes(ImageFiles(paths, np.array(labels, np.int64), NO_SIZES, np.array(stamps, np.int64)))
 
 
-def _sizes(paths: Sequence[str], stamps: Sequence[tuple[int, int]]) -> np.ndarray:
-    """(N, 2) int32 heights and widths of images, from the cache if possible: a million headers take minutes."""
+Files = TypeVar("Files", bound=ImageFiles)
+
+
+def with_sizes(files: Files) -> Files:
+    """The files with the sizes of their images in pixels, from the cache if possible: a million headers take minutes.
+
+    Raises UnreadableImage as ``image_size`` does.
+    """
     digest = hashlib.sha256()
-    for path, stamp in zip(paths, stamps, strict=True):
-        digest.update(f"{path}\0{stamp}\n".encode(errors="surrogateescape"))
+    for path, stamp in zip(files.paths, files.stamps.tolist(), strict=True):
+        digest.update(f"{path}\0{tuple(stamp)}\n".encode(errors="surrogateescape"))
     cached = cache_dir() / "image-sizes-3" / f"{digest.hexdigest()[:32]}.npz"
     try:
         with cached.open("rb") as file, np.load(file, allow_pickle=False) as data:  # verifies a checksum
             sizes = data["sizes"]
-        if sizes.shape == (len(paths), 2) and sizes.dtype == np.int32:
-            return sizes
+        if sizes.shape == (len(files), 2) and sizes.dtype == np.int32:
+            return dataclasses.replace(files, sizes=sizes)
     except Exception:  # missing, or damaged in any way
         pass
     with ThreadPoolExecutor(_THREADS) as pool:
-        sizes = np.array(list(pool.map(image_size, paths, chunksize=64)), np.int32)
+        found = pool.map(lambda i: image_size(files.paths[i], files.open(i)), range(len(files)), chunksize=64)
+        sizes = np.array(list(found), np.int32)
     try:
         with replacing(cached) as temporary:
             np.savez(temporary, sizes=sizes)
     except OSError as error:  # a read-only home, a full disk
         logger.debug("the sizes of the images could not be kept in %s (%s)", cached, error)
-    return sizes
+    return dataclasses.replace(files, sizes=sizes)
 
 
 def first_names(names: Sequence[str], limit: int = 5) -> str:

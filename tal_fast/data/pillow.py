@@ -69,11 +69,10 @@ class _BatchDataset(Dataset):
         pixels = np.empty((len(batch.indices), size, size, self._channels), np.uint8)
         unreadable = {}
         for row, index in enumerate(batch.indices):
-            path, stored = self._files.paths[index], self._files.sizes[index]
             try:
-                pixels[row] = self._read(path, stored, batch.boxes[row], bool(batch.mirror[row]), size)
+                pixels[row] = self._read(index, batch.boxes[row], bool(batch.mirror[row]), size)
             except Exception:
-                problem = undecodable(path, stored)
+                problem = undecodable(self._files, index)
                 if problem is None:
                     raise
                 unreadable[row] = problem
@@ -87,11 +86,11 @@ class _BatchDataset(Dataset):
                 return f"a process of the loader has no shared memory for {pixels.nbytes / 2**20:.1f} MiB ({error})"
         return images, torch.from_numpy(batch.indices), unreadable
 
-    def _read(self, path: str, stored: np.ndarray, box: np.ndarray, mirror: bool, size: int) -> np.ndarray:
+    def _read(self, index: int, box: np.ndarray, mirror: bool, size: int) -> np.ndarray:
         top, left, height, width = (int(v) for v in box)
-        with Image.open(path) as file:
-            if (file.height, file.width) != tuple(stored):
-                raise ValueError(f"{path} has changed its size")
+        with Image.open(self._files.open(index)) as file:
+            if (file.height, file.width) != tuple(self._files.sizes[index]):
+                raise ValueError(f"{self._files.paths[index]} has changed its size")
             image = file.convert("RGB" if self._channels == 3 else "L")
         image = image.crop((left, top, left + width, top + height)).resize((size, size), self._filter)
         if mirror:
