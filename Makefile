@@ -1,5 +1,6 @@
 # make demo   sets up .venv, trains CE and TAL on real digits, evaluates both and prints them side by side
 # make test   sets up .venv and runs the fast tests; make test-all runs all of them
+# make test-peers   tests with Lightning, transformers and other libraries, in an environment of their own
 # make lint   ruff and mypy
 # make sanitize  builds csrc with AddressSanitizer and UBSan and runs its tests; threads on a queue with ThreadSanitizer
 # make docs   builds the documentation site into build/site
@@ -18,7 +19,7 @@ BENCHMARKS ?= step linear loss typicalness queue training metrics
 # does not, and a list queue's step at B = 128, N = 30,000 takes 54 or 14 ms.
 KEEP := MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_MMAP_THRESHOLD_=17179869184
 
-.PHONY: setup demo test test-slow test-all lint typecheck sanitize sanitize-memory sanitize-threads docs kernels-check kernels-report kernels-report-all \
+.PHONY: setup demo test test-slow test-all test-peers lint typecheck sanitize sanitize-memory sanitize-threads docs kernels-check kernels-report kernels-report-all \
     bench-smoke bench clean
 
 setup: $(VENV)/.ready
@@ -51,6 +52,22 @@ test-slow: setup
 	$(PYTEST) -m slow
 
 test-all: test test-slow
+
+# An environment that sees .venv: torch is not installed twice, and the constraints keep .venv's versions.
+PEERS := build/peers
+PURELIB := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(PEERS)/.ready: $(VENV)/.ready tests/peers/requirements.txt
+	rm -rf $(PEERS)
+	$(BIN)/python -m venv $(PEERS)
+	echo "import site; site.addsitedir('$$($(BIN)/$(PURELIB))')" > "$$($(PEERS)/bin/$(PURELIB))/project.pth"
+	$(BIN)/pip freeze --exclude-editable > $(PEERS)/constraints.txt
+	$(PEERS)/bin/pip install --quiet -c $(PEERS)/constraints.txt -r tests/peers/requirements.txt
+	touch $@
+
+# Warnings of the libraries are no errors here. The guides' examples run too, as their libraries are there.
+test-peers: $(PEERS)/.ready
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PEERS)/bin/python -m pytest -W default -n $(JOBS) tests/peers \
+	    tests/integration/test_readme.py::test_examples_run_as_they_stand
 
 lint: setup typecheck
 	$(BIN)/ruff check .

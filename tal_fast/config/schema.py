@@ -36,10 +36,14 @@ class DataConfig:
     """Images and their augmentation.
 
     Attributes:
-        dataset: kind of data set. ``folder`` has ``train/`` and ``val/`` with one folder per class; ``digits`` is
-            scikit-learn's, as image files; ``cifar10`` and ``cifar100`` are read from their binary files,
-            ``fashion-mnist`` from IDX files; ``synthetic`` images are generated, for measurements.
-        root: folder of the images, binary files or IDX files; digits and synthetic need none.
+        dataset: kind of data set. ``folder`` has ``train/`` and ``val/`` with one folder per class; ``webdataset`` has
+            .tar shards, ``huggingface`` parquet or Arrow files; ``digits`` is scikit-learn's, as image files;
+            ``cifar10`` and ``cifar100`` are read from their binary files, ``fashion-mnist`` from IDX files;
+            ``synthetic`` images are generated, for measurements.
+        root: folder of the images, shards, binary files or IDX files; digits and synthetic need none. ``webdataset``
+            also takes an address (``s3://``, ``https://``), ``huggingface`` a name on the hub.
+        label_key: where the label of an image is. For ``webdataset`` the ending of its file (``cls``), or else an
+            entry of its ``.json`` (``label``); for ``huggingface`` the column, by default the only one of classes.
         ood: out-of-distribution sets for the evaluation by name, also as ``--data.ood.NAME FOLDER``. Fashion-MNIST also
             takes folders of IDX files, CIFAR folders of CIFAR's binary files.
         file_list: text file with one path per line, relative to the root, of the only image files to use.
@@ -57,6 +61,18 @@ class DataConfig:
         crop_ratio: range of the width-to-height ratio of training crops.
         flip: mirror each training image with probability 1/2.
         shift: largest random shift of in-memory training images in pixels, padded with zeros.
+        augment: random operations on the pixels of training images. ``randaugment`` is timm's
+            ``rand-mM-mstdS-inc1``, which DeiT uses: two of 15 operations, each with probability 1/2;
+            ``trivialaugment`` is torchvision's TrivialAugmentWide: one of 14 operations at any strength.
+        augment_magnitude: strength M of randaugment, in [0, 10]; torchvision counts to 30.
+        augment_std: standard deviation S of randaugment's strength between images.
+        color_jitter: largest relative changes of brightness, contrast and saturation, and of hue as a share of the
+            colour circle, such as 0.4, 0.4, 0.4, 0.1, in random order; null for none.
+        erase: probability that a rectangle of 2 to 33% of a training image is replaced by noise (random erasing).
+        sampling: ``shuffle`` reads each training image once an epoch, ``balanced`` draws as many with replacement, all
+            classes equally often.
+        repeats: readings of each training image in one batch, each augmented anew (repeated augmentation). An epoch
+            keeps its length and has fewer different images.
         holdout: number of training images to validate on instead of the validation images. They are a fixed random
             choice that is not trained on, for choosing hyper-parameters.
         train_limit: number of training images to use, a fixed random choice; by default all.
@@ -64,9 +80,12 @@ class DataConfig:
         synthetic_classes: number of classes of synthetic images.
     """
 
-    dataset: Literal["folder", "digits", "cifar10", "cifar100", "fashion-mnist", "synthetic"] = "folder"
+    dataset: Literal[
+        "folder", "webdataset", "huggingface", "digits", "cifar10", "cifar100", "fashion-mnist", "synthetic"
+    ] = "folder"
     root: str | None = None
     ood: dict[str, str] = field(default_factory=dict)
+    label_key: str | None = None
     file_list: str | None = None
     max_unreadable: int | None = None
     loader: Literal["auto", "dali", "torch"] = "auto"
@@ -81,6 +100,13 @@ class DataConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
     shift: int = 0
+    augment: Literal["none", "randaugment", "trivialaugment"] = "none"
+    augment_magnitude: float = 9.0
+    augment_std: float = 0.5
+    color_jitter: tuple[float, float, float, float] | None = None
+    erase: float = 0.0
+    sampling: Literal["shuffle", "balanced"] = "shuffle"
+    repeats: int = 1
     holdout: int | None = None
     train_limit: int | None = None
     synthetic_images: int = 2000
@@ -97,6 +123,11 @@ class DataConfig:
             return list(mean), list(std)
         return [sum(mean) / 3], [sum(std) / 3]
 
+    @property
+    def changes_pixels(self) -> bool:
+        """Whether training images are changed by operations of the torch loader alone."""
+        return self.augment != "none" or self.color_jitter is not None
+
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
         if (self.mean is None) != (self.std is None):
@@ -108,7 +139,7 @@ class DataConfig:
             raise ValueError(f"data.std is {self.std} but must be above 0")
         limits = {
             "workers": 0, "timeout": 1, "shift": 0, "image_size": 1, "holdout": 1, "train_limit": 1,
-            "max_unreadable": 0, "synthetic_images": 2, "synthetic_classes": 2,
+            "max_unreadable": 0, "synthetic_images": 2, "synthetic_classes": 2, "augment_std": 0, "repeats": 1,
         }  # fmt: skip
         for name, limit in limits.items():
             check_at_least(f"data.{name}", getattr(self, name), limit)
@@ -118,6 +149,13 @@ class DataConfig:
             raise ValueError(f"data.crop_area is {list(self.crop_area)} but must be 0 < smallest <= largest <= 1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(f"data.crop_ratio is {list(self.crop_ratio)} but must be 0 < smallest <= largest")
+        for name, largest in {"augment_magnitude": 10, "erase": 1}.items():
+            if not 0 <= getattr(self, name) <= largest:
+                raise ValueError(f"data.{name} is {getattr(self, name)} but must be in [0, {largest}]")
+        if self.color_jitter is not None and not (min(self.color_jitter) >= 0 and self.color_jitter[3] <= 0.5):
+            raise ValueError(
+                f"data.color_jitter is {list(self.color_jitter)} but must be at least 0, and the last, hue, at most 0.5"
+            )
 
 
 @dataclass
@@ -131,6 +169,10 @@ class ModelConfig:
             ``cifar_convmixer_256_16``; ``resnet50`` is torchvision's, ``timm/deit_small_patch16_224`` timm's.
         width: width of one of the project's networks; by default that of its paper. It is the number of channels of the
             first stage, of ConvMixer's blocks, or a DenseNet's growth rate.
+        head: classifier on top of the network; ``mlp`` has a hidden layer as wide as the network's features.
+        cache_features: run the frozen network (``model.freeze backbone``) once over the training and validation images
+            without random augmentation, keep its features on disk, and train the head on them. The result is the whole
+            network.
         compile: compile the network and the loss with ``torch.compile``; by default on GPUs.
         channels_last: keep images and weights in channels-last memory order; by default on GPUs. On CPUs it makes the
             small ResNets a quarter faster, but without AVX-512, convolutions of stride 2 with fewer than 7 channels
@@ -140,6 +182,8 @@ class ModelConfig:
 
     name: str = "resnet50"
     width: int | None = None
+    head: Literal["linear", "mlp"] = "linear"
+    cache_features: bool = False
     compile: bool | None = None
     channels_last: bool | None = None
     sync_batchnorm: bool = False
@@ -317,6 +361,8 @@ class Config:
                 f"image_sizes is {[list(pair) for pair in self.image_sizes]} but must be (epoch, side) pairs, the "
                 "epochs ascending from 0, such as [[0, 160], [8, 192]]"
             )
+        if starts and self.model.cache_features:
+            raise ValueError("image_sizes needs images in training; empty it, or set model.cache_features to false")
         if self.profile is not None:
             self.profile_window()
         return self

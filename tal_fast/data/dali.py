@@ -118,7 +118,9 @@ class DaliSource:
         return {
             int(i): problem
             for i, box, problem in zip(batch.indices, batch.boxes, problems, strict=True)
-            if problem is not None and int(i) not in self._requests.suspects and self._prober.error(_request(self._files, i), box)
+            if problem is not None
+            and int(i) not in self._requests.suspects
+            and self._prober.error(_request(self._files, i), box)
         }
 
     def _rejected_by_dali(self, batch: Batch) -> dict[int, str]:

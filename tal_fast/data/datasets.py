@@ -6,14 +6,18 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 
 from tal_fast.config.schema import DataConfig
 from tal_fast.data import dali
+from tal_fast.data.augment import PixelAugmentation
+from tal_fast.data.erasing import Eraser
 from tal_fast.data.image_folder import OOD_LABEL, ImageFiles
 from tal_fast.data.loader import ImageFormat, Loader, MemorySource, Source
+from tal_fast.data.packed import PackedImages
 from tal_fast.data.pillow import TorchSource
 from tal_fast.data.pixels import as_channels
 from tal_fast.data.sampler import Augmentation, Plan
@@ -97,7 +101,7 @@ class DataBundle:
         if isinstance(self._splits["train"], MemoryImages):
             return "memory"
         if self.config.loader == "auto":
-            return "dali" if dali.available() else "torch"
+            return "dali" if dali.available() and not self.config.changes_pixels else "torch"
         return self.config.loader
 
     def summary(self) -> str:
@@ -160,14 +164,22 @@ class DataBundle:
         if training is None:
             training = isinstance(split, str) and split == "train"
         paths, shift = ((), config.shift) if isinstance(images, MemoryImages) else (images.paths, 0)
-        augmentation = Augmentation(config.crop_area, config.crop_ratio, config.flip, shift)
-        plan = Plan(images.sizes, batch_size, rank, world_size, training, seed, config.crop_fraction, augmentation)
+        augment = PixelAugmentation(config) if training and config.changes_pixels else None
+        draws = 0 if augment is None else augment.draws
+        augmentation = Augmentation(config.crop_area, config.crop_ratio, config.flip, shift, draws)
+        order: dict[str, Any] = {}
+        if split == "train":  # not the outliers of a method
+            order = {"balanced": images.labels if config.sampling == "balanced" else None, "repeats": config.repeats}
+        plan = Plan(
+            images.sizes, batch_size, rank, world_size, training, seed, config.crop_fraction, augmentation, **order
+        )
         limit = config.max_unreadable
         if limit is None:
             limit = max(MIN_UNREADABLE, int(UNREADABLE_SHARE * len(images)))
         return Loader(
-            self._source(images, plan, device), plan, images.labels, device, image_size=self.image_size, paths=paths,
-            max_unreadable=limit if skip_unreadable else 0, check_command=self._check_command(split),
+            self._source(images, plan, device, augment), plan, images.labels, device, image_size=self.image_size,
+            paths=paths, max_unreadable=limit if skip_unreadable else 0, check_command=self._check_command(split),
+            change=Eraser(plan, config.erase, device) if training and config.erase else None,
         )  # fmt: skip
 
     def _check_command(self, split: str | Split) -> str:
@@ -176,17 +188,18 @@ class DataBundle:
             return "find the others with python -m tal_fast.check_data FOLDER"
         if split in self._ood:
             return f"find them with python -m tal_fast.check_data {shlex.quote(self.config.ood.get(split, split))}"
-        root = shlex.quote(self.config.root or "FOLDER")
+        packed = isinstance(self._splits["train"], PackedImages)
+        root = shlex.quote((f"{self.config.dataset}:" if packed else "") + (self.config.root or "FOLDER"))
         return (
             f"list the others with python -m tal_fast.check_data {root} --out list.txt, "
             "then resume with --data.file_list list.txt --resume auto"
         )
 
-    def _source(self, images: Split, plan: Plan, device: torch.device) -> Source:
+    def _source(self, images: Split, plan: Plan, device: torch.device, augment: PixelAugmentation | None) -> Source:
         form = ImageFormat(self.channels, *self.config.normalization(), device, self.interpolation)
         if isinstance(images, MemoryImages):
             rows = None if images.rows is None else torch.from_numpy(images.rows)
-            return MemorySource(plan, torch.from_numpy(images.pixels), rows, form)
+            return MemorySource(plan, torch.from_numpy(images.pixels), rows, form, augment)
         if self.loader_name == "dali":
             return dali.DaliSource(plan, images, form, self.config.workers, self.config.timeout)
-        return TorchSource(plan, images, form, self.config.workers, self.config.timeout)
+        return TorchSource(plan, images, form, self.config.workers, self.config.timeout, augment)

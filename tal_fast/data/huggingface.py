@@ -18,14 +18,14 @@ from tal_fast.data.packed import SPLITS, Packed
 class HuggingFace:
     """Splits of a data set, by the name of a folder or on the hub."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, label_key: str | None = None) -> None:
         try:
             import datasets
         except ImportError:
             raise ValueError(
                 "data sets of Hugging Face need the package datasets; pip install 'tal-fast[huggingface]'"
             ) from None
-        self.root = root
+        self.root, self._label_key = root, label_key
         saved = any((Path(root) / name).is_file() for name in ("dataset_dict.json", "state.json"))
         try:
             found: Any = datasets.load_from_disk(root) if saved else datasets.load_dataset(root)
@@ -35,27 +35,24 @@ class HuggingFace:
                 "folder of parquet or Arrow files, one that save_to_disk wrote, or a name on the hub"
             ) from None
         self._splits: dict[str, Any] = dict(found) if isinstance(found, dict) else {"train": found}
-        self._label = ""  # column of the labels
 
     def class_names(self) -> list[str] | None:
         """Names of the classes in the data set's description; None if it has none."""
-        features = next(iter(self._splits.values())).features
-        return getattr(features.get(self._label), "names", None)
+        split = next(iter(self._splits))
+        return getattr(self._splits[split].features[self._label_column(split)], "names", None)
 
-    def split(self, split: str, label_key: str | None) -> Packed | None:
+    def split(self, split: str) -> Packed | None:
         """Images of ``train`` or ``val``; None if there is no such split."""
         name = next((name for name in SPLITS[split] if name in self._splits), None)
-        if name is None:
-            return None
-        self._label = self._label_column(name, label_key)
-        return self._read(name, self._label)
+        return None if name is None else self._read(name, self._label_column(name))
 
     def all(self) -> Packed:
-        """Images of the only split, or of the last one of train, validation and test; labels count for nothing."""
-        return self._read(list(self._splits)[-1], None)
+        """Images of ``test`` or validation, or else of the first split; labels count for nothing."""
+        names = [name for name in ("test", *SPLITS["val"]) if name in self._splits]
+        return self._read((names or list(self._splits))[0], None)
 
-    def _label_column(self, split: str, label_key: str | None) -> str:
-        features = self._splits[split].features
+    def _label_column(self, split: str) -> str:
+        features, label_key = self._splits[split].features, self._label_key
         if label_key is not None:
             if label_key not in features:
                 raise ValueError(f"data.label_key is {label_key!r}, but {self.root} has {', '.join(features)}")

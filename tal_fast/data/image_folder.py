@@ -222,7 +222,7 @@ def read_split(
             )
     without = [name for name in class_names if name not in by_class]
     if without and by_class:
-        warn(f"{root / split} has no image of {len(without)} of {len(class_names)} classes: {first_names(without)}")
+        say(f"{root / split} has no image of {len(without)} of {len(class_names)} classes: {first_names(without)}")
     for name, found in by_class.items():
         folder = root / split / name
         if name not in label_of:
@@ -408,14 +408,15 @@ def report_left_out(folder: Path, left_out: Counter[str]) -> None:
     """Warn of what was left out, once and not on every rank."""
     links = left_out.pop(ABOVE, 0)
     if links:
-        warn(f"{folder}: links to a folder above them are not followed: {links:,}; their images are read once")
+        say(f"{folder}: links to a folder above them are not followed: {links:,}; their images are read once")
     if left_out.total():
-        warn(f"{folder}: {counted(left_out)}; convert images among them to JPEG or PNG")
+        say(f"{folder}: {counted(left_out)}; convert images among them to JPEG or PNG")
 
 
-def warn(message: str) -> None:
+def say(message: str, level: int = logging.WARNING) -> None:
+    """Log a message, once and not on every rank."""
     if int(os.environ.get("RANK") or 0) == 0:
-        logger.warning("%s", message)
+        logger.log(level, "%s", message)
 
 
 def counted(left_out: Counter[str]) -> str:

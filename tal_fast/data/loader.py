@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tal_fast.data.augment import PixelAugmentation
 from tal_fast.data.image_folder import UnreadableImage
 from tal_fast.data.sampler import Batch, Plan
 
@@ -66,7 +67,7 @@ class Loader:
 
     The length is the number of steps. The order of a training epoch depends on the seed and the epoch alone; call
     ``set_epoch`` before iterating. ``unreadable`` is path -> reason, for the files that did not decode so far on this
-    rank.
+    rank. ``change`` changes the images of a step in place, given their indices, the epoch and the step.
     """
 
     def __init__(
@@ -80,7 +81,9 @@ class Loader:
         paths: Sequence[str] = (),
         max_unreadable: int = 0,
         check_command: str = "",
+        change: Callable[[Tensor, np.ndarray, int, int], None] | None = None,
     ) -> None:
+        self._change = change
         self.unreadable: dict[str, str] = {}
         self._source, self._plan, self._device = source, plan, device
         self._labels, self._paths, self._default_size = torch.from_numpy(labels), paths, image_size
@@ -113,11 +116,13 @@ class Loader:
     def __iter__(self) -> Generator[Images, None, None]:
         try:
             with closing(self._source.steps(self._epoch, self._start_step, self._image_size)) as steps:
-                for step in steps:
+                for number, step in enumerate(steps, self._start_step):
                     labels = self._labels[step.indices]
                     for row, reason in step.unreadable.items():
                         labels[row] = IGNORED_LABEL
                         self._record_unreadable(self._paths[int(step.indices[row])], reason)
+                    if self._change is not None:
+                        self._change(step.images, step.indices.numpy(), self._epoch, number)
                     yield step.images, to_device(labels, self._device), to_device(step.indices, self._device)
         except Exception:
             self.close()
@@ -219,12 +224,23 @@ class Normalizer:
 
 
 class MemorySource:
-    """Source of images held in memory on the loader's device; the arrays are those of ``MemoryImages``."""
+    """Source of images held in memory on the loader's device; the arrays are those of ``MemoryImages``.
 
-    def __init__(self, plan: Plan, pixels: Tensor, rows: Tensor | None, form: ImageFormat) -> None:
+    With ``augment`` they stay on the CPU, where each is augmented before it is mirrored and shifted.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        pixels: Tensor,
+        rows: Tensor | None,
+        form: ImageFormat,
+        augment: PixelAugmentation | None = None,
+    ) -> None:
         self._plan = plan
         self._device = form.device
-        self._pixels = pixels.to(form.device)
+        self._augment = augment
+        self._pixels = pixels.to(form.device) if augment is None else pixels
         self._rows = rows
         self._normalize = Normalizer(form)
         self._interpolation = form.interpolation
@@ -238,7 +254,12 @@ class MemorySource:
 
     def _make(self, batch: Batch, image_size: int) -> ImageBatch:
         indices = torch.from_numpy(batch.indices)
-        pixels = self._pixels[self._to_device(indices if self._rows is None else self._rows[indices])]
+        rows = indices if self._rows is None else self._rows[indices]
+        if self._augment is None:
+            pixels = self._pixels[self._to_device(rows)]
+        else:
+            assert batch.draws is not None
+            pixels = self._to_device(self._augment.batch(self._pixels[rows], batch.draws))
         if batch.mirror.any():
             mirror = self._to_device(torch.from_numpy(batch.mirror)).bool()
             pixels = torch.where(mirror[:, None, None, None], pixels.flip(2), pixels)

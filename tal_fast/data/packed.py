@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from tal_fast.data.image_folder import NO_SIZES, OOD_LABEL, ImageFiles, first_names, list_lines, warn, with_sizes
+from tal_fast.data.image_folder import NO_SIZES, OOD_LABEL, ImageFiles, first_names, say, with_sizes
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 """Names of a split in data sets of others; the first one found is taken."""
@@ -52,10 +52,8 @@ class Packed:
     containers: list[str]
     extents: np.ndarray  # (N, 3) int64 container, offset, bytes
 
-    def only(self, listed: frozenset[str] | None) -> Packed:
-        """The images of a list; all for None."""
-        if listed is None:
-            return self
+    def only(self, listed: frozenset[str]) -> Packed:
+        """The images whose names are in a list."""
         kept = [i for i, name in enumerate(self.names) if name in listed]
         if not kept:
             raise ValueError(f"data.file_list names no image of {self.where}; add some")
@@ -82,7 +80,7 @@ class Packed:
             missing = sorted(set(range(len(class_names))) - set(labels.tolist()))
             if missing:
                 names = first_names([class_names[label] for label in missing])
-                warn(f"{self.where} has no image of {len(missing)} of {len(class_names)} classes: {names}")
+                say(f"{self.where} has no image of {len(missing)} of {len(class_names)} classes: {names}")
         changed = np.array([os.stat(path).st_mtime_ns for path in self.containers], np.int64)
         stamps = np.stack([self.extents[:, 2], changed[self.extents[:, 0]]], axis=1)
         return with_sizes(PackedImages(self.names, labels, NO_SIZES, stamps, self.containers, self.extents))
@@ -101,8 +99,3 @@ class Packed:
                 )
             numbers.append(number)
         return numbers
-
-
-def read_packed_list(path: Path, root: str) -> frozenset[str]:
-    """Names of the images in a list for ``data.file_list``, relative to ``root`` or whole."""
-    return frozenset(os.path.join(root, os.path.normpath(line)) for line in list_lines(path, root))

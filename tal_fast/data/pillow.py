@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data._utils import signal_handling
 
+from tal_fast.data.augment import PixelAugmentation
 from tal_fast.data.image_folder import ImageFiles, undecodable
 from tal_fast.data.loader import ImageBatch, ImageFormat, Normalizer, prefetch, to_device
 from tal_fast.data.sampler import Batch, Plan
@@ -59,8 +60,9 @@ _Decoded = tuple[Tensor, Tensor, dict[int, str]]
 class _BatchDataset(Dataset):
     """Dataset whose items are decoded batches."""
 
-    def __init__(self, files: ImageFiles, channels: int, interpolation: str) -> None:
+    def __init__(self, files: ImageFiles, channels: int, interpolation: str, augment: PixelAugmentation | None) -> None:
         self._files = files
+        self._augment = augment
         self._channels = channels
         self._filter = Image.Resampling[interpolation.upper()]
 
@@ -70,7 +72,10 @@ class _BatchDataset(Dataset):
         unreadable = {}
         for row, index in enumerate(batch.indices):
             try:
-                pixels[row] = self._read(index, batch.boxes[row], bool(batch.mirror[row]), size)
+                image = self._read(index, batch.boxes[row], bool(batch.mirror[row]), size)
+                if self._augment is not None and batch.draws is not None:
+                    image = self._augment(image, batch.draws[row])
+                pixels[row] = np.asarray(image).reshape(size, size, self._channels)
             except Exception:
                 problem = undecodable(self._files, index)
                 if problem is None:
@@ -86,16 +91,14 @@ class _BatchDataset(Dataset):
                 return f"a process of the loader has no shared memory for {pixels.nbytes / 2**20:.1f} MiB ({error})"
         return images, torch.from_numpy(batch.indices), unreadable
 
-    def _read(self, index: int, box: np.ndarray, mirror: bool, size: int) -> np.ndarray:
+    def _read(self, index: int, box: np.ndarray, mirror: bool, size: int) -> Image.Image:
         top, left, height, width = (int(v) for v in box)
         with Image.open(self._files.open(index)) as file:
             if (file.height, file.width) != tuple(self._files.sizes[index]):
                 raise ValueError(f"{self._files.paths[index]} has changed its size")
             image = file.convert("RGB" if self._channels == 3 else "L")
         image = image.crop((left, top, left + width, top + height)).resize((size, size), self._filter)
-        if mirror:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(image).reshape(size, size, self._channels)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image
 
 
 class _BatchSampler(Sampler):
@@ -123,13 +126,16 @@ class TorchSource:
     """Source of image files decoded by ``workers`` processes; with 0 in this one.
 
     ``plan`` has their order and crops, ``form`` is the format of the batches, and a step is waited for ``timeout``
-    seconds.
+    seconds. ``augment`` changes the images of a training plan.
     """
 
-    def __init__(self, plan: Plan, files: ImageFiles, form: ImageFormat, workers: int, timeout: float) -> None:
+    def __init__(
+        self, plan: Plan, files: ImageFiles, form: ImageFormat, workers: int, timeout: float,
+        augment: PixelAugmentation | None = None,
+    ) -> None:  # fmt: skip
         self._device = form.device
         self._sampler = _BatchSampler(plan)
-        self._dataset = _BatchDataset(files, form.channels, form.interpolation)
+        self._dataset = _BatchDataset(files, form.channels, form.interpolation, augment)
         self._normalize = Normalizer(form)
         self._workers = min(workers, len(plan))
         self._timeout = timeout

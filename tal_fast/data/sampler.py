@@ -2,7 +2,8 @@
 
 All of it is a function of (seed, epoch, image index) and does not depend on the loader, the number of ranks or workers,
 or earlier reads. So all loaders give the same batches, k ranks together see the images of one rank with the whole
-batch, and a run resumes at any step.
+batch, and a run resumes at any step. Where an epoch may read an image more than once, the place in the epoch's order
+stands for the index, so that each reading is augmented anew.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class Batch:
     boxes: np.ndarray  # (B, 4) int32 crops (top, left, height, width) in pixels of the stored image
     mirror: np.ndarray  # (B,) int32, 1 to swap left and right
     shift: np.ndarray  # (B, 2) int64 shift (down, right) in pixels, for images in memory
+    draws: np.ndarray | None = None  # (B, ``Augmentation.draws``) float32 random numbers in [0, 1)
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Augmentation:
     crop_ratio: tuple[float, float] = (1.0, 1.0)
     flip: bool = False
     shift: int = 0
+    draws: int = 0  # random numbers that ``tal_fast.data.augment.PixelAugmentation`` takes for an image
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,9 @@ class Plan:
     seed: int = 0  # of the order and augmentation
     crop_fraction: float = 1.0  # side of the central crop as a share of the shorter side
     augmentation: Augmentation | None = None  # in training; None for crops as in validation
+    # (N,) classes to read equally often in training, drawing images with replacement; None to read each image once.
+    balanced: np.ndarray | None = None
+    repeats: int = 1  # readings in a row of each image in training; an epoch then has a ``repeats``-th of the images
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size
@@ -80,17 +86,45 @@ class Plan:
             for step in range(start_step, len(self)):
                 yield self._batch(share[step * self.batch_size : (step + 1) * self.batch_size], None)
             return
-        order = np.random.default_rng([self.seed, epoch, 0]).permutation(self.num_samples)
-        random = None
+        order = self._order(epoch)
+        random = draws = None
         if self.augmentation is not None:
-            # One row per image, so that its augmentation does not depend on its place in the order.
-            random = np.random.default_rng([self.seed, epoch, 1]).random((self.num_samples, 7), dtype=np.float32)
+            random = self.draws(epoch, 1, 7)
+            draws = self.draws(epoch, 2, self.augmentation.draws) if self.augmentation.draws else None
         for step in range(start_step, len(self)):
-            first = (step * self.world_size + self.rank) * self.batch_size
-            indices = order[first : first + self.batch_size]
-            yield self._batch(indices, None if random is None else random[indices])
+            indices = order[self._places(step)]
+            rows = self.rows(step, indices)
+            yield self._batch(indices, None if random is None else random[rows], None if draws is None else draws[rows])
 
-    def _batch(self, indices: np.ndarray, random: np.ndarray | None) -> Batch:
+    def _order(self, epoch: int) -> np.ndarray:
+        """Images at the places of a training epoch."""
+        random = np.random.default_rng([self.seed, epoch, 0])
+        count = -(-self.num_samples // self.repeats)
+        if self.balanced is None:
+            order = random.permutation(self.num_samples)[:count]
+        else:
+            by_class, counts = np.argsort(self.balanced, kind="stable"), np.bincount(self.balanced)
+            chosen = random.choice(np.flatnonzero(counts), count)
+            order = by_class[(np.cumsum(counts) - counts)[chosen] + random.integers(counts[chosen])]
+        return np.repeat(order, self.repeats)[: self.num_samples]
+
+    def _places(self, step: int) -> np.ndarray:
+        """(B,) places in the epoch's order of the images of a training step on this rank."""
+        whole = self.batch_size * self.world_size
+        if self.repeats > 1:  # the readings of an image go to different ranks, as in DeiT
+            return np.arange(step * whole + self.rank, (step + 1) * whole, self.world_size)
+        first = step * whole + self.rank * self.batch_size
+        return np.arange(first, first + self.batch_size)
+
+    def draws(self, epoch: int, stream: int, columns: int) -> np.ndarray:
+        """(N, columns) float32 random numbers in [0, 1) of a training epoch; streams are independent."""
+        return np.random.default_rng([self.seed, epoch, stream]).random((self.num_samples, columns), dtype=np.float32)
+
+    def rows(self, step: int, indices: np.ndarray) -> np.ndarray:
+        """(B,) rows of ``draws`` for the images of a training step."""
+        return indices if self.balanced is None and self.repeats == 1 else self._places(step)
+
+    def _batch(self, indices: np.ndarray, random: np.ndarray | None, draws: np.ndarray | None = None) -> Batch:
         sizes = self.sizes[indices].astype(np.float64)
         augmentation = self.augmentation
         mirror = np.zeros(len(indices), np.int32)
@@ -105,7 +139,7 @@ class Plan:
             mirror = (random[:, 4] < 0.5).astype(np.int32)
         if augmentation.shift:
             shift = np.floor(random[:, 5:7] * (2 * augmentation.shift + 1)).astype(np.int64) - augmentation.shift
-        return Batch(indices.astype(np.int64), boxes, mirror, shift)
+        return Batch(indices.astype(np.int64), boxes, mirror, shift, draws)
 
 
 def central_boxes(sizes: np.ndarray, fraction: float) -> np.ndarray:

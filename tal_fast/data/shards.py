@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import re
 import tarfile
 from collections import Counter
@@ -43,7 +44,8 @@ class _Sample(NamedTuple):
 class Shards:
     """Shards of a folder or address, by split."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, label_key: str | None = None) -> None:
+        self._label_key = label_key
         self.root = root.rstrip("/") if "://" in root else os.path.abspath(os.path.expanduser(root))
         self._remote = "://" in root
         self._fs, self._base = self._asked(lambda: fsspec.core.url_to_fs(self.root))
@@ -56,11 +58,11 @@ class Shards:
         text = self._text(CLASSES)
         return None if text is None else text.splitlines()
 
-    def split(self, split: str, label_key: str | None) -> Packed | None:
+    def split(self, split: str) -> Packed | None:
         """Images of ``train`` or ``val``; None if it has no shards."""
         for name in SPLITS[split]:
             if shards := self._of_split(name):
-                return self._read(f"{self.root} ({name})", shards, label_key)
+                return self._read(f"{self.root} ({name})", shards)
         return None
 
     def all(self) -> Packed:
@@ -68,7 +70,7 @@ class Shards:
         shards = [self._base] if self._base.lower().endswith(".tar") else self._tars("")
         if not shards:
             raise ValueError(f"{self.root} holds no .tar shards; name their folder, or one of them")
-        return self._read(self.root, shards, None)
+        return self._read(self.root, shards)
 
     def _of_split(self, name: str) -> list[str]:
         listed = self._info.get("splits", {}).get(name)
@@ -93,12 +95,14 @@ class Shards:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def _read(self, where: str, shards: list[str], label_key: str | None) -> Packed:
+    def _read(self, where: str, shards: list[str]) -> Packed:
         from tqdm import tqdm
 
         with ThreadPoolExecutor(_DOWNLOADS) as pool:
-            local = list(tqdm(pool.map(self._local, shards), f"reading {where}", len(shards), leave=False, disable=None))
-            samples = list(pool.map(lambda path: _index(path, label_key), local))
+            local = list(
+                tqdm(pool.map(self._local, shards), f"reading {where}", len(shards), leave=False, disable=None)
+            )
+            samples = list(pool.map(lambda path: _index(path, self._label_key), local))
         names, labels, extents = [], [], []
         for number, (shard, found) in enumerate(zip(shards, samples, strict=True)):
             below = shard[len(self._base) :].lstrip("/")
@@ -170,7 +174,7 @@ def _scan(path: str, label_key: str | None) -> list[_Sample]:
             for member in archive:
                 if member.name.startswith("/") or ".." in member.name.split("/"):
                     raise ValueError(f"{path} has a member {member.name!r}, which leads out of it; pack it again")
-                folder, _, name = member.name.rpartition("/")
+                folder, _, name = posixpath.normpath(member.name).rpartition("/")
                 stem, _, ending = name.partition(".")
                 if not member.isreg() or not stem:  # folders, links, hidden files
                     continue
@@ -196,12 +200,21 @@ def _scan(path: str, label_key: str | None) -> list[_Sample]:
                 left_out.update(f".{ending}" for ending in files)
                 continue
             image = files[images[0]]
-            samples.append(_Sample(image.name, image.offset_data, image.size, _label(path, file, key, files, label_key)))
+            samples.append(
+                _Sample(
+                    posixpath.normpath(image.name),
+                    image.offset_data,
+                    image.size,
+                    _label(path, file, key, files, label_key),
+                )
+            )
     report_left_out(Path(path), left_out)
     return samples
 
 
-def _label(path: str, file: Any, key: str, files: dict[str, tarfile.TarInfo], label_key: str | None) -> int | str | None:
+def _label(
+    path: str, file: Any, key: str, files: dict[str, tarfile.TarInfo], label_key: str | None
+) -> int | str | None:
     """Label of a sample: its .cls or another ending, or an entry of its .json."""
     ending = label_key or "cls"
     member, entry = files.get(ending.lower()), None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tal_fast.config.schema import ModelConfig
-from tal_fast.models.features import expose_features
+from tal_fast.models.features import add_hidden_layer, expose_features
 from tal_fast.models.registry import NETWORKS
 
 
@@ -38,7 +38,10 @@ def build_model(config: ModelConfig, num_classes: int, in_channels: int = 3, ima
         model = _torchvision(config, num_classes, image_size)
         if in_channels != 3:
             _replace_stem(model, in_channels)
-    return expose_features(model, torch.zeros(2, in_channels, image_size, image_size))
+    model = expose_features(model, torch.zeros(2, in_channels, image_size, image_size))
+    if config.head == "mlp":
+        add_hidden_layer(model)
+    return model
 
 
 def timm_name(name: str) -> str | None:

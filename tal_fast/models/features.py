@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -29,10 +31,13 @@ def expose_features(model: Model, images: Tensor | None = None) -> Model:
 
     The model's last ``nn.Linear`` is replaced by a ``FeatureLinear`` with the same parameters. There are no hooks, so
     the model works under ``torch.compile``, DDP and ``torch.export``. It must return that layer's output unchanged.
+    Where it returns an object with the field ``logits``, as the models of transformers do, that field becomes the pair:
+    ``logits, features = model(images).logits``.
 
     Args:
-        model: classifier that returns logits (B, C).
-        images: small batch to test the model on, in eval mode; by default (2, 3, 64, 64) zeros.
+        model: classifier that returns logits (B, C), or an object with such ``logits``.
+        images: small batch to test the model on, in eval mode; by default zeros (2, 3, 64, 64), or of the size that the
+            configuration of a model of timm, torchvision or transformers names if that one does not fit.
 
     Returns:
         The same model; it is unchanged if its features are exposed already.
@@ -56,14 +61,79 @@ def expose_features(model: Model, images: Tensor | None = None) -> Model:
     exposed = FeatureLinear.__new__(FeatureLinear)
     exposed.__dict__ = last.__dict__
     setattr(holder, child, exposed)
-    problem = _output_problem(model, exposed, torch.zeros(2, 3, 64, 64) if images is None else images)
-    if problem is not None:
-        setattr(holder, child, last)
+    for batch in _trial_batches(model) if images is None else [images]:
+        problem = _output_problem(model, exposed, batch)
+        if problem is None:
+            return model
+    setattr(holder, child, last)
+    heads = [path for path, module in linears if module.out_features == last.out_features][-2:]
+    if len(heads) == 2 and any("dist" in head for head in heads):  # head_dist in timm, distillation_classifier
         raise ValueError(
-            f"{name} does not return the output of its last nn.Linear ({path}) as it is: {problem}; return logits and "
-            "features yourself, or end the model with that layer"
+            f"{name} averages the logits of two layers ({' and '.join(heads)}), as distilled networks do, so they have "
+            "no features in common; take a network without distillation, such as timm's deit_tiny_patch16_224 or "
+            "transformers' DeiTForImageClassification"
         )
-    return model
+    raise ValueError(
+        f"{name} does not return the output of its last nn.Linear ({path}) as it is, tried on images "
+        f"{tuple(batch.shape)}: {problem}; give images of the size it expects, return logits and features yourself, or "
+        "end the model with that layer"
+    )
+
+
+def _trial_batches(model: nn.Module) -> list[Tensor]:
+    """Images to test a model on: small ones, and those that its configuration names."""
+    config = getattr(model, "config", model)  # of transformers; torchvision's vision transformers have image_size alone
+    channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", None)
+    shapes = [(channels, 64, 64)]
+    if size is not None:
+        shapes.append((channels, *size) if isinstance(size, (list, tuple)) else (channels, size, size))
+    settings = getattr(model, "pretrained_cfg", None)  # of timm
+    if isinstance(settings, dict) and settings.get("input_size"):
+        shapes.append(settings["input_size"])
+    return [torch.zeros(2, *shape) for shape in shapes]
+
+
+class TwoLayerHead(nn.Sequential):
+    """Classifier of two layers: Linear (D, D), ReLU, and a ``FeatureLinear`` (D, C)."""
+
+
+class _Inputs(nn.Module):
+    """Stand-in for a head: no logits, and the head's input as features."""
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        return input[:, :0], input
+
+
+def head_path(model: nn.Module) -> str:
+    """Name of the head in a model from ``expose_features``: its ``FeatureLinear`` or the ``TwoLayerHead`` around it."""
+    path = [path for path, module in model.named_modules() if isinstance(module, FeatureLinear)][-1]
+    parent = path.rpartition(".")[0]
+    return parent if isinstance(model.get_submodule(parent), TwoLayerHead) else path
+
+
+def add_hidden_layer(model: nn.Module) -> None:
+    """Replace the head of a model from ``expose_features`` by a ``TwoLayerHead`` with new weights, in place."""
+    path = head_path(model)
+    last: Any = model.get_submodule(path)
+    hidden = nn.Linear(last.in_features, last.in_features)
+    _replace(model, path, TwoLayerHead(hidden, nn.ReLU(), FeatureLinear(last.in_features, last.out_features)))
+
+
+@contextlib.contextmanager
+def without_head(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, returning no logits (B, 0) and its head's input (B, D); the head is put back at the end."""
+    path = head_path(model)
+    head = model.get_submodule(path)
+    _replace(model, path, _Inputs())
+    try:
+        yield model
+    finally:
+        _replace(model, path, head)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def keep_classes(model: nn.Module, num_classes: int) -> None:
@@ -83,6 +153,7 @@ def _output_problem(model: nn.Module, last: FeatureLinear, images: Tensor) -> st
     try:
         with torch.no_grad():
             output = model(images.to(last.weight))
+        output = getattr(output, "logits", output)
     except Exception as error:
         return f"{type(error).__name__}: {one_line(error)}"
     finally:

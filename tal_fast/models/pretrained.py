@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tal_fast.config.names import INTERPOLATIONS
 from tal_fast.config.schema import DataConfig, ModelConfig
 from tal_fast.data import image_folder
-from tal_fast.data.build import FOLDER_IMAGE_SIZE, build_data
+from tal_fast.data.build import FOLDER_IMAGE_SIZE, PACKED, build_data, packed_data
 from tal_fast.data.datasets import DataBundle
 from tal_fast.models.build import build_model, timm_name
 from tal_fast.models.features import FeatureLinear
@@ -335,8 +335,11 @@ def evaluation_data(config: DataConfig, interpolation: str = "bilinear") -> Data
 
 
 def _data_without_training(config: DataConfig) -> DataBundle | None:
-    """Data set of a folder that has no ``train/``; None for other data sets."""
+    """Data set without training images: shards, or a folder that has no ``train/``; None for other data sets."""
     root = Path(config.root or "")
+    if config.dataset in PACKED:
+        config.check()
+        return packed_data(config, training=False)
     if config.dataset != "folder" or config.root is None or (root / "train").is_dir() or not root.is_dir():
         return None
     config.check()

@@ -67,10 +67,15 @@ class OutputStore:
     """Stored outputs of the samples of one split.
 
     ``key`` is a hash of everything the outputs depend on, and ``samples`` the number of samples. If ``features`` are
-    needed, shards without them count as missing; else features are not read.
+    needed, shards without them count as missing; else features are not read. ``elsewhere`` says how to name another
+    folder, in messages.
     """
 
-    def __init__(self, folder: str | Path, key: str, samples: int, features: bool = True) -> None:
+    def __init__(
+        self, folder: str | Path, key: str, samples: int, features: bool = True,
+        elsewhere: str = "name another folder with --cache",
+    ) -> None:  # fmt: skip
+        self.elsewhere = elsewhere
         self.folder = Path(folder) / key[:KEY_LENGTH]
         self.key, self.samples, self.features = key, samples, features
 
@@ -96,8 +101,7 @@ class OutputStore:
             yield
         except OSError as error:
             raise NotKept(
-                f"outputs cannot be kept in {self.folder} ({error.strerror or error}); free space or name another "
-                "folder with --cache"
+                f"outputs cannot be kept in {self.folder} ({error.strerror or error}); free space or {self.elsewhere}"
             ) from None
 
     def continue_from(self, other: OutputStore) -> None:
@@ -109,7 +113,7 @@ class OutputStore:
     def only_pass(self, wait: bool = True) -> contextlib.AbstractContextManager[None]:
         """Keep other processes from computing the same outputs; with ``wait``, first wait for one that does."""
         message = (
-            f"another process computes the same outputs in {self.folder}; waiting for it (name another --cache to "
+            f"another process computes the same outputs in {self.folder}; waiting for it ({self.elsewhere} to "
             "compute them at the same time)"
         )
         return alone_in(self.folder, message if wait else "")

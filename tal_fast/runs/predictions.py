@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,9 @@ class PassOptions:
     # This process among those that share the passes; all of them have to share the cache too.
     ranks: Ranks = field(default_factory=lambda: Ranks(0, 1, torch.device("cpu")))
     timeout: float | None = None  # seconds to wait for a step of the loader; by default the data set's
+    skip_unreadable: bool = False  # give a file that does not decode the label -100, up to ``data.max_unreadable``
+    elsewhere: str = "name another folder with --cache"  # how to keep outputs in another folder, for messages
+    after_batch: Callable[[], None] = lambda: None  # may raise, to end a pass; what was computed is kept
 
 
 @dataclass
@@ -195,7 +198,7 @@ class Inference:
         if not len(images):
             raise ValueError(f"the split {name!r} has no samples")
         key = cache_key(self._model_key(), split_hash(images), str(corruption))
-        store = OutputStore(cache_path(self._temporary or self.cache, name), key, len(images), self.options.features)
+        store = self._store(self._temporary or self.cache, name, key, images)
         try:
             return self._complete(store, name, images, corruption)
         except NotKept as error:
@@ -207,10 +210,14 @@ class Inference:
         self._temporary = tempfile.mkdtemp(prefix="tal-fast-")
         weakref.finalize(self, unlock, keep(Path(self._temporary)))
         weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
-        temporary = OutputStore(cache_path(self._temporary, name), key, len(images), self.options.features)
+        temporary = self._store(self._temporary, name, key, images)
         temporary.prepare()
         temporary.continue_from(store)
         return self._complete(temporary, name, images, corruption)
+
+    def _store(self, folder: str | Path, name: str, key: str, images: Split) -> OutputStore:
+        options = self.options
+        return OutputStore(cache_path(folder, name), key, len(images), options.features, options.elsewhere)
 
     def _complete(self, store: OutputStore, name: str, images: Split, corruption: Corruption | None) -> OutputStore:
         """Compute the samples that a store lacks, and return it; raises NotKept if they cannot be written."""
@@ -230,7 +237,7 @@ class Inference:
             if still_missing.size:
                 raise ValueError(
                     f"{len(still_missing)} of {len(images)} samples of {name!r} are missing in {store.folder} after "
-                    "the pass; all ranks must share that folder: name another with --cache"
+                    f"the pass; all ranks must share that folder: {self.options.elsewhere}"
                 )
         return store
 
@@ -239,8 +246,9 @@ class Inference:
         if missing.size < len(images):
             images = images.subset(missing)
         loader = self.data.loader(
-            images, batch_size=options.batch_size, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device
-        )
+            images, batch_size=options.batch_size, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device,
+            skip_unreadable=options.skip_unreadable,
+        )  # fmt: skip
         positions = torch.from_numpy(missing)  # batches of a subset get each sample's position in the whole split
         batches: Iterator[Any] = ((x, labels, positions[index.cpu()]) for x, labels, index in loader)
         if corruption is not None:
@@ -251,6 +259,7 @@ class Inference:
                 self.model, batches, ranks.device, name, options.amp, ranks.is_main, len(loader)
             ):
                 writer.add(indices, outputs if options.features else Outputs(outputs.logits, None, outputs.labels))
+                options.after_batch()
         finally:
             loader.close()
             writer.flush()  # keeps what was computed before an unreadable image

@@ -34,13 +34,20 @@ WARNED = frozenset({
 """Options that a resumed run may change, with a warning that it no longer goes on bit for bit."""
 
 FIXED = frozenset({
-    "data.channels", "data.image_size", "model.name", "model.width", "optim.name", "optim.decay_all", "optim.ema_decay",
-    "method.name", "method.options.queue_scope",
+    "data.channels", "data.image_size", "model.name", "model.width", "model.head", "optim.name", "optim.decay_all",
+    "optim.ema_decay", "method.name", "method.options.queue_scope",
 })  # fmt: skip
 """Options that a resumed run cannot change, because the saved state would not fit. A change of any option that is in
 none of these sets is refused unless ``config.allow`` names it."""
 
-_IMAGES = ("data.dataset", "data.file_list", "data.holdout", "data.train_limit", "data.synthetic_images")
+_IMAGES = (
+    "data.dataset",
+    "data.label_key",
+    "data.file_list",
+    "data.holdout",
+    "data.train_limit",
+    "data.synthetic_images",
+)
 """Options that choose the training images, so that a change of the images is no surprise."""
 
 _NEW_EPOCH = {"ranks", "training images", "seed", "batch_size"}

@@ -60,12 +60,18 @@ def _train(config: Config, stop: StopRequest, bench: bool) -> None:
         trainer = Trainer(config, ranks, stop)
     except ValueError as error:
         raise SystemExit(report_mistake(error)) from None
+    except Stopped as stopped:
+        raise SystemExit(_stopped(stopped, ranks.is_main)) from None
     try:
         trainer.fit()
     except (TrainingFailed, UnreadableImage, Damaged) as error:
         raise SystemExit(report_mistake(error)) from None
     except Stopped as stopped:
-        if ranks.is_main:
-            print(stopped, file=sys.stderr)
-        raise SystemExit(stopped.exit_code) from None
+        raise SystemExit(_stopped(stopped, ranks.is_main)) from None
     ranks.stop()
+
+
+def _stopped(stopped: Stopped, is_main: bool) -> int:
+    if is_main:
+        print(stopped, file=sys.stderr)
+    return stopped.exit_code

@@ -53,8 +53,9 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
 
     def arrange(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) images in the network's memory order."""
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+        """Images (B, C, H, W) in the network's memory order; features (B, D) as they are."""
+        ordered = self.channels_last and images.ndim == 4
+        return images.contiguous(memory_format=torch.channels_last) if ordered else images
 
     def summary(self) -> str:
         """Precision, memory order and compilation in a few words."""

@@ -16,7 +16,7 @@ from tal_fast.data.digest import data_digest, newest_change
 from tal_fast.loss import dispatch
 from tal_fast.loss._extension import build_digest
 from tal_fast.methods import Method, Task, build_method, method_class
-from tal_fast.models import build_model
+from tal_fast.models import build_model, head_path
 from tal_fast.training.epoch_stats import EpochSums
 from tal_fast.training.optim import build_optimizer
 from tal_fast.training.runtime import Runtime
@@ -29,12 +29,13 @@ from tal_fast.utils.rng import rng_state, set_rng_state
 class TrainingState:
     """Everything that changes while a run trains."""
 
-    network: nn.Module  # not wrapped by DDP
+    network: nn.Module  # what is trained, not wrapped by DDP: of a model whose features are cached, the head
     method: Method  # with this rank's state
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # disabled unless gradients are in float16
     average: WeightAverage | None
     sums: EpochSums  # of the current epoch on this rank
+    whole: nn.Module | None = None  # the frozen model around the head, if its features are cached
     epoch: int = 0  # number of finished epochs
     step: int = 0  # number of finished steps in the current epoch
     history: list[dict[str, float]] = field(default_factory=list)  # a row of metrics.csv for each finished epoch
@@ -69,13 +70,19 @@ class TrainingState:
         return {
             "epoch": self.epoch,
             "step": self.step,
-            "model": self.network.state_dict(),
-            "average": averaged.state_dict() if averaged is not None else None,
+            "model": self._whole_state(self.network),
+            "average": self._whole_state(averaged) if averaged is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "best": self.best,
             "history": list(self.history),
         }
+
+    def _whole_state(self, network: nn.Module) -> dict[str, Any]:
+        """State of a network, within the frozen model if it is a head."""
+        if self.whole is None:
+            return network.state_dict()
+        return {**self.whole.state_dict(), **network.state_dict(prefix=f"{head_path(self.whole)}.")}
 
     def restore(self, content: dict[str, Any], rank: int, world_size: int, step: int) -> None:
         """Restore a checkpoint.
@@ -84,13 +91,15 @@ class TrainingState:
         states anew, and each counts the unreadable files of all. ``step`` is the number of finished steps of the epoch,
         0 to go on from its start.
         """
-        self.network.load_state_dict(content["model"])
+        (self.whole or self.network).load_state_dict(content["model"])
         if self.average is not None and content["average"] is not None:
-            self.average.network.load_state_dict(content["average"])
+            prefix = "" if self.whole is None else f"{head_path(self.whole)}."
+            own = {k.removeprefix(prefix): v for k, v in content["average"].items() if k.startswith(prefix)}
+            self.average.network.load_state_dict(own)
         device = self.sums.total.device
-        own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
+        kept = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(content["optimizer"])
-        for group, options in zip(self.optimizer.param_groups, own, strict=True):
+        for group, options in zip(self.optimizer.param_groups, kept, strict=True):
             group.update(options, lr=group["lr"].to(device))  # loaded to the CPU with the rest
         if content["scaler"]:  # empty if gradients were not scaled
             self.scaler.load_state_dict(content["scaler"])
@@ -130,7 +139,8 @@ class Rollback:
     def keep(self) -> None:
         """Copy the state before a step; does not wait for the device."""
         for copies, buffers in zip(self._copies, self._buffers(), strict=True):
-            torch._foreach_copy_(copies, buffers)
+            if buffers:  # a head or a ViT has none
+                torch._foreach_copy_(copies, buffers)
         own = self._state.rank_state()  # whose random generators' states are copies already
         method = tree_map_only(Tensor, Tensor.clone, own["method"])
         self._rank_state = {**own, "method": method, "sums": own["sums"].clone()}
@@ -139,7 +149,8 @@ class Rollback:
     def undo(self) -> dict[str, Any]:
         """Restore the buffers as of ``keep``; returns the ``rank_state`` of then."""
         for copies, buffers in zip(self._copies, self._buffers(), strict=True):
-            torch._foreach_copy_(buffers, copies)
+            if buffers:
+                torch._foreach_copy_(buffers, copies)
         return self._rank_state
 
     def restore(self) -> None:
@@ -171,6 +182,9 @@ def build_state(config: Config, data: DataBundle, runtime: Runtime) -> TrainingS
     if runtime.channels_last:
         network = network.to(memory_format=torch.channels_last)
     network = network.to(runtime.device)
+    whole = None
+    if config.model.cache_features:
+        whole, network = network.requires_grad_(False), network.get_submodule(head_path(network)).requires_grad_()
     optimizer = build_optimizer(config.optim, network)
     task = Task(config.epochs, data.num_classes, len(data.split("train")), config.optim.lr)
     method = build_method(config.method, task).to(runtime.device)
@@ -187,6 +201,7 @@ def build_state(config: Config, data: DataBundle, runtime: Runtime) -> TrainingS
         scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.scales_gradients),
         average=build_average(network, config.optim.ema_decay, method),
         sums=EpochSums(method, runtime.device),
+        whole=whole,
     )
 
 

@@ -23,6 +23,7 @@ from tal_fast.runs.resume import changes, find_checkpoint, leaves_epoch, refuse_
 from tal_fast.training import loggers
 from tal_fast.training.batches import TrainingBatches
 from tal_fast.training.epoch_stats import Histogram, percentile_columns
+from tal_fast.training.feature_cache import FeatureBundle
 from tal_fast.training.optim import learning_rate
 from tal_fast.training.profiler import Profiler
 from tal_fast.training.progress import Progress, epoch_line, memory_in_use, shows_bar
@@ -54,7 +55,7 @@ class Trainer:
 
     Attributes:
         data: images of the run.
-        network: the network, not wrapped by DDP.
+        network: the network, not wrapped by DDP; if its features are cached, its head.
         state: state of the run, as a checkpoint holds it.
         batches: training batches of this rank.
         model: network and method as one module, with DDP around it on several ranks.
@@ -92,11 +93,12 @@ class Trainer:
         self.network, self.method = self.state.network, self.state.method
         batch_size = config.batch_size // self.ranks.world_size
         check_parts(self.network, batch_size // config.optim.accumulate)
-        self.batches = TrainingBatches(config, self.data, self.method.outliers, batch_size, options)
+        images = FeatureBundle(self.data, self.method) if config.model.cache_features else self.data
+        self.batches = TrainingBatches(config, images, self.method.outliers, batch_size, options)
         shape = data_shape(self.data, self.batches.num_images)
         self.ranks.check_same({**shape, "data.loader": self.data.loader_name})
         self._shape = {**shape, "conditions": conditions(config, self.data, self.runtime)}
-        val_loader = self.data.loader("val", batch_size=config.eval_batch_size, **options)
+        val_loader = images.loader("val", batch_size=config.eval_batch_size, **options)
         self._validator = Validator(
             val_loader, config.eval_batch_size, self.data.num_classes, self.method, self.runtime, self.ranks
         )
@@ -104,6 +106,9 @@ class Trainer:
         seed_all(config.seed + 1 + self.ranks.rank)  # dropout and the like differ between ranks
         if resumed is not None:
             self._restore(*resumed)
+        self._stop = stop or StopRequest()
+        if isinstance(images, FeatureBundle):
+            images.compute(self.state.whole or self.network, config, self.runtime, self.ranks, self._stop)
 
         step = TrainStep(self.network, self.method, self.runtime)
         if self.runtime.compile:
@@ -117,7 +122,6 @@ class Trainer:
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")  # TF32 where the network is not under autocast
         self._reported = self._unreadable()  # files named so far, also by the run before
-        self._stop = stop or StopRequest()
         self._saver = Saver(config, self.state, self._shape, self.ranks, self._stop)
         self._writer = self._saver.writer
         self._loggers: loggers.Loggers | None = None
@@ -155,7 +159,8 @@ class Trainer:
             return
         self._info(
             f"{config.method.name} on {self.data.summary()}; {config.model.name}, "
-            f"{sum(p.numel() for p in self.network.parameters()):,} parameters; {self.ranks.world_size} x "
+            f"{sum(p.numel() for p in self.network.parameters()):,} parameters"
+            f"{'' if state.whole is None else ' in the head'}; {self.ranks.world_size} x "
             f"{self.ranks.device.type}, {self.runtime.summary()}, loader {self.data.loader_name}"
         )
         if self.ranks.is_main:

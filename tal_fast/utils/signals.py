@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -41,6 +42,15 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         self._depth = 0
         self._previous: dict[int, Any] = {}
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    @contextlib.contextmanager
+    def while_training(self) -> Iterator[None]:
+        """Record Ctrl-C too, for ``poll``."""
+        self.training = True
+        try:
+            yield
+        finally:
+            self.training = False
 
     def __enter__(self) -> StopRequest:
         self._depth += 1

@@ -121,6 +121,42 @@ def test_random_boxes_lie_within_the_image_and_have_the_given_area_and_shape() -
     assert whole.tolist() == [[0, 0, 1000, 1000]]
 
 
+def test_balanced_sampling_reads_all_classes_equally_often() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 3], [2000, 300, 7]))  # class 2 has no image
+    options: dict[str, Any] = {"training": True, "seed": 3, "balanced": labels}
+    (whole,) = (step.indices for step in plan(len(labels), len(labels), **options).batches(epoch=1))
+    assert np.bincount(labels[whole], minlength=4) / len(labels) == pytest.approx([1 / 3, 1 / 3, 0, 1 / 3], abs=0.03)
+    assert all((whole == image).sum() > 60 for image in np.flatnonzero(labels == 3))
+    assert len(set(whole[labels[whole] == 1].tolist())) > 250  # images of a class are drawn evenly
+    ranks = [plan(len(labels), 50, **options, rank=rank, world_size=2) for rank in range(2)]
+    steps = zip(*(rank.batches(epoch=1) for rank in ranks), strict=True)
+    together = np.concatenate([part.indices for step in steps for part in step])
+    assert together.tolist() == whole[: len(together)].tolist()
+    assert len(ranks[0]) == len(labels) // 100
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_repeats_read_an_image_several_times_in_one_batch_of_all_ranks(world: int) -> None:
+    augmentation = Augmentation((0.2, 0.9), (0.5, 2.0), flip=True, draws=2)
+    ranks = [
+        plan(50, 12 // world, training=True, repeats=3, rank=rank, world_size=world, augmentation=augmentation)
+        for rank in range(world)
+    ]
+    seen: list[int] = []
+    for parts in zip(*(rank.batches(epoch=4) for rank in ranks), strict=True):
+        indices = np.stack([part.indices for part in parts], axis=1).ravel()
+        assert indices[::3].tolist() == indices[1::3].tolist() == indices[2::3].tolist()
+        if world == 3:  # the three readings are on different ranks
+            assert parts[0].indices.tolist() == parts[1].indices.tolist() == parts[2].indices.tolist()
+        boxes = np.stack([part.boxes for part in parts], axis=1).reshape(12, 4)
+        draws = np.stack([part.draws for part in parts if part.draws is not None], axis=1).reshape(12, 2)
+        assert len(np.unique(draws, axis=0)) == 12
+        assert len(np.unique(boxes, axis=0)) > 8  # each reading has a crop of its own
+        seen += indices[::3].tolist()
+    assert len(set(seen)) == len(seen) == 16
+    assert len(ranks[0]) == 4
+
+
 def test_batch_larger_than_the_images_is_refused() -> None:
     with pytest.raises(ValueError, match="a step takes 14 images .* only 13 training images; lower batch_size"):
         plan(13, 7, training=True, world_size=2)

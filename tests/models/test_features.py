@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import nn
@@ -70,6 +72,7 @@ class Wrapped(nn.Module):
     ("end", "sentence"),
     [
         (lambda out: {"logits": out}, "it returns dict"),
+        (lambda out: types.SimpleNamespace(logits=out[0]), "it returns Tensor"),
         (lambda out: out[0], "it returns Tensor"),
         (lambda out: (2 * out[0], out[1]) if isinstance(out, tuple) else 2 * out, "its logits are not that layer's"),
         (lambda out: (out[0].softmax(1)[:, :2], out[1]), "it returns shapes"),
@@ -81,6 +84,35 @@ def test_models_that_change_the_logits_are_rejected(end: Any, sentence: str) -> 
     with pytest.raises(ValueError, match=f"Wrapped does not return the output of its last nn.Linear .*{sentence}"):
         expose_features(model)
     assert type(model.head) is nn.Linear  # as it was
+
+
+def test_an_object_with_logits_holds_both() -> None:
+    model = expose_features(Wrapped(lambda out: types.SimpleNamespace(loss=None, logits=out)))
+    logits, features = model(images()).logits
+    assert torch.equal(logits, model.head(features)[0])
+    assert features.shape == (2, 9)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: timm.create_model("vit_tiny_patch16_224", num_classes=5, depth=1),
+        lambda: torchvision.models.VisionTransformer(96, 32, 1, 2, 32, 64, num_classes=5),
+    ],
+    ids=["timm", "torchvision"],
+)
+def test_networks_of_one_image_size_are_tried_with_it(network: Any) -> None:
+    assert isinstance(list(expose_features(network()).modules())[-1], FeatureLinear)
+    with pytest.raises(ValueError, match=r"tried on images \(2, 3, 40, 40\): .*; give images of the size it expects"):
+        expose_features(network(), torch.randn(2, 3, 40, 40))
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "levit_128s"])
+def test_distilled_networks_are_refused_with_the_reason(name: str) -> None:
+    model = timm.create_model(name, num_classes=5)
+    with pytest.raises(ValueError, match=r"averages the logits of two layers \(head(\.linear)? and head_dist"):
+        expose_features(model)
+    assert not any(isinstance(module, FeatureLinear) for module in model.modules())
 
 
 def test_models_without_a_last_linear_are_rejected() -> None:

@@ -1,0 +1,117 @@
+"""Features of a frozen network, computed once and kept on disk, in place of images: ``model.cache_features``."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Generator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tal_fast.config.schema import Config
+from tal_fast.data import DataBundle
+from tal_fast.data.cache import cache_dir
+from tal_fast.data.datasets import Split
+from tal_fast.data.image_folder import ImageFiles, undecodable
+from tal_fast.data.loader import IGNORED_LABEL, ImageBatch, Source, prefetch, to_device
+from tal_fast.data.sampler import Batch, Plan
+from tal_fast.methods import Method
+from tal_fast.models import without_head
+from tal_fast.runs.predictions import Inference, PassOptions, cache_key
+from tal_fast.training.runtime import Runtime
+from tal_fast.utils.distributed import Ranks
+from tal_fast.utils.signals import Stopped, StopRequest
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "features"
+"""Folder of the features in the cache; it can be deleted at any time."""
+
+
+class FeatureBundle(DataBundle):
+    """Data set whose loaders give features (B, D) float32 in place of images, once ``compute`` has been called."""
+
+    def __init__(self, data: DataBundle, method: Method) -> None:
+        if method.outliers is not None:
+            raise ValueError(
+                f"the method {method.name} trains on mixtures of images, but model.cache_features keeps features of "
+                "whole images; set it to false"
+            )
+        self.__dict__.update(vars(data))
+        self._data = data
+        self._features: dict[int, tuple[Tensor, dict[int, str]]] = {}  # by the identity of a split
+
+    def compute(self, network: nn.Module, config: Config, runtime: Runtime, ranks: Ranks, stop: StopRequest) -> None:
+        """Read the features of the training and validation images, or compute and keep those that are missing.
+
+        All ranks must call it. Raises Stopped when ``stop`` asks for it; what was computed until then is kept.
+        """
+
+        def check_stop() -> None:
+            if number := stop.poll():
+                name = signal.Signals(number).name
+                raise Stopped(number, f"stopped by {name}; the features so far are kept: run the same command again")
+
+        options = PassOptions(
+            config.eval_batch_size,
+            None if runtime.dtype is None else str(runtime.dtype).removeprefix("torch."),
+            ranks=ranks,
+            skip_unreadable=True,
+            elsewhere="set TAL_FAST_CACHE to another folder",
+            after_batch=check_stop,
+        )
+        # A folder for each data set and network, where new features replace those of other weights or options.
+        place = cache_key(config.data.dataset, str(config.data.root), config.model.name, str(self.image_size))[:16]
+        started = time.perf_counter()
+        with without_head(network) as backbone, stop.while_training():
+            inference = Inference(backbone, self._data, cache_dir() / FOLDER / place, options)
+            for name in ("train-eval", "val"):
+                store = inference.store(name)
+                columns = store.columns("features", "labels")
+                split = self.split(name)
+                bad = np.flatnonzero(columns["labels"] == IGNORED_LABEL)
+                self._features[id(split)] = torch.from_numpy(columns["features"]), _reasons(split, bad)
+        if ranks.is_main:
+            logger.info(
+                "features of the frozen network, without random augmentation: %d for each of %s training and %s "
+                "validation images, in %.1f s; kept in %s", columns["features"].shape[1],
+                *(f"{len(self.split(name)):,}" for name in ("train", "val")), time.perf_counter() - started,
+                store.folder.parents[1],
+            )  # fmt: skip
+
+    def _source(self, images: Split, plan: Plan, device: torch.device) -> Source:
+        return _FeatureSource(plan, self._features, id(images), device)
+
+
+def _reasons(split: Split, rows: np.ndarray) -> dict[int, str]:
+    """Index -> reason of the files of a split that did not decode."""
+    if not isinstance(split, ImageFiles):
+        return {}
+    reasons = ((int(i), undecodable(split.paths[i], split.sizes[i])) for i in rows)
+    return {i: reason or f"{split.paths[i]} could not be decoded before" for i, reason in reasons}
+
+
+class _FeatureSource:
+    """Source of the rows of a matrix (N, D)."""
+
+    def __init__(
+        self, plan: Plan, features: dict[int, tuple[Tensor, dict[int, str]]], split: int, device: torch.device
+    ) -> None:
+        self._plan, self._features, self._split, self._device = plan, features, split, device
+
+    def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[ImageBatch, None, None]:
+        features, unreadable = self._features[self._split]
+
+        def make(batch: Batch) -> ImageBatch:
+            indices = torch.from_numpy(batch.indices)
+            bad = {row: unreadable[i] for row, i in enumerate(indices.tolist()) if i in unreadable}
+            return ImageBatch(to_device(features[indices], self._device), indices, bad)
+
+        batches = self._plan.batches(epoch, start_step)
+        return prefetch(batches, make, lambda step: [step.images], self._device)
+
+    def close(self) -> None:
+        pass
