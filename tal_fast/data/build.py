@@ -16,7 +16,7 @@ from tal_fast.data import builtin, cifar, dali, image_folder
 from tal_fast.data.datasets import DataBundle, MemoryImages, Split
 from tal_fast.data.huggingface import HuggingFace
 from tal_fast.data.image_folder import ImageFiles
-from tal_fast.data.packed import SPLITS
+from tal_fast.data.packed import SPLITS, PackedImages
 from tal_fast.data.pixels import as_channels
 from tal_fast.data.shards import Shards
 
@@ -115,14 +115,15 @@ def packed_data(config: DataConfig, training: bool = True) -> DataBundle:
         if missing:
             raise ValueError(
                 f"data.file_list {config.file_list} names {len(missing)} images that are not in {source.root} "
-                f"({image_folder.first_names(sorted(missing))}); write it again with python -m tal_fast.check_data {root}"
+                f"({image_folder.first_names(sorted(missing))}); write it again with "
+                f"python -m tal_fast.check_data {root} --out {config.file_list}"
             )
         found = {split: images and images.only(listed) for split, images in found.items()}
     first = found["train"] or found["val"]
     assert first is not None
     class_names = source.class_names() or first.class_names()
     whole = {split: images and images.images(class_names) for split, images in found.items()}
-    none = next(filter(None, whole.values())).subset(np.zeros(0, np.int64))
+    none = PackedImages([], np.zeros(0, np.int64), image_folder.NO_SIZES)
     return _file_bundle(config, class_names, whole["train"] or none, whole["val"] or none)
 
 

@@ -115,12 +115,11 @@ class DaliSource:
     def _rejected_by_pillow(self, batch: Batch) -> dict[int, str]:
         with ThreadPoolExecutor(self._workers) as pool:
             problems = list(pool.map(partial(undecodable, self._files), batch.indices))
+        suspects, error = self._requests.suspects, self._prober.error
         return {
             int(i): problem
             for i, box, problem in zip(batch.indices, batch.boxes, problems, strict=True)
-            if problem is not None
-            and int(i) not in self._requests.suspects
-            and self._prober.error(_request(self._files, i), box)
+            if problem is not None and int(i) not in suspects and error(_request(self._files, i), box)
         }
 
     def _rejected_by_dali(self, batch: Batch) -> dict[int, str]:

@@ -7,7 +7,8 @@ specification                images
 ===========================  ========================================================================================
 ``FOLDER``                   all images in it, at any depth
 ``webdataset:WHERE``         all images of the .tar shards in a folder or at an address, or of one shard
-``huggingface:WHERE``        the test images of a Hugging Face data set in a folder or on the hub, or else those of another split
+``huggingface:WHERE``        images of a Hugging Face data set in a folder or on the hub: those for testing, else for
+                             validation, else its only ones
 ``textures:FOLDER[:LIST]``   Describable Textures: ``FOLDER/images/CLASS/*.jpg``, or those listed in
                              ``FOLDER/labels/LIST.txt`` (``test1``, ...)
 ``svhn:FILE.mat``            cropped digits of Street View House Numbers, ``test_32x32.mat``
@@ -102,8 +103,8 @@ def ood_set(spec: str, image_size: int, channels: int) -> Split:
         return MemoryImages.unlabelled(make(number, image_size, channels), channels)
     if not Path(spec).is_dir() and not (kind in PACKED and colon):
         raise ValueError(
-            f"the set {spec!r} is neither a folder nor one of webdataset:WHERE, huggingface:WHERE, textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], "
-            f"fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, npy:FILE.npy, patches[:N], "
+            f"the set {spec!r} is neither a folder nor one of webdataset:WHERE, huggingface:WHERE, "
+            f"textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, npy:FILE.npy, patches[:N], "
             f"gaussian[:N], uniform[:N]"
         )
     return flat_images(spec, spec)

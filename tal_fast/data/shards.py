@@ -6,6 +6,7 @@ An archive is read through once for the place of each image, and the result kept
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -99,10 +100,8 @@ class Shards:
         from tqdm import tqdm
 
         with ThreadPoolExecutor(_DOWNLOADS) as pool:
-            local = list(
-                tqdm(pool.map(self._local, shards), f"reading {where}", len(shards), leave=False, disable=None)
-            )
-            samples = list(pool.map(lambda path: _index(path, self._label_key), local))
+            found = pool.map(self._local_index, shards)
+            local, samples = zip(*tqdm(found, f"reading {where}", len(shards), leave=False, disable=None), strict=True)
         names, labels, extents = [], [], []
         for number, (shard, found) in enumerate(zip(shards, samples, strict=True)):
             below = shard[len(self._base) :].lstrip("/")
@@ -113,7 +112,11 @@ class Shards:
                 extents.append((number, sample.offset, sample.size))
         if not names:
             raise ValueError(f"{where} holds no images ({', '.join(EXTENSIONS)})")
-        return Packed(where, names, labels, local, np.array(extents, np.int64))
+        return Packed(where, names, labels, list(local), np.array(extents, np.int64))
+
+    def _local_index(self, shard: str) -> tuple[str, list[_Sample]]:
+        path = self._local(shard)
+        return path, _index(path, self._label_key)
 
     def _local(self, shard: str) -> str:
         """Path of a shard on this machine, where it is downloaded once."""
@@ -159,10 +162,8 @@ def _index(path: str, label_key: str | None) -> list[_Sample]:
     except (OSError, ValueError, TypeError):  # missing or damaged
         pass
     samples = _scan(path, label_key)
-    try:
+    with contextlib.suppress(OSError):  # a read-only home, a full disk
         write_text(cached, json.dumps(samples))
-    except OSError:  # a read-only home, a full disk
-        pass
     return samples
 
 
@@ -199,22 +200,13 @@ def _scan(path: str, label_key: str | None) -> list[_Sample]:
             if not images:
                 left_out.update(f".{ending}" for ending in files)
                 continue
-            image = files[images[0]]
-            samples.append(
-                _Sample(
-                    posixpath.normpath(image.name),
-                    image.offset_data,
-                    image.size,
-                    _label(path, file, key, files, label_key),
-                )
-            )
+            image, label = files[images[0]], _label(path, file, files, label_key)
+            samples.append(_Sample(posixpath.normpath(image.name), image.offset_data, image.size, label))
     report_left_out(Path(path), left_out)
     return samples
 
 
-def _label(
-    path: str, file: Any, key: str, files: dict[str, tarfile.TarInfo], label_key: str | None
-) -> int | str | None:
+def _label(path: str, file: Any, files: dict[str, tarfile.TarInfo], label_key: str | None) -> int | str | None:
     """Label of a sample: its .cls or another ending, or an entry of its .json."""
     ending = label_key or "cls"
     member, entry = files.get(ending.lower()), None
