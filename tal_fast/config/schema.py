@@ -7,6 +7,7 @@ reads both, those of version 0.1.0 too. The first sentence about each attribute 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,9 @@ OWN_OF_A_RANK = frozenset({
     "method.options.outliers",
 })  # fmt: skip
 """Options that the ranks of one run may differ in: folders and resources of their machines."""
+
+PREPROCESSING = ("image_size", "mean", "std", "crop_fraction", "interpolation")
+"""Options of the data that follow the weights a run starts from, where they are not given."""
 
 TRAINING_IMAGES = "training_images"
 """Name by which ``Config.allow`` allows other training images."""
@@ -52,11 +56,16 @@ class DataConfig:
         loader: decoder of image files; ``auto`` takes DALI if it is installed.
         workers: decoding threads (DALI) or processes (torch) of each rank; 0 decodes in the training process (torch).
         timeout: seconds to wait for a step of the decoding threads or processes before training ends with a sentence.
-        image_size: side of the square images in pixels; by default 224 for a folder, else the data set's own.
+        image_size: side of the square images in pixels; by default that of ``model.weights``, else 224 for a folder and
+            the data set's own for others.
         channels: 3 for RGB, 1 for grayscale; images are converted.
-        mean: mean of each channel, for pixel values in [0, 1]; by default CIFAR's for CIFAR, else ImageNet's.
+        mean: mean of each channel, for pixel values in [0, 1]; by default that of ``model.weights``, else CIFAR's for
+            CIFAR and ImageNet's for others.
         std: standard deviation of each channel, like the mean.
-        crop_fraction: central share of the shorter side that validation images are cropped to.
+        crop_fraction: central share of the shorter side that validation images are cropped to; by default that of
+            ``model.weights``, else 0.875.
+        interpolation: antialiased filter that images are resized with; by default that of ``model.weights``, else
+            bilinear.
         crop_area: range of the area that training crops take, as shares of the image; null crops as in validation.
         crop_ratio: range of the width-to-height ratio of training crops.
         flip: mirror each training image with probability 1/2.
@@ -95,7 +104,8 @@ class DataConfig:
     channels: Literal[1, 3] = 3
     mean: list[float] | None = None
     std: list[float] | None = None
-    crop_fraction: float = 0.875
+    crop_fraction: float | None = None
+    interpolation: Literal["bilinear", "bicubic"] | None = None
     crop_area: tuple[float, float] | None = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
@@ -111,6 +121,17 @@ class DataConfig:
     train_limit: int | None = None
     synthetic_images: int = 2000
     synthetic_classes: int = 10
+
+    def follow(self, values: Mapping[str, Any]) -> None:
+        """Set the options of ``PREPROCESSING`` that are not given to other values."""
+        for name in PREPROCESSING:
+            if getattr(self, name) is None:
+                setattr(self, name, values.get(name))
+
+    @property
+    def central_crop(self) -> float:
+        """Central share of the shorter side that validation images are cropped to."""
+        return 0.875 if self.crop_fraction is None else self.crop_fraction
 
     def normalization(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel, for pixel values in [0, 1]."""
@@ -143,7 +164,7 @@ class DataConfig:
         }  # fmt: skip
         for name, limit in limits.items():
             check_at_least(f"data.{name}", getattr(self, name), limit)
-        if not 0 < self.crop_fraction <= 1:
+        if not 0 < self.central_crop <= 1:
             raise ValueError(f"data.crop_fraction is {self.crop_fraction} but must be in (0, 1]")
         if self.crop_area is not None and not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
             raise ValueError(f"data.crop_area is {list(self.crop_area)} but must be 0 < smallest <= largest <= 1")
@@ -169,6 +190,10 @@ class ModelConfig:
             ``cifar_convmixer_256_16``; ``resnet50`` is torchvision's, ``timm/deit_small_patch16_224`` timm's.
         width: width of one of the project's networks; by default that of its paper. It is the number of channels of the
             first stage, of ConvMixer's blocks, or a DenseNet's growth rate.
+        weights: weights to start from, ``pretrained`` for torchvision's or timm's own, a file, or the folder of a run;
+            by default random. A file may be a state dict, safetensors or a checkpoint, also of another trainer.
+        weights_key: key of the weights in a checkpoint, with dots where it is nested; by default averaged weights, if
+            there are any.
         head: classifier on top of the network; ``mlp`` has a hidden layer as wide as the network's features.
         cache_features: run the frozen network (``model.freeze backbone``) once over the training and validation images
             without random augmentation, keep its features on disk, and train the head on them. The result is the whole
@@ -182,6 +207,8 @@ class ModelConfig:
 
     name: str = "resnet50"
     width: int | None = None
+    weights: str | None = None
+    weights_key: str | None = None
     head: Literal["linear", "mlp"] = "linear"
     cache_features: bool = False
     compile: bool | None = None
@@ -191,6 +218,8 @@ class ModelConfig:
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
         check_at_least("model.width", self.width, 1)
+        if self.weights_key is not None and self.weights is None:
+            raise ValueError(f"model.weights_key is {self.weights_key!r} but there is no file; set model.weights too")
 
 
 @dataclass
@@ -363,6 +392,11 @@ class Config:
             )
         if starts and self.model.cache_features:
             raise ValueError("image_sizes needs images in training; empty it, or set model.cache_features to false")
+        if self.model.cache_features and (self.data.changes_pixels or self.data.erase):
+            raise ValueError(
+                "data.augment, data.color_jitter and data.erase need images in training; leave them out, or set "
+                "model.cache_features to false"
+            )
         if self.profile is not None:
             self.profile_window()
         return self

@@ -60,8 +60,7 @@ Split = ImageFiles | MemoryImages
 class DataBundle:
     """All splits of a data set, made by ``build_data``.
 
-    ``class_names`` has the name of each label; ``image_size`` is the side of the images in pixels; ``interpolation`` is
-    the filter that images are resized with, one of ``tal_fast.config.names.INTERPOLATIONS``.
+    ``class_names`` has the name of each label; ``image_size`` is the side of the images in pixels.
     """
 
     def __init__(
@@ -76,7 +75,6 @@ class DataBundle:
         self.config = config
         self.class_names = tuple(class_names)
         self.image_size = image_size
-        self.interpolation = "bilinear"
         self._splits: dict[str, Split] = {"train": train, "train-eval": train, "val": val}
         self._ood = ood
 
@@ -89,6 +87,11 @@ class DataBundle:
     def channels(self) -> int:
         """Number of channels of the images, 1 or 3."""
         return self.config.channels
+
+    @property
+    def interpolation(self) -> str:
+        """Filter that images are resized with, one of ``tal_fast.config.names.INTERPOLATIONS``."""
+        return self.config.interpolation or "bilinear"
 
     @property
     def ood_names(self) -> tuple[str, ...]:
@@ -171,7 +174,7 @@ class DataBundle:
         if split == "train":  # not the outliers of a method
             order = {"balanced": images.labels if config.sampling == "balanced" else None, "repeats": config.repeats}
         plan = Plan(
-            images.sizes, batch_size, rank, world_size, training, seed, config.crop_fraction, augmentation, **order
+            images.sizes, batch_size, rank, world_size, training, seed, config.central_crop, augmentation, **order
         )
         limit = config.max_unreadable
         if limit is None:

@@ -27,7 +27,7 @@ IGNORED_LABEL = -100
 
 
 MAPPED_BYTES = 8 << 20
-"""Size of a batch from which it is a mapping of its own: its pages cost 0.3 ms a MB. The heap reuses smaller blocks."""
+"""Size from which a batch is a mapping of its own, whose pages cost 0.3 ms a MB; below, the heap reuses its blocks."""
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,8 @@ def ood_set(spec: str, image_size: int, channels: int) -> Split:
     if not Path(spec).is_dir() and not (kind in PACKED and colon):
         raise ValueError(
             f"the set {spec!r} is neither a folder nor one of webdataset:WHERE, huggingface:WHERE, "
-            f"textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, npy:FILE.npy, patches[:N], "
-            f"gaussian[:N], uniform[:N]"
+            f"textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], fashion-mnist[:FOLDER], cifar10:FOLDER, "
+            f"cifar100:FOLDER, npy:FILE.npy, patches[:N], gaussian[:N], uniform[:N]"
         )
     return flat_images(spec, spec)
 

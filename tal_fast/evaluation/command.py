@@ -125,25 +125,24 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
         if args.run is not None:
             shared |= {"checkpoint": args.checkpoint or "best", "typicalness": not args.no_typicalness}
             return evaluate_run(args.run, output, **shared), output
-        model, (data, interpolation) = ModelConfig(name=args.model, width=args.width), _data_config(args)
-        shared |= {"interpolation": interpolation, "weights_key": args.weights_key}
-        return evaluate_weights(args.weights, model, data, output, **shared), output
+        model = ModelConfig(name=args.model, width=args.width)
+        shared |= {"weights_key": args.weights_key}
+        return evaluate_weights(args.weights, model, _data_config(args), output, **shared), output
     finally:
         ranks.stop()
 
 
-def _data_config(args: argparse.Namespace) -> tuple[DataConfig, str]:
-    """Data set and interpolation for ``--weights``."""
+def _data_config(args: argparse.Namespace) -> DataConfig:
+    """Data set for ``--weights``."""
     from tal_fast.config.schema import Config
     from tal_fast.models.pretrained import PRETRAINED, preprocessing
 
     given = ("image_size", "mean", "std", "crop_fraction", "channels", "interpolation")
     fields = preprocessing(args.model, {name: getattr(args, name) for name in given}, args.weights == PRETRAINED)
-    interpolation = fields.pop("interpolation")
     fields |= {name: getattr(args, name) for name in ("loader", "workers") if getattr(args, name) is not None}
     # crop_area is for training, and not allowed for images in memory.
     data = {"dataset": args.dataset or "folder", "root": args.data_dir, "crop_area": None, **fields}
-    return Config.from_dict({"data": data}).data, interpolation
+    return Config.from_dict({"data": data}).data
 
 
 def parser() -> ArgumentParser:

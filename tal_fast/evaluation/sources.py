@@ -83,7 +83,6 @@ def evaluate_weights(
     output: str | Path | None = None,
     *,
     weights_key: str | None = None,
-    interpolation: str = "bilinear",
     ood: Mapping[str, str] | None = None,
     shifts: Mapping[str, str] | None = None,
     cache: str | Path | None = None,
@@ -97,10 +96,9 @@ def evaluate_weights(
         model: the network they are for.
         data: data set and preprocessing; a ``folder`` needs ``train/`` only for scores fitted on training features.
         output: folder of the report and of the cache; default ``default_output``.
-        weights_key: key of the weights in a checkpoint, see ``tal_fast.models.pretrained.read_state``.
-        interpolation: filter that images are resized with, ``bilinear`` or ``bicubic``.
+        weights_key: key of the weights in a checkpoint, see ``tal_fast.models.weight_files``.
     """
-    bundle = evaluation_data(data, interpolation)
+    bundle = evaluation_data(data)
     network, key = load_weights(weights, model, bundle, weights_key)
     output = default_output(weights, model.name) if output is None else output
     provenance = {
@@ -149,7 +147,7 @@ def _preprocessing(data: DataBundle) -> dict[str, Any]:
     mean, std = data.config.normalization()
     entry = {"image_size": data.image_size, "interpolation": data.interpolation, "mean": mean, "std": std}
     # Images in memory are resized whole.
-    return entry if data.loader_name == "memory" else {**entry, "crop_fraction": data.config.crop_fraction}
+    return entry if data.loader_name == "memory" else {**entry, "crop_fraction": data.config.central_crop}
 
 
 def _ood_splits(data: DataBundle, specs: Mapping[str, str]) -> dict[str, Split]:

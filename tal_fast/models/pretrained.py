@@ -1,19 +1,15 @@
-"""Weights from files of other projects, and the preprocessing they need.
-
-State dicts of PyTorch (``.pt``, ``.pth``, read without running code) and safetensors are read: plain, under
-``state_dict`` or ``model`` in a checkpoint, and with the prefixes of DDP, ``torch.compile`` and averaged models.
-Averaged weights, such as those under ``model_ema`` or ``ema.shadow``, are preferred. The checkpoints of the released
-TAL code load, too.
-"""
+"""Weights that a network starts from or is evaluated with, and the preprocessing they need."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
-import warnings
-import zipfile
-from collections.abc import Mapping
+import sys
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,154 +18,25 @@ import torch
 from torch import Tensor, nn
 
 from tal_fast.config.names import INTERPOLATIONS
-from tal_fast.config.schema import DataConfig, ModelConfig
+from tal_fast.config.schema import Config, DataConfig, ModelConfig
+from tal_fast.config.typed import one_line
 from tal_fast.data import image_folder
 from tal_fast.data.build import FOLDER_IMAGE_SIZE, PACKED, build_data, packed_data
 from tal_fast.data.datasets import DataBundle
 from tal_fast.models.build import build_model, timm_name
-from tal_fast.models.features import FeatureLinear
+from tal_fast.models.features import FeatureLinear, head_path
 from tal_fast.models.registry import NETWORKS
-from tal_fast.utils.arrays import check_dense
-from tal_fast.utils.io import check_zip
+from tal_fast.models.weight_files import choose_state, read_content
 
 logger = logging.getLogger(__name__)
 
 PRETRAINED = "pretrained"
-"""Name instead of a file, for torchvision's own weights in its cache."""
+"""Name instead of a file, for torchvision's and timm's own weights."""
 
-_AVERAGED = ("ema", "average", "swa", "shadow")
-"""Words in the keys of averaged weights."""
-_STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "module")
-_PREFIXES = ("module.", "_orig_mod.")
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "student.")
+"""Names of modules around a network in training code."""
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 """Prefixes of classifiers that are for training only."""
-
-
-def read_state(path: str | Path, key: str | None = None) -> tuple[dict[str, Tensor], str]:
-    """Read the parameters and buffers in a file by name, without the prefixes of wrappers.
-
-    Args:
-        path: the file.
-        key: key of the weights in a checkpoint, with dots where it is nested; default averaged weights, if there are
-            any, else ``state_dict``, ``model`` and the like.
-
-    Returns:
-        The tensors, and the key they were under, empty for a plain state dict.
-
-    Raises:
-        ValueError: the file is missing, cannot be read without running code, has no state dict, or has tensors that are
-            not plain real numbers.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no file of weights {path}")
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ValueError(f"{path} needs safetensors; install it with: pip install safetensors") from None
-        try:
-            content: Any = load_file(path)
-        except Exception as error:  # safetensors does not export its type of error
-            raise ValueError(f"{path} cannot be read as safetensors ({_first_line(error)})") from None
-    else:
-        try:
-            if zipfile.is_zipfile(path):
-                check_zip(path)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about kinds of tensors, which are refused below
-                content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # unzipping and unpickling raise many types of errors
-            raise ValueError(
-                f"{path} cannot be read as weights only ({_first_line(error)}); save it with "
-                f"torch.save(model.state_dict(), PATH)"
-            ) from None
-    node = content
-    for part in key.split(".") if key else ():
-        node = node.get(part) if isinstance(node, Mapping) else None
-    states = _states_in(node, key or "")
-    prefix = len(key) if key else 0
-    plain_keys = [k for k in states if all(part in _STATE_KEYS for part in filter(None, k[prefix:].split(".")))]
-    plain_keys.sort(key=lambda k: [_STATE_KEYS.index(part) for part in filter(None, k[prefix:].split("."))])
-    averaged = [k for k in states if _is_averaged(k[prefix:])]
-    names = _names(states[plain_keys[0]]) if plain_keys else set()
-    whole = [k for k in averaged if names <= _names(states[k])]
-    if not whole and not plain_keys:
-        keys = ", ".join(map(repr, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
-        where = f"under {key!r}" if key else f"neither itself nor under {', '.join((*_STATE_KEYS, *_AVERAGED))}"
-        choice = f"; choose with --weights-key {' or '.join(list(states)[:8])}" if states else ""
-        raise ValueError(f"{path} holds no state dict: {where} (it has {keys}){choice}")
-    chosen = [*whole, *plain_keys][0]
-    names = _names(states[chosen])
-    others = [k for k in states if k != chosen and names & _names(states[k])]
-    if others:
-        logger.info(
-            "%s: the weights under %r are used; it also has %s, which --weights-key chooses", path, chosen,
-            " and ".join(map(repr, others)),
-        )  # fmt: skip
-    if chosen not in averaged:
-        for name in averaged:
-            logger.warning("%s: %r lacks some of the tensors under %r, which are used", path, name, chosen)
-    if not key and isinstance(content, Mapping):
-        for name, value in content.items():
-            if _is_averaged(name) and isinstance(value, (Mapping, list, tuple)) and not _states_in(value, name):
-                logger.warning("%s: %r holds no state dict; the weights under %r are used", path, name, chosen)
-    # n_averaged is a counter of AveragedModel.
-    state = {name: value for name, value in states[chosen].items() if name != "n_averaged"}
-    plain: dict[str, Tensor] = {}
-    for name, value in state.items():
-        _check_plain(name, value, path)
-        if _without_prefixes(name) in plain:
-            raise ValueError(f"{path} has {_without_prefixes(name)} twice, with and without a prefix such as module.")
-        plain[_without_prefixes(name)] = value
-    return plain, chosen
-
-
-def _check_plain(name: str, tensor: Tensor, path: Path) -> None:
-    """Raise a ValueError unless a tensor is dense, has values, and holds real numbers or booleans without NaN."""
-    if tensor.is_meta:
-        raise ValueError(f"{path} cannot be used: {name} has no values (device meta); save it once they are loaded")
-    if tensor.dtype != torch.bool:
-        check_dense(tensor, f"{name} in {path}")
-    if tensor.is_floating_point() and bool(tensor.double().isnan().any()):
-        raise ValueError(f"{path} cannot be used: {name} has NaN; training had diverged: take an earlier checkpoint")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
-
-
-def _is_averaged(key: Any) -> bool:
-    return any(word in str(key).lower() for word in _AVERAGED)
-
-
-def _names(state: Mapping[str, Tensor]) -> set[str]:
-    """Names of the tensors that a network needs, without prefixes."""
-    return {_without_prefixes(name) for name in state if not name.endswith(("n_averaged", "num_batches_tracked"))}
-
-
-def _states_in(
-    content: Any, path: str = "", depth: int = 4, seen: set[int] | None = None
-) -> dict[str, dict[str, Tensor]]:
-    """Key path -> state dict, for all in a checkpoint, in its order."""
-    seen = set() if seen is None else seen  # mappings that were looked into
-    if not isinstance(content, Mapping) or not depth or id(content) in seen:
-        return {}
-    if content and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        return {path: dict(content)}
-    seen.add(id(content))
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, value in content.items():
-        if isinstance(key, str):
-            found |= _states_in(value, f"{path}.{key}" if path else key, depth - 1, seen)
-    return found
-
-
-def _without_prefixes(name: str) -> str:
-    while name.startswith(_PREFIXES):
-        name = name[len(next(p for p in _PREFIXES if name.startswith(p))) :]
-    return name
 
 
 def _rename_layers(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -187,22 +54,192 @@ def _rename_layers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def load_into(model: nn.Module, state: dict[str, Tensor], source: str, classes_from: str) -> None:
-    """Load a state dict from ``read_state`` into a network from ``build_model``; raises ValueError if it does not fit.
+@dataclass
+class Weights:
+    """Weights of a network.
 
-    Error messages name ``source``, the origin of the state, and ``classes_from``, that of the number of classes.
+    Attributes:
+        state: parameters and buffers by name.
+        source: where they come from, for messages.
+        key: key in the file that they were under, empty for a plain state dict.
+        preprocessing: fields of ``DataConfig`` that they need.
+        class_names: names of their classes, where the file is of a run of this project.
     """
-    wanted = model.state_dict()
-    state = {name: value for name, value in state.items() if name in wanted or not name.startswith(_AUXILIARY)}
-    path, layer = [(p, m) for p, m in model.named_modules() if isinstance(m, FeatureLinear)][-1]
+
+    state: dict[str, Tensor]
+    source: str
+    key: str = ""
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    class_names: list[str] | None = None
+
+
+def read_weights(
+    weights: str | Path, model: str, key: str | None = None, option: str = "--weights-key", channels: int = 3
+) -> Weights:
+    """Read the weights for a network.
+
+    Args:
+        weights: file of weights; ``pretrained`` for those of torchvision or timm, downloaded unless they are cached.
+        model: name of the network.
+        key, option: see ``tal_fast.models.weight_files.choose_state``.
+        channels: channels of the images that the preprocessing is for.
+
+    Raises:
+        ValueError: there are none, or they cannot be read or downloaded.
+    """
+    own = str(weights) == PRETRAINED
+    if own and key is not None:
+        raise ValueError(f"{option} is for files of weights, not for {PRETRAINED}; leave it out")
+    if own:
+        found = Weights(_pretrained(model), f"the {PRETRAINED} {model}")
+    else:
+        content = read_content(weights)
+        state, key = choose_state(content, weights, key, option)
+        found = Weights(state, f"{weights} (under {key!r})" if key else str(weights), key)
+        if isinstance(content, dict) and {"format", "config", "shape"} <= content.keys():
+            _take_from_run(found, content)
+    fields = found.preprocessing = found.preprocessing or preprocessing(model, {}, own)
+    for name in {"mean", "std"} & fields.keys():
+        if len(fields[name]) != channels:
+            fields[name] = [sum(fields[name]) / len(fields[name])] * channels
+    return found
+
+
+def _take_from_run(weights: Weights, content: Mapping[str, Any]) -> None:
+    """Set preprocessing and classes to those in a checkpoint of this project."""
+    try:
+        data, shape = Config.from_dict(content["config"]).data, content["shape"]
+        mean, std = data.normalization()
+        weights.class_names = list(shape["class_names"])
+        weights.preprocessing = {
+            "image_size": shape["image_size"], "mean": mean, "std": std, "crop_fraction": data.central_crop,
+            "interpolation": data.interpolation or "bilinear",
+        }  # fmt: skip
+    except (ValueError, KeyError, TypeError):
+        logger.warning("%s has the options of another version; its preprocessing is not known", weights.source)
+
+
+def load_weights(
+    file: str | Path, model: ModelConfig, data: DataBundle, key: str | None = None
+) -> tuple[nn.Module, str]:
+    """Build a network for a data set and load its weights from a file, for an evaluation.
+
+    Args:
+        file, key: see ``read_weights``.
+        model: name and width of the network.
+        data: data set, which defines the number of classes, channels and the image size.
+
+    Returns:
+        Network in eval mode, of images (B, C, S, S) to logits (B, classes) and features (B, D), and the key.
+
+    Raises:
+        ValueError: the network or file is unknown, or the weights do not fit.
+    """
+    weights = read_weights(file, model.name, key)
+    network = build_model(model, data.num_classes, data.channels, data.image_size)
+    state = _fitted(network, weights)
+    path, layer = _last_layer(network)
     head = state.get(f"{path}.weight")
     if head is not None and head.ndim == 2 and len(head) != layer.out_features:
         raise ValueError(
-            f"{source} is for {len(head)} classes ({path}.weight) but {classes_from} has {layer.out_features}; "
-            f"evaluate it on the classes it was trained on"
+            f"{weights.source} is for {len(head)} classes ({path}.weight) but {data.config.root or data.config.dataset}"
+            f" has {layer.out_features}; evaluate it on the classes it was trained on"
         )
+    _load(network, state, weights.source)
+    return network.eval(), weights.key
+
+
+def start_from(network: nn.Module, weights: Weights, class_names: Sequence[str]) -> None:
+    """Load weights into a network that is to be trained further.
+
+    For other classes than those of the weights, by number or, where they are known, by name, the network's own head
+    stays. A first convolution of three channels is summed for images of one.
+
+    Raises:
+        ValueError: other tensors do not fit.
+    """
+    state = _fitted(network, weights)
+    path, (last, layer) = head_path(network), _last_layer(network)
+    new = {f"{path}.{name}": value for name, value in network.get_submodule(path).state_dict().items()}
+    theirs = next(
+        (len(state[name]) for name in (f"{last}.weight", f"{path}.weight") if name in state and state[name].ndim), 0
+    )
+    other = weights.class_names is not None and weights.class_names != list(class_names)
+    if other or theirs != layer.out_features or not new.keys() <= state.keys():
+        about = f"is for {theirs}{' other' * other} classes" if theirs else f"has no {last}.weight"
+        logger.info("%s %s: the head, for %d classes, is new", weights.source, about, layer.out_features)
+        state = {name: value for name, value in state.items() if not name.startswith(f"{path}.")} | new
+    stem, first = next(((p, m) for p, m in network.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
+    kernel = state.get(f"{stem}.weight")
+    if first is not None and kernel is not None and kernel.ndim == 4 and first.in_channels == 1 < kernel.shape[1]:
+        logger.info("%s: %s.weight is summed over its %d channels", weights.source, stem, kernel.shape[1])
+        state[f"{stem}.weight"] = kernel.float().sum(1, keepdim=True)
+    _load(network, state, weights.source)
+
+
+def _last_layer(network: nn.Module) -> tuple[str, FeatureLinear]:
+    return [(path, module) for path, module in network.named_modules() if isinstance(module, FeatureLinear)][-1]
+
+
+def _fitted(network: nn.Module, weights: Weights) -> dict[str, Tensor]:
+    """State dict with the network's names, and position embeddings resized to its image size."""
+    wanted = {name: value.shape for name, value in network.state_dict().items()}
+    state = _unwrapped(weights.state, wanted.keys(), weights.source)
+    state = {name: value for name, value in state.items() if name in wanted or not name.startswith(_AUXILIARY)}
+    module = type(network).__module__
+    if module.startswith("tal_fast."):
+        return _rename_layers(state)
+    if {name: value.shape for name, value in state.items()} == wanted:
+        return state
+    if module == "torchvision.models.vision_transformer":
+        return _resized(network, state)
+    convert = getattr(sys.modules[module], "checkpoint_filter_fn", None)
+    if module.startswith("timm.") and convert is not None:
+        # timm's own: it knows the names of the papers' code, and resizes position embeddings.
+        with contextlib.suppress(Exception):  # of a file of another network, which is named when it is loaded
+            return dict(convert(dict(state), network))
+    return state
+
+
+def _resized(network: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of torchvision's vision transformer with position embeddings for the network's image size."""
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
+    name = "encoder.pos_embedding"
+    if name not in state or state[name].shape == network.encoder.pos_embedding.shape:
+        return state
+    with contextlib.suppress(ValueError):  # not of a square image; the shape is named when it is loaded
+        return dict(interpolate_embeddings(network.image_size, network.patch_size, OrderedDict(state)))
+    return state
+
+
+def _unwrapped(state: Mapping[str, Tensor], wanted: Collection[str], source: str) -> dict[str, Tensor]:
+    """State dict without the prefixes of modules around the network.
+
+    If all of the network's tensors have one, those without are of its neighbours, such as a loss, and left out.
+    """
+    found: dict[str, Tensor] = {}
+    wrapped = set()
+    for name, value in state.items():
+        own = name
+        while own not in wanted and own.startswith(_WRAPPERS):
+            own = own.partition(".")[2]
+            wrapped.add(own)
+        if own in found:
+            raise ValueError(f"{source} has {own} twice, with and without a prefix such as {_WRAPPERS[0]}")
+        found[own] = value
+    outside = [name for name in found if name not in wrapped]
+    if not outside or wrapped.isdisjoint(wanted) or not set(wanted).isdisjoint(outside):
+        return found
+    logger.info("%s: left out, as not of the network: %s", source, image_folder.first_names(outside, 3))
+    return {name: value for name, value in found.items() if name in wrapped}
+
+
+def _load(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load a state dict; raises ValueError if it does not fit."""
+    wanted = network.state_dict()
     missing, unknown = [n for n in wanted if n not in state], [n for n in state if n not in wanted]
-    # Old files lack BatchNorm's count of batches, which evaluation does not use.
+    # Old files lack BatchNorm's count of batches, which only its momentum of null uses.
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or unknown:
         parts = [
@@ -220,54 +257,41 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str, classes_f
             f"{source} does not fit this --model: {other[0]} is of shape {tuple(state[other[0]].shape)}, not "
             f"{tuple(wanted[other[0]].shape)}; choose the network, width or --channels it is for"
         )
-    model.load_state_dict(state, strict=False)
+    network.load_state_dict(state, strict=False)
 
 
-def load_weights(
-    file: str | Path, model: ModelConfig, data: DataBundle, key: str | None = None
-) -> tuple[nn.Module, str]:
-    """Build a network for a data set and load its weights from a file.
+def _pretrained(model: str) -> dict[str, Tensor]:
+    """State dict of a network of torchvision or timm with its own weights, from its cache or downloaded."""
+    if model in NETWORKS:
+        raise ValueError(f"{PRETRAINED} weights are for networks of torchvision and timm, not {model}; name a file")
+    name = timm_name(model)
+    if name is not None:
+        import timm
+        from huggingface_hub.constants import HF_HUB_CACHE as cache
 
-    Args:
-        file: file of weights, or ``pretrained`` for torchvision's own weights in its cache.
-        model: name and width of the network.
-        data: data set, which defines the number of classes, channels and the image size.
-        key: key of the weights in a checkpoint, see ``read_state``.
+        if not timm.is_model_pretrained(name):
+            raise ValueError(f"timm has no weights for {name}; name a file")
+    else:
+        from torchvision import models
 
-    Returns:
-        Network in eval mode, of images (B, C, S, S) to logits (B, classes) and features (B, D), and the key.
-
-    Raises:
-        ValueError: the network or file is unknown, or the weights do not fit.
-    """
-    if str(file) == PRETRAINED:
-        file = _pretrained(model.name)
-    state, key = read_state(file, key)
-    network = build_model(model, data.num_classes, data.channels, data.image_size)
-    if model.name in NETWORKS:
-        state = _rename_layers(state)
-    source = f"{file} (under {key!r})" if key else str(file)
-    load_into(network, state, source, data.config.root or data.config.dataset)
-    return network.eval(), key
-
-
-def _pretrained(name: str) -> Path:
-    if name in NETWORKS or timm_name(name) is not None:
-        raise ValueError(f"--weights pretrained is for networks of torchvision, not {name}; name a file")
-    from torchvision import models
-
+        try:
+            published = models.get_model_weights(model).DEFAULT
+        except (ValueError, AttributeError):
+            raise ValueError(f"torchvision has no weights for {model!r}; name a file") from None
+        cache = str(Path(torch.hub.get_dir()) / "checkpoints")
     try:
-        url = models.get_model_weights(name).DEFAULT.url
-    except (ValueError, AttributeError):
-        raise ValueError(f"torchvision has no weights for {name!r}; name a file") from None
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if not path.is_file():
-        raise ValueError(f"torchvision's weights for {name} are not in {path}; download {url} to there")
-    return path
+        if name is not None:
+            return dict(timm.create_model(name, pretrained=True).state_dict())
+        return dict(published.get_state_dict(progress=False, check_hash=True, weights_only=True))
+    except Exception as error:  # of many types: no network, a proxy, a damaged file in the cache
+        raise ValueError(
+            f"the weights of {model} are not in {cache} and cannot be downloaded ({one_line(error)[:200]}); copy that "
+            "folder from a machine that has them, or name a file of weights"
+        ) from None
 
 
 def preprocessing(model: str, given: Mapping[str, Any], pretrained: bool = False) -> dict[str, Any]:
-    """Preprocessing of the images of a network.
+    """Preprocessing of the images of a network, as fields of ``DataConfig``.
 
     Values that are not given are those of timm for a network of timm, or of torchvision for its own weights. Other
     fields are left out, so that the defaults of ``DataConfig`` apply.
@@ -277,9 +301,6 @@ def preprocessing(model: str, given: Mapping[str, Any], pretrained: bool = False
         given: values of ``image_size``, ``mean``, ``std``, ``crop_fraction``, ``channels`` and ``interpolation``, or
             None.
         pretrained: whether the weights are torchvision's own.
-
-    Returns:
-        Fields of ``DataConfig``, and ``interpolation``.
     """
     found: dict[str, Any] = {}
     # timm's and torchvision's values are for colour images.
@@ -313,25 +334,23 @@ def _torchvision_preprocessing(name: str) -> dict[str, Any]:
 
     try:
         own = models.get_model_weights(name).DEFAULT.transforms()
-    except (ValueError, AttributeError):  # load_weights raises the error
+    except (ValueError, AttributeError):  # read_weights raises the error
         return {}
+    # The weights of the Inception networks are for pixels in [-1, 1], to which torchvision's forward pass turns others.
+    half = [0.5, 0.5, 0.5] if name in ("googlenet", "inception_v3") else None
     return {
-        "image_size": own.crop_size[0], "mean": list(own.mean), "std": list(own.std),
+        "image_size": own.crop_size[0], "mean": half or list(own.mean), "std": half or list(own.std),
         "crop_fraction": own.crop_size[0] / own.resize_size[0], "interpolation": own.interpolation.value,
     }  # fmt: skip
 
 
-def evaluation_data(config: DataConfig, interpolation: str = "bilinear") -> DataBundle:
-    """Build the data set that weights are evaluated on, with a filter of ``INTERPOLATIONS`` to resize images with.
+def evaluation_data(config: DataConfig) -> DataBundle:
+    """Build the data set that weights are evaluated on.
 
     A ``folder`` without ``train/`` has no training images and the classes of ``val/``. Raises ValueError as
-    ``build_data`` does, or if the interpolation is unknown.
+    ``build_data`` does.
     """
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"interpolation is {interpolation!r}; choose from {', '.join(INTERPOLATIONS)}")
-    bundle = _data_without_training(config) or build_data(config)
-    bundle.interpolation = interpolation
-    return bundle
+    return _data_without_training(config) or build_data(config)
 
 
 def _data_without_training(config: DataConfig) -> DataBundle | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -34,8 +35,8 @@ WARNED = frozenset({
 """Options that a resumed run may change, with a warning that it no longer goes on bit for bit."""
 
 FIXED = frozenset({
-    "data.channels", "data.image_size", "model.name", "model.width", "model.head", "optim.name", "optim.decay_all",
-    "optim.ema_decay", "method.name", "method.options.queue_scope",
+    "data.channels", "data.image_size", "model.name", "model.width", "model.head", "model.weights", "model.weights_key",
+    "optim.name", "optim.decay_all", "optim.ema_decay", "method.name", "method.options.queue_scope",
 })  # fmt: skip
 """Options that a resumed run cannot change, because the saved state would not fit. A change of any option that is in
 none of these sets is refused unless ``config.allow`` names it."""
@@ -119,9 +120,22 @@ def refuse_existing_run(output: Path) -> None:
         raise ValueError(f"{output} holds a run already; continue it with --resume auto, or name another --output")
 
 
+def following(saved: Config, config: Config) -> Config:
+    """Configuration in which what follows the weights of the run is as saved, so that their file is not needed again.
+
+    ``saved`` is the run's configuration; one that starts from other weights, or from none, stays as it is.
+    """
+    if config.model.weights is None or config.model.weights != saved.model.weights:
+        return config
+    config = replace(config, data=replace(config.data))
+    config.data.follow(asdict(saved.data))
+    return config
+
+
 def changed_options(saved: dict[str, Any], config: Config) -> Changes:
     """Options in which ``config`` differs from a saved configuration, except those of ``SAME_BITS``."""
-    before, now = _all_options(Config.from_dict(saved)), _all_options(config)
+    earlier = Config.from_dict(saved)
+    before, now = _all_options(earlier), _all_options(following(earlier, config))
     pairs = {name: (before.get(name), now.get(name)) for name in {**now, **before} if name not in SAME_BITS}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -221,5 +235,10 @@ def _all_options(config: Config) -> dict[str, Any]:
     """Dotted name -> value of all options, with the defaults of the method's own."""
     name, prefix = config.method.name, "method.options."
     own = option_values(read_options(name, method_class(name).Options, config.method.options))
-    others = {option: value for option, value in config.flat().items() if not option.startswith(prefix)}
+    resolved = {
+        "data.crop_fraction": config.data.central_crop,
+        "data.interpolation": config.data.interpolation or "bilinear",
+    }
+    flat = {**config.flat(), **resolved}
+    others = {option: value for option, value in flat.items() if not option.startswith(prefix)}
     return others | {prefix + option: value for option, value in own.items()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tal_fast.config.schema import Config
 from tal_fast.data import DataBundle
+from tal_fast.data.augment import PixelAugmentation
 from tal_fast.data.cache import cache_dir
 from tal_fast.data.datasets import Split
 from tal_fast.data.image_folder import ImageFiles, undecodable
@@ -82,7 +83,9 @@ class FeatureBundle(DataBundle):
                 store.folder.parents[1],
             )  # fmt: skip
 
-    def _source(self, images: Split, plan: Plan, device: torch.device) -> Source:
+    def _source(
+        self, images: Split, plan: Plan, device: torch.device, augment: PixelAugmentation | None = None
+    ) -> Source:
         return _FeatureSource(plan, self._features, id(images), device)
 
 

@@ -17,6 +17,7 @@ from tal_fast.loss import dispatch
 from tal_fast.loss._extension import build_digest
 from tal_fast.methods import Method, Task, build_method, method_class
 from tal_fast.models import build_model, head_path
+from tal_fast.models.pretrained import Weights, start_from
 from tal_fast.training.epoch_stats import EpochSums
 from tal_fast.training.optim import build_optimizer
 from tal_fast.training.runtime import Runtime
@@ -169,14 +170,19 @@ def not_finite(values: Any, name: str = "") -> set[str]:
     return {found for key, value in pairs for found in not_finite(value, f"{name}.{key}".lstrip("."))}
 
 
-def build_state(config: Config, data: DataBundle, runtime: Runtime) -> TrainingState:
-    """Initial state of a run; raises ValueError for unsuitable options of the network or the method."""
+def build_state(config: Config, data: DataBundle, runtime: Runtime, weights: Weights | None = None) -> TrainingState:
+    """Initial state of a run, from random weights or given ones.
+
+    Raises ValueError for unsuitable options of the network or the method, or weights that do not fit the network.
+    """
     network = build_model(
         config.model,
         data.num_classes + method_class(config.method.name).extra_classes,
         data.channels,
         data.image_size,
     )
+    if weights is not None:
+        start_from(network, weights, data.class_names)
     if config.model.sync_batchnorm:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     if runtime.channels_last:

@@ -15,11 +15,19 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tal_fast.config.schema import OWN_OF_A_RANK, Config, DataConfig
+from tal_fast.config.schema import OWN_OF_A_RANK, Config
 from tal_fast.data import build_data
+from tal_fast.models.pretrained import PRETRAINED, Weights, read_weights
 from tal_fast.runs import checkpoint
 from tal_fast.runs.folder import METRICS_FILE, epoch_row, write_config, write_metrics
-from tal_fast.runs.resume import changes, find_checkpoint, leaves_epoch, refuse_existing_run, refuse_other_data
+from tal_fast.runs.resume import (
+    changes,
+    find_checkpoint,
+    following,
+    leaves_epoch,
+    refuse_existing_run,
+    refuse_other_data,
+)
 from tal_fast.training import loggers
 from tal_fast.training.batches import TrainingBatches
 from tal_fast.training.epoch_stats import Histogram, percentile_columns
@@ -74,13 +82,20 @@ class Trainer:
         self.runtime = Runtime.resolve(config, device, self.ranks.world_size)
         loggers.check_installed(config.logger)
         self.output = Path(config.output)
-        _make_paths_absolute(config.data)
+        _make_paths_absolute(config)
         self._lock = FolderLock(self.output)
         weakref.finalize(self, self._lock.release)
         # Only rank 0's output folder need exist.
         resumed = self.ranks.on_main(lambda: find_checkpoint(config, self._lock))
         self._claimed = self._lock.held
 
+        weights = None
+        if resumed is not None:
+            config.data = following(Config.from_dict(resumed[0]["config"]), config).data
+        elif config.model.weights is not None:
+            weights = self.ranks.on_main(lambda: _read_weights(config))  # only rank 0 needs the file or the network
+            config.data.follow(weights.preprocessing)
+            config.check()
         self.data = build_data(config.data)
         options: dict[str, Any] = {
             "rank": self.ranks.rank,
@@ -89,7 +104,7 @@ class Trainer:
             "skip_unreadable": True,
         }
         seed_all(config.seed)  # the same initial weights on all ranks
-        self.state = build_state(config, self.data, self.runtime)
+        self.state = build_state(config, self.data, self.runtime, weights)
         self.network, self.method = self.state.network, self.state.method
         batch_size = config.batch_size // self.ranks.world_size
         check_parts(self.network, batch_size // config.optim.accumulate)
@@ -370,9 +385,22 @@ class Trainer:
             self._info(f"the schedule goes on with a learning rate of {now:.4g}, which was {was:.4g} before")
 
 
-def _make_paths_absolute(data: DataConfig) -> None:
-    if data.root is not None:
-        data.root = str(Path(data.root).expanduser().absolute())
-    if data.file_list is not None:
-        data.file_list = str(Path(data.file_list).expanduser().absolute())
-    data.ood = {name: str(Path(path).expanduser().absolute()) for name, path in data.ood.items()}
+def _read_weights(config: Config) -> Weights:
+    """Weights that a run starts from."""
+    model = config.model
+    name = model.weights or PRETRAINED
+    if name != PRETRAINED and Path(name).is_dir():
+        name = str(Path(name) / checkpoint.FOLDER / checkpoint.BEST)
+    return read_weights(name, model.name, model.weights_key, "--model.weights-key", config.data.channels)
+
+
+def _make_paths_absolute(config: Config) -> None:
+    data, model = config.data, config.model
+    data.root, data.file_list = map(_absolute, (data.root, data.file_list))
+    data.ood = {name: str(_absolute(path)) for name, path in data.ood.items()}
+    if model.weights != PRETRAINED:
+        model.weights = _absolute(model.weights)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())

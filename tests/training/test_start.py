@@ -1,0 +1,112 @@
+"""Runs that start from weights: the new last layer, the preprocessing, resuming without the file."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tal_fast.config.schema import Config, ModelConfig
+from tal_fast.models import build_model
+from tal_fast.runs import checkpoint
+from tal_fast.runs.load import load_run
+from tal_fast.training.trainer import Trainer
+from tests.helpers.training import assert_same_end, config
+
+MODEL = ModelConfig("cifar_resnet8", width=8)
+
+
+def weights_file(folder: Path, classes: int = 7, channels: int = 1, model: ModelConfig = MODEL) -> Path:
+    torch.manual_seed(11)
+    path = folder / "weights.pt"
+    torch.save({"state_dict": build_model(model, classes, channels, 32).state_dict(), "epoch": 3}, path)
+    return path
+
+
+def start(output: Path, weights: Path | str | None, model: ModelConfig = MODEL, **options: Any) -> Config:
+    made = config(output, **options)
+    made.model = ModelConfig(model.name, model.width, None if weights is None else str(weights))
+    return made
+
+
+def test_a_file_of_other_classes_gets_a_new_last_layer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = weights_file(tmp_path)
+    with caplog.at_level(logging.INFO):
+        network = Trainer(start(tmp_path / "a", path)).network.state_dict()
+    assert "is for 7 classes: the head, for 10 classes, is new" in caplog.text
+    theirs = torch.load(path)["state_dict"]
+    assert all(torch.equal(network[name], value) for name, value in theirs.items() if not name.startswith("fc."))
+    random = Trainer(start(tmp_path / "b", None)).network.state_dict()
+    assert torch.equal(network["fc.weight"], random["fc.weight"])
+    same = Trainer(start(tmp_path / "c", weights_file(tmp_path, 10))).network.state_dict()
+    assert torch.equal(same["fc.weight"], torch.load(path)["state_dict"]["fc.weight"])
+
+
+def test_resuming_does_not_need_the_file(tmp_path: Path) -> None:
+    path = weights_file(tmp_path)
+    Trainer(start(tmp_path / "straight", path, epochs=2)).fit()
+    Trainer(start(tmp_path / "parts", path, epochs=2)).fit(until=1)
+    path.unlink()
+    Trainer(start(tmp_path / "parts", path, epochs=2, resume="auto")).fit()
+    assert_same_end(tmp_path / "straight", tmp_path / "parts")
+    assert load_run(tmp_path / "parts").config.model.weights == str(path)
+    with pytest.raises(ValueError, match="there is no file of weights"):
+        Trainer(start(tmp_path / "new", path))
+    with pytest.raises(ValueError, match=r"model\.weights was .* and is None\), which its state does not fit"):
+        Trainer(start(tmp_path / "parts", None, epochs=3, resume="auto"))
+
+
+def test_a_run_goes_on_from_the_weights_and_preprocessing_of_another(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"mean": [0.2], "std": [0.4], "crop_fraction": 0.9, "interpolation": "bicubic"}
+    Trainer(config(tmp_path / "first", epochs=1, data_options=options)).fit()
+    best = checkpoint.load(tmp_path / "first" / "checkpoints" / "best.pt")
+    unset = {"image_size": None, "crop_fraction": None}
+    second = start(tmp_path / "second", tmp_path / "first", data_options={**unset, "crop_area": None}, epochs=2)
+    trainer = Trainer(second)
+    assert all(torch.equal(trainer.network.state_dict()[name], value) for name, value in best["model"].items())
+    trainer.fit(until=1)
+    written = yaml.safe_load((tmp_path / "second" / "config.yaml").read_text())["data"]
+    assert {name: written[name] for name in (*options, "image_size")} == {**options, "image_size": 8}
+    resumed = start(tmp_path / "second", tmp_path / "first", data_options={**unset, "crop_area": None}, epochs=2)
+    resumed.resume = "auto"
+    assert Trainer(resumed).data.config.mean == [0.2]  # without being given
+    given = {**unset, "crop_fraction": 0.5, "mean": [0.0], "std": [1.0]}
+    data = Trainer(start(tmp_path / "third", tmp_path / "first", data_options=given)).data
+    assert (data.config.normalization(), data.config.central_crop) == (([0.0], [1.0]), 0.5)
+    assert data.interpolation == "bicubic"
+
+
+def test_classes_of_other_names_get_a_new_last_layer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Trainer(config(tmp_path / "first", epochs=1)).fit()
+    path = tmp_path / "first" / "checkpoints" / "best.pt"
+    content = checkpoint.load(path)
+    content["shape"]["class_names"][0] = "naught"
+    torch.save(content, path)
+    with caplog.at_level(logging.INFO):
+        network = Trainer(start(tmp_path / "second", tmp_path / "first")).network.state_dict()
+    assert "is for 10 other classes: the head, for 10 classes, is new" in caplog.text
+    assert not torch.equal(network["fc.weight"], content["model"]["fc.weight"])
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    path = weights_file(tmp_path, model=ModelConfig("cifar_resnet8", width=4))
+    with pytest.raises(ValueError, match=r"conv1\.weight is of shape \(4, 1, 3, 3\), not \(8, 1, 3, 3\)"):
+        Trainer(start(tmp_path / "a", path))
+    with pytest.raises(ValueError, match="there is no file of weights .*best.pt"):
+        Trainer(start(tmp_path / "a", tmp_path))
+    assert not (tmp_path / "a").exists()
+
+
+def test_images_of_one_channel_take_the_sum_over_three(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = weights_file(tmp_path, channels=3)
+    with caplog.at_level(logging.INFO):
+        network = Trainer(start(tmp_path / "a", path)).network
+    images = torch.rand(2, 1, 8, 8)
+    wide = torch.load(path)["state_dict"]["conv1.weight"]
+    conv2d = torch.nn.functional.conv2d
+    torch.testing.assert_close(conv2d(images.expand(-1, 3, -1, -1), wide), conv2d(images, network.conv1.weight))
+    assert "conv1.weight is summed over its 3 channels" in caplog.text
