@@ -10,6 +10,7 @@ COMMANDS = {
     "calibrate": "choose a confidence threshold whose error rate is bounded",
     "experiment": "train, evaluate and compare methods over grids and seeds, from one file",
     "check-data": "check that every image of a folder decodes",
+    "pack": "pack a folder of images into WebDataset shards",
     "html-report": "write report.html of an evaluated run", "info": "show versions, devices and available backends",
 }  # fmt: skip
 

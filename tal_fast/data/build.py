@@ -14,14 +14,9 @@ import numpy as np
 from tal_fast.config.schema import DataConfig
 from tal_fast.data import builtin, cifar, dali, image_folder
 from tal_fast.data.datasets import DataBundle, MemoryImages, Split
-from tal_fast.data.huggingface import HuggingFace
-from tal_fast.data.image_folder import ImageFiles
 from tal_fast.data.packed import SPLITS, PackedImages
 from tal_fast.data.pixels import as_channels
-from tal_fast.data.shards import Shards
-
-PACKED: dict[str, type[Shards] | type[HuggingFace]] = {"webdataset": Shards, "huggingface": HuggingFace}
-"""Data sets of images inside other files."""
+from tal_fast.data.sources import PACKED, flat_images
 
 FOLDER_IMAGE_SIZE = 224
 SYNTHETIC_IMAGE_SIZE = 32
@@ -125,14 +120,6 @@ def packed_data(config: DataConfig, training: bool = True) -> DataBundle:
     whole = {split: images and images.images(class_names) for split, images in found.items()}
     none = PackedImages([], np.zeros(0, np.int64), image_folder.NO_SIZES)
     return _file_bundle(config, class_names, whole["train"] or none, whole["val"] or none)
-
-
-def flat_images(spec: str, name: str) -> ImageFiles:
-    """Images of an out-of-distribution set: ``FOLDER``, ``webdataset:WHERE`` or ``huggingface:WHERE``."""
-    kind, _, where = spec.partition(":")
-    return (
-        PACKED[kind](where).all().images(None) if kind in PACKED and where else image_folder.read_flat(Path(spec), name)
-    )
 
 
 def _root(config: DataConfig) -> str:

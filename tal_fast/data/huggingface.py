@@ -25,7 +25,7 @@ class HuggingFace:
             raise ValueError(
                 "data sets of Hugging Face need the package datasets; pip install 'tal-fast[huggingface]'"
             ) from None
-        self.root, self._label_key = root, label_key
+        self.root, self._label_key = root.rstrip("/"), label_key
         saved = any((Path(root) / name).is_file() for name in ("dataset_dict.json", "state.json"))
         try:
             found: Any = datasets.load_from_disk(root) if saved else datasets.load_dataset(root)
@@ -80,7 +80,7 @@ class HuggingFace:
         if len(extents) != len(data):
             raise ValueError(f"{where} has {len(data)} rows and its files {len(extents)}; save it with save_to_disk")
         labels = [None] * len(data) if label is None else data.with_format(None)[label][:]
-        names = [f"{self.root.rstrip('/')}/{split}/{row}" for row in range(len(data))]
+        names = [f"{self.root}/{split}/{row}" for row in range(len(data))]
         return Packed(where, names, list(labels), files, extents)
 
 

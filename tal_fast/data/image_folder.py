@@ -66,7 +66,7 @@ class ImageFiles:
     # (N, 2) int64 sizes in bytes and times of change in ns.
     stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
 
-    _ARRAYS: ClassVar = ("labels", "sizes", "stamps")
+    _ARRAYS: ClassVar[tuple[str, ...]] = ("labels", "sizes", "stamps")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -246,12 +246,18 @@ def read_flat(folder: Path, name: str) -> ImageFiles:
     """
     if not folder.is_dir():
         raise ValueError(f"data.ood {name!r}: {folder} is not a folder")
-    left_out: Counter[str] = Counter()
-    found = _images(folder, left_out)
-    report_left_out(folder, left_out)
+    found = files_below(folder)
     if not found:
         raise ValueError(f"data.ood {name!r}: {folder} holds no images ({', '.join(EXTENSIONS)})")
     return _with_sizes(found, [OOD_LABEL] * len(found))
+
+
+def files_below(folder: Path) -> Found:
+    """Sorted image files in a folder, at any depth; warns of what is left out."""
+    left_out: Counter[str] = Counter()
+    found = _images(folder, left_out)
+    report_left_out(folder, left_out)
+    return found
 
 
 def image_size(path: str, source: str | io.BytesIO | None = None) -> tuple[int, int]:

@@ -48,12 +48,12 @@ from PIL import Image
 from tal_fast.config.names import CORRUPTIONS
 from tal_fast.config.typed import one_line
 from tal_fast.data import builtin, cifar, image_folder
-from tal_fast.data.build import PACKED, flat_images
 from tal_fast.data.corruptions import SEVERITIES, Corruption
 from tal_fast.data.datasets import MemoryImages, Split
 from tal_fast.data.image_folder import ImageFiles
 from tal_fast.data.matlab import read_mat
 from tal_fast.data.pixels import as_channels
+from tal_fast.data.sources import PACKED, flat_images
 from tal_fast.data.text import read_text
 
 GENERATED = 1000

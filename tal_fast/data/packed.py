@@ -24,7 +24,7 @@ SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", 
 class PackedImages(ImageFiles):
     """Images inside other files; ``paths`` are their names in messages and lists."""
 
-    _ARRAYS: ClassVar = (*ImageFiles._ARRAYS, "extents")
+    _ARRAYS: ClassVar[tuple[str, ...]] = (*ImageFiles._ARRAYS, "extents")
 
     containers: Sequence[str] = ()  # paths of the files
     extents: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int64))  # (N, 3) container, offset, bytes
@@ -36,9 +36,14 @@ class PackedImages(ImageFiles):
         return io.BytesIO(self.read(index))
 
     def read(self, index: int) -> bytes:
-        with open(self.file(index), "rb", buffering=0) as file:
-            file.seek(int(self.extents[index, 1]))
-            return file.read(int(self.extents[index, 2]))
+        return read_extent(self.file(index), *map(int, self.extents[index, 1:]))
+
+
+def read_extent(path: str, offset: int, size: int) -> bytes:
+    """Bytes at a place of a file."""
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Packed:
         kept = [i for i, name in enumerate(self.names) if name in listed]
         if not kept:
             raise ValueError(f"data.file_list names no image of {self.where}; add some")
-        names, labels = ([values[i] for i in kept] for values in (self.names, self.labels))
+        names, labels = [self.names[i] for i in kept], [self.labels[i] for i in kept]
         return Packed(self.where, names, labels, self.containers, self.extents[kept])
 
     def class_names(self) -> list[str]:

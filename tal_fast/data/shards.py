@@ -28,8 +28,9 @@ from tal_fast.data.packed import SPLITS, Packed
 from tal_fast.utils.io import replacing, write_text
 from tal_fast.utils.locks import alone_in
 
-CLASSES, INFO = "classes.txt", "_info.json"
-"""Files beside the shards: the names of the classes, one per line, and the shards of each split, as timm writes it."""
+CLASSES, INFO, PLAN = "classes.txt", "_info.json", ".pack.json"
+"""Files beside the shards: the names of the classes, one per line; the shards of each split, as timm writes them; and
+what is being packed, until the last shard is written."""
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _DOWNLOADS = 8
@@ -52,7 +53,12 @@ class Shards:
         self._fs, self._base = self._asked(lambda: fsspec.core.url_to_fs(self.root))
         if not self._remote and not os.path.exists(self.root):
             raise ValueError(f"data.root {root} does not exist; name a folder of .tar shards, or an address of one")
-        self._info = json.loads(self._text(INFO) or "{}")
+        if self._text(PLAN) is not None:
+            raise ValueError(f"{self.root} is not packed to its end; give the command that packs it again")
+        try:
+            self._splits: dict[str, Any] = dict(json.loads(self._text(INFO) or "{}").get("splits", {}))
+        except (ValueError, AttributeError):
+            raise ValueError(f"{self.root}/{INFO} is damaged; copy it again, or remove it") from None
 
     def class_names(self) -> list[str] | None:
         """Names of the classes in ``classes.txt``; None if there is no such file."""
@@ -74,9 +80,8 @@ class Shards:
         return self._read(self.root, shards)
 
     def _of_split(self, name: str) -> list[str]:
-        listed = self._info.get("splits", {}).get(name)
-        if listed is not None:
-            return [f"{self._base}/{shard}" for shard in listed["filenames"]]
+        if name in self._splits:
+            return [f"{self._base}/{shard}" for shard in self._splits[name]["filenames"]]
         word = re.compile(rf"(?<![a-z]){name}(?![a-z])", re.IGNORECASE)
         return [path for path in self._tars("") if word.search(os.path.basename(path))] or self._tars(name)
 
@@ -88,7 +93,7 @@ class Shards:
         compressed = [path for path in paths if path.lower().endswith(_COMPRESSED)]
         if compressed:
             raise ValueError(f"{compressed[0]} is compressed, so that images cannot be read at their place; unpack it")
-        return sorted(path for path in paths if path.lower().endswith(".tar"))
+        return sorted(path for path in paths if re.fullmatch(r"[^.].*\.tar", os.path.basename(path), re.I))
 
     def _text(self, name: str) -> str | None:
         try:

@@ -21,8 +21,9 @@ from tal_fast.config.names import INTERPOLATIONS
 from tal_fast.config.schema import Config, DataConfig, ModelConfig
 from tal_fast.config.typed import one_line
 from tal_fast.data import image_folder
-from tal_fast.data.build import FOLDER_IMAGE_SIZE, PACKED, build_data, packed_data
+from tal_fast.data.build import FOLDER_IMAGE_SIZE, build_data, packed_data
 from tal_fast.data.datasets import DataBundle
+from tal_fast.data.sources import PACKED
 from tal_fast.models.build import build_model, timm_name
 from tal_fast.models.features import FeatureLinear, head_path
 from tal_fast.models.registry import NETWORKS
