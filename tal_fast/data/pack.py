@@ -38,7 +38,7 @@ class Shard:
 
 
 def pack(
-    folder: Path, output: Path, split: str = "train", shard_mb: int = SHARD_MB, show_bar: bool = True
+    folder: Path, output: Path, split: str = "train", shard_mb: float = SHARD_MB, show_bar: bool = True
 ) -> list[Shard]:
     """Write shards of a folder's images in a shuffled order, the names of the classes and timm's ``_info.json``.
 
@@ -56,7 +56,9 @@ def pack(
 
     splits, class_names = _find(folder, split)
     shards = [
-        s for name, (root, found) in splits.items() for s in _plan(name, root, class_names, found, shard_mb * 10**6)
+        s
+        for name, (root, found) in splits.items()
+        for s in _plan(name, root, class_names, found, int(shard_mb * 10**6))
     ]
     stamps = [image for _, found in splits.values() for images in found.values() for image in images]
     plan = json.dumps({"sha256": hashlib.sha256(repr((split, shard_mb, stamps)).encode()).hexdigest()})
@@ -88,7 +90,7 @@ def _find(folder: Path, split: str) -> tuple[dict[str, tuple[Path, dict[str, Fou
     names = [name for name in ("train", "val") if (folder / name).is_dir()]
     if names:
         splits = {name: (folder / name, files_by_class(folder, name)) for name in names}
-    elif any(entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(folder)):
+    elif any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir()):
         splits = {split: (folder, files_by_class(folder.parent, folder.name))}
     else:
         splits = {split: (folder, {"": files_below(folder)})}

@@ -66,12 +66,19 @@ class Packed:
 
     def class_names(self) -> list[str]:
         """Sorted names of the classes; where they are numbers, 0 to the largest one."""
-        kinds = {type(label) for label in self.labels}
-        if kinds == {int}:
-            return [str(number) for number in range(max(label for label in self.labels if isinstance(label, int)) + 1)]
-        if kinds != {str}:
+        labels = self._known_labels()
+        numbers = [label for label in labels if isinstance(label, int)]
+        if len(numbers) == len(labels):
+            return [str(number) for number in range(max(numbers) + 1)]
+        if numbers:
             raise ValueError(f"{self.where} has classes by name and by number; write classes.txt, one name per line")
-        return sorted({label for label in self.labels if isinstance(label, str)})
+        return sorted({str(label) for label in labels})
+
+    def _known_labels(self) -> list[int | str]:
+        for name, label in zip(self.names, self.labels, strict=True):
+            if label is None:
+                raise ValueError(f"{name} has no label; add it, or use these images as an out-of-distribution set")
+        return [label for label in self.labels if label is not None]
 
     def images(self, class_names: Sequence[str] | None) -> PackedImages:
         """The images with their classes, or none for None, and their sizes.
@@ -92,9 +99,7 @@ class Packed:
     def _numbers(self, class_names: Sequence[str]) -> list[int]:
         number_of = {name: number for number, name in enumerate(class_names)}
         numbers = []
-        for name, label in zip(self.names, self.labels, strict=True):
-            if label is None:
-                raise ValueError(f"{name} has no label; add it, or use these images as an out-of-distribution set")
+        for name, label in zip(self.names, self._known_labels(), strict=True):
             number = number_of.get(label) if isinstance(label, str) else label
             if number is None or not 0 <= number < len(class_names):
                 raise ValueError(

@@ -128,7 +128,7 @@ class Shards:
         if not self._remote:
             return shard
         info = self._asked(lambda: self._fs.info(shard))
-        version = [str(info.get(key)) for key in ("size", "ETag", "LastModified", "mtime", "updated")]
+        version = [str(info.get(key)) for key in ("size", "ETag", "etag", "LastModified", "mtime", "created")]
         digest = hashlib.sha256("\0".join([self.root, shard, *version]).encode()).hexdigest()[:16]
         path = cache_dir() / "shards" / digest / os.path.basename(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
