@@ -187,6 +187,9 @@ class ModelConfig:
             by default random. A file may be a state dict, safetensors or a checkpoint, also of another trainer.
         weights_key: key of the weights in a checkpoint, with dots where it is nested; by default averaged weights, if
             there are any.
+        freeze: part that keeps its weights, ``none``, ``backbone`` (all but the head), or a number N for the stem and
+            the first N stages (of a transformer, blocks). It runs as in validation, BatchNorm and dropout included.
+        drop_path: largest rate of stochastic depth of a network of timm or torchvision; by default the network's own.
         head: classifier on top of the network; ``mlp`` has a hidden layer as wide as the network's features.
         cache_features: run the frozen network (``model.freeze backbone``) once over the training and validation images
             without random augmentation, keep its features on disk, and train the head on them. The result is the whole
@@ -202,6 +205,8 @@ class ModelConfig:
     width: int | None = None
     weights: str | None = None
     weights_key: str | None = None
+    freeze: int | Literal["none", "backbone"] = "none"
+    drop_path: float | None = None
     head: Literal["linear", "mlp"] = "linear"
     cache_features: bool = False
     compile: bool | None = None
@@ -213,6 +218,10 @@ class ModelConfig:
         check_at_least("model.width", self.width, 1)
         if self.weights_key is not None and self.weights is None:
             raise ValueError(f"model.weights_key is {self.weights_key!r} but there is no file; set model.weights too")
+        if isinstance(self.freeze, int):
+            check_at_least("model.freeze", self.freeze, 1)
+        if self.drop_path is not None and not 0 <= self.drop_path < 1:
+            raise ValueError(f"model.drop_path is {self.drop_path} but must be in [0, 1)")
 
 
 @dataclass
@@ -235,6 +244,9 @@ class OptimConfig:
         clip_norm: largest norm of the gradient; by default it is not clipped.
         accumulate: number of parts that each rank's batch is split into, for one optimizer step together. Each part
             is a batch of its own to BatchNorm and to TAL's typicalness.
+        layer_decay: factor on the learning rate from each block of the network to the one before it, in (0, 1]; by
+            default all blocks have the same.
+        head_epochs: number of first epochs in which only the head trains.
         ema_decay: decay per step of an exponential moving average of the weights, which is then validated and kept.
     """
 
@@ -251,6 +263,8 @@ class OptimConfig:
     warmup_epochs: float = 0.0
     clip_norm: float | None = None
     accumulate: int = 1
+    layer_decay: float | None = None
+    head_epochs: int = 0
     ema_decay: float | None = None
 
     def check(self) -> None:
@@ -260,7 +274,10 @@ class OptimConfig:
             raise ValueError(f"optim.momentum is {self.momentum} but must be in [0, 1)")
         if self.nesterov and self.momentum == 0 and self.name == "sgd":
             raise ValueError("optim.nesterov needs momentum above 0; set optim.nesterov to false")
-        for name, limit in {"weight_decay": 0, "warmup_epochs": 0, "step_size": 1, "accumulate": 1}.items():
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay is {self.layer_decay} but must be in (0, 1]")
+        limits = {"weight_decay": 0, "warmup_epochs": 0, "head_epochs": 0, "step_size": 1, "accumulate": 1}
+        for name, limit in limits.items():
             check_at_least(f"optim.{name}", getattr(self, name), limit)
         if self.schedule == "multistep" and not self.step_epochs:
             raise ValueError("optim.schedule is 'multistep' but optim.step_epochs is empty; name the epochs to step at")
@@ -279,8 +296,8 @@ class MethodConfig:
         label_smoothing: label smoothing of every method's cross-entropy, in [0, 1).
         options: options of the method, by name. ``tal_fast.config.methods`` has those of the built-in methods, whose
             defaults are filled in.
-        class_weight: factors of the images' losses by class, as in ``F.cross_entropy``: ``none``, ``balanced``, N / (C n)
-            for a class with n of N training images, or a list with one for each class.
+        class_weight: factors of the images' losses by class, as in ``F.cross_entropy``: ``none``, ``balanced``
+            (N / (C n) for a class with n of N training images) or a list with one for each class.
     """
 
     name: str = "tal"
@@ -423,6 +440,9 @@ class Config:
         read(Config, self.to_dict(), "")  # types and finite numbers, for a configuration that was made in Python
         for section in (self.data, self.model, self.optim, self.method, self.mix):
             section.check()
+        for name, value in {"model.freeze": self.model.freeze, "optim.head_epochs": self.optim.head_epochs}.items():
+            if value not in ("none", 0) and self.model.weights is None:
+                raise ValueError(f"{name} is {value} but the weights are random; name some with model.weights")
         for name in (
             "epochs", "batch_size", "eval_batch_size", "threads", "checkpoint_every_steps", "keep_every_epochs",
             "log_every_steps", "validate_every",

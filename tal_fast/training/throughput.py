@@ -48,6 +48,7 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
     trainers: dict[str, Trainer] = {}
     for name in ("ce", other):
         run = copy.deepcopy(config)
+        run.optim.head_epochs = 0  # the steps of most epochs are measured
         run.resume, run.output = "never", str(Path(tempfile.gettempdir()) / "tal-fast-bench")
         if name != config.method.name:
             run.method = dataclasses.replace(config.method, name=name, options={})

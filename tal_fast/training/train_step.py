@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tal_fast.config.schema import MixConfig, OptimConfig
 from tal_fast.methods import Method
+from tal_fast.models.blocks import is_frozen
 from tal_fast.training.cuda_graph import GraphedStep
 from tal_fast.training.epoch_stats import batch_sums
 from tal_fast.training.optim import set_learning_rate
@@ -28,7 +29,8 @@ def check_parts(network: nn.Module, images: int) -> None:
     if images > 1:
         return
     for name, module in network.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and not is_frozen(module)
+        if norm and not isinstance(module, nn.SyncBatchNorm):
             raise ValueError(
                 f"BatchNorm ({name}) would see one image at a time in training; raise batch_size, lower "
                 "optim.accumulate, or use fewer ranks, so that each part of a rank's batch has two images or more"
@@ -47,6 +49,14 @@ class TrainStep(nn.Module):
         self.method = method
         self._runtime = runtime
         self._mix = mix if mix is not None and mix.on else None
+
+    def train(self, mode: bool = True) -> TrainStep:
+        """Set the training mode, of all but frozen parts of the network."""
+        super().train(mode)
+        for module in self.network.modules() if mode else ():
+            if is_frozen(module):
+                module.eval()
+        return self
 
     def forward(self, images: Tensor, labels: Tensor, indices: Tensor, *further: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of a batch, and its sums for ``EpochSums``; does not wait for the device.
