@@ -194,6 +194,9 @@ class ModelConfig:
             by default random. A file may be a state dict, safetensors or a checkpoint, also of another trainer.
         weights_key: key of the weights in a checkpoint, with dots where it is nested; by default averaged weights, if
             there are any.
+        freeze: part that keeps its weights, ``none``, ``backbone`` (all but the head), or a number N for the stem and
+            the first N stages (of a transformer, blocks). It runs as in validation, BatchNorm and dropout included.
+        drop_path: largest rate of stochastic depth of a network of timm or torchvision; by default the network's own.
         head: classifier on top of the network; ``mlp`` has a hidden layer as wide as the network's features.
         cache_features: run the frozen network (``model.freeze backbone``) once over the training and validation images
             without random augmentation, keep its features on disk, and train the head on them. The result is the whole
@@ -209,6 +212,8 @@ class ModelConfig:
     width: int | None = None
     weights: str | None = None
     weights_key: str | None = None
+    freeze: int | Literal["none", "backbone"] = "none"
+    drop_path: float | None = None
     head: Literal["linear", "mlp"] = "linear"
     cache_features: bool = False
     compile: bool | None = None
@@ -220,6 +225,10 @@ class ModelConfig:
         check_at_least("model.width", self.width, 1)
         if self.weights_key is not None and self.weights is None:
             raise ValueError(f"model.weights_key is {self.weights_key!r} but there is no file; set model.weights too")
+        if isinstance(self.freeze, int):
+            check_at_least("model.freeze", self.freeze, 1)
+        if self.drop_path is not None and not 0 <= self.drop_path < 1:
+            raise ValueError(f"model.drop_path is {self.drop_path} but must be in [0, 1)")
 
 
 @dataclass
@@ -242,6 +251,9 @@ class OptimConfig:
         clip_norm: largest norm of the gradient; by default it is not clipped.
         accumulate: number of parts that each rank's batch is split into, for one optimizer step together. Each part
             is a batch of its own to BatchNorm and to TAL's typicalness.
+        layer_decay: factor on the learning rate from each block of the network to the one before it, in (0, 1]; by
+            default all blocks have the same.
+        head_epochs: number of first epochs in which only the head trains.
         ema_decay: decay per step of an exponential moving average of the weights, which is then validated and kept.
     """
 
@@ -258,6 +270,8 @@ class OptimConfig:
     warmup_epochs: float = 0.0
     clip_norm: float | None = None
     accumulate: int = 1
+    layer_decay: float | None = None
+    head_epochs: int = 0
     ema_decay: float | None = None
 
     def check(self) -> None:
@@ -267,7 +281,10 @@ class OptimConfig:
             raise ValueError(f"optim.momentum is {self.momentum} but must be in [0, 1)")
         if self.nesterov and self.momentum == 0 and self.name == "sgd":
             raise ValueError("optim.nesterov needs momentum above 0; set optim.nesterov to false")
-        for name, limit in {"weight_decay": 0, "warmup_epochs": 0, "step_size": 1, "accumulate": 1}.items():
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay is {self.layer_decay} but must be in (0, 1]")
+        limits = {"weight_decay": 0, "warmup_epochs": 0, "head_epochs": 0, "step_size": 1, "accumulate": 1}
+        for name, limit in limits.items():
             check_at_least(f"optim.{name}", getattr(self, name), limit)
         if self.schedule == "multistep" and not self.step_epochs:
             raise ValueError("optim.schedule is 'multistep' but optim.step_epochs is empty; name the epochs to step at")
@@ -286,13 +303,18 @@ class MethodConfig:
         label_smoothing: label smoothing of every method's cross-entropy, in [0, 1).
         options: options of the method, by name. ``tal_fast.config.methods`` has those of the built-in methods, whose
             defaults are filled in.
+        class_weight: factors of the images' losses by class, as in ``F.cross_entropy``: ``none``, ``balanced``
+            (N / (C n) for a class with n of N training images) or a list with one for each class.
     """
 
     name: str = "tal"
     label_smoothing: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
+    class_weight: Any = "none"  # or "balanced", or list[float]
 
     def __post_init__(self) -> None:
+        if isinstance(self.class_weight, (list, tuple)):
+            self.class_weight = read(list[float], self.class_weight, "method.class_weight")
         if self.name in OPTIONS:
             self.options = asdict(read_options(self.name, OPTIONS[self.name], self.options))
 
@@ -302,8 +324,59 @@ class MethodConfig:
             raise ValueError(f"method.name is {self.name!r}; use {' or '.join(map(repr, method_names()))}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"method.label_smoothing is {self.label_smoothing} but must be in [0, 1)")
+        weight = self.class_weight
+        if isinstance(weight, list):
+            if min(weight, default=0) < 0 or max(weight, default=0) == 0:
+                raise ValueError(f"method.class_weight is {weight} but must be at least 0, and above 0 for some class")
+        elif weight not in ("none", "balanced"):
+            raise ValueError(f"method.class_weight is {weight!r}; use none, balanced or a list with a number a class")
         if self.name in OPTIONS:
             read_options(self.name, OPTIONS[self.name], self.options).check()
+
+
+@dataclass
+class MixConfig:
+    """Mixing of the images of a batch with one another.
+
+    Attributes:
+        mixup: parameter α of mixup, whose images are λ x + (1 - λ) x' with one λ ~ Beta(α, α) a batch; 0 for none.
+        cutmix: parameter α of CutMix, which replaces a rectangle of the share 1 - λ by another image; 0 for none.
+        switch_prob: share of the batches that CutMix takes where mixup is on too.
+        prob: share of the batches that are mixed at all.
+        weight: weight of the mixed images' loss beside that of the clean ones, as in RegMixup; a step then has twice
+            the images. By default the mixed images take the place of the clean ones.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    switch_prob: float = 0.5
+    prob: float = 1.0
+    weight: float | None = None
+
+    @property
+    def on(self) -> bool:
+        """Whether images are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def check(self) -> None:
+        """Raise ValueError for a value outside its range."""
+        for name in ("mixup", "cutmix"):
+            check_at_least(f"mix.{name}", getattr(self, name), 0)
+        if not 0 <= self.switch_prob <= 1:
+            raise ValueError(f"mix.switch_prob is {self.switch_prob} but must be in [0, 1]")
+        if not 0 < self.prob <= 1:
+            raise ValueError(f"mix.prob is {self.prob} but must be in (0, 1]")
+        check_positive("mix.weight", self.weight, ", or null for mixed images in place of the clean ones")
+        if self.weight is not None and not self.on:
+            raise ValueError(
+                f"mix.weight is {self.weight} but no images are mixed; set mix.mixup or mix.cutmix, or mix.weight to "
+                "null"
+            )
+
+    def summary(self) -> str:
+        """Kind of mixing in a few words."""
+        parts = [f"{name} (alpha {a:g})" for name, a in (("mixup", self.mixup), ("CutMix", self.cutmix)) if a]
+        return " or ".join(parts) + ("" if self.prob == 1 else f" of {self.prob:.0%} of the batches")
 
 
 @dataclass
@@ -331,6 +404,7 @@ class Config:
             bfloat16 on GPUs that have it, float16 with a gradient scaler on older ones, float32 on the CPU.
         cuda_graphs: replay forward, backward and update as one CUDA graph, on one GPU and not with float16.
         checkpoint_every_steps: save within an epoch too, after every so many steps.
+        validate_every: epochs from one validation to the next; the last epoch is always validated.
         keep_every_epochs: keep the checkpoint of every so many epochs beside the last two and the best.
         logger: where numbers are logged beside metrics.csv; under torchrun, spell the option ``--logger``.
         log_every_steps: number of steps between two readings of the loss for the logs.
@@ -342,6 +416,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
     output: str = "runs/latest"
     resume: str = "never"
     allow: list[str] = field(default_factory=list)
@@ -357,6 +432,7 @@ class Config:
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     cuda_graphs: bool = False
     checkpoint_every_steps: int | None = None
+    validate_every: int = 1
     keep_every_epochs: int | None = None
     logger: Literal["none", "tensorboard", "wandb", "all"] = "tensorboard"
     log_every_steps: int = 50
@@ -369,11 +445,14 @@ class Config:
     def check(self) -> Config:
         """Raise ValueError for a value outside its range; returns the configuration itself."""
         read(Config, self.to_dict(), "")  # types and finite numbers, for a configuration that was made in Python
-        for section in (self.data, self.model, self.optim, self.method):
+        for section in (self.data, self.model, self.optim, self.method, self.mix):
             section.check()
+        for name, value in {"model.freeze": self.model.freeze, "optim.head_epochs": self.optim.head_epochs}.items():
+            if value not in ("none", 0) and self.model.weights is None:
+                raise ValueError(f"{name} is {value} but the weights are random; name some with model.weights")
         for name in (
             "epochs", "batch_size", "eval_batch_size", "threads", "checkpoint_every_steps", "keep_every_epochs",
-            "log_every_steps",
+            "log_every_steps", "validate_every",
         ):  # fmt: skip
             check_at_least(name, getattr(self, name), 1)
         check_at_least("seed", self.seed, 0)
@@ -392,10 +471,15 @@ class Config:
             )
         if starts and self.model.cache_features:
             raise ValueError("image_sizes needs images in training; empty it, or set model.cache_features to false")
-        if self.model.cache_features and (self.data.changes_pixels or self.data.erase):
+        if self.model.cache_features and (self.data.changes_pixels or self.data.erase or self.mix.on):
             raise ValueError(
-                "data.augment, data.color_jitter and data.erase need images in training; leave them out, or set "
+                "data.augment, data.color_jitter, data.erase and mix need images in training; leave them out, or set "
                 "model.cache_features to false"
+            )
+        if self.data.sampling == "balanced" and self.method.class_weight == "balanced":
+            raise ValueError(
+                "data.sampling and method.class_weight are both balanced, which would weight rare classes twice; set "
+                "one of them to its default"
             )
         if self.profile is not None:
             self.profile_window()

@@ -68,7 +68,7 @@ def evaluate_run(
     }  # fmt: skip
     output = run_dir if output is None else output
     passes.ranks.on_main(lambda: check_writable(output))
-    inference = Inference(run.model, run.data, cache, passes)
+    inference = run.inference(cache, passes)
     evaluation = _evaluate_model(inference, ood or {}, shifts or {}, options, provenance)
     if evaluation is None:
         return None

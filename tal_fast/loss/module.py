@@ -66,8 +66,9 @@ class TALLoss(nn.Module):
 
     Attributes:
         queue: ``FeatureQueue`` of past samples.
-        watch: warns once, by a RuntimeWarning, when most correct samples stay out of the queue or when it has stood
-            still for 500 training steps; None to be silent. Inactive under ``torch.compile``.
+        watch: warns once, by a RuntimeWarning, when logits and features look swapped, when most correct samples stay
+            out of the queue or when it has stood still for 500 training steps; None to be silent. Inactive under
+            ``torch.compile``.
 
     Raises:
         ValueError: If an option is out of its range.
@@ -188,7 +189,7 @@ class TALLoss(nn.Module):
         else:
             result = self._in_parts(logits, features, labels, warmup, push, direct=False)
             loss, stats = result.loss, result.stats
-        self._look(stats, push)
+        self._look(stats, push, None if self.class_group is not None else (logits, features, labels))
         return (loss, stats) if return_stats else loss
 
     def loss_and_gradient(
@@ -224,9 +225,10 @@ class TALLoss(nn.Module):
         self._look(result.stats, push)
         return result.loss, result.gradient, result.stats
 
-    def _look(self, stats: TALStats, push: bool) -> None:
+    def _look(self, stats: TALStats, push: bool, inputs: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
         if not torch.compiler.is_compiling() and self.watch is not None and push and self.training:
-            self.watch.step(stats, self._modules["queue"], self.options.confidence_threshold)  # type: ignore[arg-type]
+            queue: FeatureQueue = self._modules["queue"]  # type: ignore[assignment]
+            self.watch.step(stats, queue, self.options, inputs)
 
     def _acts_as_one(self) -> bool:
         """Whether several ranks act as one with the whole batch."""
@@ -271,7 +273,7 @@ class TALLoss(nn.Module):
         """A step of ``rows`` rows between what precedes it and the push after it."""
         self.queue.flush()
         ring, group = self.queue.ring, self.process_group
-        backend = dispatch.for_loss(self.backend, device)
+        backend = dispatch.for_device(self.backend, device)
         combine = None
         if self._acts_as_one():
             combine = partial(collectives.combine_summaries, rows=rows, group=group)
@@ -279,13 +281,12 @@ class TALLoss(nn.Module):
             ring, self.options, backend=backend, warmup=warmup, class_weight=self.class_weight, combine=combine
         )
         if push and self.training:
-            with torch.no_grad():
-                entries = result.mean, result.std, result.stats.accepted
-                if combine is None:
-                    backend.push(ring, *entries)
-                else:  # the entries travel during the backward pass, since only the next step needs them
-                    wait = collectives.gather_entries(*entries, group)
-                    self.queue.push_later(lambda: backend.push(ring, *wait()))
+            entries = result.mean, result.std, result.stats.accepted  # without a graph
+            if combine is None:
+                backend.push(ring, *entries)
+            else:  # the entries travel during the backward pass, since only the next step needs them
+                wait = collectives.gather_entries(*entries, group)
+                self.queue.push_later(lambda: backend.push(ring, *wait()))
         return result
 
     def _check(self, logits: Tensor, features: Tensor, labels: Tensor) -> None:

@@ -68,6 +68,11 @@ def check_inputs(
             f"features have {features.shape[1]} dimension but need at least 2 for a standard deviation; "
             "pass the input of the last Linear layer"
         )
+    if labels.dim() == 2 and labels.shape == logits.shape:
+        raise ValueError(
+            f"labels are {tuple(labels.shape)}, soft as those of mixed images, but TAL judges images of one class; "
+            "pass clean images with (B,) labels here, the mixed ones to F.cross_entropy, and add both losses"
+        )
     if labels.shape != logits.shape[:1]:
         raise ValueError(f"labels are {tuple(labels.shape)} but must be ({logits.shape[0]},) as the logits")
     if labels.dtype != torch.int64:
@@ -88,7 +93,7 @@ def check_inputs(
         if not class_sharded:
             check_number_of_weights(class_weight, logits.shape[1])
     if not class_sharded and labels_are_checked(labels):
-        check_label_range(labels, logits.shape[1], ignore_index)
+        check_label_range(labels, logits.shape[1], ignore_index, features.shape[1])
 
 
 def check_class_weight(weight: Tensor) -> Tensor:
@@ -125,12 +130,18 @@ def labels_are_checked(labels: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (labels.device.type == "cpu" or CHECK_LABELS_ON_GPU)
 
 
-def check_label_range(labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raise ValueError if a label is neither in [0, num_classes) nor ``ignore_index``; waits for the device."""
-    outside = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
+def check_label_range(labels: Tensor, num_classes: int, ignore_index: int, width: int | None = None) -> None:
+    """Raise ValueError if a label is neither in [0, num_classes) nor ``ignore_index``; waits for the device.
+
+    If the labels fit ``width``, that of the features, the sentence says so.
+    """
+    valid = labels != ignore_index
+    outside = valid & ((labels < 0) | (labels >= num_classes))
     if outside.any():
         row = int(outside.nonzero()[0])
+        swapped = width is not None and int(torch.where(valid, labels, -1).max()) == width - 1
         raise ValueError(
             f"label {int(labels[row])} in row {row} is outside [0, {num_classes}); "
             f"give it a class or ignore_index = {ignore_index}"
+            + (f", or swap logits and features: {width} features are one for each class" if swapped else "")
         )

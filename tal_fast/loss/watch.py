@@ -1,7 +1,8 @@
-"""Warning when correctly classified samples do not enter TAL's queue."""
+"""Warnings: correctly classified samples do not enter TAL's queue; logits and features are swapped."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tal_fast.loss.options import LossOptions
 from tal_fast.loss.queue import FeatureQueue
 from tal_fast.loss.reference import TALStats
 
@@ -19,11 +21,16 @@ FEW = 8
 """Fewest correct samples of two looks by which a queue that moves is judged: fewer may all stay out by chance."""
 
 
+LAUNCHES_SETTLE = 64
+"""First step at which the labels copied half as many steps ago are read: a GPU is at most 1,024 launches behind."""
+
+
 class QueueWatch:
     """Looks at every ``INTERVAL``-th training step whether correct samples enter the queue, and warns once.
 
-    A look does not wait for a GPU: it judges what the one before has copied. CUDA graphs have none. The options' names
-    in the sentence begin with ``option``; ``report`` takes the sentence, by default as a RuntimeWarning.
+    In the steps 1, 2, 4, 8, ... it looks whether logits and features are swapped. A look does not wait for a GPU: it
+    judges what the one before has copied. CUDA graphs have none. The options' names in the sentence begin with
+    ``option``; ``report`` takes the sentence, by default as a RuntimeWarning.
     """
 
     def __init__(self, option: str = "", report: Callable[[str], None] | None = None) -> None:
@@ -32,14 +39,26 @@ class QueueWatch:
         self.steps = 0
         self.warned = False
         self._looks: list[Tensor] = []  # slot of the queue's next entry; the step's correct and accepted samples
+        self._largest: Tensor | None = None  # largest of the labels looked at
+        self._labels = 0  # how many these are
 
-    def step(self, stats: TALStats, queue: FeatureQueue, threshold: float) -> None:
-        """Count a training step, after its push."""
+    def step(
+        self, stats: TALStats, queue: FeatureQueue, options: LossOptions, inputs: tuple[Tensor, Tensor, Tensor] | None
+    ) -> None:  # fmt: skip
+        """Count a training step, after its push; ``inputs`` are logits, features and labels, or None."""
         self.steps += 1
-        if self.steps % INTERVAL or self.warned:
+        early = not self.steps & (self.steps - 1)
+        if not (early or self.steps % INTERVAL == 0) or self.warned:
             return
         cursor = queue.ring.cursor
         if cursor.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        if early and inputs is not None:
+            problem = self._swapped(*inputs, options.ignore_index)
+            if problem is not None:
+                self.warned = True
+                self.report(f"{problem}: logits and features look swapped; call loss_fn(logits, features, labels)")
+        if self.steps % INTERVAL:
             return
         look = torch.stack([cursor[0], stats.correct.sum(), stats.accepted.sum()]).to("cpu", non_blocking=True)
         self._looks = [*self._looks[-2:], look]
@@ -51,9 +70,28 @@ class QueueWatch:
         if correct < FEW and slot != new_slot:
             return
         where = f"of steps {self.steps - INTERVAL} and {self.steps}"
-        problem = self.judge(correct, accepted, threshold, where)
+        problem = self.judge(correct, accepted, options.confidence_threshold, where)
         if problem is not None:
             self.report(problem)
+
+    def _swapped(self, logits: Tensor, features: Tensor, labels: Tensor, ignore_index: int) -> str | None:
+        """What speaks for swapped logits and features; None if nothing does."""
+        if torch.is_grad_enabled() and features.requires_grad and not logits.requires_grad:
+            return "the features have a gradient and the logits have none"
+        width, classes = features.shape[1], logits.shape[1]
+        if width == classes or not len(labels):
+            return None
+        self._labels += len(labels)
+        largest = torch.where(labels == ignore_index, -1, labels).max()
+        if self._largest is not None:
+            largest = torch.maximum(largest, self._largest.to(largest.device, non_blocking=True))
+        before, self._largest = self._largest, largest.to("cpu", non_blocking=True)
+        seen = before if labels.is_cuda else self._largest
+        if seen is None or (labels.is_cuda and self.steps < LAUNCHES_SETTLE) or int(seen) != width - 1:
+            return None
+        if width < classes and self._labels * math.log(classes / width) < 10:  # by chance, at e^-10 or more
+            return None
+        return f"the labels go up to {int(seen)}, which fits the features' width {width}, not the logits' {classes}"
 
     def judge(self, correct: float, accepted: float, threshold: float, where: str) -> str | None:
         """Sentence about a queue that misses correct samples, with the remedy; None if it does not, or after the first.

@@ -4,13 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tal_fast.config.methods import MethodOptions, read_options
 from tal_fast.config.schema import MethodConfig
+from tal_fast.data.loader import IGNORED_LABEL
 from tal_fast.scores.logits import SCORES
+
+
+def mean_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    share: Tensor | None = None,
+) -> Tensor:
+    """Mean cross-entropy in float32 over the rows whose label is not ``IGNORED_LABEL``; 0, not NaN, without any.
+
+    ``class_weight`` (C,) is as in ``F.cross_entropy``, whose mean divides by the weights of the labels. ``share`` (B,)
+    are factors of the rows' losses that the mean does not divide by.
+    """
+    rows, reduction = logits.float(), "sum" if share is None else "none"
+    total = F.cross_entropy(rows, labels, class_weight, label_smoothing=label_smoothing, reduction=reduction)
+    if share is not None:
+        total = (total * share).sum()
+    valid = labels != IGNORED_LABEL
+    if class_weight is None:
+        return total / valid.sum().clamp(min=1)
+    weights = (class_weight[labels.clamp(min=0)] * valid).sum()
+    return total / torch.where(weights > 0, weights, 1.0)
 
 
 @dataclass(frozen=True)
@@ -21,12 +48,14 @@ class Task:
         num_classes: number of classes of the data, without ``Method.extra_classes``.
         train_images: number of training images over all ranks.
         learning_rate: peak learning rate.
+        class_weight: (C,) float32 ``method.class_weight``; None for none.
     """
 
     epochs: int
     num_classes: int
     train_images: int
     learning_rate: float
+    class_weight: Tensor | None = None
 
 
 class Step(NamedTuple):
@@ -54,6 +83,7 @@ class Method(nn.Module):
         Options: dataclass of the method's options, with a default for each. Those of the built-in methods are in
             ``tal_fast.config.methods``, for the help of the command line.
         options: instance of ``Options``.
+        class_weight: that of the task, on the method's device.
         sample_names: keys of ``Step.samples``.
         ranges: name -> (lowest, highest value) of those whose distribution is reported.
         extra_classes: number of the network's logits beyond the data's classes in training; validation and evaluation
@@ -61,6 +91,10 @@ class Method(nn.Module):
         outliers: description of a set of outliers, as ``tal_fast.data.ood.ood_set`` takes it; each step passes a batch
             of it to ``inputs``. None: no outliers.
         radius: radius ρ of sharpness-aware minimisation (``tal_fast.training.sam``); None: ordinary steps.
+        mixes: whether it trains on mixed images (``tal_fast.training.mixing``): ``alone``, in place of the clean ones,
+            which needs ``sample_names`` to be empty; ``beside`` the clean ones; or ``never``.
+        takes_class_weight: whether its loss is weighted by ``class_weight``; otherwise they are refused.
+        once_an_epoch: whether it relies on seeing each training image at most once an epoch.
         averages_from: share of the epochs after which weights are averaged once an epoch
             (``tal_fast.training.weight_averaging``); None: never.
         ascent_pass: True in the first pass of sharpness-aware minimisation, whose gradient only perturbs the weights
@@ -75,6 +109,9 @@ class Method(nn.Module):
     Options: ClassVar[type] = MethodOptions
     sample_names: tuple[str, ...] = ()
     extra_classes: ClassVar[int] = 0
+    mixes: ClassVar[Literal["alone", "beside", "never"]] = "beside"
+    takes_class_weight: ClassVar[bool] = False
+    once_an_epoch: ClassVar[bool] = False
     outliers: str | None = None
     radius: float | None = None
     averages_from: float | None = None
@@ -83,6 +120,8 @@ class Method(nn.Module):
         super().__init__()
         self.task = task
         self.label_smoothing = config.label_smoothing
+        self.class_weight: Tensor | None
+        self.register_buffer("class_weight", task.class_weight, persistent=False)
         self.ranges: dict[str, tuple[float, float]] = {}
         self.ascent_pass = False
         self.options: Any = read_options(self.name, self.Options, config.options)
@@ -130,6 +169,20 @@ class Method(nn.Module):
             indices: (B,) int64, positions of the images among the training images.
         """
         raise NotImplementedError
+
+    def mixed_loss(self, logits: Tensor, pairs: Tensor, share: Tensor) -> Tensor:
+        """Loss of mixed images: here the cross-entropy of both labels, by their shares.
+
+        Args:
+            logits: (B, C + ``extra_classes``) floating point.
+            pairs: (B, 2) int64 labels of the two images; both ``IGNORED_LABEL`` where one has no image to learn from.
+            share: (B,) float32 share λ of the first image in [0, 1].
+
+        Returns:
+            Scalar, the mean of λ L(x, y) + (1 - λ) L(x, y') over the rows with labels.
+        """
+        loss = partial(mean_cross_entropy, logits, label_smoothing=self.label_smoothing, class_weight=self.class_weight)
+        return loss(pairs[:, 0], share=share) + loss(pairs[:, 1], share=1 - share)
 
     def epoch_metrics(self) -> dict[str, float]:
         """Further columns of metrics.csv at the end of an epoch; may wait for the device."""

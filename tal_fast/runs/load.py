@@ -15,6 +15,7 @@ from tal_fast.data import DataBundle, build_data
 from tal_fast.methods import method_class
 from tal_fast.models import build_model, keep_classes
 from tal_fast.runs.checkpoint import BEST, FOLDER, LAST, Damaged, load, load_newest, restoring
+from tal_fast.runs.predictions import Inference, PassOptions, feature_folder
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Run:
     method: str  # name of the training method
     score: str  # confidence score of the method; a key of ``tal_fast.scores.logits.SCORES``
     class_names: tuple[str, ...]  # one name for each logit
+    image_size: int  # side of the validation images in pixels
     # Rows of metrics.csv, one for each finished epoch.
     history: list[dict[str, float]] = field(default_factory=list, repr=False)
 
@@ -43,6 +45,13 @@ class Run:
                 f"{', '.join(self.class_names)}; point data.root in the run's config at the training data"
             )
         return bundle
+
+    def inference(self, cache: str | Path, options: PassOptions) -> Inference:
+        """Passes of the model over the run's data, whose outputs are kept in the folder ``cache``."""
+        frozen = None
+        if self.config.model.cache_features:
+            frozen = feature_folder(self.config, self.data.image_size, options.amp)
+        return Inference(self.model, self.data, cache, options, frozen)
 
 
 def load_run(
@@ -89,5 +98,6 @@ def load_run(
         method=config.method.name,
         score=method.score,
         class_names=tuple(shape["class_names"]),
+        image_size=shape["image_size"],
         history=content["history"],
     )

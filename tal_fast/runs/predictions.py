@@ -28,9 +28,14 @@ import torch
 from torch import Tensor, nn
 
 import tal_fast
+from tal_fast.config.schema import Config
+from tal_fast.data.cache import cache_dir
 from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import DataBundle, MemoryImages, Split
+from tal_fast.data.image_folder import UnreadableImage
+from tal_fast.data.loader import IGNORED_LABEL
 from tal_fast.data.packed import PackedImages
+from tal_fast.models import head_path, without_head
 from tal_fast.runs.prediction_store import NotKept, Outputs, OutputStore, ShardWriter, keep, remove_unused
 from tal_fast.utils.arrays import Ints
 from tal_fast.utils.distributed import Ranks
@@ -161,6 +166,18 @@ class PassOptions:
     after_batch: Callable[[], None] = lambda: None  # may raise, to end a pass; what was computed is kept
 
 
+FEATURES_ELSEWHERE = "set TAL_FAST_CACHE to another folder"
+
+
+def feature_folder(config: Config, image_size: int, amp: str | None) -> Path:
+    """Folder of the features that a run's frozen network gives, in the cache; it can be deleted at any time.
+
+    Features of other weights or preprocessing replace those of the same data set, network, image size and precision.
+    """
+    parts = config.data.dataset, str(config.data.root), config.model.name, str(image_size), str(amp)
+    return cache_dir() / "features" / cache_key(*parts)[:16]
+
+
 @dataclass
 class Inference:
     """Cached passes of a model over the splits of a data set."""
@@ -170,6 +187,8 @@ class Inference:
     # Folder of the stores. If it cannot be written, outputs go to a temporary folder that is deleted with this object.
     cache: str | Path
     options: PassOptions = field(default_factory=PassOptions)  # options of the passes
+    # ``feature_folder`` of a model with a frozen network, which runs only for features that this does not hold.
+    frozen: Path | None = None
     _temporary: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -242,6 +261,9 @@ class Inference:
         return store
 
     def _run(self, store: OutputStore, name: str, images: Split, missing: Ints, corruption: Corruption | None) -> None:
+        if self.frozen is not None:
+            self._run_head(self.frozen, store, name, images, missing, corruption)
+            return
         options, ranks = self.options, self.options.ranks
         if missing.size < len(images):
             images = images.subset(missing)
@@ -263,3 +285,26 @@ class Inference:
         finally:
             loader.close()
             writer.flush()  # keeps what was computed before an unreadable image
+
+    def _run_head(
+        self, folder: Path, store: OutputStore, name: str, images: Split, missing: Ints, corruption: Corruption | None
+    ) -> None:
+        """Compute samples from the features of the frozen network."""
+        options = dataclasses.replace(self.options, features=True, elsewhere=FEATURES_ELSEWHERE)
+        head = self.model.get_submodule(head_path(self.model))
+        with without_head(self.model) as network:
+            inference = Inference(network, self.data, folder, options)
+            features = inference.store(name, images, corruption)
+        if not self.options.ranks.is_main:
+            return
+        for shard in features.shards(("indices", "features", "labels")):
+            kept = np.isin(shard["indices"], missing)
+            rows, labels = shard["indices"][kept], shard["labels"][kept]
+            for i in rows[labels == IGNORED_LABEL]:  # left out of training
+                raise UnreadableImage(
+                    f"image {i} of {name!r} ({images.paths[i]}) did not decode; remove or replace it"  # type: ignore
+                )
+            batch = tuple(map(torch.from_numpy, (shard["features"][kept], labels, rows)))
+            for indices, outputs in run_model(head, [batch], options.ranks.device, name, options.amp, False):
+                wanted = outputs if self.options.features else Outputs(outputs.logits, None, outputs.labels)
+                store.write(indices, wanted)

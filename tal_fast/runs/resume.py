@@ -22,8 +22,8 @@ from tal_fast.utils.locks import FolderLock
 logger = logging.getLogger(__name__)
 
 SAME_BITS = frozenset({
-    "output", "resume", "allow", "extend", "progress", "checkpoint_every_steps", "keep_every_epochs", "logger",
-    "log_every_steps", "profile", "data.root", "data.ood", "data.workers", "data.max_unreadable",
+    "output", "resume", "allow", "extend", "progress", "checkpoint_every_steps", "keep_every_epochs", "validate_every",
+    "logger", "log_every_steps", "profile", "data.root", "data.ood", "data.workers", "data.max_unreadable",
     "data.timeout", "rank_timeout",
 })  # fmt: skip
 """Options that a resumed run may change without changing what it computes."""
@@ -36,7 +36,8 @@ WARNED = frozenset({
 
 FIXED = frozenset({
     "data.channels", "data.image_size", "model.name", "model.width", "model.head", "model.weights", "model.weights_key",
-    "optim.name", "optim.decay_all", "optim.ema_decay", "method.name", "method.options.queue_scope",
+    "model.freeze", "optim.name", "optim.decay_all", "optim.ema_decay", "optim.layer_decay", "method.name",
+    "method.options.queue_scope",
 })  # fmt: skip
 """Options that a resumed run cannot change, because the saved state would not fit. A change of any option that is in
 none of these sets is refused unless ``config.allow`` names it."""

@@ -14,22 +14,18 @@ from torch import Tensor, nn
 from tal_fast.config.schema import Config
 from tal_fast.data import DataBundle
 from tal_fast.data.augment import PixelAugmentation
-from tal_fast.data.cache import cache_dir
 from tal_fast.data.datasets import Split
 from tal_fast.data.image_folder import ImageFiles, undecodable
 from tal_fast.data.loader import IGNORED_LABEL, ImageBatch, Source, prefetch, to_device
 from tal_fast.data.sampler import Batch, Plan
 from tal_fast.methods import Method
 from tal_fast.models import without_head
-from tal_fast.runs.predictions import Inference, PassOptions, cache_key
+from tal_fast.runs.predictions import FEATURES_ELSEWHERE, Inference, PassOptions, feature_folder
 from tal_fast.training.runtime import Runtime
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.signals import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
-
-FOLDER = "features"
-"""Folder of the features in the cache; it can be deleted at any time."""
 
 
 class FeatureBundle(DataBundle):
@@ -61,14 +57,12 @@ class FeatureBundle(DataBundle):
             None if runtime.dtype is None else str(runtime.dtype).removeprefix("torch."),
             ranks=ranks,
             skip_unreadable=True,
-            elsewhere="set TAL_FAST_CACHE to another folder",
+            elsewhere=FEATURES_ELSEWHERE,
             after_batch=check_stop,
         )
-        # A folder for each data set and network, where new features replace those of other weights or options.
-        place = cache_key(config.data.dataset, str(config.data.root), config.model.name, str(self.image_size))[:16]
         started = time.perf_counter()
         with without_head(network) as backbone, stop.while_training():
-            inference = Inference(backbone, self._data, cache_dir() / FOLDER / place, options)
+            inference = Inference(backbone, self._data, feature_folder(config, self.image_size, options.amp), options)
             for name in ("train-eval", "val"):
                 store = inference.store(name)
                 columns = store.columns("features", "labels")

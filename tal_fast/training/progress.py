@@ -54,13 +54,13 @@ def shows_bar(mode: str) -> bool:
 def epoch_line(row: Mapping[str, float], epochs: int, seconds: float) -> str:
     """Line of at most 100 characters for the row of a finished epoch, which took ``seconds`` with validation."""
     loss, rate = row["train_loss"], row["images_per_s"]
+    validated = row["val_accuracy"] == row["val_accuracy"]  # else NaN
     return "  ".join(
         [
             f"epoch {int(row['epoch']):>{len(str(epochs))}}/{epochs}",
             f"loss {loss:.4f}" if loss < 10 else f"loss {loss:.3g}",
             f"acc {row['train_accuracy']:.2%}",
-            f"val {row['val_accuracy']:.2%}",
-            f"AURC {row['aurc']:.5f}",
+            *([f"val {row['val_accuracy']:.2%}", f"AURC {row['aurc']:.5f}"] if validated else ["not validated"]),
             f"{rate:,.0f} images/s" if rate < 100_000 else f"{rate / 1000:,.0f}k images/s",
             f"ETA {_duration(seconds * (epochs - row['epoch']))}",
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from tal_fast import __version__
-from tal_fast.config.schema import Config
+from tal_fast.config.schema import Config, MethodConfig
 from tal_fast.data import DataBundle
 from tal_fast.data.digest import data_digest, newest_change
 from tal_fast.loss import dispatch
 from tal_fast.loss._extension import build_digest
 from tal_fast.methods import Method, Task, build_method, method_class
 from tal_fast.models import build_model, head_path
+from tal_fast.models.blocks import freeze, is_frozen
 from tal_fast.models.pretrained import Weights, start_from
 from tal_fast.training.epoch_stats import EpochSums
 from tal_fast.training.optim import build_optimizer
@@ -54,8 +56,9 @@ class TrainingState:
         self.history.append(row)
         average = self.average
         # Networks from before the first average do not count: the method stands for averaged weights.
-        first_average = average is not None and average.in_use(self.epoch) and not average.in_use(self.epoch - 1)
-        better = first_average or row["val_accuracy"] > self.best["val_accuracy"]
+        best_epoch, accuracy = int(self.best["epoch"]), row["val_accuracy"]  # NaN if it was not validated
+        first_average = average is not None and average.in_use(self.epoch) and not average.in_use(best_epoch)
+        better = accuracy > self.best["val_accuracy"] or (first_average and not math.isnan(accuracy))
         if better:
             self.best = {"epoch": row["epoch"], "val_accuracy": row["val_accuracy"]}
         return better
@@ -191,8 +194,11 @@ def build_state(config: Config, data: DataBundle, runtime: Runtime, weights: Wei
     whole = None
     if config.model.cache_features:
         whole, network = network.requires_grad_(False), network.get_submodule(head_path(network)).requires_grad_()
+    else:
+        freeze(network, config.model.freeze)
     optimizer = build_optimizer(config.optim, network)
-    task = Task(config.epochs, data.num_classes, len(data.split("train")), config.optim.lr)
+    weight = class_weight(config.method, data)
+    task = Task(config.epochs, data.num_classes, len(data.split("train")), config.optim.lr, weight)
     method = build_method(config.method, task).to(runtime.device)
     learned = [name for name, parameter in method.named_parameters() if parameter.requires_grad]
     if learned:
@@ -200,15 +206,43 @@ def build_state(config: Config, data: DataBundle, runtime: Runtime, weights: Wei
             f"the method {config.method.name} has the parameter {learned[0]}, which no optimizer steps; keep state "
             "in get_extra_state, and what is learned in the network"
         )
+    average = build_average(network, config.optim.ema_decay, method)
+    if average is not None and average.takes_statistics and any(map(_is_frozen_norm, network.modules())):
+        raise ValueError(
+            f"{method.name} takes the statistics of BatchNorm anew, which model.freeze {config.model.freeze} keeps; "
+            "set model.freeze to none"
+        )
     return TrainingState(
         network=network,
         method=method,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.scales_gradients),
-        average=build_average(network, config.optim.ema_decay, method),
+        average=average,
         sums=EpochSums(method, runtime.device),
         whole=whole,
     )
+
+
+def class_weight(config: MethodConfig, data: DataBundle) -> Tensor | None:
+    """Weights of the classes (C,) float32; None for none. Raises ValueError if they do not fit the classes."""
+    given = config.class_weight
+    if given == "none":
+        return None
+    if given != "balanced":
+        if len(given) != data.num_classes:
+            raise ValueError(
+                f"method.class_weight has {len(given)} numbers but the data {data.num_classes} classes; give one each"
+            )
+        return torch.tensor(given)
+    counts = torch.bincount(torch.from_numpy(data.split("train").labels), minlength=data.num_classes)
+    if not counts.all():
+        name = data.class_names[int(counts.argmin())]
+        raise ValueError(f"method.class_weight is balanced but class {name!r} has no training image; list the weights")
+    return counts.sum() / (data.num_classes * counts.float())
+
+
+def _is_frozen_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and is_frozen(module)
 
 
 def data_shape(data: DataBundle, train_images: int) -> dict[str, Any]:
@@ -236,7 +270,7 @@ def conditions(config: Config, data: DataBundle, runtime: Runtime) -> dict[str, 
         "precision": str(runtime.dtype or torch.float32).removeprefix("torch."),
         "model.compile": runtime.compile,
         "model.channels_last": runtime.channels_last,
-        "method.options.backend": dispatch.for_loss(backend, device).name if backend in dispatch.NAMES else backend,
+        "method.options.backend": dispatch.for_device(backend, device).name if backend in dispatch.NAMES else backend,
         "data.loader": data.loader_name,
         "last change of an image file": newest_change(data),
         "torch": str(torch.__version__),

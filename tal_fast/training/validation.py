@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from tal_fast.utils.distributed import Ranks
 
 FAILURE_METRICS = ("aurc", "auroc", "fpr95")
 """Metrics of the method's confidence score (setting Old FD) measured after each epoch."""
+
+NOT_VALIDATED = dict.fromkeys(("val_loss", "val_accuracy", *FAILURE_METRICS), math.nan)
+"""Validation columns of an epoch that is not validated."""
 
 Batches = Generator[Images, None, None]
 

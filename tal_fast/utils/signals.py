@@ -78,3 +78,6 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         if number == signal.SIGINT and (self.number or not self.training):
             raise KeyboardInterrupt
         self.number = int(number)
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+            # Not print, which may be interrupted in the middle of its own output.
+            os.write(2, b"\nCtrl-C: finishing the step and saving; press again to quit at once\n")

@@ -48,6 +48,14 @@ def test_ignored_labels_are_in_range() -> None:
         check_label_range(labels, 5, ignore_index=-2)
 
 
+def test_labels_that_fit_the_features_speak_for_swapped_arguments() -> None:
+    labels = torch.tensor([6, -100, 2])
+    with pytest.raises(ValueError, match="label 6 in row 0 .*, or swap logits and features: 7 features are one for"):
+        check_inputs(torch.rand(3, 5), torch.randn(3, 7), labels, -100)
+    with pytest.raises(ValueError, match=r"ignore_index = -100$"):
+        check_inputs(torch.rand(3, 5), torch.randn(3, 8), labels, -100)
+
+
 def test_labels_on_gpus_are_checked_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = torch.zeros(2, dtype=torch.int64, device="meta")  # in place of a GPU's
     assert not options.labels_are_checked(labels)

@@ -91,3 +91,68 @@ def test_complaints_name_the_cause(correct: float, accepted: float, threshold: f
     sentence = QueueWatch("method.options.").judge(correct, accepted, threshold, "of epoch 1")
     assert (sentence is None) == (part is None)
     assert part is None or part in str(sentence)
+
+
+def swapped(backend: str, width: int, classes: int, steps: int) -> list[str]:
+    """Messages in so many steps with random labels, where the features are given as logits."""
+    device = device_of(backend)
+    loss_fn = TALLoss(queue_size=50, backend=backend).to(device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            labels = torch.randint(classes, (64,), device=device)
+            loss_fn(torch.rand(64, width, device=device), torch.randn(64, classes, device=device), labels)
+    assert {warning.filename for warning in caught} <= {__file__}  # the caller's line
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.fixture
+def _late_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "INTERVAL", 500)
+
+
+@pytest.mark.usefixtures("_late_interval")
+@every_backend
+def test_features_in_the_place_of_logits_are_noticed_once(backend: str) -> None:
+    (message,) = swapped(backend, width=48, classes=7, steps=64 if device_of(backend).type == "cuda" else 3)
+    assert message.startswith("the labels go up to 6, which fits the features' width 7, not the logits' 48: logits and")
+    assert message.endswith("features look swapped; call loss_fn(logits, features, labels)")
+
+
+@pytest.mark.usefixtures("_late_interval")
+def test_the_largest_label_of_several_looks_counts() -> None:
+    labels = [torch.tensor([0, 1, 2]), torch.tensor([3, 1, 4]), torch.tensor([0, 2, 1])]
+    loss_fn, logits, features = TALLoss(), torch.rand(3, 900), torch.randn(3, 5)
+    loss_fn(logits, features, labels[0])
+    with pytest.warns(RuntimeWarning, match="the labels go up to 4"):
+        loss_fn(logits, features, labels[1])
+    ignored = TALLoss(ignore_index=4)  # is no label
+    for batch in labels[:3]:
+        ignored(logits, features, batch)
+
+
+@pytest.mark.usefixtures("_late_interval")
+def test_the_right_order_is_not_complained_about() -> None:
+    for width, classes, largest in [(10, 10, 9), (48, 7, 6), (5, 6, 4)]:  # the sixth class may be absent by chance
+        loss_fn = TALLoss()
+        for _ in range(8):
+            logits, features = torch.randn(3, classes, requires_grad=True), torch.rand(3, width, requires_grad=True)
+            loss_fn(logits, features, torch.tensor([0, largest, 1]))
+
+
+@pytest.mark.usefixtures("_late_interval")
+def test_logits_without_a_gradient_are_noticed() -> None:
+    logits, features, labels = torch.randn(4, 3, requires_grad=True), torch.rand(4, 5), torch.arange(4) % 3
+    with pytest.warns(RuntimeWarning, match="the features have a gradient and the logits have none: .* look swapped"):
+        TALLoss()(logits.detach(), features.requires_grad_(), labels)
+    with torch.no_grad():
+        TALLoss()(logits.detach(), features, labels)
+    TALLoss()(logits.detach(), features.detach(), labels)
+    TALLoss().loss_and_gradient(logits.detach(), features, labels)
+
+
+@pytest.mark.usefixtures("_late_interval")
+def test_the_look_at_the_order_leaves_a_compiled_step_one_graph() -> None:
+    loss_fn = TALLoss(backend="reference")
+    step = torch.compile(lambda *batch: loss_fn(*batch), fullgraph=True, backend="eager")
+    step(torch.rand(8, 40), torch.randn(8, 5), torch.arange(8) % 5)

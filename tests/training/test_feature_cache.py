@@ -15,6 +15,8 @@ from PIL import Image
 from torch import nn
 
 from tal_fast.config.schema import Config, DataConfig, OptimConfig
+from tal_fast.evaluation.report import EvaluationOptions
+from tal_fast.evaluation.sources import evaluate_run
 from tal_fast.models import build_model
 from tal_fast.models.features import head_path
 from tal_fast.runs import prediction_store, predictions
@@ -201,3 +203,24 @@ def test_what_needs_images_is_refused(tmp_path: Path) -> None:
         Trainer(cached(tmp_path, "openmix", method_options={"outliers": "noise"}))
     with pytest.raises(ValueError, match="image_sizes needs images in training; empty it"):
         Trainer(cached(tmp_path, image_sizes=[(0, 8)]))
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_the_evaluator_runs_the_frozen_network_for_new_images_only(
+    tmp_path: Path, cache: Path, passes: list[int], head: str
+) -> None:
+    Trainer(cached(tmp_path / "run", "ce", head)).fit()
+    run = load_run(tmp_path / "run", "last")
+    whole = predictions.Inference(run.model, run.data, tmp_path / "whole").store("val").load()
+    other = predictions.Inference(run.model, run.data, tmp_path / "whole").store("photos").load()
+    passes.clear()
+    inference = run.inference(tmp_path / "outputs", predictions.PassOptions())
+    outputs = inference.store("val").load()
+    assert sum(passes) == 896  # of the head
+    np.testing.assert_allclose(outputs.logits, whole.logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(outputs.features, whole.features, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(outputs.labels, whole.labels)
+    passes.clear()
+    np.testing.assert_allclose(inference.store("photos").load().logits, other.logits, rtol=1e-4, atol=1e-5)
+    assert sum(passes) == 2 * len(other.labels)  # of the frozen network and of the head
+    evaluate_run(tmp_path / "run", options=EvaluationOptions(scores=["msp", "knn"]), typicalness=False)

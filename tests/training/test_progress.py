@@ -18,6 +18,11 @@ def test_an_epoch_line_has_loss_accuracies_aurc_rate_and_remaining_time() -> Non
     assert line == "epoch  3/24  loss 0.5123  acc 90.00%  val 87.65%  AURC 0.01235  1,234 images/s  ETA 0:03:30"
 
 
+def test_the_line_of_an_epoch_that_was_not_validated_says_so() -> None:
+    row = {**ROW, "val_accuracy": float("nan"), "aurc": float("nan"), "images_per_s": 9.0}
+    assert "  acc 90.00%  not validated  9 images/s" in epoch_line(row, epochs=24, seconds=10.0)
+
+
 @pytest.mark.parametrize("rate", [0.5, 99_999.0, 999_999.0])
 @pytest.mark.parametrize("loss", [9.99999, 123456.0, float("nan")])
 def test_an_epoch_line_fits_100_columns(loss: float, rate: float) -> None:

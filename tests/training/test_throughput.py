@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tal_fast.config.schema import MethodConfig
+from tal_fast.loss.reference import feature_statistics
 from tal_fast.training import throughput
+from tal_fast.training.trainer import Trainer
 from tal_fast.utils.distributed import Ranks
 from tests.helpers.training import config
-from tests.helpers.training import method as make_method
 
 
 @pytest.mark.parametrize(("method", "other"), [("ce", "tal"), ("openmix", "openmix")])
@@ -31,7 +31,18 @@ def test_the_throughput_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert not (tmp_path / "x").exists()
 
 
-def test_queues_are_filled_before_steps_are_measured() -> None:
-    method = make_method(MethodConfig("fmfp-tal"))
-    throughput.fill_queues(method)
-    assert len(method.loss_fn.queue) == method.loss_fn.queue.capacity
+@pytest.mark.parametrize("seconds", [30.0, 0.0])
+def test_queues_are_filled_with_the_networks_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr(throughput, "MAX_SECONDS", seconds)
+    trainer = Trainer(config(tmp_path, "fmfp-tal"))
+    trainer.model.train()
+    throughput.fill_queues(trainer)
+    queue = trainer.method.loss_fn.queue
+    assert len(queue) == queue.capacity == 150
+    images = next(trainer.batches.epoch(0))[0]
+    mean, std = feature_statistics(trainer.network(images)[1].detach())
+    for value, found in ((mean, queue.ring.mean), (std, queue.ring.std)):
+        assert float(value.min()) * 0.5 < float(found.min()) <= float(found.max()) < 2 * float(value.max())
+        assert len(found.unique()) > 100

@@ -362,3 +362,27 @@ def test_unusable_options_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=sentence):
         Trainer(config(tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
+
+
+def test_only_every_nth_epoch_and_the_last_are_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Trainer(config(tmp_path / "all", epochs=5)).fit()
+    with monkeypatch.context() as patch:
+        raise_signal_at(patch, step=14)  # of 6 in an epoch
+        with pytest.raises(Stopped, match="after 2 epochs and 2 steps"):
+            Trainer(config(tmp_path / "some", epochs=5, validate_every=3)).fit()
+    Trainer(config(tmp_path / "some", epochs=5, validate_every=3, resume="auto")).fit()
+    rows, others = read_metrics(tmp_path / "some"), read_metrics(tmp_path / "all")
+    for name in ("val_loss", "val_accuracy", "aurc", "auroc", "fpr95"):
+        assert [row[name] for row in rows] == ["nan", "nan", others[2][name], "nan", others[4][name]]
+    assert [row["train_loss"] for row in rows] == [row["train_loss"] for row in others]
+    best = max((2, 4), key=lambda i: float(others[i]["val_accuracy"])) + 1
+    assert checkpoint.load(tmp_path / "some" / "checkpoints" / "best.pt")["epoch"] == best
+
+
+def test_the_first_validated_average_is_the_best_so_far(tmp_path: Path) -> None:
+    made = config(tmp_path, "fmfp", epochs=6, validate_every=4)
+    made.method.options = {"swa_from": 0.5, "rho": 0.05}
+    trainer = Trainer(made)
+    trainer.state.best = {"epoch": 2, "val_accuracy": 1.0}  # of weights that are not averaged
+    trainer.fit()
+    assert trainer.state.best["epoch"] in (4, 6)

@@ -22,12 +22,13 @@ def test_a_signal_is_recorded_while_training(number: int) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_ctrl_c_interrupts_at_once_before_training_and_the_second_time() -> None:
+def test_ctrl_c_interrupts_at_once_before_training_and_the_second_time(capfd: pytest.CaptureFixture[str]) -> None:
     with StopRequest() as stop:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         stop.training = True
         os.kill(os.getpid(), signal.SIGINT)
+        assert "Ctrl-C: finishing the step and saving; press again to quit at once" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
