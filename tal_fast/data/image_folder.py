@@ -11,12 +11,14 @@ import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base as Tag
 
 from tal_fast.config.typed import one_line
 from tal_fast.data import imagenet
@@ -26,14 +28,22 @@ from tal_fast.utils.io import replacing
 
 logger = logging.getLogger(__name__)
 
+try:
+    from pillow_heif import register_heif_opener
+except ImportError:
+    HEIF: tuple[str, ...] = ()
+else:
+    register_heif_opener()  # makes Pillow read them, upright
+    HEIF = (".heic", ".heif", ".hif")
+
 EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".webp", ".tif", ".tiff",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", *HEIF,
 )  # fmt: skip
 """Endings of image files, in upper or lower case; other files are left out, and counted in a warning."""
 
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
-"""Pillow's names of the formats that Pillow and DALI both read, whatever the ending of the file."""
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "HEIF")
+"""Pillow's names of the formats that Pillow and, but for HEIF, DALI read, whatever the ending of the file."""
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 """Pillow's modes that both loaders convert to the same 8-bit pixels, unlike 16-bit gray or floating point."""
@@ -57,9 +67,10 @@ class ImageFiles:
 
     paths: Sequence[str]  # N absolute paths
     labels: np.ndarray  # (N,) int64 classes, or ``OOD_LABEL``
-    sizes: np.ndarray  # (N, 2) int32 heights and widths in pixels as stored, without the rotation in EXIF
+    sizes: np.ndarray  # (N, 2) int32 heights and widths in pixels
     # (N, 2) int64 sizes in bytes and times of change in ns.
     stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    upright: bool = False  # turned as EXIF says; else as stored
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -67,7 +78,17 @@ class ImageFiles:
     def subset(self, indices: np.ndarray) -> ImageFiles:
         """Images at ``indices``."""
         paths = [self.paths[i] for i in indices]
-        return ImageFiles(paths, self.labels[indices], self.sizes[indices], self.stamps[indices])
+        return ImageFiles(paths, self.labels[indices], self.sizes[indices], self.stamps[indices], self.upright)
+
+    def turned(self) -> ImageFiles:
+        """The same files, turned as their EXIF data say."""
+        stamps = [(int(size), int(changed)) for size, changed in self.stamps]
+        return replace(self, sizes=_sizes(self.paths, stamps, upright=True), upright=True)
+
+    @cached_property
+    def has_heif(self) -> bool:
+        """Whether there are HEIF files, which only the torch loader reads."""
+        return any(path.lower().endswith(HEIF) for path in self.paths)
 
 
 def class_folders(root: Path, split: str) -> list[str]:
@@ -76,7 +97,10 @@ def class_folders(root: Path, split: str) -> list[str]:
     if not root.is_dir():
         raise ValueError(f"data.root {root} is not a folder; name one that holds train/ and val/")
     if not folder.is_dir():
-        raise ValueError(f"{root} has no folder {split}/; it must hold train/ and val/ with one folder a class in each")
+        raise ValueError(
+            f"{root} has no folder {split}/; it must hold train/ and val/ with one folder a class in each; class "
+            "folders alone are split by --data.split 0.2"
+        )
     names = _folders_in(folder)
     if not names:
         raise ValueError(f"{folder} has no class folders; put each class's images into a folder of its own")
@@ -229,8 +253,14 @@ def read_flat(folder: Path, name: str) -> ImageFiles:
     return _with_sizes(found, [OOD_LABEL] * len(found))
 
 
-def image_size(path: str) -> tuple[int, int]:
-    """Height and width from the header of an image file.
+def size_of(image: Image.Image, upright: bool) -> tuple[int, int]:
+    """Height and width of an open image, as stored or turned as its EXIF data say."""
+    turned = upright and image.getexif().get(Tag.Orientation, 1) in (5, 6, 7, 8)
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def image_size(path: str, upright: bool = False) -> tuple[int, int]:
+    """Height and width from the header of an image file, see ``size_of``.
 
     Raises UnreadableImage if it is no image, cannot be read, or has pixels that the loaders read differently.
     """
@@ -238,7 +268,7 @@ def image_size(path: str) -> tuple[int, int]:
         with Image.open(path) as image:
             problem = unsupported_pixels(image)
             if problem is None:
-                return image.height, image.width
+                return size_of(image, upright)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         problem = error_summary(error, path)
     raise _unusable(path, problem)
@@ -280,14 +310,15 @@ def _jpeg2000_bits(image: Image.Image) -> int:
     return max((1 + (bits & 127) for bits in head[start + 42 : start + 42 + 3 * count : 3]), default=0)
 
 
-def undecodable(path: str, size: np.ndarray) -> str | None:
-    """Reason that a file of ``size`` (height, width) does not decode; None if it does."""
+def undecodable(path: str, size: np.ndarray, upright: bool = False) -> str | None:
+    """Reason that a file of ``size`` (height, width), see ``size_of``, does not decode; None if it does."""
     if not os.path.isfile(path):
         return f"{path} cannot be decoded (there is no such file)"
     try:
         with Image.open(path) as image:
-            if (image.height, image.width) != tuple(size):
-                return f"{path} cannot be used (it was {size[0]} x {size[1]} and is {image.height} x {image.width} now)"
+            height, width = size_of(image, upright)
+            if (height, width) != tuple(size):
+                return f"{path} cannot be used (it was {size[0]} x {size[1]} and is {height} x {width} now)"
             image.load()
     except Exception as error:
         return f"{path} cannot be decoded ({error_summary(error, path)})"
@@ -381,7 +412,8 @@ def _report(folder: Path, left_out: Counter[str]) -> None:
     if links:
         say(f"{folder}: links to a folder above them are not followed: {links:,}; their images are read once")
     if left_out.total():
-        say(f"{folder}: {counted(left_out)}; convert images among them to JPEG or PNG")
+        heif = ", or pip install pillow-heif" if not HEIF and {".heic", ".heif", ".hif"} & left_out.keys() else ""
+        say(f"{folder}: {counted(left_out)}; convert images among them to JPEG or PNG{heif}")
 
 
 def say(message: str, level: int = logging.WARNING) -> None:
@@ -404,12 +436,12 @@ def _with_sizes(found: Found, labels: Sequence[int]) -> ImageFiles:
     return ImageFiles(paths, np.array(labels, np.int64), _sizes(paths, stamps), np.array(stamps, np.int64))
 
 
-def _sizes(paths: Sequence[str], stamps: Sequence[tuple[int, int]]) -> np.ndarray:
+def _sizes(paths: Sequence[str], stamps: Sequence[tuple[int, int]], upright: bool = False) -> np.ndarray:
     """(N, 2) int32 heights and widths of images, from the cache if possible: a million headers take minutes."""
     digest = hashlib.sha256()
     for path, stamp in zip(paths, stamps, strict=True):
         digest.update(f"{path}\0{stamp}\n".encode(errors="surrogateescape"))
-    cached = cache_dir() / "image-sizes-3" / f"{digest.hexdigest()[:32]}.npz"
+    cached = cache_dir() / f"image-sizes-3{'-upright' * upright}" / f"{digest.hexdigest()[:32]}.npz"
     try:
         with cached.open("rb") as file, np.load(file, allow_pickle=False) as data:  # verifies a checksum
             sizes = data["sizes"]
@@ -418,7 +450,7 @@ def _sizes(paths: Sequence[str], stamps: Sequence[tuple[int, int]]) -> np.ndarra
     except Exception:  # missing, or damaged in any way
         pass
     with ThreadPoolExecutor(_THREADS) as pool:
-        sizes = np.array(list(pool.map(image_size, paths, chunksize=64)), np.int32)
+        sizes = np.array(list(pool.map(partial(image_size, upright=upright), paths, chunksize=64)), np.int32)
     try:
         with replacing(cached) as temporary:
             np.savez(temporary, sizes=sizes)

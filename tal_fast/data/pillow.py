@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from tal_fast.data.augment import PixelAugmentation
-from tal_fast.data.image_folder import ImageFiles, undecodable
+from tal_fast.data.image_folder import ImageFiles, size_of, undecodable
 from tal_fast.data.loader import ImageBatch, ImageFormat, Normalizer, prefetch, to_device
 from tal_fast.data.sampler import Batch, Plan
 from tal_fast.data.waiting import CallingThread, LoaderFailed
@@ -78,7 +78,7 @@ class _BatchDataset(Dataset):
                     image = self._augment(image, batch.draws[row])
                 pixels[row] = np.asarray(image).reshape(size, size, self._channels)
             except Exception:
-                problem = undecodable(path, stored)
+                problem = undecodable(path, stored, self._files.upright)
                 if problem is None:
                     raise
                 unreadable[row] = problem
@@ -95,9 +95,10 @@ class _BatchDataset(Dataset):
     def _read(self, path: str, stored: np.ndarray, box: np.ndarray, mirror: bool, size: int) -> Image.Image:
         top, left, height, width = (int(v) for v in box)
         with Image.open(path) as file:
-            if (file.height, file.width) != tuple(stored):
+            upright = self._files.upright
+            if size_of(file, upright) != tuple(stored):
                 raise ValueError(f"{path} has changed its size")
-            image = file.convert("RGB" if self._channels == 3 else "L")
+            image = (ImageOps.exif_transpose(file) if upright else file).convert("RGB" if self._channels == 3 else "L")
         image = image.crop((left, top, left + width, top + height)).resize((size, size), self._filter)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image
 
