@@ -90,7 +90,7 @@ sanitize-memory: setup
 	cp -a tal_fast kernels csrc tests bench setup.py pyproject.toml README.md LICENSE build/sanitize
 	rm -f build/sanitize/tal_fast/_C*
 	ln -sfn ../kernels build/sanitize/tal_fast/kernels
-	cd build/sanitize && CUDA_HOME=none CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" ../../$(BIN)/python setup.py --quiet build_ext --inplace
+	cd build/sanitize && CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" ../../$(BIN)/python setup.py --quiet build_ext --inplace
 	cd build/sanitize && PYTHONPATH=$$PWD OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	    ../../$(BIN)/python -m pytest -q -x -s -p no:cacheprovider -W ignore -m "not slow" tests/loss \

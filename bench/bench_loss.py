@@ -114,7 +114,7 @@ def make_peer(name: str, p: Problem) -> tuple[Run, str]:
         CannotRun: it is not installed, or not for this device.
     """
     if name in TAL:
-        backend = dispatch.for_loss("auto", p.device)
+        backend = dispatch.for_device("auto", p.device)
         summary, tickets = reference.batch_summary(p.logits, p.labels, p.distance), tickets_of(backend, p)
 
         def tal(z: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def make_peer(name: str, p: Problem) -> Callable[[Tensor], Tensor]:
     """
     device = p.features.device
     if name == "tal_fast":
-        backend = dispatch.for_loss("auto", device)
+        backend = dispatch.for_device("auto", device)
         return lambda f: backend.statistics_distance(f, p.labels, p.queue.ring, -100).distance
     if name == "brute_force":
         if p.queue.ring.index is None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from bench.harness import launch_replaced
 from tal_fast import TALLoss
+from tal_fast.kernels.launch import replaced
 
 Job = Callable[[], object]
 
@@ -41,7 +41,7 @@ def step_job(
 def work(job: Job) -> str | None:
     """Compile what a job would launch; the error, if there is one."""
     try:
-        with launch_replaced(compile_only):
+        with replaced(compile_only):
             job()
     except Exception as error:
         return f"{type(error).__name__}: {error}"

@@ -119,14 +119,14 @@ class Bench:
         """Name and microseconds of each Triton launch of a call, in order, each replayed by itself."""
         launches = [kernels_launched(call) for call in calls]
         return [
-            (same[0].kernel.fn.__name__, 1e3 * self.time([launch.run for launch in same])["p20_ms"])
+            (same[0].kernel.fn.__name__, 1e3 * self.time([partial(e.run, *e.tensors) for e in same])["p20_ms"])
             for same in zip(*launches, strict=True)
         ]
 
 
 def backend_alone(name: str, p: bench_loss.Problem) -> bench_loss.Run:
     """The launches without autograd around them: what the kernels' bandwidth is judged by."""
-    backend = dispatch.for_loss("triton", p.device)
+    backend = dispatch.for_device("triton", p.device)
     assert isinstance(backend, KernelBackend)
     options = LossOptions("released" if name == "kernel_released" else "paper")
     summary = bench_loss.reference.batch_summary(p.logits, p.labels, p.distance)
@@ -181,7 +181,7 @@ def loss(bench: Bench, names: tuple[str, ...], rows: int, classes: int, dtype: t
 
 def search_alone(p: bench_typicalness.Problem) -> Callable[[Tensor], Tensor]:
     """The launches of statistics and search: (B, D) features -> (B,) distances."""
-    backend = dispatch.for_loss("triton", p.features.device)
+    backend = dispatch.for_device("triton", p.features.device)
     return lambda f: backend.statistics_distance(f, p.labels, p.queue.ring, -100).distance
 
 

@@ -6,8 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -189,30 +188,17 @@ def host_time(call: Callable[[], object], wait: Callable[[], object], repeats: i
     return best
 
 
-@contextmanager
-def launch_replaced(run: Callable[[Any], None]) -> Iterator[None]:
-    """Context manager in which ``run`` takes the Triton launches (``kernels.launch.Launch``), which then do not run."""
-    from tal_fast.kernels.launch import Launch
-
-    original = Launch.run
-    Launch.run = lambda self: run(self)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Launch.run = original  # type: ignore[method-assign]
-
-
 def kernels_launched(call: Callable[[], object]) -> list[Any]:
-    """Triton launches of a call, in order; they run too."""
-    from tal_fast.kernels.launch import Launch
+    """Triton launches of a call (``kernels.launch.Launch`` with their tensors), in order; they run too."""
+    from tal_fast.kernels.launch import Launch, replaced
 
-    found, original = [], Launch.run
+    found, run = [], Launch.run
 
     def record(launch: Launch) -> None:
         found.append(launch)
-        original(launch)
+        run(launch, *launch.tensors)
 
-    with launch_replaced(record):
+    with replaced(record):
         call()
     return found
 

@@ -24,7 +24,7 @@ import torch
 
 from bench import bench_loss, bench_typicalness, gpu
 from bench.compile_ahead import Job, compile_all
-from tal_fast.kernels import distance, launch, loss
+from tal_fast.kernels import launch, loss
 
 GAIN = 0.03
 """Least gain over the built-in rules that an entry of the file must bring: about the spread of repeated timings."""
@@ -148,14 +148,10 @@ def launch_search(rows: int, entries: int, device: torch.device) -> None:
 def in_force(kernel: str, options: Options) -> Iterator[None]:
     """Context manager in which a kernel has these options at every size; ``{}`` are the built-in rules."""
 
-    def forget() -> None:
-        loss.loss_config.cache_clear()
-        distance.search_config.cache_clear()
-
-    forget()
+    launch.forget_plans()
     with patch.object(launch, "tuned", lambda architecture: {kernel: [{"at_most": 1 << 62, **options}]}):
         yield
-    forget()
+    launch.forget_plans()
 
 
 def launch_with(kernel: str, options: Options, job: Job) -> None:

@@ -1,8 +1,7 @@
-// Schemas of the tal_fast operators. CPU kernels are in ops_cpu.cpp and step_cpu.cpp, CUDA kernels in queue_cuda.cu.
+// Schemas of the tal_fast operators, which are in ops_cpu.cpp and step_cpu.cpp.
 //
 // A queue is a ring buffer: `queue_mean`, `queue_std` (N,) in float32 or float64, and `cursor` (2,) int64 = [next slot,
-// number of entries], all on one device, so that no step reads a value back to the host. On the CPU a queue may have an
-// `index` (index.h), which push_ updates and the search uses while it is up to date.
+// number of entries]. It may have an `index` (index.h), which push_ updates and the search uses while it is up to date.
 #include <torch/library.h>
 
 #include <string>
@@ -38,14 +37,14 @@ TORCH_LIBRARY(tal_fast, m) {
       "loss_inplace_(Tensor(a!) logits, Tensor labels, Tensor distance, Tensor batch, bool released, float t_min, "
       "float t_max, float? t_wrong, float confidence_threshold, float label_smoothing, int ignore_index, bool warmup, "
       "int reduction, Tensor? class_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The step without the push, on the CPU -> loss, gradient or empty, mean, std, distance, typicalness, weight,
+  // The step without the push -> loss, gradient or empty, mean, std, distance, typicalness, weight,
   // temperature, correct, accepted.
   m.def(
       "step_forward(Tensor logits, Tensor features, Tensor labels, Tensor queue_mean, Tensor queue_std, Tensor cursor, "
       "Tensor? index, bool released, float t_min, float t_max, float? t_wrong, float confidence_threshold, "
       "float label_smoothing, int ignore_index, bool warmup, int reduction, Tensor? class_weight, bool need_grad) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The whole step on the CPU -> loss, distance, typicalness, weight, temperature, correct, accepted. The loss is
+  // The whole step -> loss, distance, typicalness, weight, temperature, correct, accepted. The loss is
   // differentiable by the logits; entries are pushed if `push`. torch.compile uses the parts instead.
   m.def(
       "step(Tensor logits, Tensor features, Tensor labels, Tensor(a!) queue_mean, Tensor(b!) queue_std, "
@@ -60,12 +59,7 @@ TORCH_LIBRARY(tal_fast, m) {
       "float confidence_threshold, float label_smoothing, int ignore_index, bool warmup, int reduction, "
       "Tensor? class_weight, bool push) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // Bytes of the `index` (uint8) of a queue on the CPU; 0 for capacities at which brute force is as fast.
+  // Bytes of the `index` (uint8) of a queue; 0 for capacities at which brute force is as fast.
   m.def("index_bytes(int capacity, bool double_precision) -> int", &tal_fast::index_bytes);
   m.def("cpu_isa() -> str", [] { return std::string(tal_fast::cpu_isa()); });
-#ifdef TAL_FAST_CUDA
-  m.def("built_with_cuda() -> bool", [] { return true; });
-#else
-  m.def("built_with_cuda() -> bool", [] { return false; });
-#endif
 }

@@ -1,4 +1,4 @@
-// Argument checks shared by the CPU and CUDA operators of the queue.
+// Argument checks of the queue's operators.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,7 +7,7 @@
 
 namespace tal_fast {
 
-// Bytes of the index of a queue on the CPU; 0 for capacities at which brute force is as fast.
+// Bytes of the index of a queue; 0 for capacities at which brute force is as fast.
 int64_t index_bytes(int64_t capacity, bool double_precision);
 
 inline void check_queue(const at::Tensor& queue_mean, const at::Tensor& queue_std, const at::Tensor& cursor) {

@@ -5,7 +5,7 @@
 ``loss.py``            logits -> loss and gradient; the batch's sums, which variant ``released`` needs first
 ``sharded.py``         loss and gradient in three passes, for ranks that hold some of the classes
 ``queue_push.py``      append the accepted rows to the queue
-``launch.py``          grids, constants, tuned options and the properties of a device that they depend on
+``launch.py``          plans of launches, kept; tuned options and the properties of a device that they depend on
 ``tuned/``             launch options that ``bench.tune`` measured on a GPU, a file per architecture
 ``ops.py``             the launchers as torch operators, for torch.compile
 ``compile_check.py``   compile every kernel for GPUs that are not present, and fail where one is over its budget
@@ -20,7 +20,9 @@ which is for tests.
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from typing import Any
 
 import torch
@@ -44,46 +46,43 @@ def is_available(device: torch.device) -> tuple[bool, str]:
     return False, f"Triton has no backend for {device.type}"
 
 
+def _module(name: str) -> Any:
+    """Module of a launcher; under torch.compile that of the operators."""
+    if torch.compiler.is_compiling():
+        from tal_fast.kernels import ops
+
+        return ops
+    # An import statement takes 0.8 µs each time.
+    return sys.modules.get(f"tal_fast.kernels.{name}") or importlib.import_module(f"tal_fast.kernels.{name}")
+
+
 def statistics_distance(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Feature statistics and distance to the queue; arguments of ``distance.statistics_distance``."""
-    from tal_fast.kernels import distance, ops
-
-    return (ops if torch.compiler.is_compiling() else distance).statistics_distance(*args, **kwargs)
+    return _module("distance").statistics_distance(*args, **kwargs)
 
 
 def nearest(*args: Any) -> Tensor:
     """Distance to the nearest queue entry; arguments of ``distance.nearest``."""
-    from tal_fast.kernels import distance, ops
-
-    return (ops if torch.compiler.is_compiling() else distance).nearest(*args)
+    return _module("distance").nearest(*args)
 
 
 def batch_sums(*args: Any, **kwargs: Any) -> None:
     """Complete the summary of a batch; arguments of ``loss.batch_sums``."""
-    from tal_fast.kernels import loss, ops
-
-    (ops if torch.compiler.is_compiling() else loss).batch_sums(*args, **kwargs)
+    _module("loss").batch_sums(*args, **kwargs)
 
 
 def loss_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, gradient and per-sample statistics; arguments of ``loss.plan_loss``."""
-    from tal_fast.kernels import loss, ops
-
+    """Loss, gradient and per-sample statistics; arguments of ``loss.loss_forward``."""
     if torch.compiler.is_compiling():
         kwargs.pop("inplace", None)  # always False there: torch.compile plans memory itself
-        return ops.loss_forward(*args, **kwargs)
-    return loss.loss_forward(*args, **kwargs)
+    return _module("loss").loss_forward(*args, **kwargs)
 
 
 def scale(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Values times a scalar tensor, in eager mode only; see ``loss.scale``."""
-    from tal_fast.kernels import loss
-
-    return loss.scale(values, factor, dtype)
+    return _module("loss").scale(values, factor, dtype)
 
 
 def push(*args: Any) -> None:
     """Append rows to the queue; arguments of ``queue_push.push``."""
-    from tal_fast.kernels import ops, queue_push
-
-    (ops if torch.compiler.is_compiling() else queue_push).push(*args)
+    _module("queue_push").push(*args)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from tal_fast.kernels.cost import TARGETS, Figures, analyse
-from tal_fast.kernels.launch import Launch
+from tal_fast.kernels.launch import Launch, planned_for, replaced
 
 # Triton's names of pointer types.
 TYPES = {
@@ -66,37 +66,46 @@ RISE = 1.05  # allowed over the committed report
 
 def planned_launches(target_name: str) -> Iterator[tuple[str, Launch]]:
     """Labels and launches of every kernel, at shapes that reach each launch configuration."""
-    from tal_fast.kernels.distance import TICKETS, plan_search, plan_statistics
-    from tal_fast.kernels.loss import plan_batch_sums, plan_loss, plan_scale
-    from tal_fast.kernels.queue_push import plan_push
-    from tal_fast.kernels.sharded import plan_exp_sums, plan_gradient, plan_scan
+    found: list[Launch] = []
+    with planned_for(TARGETS[target_name].launch), replaced(found.append):
+        for labels in calls():
+            assert len(labels) == len(found)
+            yield from zip(labels, found, strict=True)
+            found.clear()
 
-    target = TARGETS[target_name].launch
+
+def calls() -> Iterator[list[str]]:
+    """Call every launcher with tensors without data; gives the labels of the launches that each call has made."""
+    from tal_fast.kernels import distance, loss, queue_push, sharded
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     rows = 256
     labels, accepted = meta(rows, dtype=torch.int64), meta(rows, dtype=torch.bool)
-    cursor, tickets = meta(2, dtype=torch.int64), meta(TICKETS.value, dtype=torch.int32)
+    cursor, tickets = meta(2, dtype=torch.int64), meta(distance.TICKETS.value, dtype=torch.int32)
     summary = meta(7, dtype=torch.float64)
-    for dtype, width in ((torch.float32, 2048), (torch.bfloat16, 2048), (torch.float16, 63), (torch.float64, 2048)):
-        plan, _ = plan_statistics(meta(rows, width, dtype=dtype), torch.float32)
-        yield f"statistics {dtype_name(dtype)} D={width}", plan
-    for queue_dtype in (torch.float32, torch.float64):
-        queue = meta(880_880, dtype=queue_dtype)
-        entry = meta(rows, dtype=queue_dtype)
+    weights = meta(1000)
+    for dtype, width, queue_dtype, weight in (
+        (torch.float32, 2048, torch.float32, None),
+        (torch.bfloat16, 2048, torch.float32, weights),
+        (torch.float16, 63, torch.float64, None),
+        (torch.float64, 2048, torch.float64, weights),
+    ):
+        queue, entry = meta(880_880, dtype=queue_dtype), meta(rows, dtype=queue_dtype)
         in_queue = f"queue {dtype_name(queue_dtype)}"
-        search = queue, queue, cursor, entry, entry, entry, tickets
-        for weights in (None, meta(1000)):
-            plan, _ = plan_search(*search, labels, weights, -100, target)
-            yield f"search {in_queue}{'' if weights is None else ' class weights'}", plan
-        yield f"search without labels {in_queue}", plan_search(*search, None, None, -100, target)[0]
-        yield f"push accepted {in_queue}", plan_push(queue, queue, cursor, entry, entry, accepted)
-        yield f"push all {in_queue}", plan_push(queue, queue, cursor, entry, entry, None)
+        features = meta(rows, width, dtype=dtype)
+        distance.statistics_distance(features, labels, queue, queue, cursor, weight)
+        weighted = "" if weight is None else " class weights"
+        yield [f"statistics {dtype_name(dtype)} D={width}", f"search {in_queue}{weighted}"]
+        if weight is None:
+            distance.nearest(queue, queue, cursor, entry, entry)
+            queue_push.push(queue, queue, cursor, entry, entry, accepted)
+            queue_push.push(queue, queue, cursor, entry, entry, None)
+            yield [f"{name} {in_queue}" for name in ("search without labels", "push accepted", "push all")]
 
     rows = 4096
-    labels, distance = meta(rows, dtype=torch.int64), meta(rows)
+    labels, distances = meta(rows, dtype=torch.int64), meta(rows)
     for dtype, classes in itertools.product(TYPES, (1, 10, 100, 1000, 1003, 4096, 8192, 16384, 21841, 32768, 131072)):
         # float16 and float64 differ in the type of the gradient and of the arithmetic, which two widths show.
         if not dtype.is_floating_point or (dtype in (torch.float16, torch.float64) and classes not in (1003, 21841)):
@@ -112,38 +121,36 @@ def planned_launches(target_name: str) -> Iterator[tuple[str, Launch]]:
                 ("paper", 20.0, 0.0, None, "sum", True, True),
             ]
         for variant, t_wrong, smoothing, weights, reduction, warmup, need_grad in branches:
-            plan, _ = plan_loss(
-                logits, labels, distance, summary, tickets, weights,
-                variant, 10.0, 100.0, t_wrong, 0.0, smoothing, -100, reduction, warmup, need_grad, target=target,
+            loss.loss_forward(
+                logits, labels, distances, summary, tickets, weights,
+                variant, 10.0, 100.0, t_wrong, 0.0, smoothing, -100, reduction, warmup, need_grad,
             )  # fmt: skip
             flags = ["", " smoothing"][smoothing > 0] + ["", " class weights"][weights is not None]
             flags += ["", " warm-up"][warmup] + [" no gradient", ""][need_grad]
-            yield f"loss {shape} {variant}{flags}", plan
+            yield [f"loss {shape} {variant}{flags}"]
         if classes in (100, 1000, 1003, 21841):
-            plan = plan_batch_sums(logits, labels, distance, summary, tickets, 0.0, -100, target)
-            yield f"batch sums {shape}", plan
+            loss.batch_sums(logits, labels, distances, summary, tickets, 0.0, -100)
+            yield [f"batch sums {shape}"]
         if classes in (1000, 32768):  # logits of a row that are not adjacent
             apart = meta(classes, rows, dtype=dtype).t()
-            plan, _ = plan_loss(
-                apart, labels, distance, summary, tickets, None,
-                "paper", 10.0, 100.0, 20.0, 0.0, 0.0, -100, "mean", False, True, target=target,
+            loss.loss_forward(
+                apart, labels, distances, summary, tickets, None,
+                "paper", 10.0, 100.0, 20.0, 0.0, 0.0, -100, "mean", False, True,
             )  # fmt: skip
-            yield f"loss {shape} of any strides", plan
-            plan = plan_batch_sums(apart, labels, distance, summary, tickets, 0.0, -100, target)
-            yield f"batch sums {shape} of any strides", plan
+            loss.batch_sums(apart, labels, distances, summary, tickets, 0.0, -100)
+            yield [f"loss {shape} of any strides", f"batch sums {shape} of any strides"]
         if classes == 1003:
-            factor = meta(1)
-            yield f"scale {dtype_name(dtype)} in place", plan_scale(logits, factor, logits, target)
+            loss.scale(logits, meta(1), dtype)
+            yield [f"scale {dtype_name(dtype)} in place"]
             if dtype == torch.float32:
-                yield (
-                    "scale float32 to float16",
-                    plan_scale(logits, factor, meta(rows, classes, dtype=torch.float16), target),
-                )
+                loss.scale(logits, meta(1), torch.float16)
+                yield ["scale float32 to float16"]
         if classes in (1003, 131072):
             column, valid = meta(rows, dtype=torch.float64), meta(rows, dtype=torch.bool)
-            yield f"sharded scan {shape}", plan_scan(logits, target)[0]
-            yield f"sharded sums {shape}", plan_exp_sums(logits, labels, column, column, target)[0]
-            yield f"sharded gradient {shape}", plan_gradient(logits, labels, valid, meta(rows, 7), target)[0]
+            sharded.scan(logits)
+            sharded.exp_sums(logits, labels, column, column)
+            sharded.gradient(logits, labels, valid, meta(rows, 7))
+            yield [f"sharded {name} {shape}" for name in ("scan", "sums", "gradient")]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -10,14 +10,13 @@ depends on timing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tal_fast.kernels.launch import Launch, Target, cdiv, device_target, tuned_options
+from tal_fast.kernels.launch import Launch, Target, cdiv, device_target, planner, tuned_options
 
 ROWS = 256  # rows per iteration of the last program's reduction
 FEATURES = 1024  # features per iteration of the statistics, 8 a thread
@@ -169,14 +168,11 @@ def search_kernel(
             tl.store(summary_ptr + 6, tl.sum(weights, axis=0) if HAS_CLASS_WEIGHT else n_valid)
 
 
-def plan_statistics(features: Tensor, dtype: torch.dtype) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Launch of ``statistics_kernel``, and its outputs: mean, std and infinite squared distances (B,), and tickets."""
-    rows, width = features.shape
-    mean, std, squared = (features.new_empty(rows, dtype=dtype) for _ in range(3))
-    tickets = features.new_empty(TICKETS.value, dtype=torch.int32)
-    arguments = (features, mean, std, squared, tickets, rows, width, *features.stride())
+@planner
+def plan_statistics(rows: int, width: int, stride: tuple[int, ...]) -> Launch:
+    """Launch of ``statistics_kernel``."""
     constants = {"FEATURES": min(FEATURES, triton.next_power_of_2(width))}
-    return Launch(statistics_kernel, (max(1, rows),), arguments, constants, 4), (mean, std, squared, tickets)
+    return Launch(statistics_kernel, (max(1, rows),), (rows, width, *stride), constants, 4)
 
 
 @dataclass(frozen=True)
@@ -190,7 +186,6 @@ class SearchConfig:
     programs: int = 16  # on a multiprocessor
 
 
-@cache
 def search_config(pairs: int, dtype: torch.dtype, architecture: str) -> SearchConfig:
     """Tiles and programs for a number of pairs of rows and entries; for float32 with the tuned options."""
     return SearchConfig(**tuned_options("search", pairs, architecture) if dtype == torch.float32 else {})
@@ -204,36 +199,22 @@ def num_splits_for(blocks: int, tiles: int, programs: int) -> int:
     return max(1, min(programs // blocks, tiles))
 
 
+@planner
 def plan_search(
-    queue_mean: Tensor,
-    queue_std: Tensor,
-    cursor: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    squared: Tensor,
-    tickets: Tensor,
-    labels: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
+    rows: int, capacity: int, dtype: torch.dtype, labels_stride: int | None, classes: int | None, ignore_index: int,
     target: Target,
-) -> tuple[Launch, Tensor]:
-    """Launch of ``search_kernel``, and the summary (7,), which is not written without labels."""
-    rows, capacity = mean.numel(), queue_mean.numel()
-    summary = mean.new_empty(7, dtype=torch.float64)
-    config = search_config(rows * capacity, mean.dtype, target.architecture)
+) -> Launch:  # fmt: skip
+    """Launch of ``search_kernel``; ``labels_stride`` is None without labels, ``classes`` without class weights."""
+    config = search_config(rows * capacity, dtype, target.architecture)
     blocks = max(1, cdiv(rows, config.queries))  # an empty batch needs a program too: it writes the summary
     tiles = cdiv(capacity, config.unroll * config.entries)
     splits = num_splits_for(blocks, tiles, config.programs * target.multiprocessors)
-    arguments = (
-        mean, std, queue_mean, queue_std, cursor, squared, tickets, cursor if labels is None else labels,
-        mean if class_weight is None else class_weight, summary, rows, capacity,
-        0 if labels is None else labels.stride(0), 0 if class_weight is None else len(class_weight), ignore_index,
-    )  # fmt: skip
     constants = {
-        "SUMMARY": labels is not None, "HAS_CLASS_WEIGHT": class_weight is not None, "QUERIES": config.queries,
+        "SUMMARY": labels_stride is not None, "HAS_CLASS_WEIGHT": classes is not None, "QUERIES": config.queries,
         "ENTRIES": config.entries, "ROWS": ROWS, "UNROLL": config.unroll,
     }  # fmt: skip
-    return Launch(search_kernel, (blocks, splits), arguments, constants, config.num_warps), summary
+    numbers = rows, capacity, labels_stride or 0, classes or 0, ignore_index
+    return Launch(search_kernel, (blocks, splits), numbers, constants, config.num_warps)
 
 
 def statistics_distance(
@@ -260,14 +241,19 @@ def statistics_distance(
         summary is that of ``tal_fast.loss.reference.batch_summary``, with zeros for the three sums that need logits;
         the tickets are (3,) int32 zeros, for the other launches of the step.
     """
-    launch, (mean, std, squared, tickets) = plan_statistics(features, queue_mean.dtype)
-    launch.run()
-    search, summary = plan_search(
-        queue_mean, queue_std, cursor, mean, std, squared, tickets, labels, class_weight, ignore_index,
-        device_target(features.device),
+    rows, width = features.shape
+    # Tensors of their own: on the host a view takes as long as an allocation.
+    mean, std, distance = queue_mean.new_empty(rows), queue_mean.new_empty(rows), queue_mean.new_empty(rows)
+    tickets = cursor.new_empty(TICKETS.value, dtype=torch.int32)
+    summary = cursor.new_empty(7, dtype=torch.float64)
+    plan_statistics(rows, width, features.stride()).run(features, mean, std, distance, tickets)
+    search = plan_search(
+        rows, queue_mean.numel(), queue_mean.dtype, labels.stride(0),
+        None if class_weight is None else len(class_weight), ignore_index, device_target(features.device),
     )  # fmt: skip
-    search.run()
-    return mean, std, squared, summary, tickets
+    weights = mean if class_weight is None else class_weight
+    search.run(mean, std, queue_mean, queue_std, cursor, distance, tickets, labels, weights, summary)
+    return mean, std, distance, summary, tickets
 
 
 def nearest(queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -281,8 +267,9 @@ def nearest(queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor,
     distance = torch.full_like(mean, float("inf"), memory_format=torch.contiguous_format)
     if mean.numel():
         tickets = torch.zeros(TICKETS.value, dtype=torch.int32, device=mean.device)
-        plan_search(
-            queue_mean, queue_std, cursor, mean.contiguous(), std.contiguous(), distance, tickets, None, None, 0,
-            device_target(mean.device),
-        )[0].run()  # fmt: skip
+        target = device_target(mean.device)
+        search = plan_search(mean.numel(), queue_mean.numel(), queue_mean.dtype, None, None, 0, target)
+        mean, std = mean.contiguous(), std.contiguous()
+        unused = cursor, mean, mean
+        search.run(mean, std, queue_mean, queue_std, cursor, distance, tickets, *unused)
     return distance

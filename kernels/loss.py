@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tal_fast.kernels.distance import LOSS_TICKET, SUMS_TICKET, is_last_program, sqrt_rn
-from tal_fast.kernels.launch import Launch, Target, cdiv, device_constants, device_target, tuned_options
+from tal_fast.kernels.launch import Launch, Target, cdiv, device_constants, device_target, planner, tuned_options
 
 NORM_EPS = tl.constexpr(1e-7)  # added to a row's norm; reference.NORM_EPS
 RANGE_EPS = tl.constexpr(1e-8)  # added to the batch's distance range; reference.RANGE_EPS
@@ -363,7 +362,7 @@ def loss_kernel(
 
     Pointers:
         logits: (rows, CLASSES), strides stride_b and stride_c.
-        labels, distance, summary, tickets: as for ``plan_loss``; the labels' stride is labels_stride.
+        labels, distance, summary, tickets: as for ``loss_forward``; the labels' stride is labels_stride.
         constants: (5,) float64 from ``loss_constants``.
         class_weight: (CLASSES,), contiguous, if WEIGHTED.
         partials: (programs,) float64 scratch.
@@ -672,7 +671,6 @@ class LossConfig:
 WIDEST_HELD = 8192  # classes of rows that are held on chip
 
 
-@cache
 def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool, architecture: str = "") -> LossConfig:
     """Layout of rows of ``classes`` logits in vectors of ``v``, with the architecture's tuned options if it has some.
 
@@ -703,14 +701,21 @@ def loss_config(classes: int, dtype: torch.dtype, v: int, edges: bool, architect
     return LossConfig(rows, block // width, width, True, num_warps, programs, max_registers=registers)
 
 
-def vector_of(logits: Tensor, grad: Tensor | None) -> tuple[int, bool]:
-    """Logits in a vector of up to 16 bytes, and whether rows may begin or end within one."""
-    if logits.stride(1) != 1 or logits.data_ptr() % 16:
+def vector_of(
+    classes: int, itemsize: int, stride: tuple[int, ...], aligned: bool, grad_stride: int | None = None
+) -> tuple[int, bool]:
+    """Logits in a vector of up to 16 bytes, and whether rows may begin or end within one.
+
+    Args:
+        stride: of the logits.
+        aligned: whether they begin at a multiple of 16 bytes.
+        grad_stride: elements from row to row of the gradient; None without one.
+    """
+    if stride[1] != 1 or not aligned:
         return 1, False
-    strides = [logits.stride(0)] + ([grad.stride(0)] if grad is not None and grad.numel() else [])
-    widest = 16 // logits.dtype.itemsize
-    common = math.gcd(widest, logits.shape[1], *strides)
-    if common < widest and logits.shape[1] >= 256 and len(set(strides)) == 1:
+    widest, strides = 16 // itemsize, {stride[0], stride[0] if grad_stride is None else grad_stride}
+    common = math.gcd(widest, classes, *strides)
+    if common < widest and classes >= 256 and len(strides) == 1:
         return widest, True
     return common, False
 
@@ -727,7 +732,66 @@ def loss_constants(
     return device_constants(device, t_min, t_max - t_min, 0.0 if t_wrong is None else t_wrong, threshold, smoothing)
 
 
+@planner
 def plan_loss(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    aligned: bool,
+    labels_stride: int,
+    weighted: bool,
+    released: bool,
+    has_t_wrong: bool,
+    smooth: bool,
+    ignore_index: int,
+    reduction: str,
+    warmup: bool,
+    need_grad: bool,
+    inplace: bool,
+    target: Target,
+) -> Launch:
+    """Launch of ``loss_kernel``; ``aligned`` is whether the logits begin at a multiple of 16 bytes."""
+    rows, classes = shape
+    grad_stride = stride[0] if inplace else classes
+    v, edges = vector_of(classes, dtype.itemsize, stride, aligned, grad_stride if need_grad else None)
+    config = loss_config(classes, dtype, v, edges, target.architecture)
+    if smooth:  # takes more registers than the limits leave, and with class weights than a full tile does
+        config = replace(config, unroll=1, max_registers=None)
+        if weighted and config.held:
+            block = triton.next_power_of_2(classes)
+            width = min(block, 32 * v) if block <= 512 else block // 4
+            config = LossConfig(1, block // width, width, block <= 512, 1 if block <= 512 else 4, 4)
+    programs = num_programs_for(cdiv(rows, config.rows), config.programs, target)
+    numbers = rows, *stride, labels_stride, grad_stride if need_grad else 1, ignore_index
+    constants = {
+        "RELEASED": released,
+        "HAS_T_WRONG": has_t_wrong,
+        "SMOOTH": smooth,
+        "WARMUP": warmup,
+        "NEED_GRAD": need_grad,
+        "MEAN": reduction == "mean",
+        "ROW_LOSS": reduction == "none",
+        "WEIGHTED": weighted,
+        **layout(classes, v, edges, config),
+    }
+    return Launch(loss_kernel, (programs,), numbers, constants, config.num_warps, config.max_registers)
+
+
+def layout(classes: int, v: int, edges: bool, config: LossConfig) -> dict[str, Any]:
+    """Compile-time constants of the kernels that read rows of logits."""
+    return {
+        "CLASSES": classes,
+        "ROWS": config.rows,
+        "CHUNKS": config.chunks,
+        "WIDTH": config.width,
+        "V": v,
+        "EDGES": edges,
+        "HELD": config.held,
+        "UNROLL": config.unroll,
+    }
+
+
+def loss_forward(
     logits: Tensor,
     labels: Tensor,
     distance: Tensor,
@@ -745,11 +809,8 @@ def plan_loss(
     warmup: bool,
     need_grad: bool,
     inplace: bool = False,
-    *,
-    target: Target,
-    config: LossConfig | None = None,
-) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Launch of the loss kernel, and its outputs.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, its gradient, and the per-sample statistics.
 
     The options that are not listed are those of ``tal_fast.TALLoss``.
 
@@ -764,96 +825,47 @@ def plan_loss(
         warmup: whether typicalness is 1 for every sample.
         need_grad: whether to compute the gradient.
         inplace: write the gradient over the logits, which must be contiguous and not float16.
-        target: the device.
-        config: layout of the rows; by default the one for their width.
 
     Returns:
-        The launch, and ``(loss, gradient, stats, flags)``: a scalar, or (B,) with reduction "none"; (B, C) in the
-        logits' dtype (float32 for float16), empty without ``need_grad``; (3, B) typicalness, weight and temperature;
-        (2, B) bool, correct and accepted. Floats are float32, or float64 for float64 logits.
+        ``(loss, gradient, stats, flags)``: a scalar, or (B,) with reduction "none"; (B, C) in the logits' dtype
+        (float32 for float16), empty without ``need_grad``; (3, B) typicalness, weight and temperature; (2, B) bool,
+        correct and accepted. Floats are float32, or float64 for float64 logits.
     """
-    rows, classes = logits.shape
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    shape, dtype, device = logits.shape, logits.dtype, logits.device
+    rows = shape[0]
+    launch = plan_loss(
+        shape, logits.stride(), dtype, logits.data_ptr() % 16 == 0, labels.stride(0), class_weight is not None,
+        variant == "released", t_wrong is not None, label_smoothing != 0, ignore_index, reduction, warmup, need_grad,
+        inplace, device_target(device),
+    )  # fmt: skip
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     # float32 for float16 logits: float16 would lose small gradients before a gradient scaler multiplies them.
-    stored = wide if logits.dtype == torch.float16 else logits.dtype
+    stored = wide if dtype == torch.float16 else dtype
     loss = logits.new_empty((rows,) if reduction == "none" else (), dtype=wide)
-    grad = logits if inplace else logits.new_empty((rows, classes) if need_grad else (0,), dtype=stored)
+    grad = logits if inplace else logits.new_empty(shape if need_grad else (0,), dtype=stored)
     stats = logits.new_empty((3, rows), dtype=wide)
-    flags = logits.new_empty((2, rows), dtype=torch.bool)
-    v, edges = vector_of(logits, grad)
-    if config is None:
-        config = loss_config(classes, logits.dtype, v, edges, target.architecture)
-        if label_smoothing:  # takes more registers than the limits leave, and with class weights than a full tile does
-            config = replace(config, unroll=1, max_registers=None)
-            if class_weight is not None and config.held:
-                block = triton.next_power_of_2(classes)
-                width = min(block, 32 * v) if block <= 512 else block // 4
-                config = LossConfig(1, block // width, width, block <= 512, 1 if block <= 512 else 4, 4)
-    programs = num_programs_for(cdiv(rows, config.rows), config.programs, target)
-    constants = loss_constants(logits.device, t_min, t_max, t_wrong, confidence_threshold, label_smoothing)
-    arguments = (
+    flags = labels.new_empty((2, rows), dtype=torch.bool)
+    constants = loss_constants(device, t_min, t_max, t_wrong, confidence_threshold, label_smoothing)
+    launch.run(
         logits, labels, distance, summary, constants, constants if class_weight is None else class_weight, tickets,
-        summary.new_empty(programs), loss, grad, stats, flags, rows, *logits.stride(), labels.stride(0),
-        grad.stride(0), ignore_index,
+        summary.new_empty(launch.grid[0]), loss, grad, stats, flags,
     )  # fmt: skip
-    constexprs: dict[str, Any] = {
-        "RELEASED": variant == "released",
-        "HAS_T_WRONG": t_wrong is not None,
-        "SMOOTH": label_smoothing != 0,
-        "WARMUP": warmup,
-        "NEED_GRAD": need_grad,
-        "MEAN": reduction == "mean",
-        "ROW_LOSS": reduction == "none",
-        "WEIGHTED": class_weight is not None,
-        **layout(classes, v, edges, config),
-    }
-    launch = Launch(loss_kernel, (programs,), arguments, constexprs, config.num_warps, config.max_registers)
-    return launch, (loss, grad, stats, flags)
+    return loss, grad, stats, flags
 
 
-def layout(classes: int, v: int, edges: bool, config: LossConfig) -> dict[str, Any]:
-    """Compile-time constants of the kernels that read rows of logits."""
-    return {
-        "CLASSES": classes,
-        "ROWS": config.rows,
-        "CHUNKS": config.chunks,
-        "WIDTH": config.width,
-        "V": v,
-        "EDGES": edges,
-        "HELD": config.held,
-        "UNROLL": config.unroll,
-    }
-
-
-def loss_forward(logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, its gradient, and the per-sample statistics; arguments and results as for ``plan_loss``."""
-    launch, outputs = plan_loss(logits, *args, target=device_target(logits.device), **kwargs)
-    launch.run()
-    return outputs
-
-
+@planner
 def plan_batch_sums(
-    logits: Tensor,
-    labels: Tensor,
-    distance: Tensor,
-    summary: Tensor,
-    tickets: Tensor,
-    confidence_threshold: float,
-    ignore_index: int,
-    target: Target,
-) -> Launch:
-    """Launch of ``batch_sums_kernel``."""
-    rows, classes = logits.shape
-    v, edges = vector_of(logits, None)
-    config = loss_config(classes, logits.dtype, v, edges, target.architecture)
+    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, aligned: bool, labels_stride: int,
+    ignore_index: int, target: Target,
+) -> Launch:  # fmt: skip
+    """Launch of ``batch_sums_kernel``; arguments as for ``plan_loss``."""
+    rows, classes = shape
+    v, edges = vector_of(classes, dtype.itemsize, stride, aligned)
+    config = loss_config(classes, dtype, v, edges, target.architecture)
     programs = num_programs_for(cdiv(rows, config.rows), max(1, 16 // config.num_warps), target)
-    constants = loss_constants(logits.device, 0.0, 0.0, None, confidence_threshold, 0.0)
-    arguments = (
-        logits, labels, distance, summary, constants, tickets, summary.new_empty(3 * programs), rows,
-        *logits.stride(), labels.stride(0), ignore_index,
-    )  # fmt: skip
-    constexprs = {"FLOAT64": logits.dtype == torch.float64, **layout(classes, v, edges, config)}
-    return Launch(batch_sums_kernel, (programs,), arguments, constexprs, config.num_warps)
+    numbers = rows, *stride, labels_stride, ignore_index
+    constants = {"FLOAT64": dtype == torch.float64, **layout(classes, v, edges, config)}
+    return Launch(batch_sums_kernel, (programs,), numbers, constants, config.num_warps)
 
 
 def batch_sums(
@@ -867,17 +879,22 @@ def batch_sums(
 ) -> None:
     """Fill in the values 3 to 5 of ``summary`` (7,), which variant ``released`` needs before the loss.
 
-    Arguments as for ``plan_loss``; ``tal_fast.loss.reference.batch_summary`` defines the values.
+    Arguments as for ``loss_forward``; ``tal_fast.loss.reference.batch_summary`` defines the values.
     """
-    target = device_target(logits.device)
-    plan_batch_sums(logits, labels, distance, summary, tickets, confidence_threshold, ignore_index, target).run()
+    launch = plan_batch_sums(
+        logits.shape, logits.stride(), logits.dtype, logits.data_ptr() % 16 == 0, labels.stride(0), ignore_index,
+        device_target(logits.device),
+    )  # fmt: skip
+    constants = loss_constants(logits.device, 0.0, 0.0, None, confidence_threshold, 0.0)
+    partials = summary.new_empty(3 * launch.grid[0])
+    launch.run(logits, labels, distance, summary, constants, tickets, partials)
 
 
-def plan_scale(values: Tensor, factor: Tensor, out: Tensor, target: Target) -> Launch:
+@planner
+def plan_scale(size: int, in_place: bool, target: Target) -> Launch:
     """Launch of ``scale_kernel``."""
-    programs = min(cdiv(values.numel(), SCALE_BLOCK), 8 * target.multiprocessors)
-    constants = {"IN_PLACE": out is values, "BLOCK": SCALE_BLOCK}
-    return Launch(scale_kernel, (programs,), (values, factor, out, values.numel()), constants, 8)
+    programs = min(cdiv(size, SCALE_BLOCK), 8 * target.multiprocessors)
+    return Launch(scale_kernel, (programs,), (size,), {"IN_PLACE": in_place, "BLOCK": SCALE_BLOCK}, 8)
 
 
 def scale(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -887,5 +904,5 @@ def scale(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """
     out = values if dtype == values.dtype else torch.empty_like(values, dtype=dtype)
     if values.numel():
-        plan_scale(values, factor, out, device_target(values.device)).run()
+        plan_scale(values.numel(), out is values, device_target(values.device)).run(values, factor, out)
     return out

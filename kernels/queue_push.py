@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tal_fast.kernels.launch import Launch
+from tal_fast.kernels.launch import Launch, planner
 
 ROWS = 1024  # rows per iteration, 8 a thread
 NUM_WARPS = 4
@@ -64,18 +64,15 @@ def push_kernel(
     tl.store(cursor_ptr + 1, tl.minimum(length + kept, capacity), mask=is_valid)
 
 
-def plan_push(
-    queue_mean: Tensor, queue_std: Tensor, cursor: Tensor, mean: Tensor, std: Tensor, accepted: Tensor | None
-) -> Launch:
+@planner
+def plan_push(rows: int, capacity: int, has_accepted: bool) -> Launch:
     """Launch of ``push_kernel``."""
-    accepted_rows = cursor if accepted is None else accepted
-    arguments = (queue_mean, queue_std, cursor, mean, std, accepted_rows, mean.numel(), queue_mean.numel())
     constants = {
-        "HAS_ACCEPTED": accepted is not None,
-        "MORE_THAN_SLOTS": mean.numel() > queue_mean.numel(),
-        "ROWS": min(ROWS, triton.next_power_of_2(mean.numel())),
+        "HAS_ACCEPTED": has_accepted,
+        "MORE_THAN_SLOTS": rows > capacity,
+        "ROWS": min(ROWS, triton.next_power_of_2(rows)),
     }
-    return Launch(push_kernel, (1,), arguments, constants, NUM_WARPS)
+    return Launch(push_kernel, (1,), (rows, capacity), constants, NUM_WARPS)
 
 
 def push(
@@ -91,5 +88,6 @@ def push(
     """
     if mean.numel() == 0:
         return
-    accepted = None if accepted is None else accepted.contiguous()
-    plan_push(queue_mean, queue_std, cursor, mean.contiguous(), std.contiguous(), accepted).run()
+    flags = cursor if accepted is None else accepted.contiguous()
+    launch = plan_push(mean.numel(), queue_mean.numel(), accepted is not None)
+    launch.run(queue_mean, queue_std, cursor, mean.contiguous(), std.contiguous(), flags)

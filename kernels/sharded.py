@@ -6,13 +6,15 @@ program takes one row, in chunks. Results are float64, as the ranks combine them
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tal_fast.kernels.distance import sqrt_rn
-from tal_fast.kernels.launch import Launch, Target, device_target
+from tal_fast.kernels.launch import Launch, planner
 from tal_fast.kernels.loss import (
     LN2,
     LOG2E,
@@ -154,56 +156,35 @@ def gradient_kernel(
     tl.store(out + label, g_label.to(grad_ptr.dtype.element_ty), mask=valid & (label >= 0))
 
 
-def _plan(kernel: object, logits: Tensor, tensors: tuple[Tensor, ...], target: Target) -> Launch:
-    """Launch with one program per row, for the logits and the kernel's other tensors."""
-    rows, classes = logits.shape
+@planner
+def plan_rows(kernel: Any, rows: int, classes: int, stride: tuple[int, ...], is_float64: bool) -> Launch:
+    """Launch with one program per row."""
     block = min(CHUNK, triton.next_power_of_2(max(1, classes)))
-    constants = {"FLOAT64": logits.dtype == torch.float64, "BLOCK": block}
-    arguments = (logits, *tensors, classes, *logits.stride())
-    return Launch(kernel, (rows,), arguments, constants, NUM_WARPS)
-
-
-def plan_scan(logits: Tensor, target: Target) -> tuple[Launch, Tensor]:
-    """Launch of ``scan_kernel``, and its output."""
-    out = logits.new_empty((len(logits), 5), dtype=torch.float64)
-    return _plan(scan_kernel, logits, (out,), target), out
-
-
-def plan_exp_sums(
-    logits: Tensor, label_column: Tensor, z_max: Tensor, scale: Tensor, target: Target
-) -> tuple[Launch, Tensor]:
-    """Launch of ``exp_sums_kernel``, and its output."""
-    out = logits.new_empty((len(logits), 4), dtype=torch.float64)
-    return _plan(exp_sums_kernel, logits, (label_column, z_max, scale, out), target), out
-
-
-def plan_gradient(
-    logits: Tensor, label_column: Tensor, valid: Tensor, terms: Tensor, target: Target
-) -> tuple[Launch, Tensor]:
-    """Launch of ``gradient_kernel``, and its output."""
-    stored = torch.float32 if logits.dtype == torch.float16 else logits.dtype
-    grad = torch.empty(logits.shape, dtype=stored, device=logits.device)
-    return _plan(gradient_kernel, logits, (label_column, valid, terms, grad), target), grad
+    constants = {"FLOAT64": is_float64, "BLOCK": block}
+    return Launch(kernel, (rows,), (classes, *stride), constants, NUM_WARPS)
 
 
 def scan(logits: Tensor) -> Tensor:
     """(B, 5) output of ``scan_kernel`` for (B, C) logits, C >= 0."""
-    return _run(*plan_scan(logits, device_target(logits.device)))
+    return _run(scan_kernel, logits, (), logits.new_empty((len(logits), 5), dtype=torch.float64))
 
 
 def exp_sums(logits: Tensor, label_column: Tensor, z_max: Tensor, scale: Tensor) -> Tensor:
     """(B, 4) output of ``exp_sums_kernel`` for (B, C) logits, C >= 0."""
-    vectors = label_column.contiguous(), z_max.contiguous(), scale.contiguous()
-    return _run(*plan_exp_sums(logits, *vectors, device_target(logits.device)))
+    out = logits.new_empty((len(logits), 4), dtype=torch.float64)
+    return _run(exp_sums_kernel, logits, (label_column, z_max, scale), out)
 
 
 def gradient(logits: Tensor, label_column: Tensor, valid: Tensor, terms: Tensor) -> Tensor:
     """(B, C) gradient from ``gradient_kernel``, in the logits' dtype, or float32 for float16; C >= 0."""
-    vectors = label_column.contiguous(), valid.contiguous(), terms.contiguous()
-    return _run(*plan_gradient(logits, *vectors, device_target(logits.device)))
+    stored = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+    out = torch.empty(logits.shape, dtype=stored, device=logits.device)
+    return _run(gradient_kernel, logits, (label_column, valid, terms), out)
 
 
-def _run(launch: Launch, out: Tensor) -> Tensor:
-    if launch.grid[0]:
-        launch.run()
+def _run(kernel: Any, logits: Tensor, others: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    rows, classes = logits.shape
+    if rows:
+        launch = plan_rows(kernel, rows, classes, logits.stride(), logits.dtype == torch.float64)
+        launch.run(logits, *[t.contiguous() for t in others], out)
     return out

@@ -4,9 +4,9 @@ import runpy
 import sys
 
 COMMANDS = {
-    "train": "train a classifier",
+    "train": "train a classifier", "predict": "classify image files, and abstain where the model is not confident",
     "evaluate": "report how well confidence tells correct predictions from wrong ones",
-    "compare": "compare evaluated runs",
+    "compare": "compare evaluated runs", "export": "write a run with its threshold as an ONNX or torch.export graph",
     "calibrate": "choose a confidence threshold whose error rate is bounded",
     "experiment": "train, evaluate and compare methods over grids and seeds, from one file",
     "check-data": "check that every image of a folder decodes",

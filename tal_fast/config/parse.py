@@ -7,6 +7,7 @@ import copy
 import difflib
 import inspect
 import re
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
@@ -235,6 +236,8 @@ def _metavar(kind: Any) -> str:
     kind = not_none(kind)
     if get_origin(kind) is Literal:
         return f"{{{','.join(map(str, get_args(kind)))}}}"
+    if get_origin(kind) is types.UnionType:
+        return "|".join(map(_metavar, get_args(kind)))
     names = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT"}
     return names.get(kind) or {dict: "MAPPING"}.get(get_origin(kind), "LIST")
 

@@ -201,6 +201,9 @@ class ModelConfig:
             by default random. A file may be a state dict, safetensors or a checkpoint, also of another trainer.
         weights_key: key of the weights in a checkpoint, with dots where it is nested; by default averaged weights, if
             there are any.
+        freeze: part that keeps its weights, ``none``, ``backbone`` (all but the head), or a number N for the stem and
+            the first N stages (of a transformer, blocks). It runs as in validation, BatchNorm and dropout included.
+        drop_path: largest rate of stochastic depth of a network of timm or torchvision; by default the network's own.
         head: classifier on top of the network; ``mlp`` has a hidden layer as wide as the network's features.
         cache_features: run the frozen network (``model.freeze backbone``) once over the training and validation images
             without random augmentation, keep its features on disk, and train the head on them. The result is the whole
@@ -216,6 +219,8 @@ class ModelConfig:
     width: int | None = None
     weights: str | None = None
     weights_key: str | None = None
+    freeze: int | Literal["none", "backbone"] = "none"
+    drop_path: float | None = None
     head: Literal["linear", "mlp"] = "linear"
     cache_features: bool = False
     compile: bool | None = None
@@ -227,6 +232,10 @@ class ModelConfig:
         check_at_least("model.width", self.width, 1)
         if self.weights_key is not None and self.weights is None:
             raise ValueError(f"model.weights_key is {self.weights_key!r} but there is no file; set model.weights too")
+        if isinstance(self.freeze, int):
+            check_at_least("model.freeze", self.freeze, 1)
+        if self.drop_path is not None and not 0 <= self.drop_path < 1:
+            raise ValueError(f"model.drop_path is {self.drop_path} but must be in [0, 1)")
 
 
 @dataclass
@@ -249,6 +258,9 @@ class OptimConfig:
         clip_norm: largest norm of the gradient; by default it is not clipped.
         accumulate: number of parts that each rank's batch is split into, for one optimizer step together. Each part
             is a batch of its own to BatchNorm and to TAL's typicalness.
+        layer_decay: factor on the learning rate from each block of the network to the one before it, in (0, 1]; by
+            default all blocks have the same.
+        head_epochs: number of first epochs in which only the head trains.
         ema_decay: decay per step of an exponential moving average of the weights, which is then validated and kept.
     """
 
@@ -265,6 +277,8 @@ class OptimConfig:
     warmup_epochs: float = 0.0
     clip_norm: float | None = None
     accumulate: int = 1
+    layer_decay: float | None = None
+    head_epochs: int = 0
     ema_decay: float | None = None
 
     def check(self) -> None:
@@ -274,7 +288,10 @@ class OptimConfig:
             raise ValueError(f"optim.momentum is {self.momentum} but must be in [0, 1)")
         if self.nesterov and self.momentum == 0 and self.name == "sgd":
             raise ValueError("optim.nesterov needs momentum above 0; set optim.nesterov to false")
-        for name, limit in {"weight_decay": 0, "warmup_epochs": 0, "step_size": 1, "accumulate": 1}.items():
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay is {self.layer_decay} but must be in (0, 1]")
+        limits = {"weight_decay": 0, "warmup_epochs": 0, "head_epochs": 0, "step_size": 1, "accumulate": 1}
+        for name, limit in limits.items():
             check_at_least(f"optim.{name}", getattr(self, name), limit)
         if self.schedule == "multistep" and not self.step_epochs:
             raise ValueError("optim.schedule is 'multistep' but optim.step_epochs is empty; name the epochs to step at")
@@ -314,6 +331,51 @@ class MethodConfig:
 
 
 @dataclass
+class MixConfig:
+    """Mixing of the images of a batch with one another.
+
+    Attributes:
+        mixup: parameter α of mixup, whose images are λ x + (1 - λ) x' with one λ ~ Beta(α, α) a batch; 0 for none.
+        cutmix: parameter α of CutMix, which replaces a rectangle of the share 1 - λ by another image; 0 for none.
+        switch_prob: share of the batches that CutMix takes where mixup is on too.
+        prob: share of the batches that are mixed at all.
+        weight: weight of the mixed images' loss beside that of the clean ones, as in RegMixup; a step then has twice
+            the images. By default the mixed images take the place of the clean ones.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    switch_prob: float = 0.5
+    prob: float = 1.0
+    weight: float | None = None
+
+    @property
+    def on(self) -> bool:
+        """Whether images are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def check(self) -> None:
+        """Raise ValueError for a value outside its range."""
+        for name in ("mixup", "cutmix"):
+            check_at_least(f"mix.{name}", getattr(self, name), 0)
+        if not 0 <= self.switch_prob <= 1:
+            raise ValueError(f"mix.switch_prob is {self.switch_prob} but must be in [0, 1]")
+        if not 0 < self.prob <= 1:
+            raise ValueError(f"mix.prob is {self.prob} but must be in (0, 1]")
+        check_positive("mix.weight", self.weight, ", or null for mixed images in place of the clean ones")
+        if self.weight is not None and not self.on:
+            raise ValueError(
+                f"mix.weight is {self.weight} but no images are mixed; set mix.mixup or mix.cutmix, or mix.weight to "
+                "null"
+            )
+
+    def summary(self) -> str:
+        """Kind of mixing in a few words."""
+        parts = [f"{name} (alpha {a:g})" for name, a in (("mixup", self.mixup), ("CutMix", self.cutmix)) if a]
+        return " or ".join(parts) + ("" if self.prob == 1 else f" of {self.prob:.0%} of the batches")
+
+
+@dataclass
 class Config:
     """Run.
 
@@ -350,6 +412,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
     output: str = "runs/latest"
     resume: str = "never"
     allow: list[str] = field(default_factory=list)
@@ -378,8 +441,11 @@ class Config:
     def check(self) -> Config:
         """Raise ValueError for a value outside its range; returns the configuration itself."""
         read(Config, self.to_dict(), "")  # types and finite numbers, for a configuration that was made in Python
-        for section in (self.data, self.model, self.optim, self.method):
+        for section in (self.data, self.model, self.optim, self.method, self.mix):
             section.check()
+        for name, value in {"model.freeze": self.model.freeze, "optim.head_epochs": self.optim.head_epochs}.items():
+            if value not in ("none", 0) and self.model.weights is None:
+                raise ValueError(f"{name} is {value} but the weights are random; name some with model.weights")
         for name in (
             "epochs", "batch_size", "eval_batch_size", "threads", "checkpoint_every_steps", "keep_every_epochs",
             "log_every_steps", "validate_every",
@@ -401,9 +467,9 @@ class Config:
             )
         if starts and self.model.cache_features:
             raise ValueError("image_sizes needs images in training; empty it, or set model.cache_features to false")
-        if self.model.cache_features and (self.data.changes_pixels or self.data.erase):
+        if self.model.cache_features and (self.data.changes_pixels or self.data.erase or self.mix.on):
             raise ValueError(
-                "data.augment, data.color_jitter and data.erase need images in training; leave them out, or set "
+                "data.augment, data.color_jitter, data.erase and mix need images in training; leave them out, or set "
                 "model.cache_features to false"
             )
         if self.profile is not None:

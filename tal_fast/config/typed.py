@@ -19,7 +19,7 @@ def read(kind: Any, value: Any, name: str) -> Any:
 
     Args:
         kind: a dataclass, or one of its field types: ``int``, ``float``, ``bool``, ``str``, ``Any``, ``Literal``,
-            ``list``, ``tuple`` and ``dict`` of these, or a union of one of these with None.
+            ``list``, ``tuple`` and ``dict`` of these, or a union of these and None.
         value: a value as PyYAML returns it.
         name: dotted name of the option, with which error messages begin.
 
@@ -32,7 +32,15 @@ def read(kind: Any, value: Any, name: str) -> Any:
         return _read_dataclass(kind, value, name)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else read(not_none(kind), value, name)
+        if value is None and type(None) in args:
+            return None
+        kinds = [arg for arg in args if arg is not type(None)]
+        if len(kinds) == 1:
+            return read(kinds[0], value, name)
+        for arg in kinds:
+            with contextlib.suppress(ValueError):
+                return read(arg, value, name)
+        raise ValueError(f"{name} is {short(value)} but must be {', '.join(map(_expected, kinds))}")
     if origin is Literal:
         if value not in args or type(value) not in {type(a) for a in args}:
             raise ValueError(f"{name} is {short(value)}; use {' or '.join(map(repr, args))}")
@@ -49,8 +57,13 @@ def read(kind: Any, value: Any, name: str) -> Any:
                 return number
     elif kind in (int, bool, str) and type(value) is kind:
         return value
-    expected = _EXPECTED.get(kind) or str(kind).replace("typing.", "")
-    raise ValueError(f"{name} is {short(value)} but must be {expected}")
+    raise ValueError(f"{name} is {short(value)} but must be {_expected(kind)}")
+
+
+def _expected(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    return _EXPECTED.get(kind) or str(kind).replace("typing.", "")
 
 
 def _read_dataclass(kind: Any, value: Any, name: str) -> Any:
@@ -78,10 +91,9 @@ def field_types(kind: Any) -> dict[str, Any]:
 
 def not_none(kind: Any) -> Any:
     """The type that a union with None has beside None; any other type as it is."""
-    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
-        return kind
-    (kind,) = (arg for arg in typing.get_args(kind) if arg is not type(None))
-    return kind
+    kinds = [arg for arg in typing.get_args(kind) if arg is not type(None)]
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return kinds[0] if is_union and len(kinds) == 1 else kind
 
 
 def to_plain(value: Any) -> Any:

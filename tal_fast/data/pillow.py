@@ -93,14 +93,23 @@ class _BatchDataset(Dataset):
         return images, torch.from_numpy(batch.indices), unreadable
 
     def _read(self, path: str, stored: np.ndarray, box: np.ndarray, mirror: bool, size: int) -> Image.Image:
-        top, left, height, width = (int(v) for v in box)
         with Image.open(path) as file:
             upright = self._files.upright
             if size_of(file, upright) != tuple(stored):
                 raise ValueError(f"{path} has changed its size")
-            image = (ImageOps.exif_transpose(file) if upright else file).convert("RGB" if self._channels == 3 else "L")
-        image = image.crop((left, top, left + width, top + height)).resize((size, size), self._filter)
+            image = resized_crop(
+                ImageOps.exif_transpose(file) if upright else file, self._channels, box, size, self._filter
+            )
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image
+
+
+def resized_crop(
+    image: Image.Image, channels: int, box: np.ndarray, size: int, filter: Image.Resampling
+) -> Image.Image:
+    """RGB or grayscale image of ``size`` x ``size`` pixels from a box (top, left, height, width) of an image."""
+    top, left, height, width = (int(v) for v in box)
+    image = image.convert("RGB" if channels == 3 else "L")
+    return image.crop((left, top, left + width, top + height)).resize((size, size), filter)
 
 
 class _BatchSampler(Sampler):

@@ -2,86 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tal_fast
 from tal_fast.evaluation.selective import NoThreshold, calibrate
 from tal_fast.scores.logits import SCORES
 from tal_fast.utils.arguments import ArgumentParser, at_least
-from tal_fast.utils.io import check_writable, write_text
-from tal_fast.utils.locks import alone_in
+from tal_fast.utils.io import check_writable
 from tal_fast.utils.process import program_name, report_mistake
 
-JSON = "threshold.json"
+CALIBRATED = "calibrated"
+"""Name of the output folder in a run's folder."""
 
 
-def calibrate_run(
-    run_dir: str | Path,
-    output: str | Path | None = None,
-    *,
-    score: str | None = None,
-    checkpoint: Literal["best", "last"] = "best",
-    batch_size: int = 256,
-    device: str = "cpu",
-    **options: Any,
-) -> dict[str, Any]:
+def calibrate_run(run_dir: str | Path, output: str | Path | None = None, **options: Any) -> dict[str, Any]:
     """Choose a threshold on a run's validation images, export the model with it and return ``threshold.json``.
 
     Args:
         run_dir: folder of a run of ``python -m tal_fast.train``.
         output: folder of the three files; ``calibrated`` in the run's folder unless given.
-        score: name from ``tal_fast.scores.SCORES``; the score of the run's method unless given.
-        checkpoint: ``best`` or ``last``.
-        batch_size, device: of the pass over the images, where its outputs are not cached.
-        options: arguments of ``calibrate``.
+        options: ``score``, ``checkpoint``, ``batch_size`` and ``device`` of ``export_run``, and arguments of
+            ``calibrate``.
 
     Raises:
         NoThreshold: no threshold qualifies; nothing is written.
         ValueError: no run, checkpoint or data there, an unknown score, or numbers out of range.
     """
-    import torch
+    from tal_fast.evaluation.export import export_run
 
-    from tal_fast.evaluation.export import PROGRAM, STATE, SelectiveClassifier, export
-    from tal_fast.runs.load import load_run
-    from tal_fast.runs.predictions import CACHE, PassOptions, weights_hash
-    from tal_fast.utils.distributed import Ranks
-
-    folder = Path(run_dir) / "calibrated" if output is None else Path(output)
-    check_writable(folder)
-    run = load_run(run_dir, checkpoint=checkpoint, device=device)
-    score = _check_score(score or run.score)
-    cache = Path(run_dir) / CACHE / run.checkpoint.stem
-    passes = PassOptions(batch_size, ranks=Ranks(0, 1, torch.device(device)))
-    outputs = run.inference(cache, passes).store("val").load()
-    chosen, about = calibrate(SCORES[score](outputs.logits), outputs.correct, **options)
-    data = run.config.data
-    mean, std = data.normalization()
-    about |= {
-        "score": score, "run": str(run_dir), "checkpoint": run.checkpoint.stem, "epoch": run.epoch,
-        "weights_sha256": weights_hash(run.model),
-        "class_names": list(run.class_names), "image_size": run.data.image_size, "channels": data.channels,
-        "mean": list(mean), "std": list(std),
-    }  # fmt: skip
-    example = torch.zeros(2, data.channels, run.data.image_size, run.data.image_size)
-    folder.mkdir(parents=True, exist_ok=True)
-    with alone_in(folder, f"another calibration writes to {folder}; waiting for it"):
-        (folder / JSON).unlink(missing_ok=True)  # written last: the files beside it are of one model and threshold
-        problem = None
-        try:
-            export(SelectiveClassifier(run.model.cpu(), score, chosen.threshold), example, folder)
-        except ValueError as error:  # torch.export cannot take the model; its weights are written
-            problem = error
-        files = [folder / name for name in (STATE, PROGRAM) if (folder / name).exists()]
-        about["sha256"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-        _write(about, folder)
-    if problem is not None:
-        raise problem
-    return about
+    folder = Path(run_dir) / CALIBRATED if output is None else Path(output)
+    pass_options = {k: options.pop(k) for k in ("score", "checkpoint", "batch_size", "device") if k in options}
+    return export_run(run_dir, folder, format="torch-export", state=True, options=options, **pass_options)
 
 
 def calibrate_npz(path: str | Path, output: str | Path | None = None, *, score: str, **options: Any) -> dict[str, Any]:
@@ -90,35 +44,27 @@ def calibrate_npz(path: str | Path, output: str | Path | None = None, *, score: 
     ``threshold.json`` goes to ``FILE-calibrated`` beside the file unless ``output`` names a folder; the rest is as for
     ``calibrate_run``.
     """
+    from tal_fast.evaluation.export import check_score, write_about
     from tal_fast.evaluation.npz import read_npz
+    from tal_fast.utils.environment import version_of
 
-    path, score = Path(path), _check_score(score)
+    path, score = Path(path), check_score(score)
     folder = path.with_name(path.stem + "-calibrated") if output is None else Path(output)
     check_writable(folder)
     outputs = read_npz(path).id
     _, about = calibrate(SCORES[score](outputs.logits), outputs.correct, **options)
     about |= {"score": score, "npz": str(path)}
-    _write(about, folder)
+    about["versions"] = {"tal_fast": tal_fast.__version__, "torch": version_of("torch")}
+    write_about(about, folder)
     return about
-
-
-def _check_score(name: str) -> str:
-    plain = name.replace("-", "_")
-    if plain not in SCORES:
-        raise ValueError(f"unknown score {name!r}; choose a score of logits: {', '.join(SCORES)}")
-    return plain
-
-
-def _write(about: dict[str, Any], folder: Path) -> None:
-    import torch
-
-    about["versions"] = {"tal_fast": tal_fast.__version__, "torch": torch.__version__}
-    write_text(folder / JSON, json.dumps(about, indent=2, allow_nan=False) + "\n")
 
 
 def describe(about: dict[str, Any]) -> str:
     """Summary of the content of ``threshold.json`` in a few lines."""
     rule = "every prediction" if about["threshold"] is None else f"{about['score']} > {about['threshold']:.10g}"
+    if about["risk"] is None:
+        errors = f"{about['errors']} of {about['samples']} validation images are classified wrongly"
+        return "\n".join([f"accept {rule}, as no risk is given: {errors}", *_agreement(about)])
     lines = [
         f"accept {rule}",
         f"risk at most {about['risk']:.2%} with confidence {about['confidence']:.4g} (bound {about['bound']:.2%} over "
@@ -130,7 +76,17 @@ def describe(about: dict[str, Any]) -> str:
         low, high = test["risk_interval"]
         risk = f", risk {test['risk']:.2%} [{low:.2%}, {high:.2%}]" if test["accepted"] else ""
         lines.append(f"on the other {test['samples']}: coverage {test['coverage']:.2%}, {_errors(test)}{risk}")
-    return "\n".join(lines)
+    return "\n".join(lines + _agreement(about))
+
+
+def _agreement(about: Any) -> list[str]:
+    if "agreement" not in about:
+        return []
+    found = about["agreement"]
+    return [
+        f"the export decides as PyTorch on {found['images'] - found['decisions_differ']} of {found['images']} images; "
+        f"{found['inside']} lie within {found['bound']:.2g} of the threshold, where it may differ"
+    ]
 
 
 def _errors(about: Any) -> str:
@@ -145,38 +101,53 @@ def _parser() -> ArgumentParser:
     source = parser.add_argument_group("held-out samples (one of these)").add_mutually_exclusive_group(required=True)
     source.add_argument("--run", metavar="DIR", help="Folder of a run of tal_fast.train: its validation images.")
     source.add_argument("--npz", metavar="FILE", help="Logits and labels of any model on held-out samples.")
+    add_threshold_options(parser, needed=True)
+    add_run_options(parser.add_argument_group("options with --run"))
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", metavar="DIR", help="Output folder. Default: RUN/calibrated, or FILE-calibrated.")
+    return parser
+
+
+def add_threshold_options(parser: ArgumentParser, needed: bool) -> None:
+    """Add the options of ``calibrate``, without which nothing is chosen unless ``needed``."""
     threshold = parser.add_argument_group("threshold")
     threshold.add_argument(
-        "--risk", type=float, required=True, help="Error rate among accepted predictions not to exceed, such as 0.02."
-    )
+        "--risk", type=float, required=needed, help="Error rate among accepted predictions not to exceed, such as 0.02."
+        + ("" if needed else " Default: that of RUN/calibrated with its other options; without it all are accepted.")
+    )  # fmt: skip
     threshold.add_argument(
         "--confidence", type=float, default=0.95, help="Probability that the risk holds. Default: 0.95."
     )
     threshold.add_argument(
-        "--score", help=f"Confidence score: {', '.join(SCORES)}. Default: that of the run's method; needed with --npz."
+        "--score",
+        help=f"Confidence score: {', '.join(SCORES)}. Default: that of the run's method"
+        + ("; needed with --npz." if needed else "."),
     )
     threshold.add_argument(
         "--calibration-share", type=float, default=0.5, metavar="SHARE",
         help="Random share of the samples to choose the threshold on; the rest tests it. Default: 0.5.",
     )  # fmt: skip
     threshold.add_argument("--seed", type=at_least(0), default=0, help="Seed of the random share. Default: 0.")
-    run = parser.add_argument_group("options with --run")
-    run.add_argument("--checkpoint", choices=("best", "last"), default="best", help="Checkpoint. Default: best.")
-    run.add_argument("--batch-size", type=at_least(1), default=256, help="Images per step. Default: 256.")
-    run.add_argument(
+
+
+def add_run_options(group: Any) -> None:
+    """Add the options of the passes of a run's model over its validation images."""
+    group.add_argument("--checkpoint", choices=("best", "last"), default="best", help="Checkpoint. Default: best.")
+    group.add_argument("--batch-size", type=at_least(1), default=256, help="Images per step. Default: 256.")
+    group.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... Default: auto, a GPU if there is one."
     )
-    output = parser.add_argument_group("output")
-    output.add_argument("--output", metavar="DIR", help="Output folder. Default: RUN/calibrated, or FILE-calibrated.")
-    return parser
+
+
+def threshold_options(args: Any) -> dict[str, Any]:
+    """Arguments of ``calibrate`` from the command line."""
+    return {"risk": args.risk, "confidence": args.confidence, "share": args.calibration_share, "seed": args.seed}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, 1 if no threshold qualifies, 2 for bad input."""
     args = _parser().parse_args(argv)
-    options: dict[str, Any] = {
-        "risk": args.risk, "confidence": args.confidence, "share": args.calibration_share, "seed": args.seed,
-    }  # fmt: skip
+    options = threshold_options(args)
     try:
         if args.npz is not None:
             if args.score is None:

@@ -1,16 +1,43 @@
-"""Selective classifiers: a network, a confidence score and a threshold as one module, exported by ``torch.export``."""
+"""Exported classifiers: a network, a confidence score and a threshold as one graph for ``torch.export`` or ONNX.
+
+The threshold is chosen on the scores of the exported graph itself, run on the CPU, and the graph's decisions are
+compared with PyTorch's on the same validation images.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+import tal_fast
+from tal_fast.config.typed import one_line
+from tal_fast.data.datasets import DataBundle
+from tal_fast.data.preprocessing import Preprocessing
+from tal_fast.evaluation.selective import FORMAT, calibrate
+from tal_fast.runs.load import load_run
+from tal_fast.runs.predictions import CACHE, PassOptions, weights_hash
 from tal_fast.scores.logits import SCORES
-from tal_fast.utils.io import replacing
+from tal_fast.utils.arrays import Floats, Ints
+from tal_fast.utils.distributed import Ranks
+from tal_fast.utils.environment import version_of
+from tal_fast.utils.io import check_writable, replacing, write_text
+from tal_fast.utils.locks import alone_in
 
-STATE, PROGRAM = "selective.pt", "selective.pt2"
+JSON, STATE = "threshold.json", "selective.pt"
+GRAPHS = {"torch-export": "selective.pt2", "onnx": "selective.onnx"}
+"""Name of the graph's file by format."""
+
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
+"""Largest difference between the scores of the graph and of PyTorch in float32, relative to the largest score if that
+exceeds 1. Measured: 2e-7 for ResNet-18 and 2e-6 for a ResNet-8 in fp32, 2e-4 and 6e-4 in fp16."""
 
 
 class SelectiveClassifier(nn.Module):
@@ -32,45 +59,295 @@ class SelectiveClassifier(nn.Module):
         self.score = score
         self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float64))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Classify images (B, channels, H, W).
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Classify images (B, channels, H, W) float32.
 
         Returns the predicted class (B,) int64, confidence (B,) float64, and whether the prediction is accepted (B,)
         bool.
         """
-        outputs = self.model(images)
+        return self.decide(images)[:3]
+
+    def decide(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The results of ``forward``, and the logits (B, C), float32 where the network is of half precision."""
+        outputs = self.model(images.half() if self._is_half() else images)
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
+        logits = logits.float() if logits.dtype == torch.float16 else logits
         confidence = SCORES[self.score](logits)
-        return logits.argmax(1), confidence, confidence > self.threshold
+        return logits.argmax(1), confidence, confidence > self.threshold, logits
+
+    def _is_half(self) -> bool:
+        return any(weight.dtype == torch.float16 for weight in self.model.parameters())
 
 
-def export(classifier: SelectiveClassifier, images: Tensor, folder: str | Path) -> list[Path]:
-    """Write an exported program and a state dict; return their paths.
+class _ForOnnx(SelectiveClassifier):
+    """Classifier with the logits as fourth output and confidences of 33 bits.
 
-    ``selective.pt2`` takes any batch size (``torch.export.load(path).module()(images)``); ``selective.pt`` is the
-    state dict.
+    ONNX Runtime's float64 functions depend in the last bits on a row's place in the batch, which would split ties.
+    """
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        prediction, confidence, _, logits = self.decide(images)
+        high = confidence * (2.0**20 + 1)
+        confidence = high - (high - confidence)  # Veltkamp's splitting
+        return prediction, confidence, confidence > self.threshold, logits
+
+
+class Graph(Protocol):
+    """Exported classifier in memory."""
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted classes (B,) and confidences (B,) float64 of images on the CPU."""
+        ...
+
+    def save(self, path: Path, threshold: float, about: Mapping[str, Any]) -> None:
+        """Write the graph with its threshold and what ``threshold.json`` says of it."""
+        ...
+
+
+class TorchGraph:
+    """Graph of ``torch.export``; raises ValueError if the model cannot be exported."""
+
+    def __init__(self, classifier: SelectiveClassifier, example: Tensor) -> None:
+        self._program = _program(classifier, example)
+        self._module = self._program.module()
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        prediction, confidence, _ = self._module(images)
+        return prediction, confidence
+
+    def save(self, path: Path, threshold: float, about: Mapping[str, Any]) -> None:
+        self._program.state_dict["threshold"].fill_(threshold)
+        with replacing(path) as temporary:
+            torch.export.save(self._program, temporary, extra_files={JSON: json.dumps(about)})
+
+
+class OnnxGraph:
+    """ONNX graph in ONNX Runtime, which also has the logits as output; raises ValueError if a package is missing."""
+
+    def __init__(self, classifier: SelectiveClassifier, example: Tensor) -> None:
+        check_onnx()
+        program = _program(_ForOnnx(classifier.model, classifier.score, float(classifier.threshold)), example)
+        names = ["prediction", "confidence", "accepted", "logits"]
+        try:
+            exported = torch.onnx.export(
+                program, dynamo=True, input_names=["images"], output_names=names, verbose=False, optimize=True
+            )
+        except Exception as problem:  # of many types
+            raise ValueError(f"torch.onnx.export cannot take the model ({one_line(problem)})") from problem
+        assert exported is not None
+        self._proto = exported.model_proto
+        self._session = onnx_session(self._proto.SerializeToString())
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self._session.run(["prediction", "confidence"], {"images": images.numpy()})
+        prediction, confidence = map(torch.from_numpy, outputs)
+        return prediction, confidence
+
+    def save(self, path: Path, threshold: float, about: Mapping[str, Any]) -> None:
+        import onnx
+
+        stored = next(t for t in self._proto.graph.initializer if t.name == "threshold")
+        stored.CopyFrom(onnx.numpy_helper.from_array(np.array(threshold), "threshold"))
+        onnx.helper.set_model_props(self._proto, {name: json.dumps(value) for name, value in about.items()})
+        with replacing(path) as temporary:
+            temporary.write_bytes(self._proto.SerializeToString())
+
+
+def check_onnx() -> None:
+    """Raise ValueError if the packages for ONNX export are not installed."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if version_of(name) == "not installed"]
+    if missing:
+        raise ValueError(f"ONNX export needs {' and '.join(missing)}; install them with pip install 'tal-fast[export]'")
+
+
+def onnx_session(model: str | bytes) -> Any:
+    """Session of ONNX Runtime on the CPU, with PyTorch's number of threads, for a file or its bytes."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ValueError("an ONNX model needs onnxruntime; install it with pip install 'tal-fast[export]'") from None
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _program(classifier: SelectiveClassifier, images: Tensor) -> torch.export.ExportedProgram:
+    classifier.eval().requires_grad_(False)
+    try:
+        return torch.export.export(classifier, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    except Exception as problem:  # of many types, depending on the model
+        raise ValueError(f"torch.export cannot take the model ({one_line(problem)})") from problem
+
+
+def export_run(
+    run_dir: str | Path,
+    folder: str | Path,
+    *,
+    format: Literal["torch-export", "onnx"],
+    precision: Literal["fp32", "fp16"] = "fp32",
+    score: str | None = None,
+    checkpoint: Literal["best", "last"] = "best",
+    batch_size: int = 256,
+    device: str = "cpu",
+    state: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Export a run's model with a threshold chosen on its validation images; returns ``threshold.json``.
 
     Args:
-        classifier: on the CPU; it is put into eval mode and its gradients are turned off.
-        images: example input, two images or more.
-        folder: created if it does not exist.
+        run_dir: folder of a run of ``python -m tal_fast.train``.
+        folder: output folder of the graph and of ``threshold.json``, which is written last.
+        format: key of ``GRAPHS``.
+        precision: of the network's weights; images and logits are float32, confidences float64.
+        score: name from ``tal_fast.scores.SCORES``; the score of the run's method unless given.
+        checkpoint: ``best`` or ``last``.
+        batch_size: of the passes over the images.
+        device: of PyTorch's pass, where its outputs are not cached; the graph runs on the CPU.
+        state: write the classifier's state dict too, also where the model cannot be exported.
+        options: arguments of ``calibrate``; None accepts every prediction.
 
     Raises:
-        ValueError: the model cannot be exported; the state dict is written nevertheless.
+        NoThreshold: no threshold qualifies; nothing is written.
+        ValueError: no run, checkpoint or data there, an unknown score, numbers out of range, a model that cannot be
+            exported, or a graph that decides otherwise than PyTorch.
     """
     folder = Path(folder)
-    classifier.eval().requires_grad_(False)
-    (folder / PROGRAM).unlink(missing_ok=True)  # it may be of other weights
-    with replacing(folder / STATE) as temporary:
-        torch.save(classifier.state_dict(), temporary)
+    check_writable(folder)
+    if format == "onnx":
+        check_onnx()
+    run = load_run(run_dir, checkpoint=checkpoint, device=device)
+    score = check_score(score or run.score)
+    passes = PassOptions(batch_size, ranks=Ranks(0, 1, torch.device(device)))
+    outputs = run.inference(Path(run_dir) / CACHE / run.checkpoint.stem, passes).store("val").load()
+    prediction: Ints = outputs.logits.argmax(1).astype(np.int64)
+    confidence: Floats = SCORES[score](outputs.logits)
+    about: dict[str, Any] = {
+        "score": score, "run": str(run_dir), "checkpoint": run.checkpoint.stem, "epoch": run.epoch,
+        "weights_sha256": weights_hash(run.model), "class_names": list(run.class_names),
+        **Preprocessing.of(run.config.data, run.image_size).to_dict(),
+    }  # fmt: skip
+    classifier = SelectiveClassifier(run.model.cpu(), score, -math.inf)
+    graph: Graph | None = None
+    problem = None
     try:
-        program = torch.export.export(classifier, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    except Exception as problem:
-        # torch.export raises errors of many types, depending on the model.
+        if precision == "fp16":
+            run.model.half()
+        example = torch.zeros(2, run.config.data.channels, run.image_size, run.image_size)
+        graph = (OnnxGraph if format == "onnx" else TorchGraph)(classifier, example)
+    except ValueError as error:
+        if not state:
+            raise
+        problem = ValueError(f"{error}; {folder / STATE} holds its weights and the threshold")
+    chosen_on = (prediction, confidence) if graph is None else graph_outputs(graph, run.data, batch_size)
+    threshold, values = _choose(chosen_on[1], chosen_on[0] == outputs.labels, options)
+    about = values | about
+    if graph is not None:
+        about["export"] = {"format": format, "precision": precision, "file": GRAPHS[format]}
+        about["agreement"] = agreement(*chosen_on, prediction, confidence, threshold, TOLERANCE[precision])
+    names = ("torch", "onnx", "onnxruntime") if format == "onnx" else ("torch",)
+    about["versions"] = {"tal_fast": tal_fast.__version__, **{name: version_of(name) for name in names}}
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder, f"another calibration writes to {folder}; waiting for it"):
+        for name in (JSON, STATE, *GRAPHS.values()):  # they may be of other weights
+            (folder / name).unlink(missing_ok=True)
+        if state:
+            classifier.threshold.fill_(threshold)
+            with replacing(folder / STATE) as temporary:
+                torch.save(classifier.state_dict(), temporary)
+        if graph is not None:
+            graph.save(folder / GRAPHS[format], threshold, about)
+        files = [folder / name for name in (STATE, GRAPHS[format]) if (folder / name).exists()]
+        about["sha256"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        write_about(about, folder)
+    if problem is not None:
+        raise problem
+    return about
+
+
+def check_score(name: str) -> str:
+    """Name in ``SCORES`` of a score; raises ValueError if there is none."""
+    plain = name.replace("-", "_")
+    if plain not in SCORES:
+        raise ValueError(f"unknown score {name!r}; choose a score of logits: {', '.join(SCORES)}")
+    return plain
+
+
+def read_about(path: str | Path) -> dict[str, Any]:
+    """Content of a ``threshold.json``; raises ValueError if the file is missing or no such file."""
+    try:
+        about = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({one_line(error)}); calibrate again") from None
+    if not isinstance(about, dict) or about.get("format") != FORMAT or "threshold" not in about:
+        raise ValueError(f"{path} is no threshold.json of format {FORMAT}; calibrate again")
+    return about
+
+
+def write_about(about: Mapping[str, Any], folder: Path) -> None:
+    """Write ``threshold.json``."""
+    write_text(folder / JSON, json.dumps(about, indent=2, allow_nan=False) + "\n")
+
+
+def graph_outputs(graph: Graph, data: DataBundle, batch_size: int) -> tuple[Ints, Floats]:
+    """Predicted classes and confidences of the validation images, in their order.
+
+    Raises ValueError if a confidence is not finite.
+    """
+    from tqdm import tqdm
+
+    samples = len(data.split("val"))
+    prediction, confidence = np.zeros(samples, np.int64), np.zeros(samples)
+    loader = data.loader("val", batch_size=batch_size)
+    try:
+        with torch.inference_mode():
+            for images, _, indices in tqdm(loader, "exported", leave=False, disable=None):
+                prediction[indices], confidence[indices] = (values.numpy() for values in graph(images))
+    finally:
+        loader.close()
+    if not np.isfinite(confidence).all():
         raise ValueError(
-            f"torch.export cannot take the model ({str(problem).splitlines()[0]}); {folder / STATE} holds its weights "
-            f"and the threshold"
-        ) from problem
-    with replacing(folder / PROGRAM) as temporary:
-        torch.export.save(program, temporary)
-    return [folder / PROGRAM, folder / STATE]
+            f"{int((~np.isfinite(confidence)).sum())} of {samples} confidences of the exported graph are not finite; "
+            "export with --precision fp32"
+        )
+    return prediction, confidence
+
+
+def agreement(
+    prediction: Ints, confidence: Floats, reference_class: Ints, reference: Floats, threshold: float, tolerance: float
+) -> dict[str, Any]:
+    """Comparison of a graph's decisions with PyTorch's; the entry ``agreement`` of ``threshold.json``.
+
+    Returns:
+        ``images``; ``bound``, within which of the threshold decisions may differ; ``inside``, the images within it;
+        ``decisions_differ`` among these; ``classes_differ`` and ``largest_difference`` of the scores over all images.
+
+    Raises:
+        ValueError: the decision on an image differs outside the bound.
+    """
+    bound = tolerance * max(1.0, float(np.abs(reference).max()))
+    inside = np.abs(reference - threshold) <= bound
+    differ = (confidence > threshold) != (reference > threshold)
+    largest = float(np.abs(confidence - reference).max())
+    if (differ & ~inside).any():
+        raise ValueError(
+            f"the exported graph decides otherwise than PyTorch for {int((differ & ~inside).sum())} of {len(differ)} "
+            f"images whose score is further than {bound:.2g} from the threshold; scores differ by up to "
+            f"{largest:.2g}: export with --precision fp32"
+        )
+    return {
+        "images": len(differ), "bound": bound, "inside": int(inside.sum()), "decisions_differ": int(differ.sum()),
+        "classes_differ": int((prediction != reference_class).sum()), "largest_difference": largest,
+    }  # fmt: skip
+
+
+def _choose(confidence: Floats, correct: Any, options: Mapping[str, Any] | None) -> tuple[float, dict[str, Any]]:
+    """Threshold and the numbers of ``threshold.json``."""
+    if options is not None:
+        chosen, about = calibrate(confidence, correct, **options)
+        return chosen.threshold, about
+    samples = len(confidence)
+    return -math.inf, {
+        "format": FORMAT, "threshold": None, "risk": None, "confidence": None, "samples": samples, "accepted": samples,
+        "errors": int((~correct).sum()), "coverage": 1.0,
+    }  # fmt: skip

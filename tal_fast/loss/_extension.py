@@ -28,12 +28,11 @@ def load() -> tuple[bool, str]:
         step = torch.ops.tal_fast.step_with_gradient.default._schema
         if not any(argument.name == "class_weight" for argument in step.arguments):  # the newest
             raise RuntimeError("it is the build of an older version")
-        cuda = torch.ops.tal_fast.built_with_cuda()
     except (OSError, RuntimeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         return False, f"built, but {files[0].name} does not load ({reason}); {BUILD}"
     _register_fakes()
-    return True, f"{isa} kernels, {'with' if cuda else 'without'} CUDA"
+    return True, f"{isa} kernels"
 
 
 @cache
@@ -43,22 +42,18 @@ def build_digest() -> str | None:
     return hashlib.sha256(files[0].read_bytes()).hexdigest()[:8] if files else None
 
 
-def available_for(device: torch.device) -> bool:
-    """Whether the compiled queue operators run on this device."""
-    if not load()[0]:
-        return False
-    return device.type == "cpu" or (device.type == "cuda" and torch.ops.tal_fast.built_with_cuda())
-
-
 @cache
 def warn_if_missing() -> None:
     """Warn once per process if the extension is missing, so that plain PyTorch serves."""
     usable, why = load()
     if not usable:
-        warnings.warn(
-            f"tal_fast's C++ extension is {why}. Plain PyTorch computes the same loss meanwhile, only slower.",
-            stacklevel=3,
-        )
+        warn_of_pytorch(f"tal_fast's C++ extension is {why}")
+
+
+@cache
+def warn_of_pytorch(reason: str) -> None:
+    """Warn once per process that plain PyTorch serves."""
+    warnings.warn(f"{reason}. Plain PyTorch computes the same loss meanwhile, only slower.", stacklevel=4)
 
 
 def triton_problem(device: torch.device) -> str | None:

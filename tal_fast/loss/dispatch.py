@@ -1,12 +1,12 @@
 """Choice of the backend that serves a device.
 
-=============  =====================================================================  ===========
-Backend        Computes with                                                          Devices
-=============  =====================================================================  ===========
-``reference``  plain PyTorch: the definition                                          all
-``native``     the C++ extension: the whole step on CPUs, only the queue on GPUs      CPU, CUDA
-``triton``     fused Triton kernels                                                   GPUs
-=============  =====================================================================  ===========
+=============  ===================================  =======
+Backend        Computes with                        Devices
+=============  ===================================  =======
+``reference``  plain PyTorch: the definition        all
+``native``     the C++ extension                    CPU
+``triton``     fused Triton kernels                 GPUs
+=============  ===================================  =======
 
 ``auto`` takes ``triton`` on GPUs and ``native`` on CPUs, or ``reference`` where those do not run.
 """
@@ -20,18 +20,12 @@ from torch import Tensor
 
 from tal_fast.loss import _extension
 from tal_fast.loss._extension import triton_problem
-from tal_fast.loss.backends import Backend, CppBackend, CppCudaBackend, PyTorchBackend, TritonBackend
+from tal_fast.loss.backends import Backend, CppBackend, PyTorchBackend, TritonBackend
 from tal_fast.loss.options import LossOptions
 
 NAMES = ("auto", "reference", "native", "triton")
 
-_BACKENDS: dict[tuple[str, bool], Backend] = {
-    ("reference", False): PyTorchBackend(),
-    ("native", False): CppBackend(),
-    ("native", True): CppCudaBackend(),
-    ("triton", False): TritonBackend(),
-}
-"""Backend by name, and by whether it runs on GPUs where that makes a difference."""
+_BACKENDS: dict[str, Backend] = {each.name: each for each in (PyTorchBackend(), CppBackend(), TritonBackend())}
 
 
 def check_name(name: str) -> str:
@@ -41,14 +35,9 @@ def check_name(name: str) -> str:
     return name
 
 
-def for_loss(name: str, device: torch.device) -> Backend:
-    """Backend that computes the loss on this device; raises ValueError if the named one does not run there."""
-    return _backend(_name_for_loss(name, device), device)
-
-
-def for_queue(name: str, device: torch.device) -> Backend:
-    """Backend of a queue used alone: as for the loss, but on GPUs the CUDA kernels come before Triton's."""
-    return _backend(_name_for_queue(name, device), device)
+def for_device(name: str, device: torch.device) -> Backend:
+    """Backend that serves a device; raises ValueError if the named one does not run there."""
+    return _BACKENDS[_name_for(name, device)]
 
 
 def runs_in_one_call(name: str, logits: Tensor, options: LossOptions) -> bool:
@@ -65,23 +54,14 @@ def describe() -> list[str]:
     for device in [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else []):
         problem = triton_problem(device)
         lines.append(f"Triton kernels on {device.type}: {'yes' if problem is None else f'no, {problem}'}")
-        lines.append(f"backend 'auto' on {device.type}: {for_loss('auto', device).name}")
+        lines.append(f"backend 'auto' on {device.type}: {for_device('auto', device).name}")
     return lines
-
-
-def _backend(name: str, device: torch.device) -> Backend:
-    return _BACKENDS[name, name == "native" and device.type != "cpu"]
 
 
 # torch.compile takes the choice as a constant: a name, since a constant object cannot be guarded.
 @torch.compiler.assume_constant_result
-def _name_for_loss(name: str, device: torch.device) -> str:
+def _name_for(name: str, device: torch.device) -> str:
     return _choose(name, device)
-
-
-@torch.compiler.assume_constant_result
-def _name_for_queue(name: str, device: torch.device) -> str:
-    return "native" if name == "auto" and _extension.available_for(device) else _choose(name, device)
 
 
 @cache
@@ -93,7 +73,7 @@ def _choose(name: str, device: torch.device) -> str:
         usable, why = _extension.load()
         if not usable:
             raise ValueError(f"backend 'native' needs the C++ extension, which is {why}")
-        if not _extension.available_for(device):
+        if device.type != "cpu":
             raise ValueError(f"backend 'native' does not run on {device}; use backend='auto'")
         return "native"
     problem = triton_problem(device) if name == "triton" or device.type == "cuda" else "not a GPU"
@@ -101,6 +81,9 @@ def _choose(name: str, device: torch.device) -> str:
         return "triton"
     if name == "triton":
         raise ValueError(f"backend 'triton' does not run on {device}: {problem}; use backend='auto'")
+    if device.type == "cuda":
+        _extension.warn_of_pytorch(f"tal_fast's Triton kernels do not run on {device}: {problem}")
+        return "reference"
     if device.type == "cpu" and _extension.load()[0]:
         return "native"
     _extension.warn_if_missing()

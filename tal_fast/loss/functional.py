@@ -79,7 +79,7 @@ def tal_loss(
     check_inputs(logits, features, labels, ignore_index, class_group is not None, class_weight)
     result = step_in_parts(
         logits, features, labels, RingBuffer.of_entries(queue_mean, queue_std, logits.device), options,
-        backend=dispatch.for_loss(dispatch.check_name(backend), logits.device),
+        backend=dispatch.for_device(dispatch.check_name(backend), logits.device),
         warmup=warmup, class_weight=class_weight, class_group=class_group, combine=None, direct=False,
     )  # fmt: skip
     return result.loss, result.stats
@@ -125,6 +125,13 @@ def step_in_parts(
         mean, std, distance, summary, tickets = backend.statistics_distance(
             features, labels, ring, options.ignore_index, class_weight if class_group is None else None
         )
+        inputs = LossInputs(logits, labels, distance, summary, tickets, options, warmup, class_weight)
+        if class_group is None:
+            # Plain PyTorch has no summary yet, and needs one for other ranks only.
+            if (summary is not None and inputs.needs_sums) or (summary is None and combine is not None):
+                inputs.summary = backend.complete_summary(inputs)
+            if combine is not None:
+                inputs.summary = combine(inputs.summary)
     gradient: Tensor | None = None
     if class_group is not None:
         need_grad = direct or wants_gradient(logits)
@@ -134,16 +141,7 @@ def step_in_parts(
         )  # fmt: skip
         if need_grad and not direct:
             loss = attach_gradient(logits, loss, gradient, labels, options.ignore_index)
-        return StepResult(loss, gradient, stats, mean, std)
-
-    inputs = LossInputs(logits, labels, distance, summary, tickets, options, warmup, class_weight)
-    with torch.no_grad():
-        # Plain PyTorch has no summary yet, and needs one for other ranks only.
-        if (summary is not None and inputs.needs_sums) or (summary is None and combine is not None):
-            inputs.summary = backend.complete_summary(inputs)
-        if combine is not None:
-            inputs.summary = combine(inputs.summary)
-    if direct:
+    elif direct:
         loss, gradient, stats = backend.loss_and_gradient(inputs)
     else:
         loss, stats = backend.loss(inputs)

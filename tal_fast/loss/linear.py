@@ -167,7 +167,7 @@ def linear_tal_loss(
     check_inputs(_check_layer(features, weight, bias), features, labels, ignore_index, class_weight=class_weight)
     result = linear_step(
         features, weight, bias, labels, RingBuffer.of_entries(queue_mean, queue_std, features.device), options,
-        backend=dispatch.for_loss(dispatch.check_name(backend), features.device),
+        backend=dispatch.for_device(dispatch.check_name(backend), features.device),
         warmup=warmup, class_weight=class_weight, combine=None,
     )  # fmt: skip
     return result.loss, result.stats
@@ -444,7 +444,7 @@ def _inputs_of(
 ) -> tuple[LossInputs, KernelBackend]:  # fmt: skip
     own = None if tickets is None else torch.zeros_like(tickets)  # an operator does not write into its arguments
     inputs = LossInputs(factors[0], labels, distance, summary, own, LossOptions(*options), warmup, class_weight)
-    return inputs, dispatch.for_loss(backend, labels.device)  # type: ignore[return-value]
+    return inputs, dispatch.for_device(backend, labels.device)  # type: ignore[return-value]
 
 
 @torch.library.custom_op("tal_fast::linear_sums", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")

@@ -273,7 +273,7 @@ class TALLoss(nn.Module):
         """A step of ``rows`` rows between what precedes it and the push after it."""
         self.queue.flush()
         ring, group = self.queue.ring, self.process_group
-        backend = dispatch.for_loss(self.backend, device)
+        backend = dispatch.for_device(self.backend, device)
         combine = None
         if self._acts_as_one():
             combine = partial(collectives.combine_summaries, rows=rows, group=group)
@@ -281,13 +281,12 @@ class TALLoss(nn.Module):
             ring, self.options, backend=backend, warmup=warmup, class_weight=self.class_weight, combine=combine
         )
         if push and self.training:
-            with torch.no_grad():
-                entries = result.mean, result.std, result.stats.accepted
-                if combine is None:
-                    backend.push(ring, *entries)
-                else:  # the entries travel during the backward pass, since only the next step needs them
-                    wait = collectives.gather_entries(*entries, group)
-                    self.queue.push_later(lambda: backend.push(ring, *wait()))
+            entries = result.mean, result.std, result.stats.accepted  # without a graph
+            if combine is None:
+                backend.push(ring, *entries)
+            else:  # the entries travel during the backward pass, since only the next step needs them
+                wait = collectives.gather_entries(*entries, group)
+                self.queue.push_later(lambda: backend.push(ring, *wait()))
         return result
 
     def _check(self, logits: Tensor, features: Tensor, labels: Tensor) -> None:

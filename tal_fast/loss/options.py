@@ -68,6 +68,11 @@ def check_inputs(
             f"features have {features.shape[1]} dimension but need at least 2 for a standard deviation; "
             "pass the input of the last Linear layer"
         )
+    if labels.dim() == 2 and labels.shape == logits.shape:
+        raise ValueError(
+            f"labels are {tuple(labels.shape)}, soft as those of mixed images, but TAL judges images of one class; "
+            "pass clean images with (B,) labels here, the mixed ones to F.cross_entropy, and add both losses"
+        )
     if labels.shape != logits.shape[:1]:
         raise ValueError(f"labels are {tuple(labels.shape)} but must be ({logits.shape[0]},) as the logits")
     if labels.dtype != torch.int64:

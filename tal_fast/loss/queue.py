@@ -33,8 +33,7 @@ class FeatureQueue(nn.Module):
         capacity: Largest number of entries, >= 1. The authors' code has 880,880 for ImageNet and 30,000 for CIFAR-100.
         dtype: ``torch.float32`` or ``torch.float64``.
         device: Device of the ring.
-        backend: ``"auto"`` (the C++ extension where it runs, else Triton on GPUs, else plain PyTorch), ``"native"``,
-            ``"triton"`` or ``"reference"``.
+        backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see ``tal_fast.loss.dispatch``.
 
     Raises:
         ValueError: If the capacity is less than 1 or the backend is unknown.
@@ -64,6 +63,7 @@ class FeatureQueue(nn.Module):
             raise ValueError(f"queue capacity is {capacity} but must be at least 1; 20000 is a good default")
         self.backend = dispatch.check_name(backend)
         self.ring = RingBuffer.empty(capacity, dtype, device, indexed=backend in ("auto", "native"))
+        self.ring.keep_addresses()
         self._pending_push: Callable[[], None] | None = None
 
     @property
@@ -113,7 +113,7 @@ class FeatureQueue(nn.Module):
                 raise TypeError(f"accepted is {accepted.dtype} but must be torch.bool")
             if accepted.shape != mean.shape:
                 raise ValueError(f"accepted is {tuple(accepted.shape)} but must be {tuple(mean.shape)} as the mean")
-        dispatch.for_queue(self.backend, self.device).push(self.ring, mean, std, accepted)
+        dispatch.for_device(self.backend, self.device).push(self.ring, mean, std, accepted)
 
     @torch.no_grad()
     def nearest(self, mean: Tensor, std: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class FeatureQueue(nn.Module):
         """
         self.flush()
         mean, std = self._as_entries(mean, std)
-        return dispatch.for_queue(self.backend, self.device).nearest(self.ring, mean, std)
+        return dispatch.for_device(self.backend, self.device).nearest(self.ring, mean, std)
 
     def contents(self) -> tuple[Tensor, Tensor]:
         """Copies of (mean, std), each (len(self),), oldest first; waits for the device."""
@@ -186,13 +186,14 @@ class FeatureQueue(nn.Module):
         self.flush()
         super()._apply(fn, recurse)
         self.ring.convert(fn)
+        self.ring.keep_addresses()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.flush()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for key in _KEYS:
-            destination[prefix + key] = getattr(self.ring, key)
+            destination[prefix + key] = getattr(self.ring, key).detach()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
@@ -214,4 +215,5 @@ class FeatureQueue(nn.Module):
         with torch.no_grad():
             if self.ring.mean.is_meta:  # it holds nothing; the state's device is the one there is
                 self.ring = RingBuffer.empty(self.capacity, self.dtype, mean.device, self.ring.indexed)
+                self.ring.keep_addresses()
             self.ring.load(mean, std, cursor)

@@ -13,6 +13,8 @@ from torch import Tensor
 from tal_fast.loss import _extension
 from tal_fast.loss.options import CHECK_LABELS_ON_GPU
 
+COMPILED_INTO_CUDA_GRAPHS = ("cuda",)  # types of devices
+
 
 @dataclass
 class RingBuffer:
@@ -65,6 +67,12 @@ class RingBuffer:
         if self.indexed and self.mean.device.type == "cpu" and _extension.load()[0]:
             size = torch.ops.tal_fast.index_bytes(self.capacity, self.mean.dtype == torch.float64)
             self.index = torch.zeros(size, dtype=torch.uint8, device="cpu") if size else None
+
+    def keep_addresses(self) -> None:
+        """Tell ``torch.compile`` that the tensors stay where they are, so that CUDA graphs may change them in place."""
+        if self.mean.device.type in COMPILED_INTO_CUDA_GRAPHS:  # elsewhere the seconds to load torch._dynamo are saved
+            for tensor in (self.mean, self.std, self.cursor):
+                torch._dynamo.mark_static_address(tensor, guard=False)
 
     def invalidate_index(self) -> None:
         """Have the next push rebuild the index, after a change of the ring by other means."""

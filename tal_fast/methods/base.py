@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tal_fast.config.methods import MethodOptions, read_options
 from tal_fast.config.schema import MethodConfig
+from tal_fast.data.loader import IGNORED_LABEL
 from tal_fast.scores.logits import SCORES
+
+
+def mean_cross_entropy(
+    logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, share: Tensor | None = None
+) -> Tensor:
+    """Mean cross-entropy in float32 over the rows whose label is not ``IGNORED_LABEL``; 0, not NaN, without any.
+
+    ``share`` (B,) are factors of the rows' losses, of which the mean still divides by the number of rows.
+    """
+    reduction = "sum" if share is None else "none"
+    total = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing, reduction=reduction)
+    if share is not None:
+        total = (total * share).sum()
+    return total / (labels != IGNORED_LABEL).sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,9 @@ class Method(nn.Module):
         outliers: description of a set of outliers, as ``tal_fast.data.ood.ood_set`` takes it; each step passes a batch
             of it to ``inputs``. None: no outliers.
         radius: radius ρ of sharpness-aware minimisation (``tal_fast.training.sam``); None: ordinary steps.
+        mixes: whether it trains on mixed images (``tal_fast.training.mixing``): ``alone``, in place of the clean ones,
+            which needs ``sample_names`` to be empty; ``beside`` the clean ones; or ``never``.
+        once_an_epoch: whether it relies on seeing each training image at most once an epoch.
         averages_from: share of the epochs after which weights are averaged once an epoch
             (``tal_fast.training.weight_averaging``); None: never.
         ascent_pass: True in the first pass of sharpness-aware minimisation, whose gradient only perturbs the weights
@@ -75,6 +94,8 @@ class Method(nn.Module):
     Options: ClassVar[type] = MethodOptions
     sample_names: tuple[str, ...] = ()
     extra_classes: ClassVar[int] = 0
+    mixes: ClassVar[Literal["alone", "beside", "never"]] = "beside"
+    once_an_epoch: ClassVar[bool] = False
     outliers: str | None = None
     radius: float | None = None
     averages_from: float | None = None
@@ -130,6 +151,23 @@ class Method(nn.Module):
             indices: (B,) int64, positions of the images among the training images.
         """
         raise NotImplementedError
+
+    def mixed_loss(self, logits: Tensor, pairs: Tensor, share: Tensor) -> Tensor:
+        """Loss of mixed images: here the cross-entropy of both labels, by their shares.
+
+        Args:
+            logits: (B, C + ``extra_classes``) floating point.
+            pairs: (B, 2) int64 labels of the two images; both ``IGNORED_LABEL`` where one has no image to learn from.
+            share: (B,) float32 share λ of the first image in [0, 1].
+
+        Returns:
+            Scalar, the mean of λ L(x, y) + (1 - λ) L(x, y') over the rows with labels.
+        """
+        first, second = pairs.unbind(1)
+        smoothing = self.label_smoothing
+        return mean_cross_entropy(logits, first, smoothing, share) + mean_cross_entropy(
+            logits, second, smoothing, 1 - share
+        )
 
     def epoch_metrics(self) -> dict[str, float]:
         """Further columns of metrics.csv at the end of an epoch; may wait for the device."""

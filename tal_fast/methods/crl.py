@@ -12,8 +12,7 @@ from torch import Tensor
 from tal_fast.config.methods import CRLOptions
 from tal_fast.config.schema import MethodConfig
 from tal_fast.data.loader import IGNORED_LABEL
-from tal_fast.methods.base import Method, Step, Task
-from tal_fast.methods.ce import mean_cross_entropy
+from tal_fast.methods.base import Method, Step, Task, mean_cross_entropy
 
 
 class CRL(Method):
@@ -31,6 +30,7 @@ class CRL(Method):
 
     name = "crl"
     score = "msp"
+    once_an_epoch = True
     Options = CRLOptions
 
     def __init__(self, config: MethodConfig, task: Task) -> None:

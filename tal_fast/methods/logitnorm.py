@@ -6,8 +6,7 @@ from torch import Tensor
 
 from tal_fast.config.methods import LogitNormOptions
 from tal_fast.loss.reference import scaled_with_norm
-from tal_fast.methods.base import Method, Step
-from tal_fast.methods.ce import mean_cross_entropy
+from tal_fast.methods.base import Method, Step, mean_cross_entropy
 
 
 class LogitNorm(Method):
@@ -18,8 +17,15 @@ class LogitNorm(Method):
 
     name = "logitnorm"
     score = "msp"
+    mixes = "alone"
     Options = LogitNormOptions
 
     def forward(self, logits: Tensor, features: Tensor, labels: Tensor, indices: Tensor) -> Step:
+        return Step(mean_cross_entropy(self._normalised(logits), labels, self.label_smoothing), {})
+
+    def mixed_loss(self, logits: Tensor, pairs: Tensor, share: Tensor) -> Tensor:
+        return super().mixed_loss(self._normalised(logits), pairs, share)
+
+    def _normalised(self, logits: Tensor) -> Tensor:
         z, norm = scaled_with_norm(logits.float())
-        return Step(mean_cross_entropy(z / (self.options.tau * norm), labels, self.label_smoothing), {})
+        return z / (self.options.tau * norm)

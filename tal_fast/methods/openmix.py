@@ -8,8 +8,7 @@ from torch import Tensor
 from tal_fast.config.methods import OpenMixOptions
 from tal_fast.config.schema import MethodConfig
 from tal_fast.data.loader import IGNORED_LABEL
-from tal_fast.methods.base import Method, Step, Task
-from tal_fast.methods.ce import mean_cross_entropy
+from tal_fast.methods.base import Method, Step, Task, mean_cross_entropy
 
 
 class OpenMix(Method):
@@ -22,6 +21,7 @@ class OpenMix(Method):
 
     name = "openmix"
     score = "msp"
+    mixes = "never"
     Options = OpenMixOptions
     extra_classes = 1
 

@@ -30,12 +30,16 @@ def build_model(config: ModelConfig, num_classes: int, in_channels: int = 3, ima
         ValueError: there is no network of that name, or it does not expose its features.
     """
     if config.name in NETWORKS:
+        if config.drop_path is not None:
+            raise ValueError(_no_drop_path(config))
         width = {} if config.width is None else {"width": config.width}
         model = NETWORKS[config.name](num_classes=num_classes, in_channels=in_channels, **width)
     elif (name := timm_name(config.name)) is not None:
         model = _timm(config, name, num_classes, in_channels, image_size)
     else:
         model = _torchvision(config, num_classes, image_size)
+        if config.drop_path is not None:
+            _set_drop_path(model, config)
         if in_channels != 3:
             _replace_stem(model, in_channels)
     model = expose_features(model, torch.zeros(2, in_channels, image_size, image_size))
@@ -76,10 +80,20 @@ def _timm(config: ModelConfig, name: str, num_classes: int, in_channels: int, im
     if config.width is not None:
         raise ValueError(f"model.width is {config.width} but {config.name} has a fixed width; leave it out")
     options: dict[str, Any] = {"pretrained": False, "num_classes": num_classes, "in_chans": in_channels}
+    if config.drop_path is not None:
+        options["drop_path_rate"] = config.drop_path
     try:
         return timm.create_model(name, img_size=image_size, **options)
     except TypeError:  # convolutional networks take any size and have no such option
+        pass
+    try:
         return timm.create_model(name, **options)
+    except TypeError as error:
+        raise ValueError(_no_drop_path(config)) if "drop_path_rate" in str(error) else error from None
+
+
+def _no_drop_path(config: ModelConfig) -> str:
+    return f"model.drop_path is {config.drop_path} but {config.name} has no stochastic depth; leave it out"
 
 
 def _torchvision(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -98,6 +112,18 @@ def _torchvision(config: ModelConfig, num_classes: int, image_size: int) -> nn.M
     elif config.name in ("googlenet", "inception_v3"):
         extra = {"aux_logits": False, "init_weights": True}  # otherwise several outputs in training
     return models.get_model(config.name, weights=None, num_classes=num_classes, **extra)
+
+
+def _set_drop_path(model: nn.Module, config: ModelConfig) -> None:
+    """Scale the rates of a network of torchvision, which rise with depth, to a largest one."""
+    from torchvision.ops import StochasticDepth
+
+    layers = [module for module in model.modules() if isinstance(module, StochasticDepth)]
+    largest = max((layer.p for layer in layers), default=0.0)
+    if not largest:
+        raise ValueError(_no_drop_path(config))
+    for layer in layers:
+        layer.p *= (config.drop_path or 0.0) / largest
 
 
 def _replace_stem(model: nn.Module, in_channels: int) -> None:

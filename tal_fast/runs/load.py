@@ -31,6 +31,7 @@ class Run:
     method: str  # name of the training method
     score: str  # confidence score of the method; a key of ``tal_fast.scores.logits.SCORES``
     class_names: tuple[str, ...]  # one name for each logit
+    image_size: int  # side of the validation images in pixels
     # Rows of metrics.csv, one for each finished epoch.
     history: list[dict[str, float]] = field(default_factory=list, repr=False)
 
@@ -97,5 +98,6 @@ def load_run(
         method=config.method.name,
         score=method.score,
         class_names=tuple(shape["class_names"]),
+        image_size=shape["image_size"],
         history=content["history"],
     )

@@ -36,7 +36,8 @@ WARNED = frozenset({
 
 FIXED = frozenset({
     "data.channels", "data.image_size", "model.name", "model.width", "model.head", "model.weights", "model.weights_key",
-    "optim.name", "optim.decay_all", "optim.ema_decay", "method.name", "method.options.queue_scope",
+    "model.freeze", "optim.name", "optim.decay_all", "optim.ema_decay", "optim.layer_decay", "method.name",
+    "method.options.queue_scope",
 })  # fmt: skip
 """Options that a resumed run cannot change, because the saved state would not fit. A change of any option that is in
 none of these sets is refused unless ``config.allow`` names it."""

@@ -13,6 +13,7 @@ from tal_fast.config.schema import Config
 from tal_fast.data import DataBundle, Loader
 from tal_fast.data.loader import Images
 from tal_fast.data.ood import ood_set
+from tal_fast.training.mixing import Mixer
 
 
 class TrainingBatches:
@@ -27,6 +28,7 @@ class TrainingBatches:
         self, config: Config, data: DataBundle, outliers: str | None, batch_size: int, options: dict[str, Any]
     ) -> None:
         self._config = config
+        self._mixer = Mixer(config.mix, config.seed, options.get("rank", 0)) if config.mix.on else None
         self._images = data.loader("train", batch_size=batch_size, seed=config.seed, **options)
         self._outliers: Loader | None = None
         self.num_images = self._images.num_samples
@@ -54,7 +56,7 @@ class TrainingBatches:
             loader.close()
 
     def epoch(self, epoch: int, first: int = 0) -> Generator[tuple[Tensor, ...], None, None]:
-        """Batches of an epoch from step ``first`` on: images, labels, indices and, if there are any, outliers.
+        """Batches of an epoch from step ``first`` on: images, labels, indices, and outliers or what ``Mixer`` adds.
 
         There are none if ``first`` is the number of steps. The outliers' own epochs follow one another across those of
         the images.
@@ -63,6 +65,11 @@ class TrainingBatches:
             return
         size = self._config.image_size_at(epoch)
         self._images.set_epoch(epoch, first, size)
+        if self._mixer is not None:
+            with closing(iter(self._images)) as batches:
+                for step, (images, labels, indices) in enumerate(batches, first):
+                    yield self._mixer(images, labels, indices, epoch, step)
+            return
         if self._outliers is None:
             yield from self._images
             return

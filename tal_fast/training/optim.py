@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from tal_fast.config.schema import OptimConfig
+from tal_fast.models.blocks import block_numbers
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -23,19 +25,23 @@ _NORMS = (
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Fused SGD or AdamW over the parameters of a model, with the learning rate as a tensor on their device.
 
-    Unless ``decay_all`` is on, there is no weight decay on biases, on the parameters of normalisation layers and on
+    With ``layer_decay`` each block of the network has a rate of its own, ``lr_scale`` times that of its head. Unless
+    ``decay_all`` is on, there is no weight decay on biases, on the parameters of normalisation layers and on
     those that the model itself exempts through ``no_weight_decay``, as timm's models do.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     exempt = set() if config.decay_all else _exempt(model)
-    groups = [
-        {"params": [p for name, p in named if name not in exempt], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in named if name in exempt], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
     device = named[0][1].device
     # A tensor: changing a number would recompile the step, and a CUDA graph would keep the captured rate.
     rate = torch.tensor(config.lr, dtype=torch.float32, device=device)
+    numbers = {} if config.layer_decay is None else block_numbers(model)
+    last = max(numbers.values(), default=0)
+    groups: list[dict[str, Any]] = []
+    for number, spared in sorted({(numbers.get(name, last), name in exempt) for name, _ in named}):
+        parameters = [p for name, p in named if (numbers.get(name, last), name in exempt) == (number, spared)]
+        groups.append({"params": parameters, "weight_decay": 0.0 if spared else config.weight_decay})
+        if config.layer_decay is not None:
+            groups[-1] |= {"lr": rate.clone(), "lr_scale": config.layer_decay ** (last - number)}
     # Fused kernels exist for float32 on the CPU and on CUDA GPUs, among others.
     fused = device.type in ("cpu", "cuda") and all(p.dtype == torch.float32 for _, p in named)
     if config.name == "adamw":
@@ -60,9 +66,9 @@ def _exempt(model: nn.Module) -> set[str]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of all parameters; does not wait for the device."""
+    """Set the learning rate of the head, and of others to ``lr_scale`` times it; does not wait for the device."""
     for group in optimizer.param_groups:
-        group["lr"].fill_(rate)
+        group["lr"].fill_(rate * group.get("lr_scale", 1.0))
 
 
 def learning_rate(config: OptimConfig, epochs: int, epoch: float) -> float:

@@ -18,6 +18,7 @@ from tal_fast.loss import dispatch
 from tal_fast.loss._extension import build_digest
 from tal_fast.methods import Method, Task, build_method, method_class
 from tal_fast.models import build_model, head_path
+from tal_fast.models.blocks import freeze, is_frozen
 from tal_fast.models.pretrained import Weights, start_from
 from tal_fast.training.epoch_stats import EpochSums
 from tal_fast.training.optim import build_optimizer
@@ -193,6 +194,8 @@ def build_state(config: Config, data: DataBundle, runtime: Runtime, weights: Wei
     whole = None
     if config.model.cache_features:
         whole, network = network.requires_grad_(False), network.get_submodule(head_path(network)).requires_grad_()
+    else:
+        freeze(network, config.model.freeze)
     optimizer = build_optimizer(config.optim, network)
     task = Task(config.epochs, data.num_classes, len(data.split("train")), config.optim.lr)
     method = build_method(config.method, task).to(runtime.device)
@@ -202,15 +205,25 @@ def build_state(config: Config, data: DataBundle, runtime: Runtime, weights: Wei
             f"the method {config.method.name} has the parameter {learned[0]}, which no optimizer steps; keep state "
             "in get_extra_state, and what is learned in the network"
         )
+    average = build_average(network, config.optim.ema_decay, method)
+    if average is not None and average.takes_statistics and any(map(_is_frozen_norm, network.modules())):
+        raise ValueError(
+            f"{method.name} takes the statistics of BatchNorm anew, which model.freeze {config.model.freeze} keeps; "
+            "set model.freeze to none"
+        )
     return TrainingState(
         network=network,
         method=method,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.scales_gradients),
-        average=build_average(network, config.optim.ema_decay, method),
+        average=average,
         sums=EpochSums(method, runtime.device),
         whole=whole,
     )
+
+
+def _is_frozen_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and is_frozen(module)
 
 
 def data_shape(data: DataBundle, train_images: int) -> dict[str, Any]:
@@ -238,7 +251,7 @@ def conditions(config: Config, data: DataBundle, runtime: Runtime) -> dict[str, 
         "precision": str(runtime.dtype or torch.float32).removeprefix("torch."),
         "model.compile": runtime.compile,
         "model.channels_last": runtime.channels_last,
-        "method.options.backend": dispatch.for_loss(backend, device).name if backend in dispatch.NAMES else backend,
+        "method.options.backend": dispatch.for_device(backend, device).name if backend in dispatch.NAMES else backend,
         "data.loader": data.loader_name,
         "last change of an image file": newest_change(data),
         "torch": str(torch.__version__),

@@ -24,6 +24,7 @@ from torch import Tensor
 from tal_fast.config.schema import Config
 from tal_fast.loss.queue import FeatureQueue
 from tal_fast.loss.reference import feature_statistics
+from tal_fast.methods import method_class
 from tal_fast.training.progress import memory_in_use
 from tal_fast.training.trainer import Trainer
 from tal_fast.utils.distributed import Ranks
@@ -47,9 +48,12 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
     trainers: dict[str, Trainer] = {}
     for name in ("ce", other):
         run = copy.deepcopy(config)
+        run.optim.head_epochs = 0  # the steps of most epochs are measured
         run.resume, run.output = "never", str(Path(tempfile.gettempdir()) / "tal-fast-bench")
         if name != config.method.name:
             run.method = dataclasses.replace(config.method, name=name, options={})
+            if run.mix.on and run.mix.weight is None and method_class(name).mixes != "alone":
+                run.mix.weight = 1.0  # what the method would have to train with
         trainers[name] = Trainer(run, ranks)
     for trainer in trainers.values():
         trainer.model.train()

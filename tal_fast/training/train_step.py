@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tal_fast.config.schema import OptimConfig
+from tal_fast.config.schema import MixConfig, OptimConfig
 from tal_fast.methods import Method
+from tal_fast.models.blocks import is_frozen
 from tal_fast.training.cuda_graph import GraphedStep
 from tal_fast.training.epoch_stats import batch_sums
 from tal_fast.training.optim import set_learning_rate
@@ -28,7 +29,8 @@ def check_parts(network: nn.Module, images: int) -> None:
     if images > 1:
         return
     for name, module in network.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and not is_frozen(module)
+        if norm and not isinstance(module, nn.SyncBatchNorm):
             raise ValueError(
                 f"BatchNorm ({name}) would see one image at a time in training; raise batch_size, lower "
                 "optim.accumulate, or use fewer ranks, so that each part of a rank's batch has two images or more"
@@ -36,24 +38,53 @@ def check_parts(network: nn.Module, images: int) -> None:
 
 
 class TrainStep(nn.Module):
-    """Network and method as one module, which DDP wraps and ``torch.compile`` compiles as one graph."""
+    """Network and method as one module, which DDP wraps and ``torch.compile`` compiles as one graph.
 
-    def __init__(self, network: nn.Module, method: Method, runtime: Runtime) -> None:
+    ``mix`` says how the batches are mixed, if they are.
+    """
+
+    def __init__(self, network: nn.Module, method: Method, runtime: Runtime, mix: MixConfig | None = None) -> None:
         super().__init__()
         self.network = network
         self.method = method
         self._runtime = runtime
+        self._mix = mix if mix is not None and mix.on else None
 
-    def forward(
-        self, images: Tensor, labels: Tensor, indices: Tensor, outliers: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def train(self, mode: bool = True) -> TrainStep:
+        """Set the training mode, of all but frozen parts of the network."""
+        super().train(mode)
+        for module in self.network.modules() if mode else ():
+            if is_frozen(module):
+                module.eval()
+        return self
+
+    def forward(self, images: Tensor, labels: Tensor, indices: Tensor, *further: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of a batch, and its sums for ``EpochSums``; does not wait for the device.
 
-        Arguments as for ``Method.inputs`` and ``Method.forward``.
+        Arguments as for ``Method.inputs`` and ``Method.forward``; ``further`` are the outliers, or with mixing what
+        ``tal_fast.training.mixing.Mixer`` adds.
         """
+        if self._mix is not None:
+            return self._mixed(images, labels, indices, *further)
         with self._runtime.autocast():
-            logits, features = self.network(self.method.inputs(images, outliers))
+            logits, features = self.network(self.method.inputs(images, further[0] if further else None))
         loss, samples = self.method(logits, features, labels, indices)
+        with torch.no_grad():
+            return loss, batch_sums(self.method, loss, samples, logits, labels)
+
+    def _mixed(self, images: Tensor, labels: Tensor, indices: Tensor, *further: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``forward``, for mixed images, or for clean images and mixed ones after them."""
+        assert self._mix is not None
+        *mixed, pairs, share = further
+        clean = self.method.inputs(images, None) if mixed else images
+        with self._runtime.autocast():
+            logits, features = self.network(torch.cat([clean, *mixed]) if mixed else clean)
+        samples: dict[str, Tensor] = {}
+        loss = self.method.mixed_loss(logits[-len(labels) :], pairs, share)
+        if mixed:
+            assert self._mix.weight is not None
+            step = self.method(logits[: len(clean)], features[: len(clean)], labels, indices)
+            loss, samples = step.loss + self._mix.weight * loss, step.samples
         with torch.no_grad():
             return loss, batch_sums(self.method, loss, samples, logits, labels)
 
@@ -79,8 +110,7 @@ class Update:
     def __call__(self, batch: tuple[Tensor, ...], learning_rate: float) -> None:
         """Train on a batch of ``TrainingBatches``; does not wait for the device."""
         set_learning_rate(self.state.optimizer, learning_rate)
-        images, labels, indices, *outliers = batch
-        batch = (self.runtime.arrange(images), labels, indices, *map(self.runtime.arrange, outliers))
+        batch = tuple(map(self.runtime.arrange, batch))
         self._rollback.keep()
         if self._rehearses:
             self._rehearse(batch)

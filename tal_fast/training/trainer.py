@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tal_fast.config.schema import OWN_OF_A_RANK, Config
 from tal_fast.data import build_data
+from tal_fast.models import head_path
 from tal_fast.models.pretrained import PRETRAINED, Weights, read_weights
 from tal_fast.runs import checkpoint
 from tal_fast.runs.folder import METRICS_FILE, epoch_row, write_config, write_metrics
@@ -32,6 +34,7 @@ from tal_fast.training import loggers
 from tal_fast.training.batches import TrainingBatches
 from tal_fast.training.epoch_stats import Histogram, percentile_columns
 from tal_fast.training.feature_cache import FeatureBundle
+from tal_fast.training.mixing import check_images
 from tal_fast.training.optim import learning_rate
 from tal_fast.training.profiler import Profiler
 from tal_fast.training.progress import Progress, epoch_line, memory_in_use, shows_bar
@@ -106,6 +109,7 @@ class Trainer:
         seed_all(config.seed)  # the same initial weights on all ranks
         self.state = build_state(config, self.data, self.runtime, weights)
         self.network, self.method = self.state.network, self.state.method
+        check_images(config, self.method)
         batch_size = config.batch_size // self.ranks.world_size
         check_parts(self.network, batch_size // config.optim.accumulate)
         images = FeatureBundle(self.data, self.method) if config.model.cache_features else self.data
@@ -125,14 +129,12 @@ class Trainer:
         if isinstance(images, FeatureBundle):
             images.compute(self.state.whole or self.network, config, self.runtime, self.ranks, self._stop)
 
-        step = TrainStep(self.network, self.method, self.runtime)
+        self._step = TrainStep(self.network, self.method, self.runtime, config.mix)
         if self.runtime.compile:
-            step.compile()  # in place and before DDP: the keys of the network's state stay the same
-        self.model: nn.Module = step
-        if self.ranks.world_size > 1:
-            device_ids = [device.index] if device.type == "cuda" else None
-            self.model = DistributedDataParallel(step, device_ids=device_ids, gradient_as_bucket_view=True)
-        self.train_step = Update(self.model, self.state, config.optim, self.runtime, config.cuda_graphs)
+            self._step.compile()  # in place and before DDP: the keys of the network's state stay the same
+        self.model: nn.Module
+        self.train_step: Update
+        self._build_update(self.state.epoch)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")  # TF32 where the network is not under autocast
@@ -142,6 +144,22 @@ class Trainer:
         self._loggers: loggers.Loggers | None = None
         trace = self.output / "profile" / f"trace-rank{self.ranks.rank}.json"
         self._profiler = Profiler(*config.profile_window(), trace)
+
+    def _build_update(self, epoch: int) -> None:
+        """Make ``model`` and ``train_step`` for the parameters that train in an epoch and those after it."""
+        self._head_only = epoch < self.config.optim.head_epochs
+        head = set(self.network.get_submodule(head_path(self.network)).parameters())
+        for group in self.state.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(not self._head_only or parameter in head)
+        self.model = self._step
+        if self.ranks.world_size > 1:
+            self.train_step = None  # type: ignore[assignment]
+            gc.collect()  # DDP before this one has hooks on the parameters
+            device = self.ranks.device
+            device_ids = [device.index] if device.type == "cuda" else None
+            self.model = DistributedDataParallel(self._step, device_ids=device_ids, gradient_as_bucket_view=True)
+        self.train_step = Update(self.model, self.state, self.config.optim, self.runtime, self.config.cuda_graphs)
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -178,6 +196,12 @@ class Trainer:
             f"{'' if state.whole is None else ' in the head'}; {self.ranks.world_size} x "
             f"{self.ranks.device.type}, {self.runtime.summary()}, loader {self.data.loader_name}"
         )
+        if config.mix.on:
+            beside = "in place of the images"
+            if config.mix.weight is not None:
+                beside = f"beside the images, weight {config.mix.weight:g}: {2 * config.batch_size} images a step, not "
+                beside += f"{config.batch_size}"
+            self._info(f"{config.mix.summary()} {beside}")
         if self.ranks.is_main:
             self._loggers = loggers.Loggers(config, self.output, self._steps_done)
         problem = None
@@ -220,6 +244,8 @@ class Trainer:
     def _train_epoch(self, epoch: int) -> tuple[dict[str, float], dict[str, Histogram]]:
         """Train for one epoch, or what is left of it; returns its columns of metrics.csv and its histograms."""
         config, state = self.config, self.state
+        if self._head_only and epoch >= config.optim.head_epochs:
+            self._build_update(epoch)
         self.model.train()
         self.method.start_epoch(epoch)
         steps, first = len(self.batches), state.step

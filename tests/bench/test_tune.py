@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import gpu, harness, tune
+from bench import gpu, tune
 from tal_fast import kernels
 from tal_fast.kernels import distance, launch, loss
 from tests.helpers.kernels import NAN_WARNINGS
@@ -93,7 +93,7 @@ def test_each_candidate_is_another_launch(kind: int) -> None:
     launches = set()
     for options in each.candidates:
         recorded: list[launch.Launch] = []
-        with tune.in_force(each.kernel, options), harness.launch_replaced(recorded.append):
+        with tune.in_force(each.kernel, options), launch.replaced(recorded.append):
             each.compile()
         (one,) = [e for e in recorded if e.kernel.fn.__name__.startswith(each.kernel[:4])]
         launches.add((one.grid, *one.constants.items(), *one.options.items()))

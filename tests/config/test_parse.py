@@ -12,7 +12,7 @@ from hypothesis import given
 from tal_fast.config import parse as parse_module
 from tal_fast.config.methods import OPTIONS, TAL_OPTIONS, MethodOptions
 from tal_fast.config.parse import attribute_help, load_config, merged, parse_command_line, preset_names
-from tal_fast.config.schema import Config, DataConfig, MethodConfig, ModelConfig, OptimConfig
+from tal_fast.config.schema import Config, DataConfig, MethodConfig, MixConfig, ModelConfig, OptimConfig
 from tests.helpers.fuzz import FUZZ, mutations, reads_or_refuses
 
 PRESETS = [
@@ -103,7 +103,7 @@ def test_options_of_every_kind_can_be_set() -> None:
 
 def test_every_option_is_accepted_with_hyphens_and_with_underscores() -> None:
     defaults = Config().to_dict()
-    sections = {name: defaults.pop(name) for name in ("data", "model", "optim", "method")}
+    sections = {name: defaults.pop(name) for name in ("data", "model", "optim", "method", "mix")}
     options = defaults | {
         f"{section}.{name}": sections[section][name] for section in sections for name in sections[section]
     }
@@ -303,8 +303,8 @@ def test_help_names_the_owner_of_each_option_of_the_same_name(
 
 
 def test_every_option_is_documented() -> None:
-    for kind in (Config, DataConfig, ModelConfig, OptimConfig, MethodConfig, *OPTIONS.values()):
+    for kind in (Config, DataConfig, ModelConfig, OptimConfig, MethodConfig, MixConfig, *OPTIONS.values()):
         for field in dataclasses.fields(kind):
-            if field.name not in ("data", "model", "optim", "method"):
+            if field.name not in ("data", "model", "optim", "method", "mix"):
                 assert len(attribute_help(kind)[field.name]) > 8, f"{kind.__name__}.{field.name}"
     assert attribute_help(OPTIONS["tal"]).keys() >= TAL_OPTIONS

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tal_fast.config.schema import MethodConfig
-from tal_fast.evaluation.export import SelectiveClassifier, export
+from tal_fast.evaluation.export import OnnxGraph, SelectiveClassifier, TorchGraph, agreement, onnx_session
 from tal_fast.evaluation.selective import choose_threshold
 from tal_fast.scores.logits import SCORES
 from tests.helpers.training import method
@@ -53,7 +53,8 @@ def test_tied_samples_are_accepted_alike_by_every_user_of_a_score(
         return int(accept.sum()), int((accept & (prediction != labels)).sum())
 
     classifier = SelectiveClassifier(Logits(), score, chosen.threshold)
-    program, _ = export(classifier, images[:2], tmp_path)
+    program = tmp_path / "selective.pt2"
+    TorchGraph(SelectiveClassifier(Logits(), score, 0.0), images[:2]).save(program, chosen.threshold, {})
     modules: tuple[Callable[[Tensor], tuple[Tensor, ...]], ...] = classifier, torch.export.load(program).module()
     for module in modules:
         for size in (3000, 512, 64, 1):
@@ -74,12 +75,44 @@ class Branching(nn.Module):
         return images.flatten(1) if images.sum().item() > 0 else -images.flatten(1)
 
 
-def test_a_model_that_cannot_be_exported_keeps_its_weights(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_exported_is_named_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="torch.export cannot take the model"):
-        export(SelectiveClassifier(Branching(), "msp", 0.5), torch.ones(2, 1, 2, 2), tmp_path)
-    assert torch.load(tmp_path / "selective.pt", weights_only=True)["threshold"].item() == 0.5
+        TorchGraph(SelectiveClassifier(Branching(), "msp", 0.5), torch.ones(2, 1, 2, 2))
 
 
 def test_an_unknown_score_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown score 'knn'"):
         SelectiveClassifier(Branching(), "knn", 0.5)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_an_onnx_graph_accepts_by_its_own_scores(score: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    logits, labels = tied_logits(500)
+    images = logits[:, None, :, None]
+    graph = OnnxGraph(SelectiveClassifier(Logits(), score, 0.0), images[:2])
+    prediction, confidence = graph(images)
+    np.testing.assert_allclose(confidence.numpy(), SCORES[score](logits.numpy()), rtol=2**-32)
+    chosen = choose_threshold(confidence.numpy(), prediction.eq(labels), risk=0.15)
+    assert 0 < chosen.accepted < 500
+    graph.save(tmp_path / "a.onnx", chosen.threshold, {"class_names": ["é", "b"], "threshold": chosen.threshold})
+    session = onnx_session(str(tmp_path / "a.onnx"))
+    assert session.get_modelmeta().custom_metadata_map["class_names"] == '["\\u00e9", "b"]'
+    for size in (500, 17, 1):
+        parts = [session.run(None, {"images": batch.numpy()}) for batch in images.split(size)]
+        classes, _, accepted, outputs = (np.concatenate(column) for column in zip(*parts, strict=True))
+        assert accepted.sum() == chosen.accepted
+        assert (classes[accepted] != labels.numpy()[accepted]).sum() == chosen.errors
+        np.testing.assert_array_equal(outputs, logits.numpy())
+
+
+def test_decisions_may_differ_within_the_bound_alone() -> None:
+    reference = np.array([0.1, 0.5, 0.50005, 0.9])
+    found = agreement(
+        np.array([0, 1, 1, 2]), reference - np.array([0, 0, 6e-5, 0]), np.array([0, 1, 2, 2]), reference, 0.5, 1e-4
+    )
+    assert (found["images"], found["inside"], found["decisions_differ"], found["classes_differ"]) == (4, 2, 1, 1)
+    assert found["largest_difference"] == pytest.approx(6e-5)
+    with pytest.raises(ValueError, match=r"for 1 of 4 images whose score is further than 0\.0001"):
+        agreement(*[np.zeros(4, int), reference - np.array([0, 0, 0, 0.5]), np.zeros(4, int), reference], 0.5, 1e-4)

@@ -57,15 +57,11 @@ def test_a_spill_fails_the_check() -> None:
     code = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
-from types import SimpleNamespace
+from dataclasses import replace
 from tal_fast.kernels import compile_check
 plans = list(compile_check.planned_launches("sm_90"))
 # 24 registers do not hold the minima of a thread and their addresses.
-limited = lambda plan: SimpleNamespace(
-    **{field.name: getattr(plan, field.name) for field in fields(plan)}, options={**plan.options, "maxnreg": 24}
-)
-compile_check.planned_launches = lambda _: [(label, limited(plan)) for label, plan in plans]
+compile_check.planned_launches = lambda _: [(label, replace(plan, max_registers=24)) for label, plan in plans]
 compile_check.ProcessPoolExecutor = ThreadPoolExecutor  # a process would not see the change
 sys.argv = ["compile_check", "--target", "sm_90", "--match", "search queue float32"]
 compile_check.main()

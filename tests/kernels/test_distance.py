@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from tal_fast import kernels
-from tal_fast.kernels import distance
+from tal_fast.kernels import distance, launch
 from tal_fast.loss import reference
 
 pytestmark = [pytest.mark.usefixtures("poison"), *NAN_WARNINGS]
@@ -128,6 +128,7 @@ def test_distance_does_not_depend_on_the_split(monkeypatch: pytest.MonkeyPatch) 
     results = []
     for splits in (1, 2, 5, 12):
         monkeypatch.setattr(distance, "num_splits_for", lambda blocks, capacity, target, splits=splits: splits)
+        launch.forget_plans()
         results.append(run_statistics(features, None, queue)[2])
     assert all(torch.equal(r, results[0]) for r in results)
 

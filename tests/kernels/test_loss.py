@@ -117,11 +117,12 @@ def force_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "loss_config", lambda *_: held if name.startswith("held") else wide)
     vector_of = loss.vector_of
 
-    def edges(logits: Tensor, grad: Tensor | None) -> tuple[int, bool]:
-        strides = {logits.stride()} | ({grad.stride()} if grad is not None and grad.numel() else set())
-        v = 8 if logits.dtype.itemsize == 2 else 4
-        if len(strides) > 1 or logits.stride(1) != 1 or logits.shape[1] < v:
-            return vector_of(logits, grad)
+    def edges(
+        classes: int, itemsize: int, stride: tuple[int, int], aligned: bool, grad_stride: int | None = None
+    ) -> tuple[int, bool]:
+        v = 8 if itemsize == 2 else 4
+        if grad_stride not in (None, stride[0]) or stride[1] != 1 or classes < v:
+            return vector_of(classes, itemsize, stride, aligned, grad_stride)
         return v, True
 
     if name.endswith("edges"):
@@ -380,20 +381,20 @@ def test_results_are_deterministic(path_dtype: torch.dtype, variant: str) -> Non
         assert torch.equal(again.grad, first.grad)
 
 
-def test_user_chosen_numbers_are_not_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_chosen_numbers_are_not_compiled_in() -> None:
     """Temperatures, thresholds and smoothing reach the kernel through memory: kernel arguments would be rounded to
     float32, and constants would compile one kernel per value."""
     planned: list[launch.Launch] = []
-    monkeypatch.setattr(launch.Launch, "run", lambda self: planned.append(self))
     logits, labels, distance, summary = on_device(
         torch.randn(4, 9), torch.zeros(4, dtype=torch.int64), torch.rand(4), torch.ones(7, dtype=torch.float64)
     )
     for t_max, t_wrong, smoothing, threshold in ((100.0, 20.0, 0.1, 0.0), (33.3, 21.0, 0.2, 0.5)):
         changes = {"t_max": t_max, "t_wrong": t_wrong, "label_smoothing": smoothing, "confidence_threshold": threshold}
-        loss.loss_forward(logits, labels, distance, summary, new_tickets(), **{**LOSS_OPTIONS, **changes})
-        loss.batch_sums(
-            logits, labels, distance, summary, new_tickets(), confidence_threshold=threshold, ignore_index=-100
-        )
+        with launch.replaced(planned.append):
+            loss.loss_forward(logits, labels, distance, summary, new_tickets(), **{**LOSS_OPTIONS, **changes})
+            loss.batch_sums(
+                logits, labels, distance, summary, new_tickets(), confidence_threshold=threshold, ignore_index=-100
+            )
     assert len(planned) == 4
     for one, other in ((planned[0], planned[2]), (planned[1], planned[3])):
         assert one.constants == other.constants

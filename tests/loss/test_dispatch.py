@@ -20,16 +20,14 @@ CPU = torch.device("cpu")
 
 def test_named_backend_serves() -> None:
     assert set(dispatch.NAMES) == {"auto", "reference", "native", "triton"}
-    assert dispatch.for_loss("reference", CPU).name == "reference"
-    assert dispatch.for_queue("reference", CPU).name == "reference"
+    assert dispatch.for_device("reference", CPU).name == "reference"
     with pytest.raises(ValueError, match="backend is 'cuda'; use one of 'auto', 'reference', 'native', 'triton'"):
         dispatch.check_name("cuda")
 
 
 @NEEDS_EXTENSION
 def test_auto_takes_the_extension_on_cpus() -> None:
-    assert dispatch.for_loss("auto", CPU).name == "native"
-    assert dispatch.for_queue("auto", CPU).name == "native"
+    assert dispatch.for_device("auto", CPU).name == "native"
     logits = torch.randn(2, 3)
     assert dispatch.runs_in_one_call("auto", logits, LossOptions())
     assert not dispatch.runs_in_one_call("auto", logits, LossOptions(inplace=True))
@@ -38,20 +36,27 @@ def test_auto_takes_the_extension_on_cpus() -> None:
 
 @NEEDS_TRITON
 def test_named_triton_serves() -> None:
-    assert dispatch.for_loss("triton", DEVICE).name == "triton"
-    assert dispatch.for_queue("triton", DEVICE).name == "triton"
+    assert dispatch.for_device("triton", DEVICE).name == "triton"
 
 
 @pytest.mark.parametrize("name", [pytest.param("native", marks=NEEDS_EXTENSION), "triton"])
 def test_backend_that_does_not_run_on_a_device_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"backend '{name}' does not run on meta.*; use backend='auto'"):
-        dispatch.for_loss(name, torch.device("meta"))
+        dispatch.for_device(name, torch.device("meta"))
+
+
+def test_plain_pytorch_serves_on_a_gpu_without_triton_and_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "triton_problem", lambda device: "triton cannot be imported")
+    _extension.warn_of_pytorch.cache_clear()
+    with pytest.warns(UserWarning, match="do not run on cuda:3: triton cannot be imported. Plain PyTorch"):
+        assert dispatch._choose.__wrapped__("auto", torch.device("cuda", 3)) == "reference"
+    _extension.warn_of_pytorch.cache_clear()
 
 
 def test_description_names_the_backend_of_auto() -> None:
     lines = dispatch.describe()
     assert lines[0].startswith("C++ extension: ")
-    assert f"backend 'auto' on cpu: {dispatch.for_loss('auto', CPU).name}" in lines
+    assert f"backend 'auto' on cpu: {dispatch.for_device('auto', CPU).name}" in lines
 
 
 def test_missing_extension_is_named_with_the_command_that_builds_it(

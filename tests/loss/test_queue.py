@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tal_fast import FeatureQueue, TALLoss
-from tal_fast.loss import functional
+from tal_fast.loss import functional, ring
 from tests.helpers.backends import DEVICE, NATIVE, every_backend
 from tests.helpers.loss_cases import random_queue
 from tests.helpers.queues import brute_force
@@ -298,3 +298,26 @@ def test_invalid_arguments() -> None:
     with pytest.raises(ValueError, match="the queue is on cpu"):
         queue.push(torch.rand(3, device="meta"), torch.rand(3, device="meta"))
     assert len(queue) == 0
+
+
+def test_compiled_steps_take_the_queue_as_static(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs, for CUDA graphs: after conversions too, and not in what is saved."""
+    monkeypatch.setattr(ring, "COMPILED_INTO_CUDA_GRAPHS", ("cpu",))
+    loss_fn = TALLoss(queue_size=7, backend="reference").double()
+    fresh = TALLoss(queue_size=7, backend="reference", t_max=50.0).to("meta").to_empty(device="cpu").double()
+    fresh.load_state_dict(loss_fn.state_dict())
+    assert all(not vars(tensor) for tensor in loss_fn.state_dict().values())
+    static: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        for node in graph.graph.find_nodes(op="placeholder"):
+            if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}):
+                static.append(node.name)
+        return graph
+
+    z, f, y = torch.randn(4, 3).double(), torch.rand(4, 5).double(), torch.tensor([0, 2, 1, 1])
+    expected = copy.deepcopy(fresh)(z, f, y)
+    torch._dynamo.reset()
+    compiled = torch.compile(fresh, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(z, f, y), expected)
+    assert len(static) == 3

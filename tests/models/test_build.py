@@ -40,3 +40,23 @@ def test_unknown_names_and_widths_are_rejected() -> None:
         build_model(ModelConfig("xyzzy"), 5)
     with pytest.raises(ValueError, match="resnet18 has a fixed width; leave it out"):
         build_model(ModelConfig("resnet18", width=3), 5)
+
+
+@pytest.mark.parametrize(("name", "size"), [("efficientnet_b0", 32), ("timm/test_convnext", 32)])
+def test_drop_path_sets_the_largest_rate(name: str, size: int) -> None:
+    if "/" in name:
+        pytest.importorskip("timm")
+    network = build_model(ModelConfig(name, drop_path=0.3), 3, image_size=size)
+    layers = [m for m in network.modules() if type(m).__name__ in ("StochasticDepth", "DropPath")]
+    rates = [getattr(m, "p", None) or getattr(m, "drop_prob", 0.0) for m in layers]
+    assert max(rates) == pytest.approx(0.3)
+    assert rates == sorted(rates)
+    assert build_model(ModelConfig(name), 3, image_size=size).state_dict().keys() == network.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "cifar_resnet8", "timm/vgg11"])
+def test_drop_path_is_refused_where_there_is_none(name: str) -> None:
+    if "/" in name:
+        pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=rf"model\.drop_path is 0\.1 but {name} has no stochastic depth"):
+        build_model(ModelConfig(name, drop_path=0.1), 3)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tal_fast.config.schema import OptimConfig
+from tal_fast.config.schema import ModelConfig, OptimConfig
+from tal_fast.models import build_model
 from tal_fast.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 
@@ -42,6 +43,20 @@ def test_normalisation_layers_biases_and_exempted_parameters_do_not_decay() -> N
     assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(2, 0.5), (4, 0.0)]
     (group,) = build_optimizer(OptimConfig(weight_decay=0.5, decay_all=True), model).param_groups
     assert (len(group["params"]), group["weight_decay"]) == (6, 0.5)
+
+
+def test_learning_rates_decay_from_the_head_to_the_stem() -> None:
+    network = build_model(ModelConfig("cifar_resnet8", 4), 5, 3, 16)
+    optimizer = build_optimizer(OptimConfig(lr=0.4, layer_decay=0.5, weight_decay=0.1), network)
+    set_learning_rate(optimizer, 0.2)
+    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in network.named_parameters():
+        group = found.pop(id(parameter))
+        distance = {"fc": 0, "stages.2": 1, "stages.1": 2, "stages.0": 3}
+        blocks = next((n for block, n in distance.items() if name.startswith(block)), 4)
+        assert float(group["lr"]) == pytest.approx(0.2 * 0.5**blocks), name
+        assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0), name
+    assert not found
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,15 @@ import pytest
 import torch
 import yaml
 
-from tal_fast.config.schema import Config, ModelConfig
+from tal_fast.config.schema import Config, ModelConfig, OptimConfig
 from tal_fast.models import build_model
 from tal_fast.runs import checkpoint
 from tal_fast.runs.load import load_run
 from tal_fast.training.trainer import Trainer
-from tests.helpers.training import assert_same_end, config
+from tal_fast.utils.distributed import Ranks
+from tal_fast.utils.signals import Stopped
+from tests.helpers.ranks import run_ranks
+from tests.helpers.training import assert_same_end, config, raise_signal_at
 
 MODEL = ModelConfig("cifar_resnet8", width=8)
 
@@ -27,9 +32,9 @@ def weights_file(folder: Path, classes: int = 7, channels: int = 1, model: Model
     return path
 
 
-def start(output: Path, weights: Path | str | None, model: ModelConfig = MODEL, **options: Any) -> Config:
+def start(output: Path, weights: Path | str | None, freeze: Any = "none", **options: Any) -> Config:
     made = config(output, **options)
-    made.model = ModelConfig(model.name, model.width, None if weights is None else str(weights))
+    made.model = replace(MODEL, weights=None if weights is None else str(weights), freeze=freeze)
     return made
 
 
@@ -110,3 +115,81 @@ def test_images_of_one_channel_take_the_sum_over_three(tmp_path: Path, caplog: p
     conv2d = torch.nn.functional.conv2d
     torch.testing.assert_close(conv2d(images.expand(-1, 3, -1, -1), wide), conv2d(images, network.conv1.weight))
     assert "conv1.weight is summed over its 3 channels" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_frozen_parts_change_in_nothing(tmp_path: Path, name: Any) -> None:
+    optim = OptimConfig(name, lr=0.02, weight_decay=0.1, ema_decay=0.9)
+    trainer = Trainer(start(tmp_path / "a", weights_file(tmp_path), epochs=1, optim=optim, freeze=2))
+    before = {key: value.clone() for key, value in trainer.network.state_dict().items()}
+    trainer.fit()
+    assert trainer.state.average is not None
+    for network in (trainer.network, trainer.state.average.network):
+        changed = {key for key, value in network.state_dict().items() if not torch.equal(value, before[key])}
+        assert {key.split(".")[0] for key in changed} == {"stages", "fc"}
+        assert {key.split(".")[1] for key in changed if key.startswith("stages")} == {"2"}
+    frozen = [p for key, p in trainer.network.named_parameters() if not key.startswith(("stages.2", "fc"))]
+    assert frozen
+    assert not any(p.requires_grad or p in trainer.state.optimizer.state for p in frozen)
+
+
+def head_first(epochs: int = 2, **optim: Any) -> OptimConfig:
+    return OptimConfig(**{"lr": 0.05, "weight_decay": 0.01, "head_epochs": epochs, **optim})
+
+
+def test_only_the_head_trains_in_the_first_epochs(tmp_path: Path) -> None:
+    options = {"epochs": 3, "optim": head_first()}
+    path = weights_file(tmp_path)
+    trainer = Trainer(start(tmp_path / "a", path, **options))
+    first = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    trainer.fit(until=2)
+    second = trainer.network.state_dict()
+    assert {name for name, value in first.items() if not torch.equal(value, second[name])} == {"fc.weight", "fc.bias"}
+    third = Trainer(start(tmp_path / "a", path, resume="auto", **options))
+    third.fit()
+    unchanged = {name for name, value in first.items() if torch.equal(value, third.network.state_dict()[name])}
+    assert not unchanged
+
+
+@pytest.mark.parametrize(("step", "options"), [(4, {}), (11, {}), (13, {"name": "adamw"}), (15, {"accumulate": 2})])
+def test_a_kill_before_and_after_the_head_epochs_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, options: dict[str, Any]
+) -> None:
+    made: dict[str, Any] = {"epochs": 3, "optim": head_first(layer_decay=0.7, ema_decay=0.9, **options)}
+    path = weights_file(tmp_path)
+    Trainer(start(tmp_path / "straight", path, **made)).fit()
+    with monkeypatch.context() as patch:
+        raise_signal_at(patch, step)  # of 6 in an epoch
+        with pytest.raises(Stopped):
+            Trainer(start(tmp_path / "parts", path, **made)).fit()
+    Trainer(start(tmp_path / "parts", path, resume="auto", **made)).fit()
+    assert_same_end(tmp_path / "straight", tmp_path / "parts")
+
+
+def stop_in_the_head_epochs(rank: int, folder: Path) -> None:
+    ranks = Ranks(rank, 2, torch.device("cpu"))
+    options: dict[str, Any] = {"epochs": 3, "optim": head_first(1)}
+    path = weights_file(folder / str(rank)) if rank == 0 else folder / "0" / "weights.pt"
+    Trainer(start(folder / "straight", path, **options), ranks).fit()
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Stopped):
+        raise_signal_at(patch, 3)
+        Trainer(start(folder / "parts", path, **options), ranks).fit()
+    trainer = Trainer(start(folder / "parts", path, resume="auto", **options), ranks)
+    trainer.fit()
+    torch.save([p.detach() for p in trainer.network.parameters()], folder / f"end{rank}.pt")
+
+
+def test_two_ranks_unfreeze_together_and_resume_bit_for_bit(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    run_ranks(stop_in_the_head_epochs, 2, tmp_path, tmp_path)
+    assert_same_end(tmp_path / "straight", tmp_path / "parts")
+    ends = [torch.load(tmp_path / f"end{rank}.pt") for rank in range(2)]
+    assert all(map(torch.equal, *ends))
+
+
+def test_freezing_needs_weights_and_no_new_statistics(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.freeze is backbone but the weights are random; name some with"):
+        Trainer(start(tmp_path / "a", None, freeze="backbone"))
+    with pytest.raises(ValueError, match=r"fmfp takes the statistics of BatchNorm anew, which model\.freeze 1 keeps"):
+        Trainer(start(tmp_path / "a", weights_file(tmp_path), freeze=1, method="fmfp", method_options={}))
+    assert not (tmp_path / "a").exists()

@@ -1,7 +1,7 @@
 """Backends that compute the loss: plain PyTorch, the C++ extension, and Triton kernels."""
 
 from tal_fast.loss.backends.base import Backend, BatchStatistics, KernelBackend, LossInputs
-from tal_fast.loss.backends.cpp import CppBackend, CppCudaBackend
+from tal_fast.loss.backends.cpp import CppBackend
 from tal_fast.loss.backends.pytorch import PyTorchBackend
 from tal_fast.loss.backends.triton import TritonBackend
 
@@ -9,7 +9,6 @@ __all__ = [
     "Backend",
     "BatchStatistics",
     "CppBackend",
-    "CppCudaBackend",
     "KernelBackend",
     "LossInputs",
     "PyTorchBackend",

@@ -1,4 +1,4 @@
-"""Backends of the C++ extension: the whole step on CPUs, the queue on GPUs."""
+"""Backend of the C++ extension, for CPUs."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from tal_fast.loss.autograd import mark_overwritten, may_overwrite, refuse_transforms
-from tal_fast.loss.backends.base import Backend, BatchStatistics, KernelBackend, LossInputs
-from tal_fast.loss.backends.pytorch import PyTorchBackend
+from tal_fast.loss.backends.base import BatchStatistics, KernelBackend, LossInputs
 from tal_fast.loss.options import LossOptions
 from tal_fast.loss.reference import TALStats
 from tal_fast.loss.ring import RingBuffer
 
 
-class _CppQueue(Backend):
-    """Push and search of the extension, on CPUs and, where it is built with CUDA, on GPUs."""
+class CppBackend(KernelBackend):
+    """The step in parts: what ``torch.compile`` traces, and what distributed runs interrupt."""
 
     name = "native"
 
@@ -25,10 +24,6 @@ class _CppQueue(Backend):
 
     def nearest(self, ring: RingBuffer, mean: Tensor, std: Tensor) -> Tensor:
         return torch.ops.tal_fast.nearest(ring.mean, ring.std, ring.cursor, mean, std, ring.index)
-
-
-class CppBackend(_CppQueue, KernelBackend):
-    """The step on CPUs, in parts: what ``torch.compile`` traces, and what distributed runs interrupt."""
 
     def statistics_distance(
         self, features: Tensor, labels: Tensor, ring: RingBuffer, ignore_index: int, class_weight: Tensor | None = None
@@ -55,10 +50,6 @@ class CppBackend(_CppQueue, KernelBackend):
         else:
             loss, grad, *stats = torch.ops.tal_fast.loss_forward(*arguments, need_grad)
         return loss, grad, TALStats(inputs.distance, *stats)
-
-
-class CppCudaBackend(_CppQueue, PyTorchBackend):
-    """The queue on GPUs; the loss is plain PyTorch's."""
 
 
 def step(
