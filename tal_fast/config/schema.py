@@ -310,13 +310,18 @@ class MethodConfig:
         label_smoothing: label smoothing of every method's cross-entropy, in [0, 1).
         options: options of the method, by name. ``tal_fast.config.methods`` has those of the built-in methods, whose
             defaults are filled in.
+        class_weight: factors of the images' losses by class, as in ``F.cross_entropy``: ``none``, ``balanced``
+            (N / (C n) for a class with n of N training images) or a list with one for each class.
     """
 
     name: str = "tal"
     label_smoothing: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
+    class_weight: Any = "none"  # or "balanced", or list[float]
 
     def __post_init__(self) -> None:
+        if isinstance(self.class_weight, (list, tuple)):
+            self.class_weight = read(list[float], self.class_weight, "method.class_weight")
         if self.name in OPTIONS:
             self.options = asdict(read_options(self.name, OPTIONS[self.name], self.options))
 
@@ -326,6 +331,12 @@ class MethodConfig:
             raise ValueError(f"method.name is {self.name!r}; use {' or '.join(map(repr, method_names()))}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"method.label_smoothing is {self.label_smoothing} but must be in [0, 1)")
+        weight = self.class_weight
+        if isinstance(weight, list):
+            if min(weight, default=0) < 0 or max(weight, default=0) == 0:
+                raise ValueError(f"method.class_weight is {weight} but must be at least 0, and above 0 for some class")
+        elif weight not in ("none", "balanced"):
+            raise ValueError(f"method.class_weight is {weight!r}; use none, balanced or a list with a number a class")
         if self.name in OPTIONS:
             read_options(self.name, OPTIONS[self.name], self.options).check()
 
@@ -471,6 +482,11 @@ class Config:
             raise ValueError(
                 "data.augment, data.color_jitter, data.erase and mix need images in training; leave them out, or set "
                 "model.cache_features to false"
+            )
+        if self.data.sampling == "balanced" and self.method.class_weight == "balanced":
+            raise ValueError(
+                "data.sampling and method.class_weight are both balanced, which would weight rare classes twice; set "
+                "one of them to its default"
             )
         if self.profile is not None:
             self.profile_window()
