@@ -50,6 +50,10 @@ class DataConfig:
             entry of its ``.json`` (``label``); for ``huggingface`` the column, by default the only one of classes.
         ood: out-of-distribution sets for the evaluation by name, also as ``--data.ood.NAME FOLDER``. Fashion-MNIST also
             takes folders of IDX files, CIFAR folders of CIFAR's binary files.
+        split: share of the images of a folder of class folders, without ``train/`` and ``val/``, to validate on: the
+            same share of each class, a random choice.
+        split_seed: seed of the choice of ``data.split``.
+        exif_rotation: turn images of files as their EXIF data say; by default they are read as they are stored.
         file_list: text file with one path per line, relative to the root, of the only image files to use.
             ``python -m tal_fast.check_data`` writes one.
         max_unreadable: training ends when a rank meets more undecodable files; by default 1% of the files, at least 10.
@@ -95,6 +99,9 @@ class DataConfig:
     root: str | None = None
     ood: dict[str, str] = field(default_factory=dict)
     label_key: str | None = None
+    split: float | None = None
+    split_seed: int = 0
+    exif_rotation: bool = False
     file_list: str | None = None
     max_unreadable: int | None = None
     loader: Literal["auto", "dali", "torch"] = "auto"
@@ -149,8 +156,15 @@ class DataConfig:
         """Whether training images are changed by operations of the torch loader alone."""
         return self.augment != "none" or self.color_jitter is not None
 
+    @property
+    def needs_torch_loader(self) -> bool:
+        """Whether an option works in the torch loader alone."""
+        return self.changes_pixels or self.exif_rotation
+
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
+        if self.split is not None and not 0 < self.split < 1:
+            raise ValueError(f"data.split is {self.split} but must be in (0, 1), such as 0.2, or null")
         if (self.mean is None) != (self.std is None):
             raise ValueError("data.mean and data.std go together: give both or neither")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -159,7 +173,7 @@ class DataConfig:
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"data.std is {self.std} but must be above 0")
         limits = {
-            "workers": 0, "timeout": 1, "shift": 0, "image_size": 1, "holdout": 1, "train_limit": 1,
+            "workers": 0, "split_seed": 0, "timeout": 1, "shift": 0, "image_size": 1, "holdout": 1, "train_limit": 1,
             "max_unreadable": 0, "synthetic_images": 2, "synthetic_classes": 2, "augment_std": 0, "repeats": 1,
         }  # fmt: skip
         for name, limit in limits.items():

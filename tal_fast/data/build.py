@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 from tal_fast.config.schema import DataConfig
 from tal_fast.data import builtin, cifar, dali, image_folder
 from tal_fast.data.datasets import DataBundle, MemoryImages, Split
+from tal_fast.data.image_folder import ImageFiles
 from tal_fast.data.packed import SPLITS, PackedImages
 from tal_fast.data.pixels import as_channels
 from tal_fast.data.sources import PACKED, flat_images
@@ -36,11 +37,14 @@ def build_data(config: DataConfig) -> DataBundle:
         raise ValueError(
             "data.loader is 'dali' but DALI cannot be imported; install nvidia-dali-cuda130 or set data.loader to torch"
         )
-    if config.loader == "dali" and config.changes_pixels:
+    if config.loader == "dali" and config.needs_torch_loader:
         raise ValueError(
-            "data.loader is 'dali' but data.augment and data.color_jitter work in the torch loader alone; set "
-            "data.loader to torch, or data.augment to none and data.color_jitter to null"
+            "data.loader is 'dali' but data.augment, data.color_jitter and data.exif_rotation work in the torch loader "
+            "alone; set data.loader to torch, or data.augment to none, data.color_jitter to null and "
+            "data.exif_rotation to false"
         )
+    if config.split is not None and config.dataset != "folder":
+        raise ValueError(f"data.split is for data.dataset folder, not {config.dataset}; set it to null")
     if config.file_list is not None and config.dataset not in ("folder", *PACKED):
         raise ValueError(f"data.file_list is for data.dataset folder, not {config.dataset}; set it to null")
     if config.label_key is not None and config.dataset not in PACKED:
@@ -61,8 +65,13 @@ def build_data(config: DataConfig) -> DataBundle:
         "huggingface": packed_data,
     }
     bundle = make[config.dataset](config)
-    if config.changes_pixels and config.loader == "auto" and bundle.loader_name == "torch" and dali.available():
-        image_folder.say("data.augment and data.color_jitter work in the torch loader, which is taken", logging.INFO)
+    if bundle.loader_name == "dali" and any(
+        isinstance(split, ImageFiles) and split.has_heif for split in map(bundle.split, ("train", "val"))
+    ):
+        raise ValueError("data.loader is 'dali', which reads no HEIC; set data.loader to torch")
+    if config.needs_torch_loader and config.loader == "auto" and bundle.loader_name == "torch" and dali.available():
+        names = "data.augment, data.color_jitter and data.exif_rotation"
+        image_folder.say(f"{names} work in the torch loader, which is taken", logging.INFO)
     train = bundle.split("train")
     if config.holdout is not None:
         if config.holdout >= len(train):
@@ -81,12 +90,15 @@ def build_data(config: DataConfig) -> DataBundle:
 
 def _folder(config: DataConfig) -> DataBundle:
     root = Path(_root(config))
-    class_names = image_folder.class_folders(root, "train")
-    if not (root / "val").is_dir():
+    class_names = image_folder.class_folders(root, "train" if config.split is None else "")
+    if config.split is None and not (root / "val").is_dir():
         image_folder.class_folders(root, "val")  # raises the error
     listed = None if config.file_list is None else image_folder.read_list(Path(config.file_list), root)
-    train = image_folder.read_split(root, "train", class_names, listed)
-    val = image_folder.read_split(root, "val", class_names, listed)
+    if config.split is None:
+        train = image_folder.read_split(root, "train", class_names, listed)
+        val = image_folder.read_split(root, "val", class_names, listed)
+    else:
+        train, val = _split(root, class_names, listed, config.split, config.split_seed)
     return _file_bundle(config, class_names, train, val)
 
 
@@ -134,6 +146,25 @@ def _file_bundle(config: DataConfig, class_names: Sequence[str], train: Split, v
     ood = {name: flat_images(spec, name) for name, spec in config.ood.items()}
     getters: dict[str, Callable[[], Split]] = {name: partial(ood.__getitem__, name) for name in ood}
     return DataBundle(config, class_names, config.image_size or FOLDER_IMAGE_SIZE, train, val, getters)
+
+
+def _split(
+    root: Path, class_names: list[str], listed: Mapping[str, tuple[int, int]] | None, share: float, seed: int
+) -> tuple[ImageFiles, ImageFiles]:
+    """Training and validation images of a folder of class folders: of each class the same share, at least one image."""
+    if {"train", "val"} <= set(class_names) or set(class_names) <= {"train", "val", "test"}:
+        raise ValueError(
+            f"{root} holds {' and '.join(class_names)}, which data.split would take for classes; set data.split to "
+            "null, or name a folder of class folders with data.root"
+        )
+    images = image_folder.read_split(root, "", class_names, listed)
+    chosen = np.zeros(len(images), dtype=bool)
+    for label in range(len(class_names)):
+        rows = np.random.default_rng([seed, label]).permutation(np.flatnonzero(images.labels == label))
+        chosen[rows[: min(max(1, round(share * len(rows))), len(rows) - 1)]] = True
+    if not chosen.any():
+        raise ValueError(f"no class of {root} has two images, which data.split needs for training and validation")
+    return images.subset(np.flatnonzero(~chosen)), images.subset(np.flatnonzero(chosen))
 
 
 def _digits(config: DataConfig) -> DataBundle:

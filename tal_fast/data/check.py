@@ -47,7 +47,7 @@ PROBLEMS = {
 
 NOTES = {
     "CMYK": "converted to RGB; usable",
-    "EXIF-rotated": "read as stored, without the rotation; usable",
+    "EXIF-rotated": "read as stored, without the rotation, unless data.exif_rotation is on; usable",
     "ending": "the content has another format than the ending says; usable",
     "link": "to a folder above it; not followed",
     "ignored": "an image with an ending that training does not read",

@@ -14,11 +14,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base as Tag
 
 from tal_fast.config.typed import one_line
 from tal_fast.data import imagenet
@@ -28,14 +30,22 @@ from tal_fast.utils.io import replacing
 
 logger = logging.getLogger(__name__)
 
+try:
+    from pillow_heif import register_heif_opener
+except ImportError:
+    HEIF: tuple[str, ...] = ()
+else:
+    register_heif_opener()  # makes Pillow read them, upright
+    HEIF = (".heic", ".heif", ".hif")
+
 EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".webp", ".tif", ".tiff",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", *HEIF,
 )  # fmt: skip
 """Endings of image files, in upper or lower case; other files are left out, and counted in a warning."""
 
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
-"""Pillow's names of the formats that Pillow and DALI both read, whatever the ending of the file."""
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "HEIF")
+"""Pillow's names of the formats that Pillow and, but for HEIF, DALI read, whatever the ending of the file."""
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 """Pillow's modes that both loaders convert to the same 8-bit pixels, unlike 16-bit gray or floating point."""
@@ -62,9 +72,10 @@ class ImageFiles:
 
     paths: Sequence[str]  # N absolute paths
     labels: np.ndarray  # (N,) int64 classes, or ``OOD_LABEL``
-    sizes: np.ndarray  # (N, 2) int32 heights and widths in pixels as stored, without the rotation in EXIF
+    sizes: np.ndarray  # (N, 2) int32 heights and widths in pixels
     # (N, 2) int64 sizes in bytes and times of change in ns.
     stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    upright: bool = False  # turned as EXIF says; else as stored
 
     _ARRAYS: ClassVar[tuple[str, ...]] = ("labels", "sizes", "stamps")
 
@@ -88,6 +99,15 @@ class ImageFiles:
         """Content of an image's file."""
         return Path(self.paths[index]).read_bytes()
 
+    def turned(self) -> ImageFiles:
+        """The same files, turned as their EXIF data say."""
+        return with_sizes(dataclasses.replace(self, upright=True))
+
+    @cached_property
+    def has_heif(self) -> bool:
+        """Whether there are HEIF files, which only the torch loader reads."""
+        return any(path.lower().endswith(HEIF) for path in self.paths)
+
 
 def class_folders(root: Path, split: str) -> list[str]:
     """Sorted names of the class folders of ``root/split``; raises ValueError if there are none."""
@@ -95,7 +115,10 @@ def class_folders(root: Path, split: str) -> list[str]:
     if not root.is_dir():
         raise ValueError(f"data.root {root} is not a folder; name one that holds train/ and val/")
     if not folder.is_dir():
-        raise ValueError(f"{root} has no folder {split}/; it must hold train/ and val/ with one folder a class in each")
+        raise ValueError(
+            f"{root} has no folder {split}/; it must hold train/ and val/ with one folder a class in each; class "
+            "folders alone are split by --data.split 0.2"
+        )
     names = _folders_in(folder)
     if not names:
         raise ValueError(f"{folder} has no class folders; put each class's images into a folder of its own")
@@ -260,8 +283,14 @@ def files_below(folder: Path) -> Found:
     return found
 
 
-def image_size(path: str, source: str | io.BytesIO | None = None) -> tuple[int, int]:
-    """Height and width from the header of an image file, or of its content ``source``.
+def size_of(image: Image.Image, upright: bool) -> tuple[int, int]:
+    """Height and width of an open image, as stored or turned as its EXIF data say."""
+    turned = upright and image.getexif().get(Tag.Orientation, 1) in (5, 6, 7, 8)
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def image_size(path: str, source: str | io.BytesIO | None = None, upright: bool = False) -> tuple[int, int]:
+    """Height and width from the header of an image file, or of its content ``source``, see ``size_of``.
 
     Raises UnreadableImage if it is no image, cannot be read, or has pixels that the loaders read differently.
     """
@@ -269,7 +298,7 @@ def image_size(path: str, source: str | io.BytesIO | None = None) -> tuple[int, 
         with Image.open(source or path) as image:
             problem = unsupported_pixels(image)
             if problem is None:
-                return image.height, image.width
+                return size_of(image, upright)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         problem = error_summary(error, path)
     raise _unusable(path, problem)
@@ -321,8 +350,9 @@ def undecodable(files: ImageFiles, index: int) -> str | None:
         return f"{path} cannot be decoded (there is no such file)"
     try:
         with Image.open(files.open(index)) as image:
-            if (image.height, image.width) != tuple(size):
-                return f"{path} cannot be used (it was {size[0]} x {size[1]} and is {image.height} x {image.width} now)"
+            height, width = size_of(image, files.upright)
+            if (height, width) != tuple(size):
+                return f"{path} cannot be used (it was {size[0]} x {size[1]} and is {height} x {width} now)"
             image.load()
     except Exception as error:
         return f"{path} cannot be decoded ({error_summary(error, path)})"
@@ -416,7 +446,8 @@ def report_left_out(folder: Path, left_out: Counter[str]) -> None:
     if links:
         say(f"{folder}: links to a folder above them are not followed: {links:,}; their images are read once")
     if left_out.total():
-        say(f"{folder}: {counted(left_out)}; convert images among them to JPEG or PNG")
+        heif = ", or pip install pillow-heif" if not HEIF and {".heic", ".heif", ".hif"} & left_out.keys() else ""
+        say(f"{folder}: {counted(left_out)}; convert images among them to JPEG or PNG{heif}")
 
 
 def say(message: str, level: int = logging.WARNING) -> None:
@@ -450,7 +481,7 @@ def with_sizes(files: Files) -> Files:
     digest = hashlib.sha256()
     for path, stamp in zip(files.paths, files.stamps.tolist(), strict=True):
         digest.update(f"{path}\0{tuple(stamp)}\n".encode(errors="surrogateescape"))
-    cached = cache_dir() / "image-sizes-3" / f"{digest.hexdigest()[:32]}.npz"
+    cached = cache_dir() / f"image-sizes-3{'-upright' * files.upright}" / f"{digest.hexdigest()[:32]}.npz"
     try:
         with cached.open("rb") as file, np.load(file, allow_pickle=False) as data:  # verifies a checksum
             sizes = data["sizes"]
@@ -459,7 +490,9 @@ def with_sizes(files: Files) -> Files:
     except Exception:  # missing, or damaged in any way
         pass
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda i: image_size(files.paths[i], files.open(i)), range(len(files)), chunksize=64)
+        found = pool.map(
+            lambda i: image_size(files.paths[i], files.open(i), files.upright), range(len(files)), chunksize=64
+        )
         sizes = np.array(list(found), np.int32)
     try:
         with replacing(cached) as temporary:

@@ -94,7 +94,7 @@ class Packed:
                 say(f"{self.where} has no image of {len(missing)} of {len(class_names)} classes: {names}")
         changed = np.array([os.stat(path).st_mtime_ns for path in self.containers], np.int64)
         stamps = np.stack([self.extents[:, 2], changed[self.extents[:, 0]]], axis=1)
-        return with_sizes(PackedImages(self.names, labels, NO_SIZES, stamps, self.containers, self.extents))
+        return with_sizes(PackedImages(self.names, labels, NO_SIZES, stamps, False, self.containers, self.extents))
 
     def _numbers(self, class_names: Sequence[str]) -> list[int]:
         number_of = {name: number for number, name in enumerate(class_names)}

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from tal_fast.data.augment import PixelAugmentation
-from tal_fast.data.image_folder import ImageFiles, undecodable
+from tal_fast.data.image_folder import ImageFiles, size_of, undecodable
 from tal_fast.data.loader import ImageBatch, ImageFormat, Normalizer, prefetch, to_device
 from tal_fast.data.sampler import Batch, Plan
 from tal_fast.data.waiting import CallingThread, LoaderFailed
@@ -93,9 +93,12 @@ class _BatchDataset(Dataset):
 
     def _read(self, index: int, box: np.ndarray, mirror: bool, size: int) -> Image.Image:
         with Image.open(self._files.open(index)) as file:
-            if (file.height, file.width) != tuple(self._files.sizes[index]):
+            upright = self._files.upright
+            if size_of(file, upright) != tuple(self._files.sizes[index]):
                 raise ValueError(f"{self._files.paths[index]} has changed its size")
-            image = resized_crop(file, self._channels, box, size, self._filter)
+            image = resized_crop(
+                ImageOps.exif_transpose(file) if upright else file, self._channels, box, size, self._filter
+            )
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image
 
 
