@@ -1,9 +1,9 @@
 """Service that classifies photos and abstains: FastAPI and ONNX Runtime, without PyTorch and without tal-fast.
 
-    tal-fast export --run runs/tal --format onnx --risk 0.05 --output model
-    pip install fastapi uvicorn onnxruntime pillow numpy
-    MODEL=model/selective.onnx uvicorn --app-dir examples/service app:app
-    curl --data-binary @photo.jpg http://127.0.0.1:8000/predict
+tal-fast export --run runs/tal --format onnx --risk 0.05 --output model
+pip install fastapi uvicorn onnxruntime pillow numpy
+MODEL=model/selective.onnx uvicorn --app-dir examples/service app:app
+curl --data-binary @photo.jpg http://127.0.0.1:8000/predict
 """
 
 import io
@@ -13,7 +13,7 @@ import os
 import numpy as np
 import onnxruntime
 from fastapi import FastAPI, HTTPException, Request
-from PIL import Image
+from PIL import Image, ImageOps
 from starlette.concurrency import run_in_threadpool
 
 MAX_BYTES = int(os.environ.get("MAX_BYTES", 20_000_000))
@@ -27,7 +27,10 @@ app = FastAPI(title="Classifier that abstains")
 def preprocess(data: bytes) -> np.ndarray:
     """Central square, resized and normalized: the preprocessing that the model's metadata describe. (1, C, S, S)."""
     size, channels = about["image_size"], about["channels"]
-    image = Image.open(io.BytesIO(data)).convert("RGB" if channels == 3 else "L")
+    image = Image.open(io.BytesIO(data))
+    if about["exif_rotation"]:
+        image = ImageOps.exif_transpose(image)
+    image = image.convert("RGB" if channels == 3 else "L")
     side = max(1, round(min(image.size) * about["crop_fraction"]))
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))

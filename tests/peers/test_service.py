@@ -24,6 +24,7 @@ APP = Path(__file__).parents[2] / "examples" / "service"
 def test_the_service_answers_as_the_classifier(channels: int, tmp_path: Path) -> None:
     data = make_folder(tmp_path / "data", val=23)
     options = {"dataset": "folder", "root": str(data), "image_size": 24, "channels": channels, "loader": "torch"}
+    options["exif_rotation"] = channels == 3
     run = make_run(tmp_path / "run", data=options, classes=("cat", "dog", "emu"))
     # About a third of the untrained network's predictions are right.
     risk = ["--risk", "0.85", "--confidence", "0.5", "--calibration-share", "1", "--device", "cpu"]
