@@ -36,8 +36,12 @@ def find_images(sources: Iterable[str]) -> Iterator[str]:
 
     for source in sources:
         if os.path.isdir(source):
+            start = os.path.abspath(source)
+            files = (entry.path for entry in walk(Path(source)) if not entry.is_folder)
             found = sorted(
-                e.path for e in walk(Path(source)) if e.path.lower().endswith(EXTENSIONS) and not e.is_folder
+                os.path.join(source, os.path.relpath(path, start))
+                for path in files
+                if path.lower().endswith(EXTENSIONS)
             )
         elif glob.has_magic(source) and not os.path.exists(source):
             found = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))

@@ -65,7 +65,7 @@ def test_the_commands_of_the_guide_lead_to_a_service(tmp_path: Path) -> None:
             ["bash", "-euc", block], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
         )
         assert done.returncode == 0, block + done.stdout + done.stderr
-    rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines()))
     assert len(rows) == 540
     assert sum(row["class"] == Path(row["path"]).parent.name for row in rows) > 480
     with subprocess.Popen(["bash", "-c", f"exec env {blocks[3]}"], cwd=tmp_path, env=environment) as server:
