@@ -23,8 +23,9 @@ from tal_fast.config.names import INTERPOLATIONS
 from tal_fast.config.schema import Config, DataConfig, ModelConfig
 from tal_fast.config.typed import one_line
 from tal_fast.data import image_folder
-from tal_fast.data.build import FOLDER_IMAGE_SIZE, build_data
+from tal_fast.data.build import FOLDER_IMAGE_SIZE, build_data, packed_data
 from tal_fast.data.datasets import DataBundle
+from tal_fast.data.sources import PACKED
 from tal_fast.models.build import build_model, timm_name
 from tal_fast.models.features import FeatureLinear, head_path
 from tal_fast.models.registry import NETWORKS
@@ -375,8 +376,11 @@ def evaluation_data(config: DataConfig) -> DataBundle:
 
 
 def _data_without_training(config: DataConfig) -> DataBundle | None:
-    """Data set of a folder that has no ``train/``; None for other data sets."""
+    """Data set without training images: shards, or a folder that has no ``train/``; None for other data sets."""
     root = Path(config.root or "")
+    if config.dataset in PACKED:
+        config.check()
+        return packed_data(config, training=False)
     if config.dataset != "folder" or config.root is None or (root / "train").is_dir() or not root.is_dir():
         return None
     config.check()
