@@ -40,12 +40,20 @@ class DataConfig:
     """Images and their augmentation.
 
     Attributes:
-        dataset: kind of data set. ``folder`` has ``train/`` and ``val/`` with one folder per class; ``digits`` is
-            scikit-learn's, as image files; ``cifar10`` and ``cifar100`` are read from their binary files,
-            ``fashion-mnist`` from IDX files; ``synthetic`` images are generated, for measurements.
-        root: folder of the images, binary files or IDX files; digits and synthetic need none.
+        dataset: kind of data set. ``folder`` has ``train/`` and ``val/`` with one folder per class; ``webdataset`` has
+            .tar shards, ``huggingface`` parquet or Arrow files; ``digits`` is scikit-learn's, as image files;
+            ``cifar10`` and ``cifar100`` are read from their binary files, ``fashion-mnist`` from IDX files;
+            ``synthetic`` images are generated, for measurements.
+        root: folder of the images, shards, binary files or IDX files; digits and synthetic need none. ``webdataset``
+            also takes an address (``s3://``, ``https://``), ``huggingface`` a name on the hub.
+        label_key: where the label of an image is. For ``webdataset`` the ending of its file (``cls``), or else an
+            entry of its ``.json`` (``label``); for ``huggingface`` the column, by default the only one of classes.
         ood: out-of-distribution sets for the evaluation by name, also as ``--data.ood.NAME FOLDER``. Fashion-MNIST also
             takes folders of IDX files, CIFAR folders of CIFAR's binary files.
+        split: share of the images of a folder of class folders, without ``train/`` and ``val/``, to validate on: the
+            same share of each class, a random choice.
+        split_seed: seed of the choice of ``data.split``.
+        exif_rotation: turn images of files as their EXIF data say; by default they are read as they are stored.
         file_list: text file with one path per line, relative to the root, of the only image files to use.
             ``python -m tal_fast.check_data`` writes one.
         max_unreadable: training ends when a rank meets more undecodable files; by default 1% of the files, at least 10.
@@ -85,9 +93,15 @@ class DataConfig:
         synthetic_classes: number of classes of synthetic images.
     """
 
-    dataset: Literal["folder", "digits", "cifar10", "cifar100", "fashion-mnist", "synthetic"] = "folder"
+    dataset: Literal[
+        "folder", "webdataset", "huggingface", "digits", "cifar10", "cifar100", "fashion-mnist", "synthetic"
+    ] = "folder"
     root: str | None = None
     ood: dict[str, str] = field(default_factory=dict)
+    label_key: str | None = None
+    split: float | None = None
+    split_seed: int = 0
+    exif_rotation: bool = False
     file_list: str | None = None
     max_unreadable: int | None = None
     loader: Literal["auto", "dali", "torch"] = "auto"
@@ -142,8 +156,15 @@ class DataConfig:
         """Whether training images are changed by operations of the torch loader alone."""
         return self.augment != "none" or self.color_jitter is not None
 
+    @property
+    def needs_torch_loader(self) -> bool:
+        """Whether an option works in the torch loader alone."""
+        return self.changes_pixels or self.exif_rotation
+
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
+        if self.split is not None and not 0 < self.split < 1:
+            raise ValueError(f"data.split is {self.split} but must be in (0, 1), such as 0.2, or null")
         if (self.mean is None) != (self.std is None):
             raise ValueError("data.mean and data.std go together: give both or neither")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -152,7 +173,7 @@ class DataConfig:
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"data.std is {self.std} but must be above 0")
         limits = {
-            "workers": 0, "timeout": 1, "shift": 0, "image_size": 1, "holdout": 1, "train_limit": 1,
+            "workers": 0, "split_seed": 0, "timeout": 1, "shift": 0, "image_size": 1, "holdout": 1, "train_limit": 1,
             "max_unreadable": 0, "synthetic_images": 2, "synthetic_classes": 2, "augment_std": 0, "repeats": 1,
         }  # fmt: skip
         for name, limit in limits.items():
