@@ -40,12 +40,20 @@ class DataConfig:
     """Images and their augmentation.
 
     Attributes:
-        dataset: kind of data set. ``folder`` has ``train/`` and ``val/`` with one folder per class; ``digits`` is
-            scikit-learn's, as image files; ``cifar10`` and ``cifar100`` are read from their binary files,
-            ``fashion-mnist`` from IDX files; ``synthetic`` images are generated, for measurements.
-        root: folder of the images, binary files or IDX files; digits and synthetic need none.
+        dataset: kind of data set. ``folder`` has ``train/`` and ``val/`` with one folder per class; ``webdataset`` has
+            .tar shards, ``huggingface`` parquet or Arrow files; ``digits`` is scikit-learn's, as image files;
+            ``cifar10`` and ``cifar100`` are read from their binary files, ``fashion-mnist`` from IDX files;
+            ``synthetic`` images are generated, for measurements.
+        root: folder of the images, shards, binary files or IDX files; digits and synthetic need none. ``webdataset``
+            also takes an address (``s3://``, ``https://``), ``huggingface`` a name on the hub.
+        label_key: where the label of an image is. For ``webdataset`` the ending of its file (``cls``), or else an
+            entry of its ``.json`` (``label``); for ``huggingface`` the column, by default the only one of classes.
         ood: out-of-distribution sets for the evaluation by name, also as ``--data.ood.NAME FOLDER``. Fashion-MNIST also
             takes folders of IDX files, CIFAR folders of CIFAR's binary files.
+        split: share of the images of a folder of class folders, without ``train/`` and ``val/``, to validate on: the
+            same share of each class, a random choice.
+        split_seed: seed of the choice of ``data.split``.
+        exif_rotation: turn images of files as their EXIF data say; by default they are read as they are stored.
         file_list: text file with one path per line, relative to the root, of the only image files to use.
             ``python -m tal_fast.check_data`` writes one.
         max_unreadable: training ends when a rank meets more undecodable files; by default 1% of the files, at least 10.
@@ -85,9 +93,15 @@ class DataConfig:
         synthetic_classes: number of classes of synthetic images.
     """
 
-    dataset: Literal["folder", "digits", "cifar10", "cifar100", "fashion-mnist", "synthetic"] = "folder"
+    dataset: Literal[
+        "folder", "webdataset", "huggingface", "digits", "cifar10", "cifar100", "fashion-mnist", "synthetic"
+    ] = "folder"
     root: str | None = None
     ood: dict[str, str] = field(default_factory=dict)
+    label_key: str | None = None
+    split: float | None = None
+    split_seed: int = 0
+    exif_rotation: bool = False
     file_list: str | None = None
     max_unreadable: int | None = None
     loader: Literal["auto", "dali", "torch"] = "auto"
@@ -142,8 +156,15 @@ class DataConfig:
         """Whether training images are changed by operations of the torch loader alone."""
         return self.augment != "none" or self.color_jitter is not None
 
+    @property
+    def needs_torch_loader(self) -> bool:
+        """Whether an option works in the torch loader alone."""
+        return self.changes_pixels or self.exif_rotation
+
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
+        if self.split is not None and not 0 < self.split < 1:
+            raise ValueError(f"data.split is {self.split} but must be in (0, 1), such as 0.2, or null")
         if (self.mean is None) != (self.std is None):
             raise ValueError("data.mean and data.std go together: give both or neither")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -152,7 +173,7 @@ class DataConfig:
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"data.std is {self.std} but must be above 0")
         limits = {
-            "workers": 0, "timeout": 1, "shift": 0, "image_size": 1, "holdout": 1, "train_limit": 1,
+            "workers": 0, "split_seed": 0, "timeout": 1, "shift": 0, "image_size": 1, "holdout": 1, "train_limit": 1,
             "max_unreadable": 0, "synthetic_images": 2, "synthetic_classes": 2, "augment_std": 0, "repeats": 1,
         }  # fmt: skip
         for name, limit in limits.items():
@@ -296,13 +317,18 @@ class MethodConfig:
         label_smoothing: label smoothing of every method's cross-entropy, in [0, 1).
         options: options of the method, by name. ``tal_fast.config.methods`` has those of the built-in methods, whose
             defaults are filled in.
+        class_weight: factors of the images' losses by class, as in ``F.cross_entropy``: ``none``, ``balanced``
+            (N / (C n) for a class with n of N training images) or a list with one for each class.
     """
 
     name: str = "tal"
     label_smoothing: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
+    class_weight: Any = "none"  # or "balanced", or list[float]
 
     def __post_init__(self) -> None:
+        if isinstance(self.class_weight, (list, tuple)):
+            self.class_weight = read(list[float], self.class_weight, "method.class_weight")
         if self.name in OPTIONS:
             self.options = asdict(read_options(self.name, OPTIONS[self.name], self.options))
 
@@ -312,6 +338,12 @@ class MethodConfig:
             raise ValueError(f"method.name is {self.name!r}; use {' or '.join(map(repr, method_names()))}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"method.label_smoothing is {self.label_smoothing} but must be in [0, 1)")
+        weight = self.class_weight
+        if isinstance(weight, list):
+            if min(weight, default=0) < 0 or max(weight, default=0) == 0:
+                raise ValueError(f"method.class_weight is {weight} but must be at least 0, and above 0 for some class")
+        elif weight not in ("none", "balanced"):
+            raise ValueError(f"method.class_weight is {weight!r}; use none, balanced or a list with a number a class")
         if self.name in OPTIONS:
             read_options(self.name, OPTIONS[self.name], self.options).check()
 
@@ -457,6 +489,11 @@ class Config:
             raise ValueError(
                 "data.augment, data.color_jitter, data.erase and mix need images in training; leave them out, or set "
                 "model.cache_features to false"
+            )
+        if self.data.sampling == "balanced" and self.method.class_weight == "balanced":
+            raise ValueError(
+                "data.sampling and method.class_weight are both balanced, which would weight rare classes twice; set "
+                "one of them to its default"
             )
         if self.profile is not None:
             self.profile_window()

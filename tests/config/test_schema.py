@@ -57,6 +57,13 @@ def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
         ({"optim": {"schedule": "multistep"}}, "optim.schedule is 'multistep' but optim.step_epochs is empty"),
         ({"optim": {"clip_norm": 0}}, "optim.clip_norm is 0.0 but must be above 0, or null for no clipping"),
         ({"optim": {"ema_decay": 1}}, "optim.ema_decay is 1.0 but must be in (0, 1), or null for no average"),
+        ({"method": {"class_weight": "even"}}, "method.class_weight is 'even'; use none, balanced or a list"),
+        ({"method": {"class_weight": [1, -1]}}, "method.class_weight is [1.0, -1.0] but must be at least 0"),
+        ({"method": {"class_weight": []}}, "method.class_weight is [] but must be at least 0, and above 0 for some"),
+        (
+            {"method": {"class_weight": "balanced"}, "data": {"sampling": "balanced"}},
+            "data.sampling and method.class_weight are both balanced",
+        ),
         ({"mix": {"mixup": -0.1}}, "mix.mixup is -0.1 but must be at least 0"),
         ({"mix": {"switch_prob": 1.1}}, "mix.switch_prob is 1.1 but must be in [0, 1]"),
         ({"mix": {"prob": 0}}, "mix.prob is 0.0 but must be in (0, 1]"),
