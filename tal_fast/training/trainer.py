@@ -197,11 +197,7 @@ class Trainer:
             f"{self.ranks.device.type}, {self.runtime.summary()}, loader {self.data.loader_name}"
         )
         if config.mix.on:
-            beside = "in place of the images"
-            if config.mix.weight is not None:
-                beside = f"beside the images, weight {config.mix.weight:g}: {2 * config.batch_size} images a step, not "
-                beside += f"{config.batch_size}"
-            self._info(f"{config.mix.summary()} {beside}")
+            self._info(config.mix.summary(config.batch_size))
         if self.ranks.is_main:
             self._loggers = loggers.Loggers(config, self.output, self._steps_done)
         problem = None
