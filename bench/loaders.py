@@ -1,8 +1,9 @@
 """Throughput of the data loaders on JPEGs of ImageNet's size: ``python -m bench.loaders``.
 
 Training batches of 224 x 224 with random crops and mirroring, normalised float32, with the same number of workers: this
-package's DALI and torch loaders on a folder and on shards of it, the pipeline DALI's documentation builds on its own file reader, and images in memory.
-They take turns, an epoch without the clock before each, which empties what was read ahead while others ran.
+package's DALI and torch loaders on a folder and on shards of it, the pipeline DALI's documentation builds on its own
+file reader, and images in memory. They take turns, an epoch without the clock before each, which empties what was read
+ahead while others ran.
 
 The images are cut out of scikit-learn's two sample photos, at random, and saved with quality 90.
 """
