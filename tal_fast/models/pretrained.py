@@ -7,6 +7,8 @@ import logging
 import math
 import re
 import sys
+import urllib.error
+import urllib.request
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -268,8 +270,9 @@ def _pretrained(model: str) -> dict[str, Tensor]:
     name = timm_name(model)
     if name is not None:
         import timm
-        from huggingface_hub.constants import HF_HUB_CACHE as cache
+        from huggingface_hub import constants
 
+        cache = constants.HF_HUB_CACHE
         if not timm.is_model_pretrained(name):
             raise ValueError(f"timm has no weights for {name}; name a file")
     else:
@@ -282,13 +285,31 @@ def _pretrained(model: str) -> dict[str, Tensor]:
         cache = str(Path(torch.hub.get_dir()) / "checkpoints")
     try:
         if name is not None:
-            return dict(timm.create_model(name, pretrained=True).state_dict())
+            return _timm_weights(name)
         return dict(published.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except Exception as error:  # of many types: no network, a proxy, a damaged file in the cache
         raise ValueError(
             f"the weights of {model} are not in {cache} and cannot be downloaded ({one_line(error)[:200]}); copy that "
             "folder from a machine that has them, or name a file of weights"
         ) from None
+
+
+def _timm_weights(name: str) -> dict[str, Tensor]:
+    import timm
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:  # the cache first, which needs no network
+        return dict(timm.create_model(name, pretrained=True).state_dict())
+    except Exception:  # an error of the hub, of several types; the next attempt raises the others again
+        if offline:
+            raise
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+    with contextlib.suppress(urllib.error.HTTPError):  # which is an answer
+        urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()  # the hub retries for 46 s without a network
+    return dict(timm.create_model(name, pretrained=True).state_dict())
 
 
 def preprocessing(model: str, given: Mapping[str, Any], pretrained: bool = False) -> dict[str, Any]:
