@@ -26,7 +26,7 @@ def all_images(source: Shards | HuggingFace) -> list[Packed]:
 
 
 def absolute_place(spec: str, kind: str = "") -> str:
-    """``FOLDER``, ``webdataset:WHERE`` or ``huggingface:WHERE`` as an absolute path, but addresses and names on the hub.
+    """``FOLDER``, ``webdataset:WHERE`` or ``huggingface:WHERE`` as an absolute path; addresses stay as they are.
 
     ``kind`` is the kind of data set of a specification without one.
     """
