@@ -133,7 +133,7 @@ def test_generated_sets_are_the_same_each_time(kind: str, channels: int) -> None
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("/gone/folder", "the set '/gone/folder' is neither a folder nor one of textures:FOLDER"),
+        ("/gone/folder", "the set '/gone/folder' is neither a folder nor one of "),
         ("patches:0", "must end with a whole number of at least 1, not '0'"),
         ("uniform:x", "must end with a whole number"),
         ("svhn", "'svhn' is neither a folder nor one of"),
