@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tal_fast.config.schema import OWN_OF_A_RANK, Config
 from tal_fast.data import build_data
+from tal_fast.data.sources import absolute_place
 from tal_fast.models import head_path
 from tal_fast.models.pretrained import PRETRAINED, Weights, read_weights
 from tal_fast.runs import checkpoint
@@ -424,8 +425,10 @@ def _read_weights(config: Config) -> Weights:
 
 def _make_paths_absolute(config: Config) -> None:
     data, model = config.data, config.model
-    data.root, data.file_list = map(_absolute, (data.root, data.file_list))
-    data.ood = {name: str(_absolute(path)) for name, path in data.ood.items()}
+    if data.root is not None:
+        data.root = absolute_place(data.root, data.dataset)
+    data.file_list = _absolute(data.file_list)
+    data.ood = {name: absolute_place(spec) for name, spec in data.ood.items()}
     if model.weights != PRETRAINED:
         model.weights = _absolute(model.weights)
 
