@@ -290,6 +290,22 @@ def _pretrained(model: str) -> dict[str, Tensor]:
         ) from None
 
 
+def is_cached(model: str) -> bool:
+    """Whether the weights of a network of torchvision or timm need no download."""
+    name = None if model in NETWORKS else timm_name(model)
+    if name is None:
+        from torchvision import models
+
+        found = () if model in NETWORKS else models.get_model_weights(model)
+        return any((Path(torch.hub.get_dir()) / "checkpoints" / Path(w.url).name).is_file() for w in list(found)[-1:])
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    hub = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None) or ""
+    files = ("model.safetensors", "pytorch_model.bin") if hub else ()
+    return any(isinstance(try_to_load_from_cache(hub, file), str) for file in files)
+
+
 def preprocessing(model: str, given: Mapping[str, Any], pretrained: bool = False) -> dict[str, Any]:
     """Preprocessing of the images of a network, as fields of ``DataConfig``.
 
