@@ -40,10 +40,14 @@ class DataConfig:
     """Images and their augmentation.
 
     Attributes:
-        dataset: kind of data set. ``folder`` has ``train/`` and ``val/`` with one folder per class; ``digits`` is
-            scikit-learn's, as image files; ``cifar10`` and ``cifar100`` are read from their binary files,
-            ``fashion-mnist`` from IDX files; ``synthetic`` images are generated, for measurements.
-        root: folder of the images, binary files or IDX files; digits and synthetic need none.
+        dataset: kind of data set. ``folder`` has ``train/`` and ``val/`` with one folder per class; ``webdataset`` has
+            .tar shards, ``huggingface`` parquet or Arrow files; ``digits`` is scikit-learn's, as image files;
+            ``cifar10`` and ``cifar100`` are read from their binary files, ``fashion-mnist`` from IDX files;
+            ``synthetic`` images are generated, for measurements.
+        root: folder of the images, shards, binary files or IDX files; digits and synthetic need none. ``webdataset``
+            also takes an address (``s3://``, ``https://``), ``huggingface`` a name on the hub.
+        label_key: where the label of an image is. For ``webdataset`` the ending of its file (``cls``), or else an
+            entry of its ``.json`` (``label``); for ``huggingface`` the column, by default the only one of classes.
         ood: out-of-distribution sets for the evaluation by name, also as ``--data.ood.NAME FOLDER``. Fashion-MNIST also
             takes folders of IDX files, CIFAR folders of CIFAR's binary files.
         split: share of the images of a folder of class folders, without ``train/`` and ``val/``, to validate on: the
@@ -89,9 +93,12 @@ class DataConfig:
         synthetic_classes: number of classes of synthetic images.
     """
 
-    dataset: Literal["folder", "digits", "cifar10", "cifar100", "fashion-mnist", "synthetic"] = "folder"
+    dataset: Literal[
+        "folder", "webdataset", "huggingface", "digits", "cifar10", "cifar100", "fashion-mnist", "synthetic"
+    ] = "folder"
     root: str | None = None
     ood: dict[str, str] = field(default_factory=dict)
+    label_key: str | None = None
     split: float | None = None
     split_seed: int = 0
     exif_rotation: bool = False

@@ -17,6 +17,7 @@ from tal_fast.data.augment import PixelAugmentation
 from tal_fast.data.erasing import Eraser
 from tal_fast.data.image_folder import OOD_LABEL, ImageFiles
 from tal_fast.data.loader import ImageFormat, Loader, MemorySource, Source
+from tal_fast.data.packed import PackedImages
 from tal_fast.data.pillow import TorchSource
 from tal_fast.data.pixels import as_channels
 from tal_fast.data.sampler import Augmentation, Plan
@@ -197,7 +198,8 @@ class DataBundle:
             return "find the others with python -m tal_fast.check_data FOLDER"
         if split in self._ood:
             return f"find them with python -m tal_fast.check_data {shlex.quote(self.config.ood.get(split, split))}"
-        root = shlex.quote(self.config.root or "FOLDER")
+        packed = isinstance(self._splits["train"], PackedImages)
+        root = shlex.quote((f"{self.config.dataset}:" if packed else "") + (self.config.root or "FOLDER"))
         return (
             f"list the others with python -m tal_fast.check_data {root} --out list.txt, "
             "then resume with --data.file_list list.txt --resume auto"

@@ -6,6 +6,9 @@ Out-of-distribution sets (``ood_set``):
 specification                images
 ===========================  ========================================================================================
 ``FOLDER``                   all images in it, at any depth
+``webdataset:WHERE``         all images of the .tar shards in a folder or at an address, or of one shard
+``huggingface:WHERE``        images of a Hugging Face data set in a folder or on the hub: those for testing, else for
+                             validation, else its only ones
 ``textures:FOLDER[:LIST]``   Describable Textures: ``FOLDER/images/CLASS/*.jpg``, or those listed in
                              ``FOLDER/labels/LIST.txt`` (``test1``, ...)
 ``svhn:FILE.mat``            cropped digits of Street View House Numbers, ``test_32x32.mat``
@@ -50,6 +53,7 @@ from tal_fast.data.datasets import MemoryImages, Split
 from tal_fast.data.image_folder import ImageFiles
 from tal_fast.data.matlab import read_mat
 from tal_fast.data.pixels import as_channels
+from tal_fast.data.sources import PACKED, flat_images
 from tal_fast.data.text import read_text
 
 GENERATED = 1000
@@ -97,13 +101,13 @@ def ood_set(spec: str, image_size: int, channels: int) -> Split:
         number = _number(rest, spec) if colon else GENERATED
         make = {"patches": _patches, "gaussian": _gaussian, "uniform": builtin.synthetic_noise}[kind]
         return MemoryImages.unlabelled(make(number, image_size, channels), channels)
-    if not Path(spec).is_dir():
+    if not Path(spec).is_dir() and not (kind in PACKED and colon):
         raise ValueError(
-            f"the set {spec!r} is neither a folder nor one of textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], "
-            f"fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, npy:FILE.npy, patches[:N], "
-            f"gaussian[:N], uniform[:N]"
+            f"the set {spec!r} is neither a folder nor one of webdataset:WHERE, huggingface:WHERE, "
+            f"textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], fashion-mnist[:FOLDER], cifar10:FOLDER, "
+            f"cifar100:FOLDER, npy:FILE.npy, patches[:N], gaussian[:N], uniform[:N]"
         )
-    return image_folder.read_flat(Path(spec), spec)
+    return flat_images(spec, spec)
 
 
 def shift_set(

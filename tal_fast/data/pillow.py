@@ -71,14 +71,13 @@ class _BatchDataset(Dataset):
         pixels = np.empty((len(batch.indices), size, size, self._channels), np.uint8)
         unreadable = {}
         for row, index in enumerate(batch.indices):
-            path, stored = self._files.paths[index], self._files.sizes[index]
             try:
-                image = self._read(path, stored, batch.boxes[row], bool(batch.mirror[row]), size)
+                image = self._read(index, batch.boxes[row], bool(batch.mirror[row]), size)
                 if self._augment is not None and batch.draws is not None:
                     image = self._augment(image, batch.draws[row])
                 pixels[row] = np.asarray(image).reshape(size, size, self._channels)
             except Exception:
-                problem = undecodable(path, stored, self._files.upright)
+                problem = undecodable(self._files, index)
                 if problem is None:
                     raise
                 unreadable[row] = problem
@@ -92,11 +91,11 @@ class _BatchDataset(Dataset):
                 return f"a process of the loader has no shared memory for {pixels.nbytes / 2**20:.1f} MiB ({error})"
         return images, torch.from_numpy(batch.indices), unreadable
 
-    def _read(self, path: str, stored: np.ndarray, box: np.ndarray, mirror: bool, size: int) -> Image.Image:
-        with Image.open(path) as file:
+    def _read(self, index: int, box: np.ndarray, mirror: bool, size: int) -> Image.Image:
+        with Image.open(self._files.open(index)) as file:
             upright = self._files.upright
-            if size_of(file, upright) != tuple(stored):
-                raise ValueError(f"{path} has changed its size")
+            if size_of(file, upright) != tuple(self._files.sizes[index]):
+                raise ValueError(f"{self._files.paths[index]} has changed its size")
             image = resized_crop(
                 ImageOps.exif_transpose(file) if upright else file, self._channels, box, size, self._filter
             )
