@@ -240,6 +240,8 @@ class ModelConfig:
             raise ValueError(f"model.weights_key is {self.weights_key!r} but there is no file; set model.weights too")
         if isinstance(self.freeze, int):
             check_at_least("model.freeze", self.freeze, 1)
+            if self.cache_features:
+                raise ValueError(f"model.freeze is {self.freeze} but model.cache_features freezes all; use backbone")
         if self.drop_path is not None and not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path is {self.drop_path} but must be in [0, 1)")
 

@@ -194,9 +194,12 @@ class Trainer:
             more = "--epochs and --extend give it more"
             self._info(f"{self.output} is trained already: {state.epoch} of {config.epochs} epochs; {more}")
             return
+        size = sum(p.numel() for p in self.network.parameters())
+        trained = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
+        first = f", only the head in the first {config.optim.head_epochs} epochs" if config.optim.head_epochs else ""
         self._info(
-            f"{config.method.name} on {self.data.summary()}; {config.model.name}, "
-            f"{sum(p.numel() for p in self.network.parameters()):,} parameters"
+            f"{config.method.name} on {self.data.summary()}; {config.model.name}, {size:,} parameters"
+            f"{f' of which {trained:,} train' if trained < size else ''}{first}"
             f"{'' if state.whole is None else ' in the head'}; {self.ranks.world_size} x "
             f"{self.ranks.device.type}, {self.runtime.summary()}, loader {self.data.loader_name}"
         )
