@@ -357,7 +357,6 @@ class MixConfig:
         mixup: parameter α of mixup, whose images are λ x + (1 - λ) x' with one λ ~ Beta(α, α) a batch; 0 for none.
         cutmix: parameter α of CutMix, which replaces a rectangle of the share 1 - λ by another image; 0 for none.
         switch_prob: share of the batches that CutMix takes where mixup is on too.
-        prob: share of the batches that are mixed at all.
         weight: weight of the mixed images' loss beside that of the clean ones, as in RegMixup; a step then has twice
             the images. By default the mixed images take the place of the clean ones.
     """
@@ -365,7 +364,6 @@ class MixConfig:
     mixup: float = 0.0
     cutmix: float = 0.0
     switch_prob: float = 0.5
-    prob: float = 1.0
     weight: float | None = None
 
     @property
@@ -379,19 +377,17 @@ class MixConfig:
             check_at_least(f"mix.{name}", getattr(self, name), 0)
         if not 0 <= self.switch_prob <= 1:
             raise ValueError(f"mix.switch_prob is {self.switch_prob} but must be in [0, 1]")
-        if not 0 < self.prob <= 1:
-            raise ValueError(f"mix.prob is {self.prob} but must be in (0, 1]")
         check_positive("mix.weight", self.weight, ", or null for mixed images in place of the clean ones")
         if self.weight is not None and not self.on:
-            raise ValueError(
-                f"mix.weight is {self.weight} but no images are mixed; set mix.mixup or mix.cutmix, or mix.weight to "
-                "null"
-            )
+            raise ValueError(f"mix.weight is {self.weight} but no images are mixed; set mix.mixup or mix.cutmix")
 
-    def summary(self) -> str:
-        """Kind of mixing in a few words."""
-        parts = [f"{name} (alpha {a:g})" for name, a in (("mixup", self.mixup), ("CutMix", self.cutmix)) if a]
-        return " or ".join(parts) + ("" if self.prob == 1 else f" of {self.prob:.0%} of the batches")
+    def summary(self, images: int) -> str:
+        """Kind and cost of mixing, for ``images`` images a step."""
+        kinds = (("mixup", self.mixup), ("CutMix", self.cutmix))
+        text = " or ".join(f"{name} (alpha {alpha:g})" for name, alpha in kinds if alpha)
+        if self.weight is None:
+            return f"{text} in place of the images"
+        return f"{text} beside the images, weight {self.weight:g}: {2 * images} images a step, not {images}"
 
 
 @dataclass

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tal_fast.config.schema import OWN_OF_A_RANK, Config
 from tal_fast.data import build_data
+from tal_fast.data.sources import absolute_place
 from tal_fast.models import head_path
 from tal_fast.models.pretrained import PRETRAINED, Weights, read_weights
 from tal_fast.runs import checkpoint
@@ -204,11 +205,7 @@ class Trainer:
             f"{self.ranks.device.type}, {self.runtime.summary()}, loader {self.data.loader_name}"
         )
         if config.mix.on:
-            beside = "in place of the images"
-            if config.mix.weight is not None:
-                beside = f"beside the images, weight {config.mix.weight:g}: {2 * config.batch_size} images a step, not "
-                beside += f"{config.batch_size}"
-            self._info(f"{config.mix.summary()} {beside}")
+            self._info(config.mix.summary(config.batch_size))
         if self.ranks.is_main:
             self._loggers = loggers.Loggers(config, self.output, self._steps_done)
         problem = None
@@ -442,8 +439,10 @@ def _read_weights(config: Config) -> Weights:
 
 def _make_paths_absolute(config: Config) -> None:
     data, model = config.data, config.model
-    data.root, data.file_list = map(_absolute, (data.root, data.file_list))
-    data.ood = {name: str(_absolute(path)) for name, path in data.ood.items()}
+    if data.root is not None:
+        data.root = absolute_place(data.root, data.dataset)
+    data.file_list = _absolute(data.file_list)
+    data.ood = {name: absolute_place(spec) for name, spec in data.ood.items()}
     if model.weights != PRETRAINED:
         model.weights = _absolute(model.weights)
 

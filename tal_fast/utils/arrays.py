@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tal_fast.utils.io import refuse_pipe
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -69,6 +71,7 @@ def open_npz(path: str | Path) -> Iterator[NpzArrays]:
     Raises OSError if it cannot be opened, and ValueError if it is damaged, holds pickled objects, is no ``.npz``, or is
     larger than the machine's memory; also where an array is read or is missing.
     """
+    refuse_pipe(path)
     with Path(path).open("rb") as file:
         try:
             loaded = np.load(file, allow_pickle=False)
