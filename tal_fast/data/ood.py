@@ -38,7 +38,8 @@ images in memory are resized whole, image files as in validation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ from tal_fast.data.matlab import read_mat
 from tal_fast.data.pixels import as_channels
 from tal_fast.data.sources import PACKED, flat_images
 from tal_fast.data.text import read_text
+from tal_fast.utils.io import refuse_pipe
 
 GENERATED = 1000
 """Default number of generated images."""
@@ -74,6 +76,15 @@ def parse_named(texts: Sequence[str], option: str) -> dict[str, str]:
             raise ValueError(f"{option} names {name!r} twice; give each set its own name")
         found[name] = spec
     return found
+
+
+@contextlib.contextmanager
+def set_named(name: str) -> Iterator[None]:
+    """Context in which a set is read: its errors begin with the name that the user gave it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"the set {name!r} cannot be used: {error}") from None
 
 
 def ood_set(spec: str, image_size: int, channels: int) -> Split:
@@ -172,6 +183,7 @@ def _svhn(path: Path) -> np.ndarray:
 
 
 def _read_array(path: Path, mapped: bool = False) -> Any:
+    refuse_pipe(path)
     try:
         array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
     except Exception as error:  # NumPy raises many types of errors for damaged files

@@ -25,6 +25,18 @@ def all_images(source: Shards | HuggingFace) -> list[Packed]:
     return [images for images in splits if images is not None] or [source.all()]
 
 
+def absolute_place(spec: str, kind: str = "") -> str:
+    """``FOLDER``, ``webdataset:WHERE`` or ``huggingface:WHERE`` as an absolute path; addresses stay as they are.
+
+    ``kind`` is the kind of data set of a specification without one.
+    """
+    prefix, _, where = spec.partition(":")
+    if prefix in PACKED and where:
+        return f"{prefix}:{absolute_place(where, prefix)}"
+    path = Path(spec).expanduser()
+    return spec if "://" in spec or (kind == "huggingface" and not path.exists()) else str(path.absolute())
+
+
 def flat_images(spec: str, name: str) -> ImageFiles:
     """Images of an out-of-distribution set: ``FOLDER``, ``webdataset:WHERE`` or ``huggingface:WHERE``."""
     source = packed_source(spec)

@@ -23,6 +23,7 @@ from tal_fast.data.image_folder import UnreadableImage
 from tal_fast.data.loader import IGNORED_LABEL
 from tal_fast.data.pack import main as pack_main
 from tal_fast.data.pack import pack
+from tal_fast.data.sources import absolute_place
 from tests.helpers.images import LOADERS, collect, config, cut_short, make_folder, picture
 
 SMALL = 0.01
@@ -417,3 +418,17 @@ def test_folders_that_cannot_be_packed_are_named(
     assert pack_main([str(tmp_path / "absent"), str(tmp_path / "out")]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_places_are_absolute_but_addresses_and_names_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = str(tmp_path)
+    assert absolute_place("set") == absolute_place("set", "webdataset") == f"{here}/set"
+    assert absolute_place("webdataset:set") == f"webdataset:{here}/set"
+    for spec in ("s3://bucket/set", "webdataset:https://host/set", "huggingface:owner/name"):
+        assert absolute_place(spec) == spec
+    assert absolute_place("owner/name", "huggingface") == "owner/name"
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert absolute_place("owner/name", "huggingface") == f"{here}/owner/name"
