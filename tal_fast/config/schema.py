@@ -212,9 +212,8 @@ class ModelConfig:
             the first N stages (of a transformer, blocks). It runs as in validation, BatchNorm and dropout included.
         drop_path: largest rate of stochastic depth of a network of timm or torchvision; by default the network's own.
         head: classifier on top of the network; ``mlp`` has a hidden layer as wide as the network's features.
-        cache_features: run the frozen network (``model.freeze backbone``) once over the training and validation images
-            without random augmentation, keep its features on disk, and train the head on them. The result is the whole
-            network.
+        cache_features: freeze the network but for the head, run it once over the training and validation images without
+            random augmentation, keep its features on disk, and train the head on them. The result is the whole network.
         compile: compile the network and the loss with ``torch.compile``; by default on GPUs.
         channels_last: keep images and weights in channels-last memory order; by default on GPUs. On CPUs it makes the
             small ResNets a quarter faster, but without AVX-512, convolutions of stride 2 with fewer than 7 channels
@@ -358,7 +357,6 @@ class MixConfig:
         mixup: parameter α of mixup, whose images are λ x + (1 - λ) x' with one λ ~ Beta(α, α) a batch; 0 for none.
         cutmix: parameter α of CutMix, which replaces a rectangle of the share 1 - λ by another image; 0 for none.
         switch_prob: share of the batches that CutMix takes where mixup is on too.
-        prob: share of the batches that are mixed at all.
         weight: weight of the mixed images' loss beside that of the clean ones, as in RegMixup; a step then has twice
             the images. By default the mixed images take the place of the clean ones.
     """
@@ -366,7 +364,6 @@ class MixConfig:
     mixup: float = 0.0
     cutmix: float = 0.0
     switch_prob: float = 0.5
-    prob: float = 1.0
     weight: float | None = None
 
     @property
@@ -380,19 +377,17 @@ class MixConfig:
             check_at_least(f"mix.{name}", getattr(self, name), 0)
         if not 0 <= self.switch_prob <= 1:
             raise ValueError(f"mix.switch_prob is {self.switch_prob} but must be in [0, 1]")
-        if not 0 < self.prob <= 1:
-            raise ValueError(f"mix.prob is {self.prob} but must be in (0, 1]")
         check_positive("mix.weight", self.weight, ", or null for mixed images in place of the clean ones")
         if self.weight is not None and not self.on:
-            raise ValueError(
-                f"mix.weight is {self.weight} but no images are mixed; set mix.mixup or mix.cutmix, or mix.weight to "
-                "null"
-            )
+            raise ValueError(f"mix.weight is {self.weight} but no images are mixed; set mix.mixup or mix.cutmix")
 
-    def summary(self) -> str:
-        """Kind of mixing in a few words."""
-        parts = [f"{name} (alpha {a:g})" for name, a in (("mixup", self.mixup), ("CutMix", self.cutmix)) if a]
-        return " or ".join(parts) + ("" if self.prob == 1 else f" of {self.prob:.0%} of the batches")
+    def summary(self, images: int) -> str:
+        """Kind and cost of mixing, for ``images`` images a step."""
+        kinds = (("mixup", self.mixup), ("CutMix", self.cutmix))
+        text = " or ".join(f"{name} (alpha {alpha:g})" for name, alpha in kinds if alpha)
+        if self.weight is None:
+            return f"{text} in place of the images"
+        return f"{text} beside the images, weight {self.weight:g}: {2 * images} images a step, not {images}"
 
 
 @dataclass
@@ -463,7 +458,14 @@ class Config:
         read(Config, self.to_dict(), "")  # types and finite numbers, for a configuration that was made in Python
         for section in (self.data, self.model, self.optim, self.method, self.mix):
             section.check()
-        for name, value in {"model.freeze": self.model.freeze, "optim.head_epochs": self.optim.head_epochs}.items():
+        if self.model.cache_features and (self.model.freeze not in ("none", "backbone") or self.optim.head_epochs):
+            raise ValueError(
+                "model.cache_features trains the head alone; set model.freeze to backbone and optim.head_epochs to 0"
+            )
+        for name, value in {
+            "model.freeze": self.model.freeze, "optim.head_epochs": self.optim.head_epochs,
+            "model.cache_features": self.model.cache_features or "none",
+        }.items():  # fmt: skip
             if value not in ("none", 0) and self.model.weights is None:
                 raise ValueError(f"{name} is {value} but the weights are random; name some with model.weights")
         for name in (
@@ -526,18 +528,19 @@ class Config:
 
     def flat(self) -> dict[str, Any]:
         """Dotted name -> plain value of every option, such as ``method.options.t_min``; ``data.ood`` is one option."""
-        return _flatten(self.to_dict())
+        return flatten(self.to_dict())
 
     def save(self, path: Path) -> None:
         """Write the configuration as YAML, atomically."""
         write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted names; ``ood`` stays one value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and key != "ood":
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -294,6 +294,25 @@ def _pretrained(model: str) -> dict[str, Tensor]:
         ) from None
 
 
+def is_cached(model: str) -> bool:
+    """Whether the weights of a network of torchvision or timm need no download."""
+    name = None if model in NETWORKS else timm_name(model)
+    if name is None:
+        from torchvision import models
+
+        try:
+            url = models.get_model_weights(model).DEFAULT.url
+        except (ValueError, AttributeError):
+            return False
+        return (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).is_file()
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    hub = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None) or ""
+    files = ("model.safetensors", "pytorch_model.bin") if hub else ()
+    return any(isinstance(try_to_load_from_cache(hub, file), str) for file in files)
+
+
 def _timm_weights(name: str) -> dict[str, Tensor]:
     import timm
     from huggingface_hub import constants

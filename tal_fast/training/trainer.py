@@ -38,7 +38,7 @@ from tal_fast.training.feature_cache import FeatureBundle
 from tal_fast.training.mixing import check_images
 from tal_fast.training.optim import learning_rate
 from tal_fast.training.profiler import Profiler
-from tal_fast.training.progress import Progress, epoch_line, memory_in_use, shows_bar
+from tal_fast.training.progress import Progress, duration, epoch_line, memory_in_use, shows_bar
 from tal_fast.training.runtime import Runtime
 from tal_fast.training.saving import Saver, TrainingFailed
 from tal_fast.training.state import build_state, conditions, data_shape
@@ -55,6 +55,9 @@ from tal_fast.utils.signals import Stopped, StopRequest
 __all__ = ["Trainer", "TrainingFailed"]
 
 logger = logging.getLogger(__name__)
+
+ESTIMATE_SECONDS = 15.0
+"""Seconds of training after which the time of the whole run is estimated; the line of an epoch has it too."""
 
 
 class Trainer:
@@ -139,6 +142,7 @@ class Trainer:
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")  # TF32 where the network is not under autocast
+        self._estimated = False
         self._reported = self._unreadable()  # files named so far, also by the run before
         self._saver = Saver(config, self.state, self._shape, self.ranks, self._stop)
         self._writer = self._saver.writer
@@ -201,11 +205,7 @@ class Trainer:
             f"{self.ranks.device.type}, {self.runtime.summary()}, loader {self.data.loader_name}"
         )
         if config.mix.on:
-            beside = "in place of the images"
-            if config.mix.weight is not None:
-                beside = f"beside the images, weight {config.mix.weight:g}: {2 * config.batch_size} images a step, not "
-                beside += f"{config.batch_size}"
-            self._info(f"{config.mix.summary()} {beside}")
+            self._info(config.mix.summary(config.batch_size))
         if self.ranks.is_main:
             self._loggers = loggers.Loggers(config, self.output, self._steps_done)
         problem = None
@@ -275,6 +275,7 @@ class Trainer:
                     if trace is not None:
                         self._info(f"profile: {trace} (chrome://tracing or ui.perfetto.dev show it)")
                     self._log_step(rate)
+                    self._estimate(time.perf_counter() - started, first, steps)
                     every = config.checkpoint_every_steps
                     if every is not None and state.step % every == 0 and state.step < steps:
                         self.save()
@@ -309,6 +310,15 @@ class Trainer:
         if warning and self.ranks.is_main:
             logger.warning("%s", warning)
         return columns, histograms
+
+    def _estimate(self, seconds: float, first: int, steps: int) -> None:
+        """Tell, once ``ESTIMATE_SECONDS`` have passed within the first epoch, how long training will take."""
+        done = self.state.step - first
+        if seconds < ESTIMATE_SECONDS or done < 2 or self._estimated:
+            return
+        self._estimated = True
+        left = (self.config.epochs - self.state.epoch) * steps - self.state.step
+        self._info(f"about {duration(seconds / done * left)} for {left:,} steps more, without validation")
 
     def _learning_rate(self, epoch: int, step: int) -> float:
         now = epoch + (step + 0.5) / len(self.batches)

@@ -66,9 +66,8 @@ def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
         ),
         ({"mix": {"mixup": -0.1}}, "mix.mixup is -0.1 but must be at least 0"),
         ({"mix": {"switch_prob": 1.1}}, "mix.switch_prob is 1.1 but must be in [0, 1]"),
-        ({"mix": {"prob": 0}}, "mix.prob is 0.0 but must be in (0, 1]"),
         ({"mix": {"mixup": 1, "weight": 0}}, "mix.weight is 0.0 but must be above 0, or null for mixed images"),
-        ({"mix": {"weight": 1}}, "mix.weight is 1.0 but no images are mixed; set mix.mixup or mix.cutmix, or"),
+        ({"mix": {"weight": 1}}, "mix.weight is 1.0 but no images are mixed; set mix.mixup or mix.cutmix"),
         ({"method": {"label_smoothing": 1}}, "method.label_smoothing is 1.0 but must be in [0, 1)"),
     ],
 )
