@@ -212,9 +212,8 @@ class ModelConfig:
             the first N stages (of a transformer, blocks). It runs as in validation, BatchNorm and dropout included.
         drop_path: largest rate of stochastic depth of a network of timm or torchvision; by default the network's own.
         head: classifier on top of the network; ``mlp`` has a hidden layer as wide as the network's features.
-        cache_features: run the frozen network (``model.freeze backbone``) once over the training and validation images
-            without random augmentation, keep its features on disk, and train the head on them. The result is the whole
-            network.
+        cache_features: freeze the network but for the head, run it once over the training and validation images without
+            random augmentation, keep its features on disk, and train the head on them. The result is the whole network.
         compile: compile the network and the loss with ``torch.compile``; by default on GPUs.
         channels_last: keep images and weights in channels-last memory order; by default on GPUs. On CPUs it makes the
             small ResNets a quarter faster, but without AVX-512, convolutions of stride 2 with fewer than 7 channels
@@ -233,6 +232,10 @@ class ModelConfig:
     compile: bool | None = None
     channels_last: bool | None = None
     sync_batchnorm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weights not in (None, "pretrained"):
+            self.weights = os.path.abspath(os.path.expanduser(self.weights))
 
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
@@ -459,7 +462,14 @@ class Config:
         read(Config, self.to_dict(), "")  # types and finite numbers, for a configuration that was made in Python
         for section in (self.data, self.model, self.optim, self.method, self.mix):
             section.check()
-        for name, value in {"model.freeze": self.model.freeze, "optim.head_epochs": self.optim.head_epochs}.items():
+        if self.model.cache_features and (self.model.freeze not in ("none", "backbone") or self.optim.head_epochs):
+            raise ValueError(
+                "model.cache_features trains the head alone; set model.freeze to backbone and optim.head_epochs to 0"
+            )
+        for name, value in {
+            "model.freeze": self.model.freeze, "optim.head_epochs": self.optim.head_epochs,
+            "model.cache_features": self.model.cache_features or "none",
+        }.items():  # fmt: skip
             if value not in ("none", 0) and self.model.weights is None:
                 raise ValueError(f"{name} is {value} but the weights are random; name some with model.weights")
         for name in (
@@ -522,18 +532,19 @@ class Config:
 
     def flat(self) -> dict[str, Any]:
         """Dotted name -> plain value of every option, such as ``method.options.t_min``; ``data.ood`` is one option."""
-        return _flatten(self.to_dict())
+        return flatten(self.to_dict())
 
     def save(self, path: Path) -> None:
         """Write the configuration as YAML, atomically."""
         write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted names; ``ood`` stays one value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and key != "ood":
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -59,21 +59,13 @@ def _rename_layers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass
 class Weights:
-    """Weights of a network.
+    """Weights of a network."""
 
-    Attributes:
-        state: parameters and buffers by name.
-        source: where they come from, for messages.
-        key: key in the file that they were under, empty for a plain state dict.
-        preprocessing: fields of ``DataConfig`` that they need.
-        class_names: names of their classes, where the file is of a run of this project.
-    """
-
-    state: dict[str, Tensor]
-    source: str
-    key: str = ""
-    preprocessing: dict[str, Any] = field(default_factory=dict)
-    class_names: list[str] | None = None
+    state: dict[str, Tensor]  # parameters and buffers by name
+    source: str  # where they come from, for messages
+    key: str = ""  # key in the file that they were under, empty for a plain state dict
+    preprocessing: dict[str, Any] = field(default_factory=dict)  # fields of ``DataConfig`` that they need
+    class_names: list[str] | None = None  # names of their classes, where the file is of a run of this project
 
 
 def read_weights(
@@ -292,6 +284,25 @@ def _pretrained(model: str) -> dict[str, Tensor]:
             f"the weights of {model} are not in {cache} and cannot be downloaded ({one_line(error)[:200]}); copy that "
             "folder from a machine that has them, or name a file of weights"
         ) from None
+
+
+def is_cached(model: str) -> bool:
+    """Whether the weights of a network of torchvision or timm need no download."""
+    name = None if model in NETWORKS else timm_name(model)
+    if name is None:
+        from torchvision import models
+
+        try:
+            url = models.get_model_weights(model).DEFAULT.url
+        except (ValueError, AttributeError):
+            return False
+        return (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).is_file()
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    hub = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None) or ""
+    files = ("model.safetensors", "pytorch_model.bin") if hub else ()
+    return any(isinstance(try_to_load_from_cache(hub, file), str) for file in files)
 
 
 def _timm_weights(name: str) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ def to_numpy(values: Any) -> NDArray[Any]:
         ) from None
 
 
-def _memory() -> float:
+def total_memory() -> float:
     """Bytes of memory of the machine; infinity where that is unknown."""
     try:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -80,7 +80,7 @@ def open_npz(path: str | Path) -> Iterator[NpzArrays]:
             with loaded:
                 archive: Any = loaded.zip
                 size = sum(member.file_size for member in archive.infolist())
-                if size > _memory():
+                if size > total_memory():
                     raise ValueError(f"its arrays have {size:,} bytes, more than this machine's memory")
                 yield NpzArrays(loaded)
         except Exception as error:  # unzipping and parsing of headers raise errors of many types

@@ -37,7 +37,7 @@ def rng_state() -> dict[str, Any]:
 def _numpy_state() -> list[Any]:
     """State of NumPy's generator; reading it takes 70 µs, so one that nothing drew from since is not read again."""
     global _numpy
-    generator = np.random.get_bit_generator()
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # numpy 1.24 and later
     words = b""
     if isinstance(generator, np.random.MT19937):
         words = ctypes.string_at(generator.ctypes.state_address, 4 * 625)  # 624 words and the position

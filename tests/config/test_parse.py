@@ -24,6 +24,7 @@ PRESETS = [
     "digits-tal",
     "fashion-mnist-ce",
     "fashion-mnist-tal",
+    "folder-ce",
     "folder-tal",
     "imagenet-deit-small",
     "imagenet-resnet50-ce",
