@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +164,25 @@ def test_shards_of_webdataset_are_read(tmp_path: Path) -> None:
     assert collect(data.loader("val", batch_size=2))[1].tolist() == [0, 1, 2, 0, 1]
     for i, image in enumerate(images["val"]):
         assert np.array_equal(np.asarray(Image.open(data.split("val").open(i))), np.asarray(image))
+
+
+def test_shards_are_read_over_http(tmp_path: Path) -> None:
+    pack(make_folder(tmp_path / "folder"), tmp_path / "served" / "set", shard_mb=0.01)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/set"
+        by_address = build_data(config(dataset="webdataset", root=address))
+        (tmp_path / "served" / "set" / "_info.json").unlink()  # the shards are found in the listing, too
+        listed = build_data(config(dataset="webdataset", root=address))
+        with pytest.raises(ValueError, match="absent.* has no split train"):
+            build_data(config(dataset="webdataset", root=f"{address}-absent"))
+        server.shutdown()
+    local = build_data(config(dataset="webdataset", root=tmp_path / "served" / "set"))
+    for data in (by_address, listed):
+        assert data.class_names == local.class_names
+        for split in ("train", "val"):
+            got, want = data.split(split), local.split(split)
+            assert [got.read(i) for i in range(len(got))] == [want.read(i) for i in range(len(want))]
+    with pytest.raises(ValueError, match="cannot be read .*; check the address, the network and the credentials"):
+        build_data(config(dataset="webdataset", root=address))
