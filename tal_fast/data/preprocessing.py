@@ -36,7 +36,7 @@ class Preprocessing:
     std: list[float]
     crop_fraction: float
     interpolation: str  # filter for resizing, one of ``tal_fast.config.names.INTERPOLATIONS``
-    exif_rotation: bool = False  # turn images as their EXIF data say
+    exif_rotation: bool  # turn images first as their EXIF data say
 
     @classmethod
     def of(cls, config: DataConfig, image_size: int) -> Preprocessing:
@@ -48,7 +48,6 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
         """Inverse of ``to_dict``; raises ValueError if an entry is missing."""
-        values = {"exif_rotation": False, **values}  # exports of before have none
         missing = [name for name in cls.__dataclass_fields__ if name not in values]
         if missing:
             raise ValueError(f"the preprocessing lacks {', '.join(missing)}; export the model again")
