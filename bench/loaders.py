@@ -1,8 +1,9 @@
 """Throughput of the data loaders on JPEGs of ImageNet's size: ``python -m bench.loaders``.
 
 Training batches of 224 x 224 with random crops and mirroring, normalised float32, with the same number of workers: this
-package's DALI and torch loaders, the pipeline DALI's documentation builds on its own file reader, and images in memory.
-They take turns, an epoch without the clock before each, which empties what was read ahead while others ran.
+package's DALI and torch loaders on a folder and on shards of it, the pipeline DALI's documentation builds on its own
+file reader, and images in memory. They take turns, an epoch without the clock before each, which empties what was read
+ahead while others ran.
 
 The images are cut out of scikit-learn's two sample photos, at random, and saved with quality 90.
 """
@@ -26,6 +27,7 @@ from bench.harness import environment, write_json
 from tal_fast.config.schema import DataConfig
 from tal_fast.data import build_data
 from tal_fast.data import dali as dali_loader
+from tal_fast.data.pack import pack
 
 SIZE = 224
 
@@ -150,14 +152,18 @@ def main() -> None:
         root = Path(folder)
         make_images(root, args.images)
         files: dict[str, Any] = {"root": str(root), "workers": args.workers}
+        pack(root, root / "shards", shard_mb=8, show_bar=False)
+        shards = {**files, "dataset": "webdataset", "root": str(root / "shards")}
         contenders = {
             "synthetic": own_loader(args.batch, dataset="synthetic", crop_area=None, synthetic_images=args.images),
             "torch": own_loader(args.batch, loader="torch", **files),
+            "torch, shards": own_loader(args.batch, loader="torch", **shards),
         }
         if dali_loader.available():
             result["environment"]["dali"] = import_module("nvidia.dali").__version__
             result["difference_of_255"] = check_same(root)
             contenders["dali"] = own_loader(args.batch, loader="dali", **files)
+            contenders["dali, shards"] = own_loader(args.batch, loader="dali", **shards)
             contenders["dali, its own reader"] = dali_reader(root, args.batch, args.workers)
         else:
             print("DALI is not installed: the torch loader alone")

@@ -9,7 +9,7 @@ COMMANDS = {
     "compare": "compare evaluated runs", "export": "write a run with its threshold as an ONNX or torch.export graph",
     "calibrate": "choose a confidence threshold whose error rate is bounded",
     "experiment": "train, evaluate and compare methods over grids and seeds, from one file",
-    "check-data": "check that every image of a folder decodes",
+    "check-data": "check that every image of a folder decodes", "pack": "make WebDataset shards of a folder",
     "html-report": "write report.html of an evaluated run", "info": "show versions, devices and available backends",
 }  # fmt: skip
 

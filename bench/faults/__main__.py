@@ -1,7 +1,7 @@
 """Fault tolerance: ``python -m bench.faults [FAULT ...]``; all faults without a name.
 
 Each fault is injected into real runs on digits on the CPU, its outcome is checked, and figures are measured. Two take
-longer: ``kills --all`` shares ``--kills`` SIGKILLs among twelve configurations, and ``soak`` disturbs one run of two
+longer: ``kills --all`` shares ``--kills`` SIGKILLs among all configurations, and ``soak`` disturbs one run of two
 processes every minute. The file of ``--out`` keeps the results of other faults; ``--docs`` writes the table of
 docs/reliability.md.
 """

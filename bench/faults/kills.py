@@ -1,7 +1,7 @@
 """SIGKILL at random points of a run: within steps, in validation, and at each phase of writing a file.
 
-Twelve configurations cover the methods, the average of the weights, accumulation, bfloat16, unreadable files, both
-loaders with and without workers, images in memory and in files, and one, two and four processes.
+The configurations cover the methods, the average of the weights, accumulation, bfloat16, unreadable files, both
+loaders with and without workers, images in memory, in files and in shards, and one, two and four processes.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from bench.faults.runs import (
     undisturbed,
 )
 from bench.harness import environment, write_json
+from tal_fast.data.pack import pack
 
 EPOCHS = 6
 
@@ -76,6 +77,12 @@ def image_folder(folder: Path) -> None:
         victim.write_bytes(content[:-200])
 
 
+def shards(folder: Path) -> None:
+    """The images of ``image_folder`` in several shards."""
+    image_folder(folder.with_name("images"))
+    pack(folder.with_name("images"), folder, shard_mb=0.03)
+
+
 def cifar(folder: Path) -> None:
     """Binary files of CIFAR-10's layout with 896 training and 128 validation images."""
     folder.mkdir(parents=True)
@@ -112,6 +119,9 @@ CONFIGURATIONS: dict[str, Configuration] = {
         _FOLDER + " --data.loader dali --data.workers 2", 1, image_folder, "nvidia.dali"
     ),
     "tal, folder, unreadable files, 1 worker": Configuration(_FOLDER + " --data.workers 1", data=image_folder),
+    "tal, shards, unreadable images, 1 worker": Configuration(
+        _FOLDER.replace("folder", "webdataset") + " --data.workers 1", data=shards
+    ),
     "tal, 2 processes": Configuration("", 2),
     "ce, average, accumulation, 2 processes": Configuration(
         "--method.name ce --optim.ema-decay 0.9 --optim.accumulate 2", 2

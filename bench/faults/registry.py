@@ -199,7 +199,7 @@ def table() -> str:
     well = sum(entry["asked"] for entry in killed["results"] if entry["result"] == SAME)
     figures = f"{well} of {asked} in {len(killed['results'])} configurations" if well else "not tried"
     command = "kills --all --kills 200"
-    lines.append(f"| SIGKILL, shared among twelve configurations | as with one | 137 | `{command}` | {figures} |")
+    lines.append(f"| SIGKILL, shared among all configurations | as with one | 137 | `{command}` | {figures} |")
     entry = measured.get("soak")
     figures = "not tried" if entry is None else _figures(entry["measured"])
     what = "two ranks, each minute one of nine faults (" + ", ".join(soak.FAULTS) + ")"

@@ -18,9 +18,12 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from tal_fast.config.methods import OPTIONS, TALOptions, option_names, upgrade
-from tal_fast.config.schema import Config
+from tal_fast.config.schema import Config, flatten
 from tal_fast.config.typed import field_types, not_none, one_line
 from tal_fast.utils.arguments import help_formatter, with_hyphens
+
+FITTED = {"folder-ce", "folder-tal"}
+"""Presets whose network, image size and schedule are chosen by the data and the machine, where they are not given."""
 
 _ALIASES = {"data.root": "--data-dir", "logger": "--log"}
 _BUILT_IN_OPTIONS = frozenset[str]().union(*map(option_names, OPTIONS.values()))
@@ -113,6 +116,15 @@ def _merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 def parse_command_line(argv: Sequence[str], program: str = "python -m tal_fast.train") -> tuple[Config, bool]:
     """Read the options of ``python -m tal_fast.train``, and whether to measure (``--bench``) instead of training.
 
+    See ``parse_training``.
+    """
+    return parse_training(argv, program)[:2]
+
+
+def parse_training(argv: Sequence[str], program: str) -> tuple[Config, bool, frozenset[str] | None]:
+    """Read a command line of training: configuration, whether to measure, and names of the options that are given.
+
+    The names, beside those of a preset of ``FITTED``, are for ``tal_fast.training.fit``; None without such a preset.
     Each ``--config`` overrides the ones before it, the other options override them all. Hyphens and underscores in
     their names are the same. Raises ValueError for an unknown preset, option or value.
     """
@@ -127,8 +139,11 @@ def parse_command_line(argv: Sequence[str], program: str = "python -m tal_fast.t
     given = vars(known)
     files, bench = given.pop("config"), given.pop("bench")
     values: dict[str, Any] = {}
+    given_names: set[str] = set()
     for file in files:
-        values = merged(values, upgrade(read_config(file)))
+        content = upgrade(read_config(file))
+        given_names |= set() if file in FITTED else flatten(content).keys()
+        values = merged(values, content)
     if "data.ood" in given:  # all sets as one mapping
         values.get("data", {}).pop("ood", None)
     options: dict[str, Any] = {}
@@ -136,7 +151,9 @@ def parse_command_line(argv: Sequence[str], program: str = "python -m tal_fast.t
         for part in reversed(name.split(".", 2)):
             value = {part: value}
         options = _merge(options, value)
-    return Config.from_dict(merged(values, upgrade(options))).check(), bench
+    options = upgrade(options)
+    names = frozenset(given_names | flatten(options).keys()) if FITTED & set(files) else None
+    return Config.from_dict(merged(values, options)).check(), bench, names
 
 
 class _Parser(argparse.ArgumentParser):

@@ -40,12 +40,20 @@ class DataConfig:
     """Images and their augmentation.
 
     Attributes:
-        dataset: kind of data set. ``folder`` has ``train/`` and ``val/`` with one folder per class; ``digits`` is
-            scikit-learn's, as image files; ``cifar10`` and ``cifar100`` are read from their binary files,
-            ``fashion-mnist`` from IDX files; ``synthetic`` images are generated, for measurements.
-        root: folder of the images, binary files or IDX files; digits and synthetic need none.
+        dataset: kind of data set. ``folder`` has ``train/`` and ``val/`` with one folder per class; ``webdataset`` has
+            .tar shards, ``huggingface`` parquet or Arrow files; ``digits`` is scikit-learn's, as image files;
+            ``cifar10`` and ``cifar100`` are read from their binary files, ``fashion-mnist`` from IDX files;
+            ``synthetic`` images are generated, for measurements.
+        root: folder of the images, shards, binary files or IDX files; digits and synthetic need none. ``webdataset``
+            also takes an address (``s3://``, ``https://``), ``huggingface`` a name on the hub.
+        label_key: where the label of an image is. For ``webdataset`` the ending of its file (``cls``), or else an
+            entry of its ``.json`` (``label``); for ``huggingface`` the column, by default the only one of classes.
         ood: out-of-distribution sets for the evaluation by name, also as ``--data.ood.NAME FOLDER``. Fashion-MNIST also
             takes folders of IDX files, CIFAR folders of CIFAR's binary files.
+        split: share of the images of a folder of class folders, without ``train/`` and ``val/``, to validate on: the
+            same share of each class, a random choice.
+        split_seed: seed of the choice of ``data.split``.
+        exif_rotation: turn images of files as their EXIF data say; by default they are read as they are stored.
         file_list: text file with one path per line, relative to the root, of the only image files to use.
             ``python -m tal_fast.check_data`` writes one.
         max_unreadable: training ends when a rank meets more undecodable files; by default 1% of the files, at least 10.
@@ -85,9 +93,15 @@ class DataConfig:
         synthetic_classes: number of classes of synthetic images.
     """
 
-    dataset: Literal["folder", "digits", "cifar10", "cifar100", "fashion-mnist", "synthetic"] = "folder"
+    dataset: Literal[
+        "folder", "webdataset", "huggingface", "digits", "cifar10", "cifar100", "fashion-mnist", "synthetic"
+    ] = "folder"
     root: str | None = None
     ood: dict[str, str] = field(default_factory=dict)
+    label_key: str | None = None
+    split: float | None = None
+    split_seed: int = 0
+    exif_rotation: bool = False
     file_list: str | None = None
     max_unreadable: int | None = None
     loader: Literal["auto", "dali", "torch"] = "auto"
@@ -142,8 +156,15 @@ class DataConfig:
         """Whether training images are changed by operations of the torch loader alone."""
         return self.augment != "none" or self.color_jitter is not None
 
+    @property
+    def needs_torch_loader(self) -> bool:
+        """Whether an option works in the torch loader alone."""
+        return self.changes_pixels or self.exif_rotation
+
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
+        if self.split is not None and not 0 < self.split < 1:
+            raise ValueError(f"data.split is {self.split} but must be in (0, 1), such as 0.2, or null")
         if (self.mean is None) != (self.std is None):
             raise ValueError("data.mean and data.std go together: give both or neither")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -152,7 +173,7 @@ class DataConfig:
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"data.std is {self.std} but must be above 0")
         limits = {
-            "workers": 0, "timeout": 1, "shift": 0, "image_size": 1, "holdout": 1, "train_limit": 1,
+            "workers": 0, "split_seed": 0, "timeout": 1, "shift": 0, "image_size": 1, "holdout": 1, "train_limit": 1,
             "max_unreadable": 0, "synthetic_images": 2, "synthetic_classes": 2, "augment_std": 0, "repeats": 1,
         }  # fmt: skip
         for name, limit in limits.items():
@@ -191,9 +212,8 @@ class ModelConfig:
             the first N stages (of a transformer, blocks). It runs as in validation, BatchNorm and dropout included.
         drop_path: largest rate of stochastic depth of a network of timm or torchvision; by default the network's own.
         head: classifier on top of the network; ``mlp`` has a hidden layer as wide as the network's features.
-        cache_features: run the frozen network (``model.freeze backbone``) once over the training and validation images
-            without random augmentation, keep its features on disk, and train the head on them. The result is the whole
-            network.
+        cache_features: freeze the network but for the head, run it once over the training and validation images without
+            random augmentation, keep its features on disk, and train the head on them. The result is the whole network.
         compile: compile the network and the loss with ``torch.compile``; by default on GPUs.
         channels_last: keep images and weights in channels-last memory order; by default on GPUs. On CPUs it makes the
             small ResNets a quarter faster, but without AVX-512, convolutions of stride 2 with fewer than 7 channels
@@ -220,6 +240,8 @@ class ModelConfig:
             raise ValueError(f"model.weights_key is {self.weights_key!r} but there is no file; set model.weights too")
         if isinstance(self.freeze, int):
             check_at_least("model.freeze", self.freeze, 1)
+            if self.cache_features:
+                raise ValueError(f"model.freeze is {self.freeze} but model.cache_features freezes all; use backbone")
         if self.drop_path is not None and not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path is {self.drop_path} but must be in [0, 1)")
 
@@ -296,13 +318,18 @@ class MethodConfig:
         label_smoothing: label smoothing of every method's cross-entropy, in [0, 1).
         options: options of the method, by name. ``tal_fast.config.methods`` has those of the built-in methods, whose
             defaults are filled in.
+        class_weight: factors of the images' losses by class, as in ``F.cross_entropy``: ``none``, ``balanced``
+            (N / (C n) for a class with n of N training images) or a list with one for each class.
     """
 
     name: str = "tal"
     label_smoothing: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
+    class_weight: Any = "none"  # or "balanced", or list[float]
 
     def __post_init__(self) -> None:
+        if isinstance(self.class_weight, (list, tuple)):
+            self.class_weight = read(list[float], self.class_weight, "method.class_weight")
         if self.name in OPTIONS:
             self.options = asdict(read_options(self.name, OPTIONS[self.name], self.options))
 
@@ -312,6 +339,12 @@ class MethodConfig:
             raise ValueError(f"method.name is {self.name!r}; use {' or '.join(map(repr, method_names()))}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"method.label_smoothing is {self.label_smoothing} but must be in [0, 1)")
+        weight = self.class_weight
+        if isinstance(weight, list):
+            if min(weight, default=0) < 0 or max(weight, default=0) == 0:
+                raise ValueError(f"method.class_weight is {weight} but must be at least 0, and above 0 for some class")
+        elif weight not in ("none", "balanced"):
+            raise ValueError(f"method.class_weight is {weight!r}; use none, balanced or a list with a number a class")
         if self.name in OPTIONS:
             read_options(self.name, OPTIONS[self.name], self.options).check()
 
@@ -324,7 +357,6 @@ class MixConfig:
         mixup: parameter α of mixup, whose images are λ x + (1 - λ) x' with one λ ~ Beta(α, α) a batch; 0 for none.
         cutmix: parameter α of CutMix, which replaces a rectangle of the share 1 - λ by another image; 0 for none.
         switch_prob: share of the batches that CutMix takes where mixup is on too.
-        prob: share of the batches that are mixed at all.
         weight: weight of the mixed images' loss beside that of the clean ones, as in RegMixup; a step then has twice
             the images. By default the mixed images take the place of the clean ones.
     """
@@ -332,7 +364,6 @@ class MixConfig:
     mixup: float = 0.0
     cutmix: float = 0.0
     switch_prob: float = 0.5
-    prob: float = 1.0
     weight: float | None = None
 
     @property
@@ -346,19 +377,17 @@ class MixConfig:
             check_at_least(f"mix.{name}", getattr(self, name), 0)
         if not 0 <= self.switch_prob <= 1:
             raise ValueError(f"mix.switch_prob is {self.switch_prob} but must be in [0, 1]")
-        if not 0 < self.prob <= 1:
-            raise ValueError(f"mix.prob is {self.prob} but must be in (0, 1]")
         check_positive("mix.weight", self.weight, ", or null for mixed images in place of the clean ones")
         if self.weight is not None and not self.on:
-            raise ValueError(
-                f"mix.weight is {self.weight} but no images are mixed; set mix.mixup or mix.cutmix, or mix.weight to "
-                "null"
-            )
+            raise ValueError(f"mix.weight is {self.weight} but no images are mixed; set mix.mixup or mix.cutmix")
 
-    def summary(self) -> str:
-        """Kind of mixing in a few words."""
-        parts = [f"{name} (alpha {a:g})" for name, a in (("mixup", self.mixup), ("CutMix", self.cutmix)) if a]
-        return " or ".join(parts) + ("" if self.prob == 1 else f" of {self.prob:.0%} of the batches")
+    def summary(self, images: int) -> str:
+        """Kind and cost of mixing, for ``images`` images a step."""
+        kinds = (("mixup", self.mixup), ("CutMix", self.cutmix))
+        text = " or ".join(f"{name} (alpha {alpha:g})" for name, alpha in kinds if alpha)
+        if self.weight is None:
+            return f"{text} in place of the images"
+        return f"{text} beside the images, weight {self.weight:g}: {2 * images} images a step, not {images}"
 
 
 @dataclass
@@ -429,7 +458,14 @@ class Config:
         read(Config, self.to_dict(), "")  # types and finite numbers, for a configuration that was made in Python
         for section in (self.data, self.model, self.optim, self.method, self.mix):
             section.check()
-        for name, value in {"model.freeze": self.model.freeze, "optim.head_epochs": self.optim.head_epochs}.items():
+        if self.model.cache_features and (self.model.freeze not in ("none", "backbone") or self.optim.head_epochs):
+            raise ValueError(
+                "model.cache_features trains the head alone; set model.freeze to backbone and optim.head_epochs to 0"
+            )
+        for name, value in {
+            "model.freeze": self.model.freeze, "optim.head_epochs": self.optim.head_epochs,
+            "model.cache_features": self.model.cache_features or "none",
+        }.items():  # fmt: skip
             if value not in ("none", 0) and self.model.weights is None:
                 raise ValueError(f"{name} is {value} but the weights are random; name some with model.weights")
         for name in (
@@ -457,6 +493,11 @@ class Config:
             raise ValueError(
                 "data.augment, data.color_jitter, data.erase and mix need images in training; leave them out, or set "
                 "model.cache_features to false"
+            )
+        if self.data.sampling == "balanced" and self.method.class_weight == "balanced":
+            raise ValueError(
+                "data.sampling and method.class_weight are both balanced, which would weight rare classes twice; set "
+                "one of them to its default"
             )
         if self.profile is not None:
             self.profile_window()
@@ -487,18 +528,19 @@ class Config:
 
     def flat(self) -> dict[str, Any]:
         """Dotted name -> plain value of every option, such as ``method.options.t_min``; ``data.ood`` is one option."""
-        return _flatten(self.to_dict())
+        return flatten(self.to_dict())
 
     def save(self, path: Path) -> None:
         """Write the configuration as YAML, atomically."""
         write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted names; ``ood`` stays one value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and key != "ood":
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

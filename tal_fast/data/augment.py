@@ -7,9 +7,8 @@ depend on the loader's workers and a run resumes at any step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from importlib import import_module
 from statistics import NormalDist
 from typing import Any
@@ -21,9 +20,8 @@ from torch import Tensor
 
 from tal_fast.config.schema import DataConfig
 
-_RANDAUGMENT_OPERATIONS = 2
-_MAX_MAGNITUDE = 10.0
-_TRIVIALAUGMENT_STRENGTHS = 31
+_OPERATIONS = 2
+"""Operations of RandAugment on an image."""
 
 
 @cache
@@ -32,46 +30,39 @@ def _torchvision() -> Any:
     return import_module("torchvision.transforms.v2")
 
 
-@dataclass(frozen=True)
-class _Policy:
-    """Operations and their strengths; ``signed`` has largest values, of either sign."""
-
-    signed: Mapping[str, float]
-    unsigned: Mapping[str, Callable[[float], float]]  # strength in [0, 1] -> value
-    translation: Callable[[float, int], float]  # strength, side of the image in pixels -> translation in pixels
-
-    @property
-    def operations(self) -> tuple[str, ...]:
-        return (*self.unsigned, *self.signed, "translate_x", "translate_y")
-
-
-def _none(strength: float) -> float:
-    return 0.0
-
-
 _COLORS = ("brightness", "contrast", "saturation", "sharpness")
+_SIGNED = ("rotate", "shear_x", "shear_y", *_COLORS, "translate_x", "translate_y")
+_Policy = dict[str, Callable[[float, int], float]]  # operation -> (strength in [0, 1], side in pixels) -> value
 
-RANDAUGMENT = _Policy(
-    {"rotate": 30.0, "shear_x": 0.3, "shear_y": 0.3, **dict.fromkeys(_COLORS, 0.9)},
+
+def _policy(
+    others: _Policy, rotation: float, shear: float, color: float, shift: Callable[[float, int], float]
+) -> _Policy:
+    """Operations ``others``, and those of either sign up to ``rotation`` degrees and so on."""
+    largest = {"rotate": rotation, "shear_x": shear, "shear_y": shear, **dict.fromkeys(_COLORS, color)}
+    signed = {name: partial(lambda limit, a, side: limit * a, limit) for name, limit in largest.items()}
+    return {**others, **signed, "translate_x": shift, "translate_y": shift}
+
+
+RANDAUGMENT = _policy(
     {
-        **dict.fromkeys(("autocontrast", "equalize", "invert"), _none),
-        "posterize": lambda a: max(1, 4 - int(4 * a)),  # 0 bits, timm's at magnitude 10, would be black
-        "solarize": lambda a: 256 - int(256 * a),
-        "solarize_add": lambda a: int(110 * a),
+        **dict.fromkeys(("autocontrast", "equalize", "invert"), lambda a, side: 0.0),
+        "posterize": lambda a, side: max(1, 4 - int(4 * a)),  # 0 bits, timm's at magnitude 10, would be black
+        "solarize": lambda a, side: 256 - int(256 * a),
+        "solarize_add": lambda a, side: int(110 * a),
     },
-    lambda a, side: 0.45 * a * side,
-)
+    30.0, 0.3, 0.9, lambda a, side: 0.45 * a * side,
+)  # fmt: skip
 """The operations of timm's ``rand-...-inc1``, whose strengths all increase with the magnitude."""
 
-TRIVIALAUGMENT = _Policy(
-    {"rotate": 135.0, "shear_x": 0.99, "shear_y": 0.99, **dict.fromkeys(_COLORS, 0.99)},
+TRIVIALAUGMENT = _policy(
     {
-        **dict.fromkeys(("identity", "autocontrast", "equalize"), _none),
-        "posterize": lambda a: 8 - round(6 * a),
-        "solarize": lambda a: 255 - 255 * a,
+        **dict.fromkeys(("identity", "autocontrast", "equalize"), lambda a, side: 0.0),
+        "posterize": lambda a, side: 8 - round(6 * a),
+        "solarize": lambda a, side: 255 - 255 * a,
     },
-    lambda a, side: int(32 * a),
-)
+    135.0, 0.99, 0.99, lambda a, side: int(32 * a),
+)  # fmt: skip
 """The operations of TrivialAugment's wide space, as in torchvision (Müller and Hutter, ICCV 2021)."""
 
 
@@ -85,24 +76,22 @@ class PixelAugmentation:
         _torchvision()  # before the workers start, or each would import it
         self._config = config
         self._fill = [round(255 * value) for value in config.normalization()[0]]
-        draws = {"none": 0, "randaugment": 4 * _RANDAUGMENT_OPERATIONS, "trivialaugment": 3}
-        self._policy_draws = draws[config.augment]
+        self._policy_draws = {"none": 0, "randaugment": 4 * _OPERATIONS, "trivialaugment": 3}[config.augment]
         self.draws = self._policy_draws + (0 if config.color_jitter is None else 8)
 
     def __call__(self, image: Image.Image, draws: np.ndarray) -> Image.Image:
         """Augment an image of mode RGB or L by (``draws``,) random numbers in [0, 1)."""
         config, numbers = self._config, draws.tolist()
         if config.augment == "randaugment":
-            for i in range(_RANDAUGMENT_OPERATIONS):
+            for i in range(_OPERATIONS):
                 which, happens, deviation, sign = numbers[4 * i : 4 * i + 4]
                 if happens < 0.5:
                     deviation = NormalDist().inv_cdf(max(deviation, 1e-9)) * config.augment_std
-                    magnitude = min(max(config.augment_magnitude + deviation, 0.0), _MAX_MAGNITUDE)
-                    image = self._operate(image, RANDAUGMENT, which, magnitude / _MAX_MAGNITUDE, sign)
+                    strength = min(max((config.augment_magnitude + deviation) / 10, 0.0), 1.0)
+                    image = self._operate(image, RANDAUGMENT, which, strength, sign)
         elif config.augment == "trivialaugment":
             which, strength, sign = numbers[:3]
-            steps = _TRIVIALAUGMENT_STRENGTHS
-            image = self._operate(image, TRIVIALAUGMENT, which, int(strength * steps) / (steps - 1), sign)
+            image = self._operate(image, TRIVIALAUGMENT, which, int(31 * strength) / 30, sign)
         if config.color_jitter is not None:
             image = _jitter(image, config.color_jitter, numbers[self._policy_draws :])
         return image
@@ -115,14 +104,9 @@ class PixelAugmentation:
 
     def _operate(self, image: Image.Image, policy: _Policy, which: float, strength: float, sign: float) -> Image.Image:
         """Apply an operation, chosen by ``which`` in [0, 1), at a strength in [0, 1]."""
-        name = policy.operations[int(which * len(policy.operations))]
-        if name in policy.unsigned:
-            return apply(name, image, policy.unsigned[name](strength), self._fill)
-        if name in policy.signed:
-            value = strength * policy.signed[name]
-        else:
-            value = policy.translation(strength, max(image.size))
-        return apply(name, image, value if sign < 0.5 else -value, self._fill)
+        name = list(policy)[int(which * len(policy))]
+        value = policy[name](strength, max(image.size))
+        return apply(name, image, -value if name in _SIGNED and sign >= 0.5 else value, self._fill)
 
 
 def apply(name: str, image: Image.Image, value: float, fill: list[int]) -> Image.Image:
@@ -142,10 +126,8 @@ def apply(name: str, image: Image.Image, value: float, fill: list[int]) -> Image
         else:
             shift[axis] = value
         return functional.affine(image, 0.0, shift, 1.0, shear, bilinear, fill=fill, center=[0, 0])
-    if name == "posterize":
-        return functional.posterize(image, int(value))
-    if name == "solarize":
-        return functional.solarize(image, value)
+    if name in ("posterize", "solarize"):
+        return getattr(functional, name)(image, value)
     if name == "solarize_add":
         return image.point([min(255, i + int(value)) if i < 128 else i for i in range(256)] * len(image.getbands()))
     return getattr(functional, name)(image)

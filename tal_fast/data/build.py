@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,10 @@ import numpy as np
 from tal_fast.config.schema import DataConfig
 from tal_fast.data import builtin, cifar, dali, image_folder
 from tal_fast.data.datasets import DataBundle, MemoryImages, Split
+from tal_fast.data.image_folder import ImageFiles
+from tal_fast.data.packed import SPLITS, PackedImages
 from tal_fast.data.pixels import as_channels
+from tal_fast.data.sources import PACKED, flat_images
 
 FOLDER_IMAGE_SIZE = 224
 SYNTHETIC_IMAGE_SIZE = 32
@@ -33,14 +37,19 @@ def build_data(config: DataConfig) -> DataBundle:
         raise ValueError(
             "data.loader is 'dali' but DALI cannot be imported; install nvidia-dali-cuda130 or set data.loader to torch"
         )
-    if config.loader == "dali" and config.changes_pixels:
+    if config.loader == "dali" and config.needs_torch_loader:
         raise ValueError(
-            "data.loader is 'dali' but data.augment and data.color_jitter work in the torch loader alone; set "
-            "data.loader to torch, or data.augment to none and data.color_jitter to null"
+            "data.loader is 'dali' but data.augment, data.color_jitter and data.exif_rotation work in the torch loader "
+            "alone; set data.loader to torch, or data.augment to none, data.color_jitter to null and "
+            "data.exif_rotation to false"
         )
-    if config.file_list is not None and config.dataset != "folder":
+    if config.split is not None and config.dataset != "folder":
+        raise ValueError(f"data.split is for data.dataset folder, not {config.dataset}; set it to null")
+    if config.file_list is not None and config.dataset not in ("folder", *PACKED):
         raise ValueError(f"data.file_list is for data.dataset folder, not {config.dataset}; set it to null")
-    if config.crop_area is not None and config.dataset not in ("folder", "digits"):
+    if config.label_key is not None and config.dataset not in PACKED:
+        raise ValueError(f"data.label_key is for {' and '.join(PACKED)}, not {config.dataset}; set it to null")
+    if config.crop_area is not None and config.dataset not in ("folder", "digits", *PACKED):
         raise ValueError(
             f"data.crop_area is for image files, {config.dataset} is in memory; set data.crop_area to null and use "
             "data.shift"
@@ -52,10 +61,17 @@ def build_data(config: DataConfig) -> DataBundle:
         "cifar100": _cifar,
         "fashion-mnist": _fashion_mnist,
         "synthetic": _synthetic,
+        "webdataset": packed_data,
+        "huggingface": packed_data,
     }
     bundle = make[config.dataset](config)
-    if config.changes_pixels and config.loader == "auto" and bundle.loader_name == "torch" and dali.available():
-        image_folder.say("data.augment and data.color_jitter work in the torch loader, which is taken", logging.INFO)
+    if bundle.loader_name == "dali" and any(
+        isinstance(split, ImageFiles) and split.has_heif for split in map(bundle.split, ("train", "val"))
+    ):
+        raise ValueError("data.loader is 'dali', which reads no HEIC; set data.loader to torch")
+    if config.needs_torch_loader and config.loader == "auto" and bundle.loader_name == "torch" and dali.available():
+        names = "data.augment, data.color_jitter and data.exif_rotation"
+        image_folder.say(f"{names} work in the torch loader, which is taken", logging.INFO)
     train = bundle.split("train")
     if config.holdout is not None:
         if config.holdout >= len(train):
@@ -73,20 +89,82 @@ def build_data(config: DataConfig) -> DataBundle:
 
 
 def _folder(config: DataConfig) -> DataBundle:
+    root = Path(_root(config))
+    class_names = image_folder.class_folders(root, "train" if config.split is None else "")
+    if config.split is None and not (root / "val").is_dir():
+        image_folder.class_folders(root, "val")  # raises the error
+    listed = None if config.file_list is None else image_folder.read_list(Path(config.file_list), root)
+    if config.split is None:
+        train = image_folder.read_split(root, "train", class_names, listed)
+        val = image_folder.read_split(root, "val", class_names, listed)
+    else:
+        train, val = _split(root, class_names, listed, config.split, config.split_seed)
+    return _file_bundle(config, class_names, train, val)
+
+
+def packed_data(config: DataConfig, training: bool = True) -> DataBundle:
+    """Data set in shards or of Hugging Face.
+
+    Raises ValueError as ``build_data`` does; for a missing training split only with ``training``, and for a missing
+    validation split only if ``config.holdout`` chooses no other images.
+    """
+    source = PACKED[config.dataset](_root(config), config.label_key)
+    found = {split: source.split(split) for split in ("train", "val")}
+    for split, needed in (("train", training), ("val", config.holdout is None)):
+        if found[split] is None and needed:
+            remedy = "" if split == "train" else "; add one, or validate on training images with data.holdout"
+            raise ValueError(f"{source.root} has no split {' or '.join(SPLITS[split])}{remedy}")
+    if config.file_list is not None:
+        root = f"{config.dataset}:{source.root}"
+        names = [os.path.normpath(line) for line in image_folder.list_lines(Path(config.file_list), root)]
+        listed = frozenset(name if name.startswith(source.root) else f"{source.root}/{name}" for name in names)
+        missing = listed.difference(*(images.names for images in found.values() if images is not None))
+        if missing:
+            raise ValueError(
+                f"data.file_list {config.file_list} names {len(missing)} images that are not in {source.root} "
+                f"({image_folder.first_names(sorted(missing))}); write it again with "
+                f"python -m tal_fast.check_data {root} --out {config.file_list}"
+            )
+        found = {split: images and images.only(listed) for split, images in found.items()}
+    first = found["train"] or found["val"]
+    assert first is not None
+    class_names = source.class_names() or first.class_names()
+    whole = {split: images and images.images(class_names) for split, images in found.items()}
+    none = PackedImages([], np.zeros(0, np.int64), image_folder.NO_SIZES)
+    return _file_bundle(config, class_names, whole["train"] or none, whole["val"] or none)
+
+
+def _root(config: DataConfig) -> str:
     if config.root is None:
         raise ValueError("data.root is not set; name the folder that holds train/ and val/ with --data.root FOLDER")
     if config.shift:
         raise ValueError("data.shift is for in-memory data sets; set it to 0 and use data.crop_area for image files")
-    root = Path(config.root)
-    class_names = image_folder.class_folders(root, "train")
-    if not (root / "val").is_dir():
-        image_folder.class_folders(root, "val")  # raises the error
-    listed = None if config.file_list is None else image_folder.read_list(Path(config.file_list), root)
-    train = image_folder.read_split(root, "train", class_names, listed)
-    val = image_folder.read_split(root, "val", class_names, listed)
-    ood = {name: image_folder.read_flat(Path(path), name) for name, path in config.ood.items()}
+    return config.root
+
+
+def _file_bundle(config: DataConfig, class_names: Sequence[str], train: Split, val: Split) -> DataBundle:
+    ood = {name: flat_images(spec, name) for name, spec in config.ood.items()}
     getters: dict[str, Callable[[], Split]] = {name: partial(ood.__getitem__, name) for name in ood}
     return DataBundle(config, class_names, config.image_size or FOLDER_IMAGE_SIZE, train, val, getters)
+
+
+def _split(
+    root: Path, class_names: list[str], listed: Mapping[str, tuple[int, int]] | None, share: float, seed: int
+) -> tuple[ImageFiles, ImageFiles]:
+    """Training and validation images of a folder of class folders: of each class the same share, at least one image."""
+    if {"train", "val"} <= set(class_names) or set(class_names) <= {"train", "val", "test"}:
+        raise ValueError(
+            f"{root} holds {' and '.join(class_names)}, which data.split would take for classes; set data.split to "
+            "null, or name a folder of class folders with data.root"
+        )
+    images = image_folder.read_split(root, "", class_names, listed)
+    chosen = np.zeros(len(images), dtype=bool)
+    for label in range(len(class_names)):
+        rows = np.random.default_rng([seed, label]).permutation(np.flatnonzero(images.labels == label))
+        chosen[rows[: min(max(1, round(share * len(rows))), len(rows) - 1)]] = True
+    if not chosen.any():
+        raise ValueError(f"no class of {root} has two images, which data.split needs for training and validation")
+    return images.subset(np.flatnonzero(~chosen)), images.subset(np.flatnonzero(chosen))
 
 
 def _digits(config: DataConfig) -> DataBundle:
@@ -107,7 +185,7 @@ def _cifar(config: DataConfig) -> DataBundle:
         for dataset in cifar.LAYOUTS:
             if cifar.find_folder(dataset, path) is not None:
                 return MemoryImages.unlabelled(cifar.read(dataset, path, "val")[0], config.channels)
-        return image_folder.read_flat(Path(path), name)
+        return flat_images(path, name)
 
     ood: dict[str, Callable[[], Split]] = {name: partial(ood_set, name, path) for name, path in config.ood.items()}
     names = cifar.class_names(config.dataset, config.root)

@@ -6,13 +6,15 @@ The list is for ``data.file_list``: UTF-8 text with one path per line relative t
 
 from __future__ import annotations
 
+import io
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base as Tag
@@ -27,6 +29,8 @@ from tal_fast.data.image_folder import (
     unsupported_pixels,
     walk,
 )
+from tal_fast.data.packed import read_extent
+from tal_fast.data.sources import PACKED, all_images, packed_source
 from tal_fast.utils.arguments import ArgumentParser, at_least
 from tal_fast.utils.io import replacing
 from tal_fast.utils.process import program_name, report_mistake
@@ -43,12 +47,15 @@ PROBLEMS = {
 
 NOTES = {
     "CMYK": "converted to RGB; usable",
-    "EXIF-rotated": "read as stored, without the rotation; usable",
+    "EXIF-rotated": "read as stored, without the rotation, unless data.exif_rotation is on; usable",
     "ending": "the content has another format than the ending says; usable",
     "link": "to a folder above it; not followed",
     "ignored": "an image with an ending that training does not read",
 }
 """Kinds of files that are no problem but worth knowing."""
+
+Place = tuple[str, Any]
+"""Image's path in the list, and its file, or file, offset and size."""
 
 _CHUNK = 16
 """Files per task of a process: enough to be cheap, few enough for the progress bar to move."""
@@ -77,11 +84,11 @@ class Report:
         return [f for f in self.findings if f.kind in PROBLEMS]
 
 
-def check_folder(root: Path, workers: int, show_bar: bool | None = None) -> Report:
-    """Decode all images under a folder, at any depth, without hidden files and folders.
+def check_folder(root: str | Path, workers: int, show_bar: bool | None = None) -> Report:
+    """Decode all images of a folder of any layout, at any depth, without hidden files and folders, or of a packed set.
 
     Args:
-        root: folder of any layout.
+        root: folder; or ``webdataset:WHERE`` or ``huggingface:WHERE``.
         workers: number of processes; 1 uses this one.
         show_bar: whether to show a progress bar; by default on a terminal.
 
@@ -90,24 +97,24 @@ def check_folder(root: Path, workers: int, show_bar: bool | None = None) -> Repo
     """
     from tqdm import tqdm
 
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a folder; name one with images")
-    usable, findings, paths, others = [], [], [], Counter[str]()
-    for path, _, problem, is_folder in walk(root):
-        name = os.path.relpath(path, root)
-        if not problem:
-            paths.append(name)
-        elif is_folder or name.lower().endswith(EXTENSIONS):
-            findings.append(Finding(name, "link" if problem == ABOVE else "damaged", problem))
-        else:
-            others[ending(name)] += 1
-    paths.sort()
+    findings: list[Finding] = []
+    others = Counter[str]()
+    source = packed_source(str(root))
+    if source is None:
+        images = _find(Path(root), findings, others)
+    else:
+        images = [
+            (name[len(source.root) + 1 :], (found.containers[number], offset, size))
+            for found in all_images(source)
+            for name, (number, offset, size) in zip(found.names, found.extents.tolist(), strict=True)
+        ]
+    usable = []
     bar = tqdm(
-        total=len(paths), desc=f"checking {root}", unit=" files", disable=None if show_bar is None else not show_bar
+        total=len(images), desc=f"checking {root}", unit=" files", disable=None if show_bar is None else not show_bar
     )
     try:
         with bar:
-            for path, found in zip(paths, _check_all(str(root), paths, workers), strict=True):
+            for (path, _), found in zip(images, _check_all(images, workers), strict=True):
                 bar.update()
                 if found is None:
                     others[ending(path)] += 1
@@ -120,19 +127,39 @@ def check_folder(root: Path, workers: int, show_bar: bool | None = None) -> Repo
             "a process was killed, perhaps because memory ran out; run the check again with fewer --workers"
         ) from None
     if not usable and not findings:
-        raise ValueError(f"{root} holds no images ({', '.join(EXTENSIONS)})")
+        raise ValueError(
+            f"{root} holds no images ({', '.join(EXTENSIONS)}); .tar shards are webdataset:{root}, parquet and Arrow "
+            f"files huggingface:{root}"
+        )
     return Report(usable, sorted(findings, key=lambda f: f.path), others)
 
 
-def check_file(root: str, path: str) -> list[Finding] | None:
-    """Findings about one file; None if it is no image and has no image's ending."""
-    full = os.path.join(root, path)
-    has_ending = path.lower().endswith(EXTENSIONS)
+def _find(root: Path, findings: list[Finding], others: Counter[str]) -> list[Place]:
+    """Files of a folder; adds what is known of others without reading them."""
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder; name one with images")
+    paths = []
+    for path, _, problem, is_folder in walk(root):
+        name = os.path.relpath(path, root)
+        if not problem:
+            paths.append((name, path))
+        elif is_folder or name.lower().endswith(EXTENSIONS):
+            findings.append(Finding(name, "link" if problem == ABOVE else "damaged", problem))
+        else:
+            others[ending(name)] += 1
+    return sorted(paths)
+
+
+def check_file(path: str, place: Any) -> list[Finding] | None:
+    """Findings about one image at a path, or file, offset and size; None if it is none and has no image's ending."""
+    packed = not isinstance(place, str)
+    has_ending = packed or path.lower().endswith(EXTENSIONS)
     found = []
     try:
-        if os.path.getsize(full) == 0:
+        size = place[2] if packed else os.path.getsize(place)
+        if size == 0:
             return [Finding(path, "empty", PROBLEMS["empty"])] if has_ending else None
-        with Image.open(full) as image:
+        with Image.open(io.BytesIO(read_extent(*place)) if packed else place) as image:
             if not has_ending:
                 remedy = f"add an ending such as {EXTENSIONS[0]}" if image.format in FORMATS else "convert it to PNG"
                 return [Finding(path, "ignored", f"{image.format}, {remedy}")]
@@ -153,7 +180,7 @@ def check_file(root: str, path: str) -> list[Finding] | None:
     except Exception as error:  # decoders raise many types of errors
         if not has_ending:
             return None
-        reason = error_summary(error, full)
+        reason = error_summary(error, path)
         return [Finding(path, "truncated" if "truncated" in reason.lower() else "damaged", reason)]
     if "\n" in path or "\r" in path:
         found.append(Finding(path, "unsupported name", PROBLEMS["unsupported name"]))
@@ -171,13 +198,13 @@ def write_list(path: Path, usable: Sequence[str]) -> None:
         temporary.write_bytes(text)
 
 
-def _check_all(root: str, paths: Sequence[str], workers: int) -> Iterator[list[Finding] | None]:
-    roots: Iterable[str] = [root] * len(paths)
+def _check_all(images: Sequence[Place], workers: int) -> Iterator[list[Finding] | None]:
+    paths, places = [path for path, _ in images], [place for _, place in images]
     if workers == 1:
-        yield from map(check_file, roots, paths)
+        yield from map(check_file, paths, places)
         return
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(check_file, roots, paths, chunksize=_CHUNK)
+        yield from pool.map(check_file, paths, places, chunksize=_CHUNK)
 
 
 def _printable(path: str) -> str:
@@ -186,7 +213,7 @@ def _printable(path: str) -> str:
     return text.replace("\n", "\\n")
 
 
-def _print_report(report: Report, root: Path) -> None:
+def _print_report(report: Report, root: str) -> None:
     for finding in report.findings:
         print(f"{finding.kind}: {_printable(os.path.join(root, finding.path))} ({finding.detail})")
     counts = Counter(f.kind for f in report.findings)
@@ -203,7 +230,9 @@ def _parser() -> ArgumentParser:
         description="Decode every image under a folder, name those that training cannot use, and list the others.",
         epilog="Exit code: 0 if all images are usable, 1 if some are not, 2 for bad input.",
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="Folder of images of any layout.")
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="Folder of images of any layout; or webdataset:WHERE or huggingface:WHERE."
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="List of the usable images, for --data.file_list.")
     parser.add_argument(
         "--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N",
@@ -220,7 +249,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_report(report, options.folder)
         if options.out is not None:
             write_list(options.out, report.usable)
-            print(f"wrote {options.out}; train with --data.root {options.folder} --data.file_list {options.out}")
+            kind, _, where = options.folder.partition(":")
+            data = f"--data.dataset {kind} --data.root {where}" if kind in PACKED else f"--data.root {options.folder}"
+            print(f"wrote {options.out}; train with {data} --data.file_list {options.out}")
     except (ValueError, OSError) as error:
         return report_mistake(error)
     return 1 if report.problems else 0

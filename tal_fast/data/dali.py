@@ -8,9 +8,11 @@ batch, and reading can start at any step, also after a file that does not decode
 from __future__ import annotations
 
 import ctypes
+import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -21,6 +23,7 @@ from PIL import Image
 from tal_fast.data.cache import cache_dir, make_folder_once
 from tal_fast.data.image_folder import ImageFiles, undecodable
 from tal_fast.data.loader import ImageBatch, ImageFormat
+from tal_fast.data.packed import PackedImages
 from tal_fast.data.sampler import Batch, Plan
 from tal_fast.data.waiting import CallingThread, LoaderFailed
 
@@ -47,7 +50,7 @@ class DaliSource:
         self._plan, self._files, self._form = plan, files, form
         self._workers, self._timeout = max(1, workers), timeout
         self._thread: CallingThread | None = None
-        self._prober = _Prober(form)
+        self._prober = _Prober(form, isinstance(files, PackedImages))
         self._requests = _Requests(files, plan, self._prober)
         self._ready: tuple[int, Any] | None = None  # image size and iterator of a finished epoch
 
@@ -110,21 +113,21 @@ class DaliSource:
         return False
 
     def _rejected_by_pillow(self, batch: Batch) -> dict[int, str]:
-        paths, sizes = self._files.paths, self._files.sizes
         with ThreadPoolExecutor(self._workers) as pool:
-            problems = list(pool.map(lambda i: undecodable(paths[i], sizes[i]), batch.indices))
+            problems = list(pool.map(partial(undecodable, self._files), batch.indices))
+        suspects, error = self._requests.suspects, self._prober.error
         return {
             int(i): problem
             for i, box, problem in zip(batch.indices, batch.boxes, problems, strict=True)
-            if problem is not None and int(i) not in self._requests.suspects and self._prober.error(paths[i], box)
+            if problem is not None and int(i) not in suspects and error(_request(self._files, i), box)
         }
 
     def _rejected_by_dali(self, batch: Batch) -> dict[int, str]:
         found = {}
         for i, box in zip(batch.indices, batch.boxes, strict=True):
-            path = self._files.paths[i]
-            if int(i) not in self._requests.suspects and (reason := self._prober.error(path, box)):
-                found[int(i)] = f"{path} cannot be decoded (by DALI: {reason})"
+            file = _request(self._files, i)
+            if int(i) not in self._requests.suspects and (reason := self._prober.error(file, box)):
+                found[int(i)] = f"{self._files.paths[i]} cannot be decoded (by DALI: {reason})"
         return found
 
     def _build(self, image_size: int) -> Any:
@@ -141,7 +144,7 @@ class DaliSource:
             prefetch_queue_depth=PREFETCH,
         )
         def pipeline() -> Any:
-            paths, corners, sizes, mirror = fn.external_source(
+            files, corners, sizes, mirror = fn.external_source(
                 source=self._requests,
                 num_outputs=4,
                 batch=True,
@@ -150,7 +153,7 @@ class DaliSource:
                 ndim=[1, 1, 1, 0],
             )
             images = fn.resize(
-                _decode(dali, form, paths, corners, sizes),
+                _decode(dali, form, self._prober.packed, files, corners, sizes),
                 resize_x=image_size,
                 resize_y=image_size,
                 interp_type={"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[form.interpolation],
@@ -177,14 +180,14 @@ class DaliSource:
 class _Prober:
     """Pipeline that decodes one file at a time, to find the one that ended another pipeline."""
 
-    def __init__(self, form: ImageFormat) -> None:
-        self._form = form
+    def __init__(self, form: ImageFormat, packed: bool) -> None:
+        self._form, self.packed = form, packed
         self._request: list[Any] = []
         self.pipeline: Any = None  # the next file starts a new one
 
-    def error(self, path: str, box: np.ndarray) -> str | None:
-        """Reason that DALI cannot decode a box of a file; None if it can."""
-        self._request[:] = [[_encoded(path)], [box[:2]], [box[2:]]]
+    def error(self, file: np.ndarray, box: np.ndarray) -> str | None:
+        """Reason that DALI cannot decode a box of a file, given as by ``_request``; None if it can."""
+        self._request[:] = [[file], [box[:2]], [box[2:]]]
         try:
             self.pipeline = self.pipeline or self._build()
             self.pipeline.run()
@@ -206,8 +209,8 @@ class _Prober:
             exec_pipelined=False,
         )
         def pipeline() -> Any:
-            paths, corners, sizes = dali.fn.external_source(source=lambda: request, num_outputs=3, batch=True)
-            return _decode(dali, form, paths, corners, sizes)
+            files, corners, sizes = dali.fn.external_source(source=lambda: request, num_outputs=3, batch=True)
+            return _decode(dali, form, self.packed, files, corners, sizes)
 
         return pipeline()
 
@@ -216,10 +219,10 @@ class _Requests:
     """External source of a pipeline: the steps of an epoch."""
 
     def __init__(self, files: ImageFiles, plan: Plan, prober: _Prober) -> None:
-        self._paths = files.paths
+        self._files = files
         self._plan = plan
         self._prober = prober
-        self._black: str | None = None
+        self._black: np.ndarray | None = None
         self.epoch, self.start_step = 0, 0  # of the next iteration
         # Steps that have entered the pipeline but not left it, oldest first, each with row -> reason for the files that
         # a black image replaces.
@@ -232,25 +235,26 @@ class _Requests:
         self.pending.clear()
         for batch in self._plan.batches(self.epoch, self.start_step):
             boxes = batch.boxes.copy()
-            paths = [_encoded(self._paths[i]) for i in batch.indices]
-            unreadable = self._unreadable(batch)
+            files = [_request(self._files, i) for i in batch.indices]
+            unreadable = self._unreadable(batch, files)
             for row in unreadable:
-                paths[row], boxes[row] = _encoded(self._black_file()), (0, 0, 1, 1)
+                files[row], boxes[row] = self._black_file(), (0, 0, 1, 1)
             self.pending.append((batch, unreadable))
-            yield paths, np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:]), batch.mirror
+            yield files, np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:]), batch.mirror
 
-    def _black_file(self) -> str:
-        """Path of an image file of one black pixel."""
+    def _black_file(self) -> np.ndarray:
+        """Request of an image file of one black pixel."""
         if self._black is None:
             folder = make_folder_once(cache_dir() / "black-1", lambda f: Image.new("RGB", (1, 1)).save(f / "black.png"))
-            self._black = str(folder / "black.png")
+            path = folder / "black.png"
+            self._black = np.frombuffer(path.read_bytes() if self._prober.packed else os.fsencode(path), np.uint8)
         return self._black
 
-    def _unreadable(self, batch: Batch) -> dict[int, str]:
+    def _unreadable(self, batch: Batch, files: list[np.ndarray]) -> dict[int, str]:
         return {
             row: self.suspects[int(i)]
             for row, i in enumerate(batch.indices)
-            if int(i) in self.suspects and self._prober.error(self._paths[i], batch.boxes[row])
+            if int(i) in self.suspects and self._prober.error(files[row], batch.boxes[row])
         }
 
 
@@ -265,10 +269,10 @@ def _device_id(form: ImageFormat) -> int | None:
     return (form.device.index or 0) if form.device.type == "cuda" else None
 
 
-def _decode(dali: Any, form: ImageFormat, paths: Any, corners: Any, sizes: Any) -> Any:
+def _decode(dali: Any, form: ImageFormat, packed: bool, files: Any, corners: Any, sizes: Any) -> Any:
     """Decode boxes of files to (height, width, channels) uint8."""
     return dali.fn.decoders.image_slice(
-        dali.fn.io.file.read(paths),
+        files if packed else dali.fn.io.file.read(files),
         corners,
         sizes,
         device="mixed" if form.device.type == "cuda" else "cpu",
@@ -280,9 +284,15 @@ def _decode(dali: Any, form: ImageFormat, paths: Any, corners: Any, sizes: Any) 
     )
 
 
-def _encoded(path: str) -> np.ndarray:
-    """Bytes of a path, as an array for DALI."""
-    return np.frombuffer(path.encode(errors="surrogateescape"), np.uint8)
+def _request(files: ImageFiles, index: int) -> np.ndarray:
+    """Bytes of an image's path, which DALI reads, or of a packed image's content; one zero if there is none."""
+    if not isinstance(files, PackedImages):
+        return np.frombuffer(files.paths[index].encode(errors="surrogateescape"), np.uint8)
+    try:
+        content = files.read(index)
+    except OSError:  # reported when it does not decode
+        content = b""
+    return np.frombuffer(content or b"\0", np.uint8)
 
 
 def _error_line(error: Exception) -> str:

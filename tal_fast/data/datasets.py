@@ -17,6 +17,7 @@ from tal_fast.data.augment import PixelAugmentation
 from tal_fast.data.erasing import Eraser
 from tal_fast.data.image_folder import OOD_LABEL, ImageFiles
 from tal_fast.data.loader import ImageFormat, Loader, MemorySource, Source
+from tal_fast.data.packed import PackedImages
 from tal_fast.data.pillow import TorchSource
 from tal_fast.data.pixels import as_channels
 from tal_fast.data.sampler import Augmentation, Plan
@@ -74,6 +75,7 @@ class DataBundle:
         self.config = config
         self.class_names = tuple(class_names)
         self.image_size = image_size
+        train, val = self._turned(train), self._turned(val)
         self._splits: dict[str, Split] = {"train": train, "train-eval": train, "val": val}
         self._ood = ood
 
@@ -103,7 +105,9 @@ class DataBundle:
         if isinstance(self._splits["train"], MemoryImages):
             return "memory"
         if self.config.loader == "auto":
-            return "dali" if dali.available() and not self.config.changes_pixels else "torch"
+            files = [split for split in self._splits.values() if isinstance(split, ImageFiles)]
+            torch_only = self.config.needs_torch_loader or any(split.has_heif for split in files)
+            return "dali" if dali.available() and not torch_only else "torch"
         return self.config.loader
 
     def summary(self) -> str:
@@ -116,8 +120,12 @@ class DataBundle:
         if name not in self._splits:
             if name not in self._ood:
                 raise ValueError(f"no split {name!r}; there are {', '.join([*self._splits, *self._ood])}")
-            self._splits[name] = self._ood[name]()
+            self._splits[name] = self._turned(self._ood[name]())
         return self._splits[name]
+
+    def _turned(self, split: Split) -> Split:
+        turn = self.config.exif_rotation and isinstance(split, ImageFiles) and not split.upright
+        return split.turned() if turn else split  # type: ignore[union-attr]
 
     def replace(self, *, train: Split | None = None, val: Split | None = None) -> None:
         """Replace splits by other images of the same classes."""
@@ -161,7 +169,7 @@ class DataBundle:
             UnreadableImage: while iterating, a file does not decode; with ``skip_unreadable``, more than
                 ``config.max_unreadable`` files do not.
         """
-        images = self.split(split) if isinstance(split, str) else split
+        images = self.split(split) if isinstance(split, str) else self._turned(split)
         config, device = self.config, torch.device(device)
         if training is None:
             training = isinstance(split, str) and split == "train"
@@ -190,7 +198,8 @@ class DataBundle:
             return "find the others with python -m tal_fast.check_data FOLDER"
         if split in self._ood:
             return f"find them with python -m tal_fast.check_data {shlex.quote(self.config.ood.get(split, split))}"
-        root = shlex.quote(self.config.root or "FOLDER")
+        packed = isinstance(self._splits["train"], PackedImages)
+        root = shlex.quote((f"{self.config.dataset}:" if packed else "") + (self.config.root or "FOLDER"))
         return (
             f"list the others with python -m tal_fast.check_data {root} --out list.txt, "
             "then resume with --data.file_list list.txt --resume auto"
@@ -201,6 +210,6 @@ class DataBundle:
         if isinstance(images, MemoryImages):
             rows = None if images.rows is None else torch.from_numpy(images.rows)
             return MemorySource(plan, torch.from_numpy(images.pixels), rows, form, augment)
-        if self.loader_name == "dali":
+        if self.loader_name == "dali" and not images.has_heif:
             return dali.DaliSource(plan, images, form, self.config.workers, self.config.timeout)
         return TorchSource(plan, images, form, self.config.workers, self.config.timeout, augment)

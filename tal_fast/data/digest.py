@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -46,14 +45,15 @@ def _digest(images: Split) -> str:
             if array is not None:
                 digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
-    folder = os.path.commonpath([min(images.paths), max(images.paths)])
-    names = "\n".join(path[len(folder) :] for path in images.paths)
+    paths = [path.replace("://", "/") for path in images.paths]  # addresses of shards
+    folder = os.path.commonpath([min(paths), max(paths)])
+    names = "\n".join(path[len(folder) :] for path in paths)
     digest = hashlib.sha256(names.encode(errors="surrogateescape"))
     digest.update(images.labels.tobytes())
     digest.update(images.stamps[:, 0].tobytes())
     for i in np.linspace(0, len(images) - 1, SAMPLES).astype(int):
         try:
-            digest.update(hashlib.sha256(Path(images.paths[i]).read_bytes()).digest())
+            digest.update(hashlib.sha256(images.read(i)).digest())
         except OSError:  # reported when it is decoded
             digest.update(b"unreadable")
     return digest.hexdigest()

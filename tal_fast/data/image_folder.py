@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import hashlib
+import io
 import logging
 import os
 import stat
@@ -12,11 +14,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base as Tag
 
 from tal_fast.config.typed import one_line
 from tal_fast.data import imagenet
@@ -26,14 +30,22 @@ from tal_fast.utils.io import replacing
 
 logger = logging.getLogger(__name__)
 
+try:
+    from pillow_heif import register_heif_opener
+except ImportError:
+    HEIF: tuple[str, ...] = ()
+else:
+    register_heif_opener()  # makes Pillow read them, upright
+    HEIF = (".heic", ".heif", ".hif")
+
 EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".webp", ".tif", ".tiff",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", *HEIF,
 )  # fmt: skip
 """Endings of image files, in upper or lower case; other files are left out, and counted in a warning."""
 
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
-"""Pillow's names of the formats that Pillow and DALI both read, whatever the ending of the file."""
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "HEIF")
+"""Pillow's names of the formats that Pillow and, but for HEIF, DALI read, whatever the ending of the file."""
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 """Pillow's modes that both loaders convert to the same 8-bit pixels, unlike 16-bit gray or floating point."""
@@ -43,6 +55,9 @@ OOD_LABEL = -1
 
 ABOVE = "link to a folder above it"
 """Problem of a link that is not followed, because the files it leads to are read already."""
+
+NO_SIZES = np.zeros((0, 2), np.int32)
+"""Sizes of images before they are read."""
 
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
 
@@ -57,17 +72,41 @@ class ImageFiles:
 
     paths: Sequence[str]  # N absolute paths
     labels: np.ndarray  # (N,) int64 classes, or ``OOD_LABEL``
-    sizes: np.ndarray  # (N, 2) int32 heights and widths in pixels as stored, without the rotation in EXIF
+    sizes: np.ndarray  # (N, 2) int32 heights and widths in pixels
     # (N, 2) int64 sizes in bytes and times of change in ns.
     stamps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    upright: bool = False  # turned as EXIF says; else as stored
+
+    _ARRAYS: ClassVar[tuple[str, ...]] = ("labels", "sizes", "stamps")
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def subset(self, indices: np.ndarray) -> ImageFiles:
         """Images at ``indices``."""
-        paths = [self.paths[i] for i in indices]
-        return ImageFiles(paths, self.labels[indices], self.sizes[indices], self.stamps[indices])
+        arrays = {name: getattr(self, name)[indices] for name in self._ARRAYS}
+        return dataclasses.replace(self, paths=[self.paths[i] for i in indices], **arrays)
+
+    def file(self, index: int) -> str:
+        """File on disk that holds an image."""
+        return self.paths[index]
+
+    def open(self, index: int) -> str | io.BytesIO:
+        """What Pillow opens to read an image."""
+        return self.paths[index]
+
+    def read(self, index: int) -> bytes:
+        """Content of an image's file."""
+        return Path(self.paths[index]).read_bytes()
+
+    def turned(self) -> ImageFiles:
+        """The same files, turned as their EXIF data say."""
+        return with_sizes(dataclasses.replace(self, upright=True))
+
+    @cached_property
+    def has_heif(self) -> bool:
+        """Whether there are HEIF files, which only the torch loader reads."""
+        return any(path.lower().endswith(HEIF) for path in self.paths)
 
 
 def class_folders(root: Path, split: str) -> list[str]:
@@ -76,7 +115,10 @@ def class_folders(root: Path, split: str) -> list[str]:
     if not root.is_dir():
         raise ValueError(f"data.root {root} is not a folder; name one that holds train/ and val/")
     if not folder.is_dir():
-        raise ValueError(f"{root} has no folder {split}/; it must hold train/ and val/ with one folder a class in each")
+        raise ValueError(
+            f"{root} has no folder {split}/; it must hold train/ and val/ with one folder a class in each; class "
+            "folders alone are split by --data.split 0.2"
+        )
     names = _folders_in(folder)
     if not names:
         raise ValueError(f"{folder} has no class folders; put each class's images into a folder of its own")
@@ -98,14 +140,7 @@ def read_list(path: Path, root: Path) -> dict[str, tuple[int, int]]:
     skipped. Raises ValueError if the list cannot be read, is empty, or names a missing file or one that is not below
     ``root``.
     """
-    write = f"python -m tal_fast.check_data {root} --out {path}"
-    try:
-        lines = read_text(path).split("\n")
-    except OSError as error:
-        raise ValueError(f"data.file_list {path} cannot be read ({error.strerror}); write it with {write}") from None
-    names = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#")]
-    if not names:
-        raise ValueError(f"data.file_list {path} names no files; write it with {write}")
+    names = list_lines(path, root)
     start, real = os.path.abspath(root), os.path.realpath(root)
     resolve = functools.cache(os.path.realpath)  # of folders, which many files share
 
@@ -124,9 +159,22 @@ def read_list(path: Path, root: Path) -> dict[str, tuple[int, int]]:
     if missing:
         raise ValueError(
             f"data.file_list {path} names {len(missing)} files that are not in {root} ({first_names(missing)}); "
-            f"write it again with {write}"
+            f"write it again with python -m tal_fast.check_data {root} --out {path}"
         )
     return {path: stamp for path, stamp in zip(listed, found, strict=True) if stamp}
+
+
+def list_lines(path: Path, root: str | Path) -> list[str]:
+    """Lines of a list that are neither empty nor comments; raises ValueError if there are none."""
+    write = f"python -m tal_fast.check_data {root} --out {path}"
+    try:
+        lines = read_text(path).split("\n")
+    except OSError as error:
+        raise ValueError(f"data.file_list {path} cannot be read ({error.strerror}); write it with {write}") from None
+    names = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#")]
+    if not names:
+        raise ValueError(f"data.file_list {path} names no files; write it with {write}")
+    return names
 
 
 def _stamp(path: str) -> tuple[int, int] | None:
@@ -174,7 +222,7 @@ def files_by_class(root: Path, split: str, listed: Mapping[str, tuple[int, int]]
         if Path(image[0]).stem not in classes or split != "val":
             raise ValueError(f"{image[0]} is none of ImageNet's validation images; remove it, or sort by class folders")
         found.setdefault(classes[Path(image[0]).stem], []).append(image)
-    _report(folder, left_out)
+    report_left_out(folder, left_out)
     return {name: sorted(images) for name, images in sorted(found.items())}
 
 
@@ -221,24 +269,36 @@ def read_flat(folder: Path, name: str) -> ImageFiles:
     """
     if not folder.is_dir():
         raise ValueError(f"data.ood {name!r}: {folder} is not a folder")
-    left_out: Counter[str] = Counter()
-    found = _images(folder, left_out)
-    _report(folder, left_out)
+    found = files_below(folder)
     if not found:
         raise ValueError(f"data.ood {name!r}: {folder} holds no images ({', '.join(EXTENSIONS)})")
     return _with_sizes(found, [OOD_LABEL] * len(found))
 
 
-def image_size(path: str) -> tuple[int, int]:
-    """Height and width from the header of an image file.
+def files_below(folder: Path) -> Found:
+    """Sorted image files in a folder, at any depth; warns of what is left out."""
+    left_out: Counter[str] = Counter()
+    found = _images(folder, left_out)
+    report_left_out(folder, left_out)
+    return found
+
+
+def size_of(image: Image.Image, upright: bool) -> tuple[int, int]:
+    """Height and width of an open image, as stored or turned as its EXIF data say."""
+    turned = upright and image.getexif().get(Tag.Orientation, 1) in (5, 6, 7, 8)
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def image_size(path: str, source: str | io.BytesIO | None = None, upright: bool = False) -> tuple[int, int]:
+    """Height and width from the header of an image file, or of its content ``source``, see ``size_of``.
 
     Raises UnreadableImage if it is no image, cannot be read, or has pixels that the loaders read differently.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(source or path) as image:
             problem = unsupported_pixels(image)
             if problem is None:
-                return image.height, image.width
+                return size_of(image, upright)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         problem = error_summary(error, path)
     raise _unusable(path, problem)
@@ -273,21 +333,26 @@ def _jpeg2000_bits(image: Image.Image) -> int:
     """Largest number of bits of a channel in the header of a JPEG 2000 file; 0 for other formats."""
     if image.format != "JPEG2000":
         return 0
-    with open(image.filename, "rb") as file:  # type: ignore[attr-defined]
-        head = file.read(1 << 16)
+    file = image.fp  # type: ignore[attr-defined]
+    place = file.tell()
+    file.seek(0)
+    head = file.read(1 << 16)
+    file.seek(place)
     start = head.find(b"\xff\x4f\xff\x51")  # SOC and SIZ; the number of channels is 40 bytes after them
     count = int.from_bytes(head[start + 40 : start + 42], "big") if start >= 0 else 0
     return max((1 + (bits & 127) for bits in head[start + 42 : start + 42 + 3 * count : 3]), default=0)
 
 
-def undecodable(path: str, size: np.ndarray) -> str | None:
-    """Reason that a file of ``size`` (height, width) does not decode; None if it does."""
-    if not os.path.isfile(path):
+def undecodable(files: ImageFiles, index: int) -> str | None:
+    """Reason that an image does not decode; None if it does."""
+    path, size = files.paths[index], files.sizes[index]
+    if not os.path.isfile(files.file(index)):
         return f"{path} cannot be decoded (there is no such file)"
     try:
-        with Image.open(path) as image:
-            if (image.height, image.width) != tuple(size):
-                return f"{path} cannot be used (it was {size[0]} x {size[1]} and is {image.height} x {image.width} now)"
+        with Image.open(files.open(index)) as image:
+            height, width = size_of(image, files.upright)
+            if (height, width) != tuple(size):
+                return f"{path} cannot be used (it was {size[0]} x {size[1]} and is {height} x {width} now)"
             image.load()
     except Exception as error:
         return f"{path} cannot be decoded ({error_summary(error, path)})"
@@ -375,13 +440,14 @@ def ending(path: str) -> str:
     return os.path.splitext(path)[1].lower() or "without an ending"
 
 
-def _report(folder: Path, left_out: Counter[str]) -> None:
+def report_left_out(folder: Path, left_out: Counter[str]) -> None:
     """Warn of what was left out, once and not on every rank."""
     links = left_out.pop(ABOVE, 0)
     if links:
         say(f"{folder}: links to a folder above them are not followed: {links:,}; their images are read once")
     if left_out.total():
-        say(f"{folder}: {counted(left_out)}; convert images among them to JPEG or PNG")
+        heif = ", or pip install pillow-heif" if not HEIF and {".heic", ".heif", ".hif"} & left_out.keys() else ""
+        say(f"{folder}: {counted(left_out)}; convert images among them to JPEG or PNG{heif}")
 
 
 def say(message: str, level: int = logging.WARNING) -> None:
@@ -401,30 +467,39 @@ def counted(left_out: Counter[str]) -> str:
 def _with_sizes(found: Found, labels: Sequence[int]) -> ImageFiles:
     """Image files with their labels and sizes in pixels."""
     paths, stamps = [path for path, _, _ in found], [(size, changed) for _, size, changed in found]
-    return ImageFiles(paths, np.array(labels, np.int64), _sizes(paths, stamps), np.array(stamps, np.int64))
+    return with_sizes(ImageFiles(paths, np.array(labels, np.int64), NO_SIZES, np.array(stamps, np.int64)))
 
 
-def _sizes(paths: Sequence[str], stamps: Sequence[tuple[int, int]]) -> np.ndarray:
-    """(N, 2) int32 heights and widths of images, from the cache if possible: a million headers take minutes."""
+Files = TypeVar("Files", bound=ImageFiles)
+
+
+def with_sizes(files: Files) -> Files:
+    """The files with the sizes of their images in pixels, from the cache if possible: a million headers take minutes.
+
+    Raises UnreadableImage as ``image_size`` does.
+    """
     digest = hashlib.sha256()
-    for path, stamp in zip(paths, stamps, strict=True):
-        digest.update(f"{path}\0{stamp}\n".encode(errors="surrogateescape"))
-    cached = cache_dir() / "image-sizes-3" / f"{digest.hexdigest()[:32]}.npz"
+    for path, stamp in zip(files.paths, files.stamps.tolist(), strict=True):
+        digest.update(f"{path}\0{tuple(stamp)}\n".encode(errors="surrogateescape"))
+    cached = cache_dir() / f"image-sizes-3{'-upright' * files.upright}" / f"{digest.hexdigest()[:32]}.npz"
     try:
         with cached.open("rb") as file, np.load(file, allow_pickle=False) as data:  # verifies a checksum
             sizes = data["sizes"]
-        if sizes.shape == (len(paths), 2) and sizes.dtype == np.int32:
-            return sizes
+        if sizes.shape == (len(files), 2) and sizes.dtype == np.int32:
+            return dataclasses.replace(files, sizes=sizes)
     except Exception:  # missing, or damaged in any way
         pass
     with ThreadPoolExecutor(_THREADS) as pool:
-        sizes = np.array(list(pool.map(image_size, paths, chunksize=64)), np.int32)
+        found = pool.map(
+            lambda i: image_size(files.paths[i], files.open(i), files.upright), range(len(files)), chunksize=64
+        )
+        sizes = np.array(list(found), np.int32)
     try:
         with replacing(cached) as temporary:
             np.savez(temporary, sizes=sizes)
     except OSError as error:  # a read-only home, a full disk
         logger.debug("the sizes of the images could not be kept in %s (%s)", cached, error)
-    return sizes
+    return dataclasses.replace(files, sizes=sizes)
 
 
 def first_names(names: Sequence[str], limit: int = 5) -> str:

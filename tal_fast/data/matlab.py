@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tal_fast.config.typed import one_line
+from tal_fast.utils.io import refuse_pipe
 from tal_fast.utils.process import no_garbage
 
 
@@ -17,6 +18,7 @@ def read_mat(path: Path, name: str, squeeze: bool = False) -> Any:
 
     Raises ValueError, whose message is the reason, if the file cannot be read, is damaged, or has no such array.
     """
+    refuse_pipe(path)
     # SciPy's reader crashes on some damaged files.
     with no_garbage(), ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         try:

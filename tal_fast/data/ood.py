@@ -6,6 +6,9 @@ Out-of-distribution sets (``ood_set``):
 specification                images
 ===========================  ========================================================================================
 ``FOLDER``                   all images in it, at any depth
+``webdataset:WHERE``         all images of the .tar shards in a folder or at an address, or of one shard
+``huggingface:WHERE``        images of a Hugging Face data set in a folder or on the hub: those for testing, else for
+                             validation, else its only ones
 ``textures:FOLDER[:LIST]``   Describable Textures: ``FOLDER/images/CLASS/*.jpg``, or those listed in
                              ``FOLDER/labels/LIST.txt`` (``test1``, ...)
 ``svhn:FILE.mat``            cropped digits of Street View House Numbers, ``test_32x32.mat``
@@ -35,7 +38,8 @@ images in memory are resized whole, image files as in validation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +54,9 @@ from tal_fast.data.datasets import MemoryImages, Split
 from tal_fast.data.image_folder import ImageFiles
 from tal_fast.data.matlab import read_mat
 from tal_fast.data.pixels import as_channels
+from tal_fast.data.sources import PACKED, flat_images
 from tal_fast.data.text import read_text
+from tal_fast.utils.io import refuse_pipe
 
 GENERATED = 1000
 """Default number of generated images."""
@@ -70,6 +76,15 @@ def parse_named(texts: Sequence[str], option: str) -> dict[str, str]:
             raise ValueError(f"{option} names {name!r} twice; give each set its own name")
         found[name] = spec
     return found
+
+
+@contextlib.contextmanager
+def set_named(name: str) -> Iterator[None]:
+    """Context in which a set is read: its errors begin with the name that the user gave it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"the set {name!r} cannot be used: {error}") from None
 
 
 def ood_set(spec: str, image_size: int, channels: int) -> Split:
@@ -97,13 +112,13 @@ def ood_set(spec: str, image_size: int, channels: int) -> Split:
         number = _number(rest, spec) if colon else GENERATED
         make = {"patches": _patches, "gaussian": _gaussian, "uniform": builtin.synthetic_noise}[kind]
         return MemoryImages.unlabelled(make(number, image_size, channels), channels)
-    if not Path(spec).is_dir():
+    if not Path(spec).is_dir() and not (kind in PACKED and colon):
         raise ValueError(
-            f"the set {spec!r} is neither a folder nor one of textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], "
-            f"fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, npy:FILE.npy, patches[:N], "
-            f"gaussian[:N], uniform[:N]"
+            f"the set {spec!r} is neither a folder nor one of webdataset:WHERE, huggingface:WHERE, "
+            f"textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], fashion-mnist[:FOLDER], cifar10:FOLDER, "
+            f"cifar100:FOLDER, npy:FILE.npy, patches[:N], gaussian[:N], uniform[:N]"
         )
-    return image_folder.read_flat(Path(spec), spec)
+    return flat_images(spec, spec)
 
 
 def shift_set(
@@ -168,6 +183,7 @@ def _svhn(path: Path) -> np.ndarray:
 
 
 def _read_array(path: Path, mapped: bool = False) -> Any:
+    refuse_pipe(path)
     try:
         array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
     except Exception as error:  # NumPy raises many types of errors for damaged files

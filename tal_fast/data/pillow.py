@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from tal_fast.data.augment import PixelAugmentation
-from tal_fast.data.image_folder import ImageFiles, undecodable
+from tal_fast.data.image_folder import ImageFiles, size_of, undecodable
 from tal_fast.data.loader import ImageBatch, ImageFormat, Normalizer, prefetch, to_device
 from tal_fast.data.sampler import Batch, Plan
 from tal_fast.data.waiting import CallingThread, LoaderFailed
@@ -71,14 +71,13 @@ class _BatchDataset(Dataset):
         pixels = np.empty((len(batch.indices), size, size, self._channels), np.uint8)
         unreadable = {}
         for row, index in enumerate(batch.indices):
-            path, stored = self._files.paths[index], self._files.sizes[index]
             try:
-                image = self._read(path, stored, batch.boxes[row], bool(batch.mirror[row]), size)
+                image = self._read(index, batch.boxes[row], bool(batch.mirror[row]), size)
                 if self._augment is not None and batch.draws is not None:
                     image = self._augment(image, batch.draws[row])
                 pixels[row] = np.asarray(image).reshape(size, size, self._channels)
             except Exception:
-                problem = undecodable(path, stored)
+                problem = undecodable(self._files, index)
                 if problem is None:
                     raise
                 unreadable[row] = problem
@@ -92,11 +91,14 @@ class _BatchDataset(Dataset):
                 return f"a process of the loader has no shared memory for {pixels.nbytes / 2**20:.1f} MiB ({error})"
         return images, torch.from_numpy(batch.indices), unreadable
 
-    def _read(self, path: str, stored: np.ndarray, box: np.ndarray, mirror: bool, size: int) -> Image.Image:
-        with Image.open(path) as file:
-            if (file.height, file.width) != tuple(stored):
-                raise ValueError(f"{path} has changed its size")
-            image = resized_crop(file, self._channels, box, size, self._filter)
+    def _read(self, index: int, box: np.ndarray, mirror: bool, size: int) -> Image.Image:
+        with Image.open(self._files.open(index)) as file:
+            upright = self._files.upright
+            if size_of(file, upright) != tuple(self._files.sizes[index]):
+                raise ValueError(f"{self._files.paths[index]} has changed its size")
+            image = resized_crop(
+                ImageOps.exif_transpose(file) if upright else file, self._channels, box, size, self._filter
+            )
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image
 
 

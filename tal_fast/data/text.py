@@ -5,14 +5,15 @@ from __future__ import annotations
 import codecs
 from pathlib import Path
 
+from tal_fast.utils.io import refuse_pipe
+
 
 def read_text(path: Path) -> str:
     """Text of a file in UTF-8, with or without a byte order mark, or UTF-16 with one; bytes of file names are kept.
 
     Raises OSError if the file cannot be read and ValueError if it is not text, or a pipe or a device.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise ValueError(f"{path} is a pipe or a device, which may have no end; name a file")
+    refuse_pipe(path)
     data = path.read_bytes()
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:

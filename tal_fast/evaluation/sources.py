@@ -10,7 +10,7 @@ from typing import Any, Literal
 from tal_fast.config.names import LOGIT_SCORES
 from tal_fast.config.schema import DataConfig, ModelConfig
 from tal_fast.data.datasets import DataBundle, Split
-from tal_fast.data.ood import ood_set, shift_set
+from tal_fast.data.ood import ood_set, set_named, shift_set
 from tal_fast.evaluation.evaluation import Evaluation, write_evaluation
 from tal_fast.evaluation.galleries import add_galleries
 from tal_fast.evaluation.html.page import FILE as HTML_FILE
@@ -157,7 +157,8 @@ def _ood_splits(data: DataBundle, specs: Mapping[str, str]) -> dict[str, Split]:
     for name, spec in specs.items():
         if name in splits:
             raise ValueError(f"the data set has an OOD set {name!r} already; choose another name")
-        splits[name] = ood_set(spec, data.image_size, data.channels)
+        with set_named(name):
+            splits[name] = ood_set(spec, data.image_size, data.channels)
     return splits
 
 
@@ -178,9 +179,10 @@ def _evaluate_model(
     if passes.amp is not None:
         provenance["amp"] = passes.amp
     ood = _ood_splits(data, ood_specs)
-    shifts = {
-        name: shift_set(spec, data.class_names, data.split("val"), data.channels) for name, spec in shift_specs.items()
-    }
+    shifts = {}
+    for name, spec in shift_specs.items():
+        with set_named(name):
+            shifts[name] = shift_set(spec, data.class_names, data.split("val"), data.channels)
     id_store = inference.store("val")
     # The prefixes keep sets that are called val or train-eval apart from those splits.
     ood_stores = {name: inference.store(f"ood-{name}", images) for name, images in ood.items()}

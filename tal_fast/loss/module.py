@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tal_fast.loss import collectives, dispatch
 from tal_fast.loss.backends import cpp
 from tal_fast.loss.functional import StepResult, step_in_parts
-from tal_fast.loss.options import LossOptions, check_class_weight, check_inputs
+from tal_fast.loss.options import LossOptions, check_class_weight, check_inputs, whole_number
 from tal_fast.loss.queue import FeatureQueue
 from tal_fast.loss.reference import TALStats
 from tal_fast.loss.watch import QueueWatch
@@ -108,7 +108,7 @@ class TALLoss(nn.Module):
         super().__init__()
         self.options = LossOptions(
             variant, float(t_min), float(t_max), None if t_wrong is None else float(t_wrong), confidence_threshold,
-            int(ignore_index), float(label_smoothing), bool(inplace), reduction,
+            ignore_index, float(label_smoothing), bool(inplace), reduction,
         )  # fmt: skip
         if queue_scope not in ("local", "global"):
             raise ValueError(f"queue_scope is {queue_scope!r}; use 'local' or 'global'")
@@ -121,7 +121,7 @@ class TALLoss(nn.Module):
         self.class_group = class_group
         self.process_group = process_group
         self.backend = dispatch.check_name(backend)
-        self.queue = FeatureQueue(queue_size, backend=backend)
+        self.queue = FeatureQueue(whole_number("queue_size", queue_size), backend=backend)
         self.watch: QueueWatch | None = QueueWatch()
         self.class_weight: Tensor | None
         weight = None if class_weight is None else check_class_weight(class_weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ class LossOptions:
             raise ValueError(f"variant is {self.variant!r}; use 'paper' or 'released'")
         threshold = OWN_THRESHOLD[self.variant] if self.confidence_threshold is None else self.confidence_threshold
         object.__setattr__(self, "confidence_threshold", float(threshold))  # frozen
+        object.__setattr__(self, "ignore_index", whole_number("ignore_index", self.ignore_index))
         if not 0 < self.t_min <= self.t_max < float("inf"):
             raise ValueError(
                 f"temperatures are t_min={self.t_min}, t_max={self.t_max}; they must satisfy 0 < t_min <= t_max"
@@ -46,6 +48,16 @@ class LossOptions:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1]")
         if self.reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction is {self.reduction!r}; use 'mean', 'sum' or 'none'")
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Return an integer option as an int; raise ValueError for anything else, such as 2.5."""
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)  # of NumPy and the like
+    except TypeError:
+        raise ValueError(f"{name} is {value!r} but must be a whole number") from None
 
 
 def check_inputs(

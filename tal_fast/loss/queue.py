@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tal_fast.loss import dispatch
+from tal_fast.loss.options import whole_number
 from tal_fast.loss.ring import RingBuffer, invalid_state, newest_entries
 
 _KEYS = ("mean", "std", "cursor")
@@ -36,7 +37,7 @@ class FeatureQueue(nn.Module):
         backend: ``"auto"``, ``"reference"``, ``"native"`` or ``"triton"``; see ``tal_fast.loss.dispatch``.
 
     Raises:
-        ValueError: If the capacity is less than 1 or the backend is unknown.
+        ValueError: If the capacity is less than 1 or no whole number, or the backend is unknown.
         TypeError: If the dtype is another one.
 
     Examples:
@@ -59,6 +60,7 @@ class FeatureQueue(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        capacity = whole_number("queue capacity", capacity)
         if capacity < 1:
             raise ValueError(f"queue capacity is {capacity} but must be at least 1; 20000 is a good default")
         self.backend = dispatch.check_name(backend)

@@ -25,4 +25,7 @@ def method_class(name: str) -> type[Method]:
 def build_method(config: MethodConfig, task: Task) -> Method:
     """Build the method of a run; raises ValueError for an option outside its range."""
     config.check()
-    return method_class(config.name)(config, task)
+    kind = method_class(config.name)
+    if task.class_weight is not None and not kind.takes_class_weight:
+        raise ValueError(f"method.class_weight is set but {config.name} has no class weights; set it to none")
+    return kind(config, task)

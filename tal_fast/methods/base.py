@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,17 +18,26 @@ from tal_fast.scores.logits import SCORES
 
 
 def mean_cross_entropy(
-    logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, share: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy in float32 over the rows whose label is not ``IGNORED_LABEL``; 0, not NaN, without any.
 
-    ``share`` (B,) are factors of the rows' losses, of which the mean still divides by the number of rows.
+    ``class_weight`` (C,) is as in ``F.cross_entropy``, whose mean divides by the weights of the labels. ``share`` (B,)
+    are factors of the rows' losses that the mean does not divide by.
     """
-    reduction = "sum" if share is None else "none"
-    total = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing, reduction=reduction)
+    rows, reduction = logits.float(), "sum" if share is None else "none"
+    total = F.cross_entropy(rows, labels, class_weight, label_smoothing=label_smoothing, reduction=reduction)
     if share is not None:
         total = (total * share).sum()
-    return total / (labels != IGNORED_LABEL).sum().clamp(min=1)
+    valid = labels != IGNORED_LABEL
+    if class_weight is None:
+        return total / valid.sum().clamp(min=1)
+    weights = (class_weight[labels.clamp(min=0)] * valid).sum()
+    return total / torch.where(weights > 0, weights, 1.0)
 
 
 @dataclass(frozen=True)
@@ -37,12 +48,14 @@ class Task:
         num_classes: number of classes of the data, without ``Method.extra_classes``.
         train_images: number of training images over all ranks.
         learning_rate: peak learning rate.
+        class_weight: (C,) float32 ``method.class_weight``; None for none.
     """
 
     epochs: int
     num_classes: int
     train_images: int
     learning_rate: float
+    class_weight: Tensor | None = None
 
 
 class Step(NamedTuple):
@@ -70,6 +83,7 @@ class Method(nn.Module):
         Options: dataclass of the method's options, with a default for each. Those of the built-in methods are in
             ``tal_fast.config.methods``, for the help of the command line.
         options: instance of ``Options``.
+        class_weight: that of the task, on the method's device.
         sample_names: keys of ``Step.samples``.
         ranges: name -> (lowest, highest value) of those whose distribution is reported.
         extra_classes: number of the network's logits beyond the data's classes in training; validation and evaluation
@@ -79,6 +93,7 @@ class Method(nn.Module):
         radius: radius ρ of sharpness-aware minimisation (``tal_fast.training.sam``); None: ordinary steps.
         mixes: whether it trains on mixed images (``tal_fast.training.mixing``): ``alone``, in place of the clean ones,
             which needs ``sample_names`` to be empty; ``beside`` the clean ones; or ``never``.
+        takes_class_weight: whether its loss is weighted by ``class_weight``; otherwise they are refused.
         once_an_epoch: whether it relies on seeing each training image at most once an epoch.
         averages_from: share of the epochs after which weights are averaged once an epoch
             (``tal_fast.training.weight_averaging``); None: never.
@@ -95,6 +110,7 @@ class Method(nn.Module):
     sample_names: tuple[str, ...] = ()
     extra_classes: ClassVar[int] = 0
     mixes: ClassVar[Literal["alone", "beside", "never"]] = "beside"
+    takes_class_weight: ClassVar[bool] = False
     once_an_epoch: ClassVar[bool] = False
     outliers: str | None = None
     radius: float | None = None
@@ -104,6 +120,8 @@ class Method(nn.Module):
         super().__init__()
         self.task = task
         self.label_smoothing = config.label_smoothing
+        self.class_weight: Tensor | None
+        self.register_buffer("class_weight", task.class_weight, persistent=False)
         self.ranges: dict[str, tuple[float, float]] = {}
         self.ascent_pass = False
         self.options: Any = read_options(self.name, self.Options, config.options)
@@ -163,11 +181,8 @@ class Method(nn.Module):
         Returns:
             Scalar, the mean of λ L(x, y) + (1 - λ) L(x, y') over the rows with labels.
         """
-        first, second = pairs.unbind(1)
-        smoothing = self.label_smoothing
-        return mean_cross_entropy(logits, first, smoothing, share) + mean_cross_entropy(
-            logits, second, smoothing, 1 - share
-        )
+        loss = partial(mean_cross_entropy, logits, label_smoothing=self.label_smoothing, class_weight=self.class_weight)
+        return loss(pairs[:, 0], share=share) + loss(pairs[:, 1], share=1 - share)
 
     def epoch_metrics(self) -> dict[str, float]:
         """Further columns of metrics.csv at the end of an epoch; may wait for the device."""

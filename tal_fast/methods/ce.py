@@ -13,6 +13,7 @@ class CrossEntropy(Method):
     name = "ce"
     score = "msp"
     mixes = "alone"
+    takes_class_weight = True
 
     def forward(self, logits: Tensor, features: Tensor, labels: Tensor, indices: Tensor) -> Step:
-        return Step(mean_cross_entropy(logits, labels, self.label_smoothing), {})
+        return Step(mean_cross_entropy(logits, labels, self.label_smoothing, self.class_weight), {})

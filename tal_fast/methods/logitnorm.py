@@ -18,10 +18,12 @@ class LogitNorm(Method):
     name = "logitnorm"
     score = "msp"
     mixes = "alone"
+    takes_class_weight = True
     Options = LogitNormOptions
 
     def forward(self, logits: Tensor, features: Tensor, labels: Tensor, indices: Tensor) -> Step:
-        return Step(mean_cross_entropy(self._normalised(logits), labels, self.label_smoothing), {})
+        z = self._normalised(logits)
+        return Step(mean_cross_entropy(z, labels, self.label_smoothing, self.class_weight), {})
 
     def mixed_loss(self, logits: Tensor, pairs: Tensor, share: Tensor) -> Tensor:
         return super().mixed_loss(self._normalised(logits), pairs, share)

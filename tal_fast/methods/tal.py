@@ -26,6 +26,7 @@ class TAL(Method):
 
     name = "tal"
     score = "cosine"
+    takes_class_weight = True
     Options: ClassVar[type] = TALOptions
     sample_names = ("typicalness", "temperature", "accepted")
 
@@ -36,7 +37,7 @@ class TAL(Method):
         self.warmup_epochs = int(WARMUP_SHARE * task.epochs) if given is None else given
         self.warmup = False
         loss_options = {name: getattr(options, name) for name in TAL_OPTIONS - {"warmup_epochs"}}
-        self.loss_fn = TALLoss(**loss_options, label_smoothing=config.label_smoothing)
+        self.loss_fn = TALLoss(**loss_options, label_smoothing=config.label_smoothing, class_weight=task.class_weight)
         self.watch = self.loss_fn.watch = QueueWatch("method.options.", logger.warning)
         temperatures = [t for t in (options.t_min, options.t_max, options.t_wrong) if t is not None]
         self.ranges = {"typicalness": (0.0, 1.0), "temperature": (min(temperatures), max(temperatures))}

@@ -7,6 +7,8 @@ import logging
 import math
 import re
 import sys
+import urllib.error
+import urllib.request
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +23,9 @@ from tal_fast.config.names import INTERPOLATIONS
 from tal_fast.config.schema import Config, DataConfig, ModelConfig
 from tal_fast.config.typed import one_line
 from tal_fast.data import image_folder
-from tal_fast.data.build import FOLDER_IMAGE_SIZE, build_data
+from tal_fast.data.build import FOLDER_IMAGE_SIZE, build_data, packed_data
 from tal_fast.data.datasets import DataBundle
+from tal_fast.data.sources import PACKED
 from tal_fast.models.build import build_model, timm_name
 from tal_fast.models.features import FeatureLinear, head_path
 from tal_fast.models.registry import NETWORKS
@@ -267,8 +270,9 @@ def _pretrained(model: str) -> dict[str, Tensor]:
     name = timm_name(model)
     if name is not None:
         import timm
-        from huggingface_hub.constants import HF_HUB_CACHE as cache
+        from huggingface_hub import constants
 
+        cache = constants.HF_HUB_CACHE
         if not timm.is_model_pretrained(name):
             raise ValueError(f"timm has no weights for {name}; name a file")
     else:
@@ -281,13 +285,50 @@ def _pretrained(model: str) -> dict[str, Tensor]:
         cache = str(Path(torch.hub.get_dir()) / "checkpoints")
     try:
         if name is not None:
-            return dict(timm.create_model(name, pretrained=True).state_dict())
+            return _timm_weights(name)
         return dict(published.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except Exception as error:  # of many types: no network, a proxy, a damaged file in the cache
         raise ValueError(
             f"the weights of {model} are not in {cache} and cannot be downloaded ({one_line(error)[:200]}); copy that "
             "folder from a machine that has them, or name a file of weights"
         ) from None
+
+
+def is_cached(model: str) -> bool:
+    """Whether the weights of a network of torchvision or timm need no download."""
+    name = None if model in NETWORKS else timm_name(model)
+    if name is None:
+        from torchvision import models
+
+        try:
+            url = models.get_model_weights(model).DEFAULT.url
+        except (ValueError, AttributeError):
+            return False
+        return (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).is_file()
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    hub = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None) or ""
+    files = ("model.safetensors", "pytorch_model.bin") if hub else ()
+    return any(isinstance(try_to_load_from_cache(hub, file), str) for file in files)
+
+
+def _timm_weights(name: str) -> dict[str, Tensor]:
+    import timm
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:  # the cache first, which needs no network
+        return dict(timm.create_model(name, pretrained=True).state_dict())
+    except Exception:  # an error of the hub, of several types; the next attempt raises the others again
+        if offline:
+            raise
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+    with contextlib.suppress(urllib.error.HTTPError):  # which is an answer
+        urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()  # the hub retries for 46 s without a network
+    return dict(timm.create_model(name, pretrained=True).state_dict())
 
 
 def preprocessing(model: str, given: Mapping[str, Any], pretrained: bool = False) -> dict[str, Any]:
@@ -354,8 +395,11 @@ def evaluation_data(config: DataConfig) -> DataBundle:
 
 
 def _data_without_training(config: DataConfig) -> DataBundle | None:
-    """Data set of a folder that has no ``train/``; None for other data sets."""
+    """Data set without training images: shards, or a folder that has no ``train/``; None for other data sets."""
     root = Path(config.root or "")
+    if config.dataset in PACKED:
+        config.check()
+        return packed_data(config, training=False)
     if config.dataset != "folder" or config.root is None or (root / "train").is_dir() or not root.is_dir():
         return None
     config.check()

@@ -28,6 +28,8 @@ _AVERAGED = ("ema", "average", "swa", "shadow")
 """Words in the keys of averaged weights."""
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "module")
 _PREFIXES = ("module.", "_orig_mod.")
+_MODULES = ("model", "net", "network", "module", "student", "backbone")
+"""Names of the network in training code."""
 
 
 class _Ignored:
@@ -74,9 +76,9 @@ def read_content(path: str | Path) -> Any:
             return _read_safetensors(path)
         if zipfile.is_zipfile(path):
             check_zip(path)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_IGNORED):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_IGNORED), path.open("rb") as file:
             warnings.simplefilter("ignore")  # about kinds of tensors, which are refused below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)  # by a path it goes by the ending
     except ImportError:
         raise ValueError(f"{path} needs safetensors; install it with: pip install safetensors") from None
     except Exception as error:  # unzipping and unpickling raise many types of errors, and safetensors exports none
@@ -122,10 +124,11 @@ def choose_state(
         ValueError: there is no state dict, or it has tensors that are not plain real numbers.
     """
     path = Path(path)
-    node = content
+    node, states = content, _states_in(content)
     for part in key.split(".") if key else ():
         node = node.get(part) if isinstance(node, Mapping) else None
-    states = _states_in(node, key or "")
+    if key:
+        states = {key: states[key]} if key in states else _states_in(node, key)
     prefix = len(key) if key else 0
     plain_keys = [k for k in states if all(part in _STATE_KEYS for part in filter(None, k[prefix:].split(".")))]
     plain_keys.sort(key=lambda k: [_STATE_KEYS.index(part) for part in filter(None, k[prefix:].split("."))])
@@ -195,13 +198,34 @@ def _states_in(
     if not isinstance(content, Mapping) or not depth or id(content) in seen:
         return {}
     if content and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        return {path: dict(content)}
+        return _parted(dict(content), path)
     seen.add(id(content))
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in content.items():
         if isinstance(key, str):
             found |= _states_in(value, f"{path}.{key}" if path else key, depth - 1, seen)
     return found
+
+
+def _parted(state: dict[str, Tensor], path: str) -> dict[str, dict[str, Tensor]]:
+    """A state dict under its key path, and apart from it averaged weights that it holds too, such as ``ema_model.fc``.
+
+    They are modules of their own in a LightningModule, beside one with the same tensors.
+    """
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        module, _, own = name.partition(".")
+        modules.setdefault(module, {})[own] = value
+    averaged = [module for module in modules if _is_averaged(module)]
+    raw = next((module for module in modules if module in _MODULES), None)
+    if raw is None or any(_names(modules[raw]) != _names(modules[module]) for module in averaged):
+        return {path: state}
+    rest = {name: value for name, value in state.items() if name.partition(".")[0] not in averaged}
+    states = {path: rest}
+    for module in averaged:
+        averages = {f"{raw}.{name}": value for name, value in modules[module].items()}
+        states[f"{path}.{module}".lstrip(".")] = rest | averages
+    return states
 
 
 def _without_prefixes(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -33,6 +34,7 @@ from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import DataBundle, MemoryImages, Split
 from tal_fast.data.image_folder import UnreadableImage
 from tal_fast.data.loader import IGNORED_LABEL
+from tal_fast.data.packed import PackedImages
 from tal_fast.models import head_path, without_head
 from tal_fast.runs.prediction_store import NotKept, Outputs, OutputStore, ShardWriter, keep, remove_unused
 from tal_fast.utils.arrays import Ints
@@ -120,12 +122,15 @@ def split_hash(split: Split) -> str:
         if split.rows is not None:
             digest.update(np.ascontiguousarray(split.rows).data)
         return digest.hexdigest()
-    for path in split.paths:
+    status = functools.lru_cache(64)(os.stat)  # many images share a file
+    extents = split.extents[:, 1:].tolist() if isinstance(split, PackedImages) else None
+    for i, path in enumerate(split.paths):
         try:
-            status = os.stat(path)
+            stamp = status(split.file(i))
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); put it back or evaluate again") from None
-        digest.update(f"{path}\0{status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        within = "" if extents is None else f" {extents[i]}"
+        digest.update(f"{path}\0{stamp.st_size} {stamp.st_mtime_ns}{within}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

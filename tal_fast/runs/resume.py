@@ -42,7 +42,10 @@ FIXED = frozenset({
 """Options that a resumed run cannot change, because the saved state would not fit. A change of any option that is in
 none of these sets is refused unless ``config.allow`` names it."""
 
-_IMAGES = ("data.dataset", "data.file_list", "data.holdout", "data.train_limit", "data.synthetic_images")
+_IMAGES = (
+    "data.dataset", "data.label_key", "data.split", "data.split_seed", "data.file_list", "data.holdout",
+    "data.train_limit", "data.synthetic_images",
+)  # fmt: skip
 """Options that choose the training images, so that a change of the images is no surprise."""
 
 _NEW_EPOCH = {"ranks", "training images", "seed", "batch_size"}

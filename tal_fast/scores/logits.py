@@ -63,10 +63,18 @@ def _row_sum(values: Tensor) -> Tensor:
     return functools.reduce(operator.add, [part.sum(1) for part in values.split(_SUM_COLUMNS, 1)])
 
 
+def _squarable(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (n, C), rows whose squares would overflow scaled by a power of two, and ``NORM_EPS`` scaled so (n,)."""
+    largest = z.abs().amax(1)
+    scale = largest.new_ones(largest.shape).masked_fill(largest > 2.0**500, 2.0**-600)
+    return z * scale[:, None], scale * NORM_EPS
+
+
 @logit_score
 def cosine(z: Tensor) -> Tensor:
     """TAL's confidence, max z / (‖z‖₂ + 1e-7): the cosine between the logits and the predicted class's axis."""
-    return z.amax(1) / (_row_sum(z * z).sqrt() + NORM_EPS)
+    z, eps = _squarable(z)
+    return z.amax(1) / (_row_sum(z * z).sqrt() + eps)
 
 
 @logit_score
@@ -143,11 +151,12 @@ def log_gap_doctor(z: Tensor) -> Tensor:
 @logit_score
 def log_gap_cosine(z: Tensor) -> Tensor:
     """log(1 − max z / (‖z‖ + ε)), with ‖z‖ − max z = Σ z² over the other classes / (‖z‖ + max z)."""
+    z, eps = _squarable(z)
     squares, top = z * z, z.amax(1)
     norm = _row_sum(squares).sqrt()
     others = _row_sum(squares.scatter(1, z.argmax(1, keepdim=True), 0.0))
     gap = (others / (norm + top)).where(top > 0, norm - top)
-    return ((gap + NORM_EPS) / (norm + NORM_EPS)).log()
+    return ((gap + eps) / (norm + eps)).log()
 
 
 @logit_score

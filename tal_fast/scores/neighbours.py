@@ -82,6 +82,8 @@ class Neighbours:
 
 
 def _normalised(rows: Floats) -> Floats:
+    largest = np.abs(rows).max(1, keepdims=True, initial=0)
+    rows = rows * np.where(largest > 2.0**500, 2.0**-600, 1)  # squares beyond 1e308 are infinite
     norm = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0)
 

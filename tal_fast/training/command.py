@@ -6,13 +6,15 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from tal_fast.config.parse import parse_command_line
+from tal_fast.config.parse import parse_training
 from tal_fast.config.schema import Config
 from tal_fast.utils.logs import console_logging
 from tal_fast.utils.process import program_name, report_mistake
 from tal_fast.utils.signals import Stopped, StopRequest
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,21 +24,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     command again) for SIGTERM and SIGUSR1 and with 130 for Ctrl-C.
     """
     try:
-        config, bench = parse_command_line(sys.argv[1:] if argv is None else argv, program_name("train"))
+        config, bench, given = parse_training(sys.argv[1:] if argv is None else argv, program_name("train"))
     except ValueError as error:
         raise SystemExit(report_mistake(error)) from None
     level = logging.WARNING if config.progress == "none" else logging.INFO
     # Early, because loading PyTorch and finding a million images take a while.
     with console_logging(level), StopRequest() as stop:
-        _train(config, stop, bench)
+        _train(config, stop, bench, given)
 
 
-def _train(config: Config, stop: StopRequest, bench: bool) -> None:
+def _train(config: Config, stop: StopRequest, bench: bool, given: Collection[str] | None) -> None:
     # Imported after the options are checked, because importing torch takes seconds.
     import torch
 
     from tal_fast.data.image_folder import UnreadableImage
     from tal_fast.runs.checkpoint import Damaged
+    from tal_fast.training.fit import fit, with_options
     from tal_fast.training.trainer import Trainer, TrainingFailed
     from tal_fast.utils.distributed import Ranks
 
@@ -50,6 +53,11 @@ def _train(config: Config, stop: StopRequest, bench: bool) -> None:
     except ValueError as error:
         raise SystemExit(report_mistake(error)) from None
     try:
+        if given is not None:
+            values, text = ranks.on_main(lambda: fit(config, given, ranks.device))
+            config = with_options(config, values)
+            if ranks.is_main:
+                logger.info("%s", text)
         if bench:
             from tal_fast.training.throughput import measure
 

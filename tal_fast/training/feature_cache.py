@@ -60,21 +60,21 @@ class FeatureBundle(DataBundle):
             elsewhere=FEATURES_ELSEWHERE,
             after_batch=check_stop,
         )
-        started = time.perf_counter()
+        parts = []
         with without_head(network) as backbone, stop.while_training():
             inference = Inference(backbone, self._data, feature_folder(config, self.image_size, options.amp), options)
-            for name in ("train-eval", "val"):
+            for name, title in (("train-eval", "training"), ("val", "validation")):
+                started = time.perf_counter()
                 store = inference.store(name)
                 columns = store.columns("features", "labels")
                 split = self.split(name)
+                parts.append(f"{len(split):,} {title} images in {time.perf_counter() - started:.1f} s")
                 bad = np.flatnonzero(columns["labels"] == IGNORED_LABEL)
                 self._features[id(split)] = torch.from_numpy(columns["features"]), _reasons(split, bad)
         if ranks.is_main:
             logger.info(
-                "features of the frozen network, without random augmentation: %d for each of %s training and %s "
-                "validation images, in %.1f s; kept in %s", columns["features"].shape[1],
-                *(f"{len(self.split(name)):,}" for name in ("train", "val")), time.perf_counter() - started,
-                store.folder.parents[1],
+                "features of the frozen network, %d for each image, without random augmentation: %s; kept in %s",
+                columns["features"].shape[1], " and ".join(parts), store.folder.parents[1],
             )  # fmt: skip
 
     def _source(
@@ -87,7 +87,7 @@ def _reasons(split: Split, rows: np.ndarray) -> dict[int, str]:
     """Index -> reason of the files of a split that did not decode."""
     if not isinstance(split, ImageFiles):
         return {}
-    reasons = ((int(i), undecodable(split.paths[i], split.sizes[i])) for i in rows)
+    reasons = ((int(i), undecodable(split, int(i))) for i in rows)
     return {i: reason or f"{split.paths[i]} could not be decoded before" for i, reason in reasons}
 
 

@@ -71,11 +71,11 @@ class Mixer:
     def _draw(self, random: np.random.Generator, height: int, width: int) -> tuple[float, tuple[int, ...] | None]:
         """Share of an image's own pixels and, for CutMix, the rectangle (top, bottom, left, right) of the other's."""
         config = self._config
-        mixes, cuts = random.random() < config.prob, config.cutmix > 0
+        cuts = config.cutmix > 0
         if config.mixup and config.cutmix:
             cuts = random.random() < config.switch_prob
         alpha = config.cutmix if cuts else config.mixup
-        share = float(random.beta(alpha, alpha)) if mixes else 1.0
+        share = float(random.beta(alpha, alpha))
         if not cuts:
             return share, None
         # A rectangle of the share 1 - λ around a uniform centre; what lies outside of the image is cut off.

@@ -62,12 +62,12 @@ def epoch_line(row: Mapping[str, float], epochs: int, seconds: float) -> str:
             f"acc {row['train_accuracy']:.2%}",
             *([f"val {row['val_accuracy']:.2%}", f"AURC {row['aurc']:.5f}"] if validated else ["not validated"]),
             f"{rate:,.0f} images/s" if rate < 100_000 else f"{rate / 1000:,.0f}k images/s",
-            f"ETA {_duration(seconds * (epochs - row['epoch']))}",
+            f"ETA {duration(seconds * (epochs - row['epoch']))}",
         ]
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """``H:MM:SS``, or days and hours from 100 hours on."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)

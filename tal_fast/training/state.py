@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from tal_fast import __version__
-from tal_fast.config.schema import Config
+from tal_fast.config.schema import Config, MethodConfig
 from tal_fast.data import DataBundle
 from tal_fast.data.digest import data_digest, newest_change
 from tal_fast.loss import dispatch
@@ -197,7 +197,8 @@ def build_state(config: Config, data: DataBundle, runtime: Runtime, weights: Wei
     else:
         freeze(network, config.model.freeze)
     optimizer = build_optimizer(config.optim, network)
-    task = Task(config.epochs, data.num_classes, len(data.split("train")), config.optim.lr)
+    weight = class_weight(config.method, data)
+    task = Task(config.epochs, data.num_classes, len(data.split("train")), config.optim.lr, weight)
     method = build_method(config.method, task).to(runtime.device)
     learned = [name for name, parameter in method.named_parameters() if parameter.requires_grad]
     if learned:
@@ -220,6 +221,24 @@ def build_state(config: Config, data: DataBundle, runtime: Runtime, weights: Wei
         sums=EpochSums(method, runtime.device),
         whole=whole,
     )
+
+
+def class_weight(config: MethodConfig, data: DataBundle) -> Tensor | None:
+    """Weights of the classes (C,) float32; None for none. Raises ValueError if they do not fit the classes."""
+    given = config.class_weight
+    if given == "none":
+        return None
+    if given != "balanced":
+        if len(given) != data.num_classes:
+            raise ValueError(
+                f"method.class_weight has {len(given)} numbers but the data {data.num_classes} classes; give one each"
+            )
+        return torch.tensor(given)
+    counts = torch.bincount(torch.from_numpy(data.split("train").labels), minlength=data.num_classes)
+    if not counts.all():
+        name = data.class_names[int(counts.argmin())]
+        raise ValueError(f"method.class_weight is balanced but class {name!r} has no training image; list the weights")
+    return counts.sum() / (data.num_classes * counts.float())
 
 
 def _is_frozen_norm(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tal_fast.config.schema import OWN_OF_A_RANK, Config
 from tal_fast.data import build_data
+from tal_fast.data.sources import absolute_place
 from tal_fast.models import head_path
 from tal_fast.models.pretrained import PRETRAINED, Weights, read_weights
 from tal_fast.runs import checkpoint
@@ -37,7 +38,7 @@ from tal_fast.training.feature_cache import FeatureBundle
 from tal_fast.training.mixing import check_images
 from tal_fast.training.optim import learning_rate
 from tal_fast.training.profiler import Profiler
-from tal_fast.training.progress import Progress, epoch_line, memory_in_use, shows_bar
+from tal_fast.training.progress import Progress, duration, epoch_line, memory_in_use, shows_bar
 from tal_fast.training.runtime import Runtime
 from tal_fast.training.saving import Saver, TrainingFailed
 from tal_fast.training.state import build_state, conditions, data_shape
@@ -54,6 +55,9 @@ from tal_fast.utils.signals import Stopped, StopRequest
 __all__ = ["Trainer", "TrainingFailed"]
 
 logger = logging.getLogger(__name__)
+
+ESTIMATE_SECONDS = 15.0
+"""Seconds of training after which the time of the whole run is estimated; the line of an epoch has it too."""
 
 
 class Trainer:
@@ -138,6 +142,7 @@ class Trainer:
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")  # TF32 where the network is not under autocast
+        self._estimated = False
         self._reported = self._unreadable()  # files named so far, also by the run before
         self._saver = Saver(config, self.state, self._shape, self.ranks, self._stop)
         self._writer = self._saver.writer
@@ -190,18 +195,17 @@ class Trainer:
             more = "--epochs and --extend give it more"
             self._info(f"{self.output} is trained already: {state.epoch} of {config.epochs} epochs; {more}")
             return
+        size = sum(p.numel() for p in self.network.parameters())
+        trained = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
+        first = f", only the head in the first {config.optim.head_epochs} epochs" if config.optim.head_epochs else ""
         self._info(
-            f"{config.method.name} on {self.data.summary()}; {config.model.name}, "
-            f"{sum(p.numel() for p in self.network.parameters()):,} parameters"
+            f"{config.method.name} on {self.data.summary()}; {config.model.name}, {size:,} parameters"
+            f"{f' of which {trained:,} train' if trained < size else ''}{first}"
             f"{'' if state.whole is None else ' in the head'}; {self.ranks.world_size} x "
             f"{self.ranks.device.type}, {self.runtime.summary()}, loader {self.data.loader_name}"
         )
         if config.mix.on:
-            beside = "in place of the images"
-            if config.mix.weight is not None:
-                beside = f"beside the images, weight {config.mix.weight:g}: {2 * config.batch_size} images a step, not "
-                beside += f"{config.batch_size}"
-            self._info(f"{config.mix.summary()} {beside}")
+            self._info(config.mix.summary(config.batch_size))
         if self.ranks.is_main:
             self._loggers = loggers.Loggers(config, self.output, self._steps_done)
         problem = None
@@ -271,6 +275,7 @@ class Trainer:
                     if trace is not None:
                         self._info(f"profile: {trace} (chrome://tracing or ui.perfetto.dev show it)")
                     self._log_step(rate)
+                    self._estimate(time.perf_counter() - started, first, steps)
                     every = config.checkpoint_every_steps
                     if every is not None and state.step % every == 0 and state.step < steps:
                         self.save()
@@ -305,6 +310,15 @@ class Trainer:
         if warning and self.ranks.is_main:
             logger.warning("%s", warning)
         return columns, histograms
+
+    def _estimate(self, seconds: float, first: int, steps: int) -> None:
+        """Tell, once ``ESTIMATE_SECONDS`` have passed within the first epoch, how long training will take."""
+        done = self.state.step - first
+        if seconds < ESTIMATE_SECONDS or done < 2 or self._estimated:
+            return
+        self._estimated = True
+        left = (self.config.epochs - self.state.epoch) * steps - self.state.step
+        self._info(f"about {duration(seconds / done * left)} for {left:,} steps more, without validation")
 
     def _learning_rate(self, epoch: int, step: int) -> float:
         now = epoch + (step + 0.5) / len(self.batches)
@@ -425,8 +439,10 @@ def _read_weights(config: Config) -> Weights:
 
 def _make_paths_absolute(config: Config) -> None:
     data, model = config.data, config.model
-    data.root, data.file_list = map(_absolute, (data.root, data.file_list))
-    data.ood = {name: str(_absolute(path)) for name, path in data.ood.items()}
+    if data.root is not None:
+        data.root = absolute_place(data.root, data.dataset)
+    data.file_list = _absolute(data.file_list)
+    data.ood = {name: absolute_place(spec) for name, spec in data.ood.items()}
     if model.weights != PRETRAINED:
         model.weights = _absolute(model.weights)
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tal_fast.utils.io import refuse_pipe
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -40,7 +42,7 @@ def to_numpy(values: Any) -> NDArray[Any]:
         ) from None
 
 
-def _memory() -> float:
+def total_memory() -> float:
     """Bytes of memory of the machine; infinity where that is unknown."""
     try:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -69,6 +71,7 @@ def open_npz(path: str | Path) -> Iterator[NpzArrays]:
     Raises OSError if it cannot be opened, and ValueError if it is damaged, holds pickled objects, is no ``.npz``, or is
     larger than the machine's memory; also where an array is read or is missing.
     """
+    refuse_pipe(path)
     with Path(path).open("rb") as file:
         try:
             loaded = np.load(file, allow_pickle=False)
@@ -77,7 +80,7 @@ def open_npz(path: str | Path) -> Iterator[NpzArrays]:
             with loaded:
                 archive: Any = loaded.zip
                 size = sum(member.file_size for member in archive.infolist())
-                if size > _memory():
+                if size > total_memory():
                     raise ValueError(f"its arrays have {size:,} bytes, more than this machine's memory")
                 yield NpzArrays(loaded)
         except Exception as error:  # unzipping and parsing of headers raise errors of many types

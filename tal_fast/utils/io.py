@@ -63,6 +63,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def refuse_pipe(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError if a path is a pipe, a socket or a device; reading one may never end."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise ValueError(f"{path} is a pipe or a device, which may have no end; name a file")
+
+
 def check_zip(path: str | os.PathLike[str]) -> None:
     """Raise an error unless the checksums in a zip file are right, which ``torch.load`` does not compare."""
     with zipfile.ZipFile(path) as file:

@@ -57,7 +57,7 @@ def test_options_of_0_1_0_are_read_from_beside_the_name() -> None:
     assert method == MethodConfig("tal", 0.1, dict(FLAT))
     saved = Config(method=method).to_dict()
     assert Config.from_dict(saved).method == method
-    assert saved["method"].keys() == {"name", "label_smoothing", "options"}
+    assert saved["method"].keys() == {"name", "label_smoothing", "options", "class_weight"}
 
 
 @pytest.mark.parametrize("name", sorted(set(OPTIONS) - {"tal"}))

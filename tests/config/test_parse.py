@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ PRESETS = [
     "digits-tal",
     "fashion-mnist-ce",
     "fashion-mnist-tal",
+    "folder-ce",
     "folder-tal",
     "imagenet-deit-small",
     "imagenet-resnet50-ce",
@@ -47,9 +49,22 @@ def test_presets_hold_what_their_names_say() -> None:
     for name in PRESETS:
         config = load_config(name).check()
         named = [method for method in ("ce", "fmfp-tal") if name.endswith(f"-{method}")]
-        assert config.method.name == (named[0] if named else "tal")
+        assert config.method.name == ("ce" if name == "imagenet-deit-small" else named[0] if named else "tal")
         assert parse(f"--config {name}").to_dict() == config.to_dict()
     assert load_config("imagenet-resnet50-tal").method.options["queue_size"] == 880880
+
+
+def test_the_preset_of_deit_is_its_recipe_and_fits_tal() -> None:
+    deit = load_config("imagenet-deit-small")
+    assert (deit.data.augment, deit.data.augment_magnitude, deit.data.augment_std) == ("randaugment", 9, 0.5)
+    assert (deit.data.erase, deit.data.repeats, deit.data.interpolation) == (0.25, 3, "bicubic")
+    assert (deit.mix, deit.model.drop_path) == (MixConfig(mixup=0.8, cutmix=1), 0.1)
+    assert (deit.method, deit.optim.clip_norm) == (MethodConfig("ce", 0.1), None)
+    (words,) = re.findall(
+        r"^#   \.\.\. (.*)$", Path("tal_fast/config/presets/imagenet-deit-small.yaml").read_text(), re.M
+    )
+    tal = parse(f"--config imagenet-deit-small {words}")
+    assert (tal.mix.weight, tal.method.options["queue_size"], tal.method.options["warmup_epochs"]) == (1, 880880, 15)
 
 
 RELEASED = {"cifar100-resnet110-fmfp-tal", "cifar100-resnet110-tal", "imagenet-resnet50-tal"}

@@ -17,7 +17,9 @@ def test_sizes_are_read_once_and_again_after_a_change(tmp_path: Path, monkeypatc
     first = build_data(config(root, loader="torch"))
     read: list[str] = []
     original = image_folder.image_size
-    monkeypatch.setattr(image_folder, "image_size", lambda path: read.append(path) or original(path))
+    monkeypatch.setattr(
+        image_folder, "image_size", lambda path, source, upright: read.append(path) or original(path, source, upright)
+    )
     second = build_data(config(root, loader="torch"))
     assert read == []
     assert np.array_equal(first.split("train").sizes, second.split("train").sizes)

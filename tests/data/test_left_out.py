@@ -43,7 +43,7 @@ def test_files_that_both_loaders_read(tmp_path: Path, loader: Any) -> None:
 
 def test_files_that_are_left_out_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = make_folder(tmp_path / "images")
-    for name in ("1.heic", "2.HEIC", "3.gif", "4.avif", "list.txt", "README"):
+    for name in ("1.jxl", "2.JXL", "3.gif", "4.avif", "list.txt", "README"):
         (root / "val" / "cat" / name).touch()
     (root / "val" / "stray.jpg").touch()
     (root / "val" / "cat" / "again").symlink_to(root, target_is_directory=True)
@@ -52,14 +52,14 @@ def test_files_that_are_left_out_are_counted(tmp_path: Path, caplog: pytest.LogC
     assert caplog.messages == [
         f"{root}/train: 1 file is left out: 1 .db; convert images among them to JPEG or PNG",
         f"{root}/val: links to a folder above them are not followed: 1; their images are read once",
-        f"{root}/val: 7 files are left out: 2 .heic, 1 .avif, 1 .gif, 1 .txt, "
+        f"{root}/val: 7 files are left out: 2 .jxl, 1 .avif, 1 .gif, 1 .txt, "
         "1 without a class folder, 1 without an ending; convert images among them to JPEG or PNG",
     ]
     assert len(data.split("val")) == 7
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         read_flat(root / "val" / "cat", "photos")
-    assert "6 files are left out: 2 .heic" in caplog.text
+    assert "6 files are left out: 2 .jxl" in caplog.text
 
 
 def test_classes_without_validation_images_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -80,10 +80,10 @@ def test_a_list_that_has_no_end_is_refused(tmp_path: Path, make: Any) -> None:
 def test_the_check_counts_other_endings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture(9, 9, 1).save(tmp_path / "a.png")
     picture(9, 9, 1).save(tmp_path / "b.gif")
-    (tmp_path / "c.heic").write_bytes(b"Pillow does not know this format")
+    (tmp_path / "c.jxl").write_bytes(b"Pillow does not know this format")
     assert main([str(tmp_path), "--workers", "1"]) == 0
     out = capsys.readouterr().out
-    assert "1 usable images; 1 file is left out: 1 .heic" in out
+    assert "1 usable images; 1 file is left out: 1 .jxl" in out
     assert "b.gif (GIF, convert it to PNG)" in out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def test_generated_sets_are_the_same_each_time(kind: str, channels: int) -> None
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("/gone/folder", "the set '/gone/folder' is neither a folder nor one of textures:FOLDER"),
+        ("/gone/folder", "the set '/gone/folder' is neither a folder nor one of "),
         ("patches:0", "must end with a whole number of at least 1, not '0'"),
         ("uniform:x", "must end with a whole number"),
         ("svhn", "'svhn' is neither a folder nor one of"),
@@ -233,3 +234,11 @@ def test_several_sets_in_one_evaluation(tmp_path: Path, capsys: pytest.CaptureFi
     assert "Old FD under shift: mean over 2 shifted sets" in printed
     assert evaluate.main(["--run", str(run), "--ood", "noise=uniform"]) == 2
     assert "the data set has an OOD set 'noise' already" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("spec", ["npy:{}", "svhn:{}"])
+def test_a_pipe_is_no_set(spec: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "images")
+    with pytest.raises(ValueError, match="images is a pipe or a device, which may have no end"):
+        ood_set(spec.format(tmp_path / "images"), 8, 3)

@@ -123,6 +123,22 @@ def test_an_ood_set_cannot_have_a_name_that_is_taken(evaluated_run: Path, tmp_pa
         evaluate_run(evaluated_run, tmp_path, ood={"noise": "gaussian:5"})
 
 
+def test_errors_of_sets_begin_with_the_users_name(evaluated_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^the set 'street' cannot be used: the set 'no/such' is neither a folder nor"):
+        evaluate_run(evaluated_run, tmp_path, ood={"street": "no/such"})
+    with pytest.raises(
+        ValueError, match="^the set 'dirty lens' cannot be used: 'blur:9x' must end with a whole number"
+    ):
+        evaluate_run(evaluated_run, tmp_path, shifts={"dirty lens": "blur:9x"})
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_no_file_of_outputs(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "outputs.npz")
+    with pytest.raises(ValueError, match=r"outputs.npz is a pipe or a device, which may have no end; name a file"):
+        evaluate_npz(tmp_path / "outputs.npz")
+
+
 def test_saved_outputs_are_reported_beside_their_file(tmp_path: Path) -> None:
     evaluation = evaluate_npz(write_npz(tmp_path / "outputs.npz"))
     folder = tmp_path / "outputs-report"

@@ -65,7 +65,7 @@ def test_the_table_of_the_documentation_is_that_of_the_faults() -> None:
 
 def test_the_configurations_that_are_killed_cover_methods_loaders_and_processes() -> None:
     words = " ".join(each.words for each in CONFIGURATIONS.values())
-    assert len(CONFIGURATIONS) == 12
+    assert len(CONFIGURATIONS) == 13
     assert {each.processes for each in CONFIGURATIONS.values()} == {1, 2, 4}
     for part in (
         "ema-decay",
@@ -76,6 +76,7 @@ def test_the_configurations_that_are_killed_cover_methods_loaders_and_processes(
         "loader dali",
         "workers 1",
         "cifar10",
+        "webdataset",
     ):
         assert part in words, part
 

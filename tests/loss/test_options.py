@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from tal_fast import TALLoss
+from tal_fast import FeatureQueue, TALLoss
 from tal_fast.loss import options
 from tal_fast.loss.options import LossOptions, check_inputs, check_label_range
 
@@ -27,6 +28,23 @@ from tal_fast.loss.options import LossOptions, check_inputs, check_label_range
 def test_options_out_of_range(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LossOptions(**kwargs)
+
+
+@pytest.mark.parametrize("value", [2.5, 3.0, "7", None, torch.tensor([2.0, 1.0])])
+def test_options_that_count_must_be_whole_numbers(value: Any) -> None:
+    for name, call in {
+        "queue_size": lambda: TALLoss(queue_size=value),
+        "queue capacity": lambda: FeatureQueue(value),
+        "ignore_index": lambda: TALLoss(ignore_index=value),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{name} is .* but must be a whole number$"):
+            call()
+
+
+def test_whole_numbers_of_numpy_and_torch_are_taken() -> None:
+    loss_fn = TALLoss(queue_size=np.int32(7), ignore_index=torch.tensor(-1))
+    assert (loss_fn.queue.capacity, loss_fn.options.ignore_index) == (7, -1)
+    assert (type(loss_fn.queue.capacity), type(loss_fn.options.ignore_index)) == (int, int)
 
 
 def test_devices_that_differ_are_named() -> None:

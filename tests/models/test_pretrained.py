@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import logging
+import urllib.error
+import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -25,9 +28,10 @@ from tal_fast.config.schema import DataConfig, ModelConfig
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sources import evaluate_weights
 from tal_fast.models import build_model, pretrained
-from tal_fast.models.pretrained import evaluation_data, load_weights, preprocessing
+from tal_fast.models.features import head_path
+from tal_fast.models.pretrained import evaluation_data, load_weights, preprocessing, read_weights, start_from
 from tal_fast.models.registry import NETWORKS
-from tal_fast.models.weight_files import read_state
+from tal_fast.models.weight_files import read_content, read_state
 from tal_fast.runs.predictions import weights_hash
 from tests.helpers.fuzz import FUZZ, mutations, reads_or_refuses
 
@@ -259,6 +263,9 @@ RAW, EMA = ({"w": torch.full((2,), value)} for value in (1.0, 2.0))
         ({"model": RAW, "model_ema": EMA}, "model", "model", 1),
         ({"model": {"state_dict": RAW, "ema": EMA}}, "model.state_dict", "model.state_dict", 1),
         ({"model": RAW, "teacher": EMA}, "teacher", "teacher", 2),
+        ({"state_dict": {**prefixed(RAW, "model."), **prefixed(EMA, "ema_model.")}}, None, "state_dict.ema_model", 2),
+        ({"state_dict": {**prefixed(RAW, "model."), **prefixed(EMA, "ema.")}}, "state_dict", "state_dict", 1),
+        ({"state_dict": {**prefixed(RAW, "net."), **prefixed(EMA, "ema.")}}, "state_dict.ema", "state_dict.ema", 2),
         (RAW, None, "", 1),
     ],
 )
@@ -269,8 +276,8 @@ def test_averaged_weights_are_preferred_and_any_can_be_chosen(
     with caplog.at_level(logging.INFO):
         state, chosen = read_state(tmp_path / "checkpoint.pt", key)
     assert chosen == found
-    assert state["w"].tolist() == [value, value]
-    assert list(state) == ["w"]
+    ((name, tensor),) = state.items()
+    assert (name.rpartition(".")[2], tensor.tolist()) == ("w", [value, value])
     assert (f"the weights under '{found}' are used; it also has" in caplog.text) == (value == 2 and key is None)
 
 
@@ -315,7 +322,7 @@ SMALL_STATE = {"fc.weight": torch.arange(6.0).reshape(2, 3), "fc.bias": torch.ze
 CHECKPOINT = saved({"epoch": 3, "model": SMALL_STATE})
 
 
-def read_weights(tmp_path: Path, name: str, content: bytes) -> None:
+def read_file(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     if reads_or_refuses(read_state, tmp_path / name):
         found = read_state(tmp_path / name)[0]
@@ -333,20 +340,20 @@ def read_weights(tmp_path: Path, name: str, content: bytes) -> None:
 @example(CHECKPOINT.replace(torch.arange(6.0).numpy().tobytes(), torch.ones(6).numpy().tobytes()))
 @given(mutations(CHECKPOINT))
 def test_damaged_checkpoints_are_refused_in_one_sentence(tmp_path: Path, content: bytes) -> None:
-    read_weights(tmp_path, "weights.pt", content)
+    read_file(tmp_path, "weights.pt", content)
 
 
 @FUZZ
 @given(mutations(saved(SMALL_STATE, _use_new_zipfile_serialization=False)))
 def test_damaged_old_files_are_refused_in_one_sentence(tmp_path: Path, content: bytes) -> None:
-    read_weights(tmp_path, "weights.pt", content)
+    read_file(tmp_path, "weights.pt", content)
 
 
 @FUZZ
 @given(st.data())
 def test_damaged_safetensors_are_refused_in_one_sentence(tmp_path: Path, data: st.DataObject) -> None:
     save = pytest.importorskip("safetensors.torch").save
-    read_weights(tmp_path, "weights.safetensors", data.draw(mutations(save(SMALL_STATE))))
+    read_file(tmp_path, "weights.safetensors", data.draw(mutations(save(SMALL_STATE))))
 
 
 def test_a_checkpoint_that_holds_itself_is_refused(tmp_path: Path) -> None:
@@ -476,3 +483,181 @@ def test_sets_that_cannot_be_read_are_refused(
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+TINY = "timm/test_vit"
+
+
+def tiny(classes: int = 5, channels: int = 3, side: int = 80, name: str = TINY) -> nn.Module:
+    pytest.importorskip("timm")
+    return build_model(ModelConfig(name), classes, channels, side)
+
+
+def assert_same_but_head(one: nn.Module, other: nn.Module) -> None:
+    """Compare a network from ``build_model`` with another."""
+    wanted, found = other.state_dict(), one.state_dict()
+    assert wanted.keys() == found.keys()
+    head = head_path(one)
+    assert all(torch.equal(found[name], wanted[name]) for name in found if not name.startswith(f"{head}."))
+
+
+@pytest.mark.parametrize(
+    "prefixes",
+    [
+        ("model.",), ("net.",), ("network.",), ("backbone.",), ("student.",), ("module.", "model."),
+        ("model.", "backbone."), ("_orig_mod.", "module.", "student.", "backbone."), ("model.", "_orig_mod."),
+    ],
+)  # fmt: skip
+def test_prefixes_of_training_code_are_removed(tmp_path: Path, prefixes: tuple[str, ...]) -> None:
+    theirs, ours = tiny(7), tiny()
+    state = prefixed(theirs.state_dict(), "".join(prefixes))
+    torch.save({"state_dict": state, "hyper_parameters": {"lr": 0.1}}, tmp_path / "last.ckpt")
+    start_from(ours, read_weights(tmp_path / "last.ckpt", TINY), "abcde")
+    assert_same_but_head(ours, theirs)
+
+
+def test_what_is_beside_the_network_in_training_code_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs, ours = tiny(7), tiny()
+    others = {"criterion.weight": torch.ones(7), "train_acc.tp": torch.zeros(7)}
+    torch.save({"state_dict": prefixed(theirs.state_dict(), "model.") | others}, tmp_path / "last.ckpt")
+    with caplog.at_level(logging.INFO):
+        start_from(ours, read_weights(tmp_path / "last.ckpt", TINY), "abcde")
+    assert "left out, as not of the network: criterion.weight" in caplog.text
+    assert_same_but_head(ours, theirs)
+    torch.save({"state_dict": theirs.state_dict() | others}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"does not fit this --model: it also has criterion\.weight"):
+        start_from(ours, read_weights(tmp_path / "last.ckpt", TINY), "abcde")
+
+
+def test_weights_without_a_head_start_a_new_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    theirs, ours = tiny(7), tiny()
+    torch.save({n: v for n, v in theirs.state_dict().items() if not n.startswith("head")}, tmp_path / "w.pt")
+    with caplog.at_level(logging.INFO):
+        start_from(ours, read_weights(tmp_path / "w.pt", TINY), "abcde")
+    assert "has no head.weight: the head, for 5 classes, is new" in caplog.text
+    assert_same_but_head(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "sides"),
+    [(TINY, (64, 96)), ("vit_b_32", (64, 96)), ("timm/swin_tiny_patch4_window7_224", (64, 56))],
+)
+def test_position_embeddings_are_resized(tmp_path: Path, name: str, sides: tuple[int, int]) -> None:
+    if "/" in name:
+        pytest.importorskip("timm")
+    theirs, ours = (build_model(ModelConfig(name), 5, 3, side) for side in sides)
+    torch.save(theirs.state_dict(), tmp_path / "w.pt")
+    start_from(ours, read_weights(tmp_path / "w.pt", name), "abcde")
+    before, after = theirs.state_dict(), ours.state_dict()
+    resized = {n for n in before if before[n].shape != after[n].shape}
+    assert resized or "swin" in name
+    assert all(torch.equal(before[n], after[n]) for n in before.keys() & after.keys() - resized)
+    for position in resized:  # a smooth map stays one: the mean over the grid hardly moves
+        assert after[position].shape != before[position].shape
+        torch.testing.assert_close(after[position].mean(), before[position].mean(), atol=0.01, rtol=0)
+    with pytest.raises(ValueError, match="does not fit this --model"):
+        start_from(tiny(), read_weights(tmp_path / "w.pt", TINY), "abcde") if name != TINY else load_weights(
+            tmp_path / "w.pt", SMALL, evaluation_data(DIGITS)
+        )
+
+
+class Runs:
+    """A class that is in no list; unpickling it would write a file."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("pwned"),))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_options_and_numbers_beside_the_weights_are_ignored(
+    tmp_path: Path, zipped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = argparse.Namespace(lr=0.1, output=tmp_path, best=np.float64(3.5), device=torch.device("cpu"))
+    beside = {"args": options, "accuracy": np.float32(0.5), "history": np.arange(3), "epoch": np.int64(4)}
+    state = network().state_dict()
+    torch.save({"state_dict": state, **beside}, "w.pt", _use_new_zipfile_serialization=zipped)
+    found, _ = read_state("w.pt")
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    torch.save({"state_dict": state, "args": argparse.Namespace(x=Runs())}, "w.pt")
+    with pytest.raises(ValueError, match="it holds a .*(pathlib|getattr).*, which only running code could make"):
+        read_state("w.pt")
+    assert not Path("pwned").exists()
+
+
+def test_a_namespace_runs_nothing(tmp_path: Path) -> None:
+    """Its attributes are dropped, even one that unpickling would call."""
+    calls = argparse.Namespace()
+    calls.__dict__["__setstate__"] = torch.device
+    torch.save({"state_dict": {"w": torch.ones(2)}, "args": calls}, tmp_path / "w.pt")
+    assert read_state(tmp_path / "w.pt")[0]["w"].tolist() == [1, 1]
+    content = read_content(tmp_path / "w.pt")
+    assert type(content["args"]) is not argparse.Namespace
+    assert not vars(content["args"])
+
+
+def test_files_are_known_by_their_content(tmp_path: Path) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file(SMALL_STATE, tmp_path / "a.bin")
+    torch.save(SMALL_STATE, tmp_path / "b.safetensors")
+    torch.save(SMALL_STATE, tmp_path / "c.safetensors", _use_new_zipfile_serialization=False)
+    for name in ("a.bin", "b.safetensors", "c.safetensors"):
+        assert torch.equal(read_state(tmp_path / name)[0]["fc.weight"], SMALL_STATE["fc.weight"]), name
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 132735352\n"
+    (tmp_path / "d.safetensors").write_text(pointer)
+    with pytest.raises(ValueError, match="d.safetensors is a pointer of Git LFS, not the weights; fetch them with"):
+        read_state(tmp_path / "d.safetensors")
+
+
+def no_network(*args: Any, **options: Any) -> Any:
+    raise urllib.error.URLError("no network")
+
+
+def test_timms_own_weights_come_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm, hub = pytest.importorskip("timm"), pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    with pytest.raises(ValueError, match=rf"weights of timm/test_vit are not in {tmp_path} and cannot be downloaded"):
+        read_weights("pretrained", TINY)
+    assert not hub.constants.HF_HUB_OFFLINE
+    theirs = timm.create_model("test_vit", num_classes=1000)
+    saved_to = tmp_path / "models--timm--test_vit.r160_in1k"
+    (saved_to / "refs").mkdir(parents=True)
+    (saved_to / "refs" / "main").write_text("0" * 40)
+    (saved_to / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    pytest.importorskip("safetensors.torch").save_file(
+        theirs.state_dict(), saved_to / "snapshots" / ("0" * 40) / "model.safetensors"
+    )
+    weights = read_weights("pretrained", TINY, channels=1)
+    assert weights.preprocessing == {
+        "image_size": 160, "mean": [0.5], "std": [0.5], "crop_fraction": 160 / 168, "interpolation": "bicubic",
+    }  # fmt: skip
+    ours = tiny(side=160)
+    start_from(ours, weights, "abcde")
+    assert_same_but_head(ours, theirs)
+    with pytest.raises(ValueError, match=r"timm has no weights for vgg11_bn|are not in"):
+        read_weights("pretrained", "timm/resnet10t")
+    with pytest.raises(ValueError, match="--weights-key is for files of weights, not for pretrained"):
+        read_weights("pretrained", TINY, "model")
+
+
+def test_torchvisions_own_weights_come_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision import models
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "urlopen", no_network)
+    with pytest.raises(ValueError, match=rf"weights of squeezenet1_1 are not in {tmp_path}/checkpoints and cannot"):
+        read_weights("pretrained", "squeezenet1_1")
+    theirs = models.get_model("shufflenet_v2_x0_5", weights=None)
+    path = tmp_path / "checkpoints" / "shufflenetv2_x0.5-f707e7126e.pth"
+    path.parent.mkdir(exist_ok=True)
+    torch.save(theirs.state_dict(), path)
+    weights = read_weights("pretrained", "shufflenet_v2_x0_5")
+    assert weights.preprocessing["crop_fraction"] == 224 / 256
+    ours = build_model(ModelConfig("shufflenet_v2_x0_5"), 5, 3, 64)
+    start_from(ours, weights, "abcde")
+    assert_same_but_head(ours, theirs)
+    with pytest.raises(ValueError, match="weights are for networks of torchvision and timm, not cifar_resnet8"):
+        read_weights("pretrained", "cifar_resnet8")

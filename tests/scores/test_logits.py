@@ -109,6 +109,16 @@ def test_large_logits_stay_finite_and_nan_stays_nan(name: str) -> None:
     assert got[0] > got[1]
 
 
+@pytest.mark.parametrize("name", ["cosine", "log_gap_cosine"])
+def test_scores_by_squares_ignore_the_scale_up_to_the_largest_number(name: str) -> None:
+    score = {**SCORES, "log_gap_cosine": LOG_GAPS["cosine"]}[name]
+    z = np.random.default_rng().normal(size=(5, 7)) * 2.0**100  # beyond where the denominator's constant counts
+    want = score(z)
+    for exponent in (395, 420, 600, 920):
+        np.testing.assert_allclose(score(z * 2.0**exponent), want, rtol=1e-13)
+    np.testing.assert_array_equal(score(np.concatenate([z, z * 2.0**900]))[:5], want)  # each row by itself
+
+
 def test_scores_of_the_softmax_ignore_a_shift() -> None:
     z = logits()
     for name in ("msp", "neg_entropy", "doctor"):

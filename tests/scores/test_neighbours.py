@@ -15,6 +15,11 @@ def test_a_zero_feature_has_neighbours() -> None:
     np.testing.assert_allclose(Neighbours(CASE.training, 400, 0).scores(np.zeros((1, WIDTH))), [-1.0], rtol=1e-12)
 
 
+def test_large_features_have_the_neighbours_of_their_direction() -> None:
+    scorer = Neighbours(CASE.training, 400, 0)
+    np.testing.assert_allclose(scorer.scores(CASE.train[:9] * 2.0**900), scorer.scores(CASE.train[:9]), rtol=1e-12)
+
+
 def test_a_random_choice_of_the_training_features() -> None:
     chosen = CASE.train[np.sort(np.random.default_rng(3).permutation(400)[:50])]
     want = CASE.score("knn", Training(chosen))

@@ -34,6 +34,13 @@ def cached(output: Path, method: str = "tal", head: str = "linear", **options: A
     """Configuration of a head on the cached features of a frozen network."""
     made = config(output, method, **{"epochs": EPOCHS, "method_options": {}, **options})
     made.model.cache_features, made.model.head = True, head  # type: ignore[assignment]
+    weights = Path(os.environ["TAL_FAST_CACHE"]) / "weights.pt"
+    if not weights.exists():
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            torch.save(build_model(made.model, 10, 1, 8).state_dict(), weights)
+    made.model.weights = str(weights)
     return made
 
 
@@ -191,7 +198,7 @@ def test_files_that_do_not_decode_are_left_out_and_counted(tmp_path: Path, cache
     broken = tmp_path / "data" / "train" / "a" / "4.png"
     broken.write_bytes(broken.read_bytes()[:-60])
     options = cached(tmp_path / "run", "ce", batch_size=6)
-    options.data = DataConfig(root=str(tmp_path / "data"), image_size=8, workers=0, loader="torch")
+    options.data = DataConfig(root=str(tmp_path / "data"), image_size=8, channels=1, workers=0, loader="torch")
     trainer = Trainer(options)
     trainer.fit()
     assert [row["unreadable"] for row in trainer.history] == [1] * EPOCHS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 import yaml
 
 from tal_fast.config.schema import Config, ModelConfig, OptimConfig
+from tal_fast.evaluation.sources import evaluate_run
 from tal_fast.models import build_model
 from tal_fast.runs import checkpoint
 from tal_fast.runs.load import load_run
+from tal_fast.runs.predictions import PassOptions
 from tal_fast.training.trainer import Trainer
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.signals import Stopped
@@ -117,6 +120,31 @@ def test_images_of_one_channel_take_the_sum_over_three(tmp_path: Path, caplog: p
     assert "conv1.weight is summed over its 3 channels" in caplog.text
 
 
+def no_network(*args: Any, **options: Any) -> Any:
+    raise AssertionError("a connection was opened")
+
+
+def test_a_fine_tuned_run_is_evaluated_without_its_weights_and_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("timm")
+    made = start(tmp_path / "run", weights_file(tmp_path, model=ModelConfig("timm/test_vit")), epochs=1)
+    made.model = replace(made.model, name="timm/test_vit", width=None, freeze=1)
+    made.data.image_size = 48  # of the file: 32
+    Trainer(made).fit()
+    (tmp_path / "weights.pt").rename(tmp_path / "elsewhere.pt")
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    passes = PassOptions(batch_size=64, features=False)
+    evaluation = evaluate_run(tmp_path / "run", typicalness=False, passes=passes)
+    assert evaluation is not None
+    assert evaluation.report["config"]["data"]["mean"] == [0.5]  # of the weights
+    content = checkpoint.load(tmp_path / "run" / "checkpoints" / "best.pt")
+    theirs = torch.load(tmp_path / "elsewhere.pt")["state_dict"]
+    frozen = [name for name in theirs if name.startswith("blocks.0.")]
+    assert frozen
+    assert all(torch.equal(content["model"][name], theirs[name]) for name in frozen)
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_frozen_parts_change_in_nothing(tmp_path: Path, name: Any) -> None:
     optim = OptimConfig(name, lr=0.02, weight_decay=0.1, ema_decay=0.9)
@@ -163,6 +191,16 @@ def test_a_kill_before_and_after_the_head_epochs_changes_nothing(
         with pytest.raises(Stopped):
             Trainer(start(tmp_path / "parts", path, **made)).fit()
     Trainer(start(tmp_path / "parts", path, resume="auto", **made)).fit()
+    assert_same_end(tmp_path / "straight", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_stopped_in_the_head_epochs_resumes_bit_for_bit(tmp_path: Path) -> None:
+    path, runs = weights_file(tmp_path), []
+    for output, resume in (("straight", "never"), ("parts", "never"), ("parts", "auto")):
+        runs.append(start(tmp_path / output, path, epochs=3, optim=head_first(2, layer_decay=0.7), resume=resume))
+        runs[-1].model.compile = True
+        Trainer(runs[-1]).fit(until=1 if (output, resume) == ("parts", "never") else None)
     assert_same_end(tmp_path / "straight", tmp_path / "parts")
 
 

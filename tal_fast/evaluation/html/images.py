@@ -128,21 +128,21 @@ def _tile(images: GalleryImages, split: str, index: int, alt: str, lines: tuple[
         else:
             path = Path(source.paths[index])
             name = printable("/".join(path.parts[-2:]))
-            uri, width, height = thumbnail(path, images.channels)
+            uri, width, height = thumbnail(source.open(index), images.channels)
     except Exception as error:  # a damaged file can fail in any decoder
         reason = printable(str(error)) or type(error).__name__
         return Tile("", THUMBNAIL_SIDE, THUMBNAIL_SIDE, f"{alt} (cannot be read)", lines, name, reason)
     return Tile(uri, width, height, f"{alt}: {name}", lines, name)
 
 
-def thumbnail(pixels: np.ndarray | Path, channels: int) -> tuple[str, int, int]:
+def thumbnail(pixels: np.ndarray | str | Path | io.BytesIO, channels: int) -> tuple[str, int, int]:
     """Thumbnail of an image (H, W, C) uint8 or in a file, as data URI, with its width and height.
 
     Small images stay as they are, as PNG; larger ones are scaled down and become JPEG. ``channels`` is 1 or 3, as the
     model reads the file.
     """
     mode = "L" if channels == 1 else "RGB"
-    if isinstance(pixels, Path):
+    if not isinstance(pixels, np.ndarray):
         with Image.open(pixels) as file:
             file.draft(mode, (2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))  # JPEG: decode at a fraction of the size
             image = file.convert(mode)
