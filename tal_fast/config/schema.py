@@ -233,6 +233,10 @@ class ModelConfig:
     channels_last: bool | None = None
     sync_batchnorm: bool = False
 
+    def __post_init__(self) -> None:
+        if self.weights not in (None, "pretrained"):
+            self.weights = os.path.abspath(os.path.expanduser(self.weights))
+
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
         check_at_least("model.width", self.width, 1)

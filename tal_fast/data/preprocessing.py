@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from tal_fast.config.schema import DataConfig
@@ -36,13 +36,14 @@ class Preprocessing:
     std: list[float]
     crop_fraction: float
     interpolation: str  # filter for resizing, one of ``tal_fast.config.names.INTERPOLATIONS``
+    exif_rotation: bool  # turn images first as their EXIF data say
 
     @classmethod
     def of(cls, config: DataConfig, image_size: int) -> Preprocessing:
         """Preprocessing of a run's validation images, ``image_size`` pixels a side."""
         fraction = 1.0 if config.dataset in IN_MEMORY else config.central_crop
         filter = config.interpolation or "bilinear"
-        return cls(image_size, config.channels, *config.normalization(), fraction, filter)
+        return cls(image_size, config.channels, *config.normalization(), fraction, filter, config.exif_rotation)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
@@ -77,6 +78,8 @@ class Preprocessing:
         """Pixels (S, S, C) uint8 of an image; raises ValueError for more than 8 bits a channel."""
         if image.mode not in MODES:
             raise ValueError(f"an image of mode {image.mode} has no standard conversion to 8 bits; convert it to RGB")
+        if self.exif_rotation:
+            image = ImageOps.exif_transpose(image)
         box = central_boxes(np.array([[image.height, image.width]], np.float64), self.crop_fraction)[0]
         size, resampling = self.image_size, Image.Resampling[self.interpolation.upper()]
         return np.asarray(resized_crop(image, self.channels, box, size, resampling)).reshape(size, size, self.channels)

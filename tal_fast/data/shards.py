@@ -125,9 +125,12 @@ class Shards:
 
     def _local(self, shard: str) -> str:
         """Path of a shard on this machine, where it is downloaded once."""
+        try:
+            info = self._asked(lambda: self._fs.info(shard))
+        except FileNotFoundError:
+            raise ValueError(f"{shard} is missing, though {INFO} lists it; copy it there, or pack again") from None
         if not self._remote:
             return shard
-        info = self._asked(lambda: self._fs.info(shard))
         version = [str(info.get(key)) for key in ("size", "ETag", "etag", "LastModified", "mtime", "created")]
         digest = hashlib.sha256("\0".join([self.root, shard, *version]).encode()).hexdigest()[:16]
         path = cache_dir() / "shards" / digest / os.path.basename(shard)

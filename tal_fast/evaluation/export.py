@@ -129,9 +129,11 @@ class OnnxGraph:
         program = _program(_ForOnnx(classifier.model, classifier.score, float(classifier.threshold)), example)
         names = ["prediction", "confidence", "accepted", "logits"]
         try:
-            exported = torch.onnx.export(
-                program, dynamo=True, input_names=["images"], output_names=names, verbose=False, optimize=True
-            )
+            # Constants go through float32, where the limit 2^500 of the cosine is infinite; float32 logits are below it.
+            with np.errstate(over="ignore"):
+                exported = torch.onnx.export(
+                    program, dynamo=True, input_names=["images"], output_names=names, verbose=False, optimize=True
+                )
         except Exception as problem:  # of many types
             raise ValueError(f"torch.onnx.export cannot take the model ({one_line(problem)})") from problem
         assert exported is not None

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,23 @@ Row = dict[str, Any]
 def find_images(sources: Iterable[str]) -> Iterator[str]:
     """Paths of images: files as they are, images of folders at any depth, and of glob patterns; sorted for each source.
 
-    Raises ValueError for a folder or pattern without images.
+    Files of a folder with other endings are counted in a warning. Raises ValueError for a folder or pattern without
+    images.
     """
-    from tal_fast.data.image_folder import EXTENSIONS, walk
+    from tal_fast.data.image_folder import ABOVE, EXTENSIONS, ending, report_left_out, walk
 
     for source in sources:
         if os.path.isdir(source):
-            found = sorted(
-                e.path for e in walk(Path(source)) if e.path.lower().endswith(EXTENSIONS) and not e.is_folder
-            )
+            found, left_out = [], Counter[str]()
+            for path, _, problem, is_folder in walk(Path(source)):
+                if problem == ABOVE:
+                    left_out[ABOVE] += 1
+                elif is_folder or path.lower().endswith(EXTENSIONS):  # a folder that cannot be read is reported too
+                    found.append(os.path.join(source, os.path.relpath(path, os.path.abspath(source))))
+                else:
+                    left_out[ending(path)] += 1
+            found.sort()
+            report_left_out(Path(source), left_out)
         elif glob.has_magic(source) and not os.path.exists(source):
             found = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
         else:
@@ -51,8 +60,8 @@ def find_images(sources: Iterable[str]) -> Iterator[str]:
 def shift_warning(about: dict[str, Any], accepted: int, total: int) -> str | None:
     """Sentence if the share accepted is not one that the calibration's images suggest; None if it is.
 
-    The share at calibration lies in its Clopper-Pearson interval, but for a probability of ``SHIFT_LEVEL`` / 2; if the
-    number accepted now has less than that in total for every share of the interval, the images have shifted.
+    The share at calibration lies in its Clopper-Pearson interval but for a probability of ``SHIFT_LEVEL`` / 2. The
+    number accepted now is a shift if its tail has less than ``SHIFT_LEVEL`` / 4 for every share of the interval.
     """
     from scipy.stats import binom
 

@@ -64,15 +64,12 @@ def freeze(network: nn.Module, amount: int | str) -> None:
     Raises:
         ValueError: there are fewer stages.
     """
-    numbers, stages = {}, 0
-    if isinstance(amount, int):
-        numbers = block_numbers(network, stages=True)
-        stages = max(numbers.values()) - 1
-        if amount > stages:
-            raise ValueError(
-                f"model.freeze is {amount} but the network has {stages} stages before its head; use at most "
-                "as many, or backbone"
-            )
+    numbers = block_numbers(network, stages=True) if isinstance(amount, int) else {}
+    stages = max(numbers.values(), default=1) - 1
+    if isinstance(amount, int) and amount > stages:
+        raise ValueError(
+            f"model.freeze is {amount} but the network has {stages} stages before its head; use at most as many"
+        )
     head = head_path(network)
     for name, parameter in network.named_parameters():
         if numbers[name] <= amount if isinstance(amount, int) else amount == "backbone" and not _holds(head, name):

@@ -59,21 +59,13 @@ def _rename_layers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass
 class Weights:
-    """Weights of a network.
+    """Weights of a network."""
 
-    Attributes:
-        state: parameters and buffers by name.
-        source: where they come from, for messages.
-        key: key in the file that they were under, empty for a plain state dict.
-        preprocessing: fields of ``DataConfig`` that they need.
-        class_names: names of their classes, where the file is of a run of this project.
-    """
-
-    state: dict[str, Tensor]
-    source: str
-    key: str = ""
-    preprocessing: dict[str, Any] = field(default_factory=dict)
-    class_names: list[str] | None = None
+    state: dict[str, Tensor]  # parameters and buffers by name
+    source: str  # where they come from, for messages
+    key: str = ""  # key in the file that they were under, empty for a plain state dict
+    preprocessing: dict[str, Any] = field(default_factory=dict)  # fields of ``DataConfig`` that they need
+    class_names: list[str] | None = None  # names of their classes, where the file is of a run of this project
 
 
 def read_weights(

@@ -73,7 +73,9 @@ def read_content(path: str | Path) -> Any:
         raise ValueError(f"{path} is a pointer of Git LFS, not the weights; fetch them with: git lfs pull")
     try:
         if _is_safetensors(path, start):
-            return _read_safetensors(path)
+            from safetensors.torch import load_file
+
+            return load_file(path)
         if zipfile.is_zipfile(path):
             check_zip(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(_IGNORED), path.open("rb") as file:
@@ -96,12 +98,6 @@ def _is_safetensors(path: Path, start: bytes) -> bool:
     if start[8:9] == b"{" and 8 + length <= path.stat().st_size:
         return True
     return path.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80"))  # zip, pickle
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def choose_state(

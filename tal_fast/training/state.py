@@ -18,7 +18,7 @@ from tal_fast.loss import dispatch
 from tal_fast.loss._extension import build_digest
 from tal_fast.methods import Method, Task, build_method, method_class
 from tal_fast.models import build_model, head_path
-from tal_fast.models.blocks import freeze, is_frozen
+from tal_fast.models.blocks import freeze
 from tal_fast.models.pretrained import Weights, start_from
 from tal_fast.training.epoch_stats import EpochSums
 from tal_fast.training.optim import build_optimizer
@@ -207,7 +207,7 @@ def build_state(config: Config, data: DataBundle, runtime: Runtime, weights: Wei
             "in get_extra_state, and what is learned in the network"
         )
     average = build_average(network, config.optim.ema_decay, method)
-    if average is not None and average.takes_statistics and any(map(_is_frozen_norm, network.modules())):
+    if average is not None and average.takes_statistics and config.model.freeze != "none" and whole is None:
         raise ValueError(
             f"{method.name} takes the statistics of BatchNorm anew, which model.freeze {config.model.freeze} keeps; "
             "set model.freeze to none"
@@ -239,10 +239,6 @@ def class_weight(config: MethodConfig, data: DataBundle) -> Tensor | None:
         name = data.class_names[int(counts.argmin())]
         raise ValueError(f"method.class_weight is balanced but class {name!r} has no training image; list the weights")
     return counts.sum() / (data.num_classes * counts.float())
-
-
-def _is_frozen_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and is_frozen(module)
 
 
 def data_shape(data: DataBundle, train_images: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tal_fast.config.schema import OWN_OF_A_RANK, Config
+from tal_fast.config.schema import OWN_OF_A_RANK, Config, DataConfig
 from tal_fast.data import build_data
 from tal_fast.data.sources import absolute_place
 from tal_fast.models import head_path
@@ -89,7 +89,7 @@ class Trainer:
         self.runtime = Runtime.resolve(config, device, self.ranks.world_size)
         loggers.check_installed(config.logger)
         self.output = Path(config.output)
-        _make_paths_absolute(config)
+        _make_paths_absolute(config.data)
         self._lock = FolderLock(self.output)
         weakref.finalize(self, self._lock.release)
         # Only rank 0's output folder need exist.
@@ -437,15 +437,9 @@ def _read_weights(config: Config) -> Weights:
     return read_weights(name, model.name, model.weights_key, "--model.weights-key", config.data.channels)
 
 
-def _make_paths_absolute(config: Config) -> None:
-    data, model = config.data, config.model
+def _make_paths_absolute(data: DataConfig) -> None:
     if data.root is not None:
         data.root = absolute_place(data.root, data.dataset)
-    data.file_list = _absolute(data.file_list)
+    if data.file_list is not None:
+        data.file_list = str(Path(data.file_list).expanduser().absolute())
     data.ood = {name: absolute_place(spec) for name, spec in data.ood.items()}
-    if model.weights != PRETRAINED:
-        model.weights = _absolute(model.weights)
-
-
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().absolute())

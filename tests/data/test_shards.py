@@ -388,6 +388,11 @@ def test_shards_at_an_address_are_downloaded_once(tmp_path: Path, monkeypatch: p
     shards("memory://bucket/set")
     assert fetched[-1].endswith("val-000000.tar")
     assert len(fetched) == len(list(root.glob("*.tar"))) + 1
+    memory.rm("/bucket/set/train-000001.tar")
+    (root / "train-000001.tar").unlink()
+    for place in ("memory://bucket/set", root):
+        with pytest.raises(ValueError, match=r"set/train-000001.tar is missing|shards/train-000001.tar is missing"):
+            shards(place)
     memory.rm("/bucket", recursive=True)
     with pytest.raises(ValueError, match="has no split train"):
         shards("memory://bucket/set")

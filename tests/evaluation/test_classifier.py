@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ import torch
 from PIL import Image
 
 import tal_fast
+from tal_fast.config.schema import DataConfig
+from tal_fast.data import build_data
 from tal_fast.data.image_folder import UnreadableImage
 from tal_fast.data.preprocessing import Preprocessing
 from tal_fast.evaluation import export_command
@@ -35,6 +38,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = make_folder(folder / "data", val=23)
     options = {"dataset": "folder", "root": str(data), "image_size": 24, "loader": "torch", "workers": 0}
     return make_run(folder / "run", data=options, classes=CLASSES)
+
+
+@pytest.mark.parametrize(
+    "options", [{"exif_rotation": True, "channels": 1}, {"interpolation": "bicubic", "crop_fraction": 1.0}]
+)
+def test_options_of_the_data_are_those_of_predictions(options: dict[str, Any], run: Path) -> None:
+    config = DataConfig(**{**load_run(run).config.to_dict()["data"], **options})
+    data = build_data(config)
+    preprocessing = Preprocessing.of(config, data.image_size)
+    paths = data.split("val").paths
+    images, _, _ = next(iter(data.loader("val", batch_size=len(paths))))
+    mine = preprocessing.normalizer()(torch.from_numpy(np.stack([preprocessing.read(path) for path in paths])))
+    assert torch.equal(mine, images)
+    assert Preprocessing.from_dict(json.loads(json.dumps(preprocessing.to_dict()))) == preprocessing
 
 
 @pytest.fixture(scope="module")

@@ -108,10 +108,14 @@ def test_paths_come_from_patterns_and_standard_input(
     assert lines[2].startswith(b'"' + os.fsencode(photos / "2, ü.png") + b'",')
 
 
-def test_folders_are_searched_without_other_files(photos: Path) -> None:
-    assert [Path(path).name for path in find_images([str(photos)])] == [
-        "0, ü.png", "1, ü.png", "2, ü.png", "3, ü.png", "9.jpg", "cut.jpg", "text.png",
-    ]  # fmt: skip
+def test_folders_are_searched_without_other_files(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["0, ü.png", "1, ü.png", "2, ü.png", "3, ü.png", "below/9.jpg", "cut.jpg", "text.png"]
+    assert list(find_images([str(photos)])) == [f"{photos}/{name}" for name in names]
+    assert f"{photos}: 1 file is left out: 1 .txt" in caplog.text
+    monkeypatch.chdir(photos.parent)
+    assert list(find_images(["photos/"])) == [f"photos/{name}" for name in names]  # as the user names it
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tal_fast.models import build_model
 from tal_fast.runs import checkpoint
 from tal_fast.runs.load import load_run
 from tal_fast.runs.predictions import PassOptions
+from tal_fast.runs.resume import differences
 from tal_fast.training.trainer import Trainer
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.signals import Stopped
@@ -54,7 +55,7 @@ def test_a_file_of_other_classes_gets_a_new_last_layer(tmp_path: Path, caplog: p
     assert torch.equal(same["fc.weight"], torch.load(path)["state_dict"]["fc.weight"])
 
 
-def test_resuming_does_not_need_the_file(tmp_path: Path) -> None:
+def test_resuming_does_not_need_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = weights_file(tmp_path)
     Trainer(start(tmp_path / "straight", path, epochs=2)).fit()
     Trainer(start(tmp_path / "parts", path, epochs=2)).fit(until=1)
@@ -62,6 +63,9 @@ def test_resuming_does_not_need_the_file(tmp_path: Path) -> None:
     Trainer(start(tmp_path / "parts", path, epochs=2, resume="auto")).fit()
     assert_same_end(tmp_path / "straight", tmp_path / "parts")
     assert load_run(tmp_path / "parts").config.model.weights == str(path)
+    monkeypatch.chdir(path.parent)  # a relative path is the same file
+    saved = checkpoint.load(tmp_path / "parts" / "checkpoints" / "last.pt")["config"]
+    assert differences(saved, start(tmp_path / "other", path.name, epochs=2)) == []
     with pytest.raises(ValueError, match="there is no file of weights"):
         Trainer(start(tmp_path / "new", path))
     with pytest.raises(ValueError, match=r"model\.weights was .* and is None\), which its state does not fit"):
