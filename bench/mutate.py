@@ -60,17 +60,17 @@ HALF = ("tests/loss/test_module.py", "-k", "loss_and_gradient_of_float16")
 
 MUTATIONS = [
     Mutation(
-        "loss: wrong sign of the gradient's component along z", "kernels/loss.py",
+        "loss: wrong sign of the gradient's component along z", "kernels/rows.py",
         "(constant[:, None] - z_coef[:, None] * z))\n    if WEIGHTED_SMOOTHING",
         "(constant[:, None] + z_coef[:, None] * z))\n    if WEIGHTED_SMOOTHING", PATHS,
     ),
     Mutation(
-        "loss: columns past the end of a row count as logits of 0", "kernels/loss.py",
+        "loss: columns past the end of a row count as logits of 0", "kernels/rows.py",
         "keep = (at != (label_at - begin)[:, None]) & ((begin + at) // V * V < length[:, None])",
         "keep = (at != (label_at - begin)[:, None]) & (length[:, None] >= 0)", PATHS,
     ),
     Mutation(
-        "loss: the label's exponential left in the sums", "kernels/loss.py",
+        "loss: the label's exponential left in the sums", "kernels/rows.py",
         "keep = (at != (label_at - begin)[:, None]) & (", "keep = (at >= 0) & (", PATHS,
     ),
     Mutation(
@@ -83,7 +83,7 @@ MUTATIONS = [
         "        if HELD:\n            ahead = fetch_rows(\n                logits_ptr, distance_ptr, row,", TURNS,
     ),
     Mutation(
-        "held rows: ties go to the last class", "kernels/loss.py",
+        "held rows: ties go to the last class", "kernels/rows.py",
         "(i * WIDTH + at < (column - head)[:, None])", "(i * WIDTH + at > (column - head)[:, None])", TIES,
     ),
     Mutation(
@@ -92,15 +92,15 @@ MUTATIONS = [
         "    begin = j * WIDTH\n                z =", PATHS,
     ),
     Mutation(
-        "wide rows: the last chunk is left out where it is not full", "kernels/loss.py",
+        "wide rows: the last chunk is left out where it is not full", "kernels/rows.py",
         "tl.where((j == 1) | (label_chunk < full), length, 0)", "tl.where(label_chunk < full, length, 0)", PATHS,
     ),
     Mutation(
-        "edges: a logit of the row before belongs to the row", "kernels/loss.py",
+        "edges: a logit of the row before belongs to the row", "kernels/rows.py",
         "head = ((V - offset % V) % V).to(tl.int32)", "head = ((V - offset % V) % V).to(tl.int32) - 1", PATHS,
     ),
     Mutation(
-        "edges: the last column of a row is left out", "kernels/loss.py",
+        "edges: the last column of a row is left out", "kernels/rows.py",
         "e < head[:, None], column < CLASSES)", "e < head[:, None], column < CLASSES - 1)", PATHS,
     ),
     Mutation(
@@ -112,11 +112,11 @@ MUTATIONS = [
         '"MEAN": reduction == "mean"', '"MEAN": True', OPTIONS,
     ),
     Mutation(
-        "released: the guard counts correct samples instead of accepted ones", "kernels/loss.py",
+        "released: the guard counts correct samples instead of accepted ones", "kernels/sums.py",
         "n_accepted += accepted.to(tl.float64)", "n_accepted += correct.to(tl.float64)", SUMS,
     ),
     Mutation(
-        "the last program adds only its first partial sums", "kernels/loss.py",
+        "the last program adds only its first partial sums", "kernels/rows.py",
         "    for start in range(0, count, PARTS):", "    for start in range(0, 1, PARTS):", SUMS,
     ),
     Mutation(

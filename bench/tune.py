@@ -24,7 +24,7 @@ import torch
 
 from bench import bench_loss, bench_typicalness, gpu
 from bench.compile_ahead import Job, compile_all
-from tal_fast.kernels import launch, loss
+from tal_fast.kernels import launch, layout
 
 GAIN = 0.03
 """Least gain over the built-in rules that an entry of the file must bring: about the spread of repeated timings."""
@@ -67,7 +67,7 @@ class Trial(NamedTuple):
 
 def loss_candidates(classes: int) -> list[Options]:
     """Options of the loss kernel: for rows on chip logits and registers a thread; for others the programs and loads."""
-    if classes <= loss.WIDEST_HELD:
+    if classes <= layout.WIDEST_HELD:
         # With fewer registers these spill (32 logits below 168, 16 below 125), and 64 logits spill with all.
         pairs = [(8, 96), (8, 128), (16, 128), (16, 168), (32, 168), (32, 200), (32, 255)]
         return [{"logits": logits, "max_registers": registers} for logits, registers in pairs]

@@ -2,8 +2,11 @@
 
 =====================  =======================================================================================
 ``distance.py``        features -> mean, standard deviation; distance to the queue, the batch's distance range
-``loss.py``            logits -> loss and gradient; the batch's sums, which variant ``released`` needs first
+``sums.py``            logits -> the batch's sums, which variant ``released`` needs before the loss
+``loss.py``            logits -> loss and gradient
 ``sharded.py``         loss and gradient in three passes, for ranks that hold some of the classes
+``rows.py``            rows of logits in these three: reading, scanning, storing
+``layout.py``          rows of logits over threads and programs
 ``queue_push.py``      append the accepted rows to the queue
 ``launch.py``          plans of launches, kept; tuned options and the properties of a device that they depend on
 ``tuned/``             launch options that ``bench.tune`` measured on a GPU, a file per architecture
@@ -67,8 +70,8 @@ def nearest(*args: Any) -> Tensor:
 
 
 def batch_sums(*args: Any, **kwargs: Any) -> None:
-    """Complete the summary of a batch; arguments of ``loss.batch_sums``."""
-    _module("loss").batch_sums(*args, **kwargs)
+    """Complete the summary of a batch; arguments of ``sums.batch_sums``."""
+    _module("sums").batch_sums(*args, **kwargs)
 
 
 def loss_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

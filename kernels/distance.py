@@ -218,14 +218,9 @@ def plan_search(
 
 
 def statistics_distance(
-    features: Tensor,
-    labels: Tensor,
-    queue_mean: Tensor,
-    queue_std: Tensor,
-    cursor: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int = -100,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    features: Tensor, labels: Tensor, queue_mean: Tensor, queue_std: Tensor, cursor: Tensor,
+    class_weight: Tensor | None, ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Mean and standard deviation of each sample's features, and their distance to the nearest queue entry.
 
     Args:

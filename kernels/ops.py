@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tal_fast.kernels import distance, loss, queue_push
+from tal_fast.kernels import distance, loss, queue_push, sums
 
 statistics_distance = torch.library.custom_op(
     "tal_fast_triton::statistics_distance", distance.statistics_distance, mutates_args=()
 )
 nearest = torch.library.custom_op("tal_fast_triton::nearest", distance.nearest, mutates_args=())
 batch_sums = torch.library.custom_op(
-    "tal_fast_triton::batch_sums", loss.batch_sums, mutates_args={"summary", "tickets"}
+    "tal_fast_triton::batch_sums", sums.batch_sums, mutates_args={"summary", "tickets"}
 )
 push = torch.library.custom_op(
     "tal_fast_triton::push", queue_push.push, mutates_args={"queue_mean", "queue_std", "cursor"}

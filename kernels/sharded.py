@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tal_fast.kernels.distance import sqrt_rn
 from tal_fast.kernels.launch import Launch, planner
-from tal_fast.kernels.loss import (
+from tal_fast.kernels.rows import (
     LN2,
     LOG2E,
     add3,

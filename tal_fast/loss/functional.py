@@ -13,7 +13,7 @@ from tal_fast.loss import dispatch, tensor_parallel
 from tal_fast.loss.autograd import attach_gradient, refuse_transforms, wants_gradient
 from tal_fast.loss.backends import Backend, KernelBackend, LossInputs
 from tal_fast.loss.options import LossOptions, check_class_weight, check_inputs
-from tal_fast.loss.reference import TALStats, compute_dtype, feature_statistics, nearest_distance
+from tal_fast.loss.reference import TALStats, feature_statistics, nearest_distance, weights_for
 from tal_fast.loss.ring import RingBuffer
 
 __all__ = ["TALStats", "feature_statistics", "nearest_distance", "tal_loss"]
@@ -119,8 +119,7 @@ def step_in_parts(
     """
     if direct or class_group is not None or isinstance(backend, KernelBackend):
         refuse_transforms(logits)
-    if class_weight is not None:
-        class_weight = class_weight.to(compute_dtype(logits)).contiguous()
+    class_weight = weights_for(logits, class_weight)
     with torch.no_grad():
         mean, std, distance, summary, tickets = backend.statistics_distance(
             features, labels, ring, options.ignore_index, class_weight if class_group is None else None

@@ -24,7 +24,7 @@ from tal_fast.loss.backends import Backend, KernelBackend, LossInputs
 from tal_fast.loss.functional import StepResult, step_in_parts
 from tal_fast.loss.module import TALLoss
 from tal_fast.loss.options import LossOptions, check_class_weight, check_inputs
-from tal_fast.loss.reference import TALStats, compute_dtype
+from tal_fast.loss.reference import TALStats, compute_dtype, weights_for
 from tal_fast.loss.ring import RingBuffer
 
 CHUNK_ROWS = 1024
@@ -201,8 +201,7 @@ def linear_step(
     wanted = [wants_gradient(tensor) for tensor in layer] + [False] * (bias is None)
     with torch.no_grad():
         factors = [tensor.detach().to(_dtype_in_products(tensor)) for tensor in layer]
-        if class_weight is not None:
-            class_weight = class_weight.to(compute_dtype(factors[0])).contiguous()
+        class_weight = weights_for(factors[0], class_weight)
         batch = backend.statistics_distance(features, labels, ring, options.ignore_index, class_weight)
         inputs = LossInputs(
             factors[0], labels, batch.distance, batch.summary, batch.tickets, options, warmup, class_weight

@@ -83,6 +83,11 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def weights_for(logits: Tensor, class_weight: Tensor | None) -> Tensor | None:
+    """Class weights as the loss of these logits computes with them: contiguous, in its dtype."""
+    return None if class_weight is None else class_weight.to(compute_dtype(logits)).contiguous()
+
+
 def feature_statistics(features: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation of each sample's features (paper, section 3.1).
 

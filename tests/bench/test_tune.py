@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from bench import gpu, tune
 from tal_fast import kernels
-from tal_fast.kernels import distance, launch, loss
+from tal_fast.kernels import distance, launch, layout
 from tests.helpers.kernels import NAN_WARNINGS
 
 INTERPRETED = pytest.mark.skipif(not kernels.is_available(torch.device("cpu"))[0], reason="needs Triton's interpreter")
@@ -119,16 +119,16 @@ def test_launchers_read_the_file_of_the_architecture(tmp_path: Path, monkeypatch
     (tmp_path / "tuned" / "sm_0.json").write_text(tune.written(tuned))
     monkeypatch.setattr(launch, "__file__", str(tmp_path / "launch.py"))
 
-    def layout(classes: int, dtype: torch.dtype, architecture: str) -> loss.LossConfig:
-        return loss.loss_config(classes, dtype, 8, False, architecture)
+    def laid_out(classes: int, dtype: torch.dtype, architecture: str) -> layout.LossConfig:
+        return layout.loss_config(classes, dtype, 8, False, architecture)
 
-    assert layout(300, torch.float16, "sm_0") != layout(300, torch.float16, "")
+    assert laid_out(300, torch.float16, "sm_0") != laid_out(300, torch.float16, "")
     for classes, dtype, architecture in (
         (513, torch.float16, "sm_0"),
         (300, torch.float32, "sm_0"),
         (300, torch.float16, "sm_1"),
     ):
-        assert layout(classes, dtype, architecture) == layout(classes, dtype, "")
+        assert laid_out(classes, dtype, architecture) == laid_out(classes, dtype, "")
     assert distance.search_config(99, torch.float32, "sm_0").queries == 8
     assert distance.search_config(100, torch.float32, "sm_0") == distance.SearchConfig()
 
@@ -145,5 +145,5 @@ def test_committed_options_are_those_of_the_launchers(file: Path) -> None:
                 assert distance.search_config(entry["at_most"], torch.float32, file.stem)
             else:
                 dtype = {"loss_16bit": torch.bfloat16, "loss_32bit": torch.float32}[kernel]
-                config = loss.loss_config(entry["at_most"], dtype, 16 // dtype.itemsize, False, file.stem)
+                config = layout.loss_config(entry["at_most"], dtype, 16 // dtype.itemsize, False, file.stem)
                 assert config.width * config.chunks >= entry["at_most"] or not config.held

@@ -12,6 +12,7 @@ from PIL import Image
 from tal_fast.config.schema import DataConfig
 from tal_fast.data import build_data, dali
 from tal_fast.data.image_folder import ImageFiles
+from tal_fast.data.preprocessing import Preprocessing
 from tests.helpers.images import picture
 
 
@@ -81,6 +82,9 @@ def test_images_are_turned_as_exif_says(tmp_path: Path, orientation: int) -> Non
     data = build_data(options(root, split=0.5, exif_rotation=True, crop_fraction=1.0))
     images = torch.cat([next(iter(data.loader(name, batch_size=1)))[0] for name in ("train-eval", "val")])
     assert torch.equal(images[0], images[1])
+    single = Preprocessing.of(data.config, 16)
+    pixels = torch.from_numpy(np.stack([single.read(str(root / "a" / f"{i}.png")) for i in (0, 1)]))
+    assert torch.equal(single.normalizer()(pixels), images)
     plain = build_data(options(root, split=0.5, crop_fraction=1.0))
     images = torch.cat([next(iter(plain.loader(name, batch_size=1)))[0] for name in ("train-eval", "val")])
     assert torch.equal(images[0], images[1]) == (orientation == 1)

@@ -106,15 +106,37 @@ def test_arguments_that_would_check_nothing_are_refused(arguments: tuple[str, ..
 def test_faults(figures: dict[str, Any], budget: dict[str, Any] | None, expected: list[str]) -> None:
     label = "loss bfloat16 C=1000 paper"
     kernel = {"unit": "logit", "instructions": 40.0, "spilled": 0, "barriers": 2, **figures}
-    assert compile_check.faults("sm_90", label, kernel, budget, limited=True) == expected
+    assert compile_check.faults("sm_90", label, kernel, budget, triton="3.8") == expected
 
 
 def test_a_barrier_in_the_search_is_a_fault() -> None:
     kernel = {"unit": "pair", "instructions": 5.0, "spilled": 0, "barriers": 1}
     label = "search queue float32"
-    assert compile_check.faults("sm_90", label, kernel, None, limited=True) == ["1 barriers in the loop, limit 0"]
-    assert compile_check.faults("sm_100", label, kernel, None, limited=True) == []
-    assert compile_check.faults("sm_90", label, kernel, None, limited=False) == []
+    assert compile_check.faults("sm_90", label, kernel, None, triton="3.8") == ["1 barriers in the loop, limit 0"]
+    assert compile_check.faults("sm_100", label, kernel, None, triton="3.8") == []
+    assert compile_check.faults("sm_90", label, kernel, None, triton="3.6") == []
+
+
+def test_spills_are_known_by_version_target_and_kernel() -> None:
+    kernel = {"unit": "logit", "instructions": 40.0, "spilled": 8, "barriers": 2}
+    found = {
+        (triton, target): compile_check.faults(target, "loss bfloat16 C=131072 paper", kernel, None, triton=triton)
+        for triton in ("3.5", "3.6", "3.8")
+        for target in ("sm_80", "sm_90")
+    }
+    assert found.pop(("3.5", "sm_90")) == []
+    assert set(map(tuple, found.values())) == {("spills 8",)}
+
+
+@pytest.mark.parametrize("version", ["3.5", "3.6", "3.8"])
+def test_committed_reports_are_of_the_planned_launches_and_spill_as_said(version: str) -> None:
+    report = json.loads(Path(f"bench/results/kernels/triton-{version}.json").read_text())
+    assert report["triton"].startswith(version)
+    spilled = {}
+    for target in cost.TARGETS:
+        assert set(report[target]) == set(dict(compile_check.planned_launches(target)))
+        spilled |= {(target, label): f["spilled"] for label, f in report[target].items() if f["spilled"]}
+    assert spilled == compile_check.SPILLS[version]
 
 
 def test_every_limit_is_of_a_planned_launch_and_every_kernel_has_its_unit() -> None:

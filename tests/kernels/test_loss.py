@@ -31,7 +31,8 @@ if not AVAILABLE:
 import triton.language as tl
 
 from tal_fast import kernels
-from tal_fast.kernels import launch, loss
+from tal_fast.kernels import launch, layout, loss, sums
+from tal_fast.kernels import rows as rows_module
 from tal_fast.loss import reference
 from tal_fast.loss.options import LossOptions
 
@@ -112,10 +113,10 @@ def check_loss(logits: Tensor, labels: Tensor, distance: Tensor, **changes: Any)
 def force_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the launcher hold rows in three chunks of 64 logits, or read them in chunks of 32; with "edges" in vectors
     of 4 or 8 that rows need not begin and end with, where rows are contiguous."""
-    held = loss.LossConfig(2, 3, 64, True, 1, 4)
-    wide = loss.LossConfig(1, 1, 32, False, 1, 4, unroll=2)
-    monkeypatch.setattr(loss, "loss_config", lambda *_: held if name.startswith("held") else wide)
-    vector_of = loss.vector_of
+    held = layout.LossConfig(2, 3, 64, True, 1, 4)
+    wide = layout.LossConfig(1, 1, 32, False, 1, 4, unroll=2)
+    monkeypatch.setattr(layout, "loss_config", lambda *_: held if name.startswith("held") else wide)
+    vector_of = layout.vector_of
 
     def edges(
         classes: int, itemsize: int, stride: tuple[int, int], aligned: bool, grad_stride: int | None = None
@@ -126,7 +127,7 @@ def force_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return v, True
 
     if name.endswith("edges"):
-        monkeypatch.setattr(loss, "vector_of", edges)
+        monkeypatch.setattr(layout, "vector_of", edges)
 
 
 @pytest.fixture(params=PATHS)
@@ -210,7 +211,7 @@ def test_rows_are_shared_among_programs(
     programs: int, path_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fewer programs than rows, and more."""
-    monkeypatch.setattr(loss, "num_programs_for", lambda turns, per_multiprocessor, target: programs)
+    monkeypatch.setattr(layout, "num_programs_for", lambda turns, per_multiprocessor, target: programs)
     logits, _, labels = random_batch(5, 33)
     check_loss(logits.to(path_dtype), labels, torch.rand(5))
 
@@ -392,7 +393,7 @@ def test_user_chosen_numbers_are_not_compiled_in() -> None:
         changes = {"t_max": t_max, "t_wrong": t_wrong, "label_smoothing": smoothing, "confidence_threshold": threshold}
         with launch.replaced(planned.append):
             loss.loss_forward(logits, labels, distance, summary, new_tickets(), **{**LOSS_OPTIONS, **changes})
-            loss.batch_sums(
+            sums.batch_sums(
                 logits, labels, distance, summary, new_tickets(), confidence_threshold=threshold, ignore_index=-100
             )
     assert len(planned) == 4
@@ -451,7 +452,7 @@ def run_sums(logits: Tensor, labels: Tensor, distance: Tensor, summary: Tensor, 
 def test_batch_sums(
     rows: int, classes: int, dtype: torch.dtype, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "num_programs_for", lambda turns, per_multiprocessor, target: programs)
+    monkeypatch.setattr(layout, "num_programs_for", lambda turns, per_multiprocessor, target: programs)
     logits, labels = torch.randn(rows, classes).to(dtype), torch.randint(classes, (rows,))
     labels = torch.where(torch.rand(rows) < 0.6, logits.float().argmax(1), labels) if rows else labels
     distance = torch.rand(rows)
@@ -468,13 +469,13 @@ def test_batch_sums(
 
 @gpu_too
 def test_more_programs_than_partial_sums_added_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "num_programs_for", lambda turns, per_multiprocessor, target: turns)
-    monkeypatch.setattr(loss, "loss_config", lambda *_: loss.LossConfig(1, 1, 2, True, 1, 1))
+    monkeypatch.setattr(layout, "num_programs_for", lambda turns, per_multiprocessor, target: turns)
+    monkeypatch.setattr(layout, "loss_config", lambda *_: layout.LossConfig(1, 1, 2, True, 1, 1))
     rows = 10
     if DEVICE.type == "cpu":  # the compiler takes the constant as it was at first
-        monkeypatch.setattr(loss, "PARTS", tl.constexpr(4))
+        monkeypatch.setattr(rows_module, "PARTS", tl.constexpr(4))
     else:
-        rows += loss.PARTS.value
+        rows += rows_module.PARTS.value
     logits, labels, distance = torch.randn(rows, 2), torch.randint(2, (rows,)), torch.rand(rows)
     expected = reference.batch_summary(logits, labels, distance)
     sums = run_sums(logits, labels, distance, expected, 0.0)

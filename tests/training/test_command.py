@@ -134,7 +134,7 @@ def test_the_console_command_lists_the_commands() -> None:
     assert all(len(line.split()) > 3 for line in text.splitlines()[2:])
     unknown = run("trian")
     assert unknown.returncode == 2
-    assert unknown.stderr.startswith("error: no command 'trian'; there are train, evaluate, ")
+    assert unknown.stderr.startswith("error: no command 'trian'; there are train, predict, evaluate, ")
 
 
 @pytest.mark.slow
