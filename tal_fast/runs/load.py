@@ -12,6 +12,7 @@ from torch import nn
 
 from tal_fast.config.schema import Config
 from tal_fast.data import DataBundle, build_data
+from tal_fast.data.digest import data_digest
 from tal_fast.methods import method_class
 from tal_fast.models import build_model, keep_classes
 from tal_fast.runs.checkpoint import BEST, FOLDER, LAST, Damaged, load, load_newest, restoring
@@ -34,15 +35,26 @@ class Run:
     image_size: int  # side of the validation images in pixels
     # Rows of metrics.csv, one for each finished epoch.
     history: list[dict[str, float]] = field(default_factory=list, repr=False)
+    digests: dict[str, str] = field(default_factory=dict, repr=False)  # ``data_digest`` of the images in training
 
     @cached_property
     def data(self) -> DataBundle:
-        """Images of the run; raises ValueError if they are gone, or their classes have changed since training."""
+        """Images of the run.
+
+        Raises ValueError if they are gone, their classes have changed since training, or the validation images are
+        chosen from a folder (``data.split``, ``data.holdout``) that has changed: they may have been trained on.
+        """
         bundle = build_data(self.config.data)
         if bundle.class_names != self.class_names:
             raise ValueError(
                 f"the data have classes {', '.join(bundle.class_names)} but the model was trained on "
                 f"{', '.join(self.class_names)}; point data.root in the run's config at the training data"
+            )
+        chosen = [name for name in ("split", "holdout") if getattr(self.config.data, name) is not None]
+        if chosen and self.digests.get("train") not in (None, data_digest(bundle)["train"]):
+            raise ValueError(
+                f"the images in {self.config.data.root} changed since training, so that data.{chosen[0]} may choose "
+                "validation images that the model was trained on; put the folder back as it was, or train again"
             )
         return bundle
 
@@ -100,4 +112,5 @@ def load_run(
         class_names=tuple(shape["class_names"]),
         image_size=shape["image_size"],
         history=content["history"],
+        digests=shape.get("digests", {}),
     )

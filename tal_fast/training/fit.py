@@ -122,7 +122,8 @@ def fit(config: Config, given: Collection[str], device: torch.device) -> tuple[d
         values, text = load_config(str(saved)).flat(), f"options that are not given are those of {saved}"
     else:
         values, text = choose(look(config, given, device))
-        text = f"plan: {text}. What you set wins; the values are in config.yaml"
+        own = ", ".join(name for name in CHOSEN if name in given)
+        text = f"plan: {text}. What you set wins{f' ({own})' * bool(own)}; the values are in config.yaml"
     return {name: values[name] for name in CHOSEN if name in values and name not in given}, text
 
 

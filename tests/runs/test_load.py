@@ -9,6 +9,7 @@ import pytest
 from tal_fast.runs.checkpoint import FOLDER
 from tal_fast.runs.load import load_run
 from tal_fast.training.trainer import Trainer
+from tests.helpers.images import make_folder
 from tests.helpers.training import config, one_thread  # noqa: F401
 
 
@@ -27,6 +28,20 @@ def test_a_loaded_run_has_the_network_in_eval_mode_and_the_data(tmp_path: Path) 
     run.class_names = ("a", "b")
     with pytest.raises(ValueError, match="the data have classes 0, 1, .* but the model was trained on a, b"):
         _ = run.data
+
+
+@pytest.mark.parametrize("option", [{"split": 0.3}, {"holdout": 5}])
+def test_validation_images_chosen_from_a_changed_folder_are_refused(tmp_path: Path, option: dict[str, float]) -> None:
+    root = make_folder(tmp_path / "data") / ("train" if "split" in option else "")
+    data = {"dataset": "folder", "root": str(root), **option}
+    trainer = Trainer(config(tmp_path / "run", data_options=data, batch_size=4))
+    trainer.save(best=True)
+    assert trainer._writer.finish() is None
+    assert len(load_run(tmp_path / "run").data.split("val")) > 0
+    image = min(root.rglob("cat/0.png"))
+    image.with_name("added.png").write_bytes(image.read_bytes())
+    with pytest.raises(ValueError, match=f"data.{min(option)} may choose validation images"):
+        _ = load_run(tmp_path / "run").data
 
 
 def test_missing_runs_and_checkpoints_are_refused(tmp_path: Path) -> None:

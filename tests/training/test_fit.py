@@ -72,6 +72,7 @@ def test_what_is_given_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "is_cached", lambda name: name == "mobilenet_v3_large")
     config, text = planned(f"{words} --epochs 7")
     assert (config.model.name, config.model.weights, config.epochs) == ("mobilenet_v3_large", "pretrained", 7)
+    assert "What you set wins (epochs);" in text
     assert config.model.cache_features
     assert config.data.image_size is None  # that of the weights
     assert not planned(f"{words} --model.name resnet18")[0].model.cache_features  # not in the cache
