@@ -129,7 +129,7 @@ class OnnxGraph:
         program = _program(_ForOnnx(classifier.model, classifier.score, float(classifier.threshold)), example)
         names = ["prediction", "confidence", "accepted", "logits"]
         try:
-            # Constants go through float32, where the limit 2^500 of the cosine is infinite; float32 logits are below it.
+            # Constants go through float32, where the cosine's limit of 2^500 is infinite; float32 logits are below.
             with np.errstate(over="ignore"):
                 exported = torch.onnx.export(
                     program, dynamo=True, input_names=["images"], output_names=names, verbose=False, optimize=True
