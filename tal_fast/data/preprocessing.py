@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ IN_MEMORY = ("cifar10", "cifar100", "fashion-mnist", "synthetic")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Preprocessing of validation images; in JSON the part of ``threshold.json`` with the same names.
+    """Preprocessing of validation images, whose fields are entries of ``threshold.json``.
 
     The central square, of side ``crop_fraction`` times the image's shorter side, is resized by Pillow to
     ``image_size``, scaled to [0, 1] and normalized.
@@ -47,15 +47,11 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
-        """Inverse of ``to_dict``; raises ValueError if an entry is missing."""
+        """Preprocessing in ``threshold.json``; raises ValueError if an entry is missing."""
         missing = [name for name in cls.__dataclass_fields__ if name not in values]
         if missing:
             raise ValueError(f"the preprocessing lacks {', '.join(missing)}; export the model again")
         return cls(**{name: values[name] for name in cls.__dataclass_fields__})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values by name."""
-        return asdict(self)
 
     def read(self, path: str) -> np.ndarray:
         """Pixels (S, S, C) uint8 of a file; raises UnreadableImage if it is no image or does not decode."""
