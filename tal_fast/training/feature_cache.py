@@ -107,7 +107,7 @@ class _FeatureSource:
             return ImageBatch(to_device(features[indices], self._device), indices, bad)
 
         batches = self._plan.batches(epoch, start_step)
-        return prefetch(batches, make, lambda step: [step.images], self._device)
+        return prefetch(batches, make, self._device)
 
     def close(self) -> None:
         pass
