@@ -188,7 +188,6 @@ def export_run(
         format: key of ``GRAPHS``.
         precision: of the network's weights; images and logits are float32, confidences float64.
         score: name from ``tal_fast.scores.SCORES``; the score of the run's method unless given.
-        checkpoint: ``best`` or ``last``.
         batch_size: of the passes over the images.
         device: of PyTorch's pass, where its outputs are not cached; the graph runs on the CPU.
         state: write the classifier's state dict too, also where the model cannot be exported.
