@@ -24,12 +24,8 @@ def calibrate_run(run_dir: str | Path, output: str | Path | None = None, **optio
     Args:
         run_dir: folder of a run of ``python -m tal_fast.train``.
         output: folder of the three files; ``calibrated`` in the run's folder unless given.
-        options: ``score``, ``checkpoint``, ``batch_size`` and ``device`` of ``export_run``, and arguments of
-            ``calibrate``.
-
-    Raises:
-        NoThreshold: no threshold qualifies; nothing is written.
-        ValueError: no run, checkpoint or data there, an unknown score, or numbers out of range.
+        options: ``score``, ``checkpoint``, ``batch_size`` and ``device`` of ``export_run``, whose errors it raises, and
+            arguments of ``calibrate``.
     """
     from tal_fast.evaluation.export import export_run
 

@@ -172,11 +172,10 @@ class Classifier:
 
     def _pixels(self, image: Any) -> np.ndarray | UnreadableImage:
         if isinstance(image, (str, os.PathLike)):
-            path = os.fspath(image)
             try:
-                return self.preprocessing.read(path)
+                return self.preprocessing.read(os.fspath(image))
             except UnreadableImage as error:
-                return UnreadableImage(f"{path} cannot be read as an image ({error})")
+                return error
         if isinstance(image, np.ndarray):
             shape = image.shape
             if image.dtype != np.uint8 or len(shape) < 2 or shape[2:] not in ((), (1,), (3,)):
