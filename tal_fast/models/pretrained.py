@@ -169,7 +169,7 @@ def start_from(network: nn.Module, weights: Weights, class_names: Sequence[str])
     _load(network, state, weights.source)
 
 
-def _fitted(network: nn.Module, weights: Weights) -> dict[str, Tensor]:
+def _fitted(network: Any, weights: Weights) -> dict[str, Tensor]:
     """State dict with the network's names, and position embeddings resized to its image size."""
     wanted = {name: value.shape for name, value in network.state_dict().items()}
     state = _unwrapped(weights.state, wanted.keys(), weights.source)
@@ -179,25 +179,15 @@ def _fitted(network: nn.Module, weights: Weights) -> dict[str, Tensor]:
         return _rename_layers(state)
     if {name: value.shape for name, value in state.items()} == wanted:
         return state
-    if module == "torchvision.models.vision_transformer":
-        return _resized(network, state)
-    convert = getattr(sys.modules[module], "checkpoint_filter_fn", None)
-    if module.startswith("timm.") and convert is not None:
-        # timm's own: it knows the names of the papers' code, and resizes position embeddings.
-        with contextlib.suppress(Exception):  # of a file of another network, which is named when it is loaded
+    with contextlib.suppress(Exception):  # of a file that does not fit, which is named when it is loaded
+        if module == "torchvision.models.vision_transformer":
+            from torchvision.models.vision_transformer import interpolate_embeddings
+
+            return dict(interpolate_embeddings(network.image_size, network.patch_size, OrderedDict(state)))
+        convert = getattr(sys.modules[module], "checkpoint_filter_fn", None)
+        if module.startswith("timm.") and convert is not None:
+            # timm's own: it knows the names of the papers' code, and resizes position embeddings.
             return dict(convert(dict(state), network))
-    return state
-
-
-def _resized(network: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of torchvision's vision transformer with position embeddings for the network's image size."""
-    from torchvision.models.vision_transformer import interpolate_embeddings
-
-    name = "encoder.pos_embedding"
-    if name not in state or state[name].shape == network.encoder.pos_embedding.shape:
-        return state
-    with contextlib.suppress(ValueError):  # not of a square image; the shape is named when it is loaded
-        return dict(interpolate_embeddings(network.image_size, network.patch_size, OrderedDict(state)))
     return state
 
 
