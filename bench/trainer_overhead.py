@@ -25,7 +25,7 @@ from bench.loaders import make_images
 from bench.report import ROOT
 from tal_fast import TALLoss
 from tal_fast.config.methods import TAL_OPTIONS
-from tal_fast.config.parse import parse_command_line
+from tal_fast.config.parse import parse_training
 from tal_fast.config.schema import Config
 from tal_fast.data import build_data
 from tal_fast.models import build_model
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         output = args.folder / "runs" / f"{name.replace(', ', '-')}-{time.time_ns()}"
         data = f" --data-dir {images}" if name.startswith("folder") else ""
         options = f"{words} {ALWAYS}{data} --epochs {args.epochs} --output {output}"
-        results[name] = {"options": f"{words} {ALWAYS}", **measure(parse_command_line(options.split())[0])}
+        results[name] = {"options": f"{words} {ALWAYS}", **measure(parse_training(options.split())[0])}
         for loop in ("bare", "timm"):
             if loop in results[name]:
                 own, other = results[name]["trainer"], results[name][loop]

@@ -113,16 +113,10 @@ def _merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def parse_command_line(argv: Sequence[str], program: str = "python -m tal_fast.train") -> tuple[Config, bool]:
-    """Read the options of ``python -m tal_fast.train``, and whether to measure (``--bench``) instead of training.
-
-    See ``parse_training``.
-    """
-    return parse_training(argv, program)[:2]
-
-
-def parse_training(argv: Sequence[str], program: str) -> tuple[Config, bool, frozenset[str] | None]:
-    """Read a command line of training: configuration, whether to measure, and names of the options that are given.
+def parse_training(
+    argv: Sequence[str], program: str = "python -m tal_fast.train"
+) -> tuple[Config, bool, frozenset[str] | None]:
+    """Read a command line of training: configuration, whether to measure (``--bench``), and names of the given options.
 
     The names, beside those of a preset of ``FITTED``, are for ``tal_fast.training.fit``; None without such a preset.
     Each ``--config`` overrides the ones before it, the other options override them all. Hyphens and underscores in

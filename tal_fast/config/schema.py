@@ -244,8 +244,6 @@ class ModelConfig:
             raise ValueError(f"model.weights_key is {self.weights_key!r} but there is no file; set model.weights too")
         if isinstance(self.freeze, int):
             check_at_least("model.freeze", self.freeze, 1)
-            if self.cache_features:
-                raise ValueError(f"model.freeze is {self.freeze} but model.cache_features freezes all; use backbone")
         if self.drop_path is not None and not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path is {self.drop_path} but must be in [0, 1)")
 
@@ -491,12 +489,10 @@ class Config:
                 f"image_sizes is {[list(pair) for pair in self.image_sizes]} but must be (epoch, side) pairs, the "
                 "epochs ascending from 0, such as [[0, 160], [8, 192]]"
             )
-        if starts and self.model.cache_features:
-            raise ValueError("image_sizes needs images in training; empty it, or set model.cache_features to false")
-        if self.model.cache_features and (self.data.changes_pixels or self.data.erase or self.mix.on):
+        if self.model.cache_features and (starts or self.data.changes_pixels or self.data.erase or self.mix.on):
             raise ValueError(
-                "data.augment, data.color_jitter, data.erase and mix need images in training; leave them out, or set "
-                "model.cache_features to false"
+                "image_sizes, data.augment, data.color_jitter, data.erase and mix need images in training; leave them "
+                "out, or set model.cache_features to false"
             )
         if self.data.sampling == "balanced" and self.method.class_weight == "balanced":
             raise ValueError(

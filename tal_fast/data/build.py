@@ -15,7 +15,7 @@ from tal_fast.config.schema import DataConfig
 from tal_fast.data import builtin, cifar, dali, image_folder
 from tal_fast.data.datasets import DataBundle, MemoryImages, Split
 from tal_fast.data.image_folder import ImageFiles
-from tal_fast.data.packed import SPLITS, PackedImages
+from tal_fast.data.packed import SPLITS
 from tal_fast.data.pixels import as_channels
 from tal_fast.data.sources import PACKED, flat_images
 
@@ -25,8 +25,11 @@ SYNTHETIC_POOL_BYTES = 32 * 2**20
 """Memory limit of a split of ``synthetic``: 222 images of 224 x 224 x 3, which repeat if more are configured."""
 
 
-def build_data(config: DataConfig) -> DataBundle:
+def build_data(config: DataConfig, training: bool = True) -> DataBundle:
     """Find and check the images of a data set.
+
+    Unless it is for ``training``, shards need no training split, and a folder no ``train/``, whose classes are then
+    those of ``val/``.
 
     The header of each image file is read once and its size kept in the cache, so that a file that is no image is
     reported before training starts. Raises ValueError for a missing or empty folder, a class that only validation has,
@@ -43,26 +46,24 @@ def build_data(config: DataConfig) -> DataBundle:
             "alone; set data.loader to torch, or data.augment to none, data.color_jitter to null and "
             "data.exif_rotation to false"
         )
-    if config.split is not None and config.dataset != "folder":
-        raise ValueError(f"data.split is for data.dataset folder, not {config.dataset}; set it to null")
-    if config.file_list is not None and config.dataset not in ("folder", *PACKED):
-        raise ValueError(f"data.file_list is for data.dataset folder, not {config.dataset}; set it to null")
-    if config.label_key is not None and config.dataset not in PACKED:
-        raise ValueError(f"data.label_key is for {' and '.join(PACKED)}, not {config.dataset}; set it to null")
+    kinds = {"split": ["folder"], "file_list": ["folder", *PACKED], "label_key": [*PACKED]}
+    for name, own in kinds.items():
+        if getattr(config, name) is not None and config.dataset not in own:
+            raise ValueError(f"data.{name} is for data.dataset {', '.join(own)}, not {config.dataset}; set it to null")
     if config.crop_area is not None and config.dataset not in ("folder", "digits", *PACKED):
         raise ValueError(
             f"data.crop_area is for image files, {config.dataset} is in memory; set data.crop_area to null and use "
             "data.shift"
         )
-    make = {
-        "folder": _folder,
+    make: dict[str, Callable[[DataConfig], DataBundle]] = {
+        "folder": partial(_folder, training=training),
         "digits": _digits,
         "cifar10": _cifar,
         "cifar100": _cifar,
         "fashion-mnist": _fashion_mnist,
         "synthetic": _synthetic,
-        "webdataset": packed_data,
-        "huggingface": packed_data,
+        "webdataset": partial(_packed, training=training),
+        "huggingface": partial(_packed, training=training),
     }
     bundle = make[config.dataset](config)
     if bundle.loader_name == "dali" and any(
@@ -88,26 +89,22 @@ def build_data(config: DataConfig) -> DataBundle:
     return bundle
 
 
-def _folder(config: DataConfig) -> DataBundle:
+def _folder(config: DataConfig, training: bool = True) -> DataBundle:
     root = Path(_root(config))
-    class_names = image_folder.class_folders(root, "train" if config.split is None else "")
+    val_alone = not training and config.split is None and root.is_dir() and not (root / "train").is_dir()
+    class_names = [] if val_alone else image_folder.class_folders(root, "train" if config.split is None else "")
     if config.split is None and not (root / "val").is_dir():
         image_folder.class_folders(root, "val")  # raises the error
     listed = None if config.file_list is None else image_folder.read_list(Path(config.file_list), root)
-    if config.split is None:
-        train = image_folder.read_split(root, "train", class_names, listed)
-        val = image_folder.read_split(root, "val", class_names, listed)
-    else:
-        train, val = _split(root, class_names, listed, config.split, config.split_seed)
-    return _file_bundle(config, class_names, train, val)
+    if config.split is not None:
+        return _file_bundle(config, class_names, *_split(root, class_names, listed, config.split, config.split_seed))
+    class_names = class_names or list(image_folder.files_by_class(root, "val", listed))
+    train = None if val_alone else image_folder.read_split(root, "train", class_names, listed)
+    return _file_bundle(config, class_names, train, image_folder.read_split(root, "val", class_names, listed))
 
 
-def packed_data(config: DataConfig, training: bool = True) -> DataBundle:
-    """Data set in shards or of Hugging Face.
-
-    Raises ValueError as ``build_data`` does; for a missing training split only with ``training``, and for a missing
-    validation split only if ``config.holdout`` chooses no other images.
-    """
+def _packed(config: DataConfig, training: bool) -> DataBundle:
+    """Data set in shards or of Hugging Face; it needs a validation split unless ``config.holdout`` chooses images."""
     source = PACKED[config.dataset](_root(config), config.label_key)
     found = {split: source.split(split) for split in ("train", "val")}
     for split, needed in (("train", training), ("val", config.holdout is None)):
@@ -119,19 +116,13 @@ def packed_data(config: DataConfig, training: bool = True) -> DataBundle:
         names = [os.path.normpath(line) for line in image_folder.list_lines(Path(config.file_list), root)]
         listed = frozenset(name if name.startswith(source.root) else f"{source.root}/{name}" for name in names)
         missing = listed.difference(*(images.names for images in found.values() if images is not None))
-        if missing:
-            raise ValueError(
-                f"data.file_list {config.file_list} names {len(missing)} images that are not in {source.root} "
-                f"({image_folder.first_names(sorted(missing))}); write it again with "
-                f"python -m tal_fast.check_data {root} --out {config.file_list}"
-            )
+        image_folder.refuse_missing(sorted(missing), "images", Path(config.file_list), root)
         found = {split: images and images.only(listed) for split, images in found.items()}
     first = found["train"] or found["val"]
     assert first is not None
     class_names = source.class_names() or first.class_names()
-    whole = {split: images and images.images(class_names) for split, images in found.items()}
-    none = PackedImages([], np.zeros(0, np.int64), image_folder.NO_SIZES)
-    return _file_bundle(config, class_names, whole["train"] or none, whole["val"] or none)
+    train, val = (None if images is None else images.images(class_names) for images in found.values())
+    return _file_bundle(config, class_names, train, val)
 
 
 def _root(config: DataConfig) -> str:
@@ -142,10 +133,15 @@ def _root(config: DataConfig) -> str:
     return config.root
 
 
-def _file_bundle(config: DataConfig, class_names: Sequence[str], train: Split, val: Split) -> DataBundle:
+def _file_bundle(
+    config: DataConfig, class_names: Sequence[str], train: ImageFiles | None, val: ImageFiles | None
+) -> DataBundle:
+    some = train or val
+    assert some is not None
+    none = some.subset(np.zeros(0, np.int64))
     ood = {name: flat_images(spec, name) for name, spec in config.ood.items()}
     getters: dict[str, Callable[[], Split]] = {name: partial(ood.__getitem__, name) for name in ood}
-    return DataBundle(config, class_names, config.image_size or FOLDER_IMAGE_SIZE, train, val, getters)
+    return DataBundle(config, class_names, config.image_size or FOLDER_IMAGE_SIZE, train or none, val or none, getters)
 
 
 def _split(

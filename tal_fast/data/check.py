@@ -84,13 +84,12 @@ class Report:
         return [f for f in self.findings if f.kind in PROBLEMS]
 
 
-def check_folder(root: str | Path, workers: int, show_bar: bool | None = None) -> Report:
+def check_folder(root: str | Path, workers: int) -> Report:
     """Decode all images of a folder of any layout, at any depth, without hidden files and folders, or of a packed set.
 
     Args:
         root: folder; or ``webdataset:WHERE`` or ``huggingface:WHERE``.
         workers: number of processes; 1 uses this one.
-        show_bar: whether to show a progress bar; by default on a terminal.
 
     Raises:
         ValueError: the folder is missing or has no images, or a process was killed.
@@ -109,19 +108,15 @@ def check_folder(root: str | Path, workers: int, show_bar: bool | None = None) -
             for name, (number, offset, size) in zip(found.names, found.extents.tolist(), strict=True)
         ]
     usable = []
-    bar = tqdm(
-        total=len(images), desc=f"checking {root}", unit=" files", disable=None if show_bar is None else not show_bar
-    )
+    checked = zip(images, _check_all(images, workers), strict=True)
     try:
-        with bar:
-            for (path, _), found in zip(images, _check_all(images, workers), strict=True):
-                bar.update()
-                if found is None:
-                    others[ending(path)] += 1
-                    continue
-                findings += found
-                if not any(f.kind in PROBLEMS or f.kind == "ignored" for f in found):
-                    usable.append(path)
+        for (path, _), found in tqdm(checked, f"checking {root}", len(images), unit=" files", disable=None):
+            if found is None:
+                others[ending(path)] += 1
+                continue
+            findings += found
+            if not any(f.kind in PROBLEMS or f.kind == "ignored" for f in found):
+                usable.append(path)
     except BrokenProcessPool:
         raise ValueError(
             "a process was killed, perhaps because memory ran out; run the check again with fewer --workers"

@@ -155,13 +155,17 @@ def read_list(path: Path, root: Path) -> dict[str, tuple[int, int]]:
     listed = [below(name) for name in names]
     with ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(_stamp, listed))
-    missing = [name for name, stamp in zip(names, found, strict=True) if stamp is None]
+    refuse_missing([name for name, stamp in zip(names, found, strict=True) if stamp is None], "files", path, root)
+    return {path: stamp for path, stamp in zip(listed, found, strict=True) if stamp}
+
+
+def refuse_missing(missing: Sequence[str], kind: str, path: Path, root: str | Path) -> None:
+    """Raise ValueError if a list names files or images that the data set does not have."""
     if missing:
         raise ValueError(
-            f"data.file_list {path} names {len(missing)} files that are not in {root} ({first_names(missing)}); "
+            f"data.file_list {path} names {len(missing)} {kind} that are not in {root} ({first_names(missing)}); "
             f"write it again with python -m tal_fast.check_data {root} --out {path}"
         )
-    return {path: stamp for path, stamp in zip(listed, found, strict=True) if stamp}
 
 
 def list_lines(path: Path, root: str | Path) -> list[str]:
@@ -237,13 +241,9 @@ def read_split(
     images: Found = []
     labels: list[int] = []
     by_class = files_by_class(root, split, listed)
-    if listed is not None and split == "train":
-        empty = [name for name in class_names if name not in by_class]
-        if empty:
-            raise ValueError(
-                f"data.file_list names no image of {root / split / empty[0]}; add one or remove the folder"
-            )
     without = [name for name in class_names if name not in by_class]
+    if without and listed is not None and split == "train":
+        raise ValueError(f"data.file_list names no image of {root / split / without[0]}; add one or remove the folder")
     if without and by_class:
         say(f"{root / split} has no image of {len(without)} of {len(class_names)} classes: {first_names(without)}")
     for name, found in by_class.items():

@@ -148,21 +148,16 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def prefetch(
-    items: Iterable[Item],
-    make: Callable[[Item], Result],
-    tensors: Callable[[Result], Sequence[Tensor]],
-    device: torch.device,
-) -> Generator[Result, None, None]:
+    items: Iterable[Item], make: Callable[[Item], ImageBatch], device: torch.device
+) -> Generator[ImageBatch, None, None]:
     """Yield ``map(make, items)``; on a GPU one item ahead on a separate stream, so that copies overlap the step.
 
     Args:
         items: inputs on the CPU, in pinned memory.
         make: copies an item to the device and processes it there without waiting.
-        tensors: returns the tensors of a result that are on the device.
         device: device of the results.
     """
     if device.type != "cuda":
@@ -171,7 +166,7 @@ def prefetch(
     remaining = iter(items)
     side = torch.cuda.Stream(device)
 
-    def start() -> tuple[Result, torch.cuda.Event] | None:
+    def start() -> tuple[ImageBatch, torch.cuda.Event] | None:
         for item in remaining:
             with torch.cuda.stream(side):
                 return make(item), side.record_event()
@@ -183,8 +178,7 @@ def prefetch(
         ahead = start()
         current = torch.cuda.current_stream(device)
         current.wait_event(ready)
-        for tensor in tensors(result):
-            tensor.record_stream(current)  # the side stream must not reuse the memory before the step is done
+        result.images.record_stream(current)  # the side stream must not reuse the memory before the step is done
         yield result
 
 
@@ -247,7 +241,7 @@ class MemorySource:
 
     def steps(self, epoch: int, start_step: int, image_size: int) -> Generator[ImageBatch, None, None]:
         batches = self._plan.batches(epoch, start_step)
-        return prefetch(batches, lambda batch: self._make(batch, image_size), lambda step: [step.images], self._device)
+        return prefetch(batches, lambda batch: self._make(batch, image_size), self._device)
 
     def close(self) -> None:
         pass
@@ -256,15 +250,15 @@ class MemorySource:
         indices = torch.from_numpy(batch.indices)
         rows = indices if self._rows is None else self._rows[indices]
         if self._augment is None:
-            pixels = self._pixels[self._to_device(rows)]
+            pixels = self._pixels[to_device(rows, self._device)]
         else:
             assert batch.draws is not None
-            pixels = self._to_device(self._augment.batch(self._pixels[rows], batch.draws))
+            pixels = to_device(self._augment.batch(self._pixels[rows], batch.draws), self._device)
         if batch.mirror.any():
-            mirror = self._to_device(torch.from_numpy(batch.mirror)).bool()
+            mirror = to_device(torch.from_numpy(batch.mirror), self._device).bool()
             pixels = torch.where(mirror[:, None, None, None], pixels.flip(2), pixels)
         if batch.shift.any():
-            pixels = _shift(pixels, self._to_device(torch.from_numpy(batch.shift)))
+            pixels = _shift(pixels, to_device(torch.from_numpy(batch.shift), self._device))
         images = self._normalize(pixels)
         size = (image_size, image_size)
         if images.shape[-2:] != size:
@@ -272,9 +266,6 @@ class MemorySource:
             if self._interpolation == "bicubic":  # overshoots at edges, unlike the resizing of 8-bit files
                 images = images.clamp(self._normalize.black, self._normalize.white)
         return ImageBatch(images, indices)
-
-    def _to_device(self, values: Tensor) -> Tensor:
-        return to_device(values, self._device)
 
 
 def _shift(pixels: Tensor, shift: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ import io
 import json
 import os
 import tarfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,9 +37,7 @@ class Shard:
     size: int  # in bytes, of the images
 
 
-def pack(
-    folder: Path, output: Path, split: str = "train", shard_mb: float = SHARD_MB, show_bar: bool = True
-) -> list[Shard]:
+def pack(folder: Path, output: Path, split: str = "train", shard_mb: float = SHARD_MB) -> list[Shard]:
     """Write shards of a folder's images in a shuffled order, the names of the classes and timm's ``_info.json``.
 
     Args:
@@ -47,7 +45,6 @@ def pack(
         output: folder of the shards, which holds no others.
         split: name of the split of a folder without ``train/`` and ``val/``.
         shard_mb: size of a shard in MB, reached by its last image.
-        show_bar: show a progress bar on a terminal.
 
     Raises:
         ValueError: there are no images, or ``output`` holds other shards.
@@ -55,11 +52,9 @@ def pack(
     from tqdm import tqdm
 
     splits, class_names = _find(folder, split)
-    shards = [
-        s
-        for name, (root, found) in splits.items()
-        for s in _plan(name, root, class_names, found, int(shard_mb * 10**6))
-    ]
+    shards: list[Shard] = []
+    for name, (root, found) in splits.items():
+        shards += _plan(name, root, class_names, found, int(shard_mb * 10**6))
     stamps = [image for _, found in splits.values() for images in found.values() for image in images]
     plan = json.dumps({"sha256": hashlib.sha256(repr((split, shard_mb, stamps)).encode()).hexdigest()})
     output.mkdir(parents=True, exist_ok=True)
@@ -69,7 +64,7 @@ def pack(
             raise ValueError(f"{output} holds other shards; remove them, or name another folder")
         write_text(output / PLAN, plan)
         total = sum(shard.size for shard in shards)
-        with tqdm(total=total, desc="packing", unit="B", unit_scale=True, disable=None if show_bar else True) as bar:
+        with tqdm(total=total, desc="packing", unit="B", unit_scale=True, disable=None) as bar:
             for shard in shards:
                 if not (output / shard.name).exists():
                     with replacing(output / shard.name) as temporary:
@@ -147,9 +142,9 @@ def _write(path: Path, shard: Shard) -> None:
                 archive.addfile(member, io.BytesIO(data))
 
 
-def _info(shards: Sequence[Shard]) -> dict[str, object]:
+def _info(shards: Sequence[Shard]) -> dict[str, dict[str, Any]]:
     """Splits as timm's reader of WebDataset shards describes them."""
-    info: dict[str, object] = {}
+    info = {}
     for name in dict.fromkeys(shard.name.rpartition("-")[0] for shard in shards):
         own = [shard for shard in shards if shard.name.rpartition("-")[0] == name]
         lengths = [len(shard.images) for shard in own]
@@ -188,10 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shards = pack(options.folder, options.output, options.split, options.shard_mb)
     except (ValueError, OSError) as error:
         return report_mistake(error)
-    images: Counter[str] = Counter()
-    for shard in shards:
-        images[shard.name.rpartition("-")[0]] += len(shard.images)
-    counts = ", ".join(f"{name} {count:,} images" for name, count in images.items())
+    counts = ", ".join(f"{name} {split['num_samples']:,} images" for name, split in _info(shards).items())
     size = sum((options.output / shard.name).stat().st_size for shard in shards) / 10**6
     print(f"wrote {len(shards)} shards of {size:,.1f} MB in all to {options.output}: {counts}")
     print(f"train with --data.dataset webdataset --data-dir {options.output}")

@@ -167,7 +167,7 @@ class TorchSource:
         else:
             self._running = self._call(partial(iter, self._loader))
         batches = iter(partial(self._call, partial(next, self._running, None)), None)
-        yield from prefetch(batches, self._make, lambda step: [step.images], self._device)
+        yield from prefetch(batches, self._make, self._device)
 
     def close(self) -> None:
         if self._end is not None:

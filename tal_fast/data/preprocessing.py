@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ IN_MEMORY = ("cifar10", "cifar100", "fashion-mnist", "synthetic")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Preprocessing of validation images; in JSON the part of ``threshold.json`` with the same names.
+    """Preprocessing of validation images, whose fields are entries of ``threshold.json``.
 
     The central square, of side ``crop_fraction`` times the image's shorter side, is resized by Pillow to
     ``image_size``, scaled to [0, 1] and normalized.
@@ -47,32 +47,24 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
-        """Inverse of ``to_dict``; raises ValueError if an entry is missing."""
+        """Preprocessing in ``threshold.json``; raises ValueError if an entry is missing."""
         missing = [name for name in cls.__dataclass_fields__ if name not in values]
         if missing:
             raise ValueError(f"the preprocessing lacks {', '.join(missing)}; export the model again")
         return cls(**{name: values[name] for name in cls.__dataclass_fields__})
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values by name."""
-        return asdict(self)
-
     def read(self, path: str) -> np.ndarray:
         """Pixels (S, S, C) uint8 of a file; raises UnreadableImage if it is no image or does not decode."""
+        problem: str | None = "not a file"
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # a reader of a pipe would wait forever
-                raise UnreadableImage("not a file")
-            with Image.open(path) as image:
-                problem = unsupported_pixels(image)
-                if problem is None:
-                    return self.pixels(image)
-        except UnreadableImage:
-            raise
-        except OSError as error:
-            problem = error.strerror or error_summary(error, path)
+            if stat.S_ISREG(os.stat(path).st_mode):  # a reader of a pipe would wait forever
+                with Image.open(path) as image:
+                    problem = unsupported_pixels(image)
+                    if problem is None:
+                        return self.pixels(image)
         except Exception as error:  # damage can surface anywhere in a decoder
-            problem = error_summary(error, path)
-        raise UnreadableImage(problem)
+            problem = getattr(error, "strerror", None) or error_summary(error, path)
+        raise UnreadableImage(f"{path} cannot be read as an image ({problem})")
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """Pixels (S, S, C) uint8 of an image; raises ValueError for more than 8 bits a channel."""
@@ -92,7 +84,6 @@ class Preprocessing:
         """Raise ValueError unless images are (B, C, S, S) of a float type."""
         if not images.is_floating_point():
             raise ValueError(f"preprocessed images must be float, not {images.dtype}; give pixels as arrays")
-        size = self.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (self.channels, size, size):
-            shape = f"(B, {self.channels}, {size}, {size})"
-            raise ValueError(f"preprocessed images must be {shape}, not {tuple(images.shape)}")
+        channels, size = self.channels, self.image_size
+        if images.shape[1:] != (channels, size, size):
+            raise ValueError(f"preprocessed images must be (B, {channels}, {size}, {size}), not {tuple(images.shape)}")

@@ -81,18 +81,16 @@ class Plan:
 
     def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
         """Batches of an epoch from ``start_step`` on."""
-        if not self.training:
-            share = self._share()
-            for step in range(start_step, len(self)):
-                yield self._batch(share[step * self.batch_size : (step + 1) * self.batch_size], None)
-            return
-        order = self._order(epoch)
+        order = self._order(epoch) if self.training else self._share()
         random = draws = None
-        if self.augmentation is not None:
+        if self.training and self.augmentation is not None:
             random = self.draws(epoch, 1, 7)
             draws = self.draws(epoch, 2, self.augmentation.draws) if self.augmentation.draws else None
         for step in range(start_step, len(self)):
-            indices = order[self._places(step)]
+            places = (
+                self._places(step) if self.training else slice(step * self.batch_size, (step + 1) * self.batch_size)
+            )
+            indices = order[places]
             rows = self.rows(step, indices)
             yield self._batch(indices, None if random is None else random[rows], None if draws is None else draws[rows])
 

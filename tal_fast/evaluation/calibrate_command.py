@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tal_fast
 from tal_fast.evaluation.selective import NoThreshold, calibrate
 from tal_fast.scores.logits import SCORES
-from tal_fast.utils.arguments import ArgumentParser, at_least
+from tal_fast.utils.arguments import ArgumentParser, add_pass_options, at_least
 from tal_fast.utils.io import check_writable
 from tal_fast.utils.process import program_name, report_mistake
 
@@ -24,12 +24,8 @@ def calibrate_run(run_dir: str | Path, output: str | Path | None = None, **optio
     Args:
         run_dir: folder of a run of ``python -m tal_fast.train``.
         output: folder of the three files; ``calibrated`` in the run's folder unless given.
-        options: ``score``, ``checkpoint``, ``batch_size`` and ``device`` of ``export_run``, and arguments of
-            ``calibrate``.
-
-    Raises:
-        NoThreshold: no threshold qualifies; nothing is written.
-        ValueError: no run, checkpoint or data there, an unknown score, or numbers out of range.
+        options: ``score``, ``checkpoint``, ``batch_size`` and ``device`` of ``export_run``, whose errors it raises, and
+            arguments of ``calibrate``.
     """
     from tal_fast.evaluation.export import export_run
 
@@ -64,29 +60,26 @@ def describe(about: dict[str, Any]) -> str:
     rule = "every prediction" if about["threshold"] is None else f"{about['score']} > {about['threshold']:.10g}"
     if about["risk"] is None:
         errors = f"{about['errors']} of {about['samples']} validation images are classified wrongly"
-        return "\n".join([f"accept {rule}, as no risk is given: {errors}", *_agreement(about)])
-    lines = [
-        f"accept {rule}",
-        f"risk at most {about['risk']:.2%} with confidence {about['confidence']:.4g} (bound {about['bound']:.2%} over "
-        f"{about['candidates']} candidates)",
-        f"chosen on {about['samples']} held-out samples: coverage {about['coverage']:.2%}, {_errors(about)}",
-    ]
+        lines = [f"accept {rule}, as no risk is given: {errors}"]
+    else:
+        lines = [
+            f"accept {rule}",
+            f"risk at most {about['risk']:.2%} with confidence {about['confidence']:.4g} (bound {about['bound']:.2%} "
+            f"over {about['candidates']} candidates)",
+            f"chosen on {about['samples']} held-out samples: coverage {about['coverage']:.2%}, {_errors(about)}",
+        ]
     if "test" in about:
         test = about["test"]
         low, high = test["risk_interval"]
         risk = f", risk {test['risk']:.2%} [{low:.2%}, {high:.2%}]" if test["accepted"] else ""
         lines.append(f"on the other {test['samples']}: coverage {test['coverage']:.2%}, {_errors(test)}{risk}")
-    return "\n".join(lines + _agreement(about))
-
-
-def _agreement(about: Any) -> list[str]:
-    if "agreement" not in about:
-        return []
-    found = about["agreement"]
-    return [
-        f"the export decides as PyTorch on {found['images'] - found['decisions_differ']} of {found['images']} images; "
-        f"{found['inside']} lie within {found['bound']:.2g} of the threshold, where it may differ"
-    ]
+    if "agreement" in about:
+        found = about["agreement"]
+        lines.append(
+            f"the export decides as PyTorch on {found['images'] - found['decisions_differ']} of {found['images']} "
+            f"images; {found['inside']} lie within {found['bound']:.2g} of the threshold, where it may differ"
+        )
+    return "\n".join(lines)
 
 
 def _errors(about: Any) -> str:
@@ -133,10 +126,7 @@ def add_threshold_options(parser: ArgumentParser, needed: bool) -> None:
 def add_run_options(group: Any) -> None:
     """Add the options of the passes of a run's model over its validation images."""
     group.add_argument("--checkpoint", choices=("best", "last"), default="best", help="Checkpoint. Default: best.")
-    group.add_argument("--batch-size", type=at_least(1), default=256, help="Images per step. Default: 256.")
-    group.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... Default: auto, a GPU if there is one."
-    )
+    add_pass_options(group)
 
 
 def threshold_options(args: Any) -> dict[str, Any]:
@@ -147,23 +137,30 @@ def threshold_options(args: Any) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, 1 if no threshold qualifies, 2 for bad input."""
     args = _parser().parse_args(argv)
-    options = threshold_options(args)
-    try:
-        if args.npz is not None:
-            if args.score is None:
-                raise ValueError(f"an .npz names no score; choose one with --score: {', '.join(SCORES)}")
-            about = calibrate_npz(args.npz, args.output, score=args.score, **options)
-        else:
-            from tal_fast.utils.distributed import choose_device
+    return report(lambda: describe(_calibrate(args)))
 
-            about = calibrate_run(
-                args.run, args.output, score=args.score, checkpoint=args.checkpoint, batch_size=args.batch_size,
-                device=choose_device(args.device), **options,
-            )  # fmt: skip
+
+def _calibrate(args: Any) -> dict[str, Any]:
+    options = threshold_options(args)
+    if args.npz is not None:
+        if args.score is None:
+            raise ValueError(f"an .npz names no score; choose one with --score: {', '.join(SCORES)}")
+        return calibrate_npz(args.npz, args.output, score=args.score, **options)
+    from tal_fast.utils.distributed import choose_device
+
+    return calibrate_run(
+        args.run, args.output, score=args.score, checkpoint=args.checkpoint, batch_size=args.batch_size,
+        device=choose_device(args.device), **options,
+    )  # fmt: skip
+
+
+def report(work: Callable[[], str]) -> int:
+    """Print the text that ``work`` returns; returns the exit code: 0, 1 if no threshold qualifies, 2 for bad input."""
+    try:
+        print(work())
     except NoThreshold as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as problem:
         return report_mistake(problem)
-    print(describe(about))
     return 0

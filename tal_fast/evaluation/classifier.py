@@ -145,18 +145,14 @@ class Classifier:
         normalize = self.preprocessing.normalizer()
         decoded = self._decoded(iter(images))
         while rows := list(itertools.islice(decoded, self._batch_size)):
-            errors = [row for row in rows if isinstance(row, UnreadableImage)]
-            if errors and not skip_unreadable:
-                raise errors[0]
-            pixels = [row for row in rows if not isinstance(row, UnreadableImage)]
-            predictions: Iterator[Prediction] = iter(())
-            if pixels:
-                predictions = iter(self._classify(normalize(torch.from_numpy(np.stack(pixels))), top_k))
+            if not skip_unreadable and (error := next((row for row in rows if isinstance(row, UnreadableImage)), None)):
+                raise error
+            pixels = [row for row in rows if isinstance(row, np.ndarray)]
+            batch = normalize(torch.from_numpy(np.stack(pixels))) if pixels else None
+            predictions = iter(() if batch is None else self._classify(batch, top_k))
             for row in rows:
-                if isinstance(row, UnreadableImage):
-                    yield Prediction("", math.nan, None, (), str(row))
-                else:
-                    yield next(predictions)
+                read = isinstance(row, np.ndarray)
+                yield next(predictions) if read else Prediction("", math.nan, None, (), str(row))
 
     def _decoded(self, images: Iterator[Any]) -> Iterator[np.ndarray | UnreadableImage]:
         """Pixels (S, S, C) uint8 of each image, or the error of its file; a batch and a chunk a thread ahead."""
@@ -176,20 +172,14 @@ class Classifier:
 
     def _pixels(self, image: Any) -> np.ndarray | UnreadableImage:
         if isinstance(image, (str, os.PathLike)):
-            path = os.fspath(image)
             try:
-                return self.preprocessing.read(path)
+                return self.preprocessing.read(os.fspath(image))
             except UnreadableImage as error:
-                return UnreadableImage(f"{path} cannot be read as an image ({error})")
+                return error
         if isinstance(image, np.ndarray):
-            if (
-                image.dtype != np.uint8
-                or image.ndim not in (2, 3)
-                or (image.ndim == 3 and image.shape[2] not in (1, 3))
-            ):
-                raise ValueError(
-                    f"an array must be (H, W), (H, W, 1) or (H, W, 3) uint8, not {image.shape} {image.dtype}"
-                )
+            shape = image.shape
+            if image.dtype != np.uint8 or len(shape) < 2 or shape[2:] not in ((), (1,), (3,)):
+                raise ValueError(f"an array must be (H, W), (H, W, 1) or (H, W, 3) uint8, not {shape} {image.dtype}")
             image = Image.fromarray(as_channels(image[None], 3)[0])
         if not isinstance(image, Image.Image):
             raise ValueError(f"an image must be a path, a PIL image or an array, not {type(image).__name__}")

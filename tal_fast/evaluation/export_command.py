@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from tal_fast.evaluation.calibrate_command import (
     add_run_options,
     add_threshold_options,
     describe,
+    report,
     threshold_options,
 )
-from tal_fast.evaluation.selective import NoThreshold
 from tal_fast.utils.arguments import ArgumentParser
-from tal_fast.utils.process import program_name, report_mistake
+from tal_fast.utils.process import program_name
 
 
 def _parser() -> ArgumentParser:
@@ -54,22 +53,18 @@ def _as_calibrated(args: Any) -> dict[str, Any] | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, 1 if no threshold qualifies, 2 for bad input."""
     args = _parser().parse_args(argv)
-    output = Path(args.output or Path(args.run) / "exported" / f"{args.format}-{args.precision}")
-    try:
-        from tal_fast.evaluation.export import GRAPHS, export_run
-        from tal_fast.utils.distributed import choose_device
+    return report(lambda: _export(args))
 
-        options = _as_calibrated(args) if args.risk is None else threshold_options(args)
-        about = export_run(
-            args.run, output, format=args.format, precision=args.precision, score=args.score,
-            checkpoint=args.checkpoint or "best", batch_size=args.batch_size, device=choose_device(args.device),
-            options=options,
-        )  # fmt: skip
-    except NoThreshold as refusal:
-        print(f"refused: {refusal}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as problem:
-        return report_mistake(problem)
-    print(describe(about))
-    print(output / GRAPHS[args.format])
-    return 0
+
+def _export(args: Any) -> str:
+    from tal_fast.evaluation.export import GRAPHS, export_run
+    from tal_fast.utils.distributed import choose_device
+
+    output = Path(args.output or Path(args.run) / "exported" / f"{args.format}-{args.precision}")
+    options = _as_calibrated(args) if args.risk is None else threshold_options(args)
+    about = export_run(
+        args.run, output, format=args.format, precision=args.precision, score=args.score,
+        checkpoint=args.checkpoint or "best", batch_size=args.batch_size, device=choose_device(args.device),
+        options=options,
+    )  # fmt: skip
+    return f"{describe(about)}\n{output / GRAPHS[args.format]}"

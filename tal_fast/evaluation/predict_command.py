@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tal_fast.utils.arguments import ArgumentParser, at_least
+from tal_fast.utils.arguments import ArgumentParser, add_pass_options, at_least
 from tal_fast.utils.io import check_writable, replacing
 from tal_fast.utils.process import program_name, report_mistake
 
@@ -179,11 +179,8 @@ def _parser() -> ArgumentParser:
         "--out", metavar="FILE", help="File ending with .csv, .jsonl or .parquet. Default: CSV on standard output."
     )
     parser.add_argument("--top-k", type=at_least(1), default=1, help="Classes with probabilities. Default: 1.")
-    parser.add_argument("--batch-size", type=at_least(1), default=64, help="Images per step. Default: 64.")
+    add_pass_options(parser, images=64)
     parser.add_argument("--workers", type=at_least(1), help="Threads that decode. Default: one for each core.")
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... Default: auto, a GPU if there is one."
-    )
     return parser
 
 
@@ -214,8 +211,7 @@ def _predict(classifier: Any, paths: Iterable[str], out: str | None, top_k: int)
 
     if classifier.threshold is None:
         print("warning: the model has no threshold; calibrate it to have images accepted or not", file=sys.stderr)
-    counts = {True: 0, False: 0, None: 0}
-    unreadable = 0
+    done = accepted = unreadable = 0
     total = len(paths) if isinstance(paths, list) else None
     names, images = itertools.tee(paths)
     with _writer(out, top_k) as write, tqdm(total=total, unit=" images", leave=False, disable=None) as bar:
@@ -226,21 +222,19 @@ def _predict(classifier: Any, paths: Iterable[str], out: str | None, top_k: int)
                 "confidence": None if bad else prediction.confidence, "accepted": prediction.accepted,
                 "top": prediction.top, "error": prediction.error or None,
             })  # fmt: skip
-            if bad:
-                unreadable += 1
-                if unreadable <= LISTED:
-                    tqdm.write(prediction.error, file=sys.stderr)
-            else:
-                counts[prediction.accepted] += 1
+            done += not bad
+            accepted += prediction.accepted is True
+            unreadable += bad
+            if bad and unreadable <= LISTED:
+                tqdm.write(prediction.error, file=sys.stderr)
             bar.update()
-    done = sum(counts.values())
     parts = [f"{done:,} images"]
     if classifier.threshold is not None:
-        parts += [f"{counts[True]:,} accepted", f"{counts[False]:,} abstained"]
+        parts += [f"{accepted:,} accepted", f"{done - accepted:,} abstained"]
     if unreadable:
         parts.append(f"{unreadable:,} could not be read (all in the column error)")
     print("; ".join(parts), file=sys.stderr)
-    warning = shift_warning(classifier.about, counts[True], done)
+    warning = shift_warning(classifier.about, accepted, done)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
     return 1 if unreadable else 0

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from tal_fast.config.names import LOGIT_SCORES
 from tal_fast.config.schema import DataConfig, ModelConfig
+from tal_fast.data import build_data
 from tal_fast.data.datasets import DataBundle, Split
 from tal_fast.data.ood import ood_set, set_named, shift_set
 from tal_fast.evaluation.evaluation import Evaluation, write_evaluation
@@ -21,7 +22,7 @@ from tal_fast.evaluation.plots import FILES as PLOT_FILES
 from tal_fast.evaluation.plots import write_plots
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.models.features import last_layer
-from tal_fast.models.pretrained import PRETRAINED, evaluation_data, load_weights
+from tal_fast.models.pretrained import PRETRAINED, load_weights
 from tal_fast.runs.load import Run, load_run
 from tal_fast.runs.predictions import CACHE, Inference, PassOptions, split_hash, weights_hash
 from tal_fast.scores.features import Training, training_needed
@@ -98,7 +99,7 @@ def evaluate_weights(
         output: folder of the report and of the cache; default ``default_output``.
         weights_key: key of the weights in a checkpoint, see ``tal_fast.models.weight_files``.
     """
-    bundle = evaluation_data(data)
+    bundle = build_data(data, training=False)
     network, key = load_weights(weights, model, bundle, weights_key)
     output = default_output(weights, model.name) if output is None else output
     provenance = {

@@ -20,7 +20,6 @@ INTERVAL = 500
 FEW = 8
 """Fewest correct samples of two looks by which a queue that moves is judged: fewer may all stay out by chance."""
 
-
 LAUNCHES_SETTLE = 64
 """First step at which the labels copied half as many steps ago are read: a GPU is at most 1,024 launches behind."""
 
@@ -47,18 +46,16 @@ class QueueWatch:
     ) -> None:  # fmt: skip
         """Count a training step, after its push; ``inputs`` are logits, features and labels, or None."""
         self.steps += 1
-        early = not self.steps & (self.steps - 1)
-        if not (early or self.steps % INTERVAL == 0) or self.warned:
+        early, regular = not self.steps & (self.steps - 1), self.steps % INTERVAL == 0
+        if self.warned or not (early or regular):
             return
         cursor = queue.ring.cursor
         if cursor.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        if early and inputs is not None:
-            problem = self._swapped(*inputs, options.ignore_index)
-            if problem is not None:
-                self.warned = True
-                self.report(f"{problem}: logits and features look swapped; call loss_fn(logits, features, labels)")
-        if self.steps % INTERVAL:
+        if early and inputs is not None and (problem := self._swapped(*inputs, options.ignore_index)) is not None:
+            self.warned = True
+            self.report(f"{problem}: logits and features look swapped; call loss_fn(logits, features, labels)")
+        if not regular:
             return
         look = torch.stack([cursor[0], stats.correct.sum(), stats.accepted.sum()]).to("cpu", non_blocking=True)
         self._looks = [*self._looks[-2:], look]
@@ -70,8 +67,7 @@ class QueueWatch:
         if correct < FEW and slot != new_slot:
             return
         where = f"of steps {self.steps - INTERVAL} and {self.steps}"
-        problem = self.judge(correct, accepted, options.confidence_threshold, where)
-        if problem is not None:
+        if (problem := self.judge(correct, accepted, options.confidence_threshold, where)) is not None:
             self.report(problem)
 
     def _swapped(self, logits: Tensor, features: Tensor, labels: Tensor, ignore_index: int) -> str | None:

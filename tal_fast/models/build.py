@@ -131,5 +131,4 @@ def _replace_stem(model: nn.Module, in_channels: int) -> None:
     kept: dict[str, Any] = {name: getattr(stem, name) for name in ("out_channels", "kernel_size", "stride", "padding")}
     new = nn.Conv2d(in_channels, **kept, bias=stem.bias is not None)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+    model.set_submodule(path, new)

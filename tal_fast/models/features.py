@@ -56,16 +56,14 @@ def expose_features(model: Model, images: Tensor | None = None) -> Model:
         return model
     if path == "":
         raise ValueError("the model is a single nn.Linear; put it into an nn.Sequential")
-    parent, _, child = path.rpartition(".")
-    holder = model.get_submodule(parent)
     exposed = FeatureLinear.__new__(FeatureLinear)
     exposed.__dict__ = last.__dict__
-    setattr(holder, child, exposed)
+    model.set_submodule(path, exposed)
     for batch in _trial_batches(model) if images is None else [images]:
         problem = _output_problem(model, exposed, batch)
         if problem is None:
             return model
-    setattr(holder, child, last)
+    model.set_submodule(path, last)
     heads = [path for path, module in linears if module.out_features == last.out_features][-2:]
     if len(heads) == 2 and any("dist" in head for head in heads):  # head_dist in timm, distillation_classifier
         raise ValueError(
@@ -104,19 +102,23 @@ class _Inputs(nn.Module):
         return input[:, :0], input
 
 
+def feature_layer(model: nn.Module) -> tuple[str, FeatureLinear]:
+    """Name and module of the ``FeatureLinear`` of a model from ``expose_features``."""
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, FeatureLinear)][-1]
+
+
 def head_path(model: nn.Module) -> str:
     """Name of the head in a model from ``expose_features``: its ``FeatureLinear`` or the ``TwoLayerHead`` around it."""
-    path = [path for path, module in model.named_modules() if isinstance(module, FeatureLinear)][-1]
+    path = feature_layer(model)[0]
     parent = path.rpartition(".")[0]
     return parent if isinstance(model.get_submodule(parent), TwoLayerHead) else path
 
 
 def add_hidden_layer(model: nn.Module) -> None:
     """Replace the head of a model from ``expose_features`` by a ``TwoLayerHead`` with new weights, in place."""
-    path = head_path(model)
-    last: Any = model.get_submodule(path)
+    path, last = feature_layer(model)
     hidden = nn.Linear(last.in_features, last.in_features)
-    _replace(model, path, TwoLayerHead(hidden, nn.ReLU(), FeatureLinear(last.in_features, last.out_features)))
+    model.set_submodule(path, TwoLayerHead(hidden, nn.ReLU(), FeatureLinear(last.in_features, last.out_features)))
 
 
 @contextlib.contextmanager
@@ -124,21 +126,16 @@ def without_head(model: nn.Module) -> Iterator[nn.Module]:
     """The model, returning no logits (B, 0) and its head's input (B, D); the head is put back at the end."""
     path = head_path(model)
     head = model.get_submodule(path)
-    _replace(model, path, _Inputs())
+    model.set_submodule(path, _Inputs())
     try:
         yield model
     finally:
-        _replace(model, path, head)
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+        model.set_submodule(path, head)
 
 
 def keep_classes(model: nn.Module, num_classes: int) -> None:
     """Keep the first ``num_classes`` logits of a model from ``expose_features``, in place."""
-    last = next(m for m in reversed(list(model.modules())) if isinstance(m, FeatureLinear))
+    last = feature_layer(model)[1]
     if num_classes < last.out_features:
         last.weight = nn.Parameter(last.weight.detach()[:num_classes].clone())
         if last.bias is not None:
@@ -172,6 +169,6 @@ def _output_problem(model: nn.Module, last: FeatureLinear, images: Tensor) -> st
 
 def last_layer(model: nn.Module) -> tuple[Any, Any]:
     """Weight (C, D) and bias (C,), or None, of the layer that exposes the features, as float64 arrays."""
-    layer = [module for module in model.modules() if isinstance(module, FeatureLinear)][-1]
+    layer = feature_layer(model)[1]
     bias = None if layer.bias is None else layer.bias.detach().cpu().double().numpy()
     return layer.weight.detach().cpu().double().numpy(), bias

@@ -15,19 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tal_fast.config.names import INTERPOLATIONS
-from tal_fast.config.schema import Config, DataConfig, ModelConfig
+from tal_fast.config.schema import Config, ModelConfig
 from tal_fast.config.typed import one_line
-from tal_fast.data import image_folder
-from tal_fast.data.build import FOLDER_IMAGE_SIZE, build_data, packed_data
 from tal_fast.data.datasets import DataBundle
-from tal_fast.data.sources import PACKED
+from tal_fast.data.image_folder import first_names
 from tal_fast.models.build import build_model, timm_name
-from tal_fast.models.features import FeatureLinear, head_path
+from tal_fast.models.features import feature_layer, head_path
 from tal_fast.models.registry import NETWORKS
 from tal_fast.models.weight_files import choose_state, read_content
 
@@ -133,7 +130,7 @@ def load_weights(
     weights = read_weights(file, model.name, key)
     network = build_model(model, data.num_classes, data.channels, data.image_size)
     state = _fitted(network, weights)
-    path, layer = _last_layer(network)
+    path, layer = feature_layer(network)
     head = state.get(f"{path}.weight")
     if head is not None and head.ndim == 2 and len(head) != layer.out_features:
         raise ValueError(
@@ -154,7 +151,7 @@ def start_from(network: nn.Module, weights: Weights, class_names: Sequence[str])
         ValueError: other tensors do not fit.
     """
     state = _fitted(network, weights)
-    path, (last, layer) = head_path(network), _last_layer(network)
+    path, (last, layer) = head_path(network), feature_layer(network)
     new = {f"{path}.{name}": value for name, value in network.get_submodule(path).state_dict().items()}
     theirs = next(
         (len(state[name]) for name in (f"{last}.weight", f"{path}.weight") if name in state and state[name].ndim), 0
@@ -172,11 +169,7 @@ def start_from(network: nn.Module, weights: Weights, class_names: Sequence[str])
     _load(network, state, weights.source)
 
 
-def _last_layer(network: nn.Module) -> tuple[str, FeatureLinear]:
-    return [(path, module) for path, module in network.named_modules() if isinstance(module, FeatureLinear)][-1]
-
-
-def _fitted(network: nn.Module, weights: Weights) -> dict[str, Tensor]:
+def _fitted(network: Any, weights: Weights) -> dict[str, Tensor]:
     """State dict with the network's names, and position embeddings resized to its image size."""
     wanted = {name: value.shape for name, value in network.state_dict().items()}
     state = _unwrapped(weights.state, wanted.keys(), weights.source)
@@ -186,25 +179,15 @@ def _fitted(network: nn.Module, weights: Weights) -> dict[str, Tensor]:
         return _rename_layers(state)
     if {name: value.shape for name, value in state.items()} == wanted:
         return state
-    if module == "torchvision.models.vision_transformer":
-        return _resized(network, state)
-    convert = getattr(sys.modules[module], "checkpoint_filter_fn", None)
-    if module.startswith("timm.") and convert is not None:
-        # timm's own: it knows the names of the papers' code, and resizes position embeddings.
-        with contextlib.suppress(Exception):  # of a file of another network, which is named when it is loaded
+    with contextlib.suppress(Exception):  # of a file that does not fit, which is named when it is loaded
+        if module == "torchvision.models.vision_transformer":
+            from torchvision.models.vision_transformer import interpolate_embeddings
+
+            return dict(interpolate_embeddings(network.image_size, network.patch_size, OrderedDict(state)))
+        convert = getattr(sys.modules[module], "checkpoint_filter_fn", None)
+        if module.startswith("timm.") and convert is not None:
+            # timm's own: it knows the names of the papers' code, and resizes position embeddings.
             return dict(convert(dict(state), network))
-    return state
-
-
-def _resized(network: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of torchvision's vision transformer with position embeddings for the network's image size."""
-    from torchvision.models.vision_transformer import interpolate_embeddings
-
-    name = "encoder.pos_embedding"
-    if name not in state or state[name].shape == network.encoder.pos_embedding.shape:
-        return state
-    with contextlib.suppress(ValueError):  # not of a square image; the shape is named when it is loaded
-        return dict(interpolate_embeddings(network.image_size, network.patch_size, OrderedDict(state)))
     return state
 
 
@@ -226,7 +209,7 @@ def _unwrapped(state: Mapping[str, Tensor], wanted: Collection[str], source: str
     outside = [name for name in found if name not in wrapped]
     if not outside or wrapped.isdisjoint(wanted) or not set(wanted).isdisjoint(outside):
         return found
-    logger.info("%s: left out, as not of the network: %s", source, image_folder.first_names(outside, 3))
+    logger.info("%s: left out, as not of the network: %s", source, first_names(outside, 3))
     return {name: value for name, value in found.items() if name in wrapped}
 
 
@@ -238,9 +221,7 @@ def _load(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or unknown:
         parts = [
-            f"{verb} {image_folder.first_names(names, 3)}"
-            for verb, names in (("lacks", missing), ("also has", unknown))
-            if names
+            f"{verb} {first_names(names, 3)}" for verb, names in (("lacks", missing), ("also has", unknown)) if names
         ]
         raise ValueError(f"{source} does not fit this --model: it {' and '.join(parts)}; choose the network it is for")
     kinds = [n for n in wanted if n in state and wanted[n].is_floating_point() and not state[n].is_floating_point()]
@@ -268,13 +249,9 @@ def _pretrained(model: str) -> dict[str, Tensor]:
         if not timm.is_model_pretrained(name):
             raise ValueError(f"timm has no weights for {name}; name a file")
     else:
-        from torchvision import models
-
-        try:
-            published = models.get_model_weights(model).DEFAULT
-        except (ValueError, AttributeError):
-            raise ValueError(f"torchvision has no weights for {model!r}; name a file") from None
-        cache = str(Path(torch.hub.get_dir()) / "checkpoints")
+        published, cache = _published(model), str(Path(torch.hub.get_dir()) / "checkpoints")
+        if published is None:
+            raise ValueError(f"torchvision has no weights for {model!r}; name a file")
     try:
         if name is not None:
             return _timm_weights(name)
@@ -286,17 +263,21 @@ def _pretrained(model: str) -> dict[str, Tensor]:
         ) from None
 
 
+def _published(model: str) -> Any:
+    """torchvision's weights of a network; None if it has none."""
+    from torchvision import models
+
+    with contextlib.suppress(ValueError, AttributeError):
+        return models.get_model_weights(model).DEFAULT
+    return None
+
+
 def is_cached(model: str) -> bool:
     """Whether the weights of a network of torchvision or timm need no download."""
     name = None if model in NETWORKS else timm_name(model)
     if name is None:
-        from torchvision import models
-
-        try:
-            url = models.get_model_weights(model).DEFAULT.url
-        except (ValueError, AttributeError):
-            return False
-        return (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).is_file()
+        own = _published(model)
+        return own is not None and (Path(torch.hub.get_dir()) / "checkpoints" / Path(own.url).name).is_file()
     import timm
     from huggingface_hub import try_to_load_from_cache
 
@@ -363,39 +344,13 @@ def _timm_preprocessing(name: str) -> dict[str, Any]:
 
 
 def _torchvision_preprocessing(name: str) -> dict[str, Any]:
-    from torchvision import models
-
-    try:
-        own = models.get_model_weights(name).DEFAULT.transforms()
-    except (ValueError, AttributeError):  # read_weights raises the error
+    weights = _published(name)
+    if weights is None:  # read_weights raises the error
         return {}
+    own = weights.transforms()
     # The weights of the Inception networks are for pixels in [-1, 1], to which torchvision's forward pass turns others.
     half = [0.5, 0.5, 0.5] if name in ("googlenet", "inception_v3") else None
     return {
         "image_size": own.crop_size[0], "mean": half or list(own.mean), "std": half or list(own.std),
         "crop_fraction": own.crop_size[0] / own.resize_size[0], "interpolation": own.interpolation.value,
     }  # fmt: skip
-
-
-def evaluation_data(config: DataConfig) -> DataBundle:
-    """Build the data set that weights are evaluated on.
-
-    A ``folder`` without ``train/`` has no training images and the classes of ``val/``. Raises ValueError as
-    ``build_data`` does.
-    """
-    return _data_without_training(config) or build_data(config)
-
-
-def _data_without_training(config: DataConfig) -> DataBundle | None:
-    """Data set without training images: shards, or a folder that has no ``train/``; None for other data sets."""
-    root = Path(config.root or "")
-    if config.dataset in PACKED:
-        config.check()
-        return packed_data(config, training=False)
-    if config.dataset != "folder" or config.root is None or (root / "train").is_dir() or not root.is_dir():
-        return None
-    config.check()
-    class_names = list(image_folder.files_by_class(root, "val"))
-    none = image_folder.ImageFiles([], np.zeros(0, np.int64), np.zeros((0, 2), np.int32))
-    val = image_folder.read_split(root, "val", class_names)
-    return DataBundle(config, class_names, config.image_size or FOLDER_IMAGE_SIZE, none, val, {})

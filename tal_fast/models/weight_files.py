@@ -53,11 +53,6 @@ _IGNORED: list[Any] = [
 """Kinds of objects that trainers save beside the weights: options, times and accuracies."""
 
 
-def read_state(path: str | Path, key: str | None = None) -> tuple[dict[str, Tensor], str]:
-    """Read the parameters and buffers in a file by name, as ``choose_state`` of its content."""
-    return choose_state(read_content(path), path, key)
-
-
 def read_content(path: str | Path) -> Any:
     """Read what a file of weights holds: a state dict, or a checkpoint.
 
@@ -86,7 +81,8 @@ def read_content(path: str | Path) -> Any:
     except Exception as error:  # unzipping and unpickling raise many types of errors, and safetensors exports none
         kind = "safetensors" if _is_safetensors(path, start) else "weights only"
         unknown = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds a {unknown[1]}, which only running code could make" if unknown else _first_line(error)
+        first_line = str(error).strip().partition("\n")[0][:160] or type(error).__name__
+        reason = f"it holds a {unknown[1]}, which only running code could make" if unknown else first_line
         raise ValueError(
             f"{path} cannot be read as {kind} ({reason}); save it with torch.save(model.state_dict(), PATH)"
         ) from None
@@ -172,11 +168,6 @@ def _check_plain(name: str, tensor: Tensor, path: Path) -> None:
         raise ValueError(f"{path} cannot be used: {name} has NaN; training had diverged: take an earlier checkpoint")
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
-
-
 def _is_averaged(key: Any) -> bool:
     return any(word in str(key).lower() for word in _AVERAGED)
 
@@ -226,5 +217,5 @@ def _parted(state: dict[str, Tensor], path: str) -> dict[str, dict[str, Tensor]]
 
 def _without_prefixes(name: str) -> str:
     while name.startswith(_PREFIXES):
-        name = name[len(next(p for p in _PREFIXES if name.startswith(p))) :]
+        name = name.partition(".")[2]
     return name

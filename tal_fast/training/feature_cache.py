@@ -87,8 +87,7 @@ def _reasons(split: Split, rows: np.ndarray) -> dict[int, str]:
     """Index -> reason of the files of a split that did not decode."""
     if not isinstance(split, ImageFiles):
         return {}
-    reasons = ((int(i), undecodable(split, int(i))) for i in rows)
-    return {i: reason or f"{split.paths[i]} could not be decoded before" for i, reason in reasons}
+    return {i: undecodable(split, i) or f"{split.paths[i]} could not be decoded before" for i in rows.tolist()}
 
 
 class _FeatureSource:
@@ -108,7 +107,7 @@ class _FeatureSource:
             return ImageBatch(to_device(features[indices], self._device), indices, bad)
 
         batches = self._plan.batches(epoch, start_step)
-        return prefetch(batches, make, lambda step: [step.images], self._device)
+        return prefetch(batches, make, self._device)
 
     def close(self) -> None:
         pass

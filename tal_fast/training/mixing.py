@@ -58,9 +58,9 @@ class Mixer:
         if box is None:
             mixed = torch.lerp(images[order], images, share)
         else:
-            top, bottom, left, right = box
+            rows, columns = box
             mixed = images.clone()
-            mixed[:, :, top:bottom, left:right] = images[order][:, :, top:bottom, left:right]
+            mixed[..., rows, columns] = images[order][..., rows, columns]
         pairs = torch.stack([labels, labels[order]], dim=1)
         pairs = torch.where((pairs == IGNORED_LABEL).any(1, keepdim=True), IGNORED_LABEL, pairs)
         shares = torch.full((len(images),), share, device=images.device)
@@ -68,8 +68,8 @@ class Mixer:
             return mixed, pairs[:, 0 if share >= 0.5 else 1], indices, pairs, shares
         return images, labels, indices, mixed, pairs, shares
 
-    def _draw(self, random: np.random.Generator, height: int, width: int) -> tuple[float, tuple[int, ...] | None]:
-        """Share of an image's own pixels and, for CutMix, the rectangle (top, bottom, left, right) of the other's."""
+    def _draw(self, random: np.random.Generator, height: int, width: int) -> tuple[float, list[slice] | None]:
+        """Share of an image's own pixels and, for CutMix, the rows and the columns of the other's."""
         config = self._config
         cuts = config.cutmix > 0
         if config.mixup and config.cutmix:
@@ -79,9 +79,8 @@ class Mixer:
         if not cuts:
             return share, None
         # A rectangle of the share 1 - λ around a uniform centre; what lies outside of the image is cut off.
-        edges = []
+        box = []
         for side in (height, width):
             half, centre = int(side * math.sqrt(1 - share)) // 2, int(random.integers(side))
-            edges += [max(0, centre - half), min(side, centre + half)]
-        top, bottom, left, right = edges
-        return 1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right)
+            box.append(slice(max(0, centre - half), min(side, centre + half)))
+        return 1 - math.prod(s.stop - s.start for s in box) / (height * width), box

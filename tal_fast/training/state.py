@@ -60,7 +60,7 @@ class TrainingState:
         first_average = average is not None and average.in_use(self.epoch) and not average.in_use(best_epoch)
         better = accuracy > self.best["val_accuracy"] or (first_average and not math.isnan(accuracy))
         if better:
-            self.best = {"epoch": row["epoch"], "val_accuracy": row["val_accuracy"]}
+            self.best = {"epoch": row["epoch"], "val_accuracy": accuracy}
         return better
 
     def rank_state(self) -> dict[str, Any]:
@@ -70,12 +70,11 @@ class TrainingState:
 
     def shared_state(self) -> dict[str, Any]:
         """State that all ranks have in common."""
-        averaged = self.averaged
         return {
             "epoch": self.epoch,
             "step": self.step,
             "model": self._whole_state(self.network),
-            "average": self._whole_state(averaged) if averaged is not None else None,
+            "average": None if self.averaged is None else self._whole_state(self.averaged),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "best": self.best,
@@ -178,12 +177,8 @@ def build_state(config: Config, data: DataBundle, runtime: Runtime, weights: Wei
 
     Raises ValueError for unsuitable options of the network or the method, or weights that do not fit the network.
     """
-    network = build_model(
-        config.model,
-        data.num_classes + method_class(config.method.name).extra_classes,
-        data.channels,
-        data.image_size,
-    )
+    outputs = data.num_classes + method_class(config.method.name).extra_classes
+    network = build_model(config.model, outputs, data.channels, data.image_size)
     if weights is not None:
         start_from(network, weights, data.class_names)
     if config.model.sync_batchnorm:

@@ -59,9 +59,9 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
         trainer.model.train()
         fill_queues(trainer)
         trainer.method.start_epoch(max(0, config.epochs - 1))  # after any warm-up
-    loader = _loader_rate(trainers["ce"])
+    loader, _ = _rate(trainers["ce"], train=False)
     steps = _alternating_steps(trainers)
-    training = _training(trainers[config.method.name])
+    training, data_wait = _rate(trainers[config.method.name], train=True)
     ce = statistics.median(steps["ce"])
     difference = statistics.median(b - a for a, b in zip(steps["ce"], steps[other], strict=True))
     batch = config.batch_size
@@ -73,11 +73,11 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
         "execution": trainers["ce"].runtime.summary(),
         "batch_size": batch,
         "turns": len(steps["ce"]),
-        "loader_alone_images_per_s": ranks.world_size * loader,
+        "loader_alone_images_per_s": loader,
         "step_ms": {name: 1e3 * statistics.median(times) for name, times in steps.items()},
         "compute_alone_images_per_s": {name: batch / statistics.median(times) for name, times in steps.items()},
-        "training_images_per_s": training["images_per_s"],
-        "training_data_wait": training["data_wait"],
+        "training_images_per_s": training,
+        "training_data_wait": data_wait,
         f"{other}_over_ce_percent": 100 * difference / ce,
         "memory_GiB": memory_in_use(ranks.device) / 2**30,
     }
@@ -116,19 +116,6 @@ def _endless_batches(trainer: Trainer) -> Iterator[tuple[Tensor, ...]]:
     return itertools.chain.from_iterable(map(trainer.batches.epoch, itertools.count()))
 
 
-def _loader_rate(trainer: Trainer) -> float:
-    """Images per second from the loader alone, on this rank."""
-    batches = _endless_batches(trainer)
-    for _ in range(WARM_UP_STEPS):
-        next(batches)
-    started = _time(trainer)
-    images = steps = 0
-    while steps < MAX_STEPS and (steps < MIN_STEPS or time.perf_counter() - started < MAX_SECONDS):
-        images += len(next(batches)[0])
-        steps += 1
-    return images / (_time(trainer) - started)
-
-
 def _alternating_steps(trainers: dict[str, Trainer]) -> dict[str, list[float]]:
     """Seconds of each step, of the trainers in turns."""
     batches = {}
@@ -156,23 +143,22 @@ def _alternating_steps(trainers: dict[str, Trainer]) -> dict[str, list[float]]:
     return times
 
 
-def _training(trainer: Trainer) -> dict[str, float]:
-    """Rate of training on images from the loader, and share of the time spent waiting for it."""
+def _rate(trainer: Trainer, train: bool) -> tuple[float, float]:
+    """Images per second of all ranks from the loader, or of training on them, and share of the time spent waiting."""
     batches = _endless_batches(trainer)
-    for _ in range(WARM_UP_STEPS):
-        trainer.train_step(next(batches), LEARNING_RATE)
-    started = _time(trainer)
-    waited, steps = 0.0, 0
-    while steps < MAX_STEPS:
+    started = waited = 0.0
+    for step in range(-WARM_UP_STEPS, MAX_STEPS):
+        if step == 0:
+            started, waited = _time(trainer), 0.0
         before_batch = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - before_batch
-        trainer.train_step(batch, LEARNING_RATE)
-        steps += 1
-        if steps >= MIN_STEPS and trainer.ranks.max(int(time.perf_counter() - started > MAX_SECONDS)):
+        if train:
+            trainer.train_step(batch, LEARNING_RATE)
+        if step + 1 >= MIN_STEPS and trainer.ranks.max(int(time.perf_counter() - started > MAX_SECONDS)):
             break
     seconds = _time(trainer) - started
-    return {"images_per_s": steps * trainer.config.batch_size / seconds, "data_wait": waited / seconds}
+    return (step + 1) * trainer.config.batch_size / seconds, waited / seconds
 
 
 def _time(trainer: Trainer) -> float:

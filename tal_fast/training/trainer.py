@@ -104,12 +104,8 @@ class Trainer:
             config.data.follow(weights.preprocessing)
             config.check()
         self.data = build_data(config.data)
-        options: dict[str, Any] = {
-            "rank": self.ranks.rank,
-            "world_size": self.ranks.world_size,
-            "device": device,
-            "skip_unreadable": True,
-        }
+        place = {"rank": self.ranks.rank, "world_size": self.ranks.world_size, "device": device}
+        options: dict[str, Any] = {**place, "skip_unreadable": True}
         seed_all(config.seed)  # the same initial weights on all ranks
         self.state = build_state(config, self.data, self.runtime, weights)
         self.network, self.method = self.state.network, self.state.method

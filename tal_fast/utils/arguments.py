@@ -58,6 +58,12 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return checked(lambda text: whole_number(text, minimum))
 
 
+def add_pass_options(group: Any, images: int = 256) -> None:
+    """Add ``--batch-size`` and ``--device`` of passes of a network over images."""
+    group.add_argument("--batch-size", type=at_least(1), default=images, help="Images per step. Default: %(default)s.")
+    group.add_argument("--device", default="auto", help="auto (a GPU if any), cpu, cuda, cuda:1, ... Default: auto.")
+
+
 def whole_number(text: str, minimum: int) -> int:
     """The number that ``text`` spells; raises ValueError below ``minimum`` or if it is not a whole number."""
     try:

@@ -80,7 +80,12 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
 
 
 def report_mistake(error: Exception) -> int:
-    """Print an error of the input or of a file as one line on stderr; returns ``MISTAKE``."""
+    """Print an error of the input or of a file as one line on stderr; returns ``MISTAKE``.
+
+    Raises a BrokenPipeError, which ``run_and_exit`` takes: the reader of the output has seen enough.
+    """
+    if isinstance(error, BrokenPipeError):
+        raise error
     rank = os.environ.get("RANK", "0") if world_size() > 1 else "0"
     where = f" (rank {rank})" if rank != "0" else ""
     sys.stderr.write(f"error{where}: {sentence(error)}\n")  # one write, because ranks write at the same time

@@ -12,7 +12,7 @@ from hypothesis import given
 
 from tal_fast.config import parse as parse_module
 from tal_fast.config.methods import OPTIONS, TAL_OPTIONS, MethodOptions
-from tal_fast.config.parse import attribute_help, load_config, merged, parse_command_line, preset_names
+from tal_fast.config.parse import attribute_help, load_config, merged, parse_training, preset_names
 from tal_fast.config.schema import Config, DataConfig, MethodConfig, MixConfig, ModelConfig, OptimConfig
 from tests.helpers.fuzz import FUZZ, mutations, reads_or_refuses
 
@@ -34,7 +34,7 @@ PRESETS = [
 
 
 def parse(words: str) -> Config:
-    return parse_command_line(words.split())[0]
+    return parse_training(words.split())[0]
 
 
 def refusal(words: str) -> str:
@@ -126,14 +126,14 @@ def test_every_option_is_accepted_with_hyphens_and_with_underscores() -> None:
     for name, value in options.items():
         text = yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n")[0]
         for spelled in {name, name.replace("_", "-")}:
-            assert parse_command_line([f"--{spelled}", text])[0] == Config(), name
+            assert parse_training([f"--{spelled}", text])[0] == Config(), name
 
 
 def test_short_names_of_options() -> None:
     for words in ("--data-dir images", "--data-dir=images", "--data_dir images", "--data.root images"):
         assert parse(f"--config folder-tal {words}").data.root == "images"
     assert parse("--log none").logger == "none"
-    assert parse_command_line(["--bench"]) == (Config(), True)
+    assert parse_training(["--bench"])[:2] == (Config(), True)
 
 
 def test_options_of_methods_of_0_1_0_are_accepted() -> None:
@@ -166,7 +166,7 @@ def test_names_of_ood_sets_are_kept_as_they_are(tmp_path: Path) -> None:
     mine.write_text("data: {ood: {near: /near}}\n")
     config = parse(f"--config {mine} --eval-batch-size=5 --data.ood.my-set_2.x /x")
     assert config.data.ood == {"near": "/near", "my-set_2.x": "/x"}
-    assert parse_command_line(["--config", str(mine), "--data.ood", "{far: /far}"])[0].data.ood == {"far": "/far"}
+    assert parse_training(["--config", str(mine), "--data.ood", "{far: /far}"])[0].data.ood == {"far": "/far"}
 
 
 def test_another_method_is_chosen_by_its_name_alone(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_options_of_the_command_line_are_refused_alike() -> None:
     assert "optim.lr is 'a" in refusal(f"--optim.lr {400 * 'a'}")
     for words in (["--optim", "{lr: 1, lr: 2}"], ["--optim", NESTED]):
         with pytest.raises(ValueError, match="optim is '{.* but must be a mapping"):
-            parse_command_line(words)
+            parse_training(words)
 
 
 @FUZZ
@@ -277,7 +277,7 @@ def test_help_has_a_sentence_for_each_option_in_at_most_100_columns(
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     with pytest.raises(SystemExit) as caught:
-        parse_command_line(["--help"], "tal-fast train")
+        parse_training(["--help"], "tal-fast train")
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: tal-fast train ")
@@ -306,7 +306,7 @@ def test_help_names_the_owner_of_each_option_of_the_same_name(
 
     monkeypatch.setattr(parse_module, "OPTIONS", {"focal": FocalOptions, **OPTIONS})
     with pytest.raises(SystemExit):
-        parse_command_line(["--help"])
+        parse_training(["--help"])
     text = capsys.readouterr().out
     focal, openmix = (text.split(f"\noptions of {name}:\n")[1].split("\n\n")[0] for name in ("focal", "openmix"))
     assert "focusing parameter of the focal loss (default: 2)" in " ".join(focal.split())

@@ -178,7 +178,7 @@ def test_classes_do_not_depend_on_the_list(tmp_path: Path) -> None:
     data = build_data(DataConfig(root=str(tmp_path / "images"), file_list=str(tmp_path / "list.txt"), loader="torch"))
     assert data.class_names == ("cat", "dog")
     assert data.split("val").labels.tolist() == [0, 0]
-    with pytest.raises(ValueError, match="data.file_list is for data.dataset folder, not digits"):
+    with pytest.raises(ValueError, match="data.file_list is for data.dataset folder, webdataset, hugg.*, not digits"):
         build_data(DataConfig(dataset="digits", file_list="x"))
 
 

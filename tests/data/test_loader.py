@@ -88,8 +88,8 @@ def test_images_are_resized_as_by_pillow(tmp_path: Path, loader: Any, interpolat
         (tmp_path / split / "a").mkdir(parents=True)
         photo.save(tmp_path / split / "a" / "0.png")
     options: dict[str, Any] = {"mean": [0.0] * 3, "std": [1 / 255] * 3, "image_size": 96, "crop_fraction": 1.0}
+    options["interpolation"] = interpolation
     data = build_data(config(tmp_path, loader="torch" if loader == "memory" else loader, **options))
-    data.interpolation = interpolation
     split = MemoryImages(np.array(photo)[None], np.zeros(1, np.int64)) if loader == "memory" else "val"
     ((images, _, _),) = data.loader(split, batch_size=1)
     error = {}
@@ -179,7 +179,7 @@ def test_prefetch_works_one_step_ahead_on_a_separate_stream(monkeypatch: pytest.
     class Result:
         def __init__(self, number: int) -> None:
             done.append(f"make {number}")
-            self.number = number
+            self.number, self.images = number, self
 
         def record_stream(self, stream: Any) -> None:
             assert stream is current
@@ -189,7 +189,7 @@ def test_prefetch_works_one_step_ahead_on_a_separate_stream(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
-    for result in prefetch([1, 2, 3], Result, lambda result: [result], torch.device("cuda")):  # type: ignore[list-item, return-value]
+    for result in prefetch([1, 2, 3], Result, torch.device("cuda")):  # type: ignore[arg-type]
         done.append(f"use {result.number}")
     steps = [d for d in done if d not in ("enter", "leave")]
     assert steps == [
@@ -198,7 +198,7 @@ def test_prefetch_works_one_step_ahead_on_a_separate_stream(monkeypatch: pytest.
         *("wait for ready 3", "record 3", "use 3"),
     ]
     assert done[:6] == ["enter", "make 1", "leave", "enter", "make 2", "leave"]
-    assert list(prefetch([1, 2], str, lambda result: [], torch.device("cpu"))) == ["1", "2"]
+    assert list(prefetch([1, 2], str, torch.device("cpu"))) == ["1", "2"]
 
 
 @pytest.mark.gpu

@@ -24,7 +24,6 @@ from tal_fast.data.loader import IGNORED_LABEL
 from tal_fast.data.pack import main as pack_main
 from tal_fast.data.pack import pack
 from tal_fast.data.sources import absolute_place
-from tal_fast.models.pretrained import evaluation_data
 from tests.helpers.images import LOADERS, collect, config, cut_short, make_folder, picture
 
 SMALL = 0.01
@@ -324,14 +323,14 @@ def test_folders_without_shards_are_named(tmp_path: Path) -> None:
     (tmp_path / "set" / "val-0.tar.gz").write_bytes(b"")
     with pytest.raises(ValueError, match="val-0.tar.gz is compressed"):
         shards(tmp_path / "set")
-    with pytest.raises(ValueError, match="data.label_key is for webdataset and huggingface, not folder"):
+    with pytest.raises(ValueError, match="data.label_key is for data.dataset webdataset, huggingface, not folder"):
         build_data(config(tmp_path, label_key="cls"))
 
 
 def test_weights_are_evaluated_on_validation_shards_alone(tmp_path: Path) -> None:
     root = write_set(tmp_path, ["cat", "emu", "cat"])
     (root / "train-0.tar").unlink()
-    data = evaluation_data(config(dataset="webdataset", root=str(root)))
+    data = build_data(config(dataset="webdataset", root=str(root)), training=False)
     assert data.class_names == ("cat", "emu")
     assert len(data.split("train-eval")) == 0
     assert collect(data.loader("val", batch_size=2))[1].tolist() == [0, 1, 0]

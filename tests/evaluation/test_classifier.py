@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_options_of_the_data_are_those_of_predictions(options: dict[str, Any], r
     images, _, _ = next(iter(data.loader("val", batch_size=len(paths))))
     mine = preprocessing.normalizer()(torch.from_numpy(np.stack([preprocessing.read(path) for path in paths])))
     assert torch.equal(mine, images)
-    assert Preprocessing.from_dict(json.loads(json.dumps(preprocessing.to_dict()))) == preprocessing
+    assert Preprocessing.from_dict(json.loads(json.dumps(asdict(preprocessing)))) == preprocessing
 
 
 @pytest.fixture(scope="module")

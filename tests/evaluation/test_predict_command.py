@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -149,6 +150,23 @@ def test_help_needs_no_torch() -> None:
         )
         done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=300)
         assert done.stdout.endswith("False\n"), done.stderr
+
+
+def test_the_end_of_the_reader_of_the_output_is_no_mistake(
+    run: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    for command, arguments in (
+        (main, ["--model", str(run), str(photos)]),
+        (calibrate_command.main, ["--run", str(run), *CALIBRATE, "--output", str(photos / "out")]),
+    ):
+        with pytest.raises(BrokenPipeError):
+            command(arguments)
+    assert "error" not in capsys.readouterr().err
 
 
 def test_a_shift_is_warned_of_and_chance_is_not() -> None:

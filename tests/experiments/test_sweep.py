@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tal_fast.config.parse import parse_command_line
+from tal_fast.config.parse import parse_training
 from tal_fast.experiments import sweep
 from tal_fast.experiments.command import main
 from tal_fast.experiments.parse import read_experiment
@@ -68,7 +68,7 @@ def test_a_sweep_has_the_same_jobs(nproc: int | None, tmp_path: Path, monkeypatc
             launch = parse_args(said)
             assert (launch.nproc_per_node, launch.module, launch.training_script) == ("2", True, "tal_fast.train")
             assert launch.training_script_args == said[4:]
-        config, _ = parse_command_line(said[said.index("tal_fast.train") + 1 :])
+        config, *_ = parse_training(said[said.index("tal_fast.train") + 1 :])
         assert (config.output, config.resume, config.logger) == ("runs/s/r 1", "auto", "wandb")
         found.append(replace(config, output="", logger="none").to_dict())
     want = [replace(job.config, output="").to_dict() for job in experiment.jobs]

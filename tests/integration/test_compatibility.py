@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tal_fast import compare, evaluate, experiment, html_report
-from tal_fast.config.parse import load_config, parse_command_line
+from tal_fast.config.parse import load_config, parse_training
 from tal_fast.evaluation.export import SelectiveClassifier
 from tal_fast.evaluation.report import read_report
 from tal_fast.evaluation.sample_scores import read_samples
@@ -76,7 +76,7 @@ def resumed(run: str, output: Path) -> Trainer:
     config = output / "config.yaml"
     # The machine of the tests may lack the C++ extension; a resumed run may change its backend.
     config.write_text(config.read_text().replace("backend: native", "backend: auto"))
-    return Trainer(parse_command_line(["--config", str(config), "--output", str(output), "--resume", "auto"])[0])
+    return Trainer(parse_training(["--config", str(config), "--output", str(output), "--resume", "auto"])[0])
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -94,7 +94,7 @@ def test_command_line_options_of_tal_still_mean_the_same() -> None:
         "--method.t-wrong null --method.confidence-threshold 0.2 --method.queue_scope global "
         "--method.backend reference --method.warmup-epochs 1 --method.label-smoothing 0.05"
     )
-    new = flat(parse_command_line(options.split())[0].to_dict())
+    new = flat(parse_training(options.split())[0].to_dict())
     old = flat(EXPECTED["configs"]["run"]) | {"method.backend": "reference"}
     assert {k: new[k] for k in old if k.startswith("method.")} == {k: old[k] for k in old if k.startswith("method.")}
 

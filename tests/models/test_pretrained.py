@@ -25,18 +25,27 @@ from torch import Tensor, nn
 
 from tal_fast import evaluate
 from tal_fast.config.schema import DataConfig, ModelConfig
+from tal_fast.data import DataBundle, build_data
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sources import evaluate_weights
 from tal_fast.models import build_model, pretrained
 from tal_fast.models.features import head_path
-from tal_fast.models.pretrained import evaluation_data, load_weights, preprocessing, read_weights, start_from
+from tal_fast.models.pretrained import load_weights, preprocessing, read_weights, start_from
 from tal_fast.models.registry import NETWORKS
-from tal_fast.models.weight_files import read_content, read_state
+from tal_fast.models.weight_files import choose_state, read_content
 from tal_fast.runs.predictions import weights_hash
 from tests.helpers.fuzz import FUZZ, mutations, reads_or_refuses
 
 SMALL = ModelConfig("cifar_resnet8", width=4)
 DIGITS = DataConfig(dataset="synthetic", crop_area=None, image_size=16, channels=1)
+
+
+def evaluation_data(config: DataConfig) -> DataBundle:
+    return build_data(config, training=False)
+
+
+def read_state(path: str | Path, key: str | None = None) -> tuple[dict[str, Tensor], str]:
+    return choose_state(read_content(path), path, key)
 
 
 def network(classes: int = 10, channels: int = 1, config: ModelConfig = SMALL) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tal_fast import TALLoss
-from tal_fast.config.parse import parse_command_line
+from tal_fast.config.parse import parse_training
 from tal_fast.config.schema import Config, MethodConfig
 from tal_fast.data.loader import IGNORED_LABEL
 from tal_fast.methods import Task, build_method
@@ -73,10 +73,10 @@ def test_weights_are_refused_where_they_do_not_fit(tmp_path: Path) -> None:
 
 def test_the_command_line_takes_names_and_lists(tmp_path: Path) -> None:
     for text, value in (("balanced", "balanced"), ("[1, 2.5]", [1.0, 2.5]), ("none", "none")):
-        parsed = parse_command_line(["--config", "digits-ce", "--method.class-weight", text])[0]
+        parsed = parse_training(["--config", "digits-ce", "--method.class-weight", text])[0]
         assert parsed.method.class_weight == value
         parsed.save(tmp_path / "config.yaml")
-        assert parse_command_line(["--config", str(tmp_path / "config.yaml")])[0] == parsed
+        assert parse_training(["--config", str(tmp_path / "config.yaml")])[0] == parsed
 
 
 def test_a_weighted_run_resumes_bit_for_bit(tmp_path: Path) -> None:

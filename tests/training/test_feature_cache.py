@@ -208,7 +208,7 @@ def test_files_that_do_not_decode_are_left_out_and_counted(tmp_path: Path, cache
 def test_what_needs_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"openmix trains on mixtures of images, but model\.cache_features keeps"):
         Trainer(cached(tmp_path, "openmix", method_options={"outliers": "noise"}))
-    with pytest.raises(ValueError, match="image_sizes needs images in training; empty it"):
+    with pytest.raises(ValueError, match="image_sizes, .* need images in training"):
         Trainer(cached(tmp_path, image_sizes=[(0, 8)]))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tal_fast.utils.arguments import ArgumentParser, at_least
+from tal_fast.utils.arguments import ArgumentParser, add_pass_options
 from tal_fast.utils.logs import console_logging
 from tal_fast.utils.process import program_name, report_mistake
 
@@ -23,12 +23,7 @@ def parser() -> ArgumentParser:
         help="Leave out the most and the least typical training images, which take a pass over all of them unless it "
         "is cached.",
     )  # fmt: skip
-    typicalness.add_argument(
-        "--batch-size", type=at_least(1), default=256, help="Images per step of that pass. Default: %(default)s."
-    )
-    typicalness.add_argument(
-        "--device", default="auto", help="Device of that pass: auto, cpu, cuda, cuda:1, ... Default: %(default)s."
-    )
+    add_pass_options(typicalness)
     return parser
 
 
