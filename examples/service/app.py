@@ -28,6 +28,8 @@ def preprocess(data: bytes) -> np.ndarray:
     """Central square, resized and normalized: the preprocessing that the model's metadata describe. (1, C, S, S)."""
     size, channels = about["image_size"], about["channels"]
     image = Image.open(io.BytesIO(data))
+    if image.mode.startswith(("I", "F", "LAB", "HSV")):
+        raise ValueError(f"pixels of mode {image.mode}")  # Pillow would cut 16 bits off at 255
     if about["exif_rotation"]:
         image = ImageOps.exif_transpose(image)
     image = image.convert("RGB" if channels == 3 else "L")

@@ -159,6 +159,8 @@ def start_from(network: nn.Module, weights: Weights, class_names: Sequence[str])
     other = weights.class_names is not None and weights.class_names != list(class_names)
     if other or theirs != layer.out_features or not new.keys() <= state.keys():
         about = f"is for {theirs}{' other' * other} classes" if theirs else f"has no {last}.weight"
+        if theirs == layer.out_features and not other:
+            about = "has another kind of head"
         logger.info("%s %s: the head, for %d classes, is new", weights.source, about, layer.out_features)
         state = {name: value for name, value in state.items() if not name.startswith(f"{path}.")} | new
     stem, first = next(((p, m) for p, m in network.named_modules() if isinstance(m, nn.Conv2d)), ("", None))

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 
 from tal_fast.evaluation import export_command
 from tal_fast.evaluation.classifier import Classifier
@@ -53,7 +55,9 @@ def test_the_service_answers_as_the_classifier(channels: int, tmp_path: Path) ->
                     answer = client.post("/predict", content=path.read_bytes()).json()
                     assert (answer["class"], answer["accepted"]) == (want.class_name, want.accepted), path
                     assert answer["confidence"] == pytest.approx(want.confidence, abs=1e-5)
-                assert client.post("/predict", content=b"no image").status_code == 415
+                Image.fromarray(np.full((40, 40), 30_000, np.uint16)).save(tmp_path / "16 bits.png")
+                for content in (b"no image", (tmp_path / "16 bits.png").read_bytes()):
+                    assert client.post("/predict", content=content).status_code == 415
                 assert client.post("/predict", content=bytes(200_000)).status_code == 413
         finally:
             server.terminate()

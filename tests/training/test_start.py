@@ -102,6 +102,13 @@ def test_classes_of_other_names_get_a_new_last_layer(tmp_path: Path, caplog: pyt
         network = Trainer(start(tmp_path / "second", tmp_path / "first")).network.state_dict()
     assert "is for 10 other classes: the head, for 10 classes, is new" in caplog.text
     assert not torch.equal(network["fc.weight"], content["model"]["fc.weight"])
+    content["shape"]["class_names"][0] = "0"
+    torch.save(content, path)
+    other = start(tmp_path / "third", tmp_path / "first")
+    other.model.head = "mlp"
+    with caplog.at_level(logging.INFO):
+        Trainer(other)
+    assert "has another kind of head: the head, for 10 classes, is new" in caplog.text
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
