@@ -80,7 +80,7 @@ def test_compressed_outputs(tmp_path: Path, content: bytes) -> None:
 def test_outputs_larger_than_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez_compressed(tmp_path / "bomb.npz", logits=np.zeros((1000, 1000)), labels=np.zeros(1000, int))
     assert (tmp_path / "bomb.npz").stat().st_size < 20_000
-    monkeypatch.setattr(arrays, "_memory", lambda: 1e6)
+    monkeypatch.setattr(arrays, "total_memory", lambda: 1e6)
     with pytest.raises(ValueError, match=r"its arrays have 8,008,256 bytes, more than this machine's memory"):
         read_npz(tmp_path / "bomb.npz")
 
