@@ -64,9 +64,9 @@ $(PEERS)/.ready: $(VENV)/.ready tests/peers/requirements.txt
 	$(PEERS)/bin/pip install --quiet -c $(PEERS)/constraints.txt -r tests/peers/requirements.txt
 	touch $@
 
-# Warnings of the libraries are no errors here. The guides' examples run too, as their libraries are there.
+# The guides' examples run too, as their libraries are there.
 test-peers: $(PEERS)/.ready
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PEERS)/bin/python -m pytest -W default -n $(JOBS) tests/peers \
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PEERS)/bin/python -m pytest -n $(JOBS) tests/peers \
 	    tests/integration/test_readme.py::test_examples_run_as_they_stand
 
 lint: setup typecheck
