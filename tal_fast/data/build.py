@@ -18,6 +18,7 @@ from tal_fast.data.image_folder import ImageFiles
 from tal_fast.data.packed import SPLITS
 from tal_fast.data.pixels import as_channels
 from tal_fast.data.sources import PACKED, flat_images
+from tal_fast.utils.logs import say
 
 FOLDER_IMAGE_SIZE = 224
 SYNTHETIC_IMAGE_SIZE = 32
@@ -72,7 +73,7 @@ def build_data(config: DataConfig, training: bool = True) -> DataBundle:
         raise ValueError("data.loader is 'dali', which reads no HEIC; set data.loader to torch")
     if config.needs_torch_loader and config.loader == "auto" and bundle.loader_name == "torch" and dali.available():
         names = "data.augment, data.color_jitter and data.exif_rotation"
-        image_folder.say(f"{names} work in the torch loader, which is taken", logging.INFO)
+        say(f"{names} work in the torch loader, which is taken", logging.INFO)
     train = bundle.split("train")
     if config.holdout is not None:
         if config.holdout >= len(train):

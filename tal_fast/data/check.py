@@ -19,18 +19,10 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base as Tag
 
-from tal_fast.data.image_folder import (
-    ABOVE,
-    EXTENSIONS,
-    FORMATS,
-    counted,
-    ending,
-    error_summary,
-    unsupported_pixels,
-    walk,
-)
+from tal_fast.data.headers import EXTENSIONS, FORMATS, error_summary, unsupported_pixels
 from tal_fast.data.packed import read_extent
 from tal_fast.data.sources import PACKED, all_images, packed_source
+from tal_fast.data.walk import ABOVE, counted, ending, walk
 from tal_fast.utils.arguments import ArgumentParser, at_least
 from tal_fast.utils.io import replacing
 from tal_fast.utils.process import program_name, report_mistake

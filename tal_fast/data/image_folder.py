@@ -1,9 +1,8 @@
-"""Image files on disk: search for them, and a check of their headers before training starts."""
+"""Image files of a data set: those of each class of a folder, and their sizes."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
 import hashlib
 import io
@@ -11,59 +10,33 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-from PIL.ExifTags import Base as Tag
+from PIL import Image
 
-from tal_fast.config.typed import one_line
 from tal_fast.data import imagenet
 from tal_fast.data.cache import cache_dir
+from tal_fast.data.headers import EXTENSIONS, HEIF, error_summary, image_size, size_of, unusable
 from tal_fast.data.text import read_text
+from tal_fast.data.walk import ABOVE, ending, report_left_out, walk
 from tal_fast.utils.io import replacing
+from tal_fast.utils.logs import say
 
 logger = logging.getLogger(__name__)
 
-try:
-    from pillow_heif import register_heif_opener
-except ImportError:
-    HEIF: tuple[str, ...] = ()
-else:
-    register_heif_opener()  # makes Pillow read them, upright
-    HEIF = (".heic", ".heif", ".hif")
-
-EXTENSIONS = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".webp", ".tif", ".tiff",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", *HEIF,
-)  # fmt: skip
-"""Endings of image files, in upper or lower case; other files are left out, and counted in a warning."""
-
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "HEIF")
-"""Pillow's names of the formats that Pillow and, but for HEIF, DALI read, whatever the ending of the file."""
-
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-"""Pillow's modes that both loaders convert to the same 8-bit pixels, unlike 16-bit gray or floating point."""
-
 OOD_LABEL = -1
 """Label of out-of-distribution images."""
-
-ABOVE = "link to a folder above it"
-"""Problem of a link that is not followed, because the files it leads to are read already."""
 
 NO_SIZES = np.zeros((0, 2), np.int32)
 """Sizes of images before they are read."""
 
 _THREADS = min(16, 2 * (os.cpu_count() or 1))
-
-
-class UnreadableImage(ValueError):
-    """Error for a file that is no image or does not decode."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +65,7 @@ class ImageFiles:
         return self.paths[index]
 
     def open(self, index: int) -> str | io.BytesIO:
-        """What Pillow opens to read an image."""
+        """Path or content of an image, for Pillow to open."""
         return self.paths[index]
 
     def read(self, index: int) -> bytes:
@@ -100,7 +73,7 @@ class ImageFiles:
         return Path(self.paths[index]).read_bytes()
 
     def turned(self) -> ImageFiles:
-        """The same files, turned as their EXIF data say."""
+        """Copy whose images are turned as their EXIF data say."""
         return with_sizes(dataclasses.replace(self, upright=True))
 
     @cached_property
@@ -283,66 +256,6 @@ def files_below(folder: Path) -> Found:
     return found
 
 
-def size_of(image: Image.Image, upright: bool) -> tuple[int, int]:
-    """Height and width of an open image, as stored or turned as its EXIF data say."""
-    turned = upright and image.getexif().get(Tag.Orientation, 1) in (5, 6, 7, 8)
-    return (image.width, image.height) if turned else (image.height, image.width)
-
-
-def image_size(path: str, source: str | io.BytesIO | None = None, upright: bool = False) -> tuple[int, int]:
-    """Height and width from the header of an image file, or of its content ``source``, see ``size_of``.
-
-    Raises UnreadableImage if it is no image, cannot be read, or has pixels that the loaders read differently.
-    """
-    try:
-        with Image.open(source or path) as image:
-            problem = unsupported_pixels(image)
-            if problem is None:
-                return size_of(image, upright)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        problem = error_summary(error, path)
-    raise _unusable(path, problem)
-
-
-def _unusable(path: str, problem: str) -> UnreadableImage:
-    return UnreadableImage(
-        f"{path} cannot be read as an image ({problem}); remove or replace it, or leave it out with "
-        "python -m tal_fast.check_data FOLDER --out list.txt and --data.file_list list.txt"
-    )
-
-
-def unsupported_pixels(image: Image.Image) -> str | None:
-    """Reason that the loaders would read different 8-bit pixels of an image; None if they read the same.
-
-    The image is open, and its pixels are not loaded yet.
-    """
-    if image.format not in FORMATS:
-        return f"format {image.format}, which not every loader reads; convert it to JPEG or PNG"
-    if image.mode not in MODES or (image.format == "TIFF" and image.mode == "LA"):
-        return f"pixels of mode {image.mode}, which the loaders convert to 8 bits in different ways"
-    tiles = getattr(image, "tile", [])
-    if image.format == "PPM" and any(tile[0] != "raw" or isinstance(tile[3], tuple) for tile in tiles):
-        return "numbers as text or a largest value other than 255, which DALI reads differently"
-    # Pillow keeps the upper 8 of 16 bits, with which pixels of 12 bits are nearly black.
-    if any(";16" in str(tile[3]) for tile in tiles) or _jpeg2000_bits(image) > 8:
-        return "more than 8 bits a channel, which have no standard conversion to 8 bits"
-    return None
-
-
-def _jpeg2000_bits(image: Image.Image) -> int:
-    """Largest number of bits of a channel in the header of a JPEG 2000 file; 0 for other formats."""
-    if image.format != "JPEG2000":
-        return 0
-    file = image.fp  # type: ignore[attr-defined]
-    place = file.tell()
-    file.seek(0)
-    head = file.read(1 << 16)
-    file.seek(place)
-    start = head.find(b"\xff\x4f\xff\x51")  # SOC and SIZ; the number of channels is 40 bytes after them
-    count = int.from_bytes(head[start + 40 : start + 42], "big") if start >= 0 else 0
-    return max((1 + (bits & 127) for bits in head[start + 42 : start + 42 + 3 * count : 3]), default=0)
-
-
 def undecodable(files: ImageFiles, index: int) -> str | None:
     """Reason that an image does not decode; None if it does."""
     path, size = files.paths[index], files.sizes[index]
@@ -359,65 +272,6 @@ def undecodable(files: ImageFiles, index: int) -> str | None:
     return None
 
 
-def error_summary(error: Exception, path: str) -> str:
-    """Short text of a Pillow error about a file."""
-    if isinstance(error, UnidentifiedImageError):
-        return "it is empty" if os.path.exists(path) and os.path.getsize(path) == 0 else "no image format fits it"
-    return one_line(error) or type(error).__name__
-
-
-class Entry(NamedTuple):
-    """File in a folder: its path, its status if there is one, and why it cannot be read, or else ``""``.
-
-    A folder that cannot be read, or is a link to one above, is an entry too.
-    """
-
-    path: str
-    status: os.stat_result | None
-    problem: str = ""
-    is_folder: bool = False
-
-
-def walk(folder: Path) -> Iterator[Entry]:
-    """Files at any depth, in any order, without hidden ones."""
-    start = os.path.abspath(folder)
-    above: frozenset[object] = frozenset(filter(None, (_identity(str(parent)) for parent in Path(start).parents)))
-    folders = [(start, above)]
-    while folders:
-        path, above = folders.pop()
-        identity = _identity(path)
-        if identity in above:
-            yield Entry(path, None, ABOVE, is_folder=True)
-            continue
-        try:
-            entries = list(os.scandir(path))
-        except OSError as error:
-            yield Entry(path, None, f"{error.strerror}", is_folder=True)
-            continue
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            try:
-                if entry.is_dir():
-                    folders.append((entry.path, above | {identity}))
-                    continue
-                status = entry.stat()
-            except OSError as error:
-                broken = entry.is_symlink() and error.errno in (errno.ENOENT, errno.ELOOP)
-                yield Entry(entry.path, None, "broken link" if broken else f"{error.strerror}")
-                continue
-            regular = stat.S_ISREG(status.st_mode)
-            yield Entry(entry.path, status, "" if regular else "neither a file nor a folder")
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        info = os.stat(path)
-    except OSError:
-        return None
-    return info.st_dev, info.st_ino
-
-
 def _images(folder: Path, left_out: Counter[str]) -> Found:
     """Sorted image files at any depth, without hidden ones; counts the others in ``left_out``."""
     found = []
@@ -429,39 +283,10 @@ def _images(folder: Path, left_out: Counter[str]) -> Found:
         elif not path.lower().endswith(EXTENSIONS):
             left_out[ending(path)] += 1
         elif problem or status is None:
-            raise _unusable(path, problem)
+            raise unusable(path, problem)
         else:
             found.append((path, status.st_size, status.st_mtime_ns))
     return sorted(found)
-
-
-def ending(path: str) -> str:
-    """Ending of a file's name in lower case, for counting."""
-    return os.path.splitext(path)[1].lower() or "without an ending"
-
-
-def report_left_out(folder: Path, left_out: Counter[str]) -> None:
-    """Warn of what was left out, once and not on every rank."""
-    links = left_out.pop(ABOVE, 0)
-    if links:
-        say(f"{folder}: links to a folder above them are not followed: {links:,}; their images are read once")
-    if left_out.total():
-        heif = ", or pip install pillow-heif" if not HEIF and {".heic", ".heif", ".hif"} & left_out.keys() else ""
-        say(f"{folder}: {counted(left_out)}; convert images among them to JPEG or PNG{heif}")
-
-
-def say(message: str, level: int = logging.WARNING) -> None:
-    """Log a message, once and not on every rank."""
-    if int(os.environ.get("RANK") or 0) == 0:
-        logger.log(level, "%s", message)
-
-
-def counted(left_out: Counter[str]) -> str:
-    """Text such as ``37 files are left out: 30 .heic, 7 .gif``."""
-    total = left_out.total()
-    kinds = sorted(((-number, kind) for kind, number in left_out.items() if number))
-    text = ", ".join(f"{-number:,} {kind}" for number, kind in kinds)
-    return f"{total:,} {'file is' if total == 1 else 'files are'} left out: {text}"
 
 
 def _with_sizes(found: Found, labels: Sequence[int]) -> ImageFiles:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tal_fast.data.augment import PixelAugmentation
-from tal_fast.data.image_folder import UnreadableImage
+from tal_fast.data.headers import UnreadableImage
 from tal_fast.data.sampler import Batch, Plan
 
 Images = tuple[Tensor, Tensor, Tensor]

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from tal_fast.data.image_folder import EXTENSIONS, Found, files_below, files_by_class
+from tal_fast.data.headers import EXTENSIONS
+from tal_fast.data.image_folder import Found, files_below, files_by_class
 from tal_fast.data.shards import CLASSES, INFO, PLAN
 from tal_fast.utils.arguments import ArgumentParser, at_least
 from tal_fast.utils.io import replacing, write_text

@@ -14,7 +14,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from tal_fast.data.image_folder import NO_SIZES, OOD_LABEL, ImageFiles, first_names, say, with_sizes
+from tal_fast.data.image_folder import NO_SIZES, OOD_LABEL, ImageFiles, first_names, with_sizes
+from tal_fast.utils.logs import say
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 """Names of a split in data sets of others; the first one found is taken."""

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from tal_fast.data.augment import PixelAugmentation
-from tal_fast.data.image_folder import ImageFiles, size_of, undecodable
+from tal_fast.data.headers import size_of
+from tal_fast.data.image_folder import ImageFiles, undecodable
 from tal_fast.data.loader import ImageBatch, ImageFormat, Normalizer, prefetch, to_device
 from tal_fast.data.sampler import Batch, Plan
 from tal_fast.data.waiting import CallingThread, LoaderFailed

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from tal_fast.config.schema import DataConfig
-from tal_fast.data.image_folder import MODES, UnreadableImage, error_summary, unsupported_pixels
+from tal_fast.data.headers import MODES, UnreadableImage, error_summary, unsupported_pixels
 from tal_fast.data.loader import ImageFormat, Normalizer
 from tal_fast.data.pillow import resized_crop
 from tal_fast.data.sampler import central_boxes

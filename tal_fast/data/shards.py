@@ -23,8 +23,9 @@ import numpy as np
 
 from tal_fast.config.typed import one_line
 from tal_fast.data.cache import cache_dir
-from tal_fast.data.image_folder import EXTENSIONS, report_left_out
+from tal_fast.data.headers import EXTENSIONS
 from tal_fast.data.packed import SPLITS, Packed
+from tal_fast.data.walk import report_left_out
 from tal_fast.utils.io import replacing, write_text
 from tal_fast.utils.locks import alone_in
 

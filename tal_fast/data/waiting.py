@@ -8,7 +8,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from tal_fast.data.image_folder import UnreadableImage
+from tal_fast.data.headers import UnreadableImage
 
 Result = TypeVar("Result")
 

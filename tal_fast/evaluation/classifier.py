@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tal_fast.data.image_folder import UnreadableImage
+from tal_fast.data.headers import UnreadableImage
 from tal_fast.data.pixels import as_channels
 from tal_fast.data.preprocessing import Preprocessing
 from tal_fast.evaluation.calibrate_command import CALIBRATED

@@ -34,7 +34,8 @@ def find_images(sources: Iterable[str]) -> Iterator[str]:
     Files of a folder with other endings are counted in a warning. Raises ValueError for a folder or pattern without
     images.
     """
-    from tal_fast.data.image_folder import ABOVE, EXTENSIONS, ending, report_left_out, walk
+    from tal_fast.data.headers import EXTENSIONS
+    from tal_fast.data.walk import ABOVE, ending, report_left_out, walk
 
     for source in sources:
         if os.path.isdir(source):

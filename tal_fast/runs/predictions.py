@@ -32,7 +32,7 @@ from tal_fast.config.schema import Config
 from tal_fast.data.cache import cache_dir
 from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import DataBundle, MemoryImages, Split
-from tal_fast.data.image_folder import UnreadableImage
+from tal_fast.data.headers import UnreadableImage
 from tal_fast.data.loader import IGNORED_LABEL
 from tal_fast.data.packed import PackedImages
 from tal_fast.models import head_path, without_head

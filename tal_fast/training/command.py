@@ -37,7 +37,7 @@ def _train(config: Config, stop: StopRequest, bench: bool, given: Collection[str
     # Imported after the options are checked, because importing torch takes seconds.
     import torch
 
-    from tal_fast.data.image_folder import UnreadableImage
+    from tal_fast.data.headers import UnreadableImage
     from tal_fast.runs.checkpoint import Damaged
     from tal_fast.training.fit import fit, with_options
     from tal_fast.training.trainer import Trainer, TrainingFailed

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tal_fast.config.schema import Config
-from tal_fast.data.image_folder import UnreadableImage
+from tal_fast.data.headers import UnreadableImage
 from tal_fast.runs import checkpoint
 from tal_fast.training.state import TrainingState, not_finite
 from tal_fast.utils.distributed import Ranks

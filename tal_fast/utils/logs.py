@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
 
 
 class ConsoleHandler(logging.Handler):
@@ -32,3 +35,9 @@ def console_logging(level: int = logging.INFO) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+
+
+def say(message: str, level: int = logging.WARNING) -> None:
+    """Log a message, once and not on every rank."""
+    if int(os.environ.get("RANK") or 0) == 0:
+        logger.log(level, "%s", message)

@@ -15,7 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tal_fast.data import build_data, builtin, cifar, imagenet, matlab, ood
-from tal_fast.data.image_folder import image_size, read_list
+from tal_fast.data.headers import image_size
+from tal_fast.data.image_folder import read_list
 from tests.data.test_imagenet import write_kit
 from tests.helpers.fuzz import FUZZ, mutations, reads_or_refuses
 from tests.helpers.images import config, idx, make_folder, picture, write_cifar

@@ -16,7 +16,8 @@ from PIL import Image
 
 from tal_fast.data import build_data, image_folder
 from tal_fast.data.check import check_folder, main
-from tal_fast.data.image_folder import UnreadableImage, image_size, read_flat
+from tal_fast.data.headers import UnreadableImage, image_size
+from tal_fast.data.image_folder import read_flat
 from tests.helpers.images import LOADERS, collect, config, make_folder, picture
 
 READ = {

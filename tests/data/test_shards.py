@@ -19,7 +19,7 @@ from tal_fast.data import build_data
 from tal_fast.data.check import check_folder, write_list
 from tal_fast.data.check import main as check_main
 from tal_fast.data.digest import data_digest
-from tal_fast.data.image_folder import UnreadableImage
+from tal_fast.data.headers import UnreadableImage
 from tal_fast.data.loader import IGNORED_LABEL
 from tal_fast.data.pack import main as pack_main
 from tal_fast.data.pack import pack

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tal_fast.data import build_data
-from tal_fast.data.image_folder import UnreadableImage
+from tal_fast.data.headers import UnreadableImage
 from tests.helpers.images import LOADERS, collect, config, cut_short, make_folder, picture
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tal_fast.config.schema import OptimConfig
-from tal_fast.data.image_folder import UnreadableImage
+from tal_fast.data.headers import UnreadableImage
 from tal_fast.models import build_model
 from tal_fast.runs import checkpoint
 from tal_fast.training.batches import TrainingBatches
