@@ -1,4 +1,4 @@
-"""What the trainer costs beside a bare PyTorch loop: ``python -m bench.trainer_overhead FOLDER``.
+"""Overhead of the trainer over a bare PyTorch loop: ``python -m bench.trainer_overhead FOLDER``.
 
 Loops train the same network in turns, an epoch each: the trainer; a bare loop over this package's loader, with its loss
 and ``torch.optim``; and, for cross-entropy on a folder of images, a loop over timm's loader and network. timm's wheel

@@ -19,7 +19,7 @@ T_MIN, T_RANGE, T_WRONG, THRESHOLD, SMOOTHING = (tl.constexpr(i) for i in range(
 
 @dataclass(frozen=True)
 class LossConfig:
-    """How rows of logits are laid out over a program."""
+    """Layout of rows of logits over a program."""
 
     rows: int  # at a time
     chunks: int  # of a row that is held

@@ -31,9 +31,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     config = ConvNextConfig(
         num_channels=1, image_size=8, patch_size=2, num_stages=2, depths=[1, 1], hidden_sizes=[32, 64], num_labels=10
     )
-    model = expose_features(
-        ConvNextForImageClassification(config)
-    )  # or AutoModelForImageClassification.from_pretrained
+    # Or AutoModelForImageClassification.from_pretrained.
+    model = expose_features(ConvNextForImageClassification(config))
     # A part of the model: its checkpoints hold the queue, and evaluation, in eval mode, does not push to it.
     model.tal = TALLoss(t_min=5, t_max=20, t_wrong=10, reduction="sum")
 

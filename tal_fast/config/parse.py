@@ -8,7 +8,7 @@ import difflib
 import inspect
 import re
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from importlib import resources
@@ -111,6 +111,29 @@ def _merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
         inner = values.get(key)
         values[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return values
+
+
+def nest(values: Mapping[Any, Any], name: str = "") -> dict[str, Any]:
+    """Nested dictionary from nested or dotted keys: ``{"optim.lr": 0.1}`` -> ``{"optim": {"lr": 0.1}}``.
+
+    Raises ValueError if a key is no text, or an option is given twice.
+    """
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{name}: the key {key!r} must be text")
+        first, _, rest = key.partition(".")
+        inner = {rest: value} if rest else value
+        # Keys under data.ood are the user's own names and may hold dots.
+        if isinstance(inner, dict) and name.rpartition(".")[2] != "data":
+            inner = nest(inner, f"{name}.{first}" if name else first)
+        before = nested.get(first)
+        if isinstance(before, dict) and isinstance(inner, dict) and not before.keys() & inner.keys():
+            inner = {**before, **inner}
+        elif first in nested:
+            raise ValueError(f"{name}: {key} is given twice")
+        nested[first] = inner
+    return nested
 
 
 def parse_training(

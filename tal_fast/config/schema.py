@@ -140,6 +140,11 @@ class DataConfig:
         """Central share of the shorter side that validation images are cropped to."""
         return 0.875 if self.crop_fraction is None else self.crop_fraction
 
+    @property
+    def resampling(self) -> str:
+        """Filter that images are resized with, one of ``tal_fast.config.names.INTERPOLATIONS``."""
+        return self.interpolation or "bilinear"
+
     def normalization(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel, for pixel values in [0, 1]."""
         if self.mean is not None and self.std is not None:

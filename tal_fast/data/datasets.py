@@ -92,7 +92,7 @@ class DataBundle:
     @property
     def interpolation(self) -> str:
         """Filter that images are resized with, one of ``tal_fast.config.names.INTERPOLATIONS``."""
-        return self.config.interpolation or "bilinear"
+        return self.config.resampling
 
     @property
     def ood_names(self) -> tuple[str, ...]:

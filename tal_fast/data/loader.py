@@ -211,9 +211,8 @@ class Normalizer:
     def __call__(self, pixels: Tensor) -> Tensor:
         batch, height, width, channels = pixels.shape
         images = _new_batch((batch, channels, height, width), pixels.device)
-        images.copy_(
-            pixels.permute(0, 3, 1, 2)
-        )  # and in place from here: temporary tensors took three times the memory
+        images.copy_(pixels.permute(0, 3, 1, 2))
+        # In place: temporary tensors took three times the memory.
         return images.mul_(self._scale[:, None, None]).sub_(self._offset[:, None, None])
 
 

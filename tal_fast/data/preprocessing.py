@@ -42,8 +42,9 @@ class Preprocessing:
     def of(cls, config: DataConfig, image_size: int) -> Preprocessing:
         """Preprocessing of a run's validation images, ``image_size`` pixels a side."""
         fraction = 1.0 if config.dataset in IN_MEMORY else config.central_crop
-        filter = config.interpolation or "bilinear"
-        return cls(image_size, config.channels, *config.normalization(), fraction, filter, config.exif_rotation)
+        return cls(
+            image_size, config.channels, *config.normalization(), fraction, config.resampling, config.exif_rotation
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:

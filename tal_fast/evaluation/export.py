@@ -104,14 +104,14 @@ class TorchGraph:
         return self._module(images)[:2]
 
     def save(self, path: Path, threshold: float, about: Mapping[str, Any]) -> None:
-        """Write the graph with its threshold and what ``threshold.json`` says of it."""
+        """Write the graph, its threshold and its metadata ``about``."""
         self._program.state_dict["threshold"].fill_(threshold)
         with replacing(path) as temporary:
             torch.export.save(self._program, temporary, extra_files={JSON: json.dumps(about)})
 
 
 class OnnxGraph:
-    """As ``TorchGraph``, an ONNX graph in ONNX Runtime, which also has the logits as output."""
+    """ONNX graph in ONNX Runtime, with the logits as a fourth output; methods and errors as of ``TorchGraph``."""
 
     def __init__(self, classifier: SelectiveClassifier, example: Tensor) -> None:
         program = _program(_ForOnnx(classifier.model, classifier.score, float(classifier.threshold)), example)

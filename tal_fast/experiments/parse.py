@@ -12,9 +12,9 @@ from typing import Any
 
 from tal_fast.config.methods import upgrade
 from tal_fast.config.names import METRICS, check_scores
-from tal_fast.config.parse import merged, preset_names, read_config, read_yaml
+from tal_fast.config.parse import merged, nest, preset_names, read_config, read_yaml
 from tal_fast.config.typed import one_line, read
-from tal_fast.experiments.plan import CompareOptions, Experiment, GridKey, SelectOptions, Values, make_jobs, nest
+from tal_fast.experiments.plan import CompareOptions, Experiment, GridKey, SelectOptions, Values, make_jobs
 
 KEYS = ("base", "overrides", "seeds", "methods", "grid", "evaluate", "compare", "select", "threads")
 _RESERVED = {

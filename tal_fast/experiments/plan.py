@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from tal_fast.config.methods import option_names, option_path
-from tal_fast.config.parse import merged
+from tal_fast.config.parse import merged, nest
 from tal_fast.config.schema import Config
 
 Values = dict[str, Any]
@@ -165,26 +165,3 @@ def _label_value(value: Any) -> str:
     if isinstance(value, float):
         return repr(value).removesuffix(".0")
     return re.sub(r"[^A-Za-z0-9._+-]+", "_", str(value)).strip("_")
-
-
-def nest(values: Mapping[Any, Any], name: str = "") -> Values:
-    """Nested dictionary from nested or dotted keys: ``{"optim.lr": 0.1}`` -> ``{"optim": {"lr": 0.1}}``.
-
-    Raises ValueError if a key is no text, or an option is given twice.
-    """
-    nested: Values = {}
-    for key, value in values.items():
-        if not isinstance(key, str):
-            raise ValueError(f"{name}: the key {key!r} must be text")
-        first, _, rest = key.partition(".")
-        inner = {rest: value} if rest else value
-        # Keys under data.ood are the user's own names and may hold dots.
-        if isinstance(inner, dict) and name.rpartition(".")[2] != "data":
-            inner = nest(inner, f"{name}.{first}" if name else first)
-        before = nested.get(first)
-        if isinstance(before, dict) and isinstance(inner, dict) and not before.keys() & inner.keys():
-            inner = {**before, **inner}
-        elif first in nested:
-            raise ValueError(f"{name}: {key} is given twice")
-        nested[first] = inner
-    return nested

@@ -117,7 +117,7 @@ class TALLinearLoss(TALLoss):
         return (result.loss, result.stats) if return_stats else result.loss
 
     def loss_and_gradient(self, *_: Any, **__: Any) -> NoReturn:
-        """Not available: the gradients are computed in ``forward``."""
+        """Unsupported method of ``TALLoss``; raises NotImplementedError, as ``forward`` computes the gradients."""
         raise NotImplementedError("TALLinearLoss has no gradient of logits to give; call it and use loss.backward()")
 
 

@@ -71,7 +71,7 @@ class QueueWatch:
             self.report(problem)
 
     def _swapped(self, logits: Tensor, features: Tensor, labels: Tensor, ignore_index: int) -> str | None:
-        """What speaks for swapped logits and features; None if nothing does."""
+        """Reason to think that logits and features are swapped; None if there is none."""
         if torch.is_grad_enabled() and features.requires_grad and not logits.requires_grad:
             return "the features have a gradient and the logits have none"
         width, classes = features.shape[1], logits.shape[1]

@@ -105,7 +105,7 @@ def _take_from_run(weights: Weights, content: Mapping[str, Any]) -> None:
         weights.class_names = list(shape["class_names"])
         weights.preprocessing = {
             "image_size": shape["image_size"], "mean": mean, "std": std, "crop_fraction": data.central_crop,
-            "interpolation": data.interpolation or "bilinear",
+            "interpolation": data.resampling,
         }  # fmt: skip
     except (ValueError, KeyError, TypeError):
         logger.warning("%s has the options of another version; its preprocessing is not known", weights.source)

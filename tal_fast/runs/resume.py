@@ -234,7 +234,7 @@ def _all_options(config: Config) -> dict[str, Any]:
     own = option_values(read_options(name, method_class(name).Options, config.method.options))
     resolved = {
         "data.crop_fraction": config.data.central_crop,
-        "data.interpolation": config.data.interpolation or "bilinear",
+        "data.interpolation": config.data.resampling,
     }
     flat = {**config.flat(), **resolved}
     others = {option: value for option, value in flat.items() if not option.startswith(prefix)}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tal_fast.config.parse import load_config
+from tal_fast.config.parse import load_config, merged, nest
 from tal_fast.config.schema import Config
 from tal_fast.data import build_data
 from tal_fast.models.pretrained import PRETRAINED, is_cached
@@ -129,11 +129,4 @@ def fit(config: Config, given: Collection[str], device: torch.device) -> tuple[d
 
 def with_options(config: Config, values: dict[str, Any]) -> Config:
     """Configuration with other values of options, by their dotted names."""
-    changed = config.to_dict()
-    for name, value in values.items():
-        section = changed
-        *path, last = name.split(".")
-        for part in path:
-            section = section[part]
-        section[last] = value
-    return Config.from_dict(changed).check()
+    return Config.from_dict(merged(config.to_dict(), nest(values))).check()

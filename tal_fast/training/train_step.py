@@ -73,7 +73,7 @@ class TrainStep(nn.Module):
             return loss, batch_sums(self.method, loss, samples, logits, labels)
 
     def _mixed(self, images: Tensor, labels: Tensor, indices: Tensor, *further: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``forward``, for mixed images, or for clean images and mixed ones after them."""
+        """Loss and sums of a batch with mixed images, in place of the clean ones or beside them; see ``forward``."""
         assert self._mix is not None
         *mixed, pairs, share = further
         clean = self.method.inputs(images, None) if mixed else images

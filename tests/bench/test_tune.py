@@ -78,7 +78,7 @@ def test_file_has_an_entry_a_line() -> None:
 
 
 def trials(bench: gpu.Bench, rows: int) -> list[tune.Trial]:
-    """Of the search, of rows on chip and of wide rows."""
+    """Trials of the search, of the loss of rows on chip and of that of wide rows."""
     return [
         tune.search_trial(bench, 16, 900 * rows),
         tune.loss_trial(bench, rows, 100, torch.bfloat16),

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tal_fast.config.parse import load_config
+from tal_fast.config.parse import load_config, nest
 from tal_fast.config.schema import MethodConfig
 from tal_fast.experiments.parse import read_experiment
-from tal_fast.experiments.plan import nest
 from tests.helpers.experiments import SMALL, write
 
 

@@ -301,7 +301,7 @@ def test_invalid_arguments() -> None:
 
 
 def test_compiled_steps_take_the_queue_as_static(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on GPUs, for CUDA graphs: after conversions too, and not in what is saved."""
+    """Static marks of the queue's tensors: kept by conversions and loading, absent from the state dict."""
     monkeypatch.setattr(ring, "COMPILED_INTO_CUDA_GRAPHS", ("cpu",))
     loss_fn = TALLoss(queue_size=7, backend="reference").double()
     fresh = TALLoss(queue_size=7, backend="reference", t_max=50.0).to("meta").to_empty(device="cpu").double()
