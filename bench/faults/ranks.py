@@ -57,6 +57,11 @@ def lost_launcher(folder: Path, epochs: int = 20) -> dict[str, Any]:
     expect(saved < epochs * STEPS_PER_EPOCH, "the ranks trained to the end without their launcher")
     expect("saved after" in said, f"the ranks did not save: {said[-2000:]}")
     written = last(output).stat().st_mtime - killed
+    with Job(folder, [*command(2, ["tal_fast.train"]), *options(folder / "early", epochs)]) as job:
+        ranks = wait_for("two ranks", lambda: len(job.ranks()) == 2 and job.ranks())
+        time.sleep(1.0)  # for Python to start, but not PyTorch
+        job.process.kill()
+        wait_for("the ranks to end before training", lambda: not any(map(alive, ranks)), timeout=30)
     resume_and_compare(folder, output, 2, epochs)
     return {"seconds until saved": round(written, 2), "seconds until ended": round(ended, 2)}
 

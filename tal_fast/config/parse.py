@@ -119,21 +119,26 @@ def nest(values: Mapping[Any, Any], name: str = "") -> dict[str, Any]:
     Raises ValueError if a key is no text, or an option is given twice.
     """
     nested: dict[str, Any] = {}
+    _nest_into(nested, values, name)
+    return nested
+
+
+def _nest_into(nested: dict[str, Any], values: Mapping[Any, Any], name: str) -> None:
     for key, value in values.items():
         if not isinstance(key, str):
-            raise ValueError(f"{name}: the key {key!r} must be text")
+            raise ValueError(f"{name}: the key {key!r} must be text" if name else f"the key {key!r} must be text")
         first, _, rest = key.partition(".")
         inner = {rest: value} if rest else value
+        path = f"{name}.{first}" if name else first
         # Keys under data.ood are the user's own names and may hold dots.
-        if isinstance(inner, dict) and name.rpartition(".")[2] != "data":
-            inner = nest(inner, f"{name}.{first}" if name else first)
-        before = nested.get(first)
-        if isinstance(before, dict) and isinstance(inner, dict) and not before.keys() & inner.keys():
-            inner = {**before, **inner}
-        elif first in nested:
-            raise ValueError(f"{name}: {key} is given twice")
-        nested[first] = inner
-    return nested
+        if not isinstance(inner, dict) or name.rpartition(".")[2] == "data":
+            if first in nested:
+                raise ValueError(f"{path} is given twice")
+            nested[first] = inner
+        elif isinstance(before := nested.setdefault(first, {}), dict):
+            _nest_into(before, inner, path)
+        else:
+            raise ValueError(f"{path} is given twice")
 
 
 def parse_training(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -59,6 +62,8 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         with contextlib.suppress(ValueError):  # not the main thread, which alone may install handlers
             for number in _SIGNALS:
                 self._previous[number] = signal.signal(number, self._record)
+        if self._launcher is not None:
+            threading.Thread(target=self._end_without_launcher, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,6 +78,14 @@ class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
         if self._launcher is not None and os.getppid() != self._launcher:
             return self.number or signal.SIGTERM
         return self.number
+
+    def _end_without_launcher(self) -> None:
+        """End the process if its launcher dies before training: it would wait minutes for a store that is gone."""
+        while self._depth and not self.training:
+            if os.getppid() != self._launcher:
+                sys.stderr.write("torchrun has died before training began; run the same command again\n")
+                os._exit(REQUEUE)
+            time.sleep(0.2)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and (self.number or not self.training):

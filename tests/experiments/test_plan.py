@@ -37,5 +37,16 @@ def test_nested_and_dotted_keys_are_merged() -> None:
     assert nest({"optim.lr": 1, "optim": {"momentum": 0}, "data": {"ood": {"a.b": "x"}}}) == {
         "optim": {"lr": 1, "momentum": 0}, "data": {"ood": {"a.b": "x"}},
     }  # fmt: skip
-    with pytest.raises(ValueError, match="optim is given twice"):
+    with pytest.raises(ValueError, match=r"^optim\.lr is given twice"):
         nest({"optim.lr": 1, "optim": {"lr": 0}})
+    for values in ({"optim": 1, "optim.lr": 2}, {"optim.lr": 2, "optim": 1}, {"optim.lr.x": 2, "optim": {"lr": 1}}):
+        with pytest.raises(ValueError, match=r"optim(\.lr)? is given twice"):
+            nest(values)
+    with pytest.raises(ValueError, match=r"^optim\.lr is given twice"):
+        nest({"lr": 1, "lr.x": 2}, "optim")
+
+
+def test_dotted_keys_of_any_depth_share_their_sections() -> None:
+    assert nest({"method.options.t_min": 2, "method.options.t_max": 20, "method.name": "tal"}) == {
+        "method": {"options": {"t_min": 2, "t_max": 20}, "name": "tal"},
+    }  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tal_fast.config.parse import parse_training
+from tal_fast.config.parse import load_config, parse_training
 from tal_fast.config.schema import Config
 from tal_fast.models import pretrained
 from tal_fast.training import fit as module
@@ -56,6 +56,12 @@ def planned(words: str) -> tuple[Config, str]:
     assert given is not None
     values, text = fit(config, given, torch.device("cpu"))
     return with_options(config, values), text
+
+
+def test_options_of_one_section_are_set_together() -> None:
+    names = ("method.options.t_min", "method.options.t_max", "optim.lr", "optim.warmup_epochs")
+    config = with_options(load_config("folder-tal"), dict(zip(names, (3.0, 30.0, 0.2, 1), strict=True)))
+    assert [config.flat()[name] for name in names] == [3.0, 30.0, 0.2, 1]
 
 
 def test_what_is_given_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

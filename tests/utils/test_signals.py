@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +53,25 @@ def test_the_death_of_the_launcher_counts_as_sigterm(monkeypatch: pytest.MonkeyP
     launcher = os.getppid()  # 1 itself in some containers
     monkeypatch.setattr(os, "getppid", lambda: launcher + 1)
     assert stop.poll() == signal.SIGTERM
+
+
+def test_a_rank_whose_launcher_dies_before_training_ends(tmp_path: Path) -> None:
+    rank = tmp_path / "rank.py"
+    rank.write_text(
+        "import time\nfrom tal_fast.utils.signals import StopRequest\n"
+        "with StopRequest():\n    print('waiting', flush=True)\n    time.sleep(60)\n"
+    )
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, {str(rank)!r}])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher], env={**os.environ, "TORCHELASTIC_RUN_ID": "x"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    process.kill()
+    # The rank holds the other end of these pipes until it ends.
+    _out, err = process.communicate(timeout=30)
+    assert err == "torchrun has died before training began; run the same command again\n"
 
 
 def test_outside_the_main_thread_the_handlers_stay() -> None:
