@@ -15,7 +15,7 @@ from tal_fast.evaluation.sample_scores import Predictions, Samples, identity_of
 from tal_fast.metrics.calibration import calibration_metrics
 from tal_fast.runs.prediction_store import Outputs
 from tal_fast.scores.features import FeatureScorer, Training, training_needed
-from tal_fast.scores.logits import SCORES
+from tal_fast.scores.logits import SCORES, logit_scores
 from tal_fast.scores.temperature import fit_temperature, held_out
 from tal_fast.utils.arrays import Floats, Ints
 
@@ -153,4 +153,5 @@ def _compute_scores(outputs: Outputs, names: Sequence[str], scorer: FeatureScore
     """Score -> (n,) float64, higher = more confident."""
     feature_scores = [name for name in names if name not in SCORES]
     scores = scorer.scores(feature_scores, outputs.logits, outputs.features) if feature_scores else {}
-    return {name: scores[name] if name in scores else SCORES[name](outputs.logits) for name in names}
+    scores |= logit_scores(outputs.logits, [name for name in names if name in SCORES])
+    return {name: scores[name] for name in names}

@@ -1,5 +1,5 @@
 """Confidence scores of logits and features; higher means more confident."""
 
-from tal_fast.scores.logits import SCORES, cosine, doctor, energy, max_logit, msp, neg_entropy
+from tal_fast.scores.logits import SCORES, cosine, doctor, energy, logit_scores, max_logit, msp, neg_entropy
 
-__all__ = ["SCORES", "cosine", "doctor", "energy", "max_logit", "msp", "neg_entropy"]
+__all__ = ["SCORES", "cosine", "doctor", "energy", "logit_scores", "max_logit", "msp", "neg_entropy"]
