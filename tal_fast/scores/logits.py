@@ -64,9 +64,13 @@ def _row_sum(values: Tensor) -> Tensor:
 
 
 def _squarable(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (n, C), rows whose squares would overflow scaled by a power of two, and ``NORM_EPS`` scaled so (n,)."""
+    """Logits (n, C), rows whose squares would overflow scaled by a power of two, and ``NORM_EPS`` scaled so (n,).
+
+    Rows with an infinite logit, whose direction is undefined, become NaN.
+    """
     largest = z.abs().amax(1)
     scale = largest.new_ones(largest.shape).masked_fill(largest > 2.0**500, 2.0**-600)
+    scale = scale.masked_fill(largest == math.inf, math.nan)
     return z * scale[:, None], scale * NORM_EPS
 
 
