@@ -14,8 +14,8 @@ from tal_fast.scores.logits import SCORES, _row_sum, logit_score
 if TYPE_CHECKING:
     from torch import Tensor
 
-GEN_CLASSES, GEN_POWER = 100, 0.1
-"""Largest probabilities that GEN takes, and its exponent γ: the paper's choice for ImageNet."""
+GEN_CLASSES, GEN_ROOT = 100, 10
+"""Number of largest probabilities that GEN takes, and 1/γ: the paper's choice (ONNX rounds 0.1 to float32, but not 10)."""
 PNORMS = range(10)
 """Values of p that the MaxLogit-pNorm chooses from, as its authors' code does."""
 
@@ -53,8 +53,8 @@ def gen(z: Tensor) -> Tensor:
     odds, others = _log_odds(z)
     log_p = -(-odds).exp().log1p()
     rest = others.topk(min(GEN_CLASSES - 1, z.shape[1]), 1).values + log_p[:, None]
-    terms = (GEN_POWER * (rest + (-rest.exp()).log1p())).exp()
-    return -_row_sum(terms) - (GEN_POWER * (2 * log_p - odds)).exp()
+    terms = ((rest + (-rest.exp()).log1p()) / GEN_ROOT).exp()
+    return -_row_sum(terms) - ((2 * log_p - odds) / GEN_ROOT).exp()
 
 
 def max_logit_pnorm(p: int) -> Callable[[Any], Any]:

@@ -33,9 +33,11 @@ FORMULAS: dict[str, Callable[[np.ndarray], Any]] = {
     "log_gap": lambda z: (
         z.max(1) - scipy.special.logsumexp(np.where(predicted(z), -np.inf, z), axis=1) if z.shape[1] > 1 else np.inf
     ),
-    "gen": lambda z: -np.sort((lambda p: p * (p @ (1 - np.eye(p.shape[1]))))(scipy.special.softmax(z, axis=1)))[
-        :, -100:
-    ].__pow__(0.1).sum(1),
+    "gen": lambda z: (
+        -np.sort((lambda p: p * (p @ (1 - np.eye(p.shape[1]))))(scipy.special.softmax(z, axis=1)))[:, -100:]
+        .__pow__(0.1)
+        .sum(1)
+    ),
 }
 
 
