@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GEN_CLASSES, GEN_ROOT = 100, 10
-"""Number of largest probabilities that GEN takes, and 1/γ: the paper's choice (ONNX rounds 0.1 to float32, but not 10)."""
-PNORMS = range(10)
-"""Values of p that the MaxLogit-pNorm chooses from, as its authors' code does."""
+"""Number of largest probabilities that GEN takes, and 1/γ; ONNX would round 0.1 to float32."""
 
 
 @logit_score
