@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from tal_fast.evaluation.evaluation import Evaluation, evaluate_samples
@@ -111,7 +112,7 @@ def _scale(inputs: EvaluationInputs, share: float, seed: int) -> tuple[Evaluatio
     temperature = fit_temperature(inputs.id.logits[fit], inputs.id.labels[fit])
 
     def scaled(outputs: Outputs) -> Outputs:
-        return dataclasses.replace(outputs, logits=outputs.logits / temperature)
+        return dataclasses.replace(outputs, logits=np.divide(outputs.logits, temperature, dtype=np.float64))
 
     entry = {
         "value": temperature,

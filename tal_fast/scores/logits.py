@@ -19,7 +19,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from tal_fast.utils.arrays import as_matrix, check_dense, check_matrix_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_T = TypeVar("_T")
 
 # Added to ‖z‖ in the cosine, as in the loss.
 NORM_EPS = 1e-7
@@ -50,6 +52,13 @@ class Rows:
 
     def __init__(self, z: Tensor, branch: bool) -> None:
         self.z, self.branch = z, branch
+        self._found: dict[Callable[[Tensor], Any], Any] = {}
+
+    def once(self, function: Callable[[Tensor], _T]) -> _T:
+        """Result of a function of ``z``, kept for other scores."""
+        if function not in self._found:
+            self._found[function] = function(self.z)
+        return self._found[function]
 
     @functools.cached_property
     def top(self) -> Tensor:
@@ -135,9 +144,13 @@ def _row_norm(values: Tensor) -> Tensor:
 
 
 def _squarable(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (n, C), rows whose squares would overflow scaled by a power of two, and ``NORM_EPS`` scaled so (n,)."""
+    """Logits (n, C), rows whose squares would overflow scaled by a power of two, and ``NORM_EPS`` scaled so (n,).
+
+    Rows with an infinite logit, whose direction is undefined, become NaN.
+    """
     largest = z.abs().amax(1)
     scale = largest.new_ones(largest.shape).masked_fill(largest > _SQUARABLE, 2.0**-600)
+    scale = scale.masked_fill(largest == math.inf, math.nan)
     return z * scale[:, None], scale * NORM_EPS
 
 
