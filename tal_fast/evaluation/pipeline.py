@@ -18,7 +18,7 @@ from tal_fast.evaluation.sample_scores import Predictions, Samples, identity_of
 from tal_fast.metrics.calibration import calibration_metrics
 from tal_fast.runs.prediction_store import Outputs
 from tal_fast.scores.features import FeatureScorer, Training, training_needed
-from tal_fast.scores.logits import SCORES
+from tal_fast.scores.logits import SCORES, logit_scores
 from tal_fast.scores.temperature import HELD_OUT, fit_temperature, held_out
 from tal_fast.utils.arrays import Floats, Ints
 
@@ -60,7 +60,7 @@ def evaluate_outputs(
     """
     options, provenance = options or EvaluationOptions(), provenance or {}
     check_set_names(inputs.ood)
-    left_out, functions = dict(inputs.unavailable), dict(SCORES)
+    left_out, functions = dict(inputs.unavailable), {}
     alone = [name for name in ENSEMBLE_SCORES if name in options.scores and name not in inputs.id.scores]
     left_out |= dict.fromkeys(alone, "it needs several models; name them with --ensemble")
     fitted = [name for name in FITTED_SCORES if name in options.scores and name not in left_out]
@@ -85,7 +85,7 @@ def evaluate_outputs(
             except ValueError as problem:
                 left_out[name] = str(problem)
     scorer = FeatureScorer(inputs.training, options.knn_samples, options.seed)
-    over_features = [n for n in options.scores if n not in (*functions, *inputs.id.scores, *left_out)]
+    over_features = [n for n in options.scores if n not in (*SCORES, *functions, *inputs.id.scores, *left_out)]
     left_out |= _unavailable_scores(over_features, scorer, inputs)
     names = [name for name in options.scores if name not in left_out]
     if not names:
@@ -98,6 +98,7 @@ def evaluate_outputs(
         """Score -> (n,) float64, higher = more confident."""
         chosen = [name for name in names if name in over_features]
         found = scorer.scores(chosen, outputs.logits, outputs.features) if chosen else {}
+        found |= logit_scores(outputs.logits, [name for name in names if name in SCORES and name not in outputs.scores])
         found |= {name: np.asarray(values, np.float64) for name, values in outputs.scores.items()}
         return {name: found[name] if name in found else functions[name](outputs.logits) for name in names}
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tal_fast.scores.logits import SCORES, _row_sum, logit_score
+from tal_fast.scores.logits import SCORES, Rows, _row_sum, logit_score
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,10 +19,9 @@ GEN_CLASSES, GEN_ROOT = 100, 10
 
 
 @logit_score
-def margin(z: Tensor) -> Tensor:
+def margin(rows: Rows) -> Tensor:
     """Largest logit minus the second largest; +inf for a single class."""
-    predicted = z.argmax(1, keepdim=True)
-    return z.amax(1) - z.scatter(1, predicted, -math.inf).amax(1)
+    return rows.top - rows.z.scatter(1, rows.z.argmax(1, keepdim=True), -math.inf).amax(1)
 
 
 def _log_odds(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,23 +33,23 @@ def _log_odds(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @logit_score
-def log_gap(z: Tensor) -> Tensor:
+def log_gap(rows: Rows) -> Tensor:
     """Log-odds of the predicted class, log(p₁ / (1 − p₁)): MSP's order without the ties where p₁ rounds to 1.
 
     −logsumexp of z_k − z₁ over the other classes; +inf for a single class.
     """
-    return _log_odds(z)[0]
+    return rows.once(_log_odds)[0]
 
 
 @logit_score
-def gen(z: Tensor) -> Tensor:
+def gen(rows: Rows) -> Tensor:
     """GEN, −Σ p^γ (1 − p)^γ over the 100 largest probabilities, γ = 0.1 (Liu et al., CVPR 2023).
 
     1 − p₁ is summed over the other classes, so that it does not saturate.
     """
-    odds, others = _log_odds(z)
+    odds, others = rows.once(_log_odds)
     log_p = -(-odds).exp().log1p()
-    rest = others.topk(min(GEN_CLASSES - 1, z.shape[1]), 1).values + log_p[:, None]
+    rest = others.topk(min(GEN_CLASSES - 1, others.shape[1]), 1).values + log_p[:, None]
     terms = ((rest + (-rest.exp()).log1p()) / GEN_ROOT).exp()
     return -_row_sum(terms) - ((2 * log_p - odds) / GEN_ROOT).exp()
 
@@ -62,7 +61,8 @@ def max_logit_pnorm(p: int) -> Callable[[Any], Any]:
     """
 
     @logit_score
-    def score(z: Tensor) -> Tensor:
+    def score(rows: Rows) -> Tensor:
+        z = rows.z
         x = z - _row_sum(z)[:, None] / z.shape[1]
         if p == 0:
             return x.amax(1) / (x != 0).sum(1).clamp(min=1e-12)

@@ -18,7 +18,6 @@ from tal_fast.config.names import LOGIT_SCORES
 from tal_fast.loss import reference
 from tal_fast.scores import logits as scores
 from tal_fast.scores.logits import LOG_GAPS, SCORES
-from tal_fast.utils import arrays
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -115,8 +114,41 @@ def test_a_rows_score_has_the_same_bits_in_every_batch(name: str, classes: int) 
 def test_blocks_do_not_change_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     z = logits(rows=23)
     whole = SCORES[name](z)
-    monkeypatch.setattr(arrays, "BLOCK", 30)
+    monkeypatch.setattr(scores, "_BLOCK", 30)
     np.testing.assert_array_equal(SCORES[name](z), whole)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.from_numpy])
+@pytest.mark.parametrize("shape", [(0, 4), (23, 1), (23, 9), (40, 3001)])
+def test_several_scores_in_one_pass_have_the_bits_of_each(kind: Any, shape: tuple[int, int]) -> None:
+    z = kind(np.random.default_rng(shape[0] + shape[1]).normal(size=shape) * 9)
+    together = scores.logit_scores(z)
+    assert list(together) == list(SCORES)
+    assert all(np.array_equal(together[name], SCORES[name](z)) for name in SCORES)
+    assert all(type(values) is type(z) for values in together.values())
+    two = scores.logit_scores(z, ("doctor", "cosine"))
+    assert list(two) == ["doctor", "cosine"]
+    assert all(np.array_equal(two[name], together[name]) for name in two)
+    assert scores.logit_scores(z, ()) == {}
+
+
+def test_one_pass_takes_each_maximum_and_exponential_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        original = getattr(torch.Tensor, name)
+        return lambda *args, **options: calls.append(name) or original(*args, **options)  # type: ignore[func-returns-value]
+
+    for name in ("exp", "amax", "norm"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    scores.logit_scores(logits(), ("cosine", "msp", "max_logit", "energy", "neg_entropy", "doctor"))
+    assert sorted(calls) == ["amax", "exp", "norm", "norm"]
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_gradients_are_those_of_the_formula(name: str) -> None:
+    z = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(SCORES[name], (z,))
 
 
 @pytest.mark.parametrize("name", SCORES)
