@@ -13,7 +13,6 @@ import numpy as np
 
 from tal_fast.evaluation import plots
 from tal_fast.evaluation.evaluation import Evaluation
-from tal_fast.evaluation.html.tables import COVERAGES, RISKS
 from tal_fast.evaluation.tables import setting_title
 from tal_fast.metrics.calibration import BINS
 from tal_fast.metrics.curves import ReliabilityBins, histograms, oracle_risk, thinned
@@ -84,31 +83,26 @@ def _attributes(css: str) -> str:
     return " ".join(f'{name}="{value}"' for name, _, value in pairs if not (name.startswith("font") or "#" in value))
 
 
-def risk_coverage(evaluation: Evaluation, key: str, points: int) -> Chart | None:
+def risk_coverage(evaluation: Evaluation, key: str, scores: Sequence[str], points: int) -> Chart | None:
     """Risk-coverage chart of a setting: a line of at most ``points`` points per score, the floor and a random score.
 
-    The operating points of the primary score are marked. None for a setting without samples.
+    None for a setting without samples.
     """
-    success, scores = evaluation.settings[key].setting.success, evaluation.operating_points[key]
+    success = evaluation.settings[key].setting.success
+    risks = [evaluation.operating_points[key][score].curve.risk for score in scores]
     title, n, errors = setting_title(key, evaluation.report), success.size, int(success.size - success.sum())
     if n == 0:
         return None
     coverage = np.arange(1, n + 1) / n
-    top = errors / n
-    for operating in scores.values():
-        top = max(top, float(operating.curve.risk[coverage >= plots.MIN_SCALED_COVERAGE / 100].max()))
+    top = max(errors / n, *(float(risk[coverage >= plots.MIN_SCALED_COVERAGE / 100].max()) for risk in risks))
     index = thinned(n, points)
 
     def draw(axes: Any) -> None:
         x = 100 * coverage[index]
         axes.plot(x, 100 * oracle_risk(n, errors)[index], gid="css:bound floor")
         axes.plot([0, 100], [100 * errors / n] * 2, gid="css:bound random")
-        for i, (name, operating) in enumerate(scores.items()):
-            axes.plot(x, 100 * operating.curve.risk[index], gid=f"css:line {style(i)} s{i}")
-            if name == evaluation.primary_score:
-                marks = [operating.at_risk(r) for r in RISKS] + [operating.at_coverage(c) for c in COVERAGES]
-                where = np.array([(100 * p.coverage, 100 * p.risk) for p in marks if p is not None]).reshape(-1, 2)
-                axes.plot(*where.T, "o", markersize=5, gid=f"css:line marks c{i % len(plots.COLOURS)} s{i}")
+        for i, risk in enumerate(risks):
+            axes.plot(x, 100 * risk[index], gid=f"css:line {style(i)}")
         axes.set_xlim(0, 100)
 
     label = f"Risk against coverage, {title}: {n} samples, {errors} errors. The tables hold the numbers."
@@ -153,9 +147,7 @@ def reliability_diagram(bins: ReliabilityBins, ece: float) -> Chart | None:
         axes.plot(*means, "o", markersize=5, gid="css:line marks c1")
         axes.set_xlim(0, 100)
 
-    label = (
-        f"Accuracy against softmax probability of {n} samples in {BINS} bins; ECE {ece:.4f}. The table holds the bins."
-    )
+    label = f"Accuracy against softmax probability of {n} samples in {BINS} bins; ECE {ece:.4f}."
     titles = "softmax probability of the prediction (%)", "accuracy, and share of the samples (%)"
     return Chart("reliability", "Reliability diagram", label, _svg(label, *titles, draw, 103))
 

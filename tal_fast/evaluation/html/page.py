@@ -18,9 +18,7 @@ from tal_fast.evaluation.html.verdicts import verdicts
 from tal_fast.evaluation.plots import FILES as PLOT_FILES
 from tal_fast.evaluation.report import Report
 from tal_fast.evaluation.tables import (
-    SETTING_TITLES,
     format_percent,
-    format_value,
     mix_with_seed,
     nan_if_none,
     printable,
@@ -32,7 +30,7 @@ from tal_fast.utils.io import write_text
 
 FILE = "report.html"
 SHOWN_SCORES = 6
-"""Curves shown at first, and histograms."""
+"""Scores with curves and histograms: the primary one and the others of least AURC in Old FD."""
 MAX_POINTS = 50_000
 """Points of all curves together, about a megabyte of coordinates."""
 _FOLDER = Path(__file__).parent
@@ -48,8 +46,8 @@ def write_html(evaluation: Evaluation, folder: str | Path) -> Path:
 def render(evaluation: Evaluation, folder: str | Path) -> str:
     """Render the page of an evaluation of ``folder``; names from outside are escaped."""
     report, samples, primary = evaluation.report, evaluation.samples, evaluation.primary_score
-    scores = list(samples.id_scores)
-    ordered = [primary, *(score for score in scores if score != primary)]
+    aurc = {score: nan_if_none(values["aurc"]) for score, values in report["settings"]["old_fd"].items()}
+    shown = sorted(samples.id_scores, key=lambda score: (score != primary, aurc[score]))[:SHOWN_SCORES]
     bins = reliability(samples.predictions["val"].probability, samples.correct)
     ece = nan_if_none((report.get("calibration") or {}).get("ece"))
     validation, class_names = samples.predictions["val"], _class_names(evaluation)
@@ -61,24 +59,22 @@ def render(evaluation: Evaluation, folder: str | Path) -> str:
             model=_model_description(report),
             report=report,
             primary=primary,
-            scores=[(i, score, charts.style(i), score in ordered[:SHOWN_SCORES]) for i, score in enumerate(scores)],
+            scores=[(score, charts.style(i)) for i, score in enumerate(shown)],
             verdicts=verdicts(evaluation),
-            headline=_headline_numbers(report, primary),
             conventions=_conventions(report),
             tables=[tables.setting_table(report, key) for key in report["settings"]],
             legend=tables.MEANINGS,
             drawn=drawn,
-            panels=_risk_coverage_charts(evaluation) if drawn else [],
+            panels=_risk_coverage_charts(evaluation, shown) if drawn else [],
             operating=[
                 tables.operating_table(setting_title(key, report), points)
                 for key, points in evaluation.operating_points.items()
                 if evaluation.settings[key].setting.success.size
             ],
-            histograms=_histograms(evaluation, ordered[:SHOWN_SCORES]) if drawn else [],
-            others=len(ordered) - SHOWN_SCORES,
-            histogram_file=PLOT_FILES[1],
+            histograms=_histograms(evaluation, shown) if drawn else [],
+            others=len(samples.id_scores) - len(shown),
+            files=PLOT_FILES,
             reliability=charts.reliability_diagram(bins, ece) if drawn else None,
-            bins=tables.bin_table(bins),
             classes=tables.class_table(validation, class_names),
             all_classes=len(class_names),
             confusions=tables.confusion_table(validation, class_names),
@@ -120,29 +116,17 @@ def _page_title(report: Report) -> str:
 
 
 def _model_description(report: Report) -> str:
-    """Sentence that says what was evaluated."""
-    if "method" not in report:
-        return f"The model {printable(str(report['model']))}." if "model" in report else "The outputs of a model."
-    return f"A model trained by {report['method'].upper()}, {report['checkpoint']} checkpoint, epoch {report['epoch']}."
-
-
-def _headline_numbers(report: Report, score: str) -> list[tuple[str, str, str]]:
-    """(name, value, detail) of the numbers at the top of the page."""
-    counts = report["counts"]
-    accuracy = format_percent(nan_if_none(report["id_accuracy"]))
-    numbers = [("ID accuracy", accuracy, f"{counts['id_right']:,} of {counts['id']:,}")]
-    for key in ("old_fd", "ood", "new_fd"):
-        if key in report["settings"]:
-            values = report["settings"][key][score]
-            aurc, auroc = (format_value(metric, nan_if_none(values[metric])) for metric in ("aurc", "auroc"))
-            bounds = (format_value("aurc", nan_if_none(report[b].get(key))) for b in ("aurc_floor", "aurc_random"))
-            detail = f"floor to random: {' to '.join(bounds)}; AUROC {auroc}"
-            numbers.append((f"{SETTING_TITLES[key]} AURC", aurc, detail))
-    calibration = report.get("calibration")
-    if calibration:
+    """Sentences that say what was evaluated, how accurate it is and how well calibrated."""
+    text = f"The model {printable(str(report['model']))}." if "model" in report else "The outputs of a model."
+    if "method" in report:
+        text = f"A model trained by {printable(report['method'])}, {report['checkpoint']} checkpoint, epoch "
+        text += f"{report['epoch']}."
+    right, images = report["counts"]["id_right"], report["counts"]["id"]
+    text += f" Accuracy {format_percent(nan_if_none(report['id_accuracy']))} ({right:,} of {images:,})"
+    if calibration := report.get("calibration"):
         ece, nll, brier = (nan_if_none(calibration.get(key)) for key in ("ece", "nll", "brier"))
-        numbers.append(("ECE of the softmax", f"{ece:.4f}", f"NLL {nll:.4f} nats, Brier {brier:.4f}"))
-    return numbers
+        text += f"; softmax with ECE {ece:.4f}, NLL {nll:.4f} nats, Brier {brier:.4f}"
+    return f"{text}."
 
 
 def _conventions(report: Report) -> list[tuple[str, str]]:
@@ -178,10 +162,9 @@ def _conventions(report: Report) -> list[tuple[str, str]]:
     return [*entries, ("versions", versions)]
 
 
-def _risk_coverage_charts(evaluation: Evaluation) -> list[charts.Chart]:
-    curves = len(evaluation.settings) * len(evaluation.samples.id_scores)
-    points = max(40, min(charts.MAX_CURVE_POINTS, MAX_POINTS // curves))
-    found = [charts.risk_coverage(evaluation, key, points) for key in evaluation.settings]
+def _risk_coverage_charts(evaluation: Evaluation, scores: list[str]) -> list[charts.Chart]:
+    points = max(40, min(charts.MAX_CURVE_POINTS, MAX_POINTS // (len(evaluation.settings) * len(scores))))
+    found = [charts.risk_coverage(evaluation, key, scores, points) for key in evaluation.settings]
     return [chart for chart in found if chart is not None]
 
 

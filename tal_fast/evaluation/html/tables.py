@@ -19,8 +19,7 @@ from tal_fast.evaluation.tables import (
     setting_title,
     undefined_notes,
 )
-from tal_fast.metrics.calibration import BINS
-from tal_fast.metrics.curves import OperatingPoint, OperatingPoints, ReliabilityBins
+from tal_fast.metrics.curves import OperatingPoint, OperatingPoints
 from tal_fast.metrics.failure import HIGHER_IS_BETTER, METRICS
 
 RISKS = (0.01, 0.02, 0.05)
@@ -133,16 +132,6 @@ def operating_table(title: str, points: Mapping[str, OperatingPoints]) -> Table:
     columns = [(f"coverage at risk ≤ {risk:.0%}", True) for risk in RISKS]
     columns += [(f"risk at coverage ≥ {coverage:.0%}", False) for coverage in COVERAGES]
     return Table(f"{title}, operating points", [("score", None), *columns], [*rows.items()])
-
-
-def bin_table(bins: ReliabilityBins) -> Table:
-    """Table of the bins of the reliability diagram that have samples."""
-    rows = [
-        (f"{k / BINS:.3f}–{(k + 1) / BINS:.3f}", [Cell(f"{count:,}"), *map(_percent, values)])
-        for k, (count, *values) in enumerate(zip(*bins, strict=True))
-        if count
-    ]
-    return Table("Bins of the reliability diagram", _plain("bin", "samples", "mean probability", "accuracy"), rows)
 
 
 def class_table(predictions: Predictions, names: Sequence[str]) -> Table:
