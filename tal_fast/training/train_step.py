@@ -152,7 +152,8 @@ class Update:
             state.sums.add(self._backward(batch))
             state.method.ascent_pass = False
             self._running = "update"
-            self._sam.perturb(state.scaler._scale if state.scaler.is_enabled() else 1.0)
+            factor = state.scaler._scale if state.scaler.is_enabled() else None
+            self._sam.perturb(1.0 if factor is None else factor)
             self._running = "perturbed"
             self._free_gradients()
             self._backward(batch)
