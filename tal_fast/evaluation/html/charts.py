@@ -131,11 +131,9 @@ def confidence_histogram(score: str, groups: Mapping[str, Floats]) -> Chart | No
     return Chart("histogram", score, label, _svg(label, "confidence", plots.SHARE_TITLE, draw, top), legend)
 
 
-def reliability_diagram(bins: ReliabilityBins, ece: float) -> Chart | None:
-    """Reliability diagram: accuracy and share of samples by softmax probability; None without samples."""
+def reliability_diagram(bins: ReliabilityBins, ece: float) -> Chart:
+    """Reliability diagram: accuracy and share of samples by softmax probability."""
     n = int(bins.samples.sum())
-    if n == 0:
-        return None
     filled = bins.samples > 0
     centre = 100 * (np.flatnonzero(filled) + 0.5) / BINS
 

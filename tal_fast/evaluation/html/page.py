@@ -74,7 +74,7 @@ def render(evaluation: Evaluation, folder: str | Path) -> str:
             histograms=_histograms(evaluation, shown) if drawn else [],
             others=len(samples.id_scores) - len(shown),
             files=PLOT_FILES,
-            reliability=charts.reliability_diagram(bins, ece) if drawn else None,
+            reliability=[charts.reliability_diagram(bins, ece)] if drawn and samples.correct.size else [],
             classes=tables.class_table(validation, class_names),
             all_classes=len(class_names),
             confusions=tables.confusion_table(validation, class_names),
@@ -119,8 +119,8 @@ def _model_description(report: Report) -> str:
     """Sentences that say what was evaluated, how accurate it is and how well calibrated."""
     text = f"The model {printable(str(report['model']))}." if "model" in report else "The outputs of a model."
     if "method" in report:
-        text = f"A model trained by {printable(report['method'])}, {report['checkpoint']} checkpoint, epoch "
-        text += f"{report['epoch']}."
+        method, epoch = printable(report["method"]), report["epoch"]
+        text = f"A model trained with {method}, {report['checkpoint']} checkpoint, epoch {epoch}."
     right, images = report["counts"]["id_right"], report["counts"]["id"]
     text += f" Accuracy {format_percent(nan_if_none(report['id_accuracy']))} ({right:,} of {images:,})"
     if calibration := report.get("calibration"):
