@@ -12,10 +12,10 @@ METRICS = (
 CONVENTIONS = ("tal_fast", "tal", "tal-test", "fd-shifts", "openood", "torch-uncertainty")
 """Conventions that the metrics are computed in, see ``tal_fast.metrics.failure``."""
 
-LOGIT_SCORES = ("cosine", "msp", "max_logit", "energy", "neg_entropy", "doctor")
+LOGIT_SCORES = ("cosine", "msp", "max_logit", "energy", "neg_entropy", "doctor", "margin", "log_gap", "gen")
 """Confidence scores of logits, see ``tal_fast.scores.logits``."""
 
-FEATURE_SCORES = ("feature_norm", "gradnorm", "mahalanobis", "residual", "vim", "knn")
+FEATURE_SCORES = ("feature_norm", "gradnorm", "mahalanobis", "residual", "vim", "knn", "ctm")
 """Confidence scores of features, see ``tal_fast.scores.features``."""
 
 SIRC_SCORES = {

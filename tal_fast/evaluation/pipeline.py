@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from tal_fast.evaluation.evaluation import Evaluation, evaluate_samples
@@ -15,7 +16,7 @@ from tal_fast.evaluation.sample_scores import Predictions, Samples, identity_of
 from tal_fast.metrics.calibration import calibration_metrics
 from tal_fast.runs.prediction_store import Outputs
 from tal_fast.scores.features import FeatureScorer, Training, training_needed
-from tal_fast.scores.logits import SCORES
+from tal_fast.scores.logits import SCORES, logit_scores
 from tal_fast.scores.temperature import fit_temperature, held_out
 from tal_fast.utils.arrays import Floats, Ints
 
@@ -111,7 +112,7 @@ def _scale(inputs: EvaluationInputs, share: float, seed: int) -> tuple[Evaluatio
     temperature = fit_temperature(inputs.id.logits[fit], inputs.id.labels[fit])
 
     def scaled(outputs: Outputs) -> Outputs:
-        return dataclasses.replace(outputs, logits=outputs.logits / temperature)
+        return dataclasses.replace(outputs, logits=np.divide(outputs.logits, temperature, dtype=np.float64))
 
     entry = {
         "value": temperature,
@@ -153,4 +154,5 @@ def _compute_scores(outputs: Outputs, names: Sequence[str], scorer: FeatureScore
     """Score -> (n,) float64, higher = more confident."""
     feature_scores = [name for name in names if name not in SCORES]
     scores = scorer.scores(feature_scores, outputs.logits, outputs.features) if feature_scores else {}
-    return {name: scores[name] if name in scores else SCORES[name](outputs.logits) for name in names}
+    scores |= logit_scores(outputs.logits, [name for name in names if name in SCORES])
+    return {name: scores[name] for name in names}

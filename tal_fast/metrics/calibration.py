@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tal_fast.metrics.ranking import as_correct
-from tal_fast.scores.logits import doctor, energy, msp
+from tal_fast.scores.logits import logit_scores
 from tal_fast.utils.arrays import as_classes, as_matrix
 
 CALIBRATION = ("ece", "nll", "brier")
@@ -60,12 +60,13 @@ def calibration_metrics(logits: Any, labels: Any, bins: int = BINS) -> dict[str,
     if not classes.size:
         return dict.fromkeys(CALIBRATION, float("nan"))
 
-    log_p = matrix[np.arange(len(classes)), classes].astype(np.float64) - energy(matrix)
+    scores = logit_scores(matrix, ("energy", "doctor", "msp"))
+    log_p = matrix[np.arange(len(classes)), classes].astype(np.float64) - scores["energy"]
     # Σ (p_c − e_c)² = Σ p² − 2 p_label + 1.
-    brier = doctor(matrix) - 2 * np.exp(log_p) + 1
+    brier = scores["doctor"] - 2 * np.exp(log_p) + 1
     correct = matrix.argmax(axis=1) == classes
     return {
-        "ece": expected_calibration_error(np.minimum(msp(matrix), 1), correct, bins),
+        "ece": expected_calibration_error(scores["msp"], correct, bins),
         "nll": float(-log_p.mean()),
         "brier": float(np.maximum(brier, 0).mean()),
     }

@@ -1,5 +1,9 @@
 """Confidence scores of logits and features; higher means more confident."""
 
-from tal_fast.scores.logits import SCORES, cosine, doctor, energy, max_logit, msp, neg_entropy
+from tal_fast.scores.logits import SCORES, cosine, doctor, energy, logit_scores, max_logit, msp, neg_entropy
+from tal_fast.scores.posthoc import gen, log_gap, margin, max_logit_pnorm
 
-__all__ = ["SCORES", "cosine", "doctor", "energy", "max_logit", "msp", "neg_entropy"]
+__all__ = [
+    "SCORES", "cosine", "doctor", "energy", "gen", "log_gap", "logit_scores", "margin", "max_logit", "max_logit_pnorm",
+    "msp", "neg_entropy",
+]  # fmt: skip

@@ -10,6 +10,7 @@ name                      score
 ``gradnorm``              ‖p − 1/C‖₁ · ‖f‖₁ (Huang et al., 2021)
 ``mahalanobis``           −min over classes of (f − μ_c)ᵀ Σ⁻¹ (f − μ_c), Σ tied over classes (Lee et al., 2018)
 ``residual``              −‖Rᵀ(f − u)‖₂: the part of f outside the training features' principal subspace about u = −W⁺b
+``ctm``                   cosine to the most similar class mean of the training features (Ngoc-Hieu et al., 2023)
 ``vim``                   energy − α‖Rᵀ(f − u)‖₂, α = Σ max-logit / Σ ‖Rᵀ(f − u)‖₂ in training (Wang et al., 2022)
 ``knn``                   −(10th smallest squared distance to a training feature, both L2-normalised) (Sun et al., 2022)
 ``sirc_S1_S2``            −log(s1_max − s1) − log(1 + exp(−b(s2 − a))), a = mean − 3 std, b = 1/std of s2 in training
@@ -39,7 +40,7 @@ from numpy.typing import NDArray
 
 from tal_fast.config.names import FEATURE_SCORES, SIRC_SCORES
 from tal_fast.scores.logits import LOG_GAPS, distance_to_uniform, energy
-from tal_fast.scores.neighbours import NEIGHBOUR, Neighbours
+from tal_fast.scores.neighbours import NEIGHBOUR, Neighbours, normalised
 from tal_fast.scores.training_statistics import ClassScatter, Moments, Training
 from tal_fast.utils.arrays import Floats, as_matrix, by_blocks
 
@@ -49,6 +50,7 @@ SIRC_KNN_SAMPLES = 10_000
 """Number of training features that SIRC takes the mean and standard deviation of ``knn`` from."""
 # Score -> the property of FeatureScorer that fits it.
 _FITTED = {"vim": "_vim_scale", "residual": "_null_space", "mahalanobis": "_gaussians", "knn": "_neighbours"}
+_FITTED["ctm"] = "_class_directions"
 
 
 def principal_dimensions(width: int) -> int:
@@ -149,6 +151,8 @@ class FeatureScorer:
             return distance_to_uniform(logits) * part("feature_norm")
         if name == "mahalanobis":
             return self._mahalanobis(features)
+        if name == "ctm":
+            return by_blocks(lambda f: (normalised(f) @ self._class_directions.T).max(1), features)
         if name == "vim":
             return energy(logits) + self._vim_scale * part("residual")
         if name in SIRC_SCORES:
@@ -181,7 +185,9 @@ class FeatureScorer:
         width = weight.shape[1]
         origin = np.zeros(width)
         if bias is not None:
-            origin = -np.linalg.pinv(weight.astype(np.float64)) @ bias.astype(np.float64)
+            # As torch.linalg.pinv of float32: rows that sum to 0 but for rounding would give an origin 1e6 away.
+            cutoff = max(weight.shape) * np.finfo(np.float32).eps
+            origin = -np.linalg.pinv(weight.astype(np.float64), cutoff) @ bias.astype(np.float64)
         scatter, _ = self._first_pass
         # eigh sorts eigenvalues ascending: the first columns are the directions of least variance.
         _, vectors = np.linalg.eigh(scatter.about(origin) / scatter.counts.sum())
@@ -237,6 +243,13 @@ class FeatureScorer:
             return -np.maximum(squared.min(axis=1), 0)
 
         return by_blocks(nearest, features, len(means))
+
+    @cached_property
+    def _class_directions(self) -> Floats:
+        """L2-normalised class means (classes, D)."""
+        if self.training.labels is None:
+            raise ValueError("ctm needs training labels (n,)")
+        return normalised(self._first_pass[0].means)
 
     @cached_property
     def _neighbours(self) -> Neighbours:

@@ -1,13 +1,14 @@
 """Confidence scores of logits; higher means more confident.
 
-``SCORES`` lists them by name. Each takes (n, C) logits of any real type and gives (n,) float64: an array, computed in
-blocks of rows, for an array or a list; a tensor on the same device for a tensor. ``LOG_GAPS`` has the logarithm of what
-is missing to a perfect score, for SIRC (``tal_fast.scores.features``).
+``SCORES`` lists them by name. Each takes (n, C) logits of any real type and gives (n,) float64: an array for an array
+or a list; a tensor on the same device for a tensor. ``logit_scores`` computes several in one pass over the logits.
+``LOG_GAPS`` has the logarithm of what is missing to a perfect score, for SIRC (``tal_fast.scores.features``).
 
 Training, evaluation, calibration and the exported ``SelectiveClassifier`` all call these functions. On a CPU a row's
-score has the same bits whatever the other rows of the call, so that a threshold chosen in one batch accepts the same
-rows in every other, ties included; sums therefore go through ``_row_sum``, and softmax and log-softmax treat each row
-by itself. Float64 because rounding to bfloat16 alone ties thousands of samples of a confident model and moves its AURC.
+score has the same bits whatever the other rows of the call and whichever scores are computed with it, so that a
+threshold chosen in one batch accepts the same rows in every other, ties included; sums therefore go through
+``_row_sum``. Float64 because rounding to bfloat16 alone ties thousands of samples of a confident model and moves its
+AURC.
 
 Tensor methods serve for all of it, so that importing the names does not import PyTorch.
 """
@@ -17,45 +18,119 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from tal_fast.utils.arrays import Floats, as_matrix, by_blocks, check_dense, check_matrix_shape
+from tal_fast.utils.arrays import as_matrix, check_dense, check_matrix_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_T = TypeVar("_T")
+
 # Added to ‖z‖ in the cosine, as in the loss.
 NORM_EPS = 1e-7
+# Above it squares may overflow.
+_SQUARABLE = 2.0**500
 # PyTorch divides the sum of 32,768 numbers or more among threads if it is the only one of its call, that is, for a
 # batch of one row.
 _SUM_COLUMNS = 1 << 14
+# Numbers in a block of rows: they stay in the cache between operations, and PyTorch divides no operation on them among
+# threads. All six scores of 50,000 x 1,000 take 0.17 s so on one core, and 0.46 s in blocks of 32 MB.
+_BLOCK = 1 << 15
 
 
-def logit_score(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
-    """Decorator: let a function of (n, C) float64 tensors take arrays, lists and tensors of any real type.
+class Rows:
+    """Rows of logits and what several scores need of them, each computed once.
+
+    Attributes:
+        z: (n, C) contiguous float64 logits.
+        branch: whether Python may look at values: not on a GPU, nor in a graph of ``torch.export``.
+    """
+
+    def __init__(self, z: Tensor, branch: bool) -> None:
+        self.z, self.branch = z, branch
+        self._found: dict[Callable[[Tensor], Any], Any] = {}
+
+    def once(self, function: Callable[[Tensor], _T]) -> _T:
+        """Result of a function of ``z``, kept for other scores."""
+        if function not in self._found:
+            self._found[function] = function(self.z)
+        return self._found[function]
+
+    @functools.cached_property
+    def top(self) -> Tensor:
+        """(n,) largest logit."""
+        return self.z.amax(1)
+
+    @functools.cached_property
+    def below(self) -> Tensor:
+        """(n, C) logits minus the largest; at least -800, whose exponential is 0, so that 0 · -inf is 0."""
+        return (self.z - self.top[:, None]).clamp_(min=-800)
+
+    @functools.cached_property
+    def exps(self) -> Tensor:
+        """(n, C) exponentials of ``below``: the softmax times ``total``."""
+        return self.below.exp()
+
+    @functools.cached_property
+    def total(self) -> Tensor:
+        """(n,) sum of ``exps``, at least 1."""
+        return _row_sum(self.exps)
+
+
+def logit_score(function: Callable[[Rows], Tensor]) -> Callable[[Any], Any]:
+    """Decorator: let a function of ``Rows`` take (n, C) arrays, lists and tensors of any real type.
 
     Args:
-        function: (n, C) contiguous float64 -> (n,) float64, each row by itself, in operations that ``torch.export``
-            takes.
+        function: ``Rows`` -> (n,) float64, each row by itself, in operations that ``torch.export`` takes.
     """
 
     @functools.wraps(function)
     def score(logits: Any) -> Any:
-        if hasattr(logits, "detach"):
-            check_dense(logits, "logits")
-            check_matrix_shape(logits.shape, "logits")
-            return function(logits.double().contiguous())
-        import torch
+        return _by_rows(logits, {"": function})[""]
 
-        def block_scores(block: Floats) -> Floats:
-            return function(torch.from_numpy(block)).numpy()
-
-        return by_blocks(block_scores, as_matrix(logits, "logits"))
-
+    score.of_rows = function  # type: ignore[attr-defined]
     return score
+
+
+def logit_scores(logits: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Confidence scores of logits, in one pass over them.
+
+    Args:
+        logits: (n, C) array, list or tensor of any real type.
+        names: keys of ``SCORES``; all unless given.
+
+    Returns:
+        Name -> (n,) float64, the same bits as ``SCORES[name](logits)``.
+    """
+    names = tuple(SCORES if names is None else names)
+    return _by_rows(logits, {name: SCORES[name].of_rows for name in names})  # type: ignore[attr-defined]
+
+
+def _by_rows(logits: Any, functions: dict[str, Callable[[Rows], Tensor]]) -> dict[str, Any]:
+    """Apply functions of ``Rows`` to the logits, a block of rows at a time on a CPU."""
+    tensor = hasattr(logits, "detach")
+    if tensor:
+        check_dense(logits, "logits")
+        check_matrix_shape(logits.shape, "logits")
+    else:
+        logits = as_matrix(logits, "logits")
+    if not functions:
+        return {}
+    import torch
+
+    whole = tensor and (logits.device.type != "cpu" or torch.compiler.is_compiling())
+    step = max(1, _BLOCK // logits.shape[1])
+    parts = []
+    for block in [logits] if whole else (logits[i : i + step] for i in range(0, max(len(logits), 1), step)):
+        z = block.double().contiguous() if tensor else torch.from_numpy(block.astype(np.float64, order="C"))
+        rows = Rows(z, not whole)
+        parts.append([function(rows) for function in functions.values()])
+    columns = (part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True))
+    return {name: column if tensor else column.numpy() for name, column in zip(functions, columns, strict=True)}
 
 
 def _row_sum(values: Tensor) -> Tensor:
@@ -63,50 +138,61 @@ def _row_sum(values: Tensor) -> Tensor:
     return functools.reduce(operator.add, [part.sum(1) for part in values.split(_SUM_COLUMNS, 1)])
 
 
+def _row_norm(values: Tensor) -> Tensor:
+    """Euclidean norm of each row of (n, C), with the same bits for any number of rows."""
+    return functools.reduce(lambda a, b: a.hypot(b), [part.norm(dim=1) for part in values.split(_SUM_COLUMNS, 1)])
+
+
 def _squarable(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (n, C), rows whose squares would overflow scaled by a power of two, and ``NORM_EPS`` scaled so (n,)."""
+    """Logits (n, C), rows whose squares would overflow scaled by a power of two, and ``NORM_EPS`` scaled so (n,).
+
+    Rows with an infinite logit, whose direction is undefined, become NaN.
+    """
     largest = z.abs().amax(1)
-    scale = largest.new_ones(largest.shape).masked_fill(largest > 2.0**500, 2.0**-600)
+    scale = largest.new_ones(largest.shape).masked_fill(largest > _SQUARABLE, 2.0**-600)
+    scale = scale.masked_fill(largest == math.inf, math.nan)
     return z * scale[:, None], scale * NORM_EPS
 
 
 @logit_score
-def cosine(z: Tensor) -> Tensor:
+def cosine(rows: Rows) -> Tensor:
     """TAL's confidence, max z / (‖z‖₂ + 1e-7): the cosine between the logits and the predicted class's axis."""
-    z, eps = _squarable(z)
-    return z.amax(1) / (_row_sum(z * z).sqrt() + eps)
+    norm = _row_norm(rows.z)
+    # One look at the block saves two passes: rows below the limit are the same bits scaled by 1.
+    if rows.branch and bool((norm < _SQUARABLE).all()):
+        return rows.top / (norm + NORM_EPS)
+    z, eps = _squarable(rows.z)
+    return z.amax(1) / (_row_norm(z) + eps)
 
 
 @logit_score
-def msp(z: Tensor) -> Tensor:
+def msp(rows: Rows) -> Tensor:
     """Maximum softmax probability (Hendrycks and Gimpel, 2017)."""
-    return z.softmax(1).amax(1)
+    return 1 / rows.total
 
 
 @logit_score
-def max_logit(z: Tensor) -> Tensor:
+def max_logit(rows: Rows) -> Tensor:
     """Maximum logit (Hendrycks et al., 2022)."""
-    return z.amax(1)
+    return rows.top
 
 
 @logit_score
-def energy(z: Tensor) -> Tensor:
+def energy(rows: Rows) -> Tensor:
     """Negative free energy at temperature 1, log Σ exp z (Liu et al., 2020)."""
-    # max z − log p of the predicted class: the bits of logsumexp may depend on the batch.
-    return z.amax(1) - z.log_softmax(1).amax(1)
+    return rows.top + rows.total.log()
 
 
 @logit_score
-def neg_entropy(z: Tensor) -> Tensor:
+def neg_entropy(rows: Rows) -> Tensor:
     """Negative entropy of the softmax, Σ p log p, in nats."""
-    p = z.softmax(1)
-    return _row_sum((p * z.log_softmax(1)).where(p > 0, p))
+    return _row_sum(rows.exps * rows.below) / rows.total - rows.total.log()
 
 
 @logit_score
-def doctor(z: Tensor) -> Tensor:
+def doctor(rows: Rows) -> Tensor:
     """Collision probability of the softmax, Σ p² (DOCTOR; Granese et al., 2021)."""
-    return _row_sum(z.softmax(1).square())
+    return (_row_norm(rows.exps) / rows.total).square()
 
 
 SCORES: dict[str, Callable[[Any], Any]] = {
@@ -115,9 +201,9 @@ SCORES: dict[str, Callable[[Any], Any]] = {
 
 
 @logit_score
-def distance_to_uniform(z: Tensor) -> Tensor:
+def distance_to_uniform(rows: Rows) -> Tensor:
     """L1 distance between the softmax and the uniform distribution, ‖p − 1/C‖₁: the first factor of GradNorm."""
-    return _row_sum((z.softmax(1) - 1 / z.shape[1]).abs())
+    return _row_sum((rows.exps / rows.total[:, None] - 1 / rows.z.shape[1]).abs())
 
 
 def _log_probabilities(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -135,23 +221,23 @@ def _log_probabilities(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @logit_score
-def log_gap_msp(z: Tensor) -> Tensor:
+def log_gap_msp(rows: Rows) -> Tensor:
     """log(1 − max p)."""
-    return _log_probabilities(z)[2].squeeze(1)
+    return _log_probabilities(rows.z)[2].squeeze(1)
 
 
 @logit_score
-def log_gap_doctor(z: Tensor) -> Tensor:
+def log_gap_doctor(rows: Rows) -> Tensor:
     """log(1 − Σ p²) = log Σ p (1 − p)."""
-    predicted, log_p, log_rest, others = _log_probabilities(z)
+    predicted, log_p, log_rest, others = _log_probabilities(rows.z)
     terms = others + (-others.exp()).log1p()
     return terms.scatter(1, predicted, log_p + log_rest).logsumexp(1)
 
 
 @logit_score
-def log_gap_cosine(z: Tensor) -> Tensor:
+def log_gap_cosine(rows: Rows) -> Tensor:
     """log(1 − max z / (‖z‖ + ε)), with ‖z‖ − max z = Σ z² over the other classes / (‖z‖ + max z)."""
-    z, eps = _squarable(z)
+    z, eps = _squarable(rows.z)
     squares, top = z * z, z.amax(1)
     norm = _row_sum(squares).sqrt()
     others = _row_sum(squares.scatter(1, z.argmax(1, keepdim=True), 0.0))
@@ -160,9 +246,9 @@ def log_gap_cosine(z: Tensor) -> Tensor:
 
 
 @logit_score
-def log_gap_neg_entropy(z: Tensor) -> Tensor:
+def log_gap_neg_entropy(rows: Rows) -> Tensor:
     """log(−Σ p log p)."""
-    predicted, log_p, log_rest, others = _log_probabilities(z)
+    predicted, log_p, log_rest, others = _log_probabilities(rows.z)
     # −log p = (1 − p)(1 + (1 − p)/2 + ...): for small 1 − p its logarithm is that of 1 − p.
     log_surprise = (-log_p).clamp(min=np.finfo(np.float64).tiny).log().where(log_rest >= -20, log_rest)
     return (others + (-others).log()).scatter(1, predicted, log_p + log_surprise).logsumexp(1)

@@ -60,7 +60,7 @@ class Neighbours:
 
     def _by_blocks(self, rows: Floats) -> Floats:
         best = np.full((len(rows), NEIGHBOUR), np.inf)
-        others = map(_normalised, (block for _, block in self._training.blocks()))
+        others = map(normalised, (block for _, block in self._training.blocks()))
         for other in others if self._bank is None else _normalised_blocks(self._bank):
             # 2 − 2 rows · otherᵀ would be wrong for zero vectors, whose norm is not 1.
             squared = (rows * rows).sum(axis=1)[:, None] + (other * other).sum(axis=1) - 2 * rows @ other.T
@@ -75,13 +75,14 @@ class Neighbours:
         step = 256  # 67 MB of candidates at 2,048 wide
         for i in range(0, len(rows), step):
             chosen = candidates[i : i + step]
-            others = _normalised(self._bank[chosen.ravel()].astype(np.float64)).reshape(*chosen.shape, -1)
+            others = normalised(self._bank[chosen.ravel()].astype(np.float64)).reshape(*chosen.shape, -1)
             squared = np.square(others - rows[i : i + step, None]).sum(axis=2)
             found[i : i + step] = np.partition(squared, NEIGHBOUR - 1, axis=1)[:, NEIGHBOUR - 1]
         return found
 
 
-def _normalised(rows: Floats) -> Floats:
+def normalised(rows: Floats) -> Floats:
+    """Rows (n, D) divided by their L2 norms; rows of zeros stay."""
     largest = np.abs(rows).max(1, keepdims=True, initial=0)
     rows = rows * np.where(largest > 2.0**500, 2.0**-600, 1)  # squares beyond 1e308 are infinite
     norm = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -90,4 +91,4 @@ def _normalised(rows: Floats) -> Floats:
 
 def _normalised_blocks(features: NDArray[Any]) -> Iterator[Floats]:
     for i in range(0, len(features), ROWS):
-        yield _normalised(features[i : i + ROWS].astype(np.float64))
+        yield normalised(features[i : i + ROWS].astype(np.float64))

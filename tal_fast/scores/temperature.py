@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tal_fast.scores.logits import logit_score
+from tal_fast.scores.logits import Rows, logit_score
 from tal_fast.utils.arrays import Ints, as_classes, as_matrix
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def fit_temperature(logits: Any, labels: Any) -> float:
         inverse = math.exp(-log_temperature)
 
         @logit_score
-        def expected_logit(z: Tensor) -> Tensor:
+        def expected_logit(rows: Rows) -> Tensor:
+            z = rows.z
             return ((z * inverse).softmax(1) * z).sum(1)
 
         return float(np.mean(expected_logit(matrix) - label_logits)) / scale

@@ -34,7 +34,7 @@ class Training:
     Attributes:
         features: (n, D), the input of the last Linear layer for training images without augmentation; an array, or
             ``Rows`` on disk.
-        labels: (n,) int64; for ``mahalanobis``.
+        labels: (n,) int64; for ``mahalanobis`` and ``ctm``.
         weight: (C, D) of the last Linear layer; for ``residual``, ``vim`` and SIRC with ``residual``.
         bias: (C,); zeros where the layer has none.
         logits: (n, C) of the training images, for α of ``vim``; W f + b unless given.
@@ -105,7 +105,8 @@ class Training:
 
     def scaled(self, temperature: float) -> Training:
         """Training data with the logits divided by a temperature."""
-        divided = (None if x is None else np.asarray(x) / temperature for x in (self.weight, self.bias, self.logits))
+        given = self.weight, self.bias, self.logits
+        divided = (None if x is None else np.divide(x, temperature, dtype=np.float64) for x in given)
         return Training(self.features, self.labels, *divided)
 
 

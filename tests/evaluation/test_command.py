@@ -70,7 +70,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--run", str(tmp_path / "gone")], "gone holds no run of tal_fast.train; train one first"),
         (["--run", str(tmp_path / "empty")], "empty holds no run of tal_fast.train; train one first"),
         (["--npz", str(tmp_path / "no-labels.npz")], "has no 'labels'"),
-        ([*run, "--scores", "cosine,margin"], "unknown score margin; choose from cosine, msp,"),
+        ([*run, "--scores", "cosine,trust"], "unknown score trust; choose from cosine, msp,"),
         ([*run, "--device", "cuda:99"], "the device 'cuda:99' cannot be used"),
         ([*run, *elsewhere, "--ood", "val=gaussian:5"], "an OOD set cannot be called 'val'"),
         ([*run, *elsewhere, "--ood", "folder"], "--ood takes NAME=WHERE"),

@@ -24,8 +24,8 @@ from tests.helpers.evaluation import write_npz
 
 def test_score_names_and_groups_are_resolved() -> None:
     assert check_scores(["max-logit", "features", "knn"]) == ["max_logit", *FEATURE_SCORES]
-    with pytest.raises(ValueError, match="unknown score margin; choose from cosine, msp,"):
-        check_scores(["cosine", "margin"])
+    with pytest.raises(ValueError, match="unknown score trust; choose from cosine, msp,"):
+        check_scores(["cosine", "trust"])
 
 
 def test_metrics_are_those_of_the_settings(tmp_path: Path) -> None:

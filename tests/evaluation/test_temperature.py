@@ -54,3 +54,16 @@ def test_other_temperatures_are_refused(text: str, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         main(["--npz", "outputs.npz", "--temperature", text])
     assert "must be held-out or held-out=SHARE" in capsys.readouterr().err
+
+
+def test_narrow_logits_are_divided_in_float64() -> None:
+    rng = np.random.default_rng(3)
+    labels = rng.integers(6, size=400)
+    narrow = (3 * (rng.normal(size=(400, 6)) + 2 * np.eye(6)[labels])).astype(np.float16)
+    weight = rng.normal(size=(6, 8)).astype(np.float16)
+    options = EvaluationOptions(scores=["msp"], temperature=0.25)
+    got, want = (
+        evaluate_outputs(EvaluationInputs(Outputs(z, None, labels)), options) for z in (narrow, narrow.astype(float))
+    )
+    np.testing.assert_array_equal(got.samples.id_scores["msp"], want.samples.id_scores["msp"])
+    np.testing.assert_array_equal(Training(weight, None, weight).scaled(3.0).weight, weight.astype(float) / 3)

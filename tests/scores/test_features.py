@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.spatial
 import scipy.special
 import torch
 from sklearn.covariance import EmpiricalCovariance
@@ -151,6 +152,25 @@ def test_one_class_and_float32(name: str) -> None:
     assert not np.isnan(got).any()
 
 
+def test_ctm() -> None:
+    means = np.stack([CASE.train[CASE.labels == c].mean(0) for c in range(CLASSES)])
+    cosines = 1 - scipy.spatial.distance.cdist(CASE.features, means, "cosine")
+    np.testing.assert_allclose(CASE.score("ctm"), cosines.max(1), rtol=1e-12)
+    np.testing.assert_allclose(CASE.score("ctm", Training(3 * CASE.train, CASE.labels)), CASE.score("ctm"), rtol=1e-12)
+
+
+def test_the_origin_of_a_layer_whose_rows_sum_to_nearly_0_is_near() -> None:
+    # Softmax gradients sum to 0 over the classes, so the rows of a trained layer do but for rounding.
+    weight = (CASE.weight - CASE.weight.mean(0)).astype(np.float32)
+    bias = (CASE.bias - CASE.bias.mean() + 0.5).astype(np.float32)
+    origin = -torch.linalg.pinv(torch.from_numpy(weight)).double().numpy() @ bias
+    shifted = CASE.train - origin
+    small = np.linalg.eigh(shifted.T @ shifted)[1][:, : WIDTH - WIDTH // 2]
+    for given in (weight, weight.astype(np.float64)):
+        got = CASE.score("residual", Training(CASE.train, None, given, bias))
+        np.testing.assert_allclose(got, -np.linalg.norm((CASE.features - origin) @ small, axis=1), rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["mahalanobis", "residual", "vim"])
 def test_far_samples_are_found(name: str) -> None:
     near = np.arange(80) < 40
@@ -187,6 +207,7 @@ def refusal(training: Training, name: str, logits: Any = CASE.logits, features: 
 def test_scores_that_cannot_be_computed_are_refused_with_the_reason() -> None:
     bare = Training(CASE.train)
     assert "mahalanobis needs training labels" in refusal(bare, "mahalanobis")
+    assert "ctm needs training labels" in refusal(bare, "ctm")
     assert "need the weight (C, D) of the last Linear layer" in refusal(bare, "vim")
     assert "unknown feature score 'relu'" in refusal(bare, "relu")
     assert "features are 3 wide but those in training 13" in refusal(bare, "knn", features=CASE.features[:, :3])

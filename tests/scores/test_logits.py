@@ -18,7 +18,6 @@ from tal_fast.config.names import LOGIT_SCORES
 from tal_fast.loss import reference
 from tal_fast.scores import logits as scores
 from tal_fast.scores.logits import LOG_GAPS, SCORES
-from tal_fast.utils import arrays
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -29,7 +28,26 @@ FORMULAS: dict[str, Callable[[np.ndarray], Any]] = {
     "energy": lambda z: scipy.special.logsumexp(z, axis=1),
     "neg_entropy": lambda z: -scipy.stats.entropy(scipy.special.softmax(z, axis=1), axis=1),
     "doctor": lambda z: (scipy.special.softmax(z, axis=1) ** 2).sum(1),
+    "margin": lambda z: z.max(1) - second(z),
+    "log_gap": lambda z: (
+        z.max(1) - scipy.special.logsumexp(np.where(predicted(z), -np.inf, z), axis=1) if z.shape[1] > 1 else np.inf
+    ),
+    "gen": lambda z: (
+        -np.sort((lambda p: p * (p @ (1 - np.eye(p.shape[1]))))(scipy.special.softmax(z, axis=1)))[:, -100:]
+        .__pow__(0.1)
+        .sum(1)
+    ),
 }
+
+
+def predicted(z: np.ndarray) -> np.ndarray:
+    """(n, C) bool, True at the predicted class."""
+    return np.eye(z.shape[1], dtype=bool)[z.argmax(1)]
+
+
+def second(z: np.ndarray) -> np.ndarray:
+    """(n,) second largest logit, -inf for a single class."""
+    return np.sort(z, axis=1)[:, -2] if z.shape[1] > 1 else np.full(len(z), -np.inf)
 
 
 def logits(rows: int = 50, classes: int = 7, scale: float = 4.0) -> np.ndarray:
@@ -96,8 +114,41 @@ def test_a_rows_score_has_the_same_bits_in_every_batch(name: str, classes: int) 
 def test_blocks_do_not_change_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     z = logits(rows=23)
     whole = SCORES[name](z)
-    monkeypatch.setattr(arrays, "BLOCK", 30)
+    monkeypatch.setattr(scores, "_BLOCK", 30)
     np.testing.assert_array_equal(SCORES[name](z), whole)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.from_numpy])
+@pytest.mark.parametrize("shape", [(0, 4), (23, 1), (23, 9), (40, 3001)])
+def test_several_scores_in_one_pass_have_the_bits_of_each(kind: Any, shape: tuple[int, int]) -> None:
+    z = kind(np.random.default_rng(shape[0] + shape[1]).normal(size=shape) * 9)
+    together = scores.logit_scores(z)
+    assert list(together) == list(SCORES)
+    assert all(np.array_equal(together[name], SCORES[name](z)) for name in SCORES)
+    assert all(type(values) is type(z) for values in together.values())
+    two = scores.logit_scores(z, ("doctor", "cosine"))
+    assert list(two) == ["doctor", "cosine"]
+    assert all(np.array_equal(two[name], together[name]) for name in two)
+    assert scores.logit_scores(z, ()) == {}
+
+
+def test_one_pass_takes_each_maximum_and_exponential_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        original = getattr(torch.Tensor, name)
+        return lambda *args, **options: calls.append(name) or original(*args, **options)  # type: ignore[func-returns-value]
+
+    for name in ("exp", "amax", "norm"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    scores.logit_scores(logits(), ("cosine", "msp", "max_logit", "energy", "neg_entropy", "doctor"))
+    assert sorted(calls) == ["amax", "exp", "norm", "norm"]
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_gradients_are_those_of_the_formula(name: str) -> None:
+    z = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(SCORES[name], (z,))
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -121,14 +172,22 @@ def test_scores_by_squares_ignore_the_scale_up_to_the_largest_number(name: str) 
 
 def test_scores_of_the_softmax_ignore_a_shift() -> None:
     z = logits()
-    for name in ("msp", "neg_entropy", "doctor"):
+    for name in ("msp", "neg_entropy", "doctor", "margin", "log_gap", "gen"):
         np.testing.assert_allclose(SCORES[name](z + 300), SCORES[name](z), rtol=1e-9)
 
 
 def test_minus_infinity_masks_a_class() -> None:
     z = np.array([[2.0, 1.0, -np.inf]])
-    for name in ("msp", "max_logit", "energy", "neg_entropy", "doctor"):
+    for name in set(SCORES) - {"cosine"}:
         np.testing.assert_allclose(SCORES[name](z), SCORES[name](z[:, :2]))
+
+
+@pytest.mark.parametrize("row", [[2.0, 1.0, -np.inf], [np.inf, 1.0, 0.0]])
+def test_the_cosine_of_an_infinite_logit_is_nan(row: list[float]) -> None:
+    z = np.array([row, [2.0, 1.0, 0.0]])
+    for function in (scores.cosine, LOG_GAPS["cosine"]):
+        assert np.isnan(function(z)).tolist() == [True, False]
+    assert scores.cosine(np.array([[1e200, 0.0, -1e200]]))[0] == pytest.approx(np.sqrt(0.5))
 
 
 def test_float64_distinguishes_what_bfloat16_ties() -> None:
