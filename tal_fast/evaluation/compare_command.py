@@ -71,7 +71,8 @@ def parser() -> ArgumentParser:
     )  # fmt: skip
     intervals.add_argument(
         "--bootstrap", type=at_least(0), default=2000, metavar="N",
-        help="Resamples for intervals over the test images; 0: no such intervals. Default: %(default)s.",
+        help="0: no intervals over the test images. Otherwise N changes nothing: they need no resampling. "
+        "Default: %(default)s.",
     )  # fmt: skip
     intervals.add_argument(
         "--over", choices=("images", "seeds", "both"), default="images",
@@ -134,13 +135,13 @@ def _compare(args: argparse.Namespace) -> str:
         groups = [run for group in groups for run in group.single_runs()]
     columns = columns_of(groups, args.metrics)
     baseline = groups[0] if args.baseline is None else find_group(groups, args.baseline)
-    add_differences(groups, baseline, columns, args.bootstrap, args.over)
+    add_differences(groups, baseline, columns, args.bootstrap > 0, args.over)
     if args.curves:
         from tal_fast.evaluation.plots import compare_curves
 
         compare_curves(groups, columns, args.curves)
     text = format_comparison(groups, columns, args.format, args.units, args.show)
-    return add_description(describe(groups, args.units, args.bootstrap, args.show), text, args.format)
+    return add_description(describe(groups, args.units, args.show), text, args.format)
 
 
 def _read_groups(runs: Sequence[Run], score: str | None) -> list[Group]:

@@ -75,7 +75,7 @@ def _differences(
     experiment: Experiment, groups: Sequence[Group], runs: Sequence[Values]
 ) -> tuple[list[Any], list[Any]]:
     options = experiment.compare
-    comparison, columns = Comparison(options.bootstrap, options.over), all_columns(groups, options.metrics)
+    comparison, columns = Comparison(options.bootstrap > 0, options.over), all_columns(groups, options.metrics)
     compared: dict[str, list[Group]] = {}  # name of the baseline -> groups compared with it
     for group in groups:
         baseline = _baseline_of(group, groups, runs, options.baseline or next(iter(experiment.methods)))

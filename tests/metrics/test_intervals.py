@@ -74,7 +74,7 @@ def test_a_perfect_ranking_is_not_certain() -> None:
     found = intervals(np.arange(100.0), np.arange(100) >= 8)
     share = 1 - 0.025 ** (1 / 8)  # of errors at random ranks that eight errors need not show
     assert found["auroc"] == pytest.approx((1 - share / 2, 1))
-    assert found["aupr_success"][1] == found["aupr_error"][1] == pytest.approx(1)
+    assert found["aupr_success"][1] == pytest.approx(found["aupr_error"][1]) == pytest.approx(1)
     assert found["fpr95"][0] < 0.01 < 0.2 < found["fpr95"][1]
     assert found["tnr95"] == pytest.approx((1 - found["fpr95"][1], 1 - found["fpr95"][0]))
     assert found["eaurc"][0] <= failure_metrics(np.arange(100.0), np.arange(100) >= 8)["eaurc"] < found["eaurc"][1]
