@@ -164,7 +164,7 @@ def groups_of(results: Results) -> list[Group]:
         found = Estimate(value, low, high, entry["over"], entry.get("why_not", ""))
         group.differences[entry["setting"], entry["metric"]] = found
     if "best" not in results:  # results of version 0.3 and before
-        Comparison(0, "seeds").mark_best(groups, all_columns(groups, results["compare"]["metrics"]))
+        Comparison(False, "seeds").mark_best(groups, all_columns(groups, results["compare"]["metrics"]))
     for label, setting, metric in results.get("best", []):
         by_name[label].best.add((setting, metric))
     return groups
