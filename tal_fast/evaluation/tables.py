@@ -189,6 +189,10 @@ def _summary(report: Mapping[str, Any], units: str) -> list[str]:
             f"logits divided by T = {scaling['value']:.4f}, fitted on {scaling['held_out']} held-out samples "
             f"(ECE before {nan_if_none(scaling['calibration_before']['ece']):.4f})"
         )
+    if fit := report.get("fitted_scores"):
+        by = fit["choose_by"] + (" and synthetic outliers" if fit["choose_by"] == "new-fd" else "")
+        chosen = f"; pnorm: {fit['pnorm']['chosen']}, chosen by {by}" if "pnorm" in fit else ""
+        lines.append(f"{fit['held_out']} validation samples held out to fit scores on, in no metric{chosen}")
     lines += [f"left out: {score}: {printable(reason)}" for score, reason in report.get("left_out", {}).items()]
     return lines
 
