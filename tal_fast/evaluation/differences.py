@@ -17,7 +17,7 @@ import numpy as np
 
 from tal_fast.evaluation.compare import Column, Estimate, Group
 from tal_fast.metrics.failure import HIGHER_IS_BETTER, METRICS
-from tal_fast.metrics.intervals import LEVEL, Evidence, evidence, interval
+from tal_fast.metrics.intervals import LEVEL, Evidence, evidence, fewest, interval
 from tal_fast.utils.arrays import Floats
 
 OVER = ("images", "seeds", "both")
@@ -60,9 +60,7 @@ class Comparison:
         values, influences = [np.array(side.values(column)) for side in sides], []
         if not why_not:
             j = METRICS.index(metric)
-            influences = [
-                np.stack([run[setting].influence[side.score][:, j] for run in self._evidence(side)]) for side in sides
-            ]
+            influences = [np.stack([run[setting].influence[:, j] for run in self._evidence(side)]) for side in sides]
         if min(len(side.runs) for side in sides) > 1 and (why_not or self.over != "images"):
             pairs = seed_pairs(*sides) if len(sides) > 1 else None
             if pairs is not None:  # differences of runs of the same seed are one sample
@@ -71,8 +69,7 @@ class Comparison:
             low, high = seed_interval(values, influences)
             over, why_not = "both" if influences else "seeds", "" if self.over == "seeds" else why_not
         elif not why_not:
-            runs = [run[setting] for side in sides for run in self._evidence(side)]
-            n, errors, _ = min(runs, key=lambda run: min(run.errors, run.n - run.errors))
+            n, errors, _ = fewest(run[setting] for side in sides for run in self._evidence(side))
             rows = influences[0].mean(0) - sum(of_runs.mean(0) for of_runs in influences[1:])
             low, high = interval(metric, mean, rows, n, errors, difference=len(sides) > 1)
             over = "images"
@@ -106,7 +103,9 @@ class Comparison:
         """For each run, what the intervals of each setting rest on."""
         if id(group) not in self._found:
             runs = zip(group.reports, group.scored_settings(), strict=True)
-            self._found[id(group)] = [evidence(settings, report["convention"]) for report, settings in runs]
+            self._found[id(group)] = [
+                evidence(settings, group.score, report["convention"]) for report, settings in runs
+            ]
         return self._found[id(group)]
 
 
@@ -120,12 +119,14 @@ def add_differences(
 
 
 def seed_pairs(group: Group, baseline: Group) -> tuple[list[int], list[int]] | None:
-    """Positions of the runs of both groups, in the order of their seeds; None unless both have the same seeds."""
-    seeds = [[(-1 if seed is None else seed) for seed in side.seeds] for side in (group, baseline)]
-    if -1 in seeds[0] or sorted(seeds[0]) != sorted(seeds[1]) or len(set(seeds[0])) < len(seeds[0]):
+    """Positions of the runs of both groups by seed, or by run if it is unknown; None unless both have the same."""
+    first, second = (
+        [run if seed is None else seed for run, seed in zip(side.runs, side.seeds, strict=True)]
+        for side in (group, baseline)
+    )
+    if len(first) != len(second) or len(set(first)) < len(first) or set(first) != set(second):
         return None
-    first, second = ([side.index(seed) for seed in sorted(side)] for side in seeds)
-    return first, second
+    return list(range(len(first))), [second.index(key) for key in first]
 
 
 def seed_interval(sides: Sequence[Floats], influences: Sequence[Floats]) -> tuple[float, float]:

@@ -104,8 +104,10 @@ def make_report(
             "method": "Student's t from the influence of each sample, without resampling; differences paired",
         }  # fmt: skip
         report["intervals"], report["differences"] = {}, {}
-        for key, found in evidence(settings, options.convention).items():
-            _add_intervals(report, key, found, baseline)
+        origin = evidence(settings, baseline, options.convention)
+        for score in samples.id_scores:
+            found = origin if score == baseline else evidence(settings, score, options.convention)
+            _add_intervals(report, score, found, origin)
     return report
 
 
@@ -139,24 +141,23 @@ def _add_mean(report: Report, kind: str, keys: Sequence[str]) -> None:
     }
 
 
-def _add_intervals(report: Report, key: str, found: Evidence, baseline: str) -> None:
-    """Add intervals of a setting, and of its paired differences to the baseline."""
-    point, rows = report["settings"][key], found.influence
-    size = found.n, found.errors
-    report["intervals"][key] = {
-        score: {m: list(interval(m, point[score][m], rows[score][:, j], *size)) for j, m in enumerate(METRICS)}
-        for score in rows
-    }
-    report["differences"][key] = {}
-    for score in rows:
+def _add_intervals(report: Report, score: str, found: Mapping[str, Evidence], origin: Mapping[str, Evidence]) -> None:
+    """Add a score's intervals in all settings, and those of its paired differences to the baseline."""
+    baseline = report["bootstrap"]["baseline"]
+    for key, (n, errors, rows) in found.items():
+        of_score, of_baseline = (report["settings"][key][name] for name in (score, baseline))
+        report["intervals"].setdefault(key, {})[score] = {
+            m: list(interval(m, of_score[m], rows[:, j], n, errors)) for j, m in enumerate(METRICS)
+        }
+        differences = report["differences"].setdefault(key, {})
         if score != baseline:
-            gaps, between = {m: point[score][m] - point[baseline][m] for m in METRICS}, rows[score] - rows[baseline]
-            report["differences"][key][score] = {
-                m: [gaps[m], *interval(m, gaps[m], between[:, j], *size, difference=True)]
+            between, gaps = rows - origin[key].influence, {m: of_score[m] - of_baseline[m] for m in METRICS}
+            differences[score] = {
+                m: [gaps[m], *interval(m, gaps[m], between[:, j], n, errors, difference=True)]
                 for j, m in enumerate(METRICS)
             }
-    if min(found.errors, found.n - found.errors) < FEW:
-        report["bootstrap"]["few"][key] = {"errors": found.errors, "successes": found.n - found.errors}
+        elif min(errors, n - errors) < FEW:
+            report["bootstrap"]["few"][key] = {"errors": errors, "successes": n - errors}
 
 
 def write_report(report: Report, path: str | Path) -> None:

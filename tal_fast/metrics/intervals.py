@@ -11,7 +11,7 @@ one of Beta(xm + ½, (1 − x)m + ½), x the value and m = x(1 − x)/V the effe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -32,11 +32,11 @@ _ROUNDING = 1e-12  # of a metric
 
 
 class Evidence(NamedTuple):
-    """What intervals of a setting's metrics rest on."""
+    """What the intervals of a score's metrics rest on in a setting."""
 
     n: int  # number of samples
     errors: int  # number of errors among them; over several sets, of the one with the fewest errors or successes
-    influence: dict[str, Floats]  # score -> (samples, len(METRICS)), samples in the same order for all runs
+    influence: Floats  # (samples, len(METRICS)), samples in the same order for all scores and runs
 
 
 def interval(
@@ -126,36 +126,37 @@ def _random(metric: str, rate: float) -> float:
     }[metric]  # fmt: skip
 
 
-def evidence(settings: Mapping[str, ScoredSetting], convention: str = "tal_fast") -> dict[str, Evidence]:
-    """What the intervals of every setting rest on.
+def evidence(settings: Mapping[str, ScoredSetting], score: str, convention: str = "tal_fast") -> dict[str, Evidence]:
+    """What the intervals of a score rest on, in every setting.
 
     Returns:
         By key, as in ``settings``; with several OOD sets also ``ood`` and ``new_fd``, with several shifted sets
         ``shift``: the influences on the plain mean over the sets, which share the ID samples. Shifted sets of equal
         size are taken to show the same images.
     """
-    parts: dict[str, list[tuple[int, int, dict[str, dict[str, Floats]]]]] = {}
+    found = {}
+    sets: dict[str, list[Evidence]] = {}
+    totals: dict[str, dict[str, Floats]] = {}
     for key, judged in settings.items():
         setting = judged.setting
-        n, errors = setting.success.size, int(setting.success.size - setting.success.sum())
+        n, n_id, errors = setting.success.size, setting.id_index.size, int(np.sum(setting.success == 0))
+        confidence = setting.confidence(judged.id_scores[score], judged.ood_scores.get(score))
+        rows = influence(confidence, setting.success, n - n_id, convention)
+        samples = np.zeros((len(judged.id_scores[score]), len(METRICS)))
+        samples[setting.id_index] = rows[:n_id]
+        found[key] = Evidence(n, errors, np.concatenate((samples, rows[n_id:])))
         kind, _, set_name = key.partition("/")
-        by_score = {}
-        for score, confidence in judged.confidences().items():
-            rows = influence(confidence, setting.success, setting.ood_index.size, convention)
-            samples = np.zeros((len(judged.id_scores[score]), len(METRICS)))
-            samples[setting.id_index] = rows[: setting.id_index.size]
-            by_score[score] = {f"{len(samples)} samples": samples, f"set {judged.name}": rows[setting.id_index.size :]}
-        for name in (key, kind) if set_name else (key,):
-            parts.setdefault(name, []).append((n, errors, by_score))
-    found = {}
-    for key, sets in parts.items():
-        n, errors, first = min(sets, key=lambda entry: min(entry[1], entry[0] - entry[1]))
-        of_score = {}
-        for score in first:
-            total: dict[str, Floats] = {}
-            for _, _, by_score in sets:
-                for part, rows in by_score[score].items():
-                    total[part] = total.get(part, 0.0) + rows / len(sets)
-            of_score[score] = np.concatenate(list(total.values()))
-        found[key] = Evidence(n, errors, of_score)
+        if set_name:
+            sets.setdefault(kind, []).append(found[key])
+            total = totals.setdefault(kind, {})
+            for part, values in ((f"{len(samples)} samples", samples), (f"set {set_name}", rows[n_id:])):
+                total[part] = total.get(part, 0.0) + values
+    for kind, total in totals.items():
+        n, errors, _ = fewest(sets[kind])
+        found[kind] = Evidence(n, errors, np.concatenate(list(total.values())) / len(sets[kind]))
     return found
+
+
+def fewest(found: Iterable[Evidence]) -> Evidence:
+    """The one with the fewest errors, or successes."""
+    return min(found, key=lambda entry: min(entry.errors, entry.n - entry.errors))

@@ -123,13 +123,13 @@ def test_the_mean_over_sets_shares_the_id_samples() -> None:
     far, near = {"s": rng.normal(size=50)}, {"s": rng.normal(size=30)}
     fog, snow = ((rng.random(40) < 0.5, {"s": rng.normal(size=40)}) for _ in range(2))
     settings = scored_settings(correct, one, {"far": far, "near": near}, {"fog": fog, "snow": snow}, Mix())
-    found = evidence(settings)
+    found = evidence(settings, "s")
     assert set(found) == {*settings, "ood", "new_fd", "shift"}
     new = found["new_fd"]
-    assert (new.n, new.influence["s"].shape) == (60, (160, len(METRICS)))  # the set with the fewest successes
-    halves = [found[f"new_fd/{name}"].influence["s"] / 2 for name in ("far", "near")]
-    np.testing.assert_allclose(new.influence["s"][:80], halves[0][:80] + halves[1][:80])
-    np.testing.assert_allclose(new.influence["s"][80:], np.concatenate((halves[0][80:], halves[1][80:])))
+    assert (new.n, new.influence.shape) == (60, (160, len(METRICS)))  # the set with the fewest successes
+    halves = [found[f"new_fd/{name}"].influence / 2 for name in ("far", "near")]
+    np.testing.assert_allclose(new.influence[:80], halves[0][:80] + halves[1][:80])
+    np.testing.assert_allclose(new.influence[80:], np.concatenate((halves[0][80:], halves[1][80:])))
     # Shifted sets of equal size are the same images.
-    sets = [found[f"shift/{name}"].influence["s"] for name in ("fog", "snow")]
-    np.testing.assert_allclose(found["shift"].influence["s"], (sets[0] + sets[1]) / 2)
+    sets = [found[f"shift/{name}"].influence for name in ("fog", "snow")]
+    np.testing.assert_allclose(found["shift"].influence, (sets[0] + sets[1]) / 2)
