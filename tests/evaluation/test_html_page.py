@@ -243,7 +243,7 @@ def test_the_training_of_the_run_is_drawn(evaluated_run: Path, tmp_path: Path) -
 def test_without_matplotlib_the_page_has_its_tables(
     evaluated_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tal_fast.evaluation.html.charts.available", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     page = Page(write_html(read_evaluation(evaluated_run), tmp_path))
     assert not page.charts
     assert "Matplotlib is not installed, so this page has no charts; pip install matplotlib" in page.text

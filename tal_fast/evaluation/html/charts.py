@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -38,11 +37,6 @@ class Chart:
 def style(i: int) -> str:
     """CSS classes of the i-th line; colours and dashes as in ``tal_fast.evaluation.plots``."""
     return f"c{i % len(plots.COLOURS)} d{i % len(plots.LINE_STYLES)}"
-
-
-def available() -> bool:
-    """Whether Matplotlib is installed, without which there are no charts."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _svg(salt: str, x_title: str, y_title: str, draw: Callable[[Any], None], y_top: float | None = None) -> str:
@@ -83,19 +77,14 @@ def _attributes(css: str) -> str:
     return " ".join(f'{name}="{value}"' for name, _, value in pairs if not (name.startswith("font") or "#" in value))
 
 
-def risk_coverage(evaluation: Evaluation, key: str, scores: Sequence[str], points: int) -> Chart | None:
-    """Risk-coverage chart of a setting: a line of at most ``points`` points per score, the floor and a random score.
-
-    None for a setting without samples.
-    """
+def risk_coverage(evaluation: Evaluation, key: str, scores: Sequence[str]) -> Chart:
+    """Risk-coverage chart of a setting: a line per score, the floor and a random score."""
     success = evaluation.settings[key].setting.success
     risks = [evaluation.operating_points[key][score].curve.risk for score in scores]
     title, n, errors = setting_title(key, evaluation.report), success.size, int(success.size - success.sum())
-    if n == 0:
-        return None
     coverage = np.arange(1, n + 1) / n
     top = max(errors / n, *(float(risk[coverage >= plots.MIN_SCALED_COVERAGE / 100].max()) for risk in risks))
-    index = thinned(n, points)
+    index = thinned(n, MAX_CURVE_POINTS)
 
     def draw(axes: Any) -> None:
         x = 100 * coverage[index]
@@ -120,12 +109,7 @@ def confidence_histogram(score: str, groups: Mapping[str, Floats]) -> Chart | No
             axes.stairs(100 * share, edges, gid=f"css:line {style(i)}")
         axes.set_xlim(edges[0], edges[-1])
 
-    medians = [
-        f"{kind}: {np.median(values[np.isfinite(values)]):.4g}"
-        for kind, values in groups.items()
-        if np.isfinite(values).any()
-    ]
-    label = f"Histogram of {score}; medians: {'; '.join(medians)}."
+    label = f"Histogram of {score} of each kind of sample: {', '.join(groups)}."
     legend = tuple((style(i), f"{kind} ({len(values):,})") for i, (kind, values) in enumerate(groups.items()))
     top = 105 * max(share.max() for share in shares) or 1
     return Chart("histogram", score, label, _svg(label, "confidence", plots.SHARE_TITLE, draw, top), legend)

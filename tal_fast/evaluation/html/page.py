@@ -6,6 +6,7 @@ import base64
 import contextlib
 import csv
 import hashlib
+import importlib.util
 from functools import cache
 from pathlib import Path
 
@@ -31,8 +32,6 @@ from tal_fast.utils.io import write_text
 FILE = "report.html"
 SHOWN_SCORES = 6
 """Scores with curves and histograms: the primary one and the others of least AURC in Old FD."""
-MAX_POINTS = 50_000
-"""Points of all curves together, about a megabyte of coordinates."""
 _FOLDER = Path(__file__).parent
 
 
@@ -48,10 +47,11 @@ def render(evaluation: Evaluation, folder: str | Path) -> str:
     report, samples, primary = evaluation.report, evaluation.samples, evaluation.primary_score
     aurc = {score: nan_if_none(values["aurc"]) for score, values in report["settings"]["old_fd"].items()}
     shown = sorted(samples.id_scores, key=lambda score: (score != primary, aurc[score]))[:SHOWN_SCORES]
+    filled = [key for key, judged in evaluation.settings.items() if judged.setting.success.size]
     bins = reliability(samples.predictions["val"].probability, samples.correct)
     ece = nan_if_none((report.get("calibration") or {}).get("ece"))
     validation, class_names = samples.predictions["val"], _class_names(evaluation)
-    drawn = charts.available()
+    drawn = importlib.util.find_spec("matplotlib") is not None
     css, javascript = ((_FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return str(
         _template().render(
@@ -65,11 +65,9 @@ def render(evaluation: Evaluation, folder: str | Path) -> str:
             tables=[tables.setting_table(report, key) for key in report["settings"]],
             legend=tables.MEANINGS,
             drawn=drawn,
-            panels=_risk_coverage_charts(evaluation, shown) if drawn else [],
+            panels=[charts.risk_coverage(evaluation, key, shown) for key in filled] if drawn else [],
             operating=[
-                tables.operating_table(setting_title(key, report), points)
-                for key, points in evaluation.operating_points.items()
-                if evaluation.settings[key].setting.success.size
+                tables.operating_table(setting_title(key, report), evaluation.operating_points[key]) for key in filled
             ],
             histograms=_histograms(evaluation, shown) if drawn else [],
             others=len(samples.id_scores) - len(shown),
@@ -160,12 +158,6 @@ def _conventions(report: Report) -> list[tuple[str, str]]:
         entries.append(("intervals", text))
     versions = ", ".join(f"{printable(name)} {version}" for name, version in report.get("versions", {}).items())
     return [*entries, ("versions", versions)]
-
-
-def _risk_coverage_charts(evaluation: Evaluation, scores: list[str]) -> list[charts.Chart]:
-    points = max(40, min(charts.MAX_CURVE_POINTS, MAX_POINTS // (len(evaluation.settings) * len(scores))))
-    found = [charts.risk_coverage(evaluation, key, scores, points) for key in evaluation.settings]
-    return [chart for chart in found if chart is not None]
 
 
 def _histograms(evaluation: Evaluation, scores: list[str]) -> list[charts.Chart]:

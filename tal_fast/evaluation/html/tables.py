@@ -22,11 +22,8 @@ from tal_fast.evaluation.tables import (
 from tal_fast.metrics.curves import OperatingPoint, OperatingPoints
 from tal_fast.metrics.failure import HIGHER_IS_BETTER, METRICS
 
-RISKS = (0.01, 0.02, 0.05)
-"""Risks that operating points are chosen for."""
-COVERAGES = (0.80, 0.90, 0.95)
-"""Coverages that operating points are chosen for."""
-
+RISKS, COVERAGES = (0.01, 0.02, 0.05), (0.80, 0.90, 0.95)
+"""Risks and coverages that operating points are chosen for."""
 COLUMNS = tuple(sorted(METRICS, key=lambda metric: metric not in ("aurc", "auroc", "fpr95", "augrc")))
 """Metrics in the order of the columns, the main ones first."""
 MEANINGS = {
