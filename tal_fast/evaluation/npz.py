@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tal_fast.config.names import KNOWN_SCORES
 from tal_fast.evaluation.own_scores import check_values
 from tal_fast.evaluation.pipeline import EvaluationInputs
 from tal_fast.runs.prediction_store import Outputs
@@ -43,6 +44,9 @@ def read_npz(path: str | Path) -> EvaluationInputs:
         if name not in arrays:
             raise ValueError(f"{path} has no {name!r}; it has {', '.join(arrays) or 'nothing'}")
     inputs = EvaluationInputs(_outputs(arrays, "", path))
+    taken = [name for name in inputs.id.scores if name in KNOWN_SCORES]
+    if taken:
+        raise ValueError(f"score_{taken[0]} has the name of a score of this package; rename it")
     used = {"logits", "labels", "features", *_TRAINING, *(f"score_{name}" for name in inputs.id.scores)}
     for key in arrays:
         match = _SET_LOGITS.fullmatch(key)

@@ -100,8 +100,8 @@ def _training_rows(report: Report, folder: Path) -> list[dict[str, float]]:
     """Rows of the metrics.csv of the evaluated run; none if it is not there."""
     for run in (folder, Path(report["run"])) if "run" in report else ():
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            with (run / METRICS_FILE).open(encoding="utf-8", newline="") as file:
-                rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(lines)]
             return sorted(rows, key=lambda row: row["epoch"])
     return []
 
@@ -117,8 +117,7 @@ def _model_description(report: Report) -> str:
     """Sentences that say what was evaluated, how accurate it is and how well calibrated."""
     text = f"The model {printable(str(report['model']))}." if "model" in report else "The outputs of a model."
     if "method" in report:
-        method, epoch = printable(report["method"]), report["epoch"]
-        text = f"A model trained with {method}, {report['checkpoint']} checkpoint, epoch {epoch}."
+        text = f"A {printable(report['method'])} model, {report['checkpoint']} checkpoint, epoch {report['epoch']}."
     right, images = report["counts"]["id_right"], report["counts"]["id"]
     text += f" Accuracy {format_percent(nan_if_none(report['id_accuracy']))} ({right:,} of {images:,})"
     if calibration := report.get("calibration"):
@@ -129,14 +128,12 @@ def _model_description(report: Report) -> str:
 
 def _conventions(report: Report) -> list[tuple[str, str]]:
     """(name, description) of everything that decides the numbers."""
-    counts = report["counts"]
-    sets = ", ".join(f"{printable(name)} ({n:,})" for name, n in counts["ood"].items()) or "none"
+    sets = ", ".join(f"{printable(name)} ({n:,})" for name, n in report["counts"]["ood"].items()) or "none"
     entries = [
         ("convention of the metrics", report["convention"]),
         ("ID : OOD mix", mix_with_seed(report)),
-        ("samples", f"{counts['id']:,} ID; OOD sets: {sets}"),
+        ("samples", f"{report['counts']['id']:,} ID; OOD sets: {sets}"),
         ("units", "natural (fractions); papers print AURC, E-AURC and AUGRC times 1000, the rest in percent"),
-        ("ties", "the column “tied” is the share of samples whose score equals another’s"),
     ]
     if "images" in report:
         how = report["images"]

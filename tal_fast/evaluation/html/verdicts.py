@@ -54,6 +54,6 @@ def _judge(evaluation: Evaluation, key: str) -> tuple[str, str] | None:
         assert point is not None
         before = 1 - float(np.mean(success))
         text += (
-            f"; rejecting the least confident {REJECTED:.0%} takes the error rate from {before:.2%} to {point.risk:.2%}"
+            f"; without the least confident {REJECTED:.0%} the error rate is {point.risk:.2%} instead of {before:.2%}"
         )
     return f"{text}.", level
