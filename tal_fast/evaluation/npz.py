@@ -44,8 +44,7 @@ def read_npz(path: str | Path) -> EvaluationInputs:
         if name not in arrays:
             raise ValueError(f"{path} has no {name!r}; it has {', '.join(arrays) or 'nothing'}")
     inputs = EvaluationInputs(_outputs(arrays, "", path))
-    taken = [name for name in inputs.id.scores if name in KNOWN_SCORES]
-    if taken:
+    if taken := [name for name in inputs.id.scores if name in KNOWN_SCORES]:
         raise ValueError(f"score_{taken[0]} has the name of a score of this package; rename it")
     used = {"logits", "labels", "features", *_TRAINING, *(f"score_{name}" for name in inputs.id.scores)}
     for key in arrays:

@@ -16,7 +16,6 @@ from tal_fast.evaluation.evaluation import Evaluation
 from tal_fast.evaluation.html import charts, tables
 from tal_fast.evaluation.html.images import gallery_sections
 from tal_fast.evaluation.html.verdicts import verdicts
-from tal_fast.evaluation.plots import FILES as PLOT_FILES
 from tal_fast.evaluation.report import Report
 from tal_fast.evaluation.tables import (
     format_percent,
@@ -71,7 +70,6 @@ def render(evaluation: Evaluation, folder: str | Path) -> str:
             ],
             histograms=_histograms(evaluation, shown) if drawn else [],
             others=len(samples.id_scores) - len(shown),
-            files=PLOT_FILES,
             reliability=[charts.reliability_diagram(bins, ece)] if drawn and samples.correct.size else [],
             classes=tables.class_table(validation, class_names),
             all_classes=len(class_names),
