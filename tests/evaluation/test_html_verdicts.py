@@ -50,6 +50,14 @@ def test_foreign_images_that_cannot_be_told_are_named() -> None:
     assert f"[{low:.3f}, {high:.3f}]" in by_title["Old FD"]
 
 
+def test_few_errors_are_no_verdict_of_chance() -> None:
+    correct = np.arange(60) >= 3
+    values = np.where(correct, 1.0, [*(0.0, 0.1, 2.0), *[0.0] * 57]) + np.linspace(0, 0.5, 60)
+    _, sentence, level = verdicts(evaluate_samples(Samples(correct, {"own": values}, {}, {})))[0]
+    assert level == "none"
+    assert "to an unknown degree, with too few samples to tell it from chance: AUROC 0.6" in sentence
+
+
 def test_a_setting_without_errors_has_no_verdict_but_a_reason(tmp_path: Path) -> None:
     labels = np.arange(40) % 4
     path = write_npz(tmp_path / "x.npz", logits=np.eye(4)[labels] * 3, labels=labels, ood_noise_logits=None)

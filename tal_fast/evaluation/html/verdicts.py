@@ -47,6 +47,8 @@ def _judge(evaluation: Evaluation, key: str) -> tuple[str, str] | None:
     }.get(kind, "errors from correct predictions")
     how, level = next(((words, css) for limit, words, css in LEVELS if low > limit), ("no better than chance", "poor"))
     how = "worse than chance, in the wrong order" if high < 0.5 else how
+    if low <= 0.5 and high > LEVELS[2][0]:
+        how, level = "to an unknown degree, with too few samples to tell it from chance", "none"
     text = f"{score} separates {separated} {how}: AUROC {auroc:.3f} [{low:.3f}, {high:.3f}]"
     if judged is not None and kind != "ood":
         success = judged.setting.success
