@@ -39,7 +39,7 @@ def test_a_verdict_follows_from_the_interval(shift: float, words: str, level: st
     title, sentence, found = verdicts(evaluation_of(shift))[0]
     assert (title, found) == ("Old FD", level)
     assert sentence.startswith(words)
-    assert sentence.endswith("% instead of 15.00%.")
+    assert sentence.endswith("% are errors instead of 15.00%.")
 
 
 def test_foreign_images_that_cannot_be_told_are_named() -> None:
