@@ -373,13 +373,11 @@ def metric_peers_table(results: Results) -> str:
     if not found:
         return "Not yet run."
     names = ("torch_uncertainty", "torchmetrics", "scikit_learn", "mapie")
-    rows = [
-        (
-            f"{n:,}", f"`{metric}`", ms(calls["tal_fast"]),
-            *(f"{ms(calls[name])} ({times(calls[name] / calls['tal_fast'])})" if name in calls else "–" for name in names),
-        )
-        for (n, metric), calls in found.items()
-    ]  # fmt: skip
+    rows = []
+    for (n, metric), calls in found.items():
+        own = calls["tal_fast"]
+        theirs = (f"{ms(calls[name])} ({times(calls[name] / own)})" if name in calls else "–" for name in names)
+        rows.append((f"{n:,}", f"`{metric}`", ms(own), *theirs))
     return table(("samples", "metric", "tal_fast", "torch-uncertainty", "torchmetrics", "scikit-learn", "MAPIE"), rows)
 
 
