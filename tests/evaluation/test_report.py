@@ -110,7 +110,7 @@ def test_few_errors_are_noted_and_undefined_metrics_have_no_interval(tmp_path: P
     assert report["intervals"]["old_fd"]["msp"]["aurc"] == [0, pytest.approx(1 - 0.025 ** (1 / 30))]
     assert report["intervals"]["old_fd"]["msp"]["auroc"] == [None, None]
     assert report["bootstrap"]["few"] == {"old_fd": {"errors": 0, "successes": 30}}
-    assert "Old FD: 0 errors; intervals are not verified below 8" in format_report(report)
+    assert "With fewer than 8 errors intervals are not verified; here are 0" in format_report(report)
     samples = Samples(np.arange(30) < 22, {"msp": np.ones(30)}, {}, {})
     assert evaluate_samples(samples, EvaluationOptions(intervals=True)).report["bootstrap"]["few"] == {}
 
