@@ -88,13 +88,12 @@ def main_rows(name: str) -> str:
     head = ["method, score", "accuracy", "Old FD AURC"]
     for one in sets:
         head += [f"New FD AURC, {one}"]
-    best = [min(statistics.mean(g.values(c)) for g in groups) for c in columns]
 
-    def cell(group: Group, column: tuple[str, str], least: float) -> str:
+    def cell(group: Group, column: tuple[str, str]) -> str:
         values = [1e3 * v for v in group.values(column)]
         mean, spread = statistics.mean(values), statistics.stdev(values)
         text = f"{mean:.1f} ± {spread:.1f}"
-        if math.isclose(mean, 1e3 * least):
+        if column in group.best:
             text = f"**{text}**"
         if column in group.differences:
             found = group.differences[column]
@@ -104,7 +103,7 @@ def main_rows(name: str) -> str:
     rows = []
     for group in groups:
         accuracy = f"{100 * group.accuracy.mean:.2f}% ± {100 * group.accuracy.std:.2f}"
-        cells = [cell(group, column, least) for column, least in zip(columns, best, strict=True)]
+        cells = [cell(group, column) for column in columns]
         rows.append([f"{group.name}, {group.score}", accuracy, *cells])
     return table(head, rows) + "\n"
 

@@ -9,7 +9,9 @@ METRICS = (
 )  # fmt: skip
 """Failure-detection metrics, see ``tal_fast.metrics.failure``."""
 
-CONVENTIONS = ("tal_fast", "tal", "tal-test", "fd-shifts", "openood", "torch-uncertainty")
+CONVENTIONS = (
+    "tal_fast", "tal", "tal-test", "fd-shifts", "openood", "torch-uncertainty", "torch-uncertainty-0.12",
+)  # fmt: skip
 """Conventions that the metrics are computed in, see ``tal_fast.metrics.failure``."""
 
 LOGIT_SCORES = ("cosine", "msp", "max_logit", "energy", "neg_entropy", "doctor", "margin", "log_gap", "gen")
@@ -25,10 +27,17 @@ SIRC_SCORES = {
 }
 """SIRC score -> the logit score and the feature score it combines, see ``tal_fast.scores.features``."""
 
+FITTED_SCORES = ("pnorm", "cosine_log_gap")
+"""Confidence scores of logits fitted on held-out samples, see ``tal_fast.evaluation.fitted_scores``."""
+
+ENSEMBLE_SCORES = ("mutual_information", "disagreement", "mean_cosine")
+"""Confidence scores of several models' outputs, see ``tal_fast.evaluation.ensemble``."""
+
 SCORE_GROUPS = {
     "logits": LOGIT_SCORES,
     "features": FEATURE_SCORES,
     "sirc": tuple(SIRC_SCORES),
+    "fitted": FITTED_SCORES,
     "all": (*LOGIT_SCORES, *FEATURE_SCORES, *SIRC_SCORES),
 }
 """Group name -> the scores it stands for."""
@@ -49,10 +58,11 @@ def check_scores(names: Sequence[str]) -> list[str]:
     """Resolve score names: groups are expanded, hyphens read as underscores, duplicates dropped."""
     plain = [name.replace("-", "_") for name in names]
     scores = list(dict.fromkeys(score for name in plain for score in SCORE_GROUPS.get(name, (name,))))
-    unknown = [score for score in scores if score not in SCORE_GROUPS["all"]]
+    known = (*SCORE_GROUPS["all"], *FITTED_SCORES, *ENSEMBLE_SCORES)
+    unknown = [score for score in scores if score not in known and not score.startswith("ood:")]
     if unknown or not scores:
         raise ValueError(
-            f"unknown score {', '.join(unknown) or '(none given)'}; choose from {', '.join(SCORE_GROUPS['all'])}, "
+            f"unknown score {', '.join(unknown) or '(none given)'}; choose from {', '.join(known)}, ood:DETECTOR, "
             f"or a group: {', '.join(SCORE_GROUPS)}"
         )
     return scores

@@ -105,6 +105,7 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
         mix=args.mix,
         seed=args.seed,
         convention=args.convention,
+        choose_by=args.choose_by,
         temperature=args.temperature,
         resamples=args.bootstrap,
         **({} if args.knn_samples is None else {"knn_samples": args.knn_samples or None}),
@@ -173,8 +174,9 @@ def parser() -> ArgumentParser:
     scores = parser.add_argument_group("scores")
     scores.add_argument(
         "--scores", nargs="+", default=list(names.DEFAULT_SCORES), metavar="SCORE",
-        help=f"Confidence scores: {', '.join((*names.LOGIT_SCORES, *names.FEATURE_SCORES))}, sirc_S1_S2; or groups: "
-        f"{', '.join(names.SCORE_GROUPS)}. Default: {' '.join(names.DEFAULT_SCORES)}. "
+        help=f"Confidence scores: {', '.join((*names.LOGIT_SCORES, *names.FITTED_SCORES, *names.FEATURE_SCORES))}, "
+        f"sirc_S1_S2, ood:DETECTOR of pytorch-ood; or groups: {', '.join(names.SCORE_GROUPS)}. "
+        f"Default: {' '.join(names.DEFAULT_SCORES)}. "
         "The run's own score is always added.",
     )  # fmt: skip
     scores.add_argument(
@@ -185,6 +187,12 @@ def parser() -> ArgumentParser:
         "--temperature", type=checked(_held_out_share), metavar="held-out[=SHARE]",
         help="Divide logits by a temperature fitted on a random share of the validation samples, which take part in "
         "nothing else. Default share: 0.2.",
+    )  # fmt: skip
+
+    scores.add_argument(
+        "--choose-by", default="new-fd", metavar="old-fd|new-fd[=OOD-SET]",
+        help="AURC that pnorm is chosen by, on the held-out samples. With OOD-SET this set takes part in nothing else; "
+        "without, outliers are synthetic. Default: %(default)s.",
     )  # fmt: skip
 
     metrics = parser.add_argument_group("metrics")

@@ -7,11 +7,13 @@ by its method's own score (TAL by cosine, CE by the maximum softmax probability)
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import itertools
 import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ from tal_fast.config.schema import Config
 from tal_fast.evaluation.report import Report
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import SETTING_TITLES, mix_with_seed, nan_if_none
+from tal_fast.metrics.settings import Mix, ScoredSetting
 from tal_fast.runs.folder import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
@@ -46,13 +49,19 @@ class Summary(NamedTuple):
     runs: int
 
 
-class Difference(NamedTuple):
-    """A group's mean minus the baseline's, with its interval."""
+class Estimate(NamedTuple):
+    """A group's mean, or its difference to another's, with its interval."""
 
-    value: float  # the difference
-    low: float  # end of the interval; NaN without one
-    high: float  # the other end
-    over: str  # what the interval is over: ``images``, ``seeds``, ``both``, or empty without one
+    value: float
+    low: float = math.nan  # end of the interval; NaN without one
+    high: float = math.nan  # the other end
+    over: str = ""  # what the interval is over: ``images``, ``seeds``, ``both``, or empty without one
+    why_not: str = ""  # why there is no interval, or none over the test images
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
 
 
 @dataclass
@@ -66,7 +75,9 @@ class Group:
     score: str  # score the runs are judged by
     seeds: list[int | None]  # seeds of the runs, None where unknown
     baseline: str = ""  # name of the group that the differences are taken to; empty if there are none
-    differences: dict[Column, Difference] = field(default_factory=dict)
+    differences: dict[Column, Estimate] = field(default_factory=dict)
+    intervals: dict[Column, Estimate] = field(default_factory=dict)  # of the group's own means
+    best: set[Column] = field(default_factory=set)  # see ``differences.Comparison.mark_best``
 
     def values(self, column: Column) -> list[float]:
         """Value of a metric for each run."""
@@ -76,6 +87,28 @@ class Group:
     def summary(self, column: Column) -> Summary:
         """Mean and standard deviation of a metric over the runs."""
         return _summarize(self.values(column))
+
+    def scored_settings(self) -> list[dict[str, ScoredSetting]]:
+        """For each run its settings with the group's score alone; empty without samples."""
+        runs = zip(self.reports, self.samples, strict=True)
+        return [s.with_score(self.score).settings(Mix.parse(r["mix"]), r["seed"]) if s else {} for r, s in runs]
+
+    def single_runs(self) -> list[Group]:
+        """A group of each run."""
+        parts = zip(self.runs, self.reports, self.samples, self.seeds, strict=True)
+        return [Group(self.name, [run], [report], [found], self.score, [seed]) for run, report, found, seed in parts]
+
+    def set_of(self, setting: str) -> str:
+        """OOD or shifted set of a setting; ``mean`` over several, empty in Old FD."""
+        kind, _, name = setting.partition("/")
+        sets = self.reports[0].get("shift_names" if kind == "shift" else "ood_names", [])
+        return "" if kind == "old_fd" else name or (sets[0] if len(sets) == 1 else "mean")
+
+    def counts(self, setting: str) -> tuple[float, float]:
+        """Samples and errors in a setting, means over the runs; NaN of a mean over sets."""
+        counts = [report.get("samples", {}).get(setting, {}) for report in self.reports]
+        n, errors = (float(np.mean([count.get(key, math.nan) for count in counts])) for key in ("n", "errors"))
+        return n, errors
 
     @property
     def accuracy(self) -> Summary:
@@ -172,37 +205,39 @@ def group_runs(
     names: Sequence[str],
     methods: Sequence[str | None] | None = None,
     samples: Sequence[Samples | None] | None = None,
-    score: str | None = None,
+    scores: Sequence[str | None] | str | None = None,
     seeds: Sequence[int | None] | None = None,
+    rows: Sequence[str | None] | None = None,
 ) -> list[Group]:
-    """Group runs of the same method, in the order of their first runs; a run of unknown method is a group of its own.
+    """Group runs of the same method and score, in the order of their first runs; a run of unknown method is a group.
 
     Args:
         reports, names, samples: of the runs.
         methods, seeds: from ``read_method``.
-        score: score to judge all runs by; default each run's own.
+        scores: score to judge each run by, or one for all; default each run's own.
+        rows: names of groups that runs belong to whatever their method.
     """
     check_comparable(reports, names)
-    seeds = seeds or [None] * len(reports)
-    methods = methods or [None] * len(reports)
-    samples = samples or [None] * len(reports)
-    members_by_method: dict[tuple[str, str], list[int]] = {}
-    for i, (report, name, method) in enumerate(zip(reports, names, methods, strict=True)):
-        members_by_method.setdefault((method or f"\0{i}", judging_score(report, name, score)), []).append(i)
-    groups = [
-        Group(
-            common_name([names[i] for i in members]),
-            [names[i] for i in members],
-            [reports[i] for i in members],
-            [samples[i] for i in members],
-            chosen,
-            [seeds[i] for i in members],
-        )
-        for (_, chosen), members in members_by_method.items()
-    ]
+    unknown = [None] * len(reports)
+    seeds, methods, samples, rows = seeds or unknown, methods or unknown, samples or unknown, rows or unknown
+    wanted = [scores] * len(reports) if scores is None or isinstance(scores, str) else scores
+    members_by_key: dict[tuple[str, str], list[int]] = {}
+    for i, (report, name, score) in enumerate(zip(reports, names, wanted, strict=True)):
+        key = f"row {rows[i]}" if rows[i] else methods[i] or f"\0{i}"
+        members_by_key.setdefault((key, judging_score(report, name, score)), []).append(i)
+    groups = []
+    for (_, chosen), members in members_by_key.items():
+        given, own = rows[members[0]], [names[i] for i in members]
+        if given and len({methods[i] for i in members}) > 1:
+            logger.warning("the runs of %s differ in more than their seed", given)
+        of_runs = [reports[i] for i in members], [samples[i] for i in members]
+        groups.append(Group(given or common_name(own), own, *of_runs, chosen, [seeds[i] for i in members]))
+    taken = Counter(group.name for group in groups)
+    by_score = Counter((group.name, group.score) for group in groups)
     for group in groups:
-        if sum(other.name == group.name for other in groups) > 1:
-            group.name = ", ".join(group.runs)
+        if taken[group.name] > 1:
+            alone = by_score[group.name, group.score] == 1
+            group.name = f"{group.name}, {group.score}" if alone else ", ".join(group.runs)
     return groups
 
 
@@ -227,6 +262,28 @@ def find_group(groups: Sequence[Group], name: str) -> Group:
 
 
 def columns_of(groups: Sequence[Group], metrics: Sequence[str]) -> list[Column]:
-    """Columns of a comparison: each metric of Old FD, OOD, New FD and Old FD under shift, as far as available."""
-    settings = groups[0].reports[0]["settings"]
-    return [(key, metric) for key in SETTING_TITLES if key in settings for metric in metrics]
+    """Columns of a comparison, those of a setting together.
+
+    Args:
+        groups: of the same settings.
+        metrics: each ``METRIC``, of Old FD, OOD, New FD and Old FD under shift as far as available, or
+            ``SETTING:METRIC``: ``old-fd``, ``new-fd`` (the mean, with several OOD sets), ``new-fd/SET``, ``ood/*``.
+    """
+    report = groups[0].reports[0]
+    keys = {key: key for key in report["settings"]}
+    keys |= {f"{key}/{groups[0].set_of(key)}": key for key in keys if key != "old_fd" and "/" not in key}
+    columns: dict[Column, None] = {}
+    for text in metrics:
+        setting, _, metric = text.rpartition(":")
+        kind, slash, name = setting.partition("/")
+        pattern, metric = kind.replace("-", "_") + slash + name, metric.replace("-", "_")
+        found = [keys[key] for key in (fnmatch.filter(keys, pattern) if setting else SETTING_TITLES) if key in keys]
+        tables = [each["settings"][key][group.score] for key in found for group in groups for each in group.reports]
+        if not found or any(metric not in table for table in tables):
+            known = ", ".join(tables[0] if found else keys)
+            raise ValueError(
+                f"--metrics {text}: the reports have no {metric if found else setting!r}; they have {known}"
+            )
+        columns |= dict.fromkeys((key, metric) for key in found)
+    settings = list(dict.fromkeys(key for key, _ in columns))
+    return sorted(columns, key=lambda column: settings.index(column[0]))

@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import argparse
-import json
-import logging
+import functools
+import glob
+import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from tal_fast.config.names import METRICS, UNITS
-from tal_fast.utils.arguments import ArgumentParser, at_least
+from tal_fast.utils.arguments import ArgumentParser, at_least, checked
 from tal_fast.utils.logs import console_logging
 from tal_fast.utils.process import program_name, report_mistake
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from tal_fast.evaluation.compare import Group
 
 DEFAULT_METRICS = ("aurc", "auroc", "fpr95")
+FORMATS = ("table", "markdown", "latex", "csv", "csv-runs")
+SHOW = ("differences", "intervals", "marks")
+CURVES = (".pdf", ".svg", ".png")
+
+
+class Run(NamedTuple):
+    """Run named on the command line."""
+
+    path: str
+    row: str | None  # name of its row
+    score: str | None  # score it is judged by
+
+
+def parse_runs(text: str) -> list[Run]:
+    """Runs that ``[NAME=]PATH[:SCORE]`` names; of all readings the first whose path, or pattern of paths, exists."""
+    starts = [0, *(match.end() for match in re.finditer("=", text))]
+    ends = [len(text), *(match.start() for match in re.finditer(":", text))]
+    for start, end in itertools.product(starts, ends):
+        path, row, score = text[start:end], text[: max(start - 1, 0)] or None, text[end + 1 :] or None
+        if found := [path] if path and Path(path).exists() else sorted(glob.glob(path)):
+            return [Run(one, row, score) for one in found]
+    return [Run(text[starts[-1] :], None, None)]  # reading its report says what is missing
 
 
 def parser() -> ArgumentParser:
@@ -25,14 +51,19 @@ def parser() -> ArgumentParser:
         description="Compare the failure-detection reports of evaluated runs. Runs that differ in nothing but their "
         "seed form one row.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="Folder of an evaluated run, or a report.json.")
+    parser.add_argument(
+        "runs", nargs="+", metavar="[NAME=]RUN[:SCORE]",
+        help="Folder of an evaluated run, report.json, or pattern of them; NAME: its row, which runs may share; SCORE: "
+        "what it is judged by.",
+    )  # fmt: skip
 
     content = parser.add_argument_group("what is compared")
     content.add_argument(
-        "--metrics", nargs="+", choices=METRICS, default=list(DEFAULT_METRICS), metavar="METRIC",
-        help=f"Metrics of each setting: {', '.join(METRICS)}. Default: {' '.join(DEFAULT_METRICS)}.",
+        "--metrics", nargs="+", default=list(DEFAULT_METRICS), metavar="[SETTING:]METRIC",
+        help=f"Metrics: {', '.join(METRICS)} or another of the reports; of each setting, or of one: new-fd:aurc, "
+        f"ood/SET:fpr95, 'new-fd/*:aurc'. Default: {' '.join(DEFAULT_METRICS)}.",
     )  # fmt: skip
-    content.add_argument("--score", help="Score that every run is judged by. Default: each by its method's own.")
+    content.add_argument("--score", help="Score of the runs that name none. Default: each method's own.")
 
     intervals = parser.add_argument_group("differences")
     intervals.add_argument(
@@ -50,10 +81,19 @@ def parser() -> ArgumentParser:
     output = parser.add_argument_group("output")
     output.add_argument("--units", choices=UNITS, default="natural", help="Units of the tables. Default: %(default)s.")
     output.add_argument(
-        "--format", choices=("table", "markdown", "latex", "csv"), default="table",
-        help="Format of the tables. Default: %(default)s.",
+        "--format", choices=FORMATS, default="table",
+        help="Format of the tables; csv-runs has a row for each run. Default: %(default)s.",
+    )  # fmt: skip
+    output.add_argument(
+        "--show", nargs="+", choices=SHOW, default=["differences"], metavar="WHAT",
+        help="What to show beside values: differences to the baseline, intervals of the values, marks of values better "
+        "or worse than the baseline beyond noise. Default: differences.",
     )  # fmt: skip
     output.add_argument("--out", metavar="FILE", help="File to write the tables to instead of printing them.")
+    output.add_argument(
+        "--curves", nargs="+", type=checked(_drawing), default=[], metavar="FILE",
+        help="Files (.pdf, .svg, .png) to draw risk against coverage of all rows to.",
+    )  # fmt: skip
     return parser
 
 
@@ -78,30 +118,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _drawing(path: str) -> str:
+    if Path(path).suffix not in CURVES:
+        raise ValueError(f"{path} must end in one of {', '.join(CURVES)}")
+    return path
+
+
 def _compare(args: argparse.Namespace) -> str:
-    from tal_fast.evaluation.compare import check_distinct, columns_of, find_group, group_runs, read_method
+    from tal_fast.evaluation.compare import columns_of, find_group
     from tal_fast.evaluation.compare_tables import add_description, describe, format_comparison
     from tal_fast.evaluation.differences import add_differences
+
+    groups = _read_groups([run for text in args.runs for run in parse_runs(text)], args.score)
+    if args.format == "csv-runs":
+        groups = [run for group in groups for run in group.single_runs()]
+    columns = columns_of(groups, args.metrics)
+    baseline = groups[0] if args.baseline is None else find_group(groups, args.baseline)
+    add_differences(groups, baseline, columns, args.bootstrap, args.over)
+    if args.curves:
+        from tal_fast.evaluation.plots import compare_curves
+
+        compare_curves(groups, columns, args.curves)
+    text = format_comparison(groups, columns, args.format, args.units, args.show)
+    return add_description(describe(groups, args.units, args.bootstrap, args.show), text, args.format)
+
+
+def _read_groups(runs: Sequence[Run], score: str | None) -> list[Group]:
+    from tal_fast.evaluation.compare import check_distinct, group_runs, read_method
     from tal_fast.evaluation.evaluation import samples_of
     from tal_fast.evaluation.report import read_report
 
-    folders = [Path(run).resolve() for run in args.runs]
-    for i, run in enumerate(args.runs):
-        if folders[i] in folders[:i]:
-            raise ValueError(f"{run} is named twice; name each run once")
-    names = [Path(run).name if Path(run).is_dir() else str(run) for run in args.runs]
-    if len(set(names)) < len(names):
-        names = [str(run) for run in args.runs]
-    reports = [read_report(run) for run in args.runs]
-    samples = [samples_of(run, report) for run, report in zip(args.runs, reports, strict=True)]
-    if len({json.dumps(found.identity, sort_keys=True) for found in samples if found is not None}) > 1:
-        logger.warning("the runs were evaluated on different images or copies of them; look at differences with care")
-    methods, seeds = zip(*map(read_method, args.runs, reports), strict=True)
-    check_distinct(reports, names, methods, seeds)
-    groups = group_runs(reports, names, methods, samples, args.score, seeds)
-    columns = columns_of(groups, args.metrics)
-    baseline = groups[0] if args.baseline is None else find_group(groups, args.baseline)
-    if len(groups) > 1:
-        add_differences(groups, baseline, columns, args.bootstrap, args.over)
-    text = format_comparison(groups, columns, args.format, args.units)
-    return add_description(describe(groups, args.units, args.bootstrap), text, args.format)
+    keys = [(Path(run.path).resolve(), run.score) for run in runs]
+    for i, run in enumerate(runs):
+        if keys[i] in keys[:i]:
+            raise ValueError(f"{run.path} is named twice; name each run once")
+    names = [Path(run.path).name if Path(run.path).is_dir() else run.path for run in runs]
+    if len(set(names)) < len({run.path for run in runs}):
+        names = [run.path for run in runs]
+    read = functools.cache(read_report)
+    read_samples = functools.cache(lambda path: samples_of(path, read(path)))
+    reports, samples = [read(run.path) for run in runs], [read_samples(run.path) for run in runs]
+    methods, seeds = zip(*(read_method(run.path, read(run.path)) for run in runs), strict=True)
+    # A run may be compared with itself by another score.
+    judged = [
+        f"{run.score} {method or run.path}" if run.score else method for run, method in zip(runs, methods, strict=True)
+    ]
+    check_distinct(reports, names, judged, seeds)
+    scores, rows = [run.score or score for run in runs], [run.row for run in runs]
+    return group_runs(reports, names, methods, samples, scores, seeds, rows)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
 
 from tal_fast.evaluation import tables
-from tal_fast.evaluation.compare import Column, Difference, Group, Summary, find_group
+from tal_fast.evaluation.compare import Column, Estimate, Group, Summary, find_group
 from tal_fast.evaluation.differences import OVER, seed_pairs
 from tal_fast.metrics.bootstrap import LEVEL
 from tal_fast.metrics.failure import HIGHER_IS_BETTER
@@ -16,9 +19,19 @@ from tal_fast.metrics.failure import HIGHER_IS_BETTER
 FORMATS = (*tables.STYLES, "csv")
 MAX_NAME = 30
 """Longest name of a group in the rows of a text table; longer ones are numbered."""
+_CSV = (
+    "run", "members", "seeds", "score", "runs", "setting", "set", "metric", "mean", "std", "mean_low", "mean_high", "n",
+    "errors", "best", "difference", "low", "high", "over", "baseline", "why_not",
+)  # fmt: skip
+Show = Collection[str]
+"""What tables have beside values: ``differences`` to the baseline, ``intervals`` of the values, and ``marks``: † and ‡
+where the interval of the difference excludes 0, better and worse than the baseline."""
+SHOWN: Show = ("differences",)
 
 
-def format_comparison(groups: Sequence[Group], columns: Sequence[Column], style: str, units: str = "natural") -> str:
+def format_comparison(
+    groups: Sequence[Group], columns: Sequence[Column], style: str, units: str = "natural", show: Show = SHOWN
+) -> str:
     """Format groups of runs and their differences to the baseline, if they have any.
 
     ``table`` has a block per setting with a row per metric and group. ``markdown`` and ``latex`` have a row per group
@@ -27,12 +40,12 @@ def format_comparison(groups: Sequence[Group], columns: Sequence[Column], style:
     """
     if style == "csv":
         return _csv(groups, columns)
-    return _text(groups, columns, units) if style == "table" else _wide(groups, columns, style, units)
+    return _text(groups, columns, units, show) if style == "table" else _wide(groups, columns, style, units, show)
 
 
-def _text(groups: Sequence[Group], columns: Sequence[Column], units: str) -> str:
+def _text(groups: Sequence[Group], columns: Sequence[Column], units: str, show: Show) -> str:
     names = {group.name: tables.escape(group.name, "table") for group in groups}
-    baselines = list(dict.fromkeys(group.baseline for group in groups if group.differences))
+    baselines = list(dict.fromkeys(group.baseline for group in groups if group.differences and "differences" in show))
     blocks = []
     if len(baselines) > 1 or max(map(len, names.values())) > MAX_NAME:
         blocks.append("\n".join(f"({i}) {name}" for i, name in enumerate(names.values(), 1)))
@@ -44,13 +57,13 @@ def _text(groups: Sequence[Group], columns: Sequence[Column], units: str) -> str
         header.append("difference" + (f" to\n{names[baselines[0]]}" if len(baselines) == 1 else ""))
     for setting in dict.fromkeys(setting for setting, _ in columns):
         rows = []
-        for metric in (m for s, m in columns if s == setting):
-            values = _value_cells(groups, (setting, metric), "table", units)
-            for i, (group, value) in enumerate(zip(groups, values, strict=True)):
-                row = ["" if i else tables.METRIC_TITLES[metric], names[group.name], value]
+        for column in (column for column in columns if column[0] == setting):
+            for i, group in enumerate(groups):
+                value = _value_cell(group, column, "table", units, show)
+                row = ["" if i else tables.METRIC_TITLES[column[1]], names[group.name], value]
                 if baselines:
-                    difference = group.differences.get((setting, metric))
-                    text = "" if difference is None else _difference(metric, difference, units)
+                    difference = group.differences.get(column)
+                    text = "" if difference is None else _difference(column[1], difference, units)
                     row.append(f"{text} to {names[group.baseline]}" if text and len(baselines) > 1 else text)
                 rows.append(row)
         title = tables.setting_title(setting, groups[0].reports[0])
@@ -58,53 +71,64 @@ def _text(groups: Sequence[Group], columns: Sequence[Column], units: str) -> str
     return "\n\n".join(blocks)
 
 
-def _wide(groups: Sequence[Group], columns: Sequence[Column], style: str, units: str) -> str:
-    names = [tables.escape(group.name, style) for group in groups]
-    # In columns against single OOD sets only the kind of the setting is named.
-    titles = [
-        f"{tables.SETTING_TITLES[key.partition('/')[0]]} {tables.METRIC_TITLES[metric]}" for key, metric in columns
-    ]
-    header, rows = _run_columns(groups, names, style)
-    cells = zip(*(_value_cells(groups, column, style, units) for column in columns), strict=True)
-    rows = [[*row, *values] for row, values in zip(rows, cells, strict=True)]
-    blocks = [tables.format_table([*header, *titles], rows, style)]
+def _wide(groups: Sequence[Group], columns: Sequence[Column], style: str, units: str, show: Show) -> str:
+    settings = Counter(setting for setting, _ in columns)
+    headings = {setting: tables.setting_title(setting, groups[0].reports[0]) for setting in settings}
+    if style == "markdown" and len({setting.partition("/")[0] for setting in settings}) == len(settings):
+        headings = {setting: tables.SETTING_TITLES[setting.partition("/")[0]] for setting in settings}
+    spans = [(headings[setting], count) for setting, count in settings.items()]
+    titles = [_metric_title(metric, units) for _, metric in columns]
+    if style == "markdown":
+        titles = [tables.escape(f"{headings[s]} {title}", style) for (s, _), title in zip(columns, titles, strict=True)]
+
+    header, rows = _run_columns(groups, [tables.escape(group.name, style) for group in groups], style)
+    for group, row in zip(groups, rows, strict=True):
+        row += [_value_cell(group, column, style, units, show) for column in columns]
+    blocks = [tables.format_table([*header, *titles], rows, style, 1, [("", len(header)), *spans])]
     rows = [
         [
-            tables.escape(f"{group.name} - {group.baseline}", style),
-            *(tables.escape(_difference(column[1], group.differences[column], units), style) for column in columns),
+            tables.escape(f"{group.name} − {group.baseline}", style),
+            *(_numbers(_difference(column[1], group.differences[column], units), style) for column in columns),
         ]
         for group in groups
-        if group.differences
+        if group.differences and "differences" in show
     ]
     if rows:
-        blocks.append(tables.format_table(["difference", *titles], rows, style))
+        blocks.append(tables.format_table(["difference", *titles], rows, style, 1, [("", 1), *spans]))
     return "\n\n".join(blocks)
+
+
+def _metric_title(metric: str, units: str) -> str:
+    unit = "" if units == "natural" else " ×1000" if tables.PAPER_SCALE[metric] == 1000 else " (%)"
+    return f"{tables.METRIC_TITLES[metric]}{unit} {'↑' if HIGHER_IS_BETTER[metric] else '↓'}"
 
 
 def _run_columns(groups: Sequence[Group], names: Sequence[str], style: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows of name, score, number of runs (if there are several) and accuracy."""
     several = any(len(group.runs) > 1 for group in groups)
-    best = tables.mark_best([group.accuracy.mean for group in groups], True)
-    rows = [
-        [
-            name,
-            tables.escape(group.score, style),
-            *([str(len(group.runs))] if several else []),
-            tables.emphasize(tables.escape(_accuracy(group.accuracy), style), is_best, style),
-        ]
-        for name, group, is_best in zip(names, groups, best, strict=True)
-    ]
-    accuracy = "accuracy " if style == "table" else "accuracy"
-    return ["run", "score", *(["runs"] if several else []), accuracy], rows
+    rows = []
+    for name, group in zip(names, groups, strict=True):
+        runs = [str(len(group.runs))] if several else []
+        rows.append([name, *(tables.escape(text, style) for text in (group.score, *runs, _accuracy(group.accuracy)))])
+    return ["run", "score", *(["runs"] if several else []), "accuracy" if style == "table" else "accuracy ↑"], rows
 
 
-def _value_cells(groups: Sequence[Group], column: Column, style: str, units: str) -> list[str]:
-    summaries = [group.summary(column) for group in groups]
-    best = tables.mark_best([summary.mean for summary in summaries], HIGHER_IS_BETTER[column[1]])
-    return [
-        tables.emphasize(tables.escape(_with_std(column[1], summary, units), style), is_best, style)
-        for summary, is_best in zip(summaries, best, strict=True)
-    ]
+def _value_cell(group: Group, column: Column, style: str, units: str, show: Show) -> str:
+    """Mean with standard deviation, its marks, and its interval."""
+    text = _numbers(_with_std(column[1], group.summary(column), units), style)
+    text = tables.emphasize(text, column in group.best, style)
+    difference, found = group.differences.get(column, Estimate(math.nan)), group.intervals.get(column)
+    if "marks" in show and difference.significant:
+        text += tables.escape("†" if (difference.value > 0) == HIGHER_IS_BETTER[column[1]] else "‡", style)
+    if "intervals" in show and found is not None and found.over:
+        ends = (tables.format_value(column[1], end, units) for end in (found.low, found.high))
+        text += _numbers(" [{}, {}]".format(*ends), style)
+    return text
+
+
+def _numbers(text: str, style: str) -> str:
+    """Escaped numbers, in LaTeX with a minus instead of a hyphen."""
+    return tables.escape(re.sub(r"-(?=\d)", "−", text) if style == "latex" else text, style)
 
 
 def _accuracy(accuracy: Summary) -> str:
@@ -116,7 +140,7 @@ def _with_std(metric: str, summary: Summary, units: str) -> str:
     return text if summary.runs == 1 else f"{text} ± {tables.format_value(metric, summary.std, units)}"
 
 
-def _difference(metric: str, difference: Difference, units: str) -> str:
+def _difference(metric: str, difference: Estimate, units: str) -> str:
     texts = [tables.format_value(metric, number, units) for number in difference[:3]]
     value, low, high = (text if text[0] in "-+" else f"+{text}" for text in texts)
     return f"{value} [{low}, {high}]" if difference.over else value
@@ -125,34 +149,44 @@ def _difference(metric: str, difference: Difference, units: str) -> str:
 def _csv(groups: Sequence[Group], columns: Sequence[Column]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    header = "run,score,runs,setting,metric,mean,std,best,difference,low,high,over,baseline"
-    writer.writerow(header.split(","))
-    for setting, metric in columns:
-        summaries = [group.summary((setting, metric)) for group in groups]
-        best = tables.mark_best([summary.mean for summary in summaries], HIGHER_IS_BETTER[metric])
-        for group, summary, is_best in zip(groups, summaries, best, strict=True):
-            difference = group.differences.get((setting, metric), Difference(math.nan, math.nan, math.nan, ""))
-            numbers = [summary.mean, summary.std, int(is_best), *difference[:3]]
-            writer.writerow(
-                [group.name, group.score, summary.runs, setting, metric]
-                + ["" if math.isnan(number) else number for number in numbers]
-                + [difference.over, group.baseline]
-            )
+    writer.writerow(_CSV)
+    for (setting, metric), group in itertools.product(columns, groups):
+        column, none = (setting, metric), Estimate(math.nan)
+        summary, own, difference = (
+            group.summary(column), group.intervals.get(column, none), group.differences.get(column, none),
+        )  # fmt: skip
+        row = [
+            group.name, " ".join(group.runs), " ".join("?" if seed is None else str(seed) for seed in group.seeds),
+            group.score, summary.runs, setting, group.set_of(setting), metric, *summary[:2], *own[1:3],
+            *group.counts(setting), int(column in group.best), *difference[:4], group.baseline,
+            difference.why_not or own.why_not,
+        ]  # fmt: skip
+        writer.writerow(["" if value != value else value for value in row])
     return text.getvalue().rstrip("\n")
 
 
-def describe(groups: Sequence[Group], units: str, resamples: int) -> list[str]:
-    """Describe the conventions, units and intervals of a comparison, in one line or more."""
+def describe(groups: Sequence[Group], units: str, resamples: int, show: Show = ()) -> list[str]:
+    """Describe the conventions, units and intervals of a comparison, and why intervals are missing, in some lines."""
     report = groups[0].reports[0]
     conditions = f"convention {report['convention']}; ID:OOD mix {tables.mix_with_seed(report)}"
-    line = f"{conditions}; {tables.UNIT_NAMES[units]}; * best"
+    line = f"{conditions}; {tables.UNIT_NAMES[units]}; * best beyond noise"
+    if "marks" in show:
+        line += "; † better, ‡ worse than the baseline"
     if any(len(group.runs) > 1 for group in groups):
-        line += "; mean ± standard deviation over runs"
-    over = {difference.over for group in groups for difference in group.differences.values()}
-    return [line] + [
-        f"{LEVEL:.0%} intervals of differences: {_describe_intervals(kind, groups, resamples)}"
-        for kind in OVER
-        if kind in over
+        line += "; mean ± SD over runs"
+    found = {f"{g.name} − {g.baseline}": list(g.differences.values()) for g in groups if g.differences}
+    if "intervals" in show or not found:
+        found |= {group.name: list(group.intervals.values()) for group in groups}
+    over = {estimate.over for estimates in found.values() for estimate in estimates}
+    reasons: dict[str, dict[str, None]] = {}  # reason -> names of what it is the reason for
+    for name, estimate in ((name, estimate) for name, estimates in found.items() for estimate in estimates):
+        if estimate.why_not:
+            what = "intervals over seeds alone" if estimate.over else "no interval"
+            reasons.setdefault(f"{what}, since {estimate.why_not}", {})[name] = None
+    return [
+        line,
+        *(f"{LEVEL:.0%} intervals: {_describe_intervals(o, groups, resamples)}" for o in OVER if o in over),
+        *(f"{', '.join(names)}: {reason}" for reason, names in reasons.items()),
     ]
 
 
@@ -172,7 +206,7 @@ def _describe_intervals(over: str, groups: Sequence[Group], resamples: int) -> s
 
 def add_description(lines: Sequence[str], text: str, style: str) -> str:
     """Put the lines of ``describe`` above the tables, in a form that suits the style."""
-    if style == "csv":
+    if style.startswith("csv"):
         return text
     if style == "table":
         return "\n".join([*map(tables.wrap, lines), "", text])

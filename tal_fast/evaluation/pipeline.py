@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from tal_fast.config.names import ENSEMBLE_SCORES, FITTED_SCORES
 from tal_fast.evaluation.evaluation import Evaluation, evaluate_samples
+from tal_fast.evaluation.fitted_scores import fit_score
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sample_scores import Predictions, Samples, identity_of
 from tal_fast.metrics.calibration import calibration_metrics
 from tal_fast.runs.prediction_store import Outputs
 from tal_fast.scores.features import FeatureScorer, Training, training_needed
 from tal_fast.scores.logits import SCORES, logit_scores
-from tal_fast.scores.temperature import fit_temperature, held_out
+from tal_fast.scores.temperature import HELD_OUT, fit_temperature, held_out
 from tal_fast.utils.arrays import Floats, Ints
 
 
@@ -33,6 +35,7 @@ class EvaluationInputs:
     identity: Mapping[str, str] | None = None
     # Shifted sets that are corrupted versions of the validation images, sample by sample.
     corrupted: Collection[str] = ()
+    unavailable: Mapping[str, str] = field(default_factory=dict)  # score -> why these outputs do not have it
 
 
 def check_set_names(ood: Collection[str]) -> None:
@@ -47,8 +50,8 @@ def evaluate_outputs(
     """Evaluate a model's outputs.
 
     The report has the entries of ``make_report`` and, in addition, ``calibration`` of the softmax on the ID samples,
-    ``left_out`` (score -> why it cannot be computed), ``fitted`` (numbers of training features) and, where one was
-    fitted, ``temperature``.
+    ``left_out`` (score -> why it cannot be computed), ``fitted`` (numbers of training features) and, where they
+    were fitted on held-out samples, ``fitted_scores`` and ``temperature``.
 
     Args:
         inputs, options: what is evaluated, and how.
@@ -57,38 +60,61 @@ def evaluate_outputs(
     """
     options, provenance = options or EvaluationOptions(), provenance or {}
     check_set_names(inputs.ood)
-    index, temperature = None, None
-    if options.temperature is not None:
-        inputs, index, temperature = _scale(inputs, options.temperature, options.seed)
-    identity = dict(inputs.identity or _label_hashes(inputs))
-    if temperature is not None:
+    left_out, functions = dict(inputs.unavailable), {}
+    alone = [name for name in ENSEMBLE_SCORES if name in options.scores and name not in inputs.id.scores]
+    left_out |= dict.fromkeys(alone, "it needs several models; name them with --ensemble")
+    fitted = [name for name in FITTED_SCORES if name in options.scores and name not in left_out]
+    entries: dict[str, Any] = {}
+    identity, index = dict(inputs.identity or _label_hashes(inputs)), None
+    if options.temperature is not None or fitted:
+        held, inputs, index, entries = _hold_out(inputs, options)
         # The held-out samples depend on the seed and the share.
-        identity["val"] += f" without {temperature['held_out']}, seed {options.seed}"
+        identity["val"] += f" without {len(held.labels)}, seed {options.seed}"
+    if fitted:
+        entry = entries["fitted_scores"] = {"held_out": len(held.labels), "choose_by": options.choose_by}
+        choose_by, _, ood_set = options.choose_by.partition("=")
+        if ood_set and ood_set not in inputs.ood:
+            raise ValueError(
+                f"pnorm is to be chosen by the OOD set {ood_set!r}, but there is {', '.join(inputs.ood) or 'none'}"
+            )
+        outliers = inputs.ood.pop(ood_set).logits if ood_set else None
+        identity.pop(ood_set, None)
+        for name in fitted:
+            try:
+                functions[name], entry[name] = fit_score(name, held, choose_by, outliers, options.seed)
+            except ValueError as problem:
+                left_out[name] = str(problem)
     scorer = FeatureScorer(inputs.training, options.knn_samples, options.seed)
-    left_out = _unavailable_scores(options.scores, scorer, inputs)
+    over_features = [n for n in options.scores if n not in (*SCORES, *functions, *inputs.id.scores, *left_out)]
+    left_out |= _unavailable_scores(over_features, scorer, inputs)
     names = [name for name in options.scores if name not in left_out]
     if not names:
         score, reason = next(iter(left_out.items()))
         raise ValueError(f"none of the scores can be computed; {score}: {reason}")
     predictions = {"val": Predictions.from_outputs(inputs.id, index)}
     predictions |= {name: Predictions.from_outputs(outputs) for name, outputs in inputs.ood.items()}
+
+    def compute(outputs: Outputs) -> dict[str, Floats]:
+        """Score -> (n,) float64, higher = more confident."""
+        chosen = [name for name in names if name in over_features]
+        found = scorer.scores(chosen, outputs.logits, outputs.features) if chosen else {}
+        found |= logit_scores(outputs.logits, [name for name in names if name in SCORES and name not in outputs.scores])
+        found |= {name: np.asarray(values, np.float64) for name, values in outputs.scores.items()}
+        return {name: found[name] if name in found else functions[name](outputs.logits) for name in names}
+
     samples = Samples(
         correct=inputs.id.correct,
-        id_scores=_compute_scores(inputs.id, names, scorer),
-        ood_scores={name: _compute_scores(outputs, names, scorer) for name, outputs in inputs.ood.items()},
+        id_scores=compute(inputs.id),
+        ood_scores={name: compute(outputs) for name, outputs in inputs.ood.items()},
         identity=identity,
         predictions=predictions,
-        shifts={
-            name: (outputs.correct, _compute_scores(outputs, names, scorer)) for name, outputs in inputs.shifts.items()
-        },
+        shifts={name: (outputs.correct, compute(outputs)) for name, outputs in inputs.shifts.items()},
     )
     evaluation = evaluate_samples(samples, options, provenance.get("score"))
-    report = {**provenance, **evaluation.report}
+    report = {**provenance, **evaluation.report, **entries}
     report["calibration"] = calibration_metrics(inputs.id.logits, inputs.id.labels)
-    if temperature is not None:
-        report["temperature"] = temperature
     report["left_out"] = left_out
-    if any(name not in SCORES for name in names):
+    if any(name in over_features for name in names):
         report["fitted"] = scorer.about()
     report["versions"]["torch"] = torch.__version__
     return dataclasses.replace(evaluation, report=report)
@@ -102,25 +128,32 @@ def _label_hashes(inputs: EvaluationInputs) -> dict[str, str]:
     }
 
 
-def _scale(inputs: EvaluationInputs, share: float, seed: int) -> tuple[EvaluationInputs, Ints, dict[str, Any]]:
-    """Fit a temperature on a share of the ID samples and divide the logits of all others by it.
+def _hold_out(
+    inputs: EvaluationInputs, options: EvaluationOptions
+) -> tuple[Outputs, EvaluationInputs, Ints, dict[str, Any]]:
+    """Take a share of the ID samples out, and fit a temperature on them if one is wanted.
 
-    Returns the scaled outputs without the held-out samples, the positions of the other ID samples, and the report's
-    entry.
+    Returns the held-out outputs, the others, the positions of the other ID samples, and the report's entries. All
+    logits are divided by the temperature.
     """
-    fit, rest = held_out(len(inputs.id.labels), share, seed)
-    temperature = fit_temperature(inputs.id.logits[fit], inputs.id.labels[fit])
+    fit, rest = held_out(len(inputs.id.labels), options.temperature or HELD_OUT, options.seed)
+    held, entries, temperature = inputs.id.subset(fit), {}, None
+    if options.temperature is not None:
+        temperature = fit_temperature(held.logits, held.labels)
+        entries["temperature"] = {
+            "value": temperature,
+            "held_out": len(fit),
+            "evaluated": len(rest),
+            "seed": options.seed,
+            "calibration_before": calibration_metrics(inputs.id.logits[rest], inputs.id.labels[rest]),
+        }
 
     def scaled(outputs: Outputs) -> Outputs:
+        if temperature is None:
+            return outputs
+        # In float64: float16 logits would lose digits.
         return dataclasses.replace(outputs, logits=np.divide(outputs.logits, temperature, dtype=np.float64))
 
-    entry = {
-        "value": temperature,
-        "held_out": len(fit),
-        "evaluated": len(rest),
-        "seed": seed,
-        "calibration_before": calibration_metrics(inputs.id.logits[rest], inputs.id.labels[rest]),
-    }
     scaled_inputs = dataclasses.replace(
         inputs,
         id=scaled(inputs.id.subset(rest)),
@@ -129,14 +162,15 @@ def _scale(inputs: EvaluationInputs, share: float, seed: int) -> tuple[Evaluatio
             name: scaled(outputs.subset(rest) if name in inputs.corrupted else outputs)
             for name, outputs in inputs.shifts.items()
         },
-        training=None if inputs.training is None else inputs.training.scaled(temperature),
+        training=inputs.training.scaled(temperature) if inputs.training and temperature else inputs.training,
     )
-    return scaled_inputs, rest, entry
+    return scaled(held), scaled_inputs, rest, entries
 
 
-def _unavailable_scores(names: Sequence[str], scorer: FeatureScorer, inputs: EvaluationInputs) -> dict[str, str]:
-    """Scores that cannot be computed -> reason. Fits the others."""
-    feature_scores = [name for name in names if name not in SCORES]
+def _unavailable_scores(
+    feature_scores: Sequence[str], scorer: FeatureScorer, inputs: EvaluationInputs
+) -> dict[str, str]:
+    """Feature scores that cannot be computed -> reason. Fits the others."""
     sets = {"features": inputs.id}
     sets |= {f"ood_{name}_features": outputs for name, outputs in inputs.ood.items()}
     sets |= {f"shift_{name}_features": outputs for name, outputs in inputs.shifts.items()}
@@ -148,11 +182,3 @@ def _unavailable_scores(names: Sequence[str], scorer: FeatureScorer, inputs: Eva
         reason = "it needs training features, and there are none"
         return {name: reason for name in feature_scores if training_needed(name)}
     return scorer.undefined(feature_scores)
-
-
-def _compute_scores(outputs: Outputs, names: Sequence[str], scorer: FeatureScorer) -> dict[str, Floats]:
-    """Score -> (n,) float64, higher = more confident."""
-    feature_scores = [name for name in names if name not in SCORES]
-    scores = scorer.scores(feature_scores, outputs.logits, outputs.features) if feature_scores else {}
-    scores |= logit_scores(outputs.logits, [name for name in names if name in SCORES])
-    return {name: scores[name] for name in names}

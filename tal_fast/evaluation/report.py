@@ -43,12 +43,15 @@ class EvaluationOptions:
     convention: str = "tal_fast"  # convention of the metrics, see ``tal_fast.metrics.failure``
     knn_samples: int | None = KNN_SAMPLES  # training features that ``knn`` compares with; None: all
     # Share of the validation samples that a temperature is fitted on. They take part in nothing else, and all other
-    # logits are divided by the temperature. None: no temperature.
+    # logits are divided by the temperature. None: no temperature, and a share of 0.2 for the scores that need one.
     temperature: float | None = None
+    choose_by: str = "new-fd"  # AURC that ``pnorm`` is chosen by: ``old-fd``, ``new-fd`` or ``new-fd=OOD-SET``
     resamples: int = 0  # resamples of the bootstrap; 0: no intervals
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", check_scores(self.scores))
+        if self.choose_by != "old-fd" and self.choose_by.partition("=")[0] != "new-fd":
+            raise ValueError(f"pnorm is chosen by old-fd, new-fd or new-fd=OOD-SET, not by {self.choose_by!r}")
 
 
 def make_report(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tal_fast.config.names import LOGIT_SCORES
+from tal_fast.config.names import ENSEMBLE_SCORES, FITTED_SCORES, LOGIT_SCORES
 from tal_fast.config.schema import DataConfig, ModelConfig
 from tal_fast.data import build_data
 from tal_fast.data.datasets import DataBundle, Split
@@ -28,6 +28,8 @@ from tal_fast.runs.predictions import CACHE, Inference, PassOptions, split_hash,
 from tal_fast.scores.features import Training, training_needed
 from tal_fast.utils.io import check_writable
 from tal_fast.utils.locks import alone_in
+
+_WITHOUT_FEATURES = (*LOGIT_SCORES, *FITTED_SCORES, *ENSEMBLE_SCORES)
 
 
 def evaluate_run(
@@ -173,7 +175,7 @@ def _evaluate_model(
     """Run a model over all splits and evaluate its outputs; None on ranks other than 0."""
     data, passes = inference.data, inference.options
     if not passes.features:
-        scores = [name for name in options.scores if name in LOGIT_SCORES]
+        scores = [name for name in options.scores if name in _WITHOUT_FEATURES]
         if not scores:
             raise ValueError(f"{options.scores[0]} is a feature score, but --fast keeps no features; leave --fast out")
         options = dataclasses.replace(options, scores=scores)
@@ -191,7 +193,7 @@ def _evaluate_model(
         name: inference.store(f"shift-{name}", images, corruption) for name, (images, corruption) in shifts.items()
     }
     train_store = None
-    needs_training = any(name not in LOGIT_SCORES and training_needed(name) for name in options.scores)
+    needs_training = any(name not in _WITHOUT_FEATURES and training_needed(name) for name in options.scores)
     if needs_training and len(data.split("train-eval")):
         train_store = inference.store("train-eval")
     if not passes.ranks.is_main:

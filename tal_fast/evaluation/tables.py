@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -22,10 +23,13 @@ PAPER_SCALE = {metric: 1000.0 if "aurc" in metric or metric == "augrc" else 100.
 """Factor that papers multiply a metric by."""
 STYLES = ("table", "markdown", "latex")
 PRINTED_METRICS = ("aurc", "eaurc", "augrc", "auroc", "fpr95", "tnr95", "aupr_success", "aupr_error")
+PRINTED_SCORES = 10
+"""Most scores that a setting's table prints, beside the model's own."""
 UNIT_NAMES = {"natural": "natural units", "paper": "AURC, E-AURC and AUGRC times 1000, the rest in percent"}
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "<": "$<$", ">": "$>$",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "<": "$<$",
+    ">": "$>$",    "↑": r"$\uparrow$", "↓": r"$\downarrow$", "†": r"$^{\dagger}$", "‡": r"$^{\ddagger}$",
 }  # fmt: skip
 
 
@@ -93,7 +97,7 @@ def escape(text: str, style: str) -> str:
     """Text on one line with the special characters of a style escaped."""
     if style == "table":
         return printable(text)
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     if style == "latex":
         return "".join(_LATEX.get(character, character) for character in text)
     for special in "\\`*_{}[]<>#|":
@@ -110,19 +114,30 @@ def emphasize(text: str, best: bool, style: str) -> str:
     return f"**{text}**" if style == "markdown" else rf"\textbf{{{text}}}"
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], style: str = "table", left: int = 1) -> str:
+def format_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    style: str = "table",
+    left: int = 1,
+    spans: Sequence[tuple[str, int]] = (),
+) -> str:
     """Format a table whose cells are escaped already, the first ``left`` columns aligned to the left.
 
-    In the style ``table`` titles may have several lines; ``latex`` needs the package ``booktabs``.
+    In the style ``table`` titles may have several lines; ``latex`` needs the package ``booktabs`` and has
+    ``spans`` of columns, (title, number of columns), above the titles.
     """
     if style == "markdown":
         lines = [header, [*["---"] * left, *["---:"] * (len(header) - left)], *rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
     if style == "latex":
         body = [rf"{' & '.join(row)} \\" for row in rows]
+        ends = list(itertools.accumulate(width for _, width in spans))
+        above = [rf"\multicolumn{{{width}}}{{c}}{{{escape(title, style)}}}" for title, width in spans]
+        rules = [rf"\cmidrule(lr){{{end - k + 1}-{end}}}" for (title, k), end in zip(spans, ends, strict=True) if title]
         return "\n".join(
             [
                 rf"\begin{{tabular}}{{{'l' * left}{'r' * (len(header) - left)}}}", r"\toprule",
+                *([rf"{' & '.join(above)} \\", " ".join(rules)] if spans else []),
                 rf"{' & '.join(escape(title, style) for title in header)} \\",
                 r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
             ]
@@ -174,6 +189,10 @@ def _summary(report: Mapping[str, Any], units: str) -> list[str]:
             f"logits divided by T = {scaling['value']:.4f}, fitted on {scaling['held_out']} held-out samples "
             f"(ECE before {nan_if_none(scaling['calibration_before']['ece']):.4f})"
         )
+    if fit := report.get("fitted_scores"):
+        by = fit["choose_by"] + (" and synthetic outliers" if fit["choose_by"] == "new-fd" else "")
+        chosen = f"; pnorm: {fit['pnorm']['chosen']}, chosen by {by}" if "pnorm" in fit else ""
+        lines.append(f"{fit['held_out']} validation samples held out to fit scores on, in no metric{chosen}")
     lines += [f"left out: {score}: {printable(reason)}" for score, reason in report.get("left_out", {}).items()]
     return lines
 
@@ -181,23 +200,37 @@ def _summary(report: Mapping[str, Any], units: str) -> list[str]:
 def _format_setting(report: Mapping[str, Any], key: str, units: str) -> str:
     lines = [setting_title(key, report), wrap(describe_samples(report, key, units))]
     intervals = report.get("intervals", {}).get(key, {})
+    shown = _printed_scores(report, key)
     values = {
         score: {metric: [value, *intervals.get(score, {}).get(metric, [])] for metric, value in by_metric.items()}
-        for score, by_metric in report["settings"][key].items()
+        for score, by_metric in ((score, report["settings"][key][score]) for score in shown)
     }
     level = report["bootstrap"]["level"] if "bootstrap" in report else math.nan
     lines.append(_metric_table(values, PRINTED_METRICS, level, units))
-    differences = report.get("differences", {}).get(key)
+    if others := len(report["settings"][key]) - len(shown):
+        lines.append(f"best by AURC; {others} more scores are in report.json and report.html")
+    differences = {s: d for s, d in report.get("differences", {}).get(key, {}).items() if s in shown}
     if differences:
         # The floor is the same for all scores, so differences of E-AURC are those of AURC.
         metrics = [metric for metric in PRINTED_METRICS if metric != "eaurc"]
         lines.append(f"Paired differences to {report['bootstrap']['baseline']}:")
         lines.append(_metric_table(differences, metrics, level, units))
-    tied = {score: nan_if_none(share) for score, share in report["tied_share"][key].items()}
+    tied = {score: nan_if_none(share) for score, share in report["tied_share"][key].items() if score in shown}
     shares = ", ".join(f"{score} {format_percent(share, 1)}" for score, share in tied.items() if share > 0)
     if shares:
         lines.append(wrap(f"Samples with tied scores: {shares}"))
     return "\n".join([*lines, *map(wrap, undefined_notes(report, key, PRINTED_METRICS))])
+
+
+def _printed_scores(report: Mapping[str, Any], key: str) -> list[str]:
+    """Scores to print in a setting: all, or the ``PRINTED_SCORES`` of least AURC and the model's own."""
+    aurc = {score: values["aurc"] for score, values in report["settings"][key].items()}
+    best = sorted(aurc, key=lambda score: (math.isnan(aurc[score]), aurc[score]))[:PRINTED_SCORES]
+    return (
+        list(aurc)
+        if len(aurc) <= PRINTED_SCORES
+        else [*best, *(s for s in aurc if s == report.get("score") and s not in best)]
+    )
 
 
 def describe_samples(report: Mapping[str, Any], key: str, units: str = "natural") -> str:

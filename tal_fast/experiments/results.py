@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tal_fast.evaluation import compare
-from tal_fast.evaluation.compare import Column, Difference, Group
-from tal_fast.evaluation.differences import add_differences
+from tal_fast.evaluation.compare import Column, Estimate, Group
+from tal_fast.evaluation.differences import Comparison
 from tal_fast.evaluation.evaluation import samples_of
 from tal_fast.evaluation.report import none_to_nan, read_report, write_report
 from tal_fast.experiments.folder import Folder
@@ -35,7 +35,8 @@ def collect(experiment: Experiment, folders: Sequence[Folder], name: str) -> Res
     Returns:
         ``runs`` (name, label, method, grid, seed, config, seconds per stage, number of attempts, index per stage in
         ``environments``, report), ``missing`` (name, why), ``differences`` (label, baseline, setting, metric, value,
-        low, high, over), ``compare`` and ``evaluate`` (options of the file), ``environments``.
+        low, high, over, why_not), ``best`` ([label, setting, metric] ahead of the next best beyond noise), ``compare``
+        and ``evaluate`` (options of the file), ``environments``.
 
     Raises:
         ValueError: reports cannot be read or compared.
@@ -59,19 +60,22 @@ def collect(experiment: Experiment, folders: Sequence[Folder], name: str) -> Res
         ],
         "runs": runs,
         "differences": [],
+        "best": [],
     }
     groups = groups_of(results)
     if len(groups) > 1:
         paths = {folder.job.name: folder.path for folder in done}
         for group in groups:
             group.samples = [samples_of(paths[run], read_report(paths[run])) for run in group.runs]
-        results["differences"] = _differences(experiment, groups, runs)
+        results["differences"], results["best"] = _differences(experiment, groups, runs)
     return results
 
 
-def _differences(experiment: Experiment, groups: Sequence[Group], runs: Sequence[Values]) -> list[Values]:
+def _differences(
+    experiment: Experiment, groups: Sequence[Group], runs: Sequence[Values]
+) -> tuple[list[Any], list[Any]]:
     options = experiment.compare
-    columns = all_columns(groups, options.metrics)
+    comparison, columns = Comparison(options.bootstrap, options.over), all_columns(groups, options.metrics)
     compared: dict[str, list[Group]] = {}  # name of the baseline -> groups compared with it
     for group in groups:
         baseline = _baseline_of(group, groups, runs, options.baseline or next(iter(experiment.methods)))
@@ -79,12 +83,14 @@ def _differences(experiment: Experiment, groups: Sequence[Group], runs: Sequence
             compared.setdefault(baseline.name, []).append(group)
     for name, others in compared.items():
         baseline = compare.find_group(groups, name)
-        add_differences([baseline, *others], baseline, columns, options.bootstrap, options.over)
-    return [
+        comparison.add_differences([baseline, *others], baseline, columns)
+    comparison.mark_best(groups, columns)
+    differences = [
         {"label": group.name, "baseline": group.baseline, "setting": setting, "metric": metric, **difference._asdict()}
         for group in groups
         for (setting, metric), difference in group.differences.items()
     ]
+    return differences, [[group.name, *column] for group in groups for column in columns if column in group.best]
 
 
 def _run(folder: Folder, environments: list[Any]) -> Values:
@@ -144,7 +150,7 @@ def groups_of(results: Results) -> list[Group]:
         [run["report"] for run in runs],
         [run["name"] for run in runs],
         [run["label"] for run in runs],
-        score=results["compare"]["score"],
+        scores=results["compare"]["score"],
         seeds=[run["seed"] for run in runs],
     )
     labels = {run["name"]: run["label"] for run in runs}
@@ -155,7 +161,12 @@ def groups_of(results: Results) -> list[Group]:
         group = by_name[entry["label"]]
         group.baseline = entry["baseline"]
         value, low, high = (math.nan if entry[key] is None else entry[key] for key in ("value", "low", "high"))
-        group.differences[entry["setting"], entry["metric"]] = Difference(value, low, high, entry["over"])
+        found = Estimate(value, low, high, entry["over"], entry.get("why_not", ""))
+        group.differences[entry["setting"], entry["metric"]] = found
+    if "best" not in results:  # results of version 0.3 and before
+        Comparison(0, "seeds").mark_best(groups, all_columns(groups, results["compare"]["metrics"]))
+    for label, setting, metric in results.get("best", []):
+        by_name[label].best.add((setting, metric))
     return groups
 
 

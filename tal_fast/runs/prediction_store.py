@@ -16,8 +16,8 @@ import re
 import shutil
 import time
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class Outputs:
     logits: NDArray[Any]  # (n, C) float32 or float64
     features: NDArray[Any] | None  # (n, D), the input of the last Linear layer, in the same type; None if unknown
     labels: NDArray[np.int64]  # (n,) int64; −1 in OOD sets
+    scores: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # score -> (n,), those computed elsewhere
 
     @property
     def correct(self) -> NDArray[np.bool_]:
@@ -56,7 +57,8 @@ class Outputs:
     def subset(self, indices: Ints) -> Outputs:
         """Outputs of the samples at ``indices``."""
         features = None if self.features is None else self.features[indices]
-        return Outputs(self.logits[indices], features, self.labels[indices])
+        scores = {name: values[indices] for name, values in self.scores.items()}
+        return Outputs(self.logits[indices], features, self.labels[indices], scores)
 
 
 class NotKept(ValueError):

@@ -14,7 +14,7 @@ from tests.helpers.compare import one_report, write_run
 def test_each_run_is_judged_by_its_own_score() -> None:
     groups = group_runs([one_report("msp", 0.2, 0.8), one_report("cosine", 0.1, 0.7)], ["ce", "tal"])
     assert [(group.score, group.values(("old_fd", "aurc"))) for group in groups] == [("msp", [0.2]), ("cosine", [0.01])]
-    by_msp = group_runs([one_report("msp", 0.2, 0.8), one_report("cosine", 0.1, 0.7)], ["ce", "tal"], score="msp")
+    by_msp = group_runs([one_report("msp", 0.2, 0.8), one_report("cosine", 0.1, 0.7)], ["ce", "tal"], scores="msp")
     assert [group.values(("old_fd", "aurc")) for group in by_msp] == [[0.2], [0.1]]
     with pytest.raises(ValueError, match="tal has no score 'energy'; it has msp, cosine"):
         judging_score(one_report("cosine", 0.1, 0.7), "tal", "energy")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tal_fast.evaluation.compare import Column, Difference, Group, columns_of, group_runs
+from tal_fast.evaluation.compare import Column, Estimate, Group, columns_of, group_runs
 from tal_fast.evaluation.compare_tables import format_comparison
 from tal_fast.evaluation.tables import WIDTH
 from tests.helpers.compare import csv_rows, one_report, table_lines, write_run
@@ -17,18 +17,19 @@ def test_the_best_of_each_metric_is_marked() -> None:
     reports = [one_report("msp", 0.2, 0.8), one_report("msp", 0.1, math.nan), one_report("msp", 0.3, 0.7)]
     groups = group_runs(reports, ["a", "b", "c"])
     columns = columns_of(groups, ["aurc", "auroc"])
+    groups[1].best.add(columns[0])
     assert format_comparison(groups, columns, "table").splitlines() == [
         "run  score  accuracy",
-        "a    msp      90.00%*",
-        "b    msp      90.00%*",
-        "c    msp      90.00%*",
+        "a    msp      90.00%",
+        "b    msp      90.00%",
+        "c    msp      90.00%",
         "",
         "Old FD",
         "metric  run    value",
         "AURC    a    0.20000",
         "        b    0.10000*",
         "        c    0.30000",
-        "AUROC   a     0.8000*",
+        "AUROC   a     0.8000",
         "        b          -",
         "        c     0.7000",
     ]
@@ -39,7 +40,7 @@ def long_group(name: str, baseline: str, columns: list[Column]) -> Group:
     report = one_report("cosine", 0.123456, 0.987654)
     report["settings"]["shift"] = report["settings"]["old_fd"]
     group = Group(name, ["x", "y"], [report, report], [None, None], "cosine", [0, 1], baseline)
-    group.differences = {column: Difference(-0.123456, -0.234567, 0.012345, "both") for column in columns if baseline}
+    group.differences = {column: Estimate(-0.123456, -0.234567, 0.012345, "both") for column in columns if baseline}
     return group
 
 
@@ -63,13 +64,19 @@ def test_text_tables_fit_the_terminal(units: str) -> None:
 def test_latex_and_markdown_have_a_row_per_run() -> None:
     groups = group_runs([one_report("msp", 0.2, 0.8), one_report("msp", 0.1, 0.9)], ["a_b & 50%", "<b>|*"])
     columns = columns_of(groups, ["aurc"])
+    groups[1].best.add(columns[0])
     latex = format_comparison(groups, columns, "latex").splitlines()
-    assert latex[0] == r"\begin{tabular}{lrrr}"
-    assert latex[4] == r"a\_b \& 50\% & msp & \textbf{90.00\%} & 0.20000 \\"
-    assert latex[5] == r"$<$b$>$|* & msp & \textbf{90.00\%} & \textbf{0.10000} \\"
+    assert latex == [
+        r"\begin{tabular}{lrrr}", r"\toprule",
+        r"\multicolumn{3}{c}{} & \multicolumn{1}{c}{Old FD} \\", r"\cmidrule(lr){4-4}",
+        r"run & score & accuracy $\uparrow$ & AURC $\downarrow$ \\", r"\midrule",
+        r"a\_b \& 50\% & msp & 90.00\% & 0.20000 \\",
+        r"$<$b$>$|* & msp & 90.00\% & \textbf{0.10000} \\",
+        r"\bottomrule", r"\end{tabular}",
+    ]  # fmt: skip
     markdown = format_comparison(groups, columns, "markdown").splitlines()
-    assert markdown[0] == "| run | score | accuracy | Old FD AURC |"
-    assert markdown[3] == r"| \<b\>\|\* | msp | **90.00%** | **0.10000** |"
+    assert markdown[0] == "| run | score | accuracy ↑ | Old FD AURC ↓ |"
+    assert markdown[3] == r"| \<b\>\|\* | msp | 90.00% | **0.10000** |"
 
 
 def test_differences_are_in_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

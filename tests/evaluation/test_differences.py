@@ -50,7 +50,7 @@ def test_runs_that_differ_in_their_seed_make_one_row(tmp_path: Path, capsys: pyt
     ]
     assert float(reverse["high"]) == pytest.approx(-want[1])
     printed = table_lines([*runs, "--bootstrap", "10"], capsys)
-    assert "mean ± standard deviation over runs" in printed[0]
+    assert "mean ± SD over runs" in printed[0]
     mean, std = np.mean(per_run["ce"]), np.std(per_run["ce"], ddof=1)
     assert any(line.endswith(f" {mean:.4f} ± {std:.4f}") for line in printed)
 
