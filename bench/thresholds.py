@@ -85,7 +85,7 @@ class Population:
         return float(within.max() / GRID) if within.size else 0.0
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def most_errors(samples: int, risk: float, level: float) -> np.ndarray:
     """Most errors among k = 0, ..., n samples whose Clopper-Pearson limit at the level is at most the risk; or −1."""
     k = np.arange(samples + 1)
@@ -99,7 +99,7 @@ def ranked(scores: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def sgr(scores: np.ndarray, correct: np.ndarray, risk: float) -> float | None:
-    """Threshold by Algorithm 1 of Geifman and El-Yaniv; a sample is accepted strictly above it, so that ties are safe."""
+    """Threshold by Algorithm 1 of Geifman and El-Yaniv, strictly above which samples are accepted."""
     falling, errors = ranked(scores, correct)
     n, best = len(falling), None
     steps = math.ceil(math.log2(n))

@@ -6,11 +6,12 @@ only that these and later samples are independent draws of one distribution.
 
 The procedure is fixed-sequence testing with several starts (Wiens, *Pharmaceutical Statistics*, 2003; Angelopoulos et
 al., *Learn then Test*, 2021). From a start the threshold is lowered sample by sample as long as the exact binomial test
-P(Bin(accepted, r) ≤ errors) ≤ α rejects a risk above r; α is the sum of the shares of δ of that start and of the earlier
-ones whose sequences have arrived there. Starts are numbers of accepted samples, and use no label: K evenly spaced ones
-have what a union bound over them (Geifman and El-Yaniv, NeurIPS 2017) would spend there, the binomial probability of the
-most errors with a Clopper-Pearson limit at δ/K within r. What this leaves of δ goes to the earliest rank that it allows,
-among the most confident samples, where errors are fewest. So whatever the union bound accepts is accepted too.
+P(Bin(accepted, r) ≤ errors) ≤ α rejects a risk above r; α is the sum of the shares of δ of that start and of the
+earlier ones whose sequences have arrived there. Starts are numbers of accepted samples, and use no label: K evenly
+spaced ones have what a union bound over them (Geifman and El-Yaniv, NeurIPS 2017) would spend there, the binomial
+probability of the most errors with a Clopper-Pearson limit at δ/K within r. What this leaves of δ goes to the earliest
+rank that it allows, among the most confident samples, where errors are fewest. So whatever the union bound accepts is
+accepted too.
 
 Validity. For scores without ties, cut them at the thresholds where the true risk crosses r. Given how many samples lie
 between these cuts, the errors down to a cut are binomial with rate r, and those down to a threshold of larger risk are
@@ -24,17 +25,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tal_fast.metrics.ranking import as_correct, as_scores, rank
 from tal_fast.utils.arrays import Ints
-
-FORMAT = 1
-"""Version of ``threshold.json``."""
 
 
 class NoThreshold(ValueError):
@@ -239,43 +236,3 @@ def _too_few(samples: int, what: str, risk: float, confidence: float) -> NoThres
         f"{samples} {what} are too few to bound the risk by {risk:g} with confidence {confidence:g}, even without an "
         f"error: hold out about {_fewest(risk, 1 - confidence)}, or allow a larger risk"
     )
-
-
-def split_samples(samples: int, share: float, seed: int) -> tuple[Ints, Ints]:
-    """Split samples at random into those to choose the threshold on and those to test it on, as ascending indices."""
-    if not 0 < share <= 1:
-        raise ValueError(f"the calibration share must lie in (0, 1], not {share}")
-    order = np.random.default_rng(seed).permutation(samples)
-    cut = round(share * samples)
-    return np.sort(order[:cut]).astype(np.int64), np.sort(order[cut:]).astype(np.int64)
-
-
-def calibrate(
-    scores: Any, correct: Any, *, risk: float, confidence: float = 0.95, share: float = 0.5, seed: int = 0
-) -> tuple[Threshold, dict[str, Any]]:
-    """Choose a threshold on a random share of the samples and test it on the rest.
-
-    Returns:
-        The threshold, and the content of ``threshold.json``: its fields (an infinite threshold is null) with
-        ``coverage``, ``calibration_share``, ``seed`` and, where samples are left, ``test``: ``samples``, ``accepted``,
-        ``errors``, ``coverage``, ``risk`` and ``risk_interval``, its two-sided Clopper-Pearson interval at
-        ``confidence``.
-    """
-    values, outcomes = as_scores(scores, "scores"), as_correct(correct)
-    held_out, rest = split_samples(values.size, share, seed)
-    chosen = choose_threshold(values[held_out], outcomes[held_out], risk=risk, confidence=confidence)
-    about: dict[str, Any] = {
-        "format": FORMAT, **asdict(chosen), "coverage": chosen.coverage, "calibration_share": share, "seed": seed,
-        "bound_name": "Clopper-Pearson, union over ranks fixed in advance",
-    }  # fmt: skip
-    about["threshold"] = chosen.threshold if math.isfinite(chosen.threshold) else None
-    if rest.size:
-        accept = values[rest] > chosen.threshold
-        accepted, errors = int(accept.sum()), int((1 - outcomes[rest])[accept].sum())
-        half = (1 - confidence) / 2
-        about["test"] = {
-            "samples": int(rest.size), "accepted": accepted, "errors": errors, "coverage": accepted / rest.size,
-            "risk": errors / accepted if accepted else None,
-            "risk_interval": [lower_limit(errors, accepted, half), float(upper_limit(errors, accepted, half))],
-        }  # fmt: skip
-    return chosen, about
