@@ -75,10 +75,9 @@ def calibrate(
         ood: (m,) scores of an OOD set, for ``choose_ood_threshold``.
 
     Returns:
-        The threshold, or (classes,) of them, and the content of ``threshold.json``: ``threshold`` (null if infinite or
-        by class), ``class_thresholds`` (with "all" and "none"), ``metric``, ``bound`` and ``level``; ``samples``,
-        ``accepted``, ``errors`` and ``coverage``; ``ood``; and, where samples are left, ``test`` with the same numbers,
-        ``risk`` and ``risk_interval``, its two-sided Clopper-Pearson interval at ``confidence``.
+        The threshold, or (classes,) of them, and the content of ``threshold.json``: an infinite ``threshold`` is null,
+        in ``class_thresholds`` "all" or "none"; ``test``, where samples are left, has their ``risk`` and
+        ``risk_interval``, its two-sided Clopper-Pearson interval at ``confidence``.
     """
     values, outcomes = as_scores(scores, "scores"), as_correct(correct)
     if outcomes.size != values.size:
@@ -98,12 +97,10 @@ def calibrate(
         outside = as_scores(ood, "OOD scores")
         chosen, others = split_samples(outside.size, share, seed)
         found = choose_ood_threshold(outside[chosen], **level)
-        passed = int((outside[others] > found.threshold).sum())
-        about |= {
-            "metric": "false-accept-ood",
-            "ood": {"samples": found.samples, "accepted": found.accepted},
-            "ood_test": {"samples": int(others.size), "accepted": passed},
-        }
+        about |= {"metric": "false-accept-ood", "ood": {"samples": found.samples, "accepted": found.accepted}}
+        about["ood_test"] = {
+            "samples": int(others.size), "accepted": int((outside[others] > found.threshold).sum())
+        }  # fmt: skip
     else:
         found = choose_threshold(values[held_out], outcomes[held_out], **level)
     if predictions is None and math.isfinite(found.threshold):
@@ -176,8 +173,7 @@ def with_table(refusal: NoThreshold, scores: Mapping[str, Any], correct: Any, **
     for row in rows:
         least = "-" if row["least_risk"] is None else f"{row['least_risk']:.2%}"
         lines.append(f"{row['score']:14} {row['coverage']:20.2%} {least:>11} {row['least_coverage']:15.2%}")
-    best = rows[0]
-    if best["least_risk"] is None:
-        return NoThreshold("\n".join([*lines, "recommended: hold out more samples; no risk up to 50% has a threshold"]))
-    risk_too = "" if best["coverage"] else f" --risk {best['least_risk']:g}"
-    return NoThreshold("\n".join([*lines, f"recommended: --score {best['score']}{risk_too}"]))
+    best, advice = rows[0], "hold out more samples; no risk up to 50% has a threshold"
+    if best["least_risk"] is not None:
+        advice = f"--score {best['score']}" + ("" if best["coverage"] else f" --risk {best['least_risk']:g}")
+    return NoThreshold("\n".join([*lines, f"recommended: {advice}"]))

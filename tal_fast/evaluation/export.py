@@ -213,7 +213,8 @@ def export_run(
         check_onnx("onnx", "onnxscript", "onnxruntime")
     run = load_run(run_dir, checkpoint=checkpoint, device=device)
     passes = PassOptions(batch_size, ranks=Ranks(0, 1, torch.device(device)))
-    outputs = run.inference(Path(run_dir) / CACHE / run.checkpoint.stem, passes).store("val").load()
+    inference = run.inference(Path(run_dir) / CACHE / run.checkpoint.stem, passes)
+    outputs = inference.store("val").load()
     prediction: Ints = outputs.logits.argmax(1).astype(np.int64)
     options = None if options is None else {**DEFAULTS, **options}
     score, selection = select_score(score or run.score, outputs, options)
@@ -224,8 +225,8 @@ def export_run(
         **asdict(Preprocessing.of(run.config.data, run.image_size)),
     }  # fmt: skip
     by_class = options is not None and options.pop("per_class", False)
-    nothing = torch.full((len(run.class_names),) if by_class else (), -math.inf)
-    classifier = SelectiveClassifier(run.model.cpu(), score, nothing)
+    everything = torch.full((len(run.class_names),) if by_class else (), -math.inf)
+    classifier = SelectiveClassifier(run.model.cpu(), score, everything)
     graph: TorchGraph | OnnxGraph | None = None
     problem = None
     try:
@@ -240,14 +241,13 @@ def export_run(
     chosen_on = (prediction, confidence) if graph is None else graph_outputs(graph, run.data, batch_size)
     if by_class and options is not None:
         options |= {"predictions": chosen_on[0], "classes": len(run.class_names)}
-    if options is not None and (ood := options.pop("ood", None)) is not None:
-        name, images = _ood_images(run.data, ood)
-        if graph is None:
-            stored = run.inference(Path(run_dir) / CACHE / run.checkpoint.stem, passes).store(f"ood-{name}", images)
-            options["ood"] = SCORES[score](stored.load().logits)
-        else:
-            options["ood"] = graph_outputs(graph, run.data, batch_size, images)[1]
-        about["ood_set"] = ood
+    if options is not None and (ood := options.get("ood")) is not None:
+        about["ood_set"], images = ood, _ood_images(run.data, ood)
+        options["ood"] = (
+            SCORES[score](inference.store(f"ood-{ood}", images).load().logits)
+            if graph is None
+            else graph_outputs(graph, run.data, batch_size, images)[1]
+        )
     correct = chosen_on[0] == outputs.labels
     threshold: float | Floats = -math.inf
     values: dict[str, Any] = {
@@ -389,13 +389,13 @@ def select_score(score: str, outputs: Outputs, options: dict[str, Any] | None) -
     return rows[0]["score"], {"score_selection": {"samples": int(pick.size), "scores": rows}}
 
 
-def _ood_images(data: DataBundle, text: str) -> tuple[str, Split]:
-    """Name and images of an OOD set: one of the data set's, or NAME=WHERE."""
+def _ood_images(data: DataBundle, text: str) -> Split:
+    """Images of an OOD set: one of the data set's by name, or NAME=WHERE."""
     name, equals, spec = text.partition("=")
-    if not equals:
-        if name not in data.ood_names:
-            known = ", ".join(data.ood_names) or "none"
-            raise ValueError(f"the run has no OOD set {name!r} (it has: {known}); give --ood NAME=WHERE")
-        return name, data.split(name)
-    with set_named(name):
-        return name, ood_set(spec, data.image_size, data.channels)
+    if equals:
+        with set_named(name):
+            return ood_set(spec, data.image_size, data.channels)
+    if name not in data.ood_names:
+        known = ", ".join(data.ood_names) or "none"
+        raise ValueError(f"the run has no OOD set {name!r} (it has: {known}); give --ood NAME=WHERE")
+    return data.split(name)

@@ -183,9 +183,8 @@ def choose_class_thresholds(
 ) -> list[Threshold | None]:
     """Threshold for each predicted class, None where none qualifies: nothing predicted as that class is accepted.
 
-    With the given confidence the error rate among the accepted predictions of every class is at most the risk: each
-    class has 1/``classes`` of δ. Arguments and errors are those of ``choose_threshold``, with ``predictions`` (n,) in
-    [0, classes).
+    The risk holds for all classes at once with the given confidence, as each has 1/``classes`` of δ. Arguments and
+    errors are those of ``choose_threshold``, with ``predictions`` (n,) in [0, classes).
     """
     values, outcomes, of = as_scores(scores, "scores"), as_correct(correct), np.asarray(predictions)
     level = 1 - _delta(risk, confidence) / classes
@@ -198,8 +197,8 @@ def choose_class_thresholds(
     if not any(found):
         raise NoThreshold(
             f"no class has a threshold that keeps its risk within {risk:g} with confidence {confidence:g} for all "
-            f"{classes} classes: each needs at least {_fewest(risk, 1 - level)} held-out samples predicted as it; hold "
-            "out more, allow a larger risk or leave out --per-class"
+            f"{classes}; each needs at least {_fewest(risk, 1 - level)} held-out samples: hold out more, or leave out "
+            "--per-class"
         )
     return found
 
@@ -207,10 +206,9 @@ def choose_class_thresholds(
 def choose_ood_threshold(scores: Any, *, risk: float, confidence: float = 0.95) -> Threshold:
     """Lowest threshold above which at most a share ``risk`` of an OOD set lies, with the given confidence.
 
-    The number k that may be accepted is the largest with P(Bin(m, risk) ≤ k) ≤ δ, and the threshold is the (k + 1)th
-    largest score: if more than the risk lay above it, at most k of m samples would lie at or above the threshold of
-    exactly that risk. Arguments and errors are those of ``choose_threshold``, with the scores (m,) of OOD samples; the
-    ``errors`` of the result are those accepted.
+    It is the (k + 1)th largest score, k the largest with P(Bin(m, risk) ≤ k) ≤ δ: if more than the risk lay above it,
+    at most k of m samples would lie above the threshold of exactly that risk. Arguments and errors are those of
+    ``choose_threshold``, with scores (m,) of OOD samples; ``errors`` are those accepted.
     """
     from scipy.stats import binom
 

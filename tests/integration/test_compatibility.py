@@ -16,10 +16,10 @@ import torch
 
 from tal_fast import compare, evaluate, experiment, html_report
 from tal_fast.config.parse import load_config, parse_training
+from tal_fast.evaluation.calibration import calibrate as choose
 from tal_fast.evaluation.export import SelectiveClassifier
 from tal_fast.evaluation.report import read_report
 from tal_fast.evaluation.sample_scores import read_samples
-from tal_fast.evaluation.calibration import calibrate as choose
 from tal_fast.runs import checkpoint
 from tal_fast.runs.load import load_run
 from tal_fast.training.trainer import Trainer
