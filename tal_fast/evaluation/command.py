@@ -107,7 +107,7 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
         convention=args.convention,
         choose_by=args.choose_by,
         temperature=args.temperature,
-        resamples=args.bootstrap,
+        intervals=args.bootstrap > 0,
         **({} if args.knn_samples is None else {"knn_samples": args.knn_samples or None}),
     )
     output = Path(args.output or args.run or default_output(args.npz or args.weights, args.model or ""))
@@ -209,8 +209,8 @@ def parser() -> ArgumentParser:
     )
     metrics.add_argument(
         "--bootstrap", type=at_least(0), default=0, metavar="N",
-        help="Resamples for confidence intervals of metrics and of differences between scores, such as 10000. "
-        "Default: %(default)s, no intervals.",
+        help="Above 0: confidence intervals of metrics and of differences between scores. They need no resampling, so "
+        "that N itself changes nothing. Default: %(default)s, no intervals.",
     )  # fmt: skip
 
     output = parser.add_argument_group("output")

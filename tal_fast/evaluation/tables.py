@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tal_fast.metrics.calibration import BINS, CALIBRATION
-from tal_fast.metrics.failure import METRICS
+from tal_fast.metrics.intervals import FEW
 from tal_fast.metrics.settings import Mix
 
 WIDTH = 100
@@ -19,8 +19,6 @@ METRIC_TITLES = {
     "fpr95": "FPR95", "tnr95": "TNR95", "aupr_success": "AUPR-success", "aupr_error": "AUPR-error",
 }  # fmt: skip
 SETTING_TITLES = {"old_fd": "Old FD", "ood": "OOD", "new_fd": "New FD", "shift": "Old FD under shift"}
-PAPER_SCALE = {metric: 1000.0 if "aurc" in metric or metric == "augrc" else 100.0 for metric in METRICS}
-"""Factor that papers multiply a metric by."""
 STYLES = ("table", "markdown", "latex")
 PRINTED_METRICS = ("aurc", "eaurc", "augrc", "auroc", "fpr95", "tnr95", "aupr_success", "aupr_error")
 PRINTED_SCORES = 10
@@ -72,13 +70,18 @@ def nan_if_none(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
+def paper_scale(metric: str) -> int:
+    """Factor that papers multiply a metric by."""
+    return 1000 if "aurc" in metric or "augrc" in metric else 100
+
+
 def format_value(metric: str, value: float, units: str = "natural") -> str:
     """Format a metric: a fraction with four decimals (five for AURC and its kin), or as papers do; '-' for NaN."""
     if math.isnan(value):
         return "-"
     if units == "paper":
-        return f"{value * PAPER_SCALE[metric]:.2f}"
-    return f"{value:.5f}" if PAPER_SCALE[metric] == 1000 else f"{value:.4f}"
+        return f"{value * paper_scale(metric):.2f}"
+    return f"{value:.5f}" if paper_scale(metric) == 1000 else f"{value:.4f}"
 
 
 def format_percent(value: float, digits: int = 2) -> str:
@@ -177,9 +180,8 @@ def _summary(report: Mapping[str, Any], units: str) -> list[str]:
     ]
     if "bootstrap" in report:
         how = report["bootstrap"]
-        lines.append(
-            f"intervals: {how['level']:.0%}, percentile bootstrap, {how['resamples']} resamples, seed {how['seed']}"
-        )
+        lines.append(f"intervals: {how['level']:.0%}, {how['method']}")
+        lines += [few_note(report, key, numbers) for key, numbers in how.get("few", {}).items()]
     if "calibration" in report:
         ece, nll, brier = (nan_if_none(report["calibration"][key]) for key in CALIBRATION)
         lines.append(f"softmax on ID: ECE {ece:.4f} ({BINS} bins), NLL {nll:.4f} nats, Brier {brier:.4f}")
@@ -195,6 +197,12 @@ def _summary(report: Mapping[str, Any], units: str) -> list[str]:
         lines.append(f"{fit['held_out']} validation samples held out to fit scores on, in no metric{chosen}")
     lines += [f"left out: {score}: {printable(reason)}" for score, reason in report.get("left_out", {}).items()]
     return lines
+
+
+def few_note(report: Mapping[str, Any], key: str, numbers: Mapping[str, int]) -> str:
+    """Sentence on a setting whose errors or successes are too few to rely on its intervals."""
+    what = min(numbers, key=numbers.__getitem__)
+    return f"{setting_title(key, report)}: {numbers[what]} {what}; intervals are not verified below {FEW}"
 
 
 def _format_setting(report: Mapping[str, Any], key: str, units: str) -> str:

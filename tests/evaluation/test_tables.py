@@ -86,7 +86,7 @@ def test_printed_reports_fit_the_terminal(units: str) -> None:
     sets = {"far": scores(40), "a set with quite a long name, which goes into titles": scores(30)}
     shifts = {"fog": (np.ones(20), scores(20))}
     samples = Samples(correct, scores(60), sets, {}, shifts=shifts)
-    report = evaluate_samples(samples, EvaluationOptions(resamples=10, mix=Mix("all"))).report
+    report = evaluate_samples(samples, EvaluationOptions(intervals=True, mix=Mix("all"))).report
     report |= {
         "calibration": {"ece": 0.1, "nll": 2.0, "brier": None},
         "temperature": {"value": 1.5, "held_out": 20, "calibration_before": {"ece": 0.2}},
@@ -111,7 +111,7 @@ def test_of_many_scores_the_ten_best_are_printed() -> None:
     rng = np.random.default_rng(0)
     correct = rng.random(300) < 0.7
     scores = {f"s{i:02}": (i / 10) * correct + rng.normal(size=300) for i in range(14)}
-    report = evaluate_samples(Samples(correct, scores, {}, {}), EvaluationOptions(resamples=5)).report
+    report = evaluate_samples(Samples(correct, scores, {}, {}), EvaluationOptions(intervals=True)).report
     aurc = {score: values["aurc"] for score, values in report["settings"]["old_fd"].items()}
     ranked = sorted(aurc, key=aurc.__getitem__)
 
