@@ -76,11 +76,10 @@ def describe(about: dict[str, Any]) -> str:
         if "class_thresholds" in about:
             limits = about["class_thresholds"]
             names = about.get("class_names", range(len(limits)))
-            each = [
-                f"  {name}: {x if isinstance(x, str) else format(x, '.10g')}"
-                for name, x in zip(names, limits, strict=True)
+            lines = [f"accept {about['score']} above the threshold of the predicted class:"]
+            lines += [
+                f"  {k}: {x if x in ('all', 'none') else f'{x:.10g}'}" for k, x in zip(names, limits, strict=True)
             ]
-            lines = [f"accept {about['score']} above the threshold of the predicted class:", *each]
             what = "risk of every class"
         if "ood" in about:
             what = f"share of {about['ood_set']} accepted"
@@ -90,10 +89,8 @@ def describe(about: dict[str, Any]) -> str:
             f"chosen on {about['samples']} held-out samples: coverage {about['coverage']:.2%}, {_errors(about)}",
         ]
         if "score_selection" in about:
-            lines.append(
-                f"{about['score']} has the largest coverage on {about['score_selection']['samples']} other samples, "
-                "which the bound does not use"
-            )
+            others = about["score_selection"]["samples"]
+            lines.append(f"{about['score']} has the largest coverage on {others} other samples, left out of the bound")
         for part, when in (("ood", ""), ("ood_test", ", which took no part in the choice")):
             if about.get(part, {}).get("samples"):
                 found = about[part]

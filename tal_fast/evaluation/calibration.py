@@ -98,9 +98,8 @@ def calibrate(
         chosen, others = split_samples(outside.size, share, seed)
         found = choose_ood_threshold(outside[chosen], **level)
         about |= {"metric": "false-accept-ood", "ood": {"samples": found.samples, "accepted": found.accepted}}
-        about["ood_test"] = {
-            "samples": int(others.size), "accepted": int((outside[others] > found.threshold).sum())
-        }  # fmt: skip
+        passed = int((outside[others] > found.threshold).sum())
+        about["ood_test"] = {"samples": int(others.size), "accepted": passed}
     else:
         found = choose_threshold(values[held_out], outcomes[held_out], **level)
     if predictions is None and math.isfinite(found.threshold):
@@ -146,12 +145,10 @@ def score_table(scores: Mapping[str, Any], correct: Any, *, risk: float, confide
         except NoThreshold:
             return 0.0
 
-    rows = []
-    for name, values in scores.items():
-        least, there = next(((at, found) for at in RISKS if (found := coverage(values, at))), (None, 0.0))
-        rows.append({
-            "score": name, "coverage": coverage(values, risk), "least_risk": least, "least_coverage": there
-        })  # fmt: skip
+    rows: list[dict[str, Any]] = [{"score": name, "coverage": coverage(scores[name], risk)} for name in scores]
+    for row in rows:
+        found = ((at, covered) for at in RISKS if (covered := coverage(scores[row["score"]], at)))
+        row["least_risk"], row["least_coverage"] = next(found, (None, 0.0))
     return sorted(rows, key=lambda row: (-row["coverage"], row["least_risk"] or 1, -row["least_coverage"]))
 
 

@@ -330,12 +330,7 @@ def graph_outputs(
 
 
 def agreement(
-    prediction: Ints,
-    confidence: Floats,
-    reference_class: Ints,
-    reference: Floats,
-    threshold: float | Floats,
-    tolerance: float,
+    prediction: Ints, confidence: Floats, reference_class: Ints, reference: Floats, threshold: Any, tolerance: float
 ) -> dict[str, Any]:
     """Comparison of a graph's decisions with PyTorch's; the entry ``agreement`` of ``threshold.json``.
 

@@ -166,16 +166,8 @@ def choose_threshold(scores: Any, correct: Any, *, risk: float, confidence: floa
             f"allow a larger risk, hold out more samples or use a better score"
         )
     end, errors = int(ranked.end[best[0]]), int(ranked.fp[best[0]])
-    return Threshold(
-        threshold=float(ranked.scores[end]) if end < n else -math.inf,
-        risk=risk,
-        confidence=confidence,
-        samples=n,
-        accepted=end,
-        errors=errors,
-        bound=float(upper_limit(errors, end, best[1])),
-        level=best[1],
-    )
+    limit = float(ranked.scores[end]) if end < n else -math.inf
+    return Threshold(limit, risk, confidence, n, end, errors, float(upper_limit(errors, end, best[1])), best[1])
 
 
 def choose_class_thresholds(

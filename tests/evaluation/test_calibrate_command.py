@@ -161,7 +161,10 @@ def test_the_score_is_chosen_on_samples_that_neither_bound_nor_test_uses(
     assert {row["score"] for row in rows} == set(SCORES)
     assert about["score"] == rows[0]["score"]
     assert rows[0]["coverage"] == max(row["coverage"] for row in rows)
-    assert f"{about['score']} has the largest coverage on 1000 other samples" in capsys.readouterr().out
+    assert (
+        f"{about['score']} has the largest coverage on 1000 other samples, left out of the bound"
+        in capsys.readouterr().out
+    )
     assert len(logits) == 4000
 
 
