@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tal_fast.config.names import ENSEMBLE_SCORES, FITTED_SCORES, LOGIT_SCORES
+from tal_fast.config.names import ENSEMBLE_SCORES, FITTED_SCORES, LOGIT_SCORES, is_own_score
 from tal_fast.config.schema import DataConfig, ModelConfig
 from tal_fast.data import build_data
+from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import DataBundle, Split
 from tal_fast.data.ood import ood_set, set_named, shift_set
 from tal_fast.evaluation.evaluation import Evaluation, write_evaluation
@@ -165,6 +166,22 @@ def _ood_splits(data: DataBundle, specs: Mapping[str, str]) -> dict[str, Split]:
     return splits
 
 
+def _shift_splits(data: DataBundle, specs: Mapping[str, str]) -> dict[str, tuple[Split, Corruption | None]]:
+    """Shifted sets by name, each with its corruption."""
+    splits = {}
+    for name, spec in specs.items():
+        with set_named(name):
+            splits[name] = shift_set(spec, data.class_names, data.split("val"), data.channels)
+    return splits
+
+
+def check_sets(data: DataConfig, ood: Mapping[str, str], shifts: Mapping[str, str]) -> None:
+    """Raise the ValueError that evaluating a run of this data on these sets would end in."""
+    bundle = build_data(data)
+    _ood_splits(bundle, ood)
+    _shift_splits(bundle, shifts)
+
+
 def _evaluate_model(
     inference: Inference,
     ood_specs: Mapping[str, str],
@@ -175,17 +192,13 @@ def _evaluate_model(
     """Run a model over all splits and evaluate its outputs; None on ranks other than 0."""
     data, passes = inference.data, inference.options
     if not passes.features:
-        scores = [name for name in options.scores if name in _WITHOUT_FEATURES]
+        scores = [name for name in options.scores if name in _WITHOUT_FEATURES or is_own_score(name)]
         if not scores:
             raise ValueError(f"{options.scores[0]} is a feature score, but --fast keeps no features; leave --fast out")
         options = dataclasses.replace(options, scores=scores)
     if passes.amp is not None:
         provenance["amp"] = passes.amp
-    ood = _ood_splits(data, ood_specs)
-    shifts = {}
-    for name, spec in shift_specs.items():
-        with set_named(name):
-            shifts[name] = shift_set(spec, data.class_names, data.split("val"), data.channels)
+    ood, shifts = _ood_splits(data, ood_specs), _shift_splits(data, shift_specs)
     id_store = inference.store("val")
     # The prefixes keep sets that are called val or train-eval apart from those splits.
     ood_stores = {name: inference.store(f"ood-{name}", images) for name, images in ood.items()}
@@ -193,7 +206,8 @@ def _evaluate_model(
         name: inference.store(f"shift-{name}", images, corruption) for name, (images, corruption) in shifts.items()
     }
     train_store = None
-    needs_training = any(name not in _WITHOUT_FEATURES and training_needed(name) for name in options.scores)
+    over_features = [name for name in options.scores if name not in _WITHOUT_FEATURES and not is_own_score(name)]
+    needs_training = any(map(training_needed, over_features))
     if needs_training and len(data.split("train-eval")):
         train_store = inference.store("train-eval")
     if not passes.ranks.is_main:
