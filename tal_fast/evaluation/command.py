@@ -96,12 +96,19 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
     from tal_fast.config.schema import ModelConfig
     from tal_fast.data.ood import parse_named
     from tal_fast.evaluation.report import EvaluationOptions
-    from tal_fast.evaluation.sources import default_output, evaluate_npz, evaluate_run, evaluate_weights
+    from tal_fast.evaluation.sources import (
+        default_output,
+        evaluate_ensemble,
+        evaluate_npz,
+        evaluate_run,
+        evaluate_weights,
+    )
     from tal_fast.runs.predictions import PassOptions
     from tal_fast.utils.distributed import Ranks
 
+    scores = ("msp",) if args.ensemble else names.DEFAULT_SCORES
     options = EvaluationOptions(
-        scores=[name for group in args.scores for name in group.split(",") if name],
+        scores=[name for group in args.scores or scores for name in group.split(",") if name],
         mix=args.mix,
         seed=args.seed,
         convention=args.convention,
@@ -110,7 +117,8 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
         resamples=args.bootstrap,
         **({} if args.knn_samples is None else {"knn_samples": args.knn_samples or None}),
     )
-    output = Path(args.output or args.run or default_output(args.npz or args.weights, args.model or ""))
+    source = args.npz or args.weights or Path((args.ensemble or ["."])[0]).absolute().with_name("ensemble")
+    output = Path(args.output or args.run or default_output(source, args.model or ""))
     if args.npz is not None:
         # There are no passes to share, so the first of torchrun's processes does everything.
         return evaluate_npz(args.npz, output, options) if os.environ.get("RANK", "0") == "0" else None, output
@@ -123,6 +131,9 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
             "passes": PassOptions(args.batch_size or 256, args.amp, not args.fast, ranks, args.timeout),
             "options": options,
         }
+        if args.ensemble:
+            del shared["cache"]
+            return evaluate_ensemble(args.ensemble, output, checkpoint=args.checkpoint or "best", **shared), output
         if args.run is not None:
             shared |= {"checkpoint": args.checkpoint or "best", "typicalness": not args.no_typicalness}
             return evaluate_run(args.run, output, **shared), output
@@ -161,6 +172,9 @@ def parser() -> ArgumentParser:
         "--weights", metavar="FILE", help="Weights of --model: .pt, .pth or .safetensors, or 'pretrained'.",
     )  # fmt: skip
     source.add_argument("--npz", metavar="FILE", help="Logits, labels and more of any model.")
+    source.add_argument(
+        "--ensemble", nargs="+", metavar="DIR", help="Several runs, or .npz files, as one model of their mean softmax.",
+    )  # fmt: skip
 
     for title, options in (
         ("options with --run", RUN_OPTIONS),
@@ -173,7 +187,7 @@ def parser() -> ArgumentParser:
 
     scores = parser.add_argument_group("scores")
     scores.add_argument(
-        "--scores", nargs="+", default=list(names.DEFAULT_SCORES), metavar="SCORE",
+        "--scores", nargs="+", metavar="SCORE",
         help=f"Confidence scores: {', '.join((*names.LOGIT_SCORES, *names.FITTED_SCORES, *names.FEATURE_SCORES))}, "
         f"sirc_S1_S2, ood:DETECTOR of pytorch-ood; or groups: {', '.join(names.SCORE_GROUPS)}. "
         f"Default: {' '.join(names.DEFAULT_SCORES)}. "
@@ -226,6 +240,7 @@ def parser() -> ArgumentParser:
 def check_source(args: argparse.Namespace) -> None:
     """Raise ValueError if an option does not go with the source, or one is missing."""
     foreign = {"run": WEIGHTS_OPTIONS, "weights": RUN_OPTIONS, "npz": (*RUN_OPTIONS, *WEIGHTS_OPTIONS, *PASS_OPTIONS)}
+    foreign["ensemble"] = (*WEIGHTS_OPTIONS, "no_typicalness", "cache", "fast")
     source = next(name for name in foreign if getattr(args, name) is not None)
     for name in foreign[source]:
         if getattr(args, name) not in (None, [], False):

@@ -83,12 +83,16 @@ class Training:
             for i in range(0, len(indices), ROWS):
                 yield indices[i : i + ROWS], features[i : i + ROWS].astype(np.float64)
 
+    def chosen(self, limit: int, seed: int) -> NDArray[np.int64]:
+        """Indices of the training samples of ``choose``."""
+        return np.sort(np.random.default_rng(seed).permutation(self.features.shape[0])[:limit])
+
     def choose(self, limit: int, seed: int) -> NDArray[Any]:
         """At most ``limit`` training features, in the order of their indices: a random choice where there are more."""
         samples, width = self.features.shape
         if isinstance(self.features, np.ndarray) and samples <= limit:
             return self.features
-        chosen = np.sort(np.random.default_rng(seed).permutation(samples)[:limit])
+        chosen = self.chosen(limit, seed)
         # In their stored type: in float64 they would take twice the memory.
         if isinstance(self.features, np.ndarray):
             return self.features[chosen]
