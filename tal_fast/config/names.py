@@ -9,7 +9,9 @@ METRICS = (
 )  # fmt: skip
 """Failure-detection metrics, see ``tal_fast.metrics.failure``."""
 
-CONVENTIONS = ("tal_fast", "tal", "tal-test", "fd-shifts", "openood", "torch-uncertainty")
+CONVENTIONS = (
+    "tal_fast", "tal", "tal-test", "fd-shifts", "openood", "torch-uncertainty", "torch-uncertainty-0.12",
+)  # fmt: skip
 """Conventions that the metrics are computed in, see ``tal_fast.metrics.failure``."""
 
 LOGIT_SCORES = ("cosine", "msp", "max_logit", "energy", "neg_entropy", "doctor", "margin", "log_gap", "gen")

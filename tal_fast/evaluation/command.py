@@ -240,7 +240,7 @@ def parser() -> ArgumentParser:
 def check_source(args: argparse.Namespace) -> None:
     """Raise ValueError if an option does not go with the source, or one is missing."""
     foreign = {"run": WEIGHTS_OPTIONS, "weights": RUN_OPTIONS, "npz": (*RUN_OPTIONS, *WEIGHTS_OPTIONS, *PASS_OPTIONS)}
-    foreign["ensemble"] = (*WEIGHTS_OPTIONS, "no_typicalness", "cache", "fast")
+    foreign["ensemble"] = (*WEIGHTS_OPTIONS, "no_typicalness", "cache", "fast", "temperature")
     source = next(name for name in foreign if getattr(args, name) is not None)
     for name in foreign[source]:
         if getattr(args, name) not in (None, [], False):
@@ -250,6 +250,8 @@ def check_source(args: argparse.Namespace) -> None:
             raise ValueError("--weights needs --model NAME, the network they are for")
         if args.data_dir is None and args.dataset is None:
             raise ValueError("--weights needs --data-dir DIR, which holds val/CLASS/*, or --dataset")
+    if source == "ensemble" and (args.ood or args.shift) and any(member.endswith(".npz") for member in args.ensemble):
+        raise ValueError("--ood and --shift go with runs; an .npz has to hold its own sets")
 
 
 def _mix(text: str) -> Mix:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -23,45 +24,29 @@ def combine(members: Sequence[EvaluationInputs]) -> EvaluationInputs:
     Raises:
         ValueError: members with other samples, sets or classes than the first.
     """
-    first, sets = members[0], [_sets(member) for member in members]
-    for number, (member, other) in enumerate(zip(members, sets, strict=True), 1):
-        differing = other.keys() ^ sets[0].keys() or {
-            name for name in other if _key(other[name]) != _key(sets[0][name])
-        }
-        if differing or member.identity != first.identity:
-            raise ValueError(
-                f"member {number} of the ensemble differs from the first in {', '.join(sorted(differing)) or 'its images'}; "
-                "evaluate all on the same samples, sets and classes"
-            )
-    joint = {name: _joint([other[name] for other in sets]) for name in sets[0]}
-    return EvaluationInputs(
-        joint["val"],
-        {name: joint[f"OOD set {name}"] for name in first.ood},
-        {name: joint[f"shifted set {name}"] for name in first.shifts},
-        identity=first.identity,
-        corrupted=first.corrupted,
-        unavailable=dict.fromkeys(
-            ("cosine", "max_logit", "energy", "cosine_log_gap"), "an ensemble has a mean softmax and no logits"
-        ),
+    sets = [{"id": {"val": member.id}, "ood": member.ood, "shifts": member.shifts} for member in members]
+    about = [
+        (m.identity, [[(n, o.logits.shape, o.labels.tobytes()) for n, o in kind.items()] for kind in by_kind.values()])
+        for m, by_kind in zip(members, sets, strict=True)
+    ]
+    if other := next((i for i, found in enumerate(about, 1) if found != about[0]), 0):
+        raise ValueError(f"member {other} of the ensemble has other samples, sets or classes than the first")
+    joint = {
+        kind: {name: _joint([by_kind[kind][name] for by_kind in sets]) for name in found}
+        for kind, found in sets[0].items()
+    }
+    absent = dict.fromkeys(("cosine", "max_logit", "energy", "cosine_log_gap"), "an ensemble has no logits")
+    return dataclasses.replace(
+        members[0], id=joint["id"]["val"], ood=joint["ood"], shifts=joint["shifts"], training=None, unavailable=absent
     )
-
-
-def _sets(inputs: EvaluationInputs) -> dict[str, Outputs]:
-    ood = {f"OOD set {name}": outputs for name, outputs in inputs.ood.items()}
-    return {"val": inputs.id, **ood, **{f"shifted set {name}": outputs for name, outputs in inputs.shifts.items()}}
-
-
-def _key(outputs: Outputs) -> tuple[object, ...]:
-    return outputs.logits.shape, outputs.labels.tobytes()
 
 
 def _joint(parts: Sequence[Outputs]) -> Outputs:
     log_p = (log_softmax(part.logits.astype(np.float64), axis=1) for part in parts)
     mean = functools.reduce(np.logaddexp, log_p) - math.log(len(parts))
-    predicted = mean.argmax(1)
     scores = {
         "mutual_information": neg_entropy(mean) - np.mean([neg_entropy(part.logits) for part in parts], axis=0),
-        "disagreement": np.mean([part.logits.argmax(1) == predicted for part in parts], axis=0) - 1,
+        "disagreement": np.mean([part.logits.argmax(1) == mean.argmax(1) for part in parts], axis=0) - 1,
         "mean_cosine": np.mean([cosine(part.logits) for part in parts], axis=0),
     }
     return Outputs(mean, None, parts[0].labels, scores)

@@ -128,27 +128,15 @@ def evaluate_npz(
 
 
 def evaluate_ensemble(
-    members: Sequence[str | Path],
-    output: str | Path,
-    *,
-    checkpoint: Literal["best", "last"] = "best",
-    ood: Mapping[str, str] | None = None,
-    shifts: Mapping[str, str] | None = None,
-    passes: PassOptions | None = None,
-    options: EvaluationOptions | None = None,
-) -> Evaluation | None:
-    """Evaluate several runs, or several ``.npz``, as one model and write its report, with the scores of ``combine``.
-
-    Arguments and result are as for ``evaluate_run``.
-    """
+    members: Sequence[str], output: str | Path, *, checkpoint: Literal["best", "last"] = "best",
+    ood: Mapping[str, str] | None = None, shifts: Mapping[str, str] | None = None,
+    passes: PassOptions | None = None, options: EvaluationOptions | None = None,
+) -> Evaluation | None:  # fmt: skip
+    """Evaluate runs, or ``.npz`` files, as one model, with the scores of ``combine``; the rest as ``evaluate_run``."""
     passes, options = dataclasses.replace(passes or PassOptions(), features=False), options or EvaluationOptions()
-    if options.temperature is not None:
-        raise ValueError("the members of an ensemble have no common temperature; leave --temperature out")
     inputs: list[Any] = []
     for member in members:
-        if Path(member).suffix == ".npz":
-            if ood or shifts:
-                raise ValueError(f"--ood and --shift go with runs; {member} has to hold its own sets")
+        if member.endswith(".npz"):
             inputs.append(read_npz(member))
             continue
         run = load_run(member, checkpoint=checkpoint, device=passes.ranks.device)
@@ -156,12 +144,11 @@ def evaluate_ensemble(
         inputs.append(_model_inputs(inference, ood or {}, shifts or {}))
     if not passes.ranks.is_main:
         return None
-    hashes = [identity_of(member.id.logits) for member in inputs]
-    if len(set(hashes)) < max(2, len(members)):
-        raise ValueError("an ensemble needs two members or more, each with outputs of its own")
     check_writable(output)
+    provenance = {"ensemble": list(members), "outputs_sha256": [identity_of(member.id.logits) for member in inputs]}
+    if len(set(provenance["outputs_sha256"])) < max(2, len(members)):
+        raise ValueError("an ensemble needs two members or more, each with outputs of its own")
     options = dataclasses.replace(options, scores=[*options.scores, *ENSEMBLE_SCORES])
-    provenance = {"ensemble": [str(member) for member in members], "outputs_sha256": hashes}
     return _write(evaluate_outputs(combine(inputs), options, provenance), output)
 
 

@@ -5,7 +5,7 @@ whether it was a success. All values are fractions in natural units; the papers 
 rest in percent. ``tal_fast.metrics.settings`` defines which samples count and what a success is. Only NumPy is needed;
 PyTorch tensors are accepted too.
 
-Six conventions (``docs/metrics.md`` works through an example of each difference):
+Seven conventions (``docs/metrics.md`` works through an example of each difference):
 
 ``tal_fast``
     The default. AURC is the expectation over all orders of tied scores, so the order of the input never matters;
@@ -25,7 +25,9 @@ Six conventions (``docs/metrics.md`` works through an example of each difference
     95% of the errors are; both AUPRs are trapezoids. OpenOOD has no AURC; those here are ``tal_fast``'s.
 ``torch-uncertainty``
     Its AURC and AUGRC are trapezoids over i = 1..n, scaled by n/(n − 1), of a sort that ties leave to chance (here
-    stable); FPR95 has errors as the positive class and is read where their recall is nearest 0.95.
+    stable); FPR95 has errors as the positive class and is read where their recall first reaches 0.95 (0.13).
+``torch-uncertainty-0.12``
+    Its versions 0.5 to 0.12, whose FPR95 is read where that recall is nearest 0.95.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ HIGHER_IS_BETTER = {
     "aupr_success": True, "aupr_error": True,
 }  # fmt: skip
 """Metric -> whether a larger value is better."""
+_TORCH_UNCERTAINTY = ("torch-uncertainty", "torch-uncertainty-0.12")
 
 
 def check_convention(convention: str) -> str:
@@ -83,7 +86,7 @@ def _auroc(ranking: Ranking) -> float:
 
 def _average_precision(tp: Ints, end: Ints) -> float:
     """Average precision: Σ (recall step · precision), one step per distinct threshold."""
-    return float(np.sum(np.diff(tp, prepend=0) / tp[-1] * (tp / end)))
+    return float(np.sum(np.diff(tp, prepend=0) * (tp / end)) / tp[-1])
 
 
 def _trapezoid_precision(tp: Ints, end: Ints) -> float:
@@ -112,22 +115,26 @@ def _corners(tp: Ints, fp: Ints) -> tuple[Ints, Ints]:
 
 def _fpr_tnr(ranking: Ranking, convention: str) -> tuple[float, float]:
     tp, fp = ranking.tp, ranking.fp
-    if convention in ("openood", "torch-uncertainty"):
+    if convention in ("openood", *_TORCH_UNCERTAINTY):
         # Errors are the positive class: counted from the least confident sample up.
         tp, seen = _error_first(ranking)
         fp = seen - tp
     if convention in ("openood", "fd-shifts"):
         tp, fp = _corners(tp, fp)
-    if convention in ("tal_fast", "openood"):
+    if convention in ("tal_fast", "openood", "torch-uncertainty"):
         # In integers, so that 19 of 20 reaches 0.95 whatever the rounding.
         at = int(np.argmax(20 * tp >= 19 * tp[-1]))
     elif convention == "fd-shifts":
         at = int(np.argmax(tp / tp[-1] >= 0.9495))
-    elif convention in ("tal-test", "torch-uncertainty"):
+    elif convention in ("tal-test", "torch-uncertainty-0.12"):
         # The larger of two equally near recalls. Among the thresholds of recall 1: the lowest in the released test,
-        # which follows the order of its precision-recall curve, and the highest in torch-uncertainty.
-        last = len(tp) if convention == "tal-test" else int(np.searchsorted(tp, tp[-1])) + 1
-        at = last - 1 - int(np.argmin(np.abs((tp[:last] / tp[-1])[::-1] - 0.95)))
+        # which follows the order of its precision-recall curve, and the highest in torch-uncertainty. In the number
+        # type of each, whose rounding decides which of two recalls is nearer: 0.9 and 1 tie in float32 only.
+        real, last = (
+            (np.float64, len(tp)) if convention == "tal-test" else (np.float32, np.searchsorted(tp, tp[-1]) + 1)
+        )
+        recall = tp[:last].astype(real) / real(tp[-1])
+        at = int(last) - 1 - int(np.argmin(np.abs(recall[::-1] - real(0.95))))
     else:
         tp, fp = _corners(tp, fp)
         tpr = np.concatenate(([0.0], tp / tp[-1]))
@@ -146,7 +153,7 @@ def _aurc(ranking: Ranking, convention: str) -> float:
     expected = convention in ("tal_fast", "openood")
     wrong = expected_errors(ranking) if expected else np.cumsum(1 - ranking.correct)
     risk = wrong / np.arange(1, n + 1)
-    return _open_trapezoid(risk) if convention == "torch-uncertainty" else float(np.mean(risk))
+    return _open_trapezoid(risk) if convention in _TORCH_UNCERTAINTY else float(np.mean(risk))
 
 
 def _open_trapezoid(heights: Floats) -> float:
@@ -170,7 +177,7 @@ def failure_metrics(confidence: Any, correct: Any, convention: str = "tal_fast")
         - ``aurc``: mean over i of R_i, the error rate among the i most confident.
         - ``eaurc``: AURC − (r + (1 − r) ln(1 − r)), r the error rate. ``eaurc_exact``: AURC − ``aurc_floor``.
         - ``augrc``: r(1 − r)(1 − AUROC) + r²/2, the area under the generalised risk (Traub et al., 2024); the same
-          in every convention but ``torch-uncertainty``.
+          in every convention but torch-uncertainty's.
         - ``auroc``: successes positive, ties half; errors as positives would give the same.
         - ``fpr95``, ``tnr95``: errors accepted, or rejected, where 95% of the successes are accepted; with errors
           positive, successes rejected, or accepted, where 95% of the errors are rejected.
@@ -197,10 +204,10 @@ def failure_metrics(confidence: Any, correct: Any, convention: str = "tal_fast")
         values["auroc"] = _auroc(ranking)
         values["augrc"] += r * (1 - r) * (1 - values["auroc"])
         values["fpr95"], values["tnr95"] = _fpr_tnr(ranking, convention)
-    if convention == "torch-uncertainty":
+    if convention in _TORCH_UNCERTAINTY:
         values["augrc"] = _open_trapezoid(np.cumsum(1 - ranking.correct) / n)
     if successes:
-        plain = convention in ("tal_fast", "fd-shifts", "torch-uncertainty")
+        plain = convention in ("tal_fast", "fd-shifts", *_TORCH_UNCERTAINTY)
         values["aupr_success"] = (_average_precision if plain else _trapezoid_precision)(ranking.tp, ranking.end)
     if errors:
         plain = convention != "openood"
@@ -219,7 +226,7 @@ def undefined_reasons(correct: Any, convention: str = "tal_fast") -> dict[str, s
     if n == 0:
         return dict.fromkeys(METRICS, "there are no samples")
     reasons: dict[str, str] = {}
-    if convention == "torch-uncertainty" and n == 1:
+    if convention in _TORCH_UNCERTAINTY and n == 1:
         reasons |= dict.fromkeys(
             ("aurc", "eaurc", "eaurc_exact", "augrc"), "the areas of torch-uncertainty need two samples; there is one"
         )

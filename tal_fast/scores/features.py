@@ -33,7 +33,7 @@ Fitting reads the training features a block at a time, in float64, so they may b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ from tal_fast.config.names import FEATURE_SCORES, SIRC_SCORES
 from tal_fast.scores.logits import LOG_GAPS, distance_to_uniform, energy
 from tal_fast.scores.neighbours import NEIGHBOUR, Neighbours, normalised
 from tal_fast.scores.pytorch_ood import fit_detector
-from tal_fast.scores.training_statistics import ClassScatter, Moments, Training
+from tal_fast.scores.training_statistics import ClassScatter, Moments, Training, principal_dimensions
 from tal_fast.utils.arrays import Floats, as_matrix, by_blocks
 
 KNN_SAMPLES = 50_000
@@ -53,11 +53,6 @@ SIRC_KNN_SAMPLES = 10_000
 # Score -> the property of FeatureScorer that fits it.
 _FITTED = {"vim": "_vim_scale", "residual": "_null_space", "mahalanobis": "_gaussians", "knn": "_neighbours"}
 _FITTED["ctm"] = "_class_directions"
-
-
-def principal_dimensions(width: int) -> int:
-    """Number of principal directions that ``residual`` and ``vim`` leave out for (n, ``width``) features."""
-    return 1000 if width >= 2048 else 512 if width >= 768 else width // 2
 
 
 def training_needed(name: str) -> bool:
@@ -80,7 +75,7 @@ class FeatureScorer:
         self._given = training
         self._knn_samples, self._seed = knn_samples, seed
         self._sirc: dict[str, tuple[float, float]] = {}
-        self._detectors: dict[str, Callable[[NDArray[Any], NDArray[Any]], Floats]] = {}
+        self._detector = cache(lambda name: fit_detector(name, self.training, knn_samples, seed))
 
     @property
     def training(self) -> Training:
@@ -261,13 +256,6 @@ class FeatureScorer:
     @cached_property
     def _neighbours(self) -> Neighbours:
         return Neighbours(self.training, self._knn_samples, self._seed)
-
-    def _detector(self, name: str) -> Callable[[NDArray[Any], NDArray[Any]], Floats]:
-        if name not in self._detectors:
-            principal = principal_dimensions(self.training.features.shape[1])
-            kind = name.removeprefix("ood:")
-            self._detectors[name] = fit_detector(kind, self.training, principal, self._knn_samples, self._seed)
-        return self._detectors[name]
 
     def _sirc_parameters(self, second: str) -> tuple[float, float]:
         """Parameters (a, b) of SIRC for a second score."""

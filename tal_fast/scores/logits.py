@@ -195,17 +195,6 @@ def doctor(rows: Rows) -> Tensor:
     return (_row_norm(rows.exps) / rows.total).square()
 
 
-SCORES: dict[str, Callable[[Any], Any]] = {
-    function.__name__: function for function in (cosine, msp, max_logit, energy, neg_entropy, doctor)
-}
-
-
-@logit_score
-def distance_to_uniform(rows: Rows) -> Tensor:
-    """L1 distance between the softmax and the uniform distribution, ‖p − 1/C‖₁: the first factor of GradNorm."""
-    return _row_sum((rows.exps / rows.total[:, None] - 1 / rows.z.shape[1]).abs())
-
-
 def _log_probabilities(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logarithms of the softmax that do not saturate: 1 − p is summed over the other classes, in logarithms.
 
@@ -215,21 +204,69 @@ def _log_probabilities(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     predicted = z.argmax(1, keepdim=True)
     others = (z - z.gather(1, predicted)).scatter(1, predicted, -math.inf)
-    odds = others.logsumexp(1, keepdim=True)  # log((1 − p) / p)
-    log_p = -odds.logaddexp(odds.new_zeros(()))
+    top = others.amax(1, keepdim=True).clamp(min=-1e300)  # finite for a single class
+    odds = top + _row_sum((others - top).exp()).log()[:, None]  # log((1 − p) / p)
+    log_p = -odds.exp().log1p()
     return predicted, log_p, odds + log_p, others + log_p
+
+
+@logit_score
+def margin(rows: Rows) -> Tensor:
+    """Largest logit minus the second largest; +inf for a single class."""
+    return rows.top - rows.z.scatter(1, rows.z.argmax(1, keepdim=True), -math.inf).amax(1)
+
+
+@logit_score
+def log_gap(rows: Rows) -> Tensor:
+    """Log-odds of the predicted class, log(p / (1 − p)): MSP's order without its ties at 1; +inf for a single class."""
+    _, log_p, log_rest, _ = rows.once(_log_probabilities)
+    return (log_p - log_rest).squeeze(1)
+
+
+@logit_score
+def gen(rows: Rows) -> Tensor:
+    """GEN, −Σ p^γ (1 − p)^γ over the 100 largest probabilities, γ = 0.1 (Liu et al., CVPR 2023)."""
+    _, log_p, log_rest, others = rows.once(_log_probabilities)
+    rest = others.topk(min(99, others.shape[1]), 1).values
+    # Tenth roots: ONNX would round 0.1 to float32.
+    return -_row_sum(((rest + (-rest.exp()).log1p()) / 10).exp()) - ((log_p + log_rest) / 10).exp().squeeze(1)
+
+
+SCORES: dict[str, Callable[[Any], Any]] = {
+    function.__name__: function
+    for function in (cosine, msp, max_logit, energy, neg_entropy, doctor, margin, log_gap, gen)
+}
+
+
+def max_logit_pnorm(p: int) -> Callable[[Any], Any]:
+    """Centred MaxLogit-pNorm, max x / max(‖x‖_p, 1e-12), x = z − mean z, ‖x‖₀ = nonzeros (Cattelan and Silva, 2024)."""
+
+    @logit_score
+    def score(rows: Rows) -> Tensor:
+        x = rows.z - _row_sum(rows.z)[:, None] / rows.z.shape[1]
+        size = x.abs().amax(1).clamp(min=1e-300)  # powers of x / size do not overflow
+        norm = size * _row_sum((x.abs() / size[:, None]) ** p) ** (1 / p) if p else (x != 0).sum(1)
+        return x.amax(1) / norm.clamp(min=1e-12)
+
+    return score
+
+
+@logit_score
+def distance_to_uniform(rows: Rows) -> Tensor:
+    """L1 distance between the softmax and the uniform distribution, ‖p − 1/C‖₁: the first factor of GradNorm."""
+    return _row_sum((rows.exps / rows.total[:, None] - 1 / rows.z.shape[1]).abs())
 
 
 @logit_score
 def log_gap_msp(rows: Rows) -> Tensor:
     """log(1 − max p)."""
-    return _log_probabilities(rows.z)[2].squeeze(1)
+    return rows.once(_log_probabilities)[2].squeeze(1)
 
 
 @logit_score
 def log_gap_doctor(rows: Rows) -> Tensor:
     """log(1 − Σ p²) = log Σ p (1 − p)."""
-    predicted, log_p, log_rest, others = _log_probabilities(rows.z)
+    predicted, log_p, log_rest, others = rows.once(_log_probabilities)
     terms = others + (-others.exp()).log1p()
     return terms.scatter(1, predicted, log_p + log_rest).logsumexp(1)
 
@@ -248,7 +285,7 @@ def log_gap_cosine(rows: Rows) -> Tensor:
 @logit_score
 def log_gap_neg_entropy(rows: Rows) -> Tensor:
     """log(−Σ p log p)."""
-    predicted, log_p, log_rest, others = _log_probabilities(rows.z)
+    predicted, log_p, log_rest, others = rows.once(_log_probabilities)
     # −log p = (1 − p)(1 + (1 − p)/2 + ...): for small 1 − p its logarithm is that of 1 − p.
     log_surprise = (-log_p).clamp(min=np.finfo(np.float64).tiny).log().where(log_rest >= -20, log_rest)
     return (others + (-others).log()).scatter(1, predicted, log_p + log_surprise).logsumexp(1)

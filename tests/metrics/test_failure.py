@@ -156,16 +156,33 @@ def test_convention_of_torch_uncertainty(seed: int) -> None:
     assert values["augrc"] == pytest.approx(trapezoid(risk * coverage, coverage) / (1 - 1 / n), abs=1e-12)
     scores = np.round(scores, 2)
     values = failure_metrics(scores, correct, "torch-uncertainty")
-    # The nearest recall, the larger of two. Where several thresholds have it the lowest is read, so that the most
-    # successes are flagged; but the highest of those that find all errors.
+    flagged = [scores <= threshold for threshold in np.unique(scores)]
+    first = next(part for part in flagged if 20 * (1 - correct)[part].sum() >= 19 * (1 - correct).sum())
+    assert values["fpr95"] == np.mean(first[correct == 1])
+    # Before 0.13 the nearest recall, the larger of two. Where several thresholds have it the lowest is read, so that
+    # the most successes are flagged; but the highest of those that find all errors.
     best = (np.inf, 0.0, 0.0, 0.0)
-    for threshold in np.unique(scores):
-        found, flagged = (np.mean(scores[correct == c] <= threshold) for c in (0, 1))
-        best = min(best, (round(abs(found - 0.95), 12), -found, flagged if found == 1 else -flagged, flagged))
-    assert values["fpr95"] == pytest.approx(best[3], abs=1e-12)
+    for part in flagged:
+        found, share = (np.mean(part[correct == c]) for c in (0, 1))
+        best = min(best, (round(abs(found - 0.95), 12), -found, share if found == 1 else -share, share))
+    before = failure_metrics(scores, correct, "torch-uncertainty-0.12")
+    assert before["fpr95"] == pytest.approx(best[3], abs=1e-12)
+    assert all(before[metric] == value for metric, value in values.items() if metric not in ("fpr95", "tnr95"))
     assert values["aupr_error"] == pytest.approx(sk.average_precision_score(1 - correct, -scores), abs=1e-12)
     assert np.isnan(failure_metrics([1], [1], "torch-uncertainty")["aurc"])
     assert "need two samples" in undefined_reasons([1], "torch-uncertainty")["augrc"]
+
+
+def test_recalls_equally_near_in_torch_uncertainty() -> None:
+    # Nine of ten errors and all ten are equally near 0.95, which float64 rounds towards nine; the version before 0.13
+    # took the larger, and so the two successes.
+    scores, correct = [*range(-10, -1), 0.5, 1, 1], [0] * 9 + [1, 0, 1]
+    assert failure_metrics(scores, correct, "torch-uncertainty-0.12")["fpr95"] == 1
+    assert failure_metrics(scores, correct, "torch-uncertainty")["fpr95"] == 1
+    # 18 of 19 errors are nearer than all, and less than 0.95.
+    scores, correct = [*range(-19, -1), 1, 1], [0] * 18 + [1, 0]
+    assert failure_metrics(scores, correct, "torch-uncertainty-0.12")["fpr95"] == 0
+    assert failure_metrics(scores, correct, "torch-uncertainty")["fpr95"] == 1
 
 
 @pytest.mark.parametrize("outcomes", list(itertools.product((0, 1), repeat=5)))
@@ -286,7 +303,7 @@ def test_all_correct_all_wrong_and_no_samples(convention: str) -> None:
     assert correct["aupr_success"] == 1
     assert {k for k, v in correct.items() if np.isnan(v)} == {"auroc", "fpr95", "tnr95", "aupr_error"}
     # torch-uncertainty's trapezoid over (1/3, 2/3, 1) is spread over the whole range.
-    augrc = 2 / 3 if convention == "torch-uncertainty" else 0.5
+    augrc = 2 / 3 if convention.startswith("torch-uncertainty") else 0.5
     assert [wrong[k] for k in ("aurc", "eaurc", "eaurc_exact", "augrc")] == [1, 0, 0, pytest.approx(augrc)]
     assert wrong["aupr_error"] == 1
     assert {k for k, v in wrong.items() if np.isnan(v)} == {"auroc", "fpr95", "tnr95", "aupr_success"}

@@ -129,12 +129,12 @@ def test_every_detector_is_served_or_refused_with_the_reason() -> None:
     assert names == {*DIRECT, *NETWORK}
     scorer = FeatureScorer(Training(CASE.train, CASE.labels, CASE.weight, CASE.bias))
     for name in NETWORK:
-        assert "needs the network itself" in scorer.undefined([f"ood:{name}"])[f"ood:{name}"]
-    assert "has no detector 'Oracle'; it has ash, dice" in scorer.undefined(["ood:Oracle"])["ood:Oracle"]
+        assert "needs more than cached outputs" in scorer.undefined([f"ood:{name}"])[f"ood:{name}"]
+    assert "has no such detector; it has ash, dice" in scorer.undefined(["ood:Oracle"])["ood:Oracle"]
     bare = FeatureScorer(Training(CASE.train)).undefined(["ood:SHE"])
     assert bare == {"ood:SHE": "ood:SHE needs training labels and the weight (C, D) of the last Linear layer"}
     few = FeatureScorer(Training(CASE.train[:6], CASE.labels[:6], CASE.weight)).undefined(["ood:NNGuide"])
-    assert few["ood:NNGuide"].startswith("pytorch-ood cannot fit NNGuide (")
+    assert few["ood:NNGuide"].startswith("pytorch-ood cannot fit it (")
 
 
 def test_detectors_are_evaluated_beside_other_scores(tmp_path: Path) -> None:
