@@ -12,7 +12,7 @@ from pathlib import Path
 from bench.report import FIGURES
 from tests.helpers.chromium import chromium
 
-WIDTH, HEIGHT = 1180, 1000
+WIDTH, HEIGHT = 1280, 1100
 
 
 def main() -> None:

@@ -1,10 +1,12 @@
-"""Charts of the page as coordinates of an SVG's view box, which the template draws."""
+"""Charts of the page: Matplotlib's SVG, coloured by the page's style sheet."""
 
 from __future__ import annotations
 
-import math
+import importlib.util
+import io
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,37 +19,21 @@ from tal_fast.metrics.calibration import BINS
 from tal_fast.metrics.curves import ReliabilityBins, histograms, oracle_risk, thinned
 from tal_fast.utils.arrays import Floats
 
-WIDTH, HEIGHT = 420, 290
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 12, 44
+WIDTH, HEIGHT = 400, 265
+"""Size of a chart in points."""
 MAX_CURVE_POINTS = 240
 """Points of a curve, more than a screen shows of a panel."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A curve or outline."""
-
-    name: str  # in the legend
-    style: str  # CSS classes of its colour and dashes
-    points: str  # x,y x,y ...
-    score: int = -1  # position of its score in the report, by which the page shows and hides it; -1: always shown
-    markers: list[tuple[float, float, str]] = field(default_factory=list)  # x, y, text
 
 
 @dataclass(frozen=True)
 class Chart:
     """A panel."""
 
-    kind: str  # risk, histogram or reliability
+    kind: str  # risk, histogram, reliability or training
     title: str
     label: str  # text alternative
-    x_title: str
-    y_title: str
-    x_ticks: list[tuple[float, str]]  # position, text
-    y_ticks: list[tuple[float, str]]
-    lines: list[Line]
-    y_max: float  # value at the top of the panel, from which the page's script reads values back
-    bars: list[tuple[float, float, float, float, str, str]] = field(default_factory=list)  # box, CSS class, text
+    svg: str  # inside of its <svg>, without any text from outside
+    legend: tuple[tuple[str, str], ...] = ()  # CSS class and name of each line, where the page has no common legend
 
 
 def style(i: int) -> str:
@@ -55,37 +41,47 @@ def style(i: int) -> str:
     return f"c{i % len(plots.COLOURS)} d{i % len(plots.LINE_STYLES)}"
 
 
-def nice_ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Round numbers within [low, high], at most ``count``; ``low`` alone if the range is empty."""
-    span = high - low
-    if not (math.isfinite(span) and span > 0):
-        return [low]
-    rough = span / (count - 1)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
-    first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+def available() -> bool:
+    """Whether Matplotlib is installed, without which there are no charts."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
-def _x(share: Any) -> Any:
-    """Horizontal position of a share, or an array of shares, of the panel's width."""
-    return LEFT + share * (WIDTH - LEFT - RIGHT)
+def _svg(salt: str, x_title: str, y_title: str, draw: Callable[[Any], None], y_top: float | None = None) -> str:
+    """Inside of the SVG of a chart; the group of an artist whose gid is ``css:NAMES`` has these classes.
+
+    Charts of one page need different ``salt``, from which the ids within them follow.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
+    FigureCanvasSVG(figure)
+    axes = figure.add_axes((0.13, 0.17, 0.83, 0.79))
+    axes.set(xlabel=x_title, ylabel=y_title)
+    axes.grid(gid="css:grid")
+    axes.tick_params(length=0)
+    for part in (figure.patch, axes.patch, *axes.spines.values()):
+        part.set_visible(False)
+    draw(axes)
+    axes.set_ylim(0 if y_top is not None else None, y_top)
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = re.search(r"<svg[^>]*>(.*)</svg>", buffer.getvalue(), re.DOTALL)
+    assert svg is not None
+    text = re.sub(r"<!--.*?-->|<style.*?</style>|<metadata>.*?</metadata>", "", svg[1], flags=re.DOTALL)
+    # The page's security policy forbids style attributes, and its style sheet has the colours, light and dark.
+    text = re.sub(r'style="([^"]*)"', lambda found: _attributes(found[1]), text)
+    text = re.sub(r'id="css:([^"]*)"', r'class="\1"', text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    return re.sub(r"(\.\d\d)\d+|\s*\n\s*", lambda found: found[1] or "\n", text)
 
 
-def _y(share: Any) -> Any:
-    """Vertical position of a share of the panel's height, from below."""
-    return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
-
-
-def _path(x: Floats, y: Floats) -> str:
-    # Points far above the panel are clipped anyway; the bound keeps their numbers short.
-    return " ".join(f"{a:.1f},{b:.2f}" for a, b in zip(x, np.maximum(y, -4 * HEIGHT), strict=True))
-
-
-def _ticks(
-    values: Sequence[float], low: float, high: float, position: Callable[[float], float]
-) -> list[tuple[float, str]]:
-    return [(round(position((v - low) / (high - low)), 2), f"{v:.6g}") for v in values]
+def _attributes(css: str) -> str:
+    """Attributes for the declarations of an artist's style, without its colours and fonts."""
+    pairs = [declaration.strip().partition(": ") for declaration in css.split(";")]
+    return " ".join(f'{name}="{value}"' for name, _, value in pairs if not (name.startswith("font") or "#" in value))
 
 
 def risk_coverage(evaluation: Evaluation, key: str, points: int) -> Chart | None:
@@ -101,35 +97,22 @@ def risk_coverage(evaluation: Evaluation, key: str, points: int) -> Chart | None
     top = errors / n
     for operating in scores.values():
         top = max(top, float(operating.curve.risk[coverage >= plots.MIN_SCALED_COVERAGE / 100].max()))
-    top = 1.05 * top if top else 0.01
     index = thinned(n, points)
-    x = _x(coverage[index])
-    lines = [
-        Line("floor", "bound floor", _path(x, _y(oracle_risk(n, errors)[index] / top))),
-        Line("random score", "bound random", _path(x[[0, -1]], _y(np.full(2, errors / n / top)))),
-    ]
-    half_coverage: list[str] = []
-    for i, (name, operating) in enumerate(scores.items()):
-        risk = operating.curve.risk[index]
-        markers = []
-        if name == evaluation.primary_score:
-            chosen = [(f"risk at most {r:.0%}", operating.at_risk(r)) for r in RISKS]
-            chosen += [(f"coverage at least {c:.0%}", operating.at_coverage(c)) for c in COVERAGES]
-            for criterion, p in chosen:
-                if p is not None:
-                    values = f"coverage {p.coverage:.1%}, risk {p.risk:.2%}, threshold {p.threshold:.5g}"
-                    place = round(_x(p.coverage), 1), round(_y(p.risk / top), 2)
-                    markers.append((*place, f"{name}, {criterion}: {values}"))
-        lines.append(Line(name, style(i), _path(x, _y(risk / top)), i, markers))
-        half = operating.at_coverage(0.5)
-        if half is not None and len(half_coverage) < 6:
-            half_coverage.append(f"{name} {half.risk:.2%}")
-    label = (
-        f"Risk against coverage, {title}: {n} samples, {errors} errors, {errors / n:.2%} risk when all are kept; risk "
-        f"at half the coverage: {', '.join(half_coverage)}. The tables hold the numbers."
-    )
-    x_ticks, y_ticks = _ticks(range(0, 101, 20), 0, 100, _x), _ticks(nice_ticks(0, 100 * top), 0, 100 * top, _y)
-    return Chart("risk", title, label, plots.COVERAGE_TITLE, plots.RISK_TITLE, x_ticks, y_ticks, lines, 100 * top)
+
+    def draw(axes: Any) -> None:
+        x = 100 * coverage[index]
+        axes.plot(x, 100 * oracle_risk(n, errors)[index], gid="css:bound floor")
+        axes.plot([0, 100], [100 * errors / n] * 2, gid="css:bound random")
+        for i, (name, operating) in enumerate(scores.items()):
+            axes.plot(x, 100 * operating.curve.risk[index], gid=f"css:line {style(i)} s{i}")
+            if name == evaluation.primary_score:
+                marks = [operating.at_risk(r) for r in RISKS] + [operating.at_coverage(c) for c in COVERAGES]
+                where = np.array([(100 * p.coverage, 100 * p.risk) for p in marks if p is not None]).reshape(-1, 2)
+                axes.plot(*where.T, "o", markersize=5, gid=f"css:line marks c{i % len(plots.COLOURS)} s{i}")
+        axes.set_xlim(0, 100)
+
+    label = f"Risk against coverage, {title}: {n} samples, {errors} errors. The tables hold the numbers."
+    return Chart("risk", title, label, _svg(label, plots.COVERAGE_TITLE, plots.RISK_TITLE, draw, 105 * top or 1))
 
 
 def confidence_histogram(score: str, groups: Mapping[str, Floats]) -> Chart | None:
@@ -137,24 +120,21 @@ def confidence_histogram(score: str, groups: Mapping[str, Floats]) -> Chart | No
     edges, shares = histograms(list(groups.values()))
     if not edges.size:
         return None
-    top = 1.05 * max(share.max() for share in shares) or 0.01
-    low, high = float(edges[0]), float(edges[-1])
-    x = np.repeat(_x((edges - low) / (high - low)), 2)
-    lines = []
-    for i, (kind, share) in enumerate(zip(groups, shares, strict=True)):
-        outline = np.concatenate(([0.0], np.repeat(share, 2), [0.0]))
-        lines.append(Line(f"{kind} ({len(groups[kind]):,})", style(i), _path(x, _y(outline / top))))
+
+    def draw(axes: Any) -> None:
+        for i, share in enumerate(shares):
+            axes.stairs(100 * share, edges, gid=f"css:line {style(i)}")
+        axes.set_xlim(edges[0], edges[-1])
+
     medians = [
         f"{kind}: {np.median(values[np.isfinite(values)]):.4g}"
         for kind, values in groups.items()
         if np.isfinite(values).any()
     ]
     label = f"Histogram of {score}; medians: {'; '.join(medians)}."
-    x_ticks = _ticks(nice_ticks(low, high), low, high, _x)
-    y_ticks = _ticks(nice_ticks(0, 100 * top), 0, 100 * top, _y)
-    return Chart(
-        "histogram", score, label, f"confidence ({score})", plots.SHARE_TITLE, x_ticks, y_ticks, lines, 100 * top
-    )
+    legend = tuple((style(i), f"{kind} ({len(values):,})") for i, (kind, values) in enumerate(groups.items()))
+    top = 105 * max(share.max() for share in shares) or 1
+    return Chart("histogram", score, label, _svg(label, "confidence", plots.SHARE_TITLE, draw, top), legend)
 
 
 def reliability_diagram(bins: ReliabilityBins, ece: float) -> Chart | None:
@@ -162,29 +142,50 @@ def reliability_diagram(bins: ReliabilityBins, ece: float) -> Chart | None:
     n = int(bins.samples.sum())
     if n == 0:
         return None
-    bars = []
-    for k, (count, confidence, accuracy) in enumerate(zip(*bins, strict=True)):
-        if count == 0:
-            continue
-        left, right = _x(k / BINS), _x((k + 1) / BINS)
-        text = f"{count:,} samples, mean probability {confidence:.2%}, accuracy {accuracy:.2%}"
-        bars.append((round(left + 1, 2), round(_y(accuracy), 2), round(right - left - 2, 2),
-                     round(_y(0) - _y(accuracy), 2), "accuracy", text))  # fmt: skip
-        share = count / n
-        bars.append((round((left + right) / 2 - 3, 2), round(_y(share), 2), 6.0,
-                     round(_y(0) - _y(share), 2), "share", text))  # fmt: skip
-    corner = np.array([0.0, 1.0])
-    diagonal = Line("perfectly calibrated", "bound random", _path(_x(corner), _y(corner)))
-    means = Line("bin means", "means", "", -1, [
-        (round(_x(confidence), 1), round(_y(accuracy), 2),
-         f"mean probability {confidence:.2%}, accuracy {accuracy:.2%}, {count:,} samples")
-        for count, confidence, accuracy in zip(*bins, strict=True) if count
-    ])  # fmt: skip
+    filled = bins.samples > 0
+    centre = 100 * (np.flatnonzero(filled) + 0.5) / BINS
+
+    def draw(axes: Any) -> None:
+        axes.bar(centre, 100 * bins.accuracy[filled], 96 / BINS, gid="css:accuracy")
+        axes.bar(centre, 100 * bins.samples[filled] / n, 25 / BINS, gid="css:share")
+        axes.plot([0, 100], [0, 100], gid="css:bound random")
+        means = 100 * bins.confidence[filled], 100 * bins.accuracy[filled]
+        axes.plot(*means, "o", markersize=5, gid="css:line marks c1")
+        axes.set_xlim(0, 100)
+
     label = (
         f"Accuracy against softmax probability of {n} samples in {BINS} bins; ECE {ece:.4f}. The table holds the bins."
     )
-    x_ticks, y_ticks = (_ticks(range(0, 101, 20), 0, 100, position) for position in (_x, _y))
-    return Chart(
-        "reliability", "Reliability diagram", label, "softmax probability of the prediction (%)",
-        "accuracy, and share of the samples (%)", x_ticks, y_ticks, [diagonal, means], 100.0, bars,
-    )  # fmt: skip
+    titles = "softmax probability of the prediction (%)", "accuracy, and share of the samples (%)"
+    return Chart("reliability", "Reliability diagram", label, _svg(label, *titles, draw, 103))
+
+
+TRAINING = {
+    "Loss": ("loss", 1, {"training": "train_loss", "validation, cross-entropy": "val_loss"}),
+    "Accuracy": ("accuracy (%)", 100, {"training": "train_accuracy", "validation": "val_accuracy"}),
+    "Failure detection in validation": ("AURC, times 1000", 1000, {"AURC": "aurc"}),
+}
+"""Title of each chart of the training -> title of its axis, factor, and name -> column of metrics.csv."""
+
+
+def training_curves(rows: Sequence[Mapping[str, float]]) -> list[Chart]:
+    """Charts of the training by epoch, from the rows of metrics.csv."""
+    charts = []
+    for title, (y_title, factor, columns) in TRAINING.items():
+        series = {name: [(row["epoch"], factor * row.get(column, np.nan)) for row in rows]
+                  for name, column in columns.items()}  # fmt: skip
+        found = {name: np.array([pair for pair in pairs if np.isfinite(pair[1])]) for name, pairs in series.items()}
+        found = {name: pairs for name, pairs in found.items() if len(pairs)}
+        if not found:
+            continue
+
+        def draw(axes: Any, found: Mapping[str, Floats] = found) -> None:
+            for i, pairs in enumerate(found.values()):
+                axes.plot(*pairs.T, "-" if len(pairs) > 1 else "o", gid=f"css:line {style(i)}")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+
+        ends = ", ".join(f"{name} {pairs[-1, 1]:.4g}" for name, pairs in found.items())
+        label = f"{title} over {len(rows)} epochs; in the last: {ends}."
+        legend = tuple((style(i), name) for i, name in enumerate(found))
+        charts.append(Chart("training", title, label, _svg(label, "epoch", y_title, draw), legend))
+    return charts

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import csv
 import hashlib
 from functools import cache
 from pathlib import Path
@@ -10,9 +12,10 @@ from pathlib import Path
 import jinja2
 
 from tal_fast.evaluation.evaluation import Evaluation
-from tal_fast.evaluation.html import charts
+from tal_fast.evaluation.html import charts, tables
 from tal_fast.evaluation.html.images import gallery_sections
-from tal_fast.evaluation.html.tables import COVERAGES, RISKS, bin_rows, operating_rows, setting_table
+from tal_fast.evaluation.html.verdicts import verdicts
+from tal_fast.evaluation.plots import FILES as PLOT_FILES
 from tal_fast.evaluation.report import Report
 from tal_fast.evaluation.tables import (
     SETTING_TITLES,
@@ -24,12 +27,13 @@ from tal_fast.evaluation.tables import (
     setting_title,
 )
 from tal_fast.metrics.curves import reliability, scores_by_kind
+from tal_fast.runs.folder import METRICS_FILE
 from tal_fast.utils.io import write_text
 
 FILE = "report.html"
 SHOWN_SCORES = 6
-"""Curves shown at first, and histograms outside the folded part."""
-MAX_POINTS = 80_000
+"""Curves shown at first, and histograms."""
+MAX_POINTS = 50_000
 """Points of all curves together, about a megabyte of coordinates."""
 _FOLDER = Path(__file__).parent
 
@@ -37,17 +41,19 @@ _FOLDER = Path(__file__).parent
 def write_html(evaluation: Evaluation, folder: str | Path) -> Path:
     """Write ``report.html`` of an evaluation and return its path."""
     path = Path(folder) / FILE
-    write_text(path, render(evaluation))
+    write_text(path, render(evaluation, folder))
     return path
 
 
-def render(evaluation: Evaluation) -> str:
-    """Render the page of an evaluation; names from outside are escaped."""
+def render(evaluation: Evaluation, folder: str | Path) -> str:
+    """Render the page of an evaluation of ``folder``; names from outside are escaped."""
     report, samples, primary = evaluation.report, evaluation.samples, evaluation.primary_score
     scores = list(samples.id_scores)
     ordered = [primary, *(score for score in scores if score != primary)]
     bins = reliability(samples.predictions["val"].probability, samples.correct)
     ece = nan_if_none((report.get("calibration") or {}).get("ece"))
+    validation, class_names = samples.predictions["val"], _class_names(evaluation)
+    drawn = charts.available()
     css, javascript = ((_FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return str(
         _template().render(
@@ -56,21 +62,27 @@ def render(evaluation: Evaluation) -> str:
             report=report,
             primary=primary,
             scores=[(i, score, charts.style(i), score in ordered[:SHOWN_SCORES]) for i, score in enumerate(scores)],
+            verdicts=verdicts(evaluation),
             headline=_headline_numbers(report, primary),
             conventions=_conventions(report),
-            tables=[setting_table(report, key) for key in report["settings"]],
-            panels=_risk_coverage_charts(evaluation),
+            tables=[tables.setting_table(report, key) for key in report["settings"]],
+            legend=tables.MEANINGS,
+            drawn=drawn,
+            panels=_risk_coverage_charts(evaluation) if drawn else [],
             operating=[
-                (setting_title(key, report), operating_rows(points))
+                tables.operating_table(setting_title(key, report), points)
                 for key, points in evaluation.operating_points.items()
                 if evaluation.settings[key].setting.success.size
             ],
-            risks=RISKS,
-            coverages=COVERAGES,
-            histograms=_histograms(evaluation, ordered),
-            shown=SHOWN_SCORES,
-            reliability=charts.reliability_diagram(bins, ece),
-            bins=bin_rows(bins),
+            histograms=_histograms(evaluation, ordered[:SHOWN_SCORES]) if drawn else [],
+            others=len(ordered) - SHOWN_SCORES,
+            histogram_file=PLOT_FILES[1],
+            reliability=charts.reliability_diagram(bins, ece) if drawn else None,
+            bins=tables.bin_table(bins),
+            classes=tables.class_table(validation, class_names),
+            all_classes=len(class_names),
+            confusions=tables.confusion_table(validation, class_names),
+            training=charts.training_curves(_training_rows(report, Path(folder))) if drawn else [],
             galleries=gallery_sections(evaluation),
             notes=evaluation.notes,
             css=css,
@@ -79,6 +91,25 @@ def render(evaluation: Evaluation) -> str:
             box=charts,
         )
     )
+
+
+def _class_names(evaluation: Evaluation) -> list[str]:
+    """Names of the classes, or their numbers where only the outputs are known."""
+    if evaluation.images is not None:
+        return [printable(name) for name in evaluation.images.class_names]
+    predictions = evaluation.samples.predictions["val"]
+    found = [values.max() for values in (predictions.label, predictions.prediction) if values.size]
+    return [f"class {c}" for c in range(max(found, default=-1) + 1)]
+
+
+def _training_rows(report: Report, folder: Path) -> list[dict[str, float]]:
+    """Rows of the metrics.csv of the evaluated run; none if it is not there."""
+    for run in (folder, Path(report["run"])) if "run" in report else ():
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            with (run / METRICS_FILE).open(encoding="utf-8", newline="") as file:
+                rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            return sorted(rows, key=lambda row: row["epoch"])
+    return []
 
 
 def _page_title(report: Report) -> str:

@@ -1,0 +1,73 @@
+"""Verdicts on the settings of an evaluation."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tal_fast.evaluation.evaluation import Evaluation, evaluate_samples
+from tal_fast.evaluation.html.verdicts import auroc_interval, verdicts
+from tal_fast.evaluation.npz import read_npz
+from tal_fast.evaluation.pipeline import evaluate_outputs
+from tal_fast.evaluation.report import EvaluationOptions
+from tal_fast.evaluation.sample_scores import Samples
+from tests.helpers.evaluation import write_npz
+
+
+def evaluation_of(shift: float, ood_shift: float = 0.0, resamples: int = 0) -> Evaluation:
+    """Evaluation whose errors and OOD samples lie this far below the successes, in standard deviations."""
+    rng = np.random.default_rng(5)
+    correct = np.arange(400) >= 60
+    values = rng.normal(size=400) + shift * correct
+    scores = {"own": values, "sharp": values + correct}
+    ood = {"photos": {name: rng.normal(size=300) + shift - ood_shift for name in scores}}
+    return evaluate_samples(Samples(correct, scores, ood, {}), EvaluationOptions(resamples=resamples), "own")
+
+
+@pytest.mark.parametrize(
+    ("shift", "words", "level"),
+    [
+        (0.0, "own separates errors from correct predictions no better than chance: AUROC 0.", "poor"),
+        (-1.0, "own separates errors from correct predictions worse than chance, in the wrong order: AUROC 0.", "poor"),
+        (0.5, "own separates errors from correct predictions weakly: AUROC 0.", "fair"),
+        (3.0, "own separates errors from correct predictions very well: AUROC 0.", "good"),
+    ],
+)
+def test_a_verdict_follows_from_the_interval(shift: float, words: str, level: str) -> None:
+    title, sentence, found = verdicts(evaluation_of(shift))[0]
+    assert (title, found) == ("Old FD", level)
+    assert sentence.startswith(words)
+    assert "error rate from 15.00% to" in sentence
+
+
+def test_foreign_images_that_cannot_be_told_are_named() -> None:
+    evaluation = evaluation_of(1.5, 0.25, resamples=200)
+    by_title = {title: sentence for title, sentence, _ in verdicts(evaluation)}
+    assert "foreign from in-distribution images no better than chance" in by_title["OOD against photos"]
+    low, high = evaluation.report["intervals"]["old_fd"]["own"]["auroc"][-2:]
+    assert f"[{low:.3f}, {high:.3f}]" in by_title["Old FD"]
+    assert re.search(r"\. sharp is better by 0\.\d+ \[0\.\d+, 0\.\d+\]\.$", by_title["Old FD"])
+
+
+def test_a_setting_without_errors_has_no_verdict_but_a_reason(tmp_path: Path) -> None:
+    labels = np.arange(40) % 4
+    path = write_npz(tmp_path / "x.npz", logits=np.eye(4)[labels] * 3, labels=labels, ood_noise_logits=None)
+    evaluation = evaluate_outputs(read_npz(path))
+    assert [v[1:] for v in verdicts(evaluation)] == [
+        ("Cannot be judged: there are no errors among the 40 samples.", "none")
+    ]
+
+
+def test_the_interval_covers_the_auroc_and_has_its_edge_cases() -> None:
+    rng = np.random.default_rng(1)
+    success = np.arange(300) >= 25
+    truth, covered = 0.921, 0  # Φ(2 / √2)
+    for _ in range(400):
+        low, high = auroc_interval(rng.normal(size=300) + 2 * success, success)
+        covered += low <= truth <= high
+    assert 0.92 <= covered / 400 <= 0.985
+    assert auroc_interval(success.astype(float), success) == (pytest.approx(0.025 ** (1 / 25)), 1.0)
+    assert auroc_interval(np.array([1.0, 2.0, 3.0]), np.array([1, 0, 1])) == (0.0, 1.0)
