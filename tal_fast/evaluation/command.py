@@ -95,14 +95,8 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
     """Evaluate what the options name; returns the evaluation (None on ranks other than 0) and the output folder."""
     from tal_fast.config.schema import ModelConfig
     from tal_fast.data.ood import parse_named
+    from tal_fast.evaluation import sources
     from tal_fast.evaluation.report import EvaluationOptions
-    from tal_fast.evaluation.sources import (
-        default_output,
-        evaluate_ensemble,
-        evaluate_npz,
-        evaluate_run,
-        evaluate_weights,
-    )
     from tal_fast.runs.predictions import PassOptions
     from tal_fast.utils.distributed import Ranks
 
@@ -117,11 +111,11 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
         resamples=args.bootstrap,
         **({} if args.knn_samples is None else {"knn_samples": args.knn_samples or None}),
     )
-    source = args.npz or args.weights or Path((args.ensemble or ["."])[0]).absolute().with_name("ensemble")
-    output = Path(args.output or args.run or default_output(source, args.model or ""))
+    path = args.npz or args.weights or Path((args.ensemble or ["."])[0]).absolute().with_name("ensemble")
+    output = Path(args.output or args.run or sources.default_output(path, args.model or ""))
     if args.npz is not None:
         # There are no passes to share, so the first of torchrun's processes does everything.
-        return evaluate_npz(args.npz, output, options) if os.environ.get("RANK", "0") == "0" else None, output
+        return sources.evaluate_npz(args.npz, output, options) if os.environ.get("RANK", "0") == "0" else None, output
     ranks = Ranks.start(args.device or "auto")
     try:
         shared: dict[str, Any] = {
@@ -133,13 +127,14 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
         }
         if args.ensemble:
             del shared["cache"]
-            return evaluate_ensemble(args.ensemble, output, checkpoint=args.checkpoint or "best", **shared), output
+            shared["checkpoint"] = args.checkpoint or "best"
+            return sources.evaluate_ensemble(args.ensemble, output, **shared), output
         if args.run is not None:
             shared |= {"checkpoint": args.checkpoint or "best", "typicalness": not args.no_typicalness}
-            return evaluate_run(args.run, output, **shared), output
+            return sources.evaluate_run(args.run, output, **shared), output
         model = ModelConfig(name=args.model, width=args.width)
         shared |= {"weights_key": args.weights_key}
-        return evaluate_weights(args.weights, model, _data_config(args), output, **shared), output
+        return sources.evaluate_weights(args.weights, model, _data_config(args), output, **shared), output
     finally:
         ranks.stop()
 
@@ -172,9 +167,7 @@ def parser() -> ArgumentParser:
         "--weights", metavar="FILE", help="Weights of --model: .pt, .pth or .safetensors, or 'pretrained'.",
     )  # fmt: skip
     source.add_argument("--npz", metavar="FILE", help="Logits, labels and more of any model.")
-    source.add_argument(
-        "--ensemble", nargs="+", metavar="DIR", help="Several runs, or .npz files, as one model of their mean softmax.",
-    )  # fmt: skip
+    source.add_argument("--ensemble", nargs="+", metavar="DIR", help="Several runs, or .npz files, as one model.")
 
     for title, options in (
         ("options with --run", RUN_OPTIONS),
