@@ -40,7 +40,7 @@ def fit_detector(
     linear = torch.nn.Linear(weight.shape[1], len(weight)).requires_grad_(False)
     linear.load_state_dict({"weight": weight, "bias": bias})
     head = torch.nn.Sequential(torch.nn.Flatten(), linear) if part == "feature_maps" else linear
-    known = {"head": head, "w": weight, "b": bias, "d": principal_dimensions(weight.shape[1]), "p": 0.9}
+    known: dict[str, Any] = {"head": head, "w": weight, "b": bias, "d": principal_dimensions(weight.shape[1]), "p": 0.9}
     known |= dict.fromkeys(("model", "encoder", "backbone"))
     options = inspect.signature(kind).parameters.values()
     needed = {o.name for o in options if o.default is o.empty and o.kind is not o.VAR_KEYWORD}

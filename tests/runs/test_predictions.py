@@ -51,7 +51,7 @@ def test_a_masked_class_is_named() -> None:
     logits = np.zeros((4, 3))
     logits[:, 1] = -np.inf
     with pytest.raises(ValueError, match="sample 0 of 'val' are not finite; leave class 1 out, which is masked"):
-        check_finite(Outputs(logits, None, np.zeros(4, int)), "val")
+        predictions.check_finite(predictions.Outputs(logits, None, np.zeros(4, int)), "val")
 
 
 def test_outputs_that_are_not_finite_are_refused() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tal_fast.evaluation.fitted_scores import fit_score
 from tal_fast.runs.prediction_store import Outputs
-from tal_fast.scores import SCORES, max_logit_pnorm
+from tal_fast.scores import SCORES, max_logit_pnorm, msp
 from tal_fast.scores.features import FeatureScorer, Training
 
 CASES = [
@@ -30,8 +30,10 @@ def test_scores_are_their_authors(case: dict[str, Any]) -> None:
         else:
             kind, _, p = name.partition(" ")
             got = max_logit_pnorm(int(p))(z) if kind == "pnorm" else SCORES[kind](z)
-        # Their GEN takes 1 - p of a rounded p.
-        np.testing.assert_allclose(got, want, rtol=1e-6 if name == "gen" else 1e-12, atol=1e-13, err_msg=name)
+        # Their GEN takes 1 - p of a rounded p, and so saturates near 1.
+        rows = msp(z) < 1 - 1e-8 if name == "gen" else slice(None)
+        rtol = 1e-8 if name == "gen" else 1e-12
+        np.testing.assert_allclose(got[rows], np.array(want)[rows], rtol=rtol, atol=1e-13, err_msg=name)
 
 
 @pytest.mark.parametrize("case", CASES, ids=["5-classes", "120-classes"])
