@@ -108,7 +108,7 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
         convention=args.convention,
         choose_by=args.choose_by,
         temperature=args.temperature,
-        resamples=args.bootstrap,
+        intervals=args.bootstrap > 0,
         **({} if args.knn_samples is None else {"knn_samples": args.knn_samples or None}),
     )
     path = args.npz or args.weights or Path((args.ensemble or ["."])[0]).absolute().with_name("ensemble")
@@ -216,8 +216,8 @@ def parser() -> ArgumentParser:
     )
     metrics.add_argument(
         "--bootstrap", type=at_least(0), default=0, metavar="N",
-        help="Resamples for confidence intervals of metrics and of differences between scores, such as 10000. "
-        "Default: %(default)s, no intervals.",
+        help="Above 0: confidence intervals of metrics and of differences between scores. They need no resampling, so "
+        "that N itself changes nothing. Default: %(default)s, no intervals.",
     )  # fmt: skip
 
     output = parser.add_argument_group("output")
