@@ -85,6 +85,8 @@ def _print(evaluation: Evaluation, output: Path, units: str) -> None:
     report = evaluation.report
     if "run" in report:
         print(f"{report['run']}: {report['method']}, {report['checkpoint']} checkpoint, epoch {report['epoch']}")
+    elif "ensemble" in report:
+        print(f"ensemble of {len(report['ensemble'])}: {', '.join(report['ensemble'])}")
     elif "weights" in report:
         key = f" ({report['weights_key']})" if report["weights_key"] else ""
         print(f"{report['weights']}{key}: {report['model']}")

@@ -76,6 +76,7 @@ def test_saved_outputs_as_an_ensemble(tmp_path: Path, capsys: pytest.CaptureFixt
         for i in range(3)
     ]
     assert evaluate.main(["--ensemble", *paths]) == 0
+    assert capsys.readouterr().out.startswith(f"ensemble of 3: {paths[0]}, ")
     report = read_json(tmp_path / "ensemble-report")
     joint = combine([read_npz(path) for path in paths]).id
     assert report["ensemble"] == paths
