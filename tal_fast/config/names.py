@@ -9,6 +9,11 @@ METRICS = (
 )  # fmt: skip
 """Failure-detection metrics, see ``tal_fast.metrics.failure``."""
 
+FURTHER_METRICS = (
+    "naurc", "aurc_achievable", "eaugrc", "balanced_aurc", "balanced_augrc", "cost_aurc", "cost_augrc",
+)  # fmt: skip
+"""Metrics on request, see ``tal_fast.metrics.further``."""
+
 CONVENTIONS = (
     "tal_fast", "tal", "tal-test", "fd-shifts", "openood", "torch-uncertainty", "torch-uncertainty-0.12",
 )  # fmt: skip

@@ -47,13 +47,20 @@ WEIGHTS_OPTIONS: dict[str, dict[str, Any]] = {
 PASS_OPTIONS: dict[str, dict[str, Any]] = {
     "ood": {
         "action": "append", "default": [], "metavar": "NAME=WHERE",
-        "help": "OOD set: a folder, textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], fashion-mnist[:FOLDER], "
-        "cifar10:FOLDER, cifar100:FOLDER, npy:FILE, patches[:N], gaussian[:N] or uniform[:N]. May be repeated.",
+        "help": "OOD set: a folder, textures:FOLDER, list:FOLDER:FILE.txt, imagenet-o:FOLDER, svhn:FILE.mat, "
+        "mnist[:FOLDER], fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, npy:FILE, patches[:N], gaussian[:N] "
+        "or uniform[:N]. May be repeated. Sets named near/... and far/... have a mean of each group.",
     },
     "shift": {
         "action": "append", "default": [], "metavar": "NAME=WHERE",
-        "help": "Shifted images of the same classes: a folder of class folders, cifar-c:FILE.npy[:SEVERITY], or "
-        f"{', '.join(names.CORRUPTIONS)}, each with [:SEVERITY]. May be repeated.",
+        "help": "Shifted images of the same classes: a folder of class folders, cifar-c:FILE.npy[:SEVERITY], "
+        "cifar10.1:FOLDER[:v4], list:FOLDER:FILE.txt, imagenet-v2, imagenet-a, imagenet-r or imagenet-c, each with "
+        f":FOLDER, or {', '.join(names.CORRUPTIONS)}, each with [:SEVERITY]. May be repeated.",
+    },
+    "openood": {
+        "metavar": "BENCHMARK:FOLDER",
+        "help": "OOD sets of OpenOOD 1.5's cifar10, cifar100 or imagenet in the folder of its downloads; with --mix "
+        "all,full-spectrum its shifted sets too.",
     },
     "batch_size": {"type": at_least(1), "help": "Images per step on each rank. Default: 256."},
     "device": {"help": "auto, cpu, cuda, cuda:1, ... Default: auto, a GPU if there is one."},
@@ -93,8 +100,10 @@ def _print(evaluation: Evaluation, output: Path, units: str) -> None:
 
 def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
     """Evaluate what the options name; returns the evaluation (None on ranks other than 0) and the output folder."""
+    import numpy as np
+
     from tal_fast.config.schema import ModelConfig
-    from tal_fast.data.ood import parse_named
+    from tal_fast.data.ood import openood_sets, parse_named
     from tal_fast.evaluation.report import EvaluationOptions
     from tal_fast.evaluation.sources import default_output, evaluate_npz, evaluate_run, evaluate_weights
     from tal_fast.runs.predictions import PassOptions
@@ -108,17 +117,20 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
         choose_by=args.choose_by,
         temperature=args.temperature,
         resamples=args.bootstrap,
+        metrics=args.metrics,
+        costs=None if args.costs is None else np.loadtxt(args.costs, delimiter=",", ndmin=2),
         **({} if args.knn_samples is None else {"knn_samples": args.knn_samples or None}),
     )
     output = Path(args.output or args.run or default_output(args.npz or args.weights, args.model or ""))
     if args.npz is not None:
         # There are no passes to share, so the first of torchrun's processes does everything.
         return evaluate_npz(args.npz, output, options) if os.environ.get("RANK", "0") == "0" else None, output
+    ood, shifts = openood_sets(args.openood) if args.openood else ({}, {})
     ranks = Ranks.start(args.device or "auto")
     try:
         shared: dict[str, Any] = {
-            "ood": parse_named(args.ood, "--ood"),
-            "shifts": parse_named(args.shift, "--shift"),
+            "ood": {**ood, **parse_named(args.ood, "--ood")},
+            "shifts": {**(shifts if args.mix.full_spectrum else {}), **parse_named(args.shift, "--shift")},
             "cache": args.cache,
             "passes": PassOptions(args.batch_size or 256, args.amp, not args.fast, ranks, args.timeout),
             "options": options,
@@ -202,7 +214,8 @@ def parser() -> ArgumentParser:
     )  # fmt: skip
     metrics.add_argument(
         "--mix", type=checked(_mix), default="balanced-random",
-        help="ID:OOD samples: balanced-random, all, first-n, or prior=P with P the share of OOD. Default: %(default)s.",
+        help="ID:OOD samples: balanced-random, all, first-n, or prior=P with P the share of OOD; with "
+        ",full-spectrum behind it shifted sets are ID too. Default: %(default)s.",
     )  # fmt: skip
     metrics.add_argument(
         "--seed", type=at_least(0), default=0, help="Seed of everything that is random. Default: %(default)s."
@@ -212,6 +225,13 @@ def parser() -> ArgumentParser:
         help="Resamples for confidence intervals of metrics and of differences between scores, such as 10000. "
         "Default: %(default)s, no intervals.",
     )  # fmt: skip
+
+    metrics.add_argument(
+        "--metrics", nargs="+", default=[], metavar="METRIC",
+        help=f"Further metrics for report.json: {', '.join(names.FURTHER_METRICS)}, coverage@risk=0.05, "
+        "risk@coverage=0.8, and of two scores ds=msp+energy.",
+    )  # fmt: skip
+    metrics.add_argument("--costs", metavar="FILE.csv", help="Matrix of costs, labels by predictions, for cost_*.")
 
     output = parser.add_argument_group("output")
     output.add_argument(

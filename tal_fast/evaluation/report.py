@@ -5,9 +5,11 @@ All values are in natural units (fractions). In the file NaN is null, and ``unde
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +19,15 @@ import numpy as np
 from tqdm import tqdm
 
 import tal_fast
-from tal_fast.config.names import DEFAULT_SCORES, check_scores
+from tal_fast.config.names import DEFAULT_SCORES, FURTHER_METRICS, check_scores
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import setting_title
 from tal_fast.metrics.bootstrap import LEVEL, Interval, bootstrap, interval
 from tal_fast.metrics.failure import METRICS, aurc_floor, aurc_random, failure_metrics, undefined_reasons
+from tal_fast.metrics.further import further_metrics, operating_point
+from tal_fast.metrics.joint import binned_joint_metrics, joint_metrics
 from tal_fast.metrics.ranking import tied_share
-from tal_fast.metrics.settings import Mix, ScoredSetting
+from tal_fast.metrics.settings import Mix, ScoredSetting, means_of
 from tal_fast.scores.features import KNN_SAMPLES
 from tal_fast.utils.arrays import Floats
 from tal_fast.utils.io import write_text
@@ -47,9 +51,19 @@ class EvaluationOptions:
     temperature: float | None = None
     choose_by: str = "new-fd"  # AURC that ``pnorm`` is chosen by: ``old-fd``, ``new-fd`` or ``new-fd=OOD-SET``
     resamples: int = 0  # resamples of the bootstrap; 0: no intervals
+    metrics: Sequence[str] = ()  # further metrics, see ``docs/metrics.md#further-metrics``
+    costs: Any = None  # (C, C) cost of each label (row) and prediction, for ``cost_aurc`` and ``cost_augrc``
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", check_scores(self.scores))
+        for metric in self.metrics:
+            point = re.fullmatch(r"(coverage@risk|risk@coverage)=(0?\.\d+|1)|ds=\w+\+\w+", metric)
+            missing = [s for s in metric.removeprefix("ds=").split("+") if "ds=" in metric and s not in self.scores]
+            if missing or not (point or metric in FURTHER_METRICS):
+                raise ValueError(
+                    f"unknown metric {metric!r}; choose from {', '.join(FURTHER_METRICS)}, coverage@risk=0.05 and "
+                    "risk@coverage=0.8 with any share, and ds=S_ID+S_OOD with two of the scores, such as ds=msp+energy"
+                )
         if self.choose_by != "old-fd" and self.choose_by.partition("=")[0] != "new-fd":
             raise ValueError(f"pnorm is chosen by old-fd, new-fd or new-fd=OOD-SET, not by {self.choose_by!r}")
 
@@ -95,9 +109,14 @@ def make_report(
     }
     for key, judged in settings.items():
         _add_setting(report, key, judged)
-    for kind, names in (("ood", ood_sizes), ("new_fd", ood_sizes), ("shift", shift_sizes)):
-        if len(names) > 1:
-            _add_mean(report, kind, [f"{kind}/{name}" for name in names])
+    means: dict[str, list[str]] = {}
+    for key in settings:
+        for mean in means_of(key):
+            means.setdefault(mean, []).append(key)
+    for mean, keys in means.items():
+        _add_mean(report, mean, keys)
+    if options.metrics:
+        report["further"] = {key: _further(samples, key, judged, options) for key, judged in settings.items()}
     if options.resamples:
         baseline = baseline or next(iter(samples.id_scores))
         report["bootstrap"] = {
@@ -135,8 +154,7 @@ def resample_settings(
                 seed=seed, stream=stream, convention=convention, progress=bar.update,
             )  # fmt: skip
             yield key, values
-            kind, _, set_name = key.partition("/")
-            if set_name:
+            for kind in means_of(key):
                 counts[kind] = counts.get(kind, 0) + 1
                 total = totals.setdefault(kind, {score: np.zeros_like(array) for score, array in values.items()})
                 for score, array in values.items():
@@ -154,6 +172,32 @@ def _add_setting(report: Report, key: str, judged: ScoredSetting) -> None:
     report["aurc_random"][key] = aurc_random(n, errors)
     report["undefined"][key] = undefined_reasons(setting.success, convention)
     report["tied_share"][key] = {score: tied_share(values) for score, values in scores.items()}
+
+
+def _further(samples: Samples, key: str, judged: ScoredSetting, options: EvaluationOptions) -> dict[str, Any]:
+    """Further metrics of a setting, by score, or by two scores as ``S_ID+S_OOD``; those without labels are left out."""
+    success, scores, labels, loss = judged.setting.success, judged.confidences(), None, None
+    if key == "old_fd" and "val" in samples.predictions:
+        labels, predicted = samples.predictions["val"].label, samples.predictions["val"].prediction
+        if options.costs is not None:
+            classes = max(labels.max(initial=-1), predicted.max(initial=-1)) + 1
+            if np.ndim(options.costs) != 2 or min(options.costs.shape) < classes:
+                raise ValueError(
+                    f"the costs must be a matrix for {classes} classes, not of shape {options.costs.shape}"
+                )
+            loss = options.costs[labels, predicted]
+    found: dict[str, Any] = {}
+    for score, confidence in scores.items():
+        values: dict[str, Any] = further_metrics(confidence, success, labels, loss)
+        for kind, _, limit in (m.partition("=") for m in options.metrics if "@" in m):
+            values[f"{kind}={limit}"] = operating_point(confidence, success, kind, float(limit))
+        found[score] = {metric: values[metric] for metric in options.metrics if metric in values}
+    for pair in (m[3:] for m in options.metrics if m.startswith("ds=") and key.startswith("new_fd")):
+        parts: Any = *(scores[score] for score in pair.split("+")), success, judged.setting.ood_index.size
+        found[pair] = joint_metrics(*parts)
+        with contextlib.suppress(ValueError):  # scores that the authors' convention is not made for
+            found[pair] |= {f"{metric}_binned": value for metric, value in binned_joint_metrics(*parts).items()}
+    return found
 
 
 def _add_mean(report: Report, kind: str, keys: Sequence[str]) -> None:

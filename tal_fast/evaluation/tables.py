@@ -10,7 +10,7 @@ from typing import Any
 
 from tal_fast.metrics.calibration import BINS, CALIBRATION
 from tal_fast.metrics.failure import METRICS
-from tal_fast.metrics.settings import Mix
+from tal_fast.metrics.settings import GROUPS, Mix
 
 WIDTH = 100
 """Columns of the terminal that text tables have to fit."""
@@ -41,8 +41,9 @@ def setting_title(key: str, report: Mapping[str, Any]) -> str:
         return title
     shifted = kind == "shift"
     sets = report.get("shift_names", []) if shifted else report["ood_names"]
-    if not name and len(sets) > 1:
-        return f"{title}: mean over {len(sets)} {'shifted' if shifted else 'OOD'} sets"
+    if name in GROUPS or (not name and len(sets) > 1):
+        number = sum(one.startswith(f"{name}/") for one in sets) if name else len(sets)
+        return f"{title}: mean over {number} {name + ' ' if name else ''}{'shifted' if shifted else 'OOD'} sets"
     name = printable(name or "".join(sets))
     return f"{title} ({name})" if shifted else f"{title} against {name}"
 

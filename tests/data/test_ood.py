@@ -14,10 +14,11 @@ import scipy.io
 from PIL import Image
 
 from tal_fast import evaluate
+from tal_fast.data import ood
 from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import MemoryImages
 from tal_fast.data.image_folder import ImageFiles
-from tal_fast.data.ood import ood_set, parse_named, shift_set
+from tal_fast.data.ood import ood_set, openood_sets, parse_named, shift_set
 
 RNG = np.random.default_rng(0)
 
@@ -63,7 +64,10 @@ def test_textures(tmp_path: Path) -> None:
     assert isinstance(found, ImageFiles)
     assert [p.split("images/")[1] for p in found.paths] == [names[2], names[0]]
     for spec, message in (
-        (f"textures:{tmp_path / 'dtd'}:test2", r"test2\.txt lists banded/banded_0009\.jpg but"),
+        (
+            f"textures:{tmp_path / 'dtd'}:test2",
+            r"1 of the images that .*test2\.txt lists are missing \(.*banded_0009\.jpg",
+        ),
         (f"textures:{tmp_path / 'dtd'}:test3", r"test3\.txt cannot be read"),
         (f"textures:{lists}", "has no folder images/"),
     ):
@@ -193,7 +197,7 @@ def test_cifar_c(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             shift_set(f"cifar-c:{tmp_path / spec}", classes, VAL, 3)
     np.save(tmp_path / "labels.npy", labels[:7])
-    with pytest.raises(ValueError, match="an integer for each, not 50 images and int64 labels of shape"):
+    with pytest.raises(ValueError, match="an integer for each of 50 images in fog.npy, not int64 of shape"):
         shift_set(f"cifar-c:{tmp_path / 'fog.npy'}", CLASSES, VAL, 3)
 
 
@@ -242,3 +246,93 @@ def test_a_pipe_is_no_set(spec: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "images")
     with pytest.raises(ValueError, match="images is a pipe or a device, which may have no end"):
         ood_set(spec.format(tmp_path / "images"), 8, 3)
+
+
+def test_listed_images(tmp_path: Path) -> None:
+    for name in ("a b.png", "deep/c.png"):
+        write_image(tmp_path / name, 7)
+    (tmp_path / "list.txt").write_text("a b.png 1\ndeep/c.png 0\n\n")
+    spec = f"list:{tmp_path}:{tmp_path / 'list.txt'}"
+    found, corruption = shift_set(spec, ["x", "y"], VAL, 3)
+    assert isinstance(found, ImageFiles)
+    assert [Path(path).name for path in found.paths] == ["a b.png", "c.png"]
+    assert (found.labels.tolist(), found.sizes.tolist(), corruption) == ([1, 0], [[20, 30]] * 2, None)
+    assert ood_set(spec, 32, 3).labels.tolist() == [-1, -1]
+    with pytest.raises(ValueError, match=r"labels in 0\.\.0; it has others"):
+        shift_set(spec, ["x"], VAL, 3)
+    (tmp_path / "list.txt").write_text("gone.png 0\na b.png 0\n")
+    with pytest.raises(ValueError, match=r"1 of the images .*list\.txt lists are missing .*gone\.png"):
+        ood_set(spec, 32, 3)
+    with pytest.raises(ValueError, match=r"give list:FOLDER:FILE\.txt"):
+        ood_set(f"list:{tmp_path}:{tmp_path / 'no.txt'}", 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "unpacked", "folders"),
+    [
+        ("imagenet-v2", "imagenetv2-matched-frequency-format-val", ["0", "2"]),
+        ("imagenet-a", "imagenet-a", ["n01443537", "n01498041"]),
+        ("imagenet-c", "blur", ["n01443537", "n01498041"]),
+        ("imagenet-o", "imagenet-o", ["n01443537", "n03544143"]),
+    ],
+)
+def test_named_sets(
+    kind: str, unpacked: str, folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, number in zip(folders, (1, 2), strict=True):
+        for i in range(number):
+            write_image(tmp_path / "data" / unpacked / folder / f"{i}.jpg", 7)
+    classes = ["n01443537", "n01484850", "n01498041"]
+
+    def read(folder: Path) -> Any:
+        return (
+            ood_set(f"{kind}:{folder}", 32, 3)
+            if kind == "imagenet-o"
+            else shift_set(f"{kind}:{folder}", classes, VAL, 3)[0]
+        )
+
+    with pytest.raises(ValueError, match=rf"holds 3 images but {kind} has {ood.NAMED[kind][1]:,}; unpack it again"):
+        read(tmp_path / "data" / unpacked)
+    monkeypatch.setitem(ood.NAMED, kind, (ood.NAMED[kind][0], 3))
+    places = [tmp_path / "data" / unpacked] + [tmp_path / "data"] * (kind != "imagenet-c")
+    for place in places:  # the folder itself or the one above
+        assert read(place).labels.tolist() == ([-1] * 3 if kind == "imagenet-o" else [0, 2, 2])
+    with pytest.raises(ValueError, match=r"has no class folders; name the folder of .*/CLASS/\*, 3 images"):
+        read(tmp_path)
+
+
+def test_cifar_10_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, number in (("v4", 5), ("v6", 4)):
+        np.save(tmp_path / f"cifar10.1_{version}_data.npy", RNG.integers(0, 256, (number, 32, 32, 3), dtype=np.uint8))
+        np.save(tmp_path / f"cifar10.1_{version}_labels.npy", np.arange(number, dtype=np.int32))
+    with pytest.raises(ValueError, match="holds 4 images but v6 has 2000"):
+        shift_set(f"cifar10.1:{tmp_path}", list("abcdefghij"), VAL, 3)
+    monkeypatch.setattr(ood, "CIFAR_10_1", {"v4": 5, "v6": 4})
+    for end, number in (("", 4), (":v6", 4), (":v4", 5)):
+        found, _ = shift_set(f"cifar10.1:{tmp_path}{end}", list("abcdefghij"), VAL, 3)
+        assert found.labels.tolist() == list(range(number))
+    with pytest.raises(ValueError, match="labels 0 to 3 but there are 2 classes"):
+        shift_set(f"cifar10.1:{tmp_path}", ["a", "b"], VAL, 3)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "imagenet"])
+def test_benchmarks_of_openood(name: str, tmp_path: Path) -> None:
+    lists = tmp_path / "benchmark_imglist" / name
+    lists.mkdir(parents=True)
+    near_far, shifted = openood_sets(f"{name}:{tmp_path}")
+    assert [len([one for one in near_far if one.startswith(group)]) for group in ("near/", "far/")] == (
+        [2, 3] if name == "imagenet" else [2, 4]
+    )
+    assert (
+        list(shifted)
+        == {"cifar10": ["cifar10c"], "cifar100": [], "imagenet": ["imagenet_v2", "imagenet_c", "imagenet_r"]}[name]
+    )
+    for one, spec in {**near_far, **shifted}.items():
+        large = name == "imagenet" and one != "far/textures"
+        folder = tmp_path / f"images_{'largescale' if large else 'classic'}"
+        write_image(folder / "x" / "1.png", 3)
+        (lists / f"test_{one.rpartition('/')[2]}.txt").write_text("x/1.png 0\n")
+        assert ood_set(spec, 32, 3).paths == [str(folder / "x" / "1.png")]
+    for text in (f"{name}:{tmp_path / 'no'}", f"cifar:{tmp_path}", name):
+        with pytest.raises(ValueError, match="is none of cifar10, cifar100, imagenet, each with :FOLDER that holds"):
+            openood_sets(text)
