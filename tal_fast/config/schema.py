@@ -216,7 +216,8 @@ class ModelConfig:
         freeze: part that keeps its weights, ``none``, ``backbone`` (all but the head), or a number N for the stem and
             the first N stages (of a transformer, blocks). It runs as in validation, BatchNorm and dropout included.
         drop_path: largest rate of stochastic depth of a network of timm or torchvision; by default the network's own.
-        head: classifier on top of the network; ``mlp`` has a hidden layer as wide as the network's features.
+        head: classifier on top of the network; ``mlp`` has a hidden layer as wide as the network's features,
+            and ``cosine`` takes 8 times the cosine of features and weights as logits, as SURE does.
         cache_features: freeze the network but for the head, run it once over the training and validation images without
             random augmentation, keep its features on disk, and train the head on them. The result is the whole network.
         compile: compile the network and the loss with ``torch.compile``; by default on GPUs.
@@ -232,7 +233,7 @@ class ModelConfig:
     weights_key: str | None = None
     freeze: int | Literal["none", "backbone"] = "none"
     drop_path: float | None = None
-    head: Literal["linear", "mlp"] = "linear"
+    head: Literal["linear", "mlp", "cosine"] = "linear"
     cache_features: bool = False
     compile: bool | None = None
     channels_last: bool | None = None
@@ -277,6 +278,11 @@ class OptimConfig:
             default all blocks have the same.
         head_epochs: number of first epochs in which only the head trains.
         ema_decay: decay per step of an exponential moving average of the weights, which is then validated and kept.
+        ema_statistics: take BatchNorm's statistics for the average anew from training images after each epoch.
+        sam_radius: radius of sharpness-aware minimisation, which takes two passes a step and updates BatchNorm's
+            statistics in the first; by default it is off.
+        sam_sigma: share of the average of earlier gradients that friendly SAM takes off the gradient; 0 is SAM.
+        sam_decay: decay per step of that average, in [0, 1).
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -295,6 +301,10 @@ class OptimConfig:
     layer_decay: float | None = None
     head_epochs: int = 0
     ema_decay: float | None = None
+    ema_statistics: bool = False
+    sam_radius: float | None = None
+    sam_sigma: float = 0.0
+    sam_decay: float = 0.8
 
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
@@ -313,6 +323,14 @@ class OptimConfig:
         check_positive("optim.clip_norm", self.clip_norm, ", or null for no clipping")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"optim.ema_decay is {self.ema_decay} but must be in (0, 1), or null for no average")
+        if self.ema_statistics and self.ema_decay is None:
+            raise ValueError("optim.ema_statistics is true but there is no average; set optim.ema_decay, such as 0.999")
+        check_positive("optim.sam_radius", self.sam_radius, ", such as 0.05, or null")
+        check_at_least("optim.sam_sigma", self.sam_sigma, 0)
+        if self.sam_sigma and self.sam_radius is None:
+            raise ValueError(f"optim.sam_sigma is {self.sam_sigma} without SAM; set optim.sam_radius, such as 0.2")
+        if not 0 <= self.sam_decay < 1:
+            raise ValueError(f"optim.sam_decay is {self.sam_decay} but must be in [0, 1)")
 
 
 @dataclass

@@ -271,7 +271,7 @@ def columns_of(groups: Sequence[Group], metrics: Sequence[str]) -> list[Column]:
     """
     report = groups[0].reports[0]
     keys = {key: key for key in report["settings"]}
-    keys |= {f"{key}/{groups[0].set_of(key)}": key for key in keys if key != "old_fd" and "/" not in key}
+    keys |= {f"{key}/{groups[0].set_of(key)}": key for key in keys if groups[0].set_of(key) not in ("", "mean")}
     columns: dict[Column, None] = {}
     for text in metrics:
         setting, _, metric = text.rpartition(":")

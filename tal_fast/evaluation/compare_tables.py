@@ -122,7 +122,7 @@ def _value_cell(group: Group, column: Column, style: str, units: str, show: Show
         text += tables.escape("†" if (difference.value > 0) == HIGHER_IS_BETTER[column[1]] else "‡", style)
     if "intervals" in show and found is not None and found.over:
         ends = (tables.format_value(column[1], end, units) for end in (found.low, found.high))
-        text += _numbers(" [{}, {}]".format(*ends), style)
+        text += f" {_numbers('[{}, {}]'.format(*ends), style)}"
     return text
 
 
@@ -206,7 +206,7 @@ def _describe_intervals(over: str, groups: Sequence[Group], resamples: int) -> s
 
 def add_description(lines: Sequence[str], text: str, style: str) -> str:
     """Put the lines of ``describe`` above the tables, in a form that suits the style."""
-    if style.startswith("csv"):
+    if style == "csv":
         return text
     if style == "table":
         return "\n".join([*map(tables.wrap, lines), "", text])

@@ -118,12 +118,14 @@ def add_differences(
 
 
 def seed_pairs(group: Group, baseline: Group) -> tuple[list[int], list[int]] | None:
-    """Positions of the runs of both groups, in the order of their seeds; None unless both have the same seeds."""
-    seeds = [[(-1 if seed is None else seed) for seed in side.seeds] for side in (group, baseline)]
-    if -1 in seeds[0] or sorted(seeds[0]) != sorted(seeds[1]) or len(set(seeds[0])) < len(seeds[0]):
+    """Positions of the runs of both groups by seed, or by run if it is unknown; None unless both have the same."""
+    first, second = (
+        [run if seed is None else seed for run, seed in zip(side.runs, side.seeds, strict=True)]
+        for side in (group, baseline)
+    )
+    if len(first) != len(second) or len(set(first)) < len(first) or set(first) != set(second):
         return None
-    first, second = ([side.index(seed) for seed in sorted(side)] for side in seeds)
-    return first, second
+    return list(range(len(first))), [second.index(key) for key in first]
 
 
 def seed_interval(sides: Sequence[Floats], resampled: Sequence[Floats]) -> tuple[float, float]:

@@ -36,7 +36,7 @@ _STYLE: Any = {"text.parse_math": False, "svg.hashsalt": "tal-fast"}
 """Names may have dollar signs; the same curves make the same file."""
 _DATES = {"svg": "Date", "pdf": "CreationDate"}
 """Entry of a file's metadata that would change each time."""
-POINTS = 1000
+POINTS = 300
 """Points of a drawn curve."""
 MIN_SCALED_COVERAGE = 2
 """Coverage in percent from which on the risk sets the height of a panel; below, the risk of a few samples jumps."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tal_fast.config.schema import ModelConfig
-from tal_fast.models.features import add_hidden_layer, expose_features
+from tal_fast.models.features import expose_features, replace_head
 from tal_fast.models.registry import NETWORKS
 
 
@@ -43,8 +43,7 @@ def build_model(config: ModelConfig, num_classes: int, in_channels: int = 3, ima
         if in_channels != 3:
             _replace_stem(model, in_channels)
     model = expose_features(model, torch.zeros(2, in_channels, image_size, image_size))
-    if config.head == "mlp":
-        add_hidden_layer(model)
+    replace_head(model, config.head)
     return model
 
 

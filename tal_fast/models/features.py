@@ -95,6 +95,24 @@ class TwoLayerHead(nn.Sequential):
     """Classifier of two layers: Linear (D, D), ReLU, and a ``FeatureLinear`` (D, C)."""
 
 
+COSINE_SCALE = 8.0
+"""Factor of the cosines in ``CosineLinear``, as in the code of SURE."""
+
+
+class CosineLinear(FeatureLinear):
+    """Cosine classifier: logits are the scaled cosines of the features and the classes' weights, without a bias.
+
+    As in SURE (Li et al., CVPR 2024). The features that it returns are its input, not normalised.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Logits (B, C) in [-``COSINE_SCALE``, ``COSINE_SCALE``], and the features (B, D) themselves."""
+        return F.linear(F.normalize(input), COSINE_SCALE * F.normalize(self.weight)), input
+
+
 class _Inputs(nn.Module):
     """Stand-in for a head: no logits, and the head's input as features."""
 
@@ -114,9 +132,14 @@ def head_path(model: nn.Module) -> str:
     return parent if isinstance(model.get_submodule(parent), TwoLayerHead) else path
 
 
-def add_hidden_layer(model: nn.Module) -> None:
-    """Replace the head of a model from ``expose_features`` by a ``TwoLayerHead`` with new weights, in place."""
+def replace_head(model: nn.Module, kind: str) -> None:
+    """Replace the head of a model from ``expose_features`` by one of ``model.head`` with new weights, in place."""
     path, last = feature_layer(model)
+    if kind == "linear":
+        return
+    if kind == "cosine":
+        model.set_submodule(path, CosineLinear(last.in_features, last.out_features))
+        return
     hidden = nn.Linear(last.in_features, last.in_features)
     model.set_submodule(path, TwoLayerHead(hidden, nn.ReLU(), FeatureLinear(last.in_features, last.out_features)))
 
@@ -168,7 +191,13 @@ def _output_problem(model: nn.Module, last: FeatureLinear, images: Tensor) -> st
 
 
 def last_layer(model: nn.Module) -> tuple[Any, Any]:
-    """Weight (C, D) and bias (C,), or None, of the layer that exposes the features, as float64 arrays."""
+    """Weight (C, D) and bias (C,), or None, of the layer that exposes the features, as float64 arrays.
+
+    The weight of a ``CosineLinear`` is the one that multiplies normalised features.
+    """
     layer = feature_layer(model)[1]
     bias = None if layer.bias is None else layer.bias.detach().cpu().double().numpy()
-    return layer.weight.detach().cpu().double().numpy(), bias
+    weight = layer.weight.detach().cpu().double()
+    if isinstance(layer, CosineLinear):
+        weight = COSINE_SCALE * F.normalize(weight)
+    return weight.numpy(), bias

@@ -157,7 +157,8 @@ def start_from(network: nn.Module, weights: Weights, class_names: Sequence[str])
         (len(state[name]) for name in (f"{last}.weight", f"{path}.weight") if name in state and state[name].ndim), 0
     )
     other = weights.class_names is not None and weights.class_names != list(class_names)
-    if other or theirs != layer.out_features or not new.keys() <= state.keys():
+    same_kind = new.keys() == {name for name in state if name.startswith(f"{path}.")}
+    if other or theirs != layer.out_features or not same_kind:
         about = f"is for {theirs}{' other' * other} classes" if theirs else f"has no {last}.weight"
         if theirs == layer.out_features and not other:
             about = "has another kind of head"

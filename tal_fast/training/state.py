@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from tal_fast import __version__
-from tal_fast.config.schema import Config, MethodConfig
+from tal_fast.config.schema import Config, MethodConfig, OptimConfig
 from tal_fast.data import DataBundle
 from tal_fast.data.digest import data_digest, newest_change
 from tal_fast.loss import dispatch
@@ -23,6 +23,7 @@ from tal_fast.models.pretrained import Weights, start_from
 from tal_fast.training.epoch_stats import EpochSums
 from tal_fast.training.optim import build_optimizer
 from tal_fast.training.runtime import Runtime
+from tal_fast.training.sam import SAM
 from tal_fast.training.weight_averaging import WeightAverage, build_average
 from tal_fast.utils.environment import code_digest
 from tal_fast.utils.rng import rng_state, set_rng_state
@@ -38,6 +39,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler  # disabled unless gradients are in float16
     average: WeightAverage | None
     sums: EpochSums  # of the current epoch on this rank
+    sam: SAM | None = None
     whole: nn.Module | None = None  # the frozen model around the head, if its features are cached
     epoch: int = 0  # number of finished epochs
     step: int = 0  # number of finished steps in the current epoch
@@ -77,6 +79,7 @@ class TrainingState:
             "average": None if self.averaged is None else self._whole_state(self.averaged),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "sam": {} if self.sam is None else self.sam.state_dict(),
             "best": self.best,
             "history": list(self.history),
         }
@@ -106,6 +109,8 @@ class TrainingState:
             group.update(options, lr=group["lr"].to(device))  # loaded to the CPU with the rest
         if content["scaler"]:  # empty if gradients were not scaled
             self.scaler.load_state_dict(content["scaler"])
+        if self.sam is not None:
+            self.sam.load_state_dict(content.get("sam", {}))
         self.epoch, self.step = content["epoch"], step
         self.history, self.best = content["history"], content["best"]
         ranks = content["ranks"]
@@ -201,7 +206,7 @@ def build_state(config: Config, data: DataBundle, runtime: Runtime, weights: Wei
             f"the method {config.method.name} has the parameter {learned[0]}, which no optimizer steps; keep state "
             "in get_extra_state, and what is learned in the network"
         )
-    average = build_average(network, config.optim.ema_decay, method)
+    average = build_average(network, config.optim, method)
     if average is not None and average.takes_statistics and config.model.freeze != "none" and whole is None:
         raise ValueError(
             f"{method.name} takes the statistics of BatchNorm anew, which model.freeze {config.model.freeze} keeps; "
@@ -214,8 +219,21 @@ def build_state(config: Config, data: DataBundle, runtime: Runtime, weights: Wei
         scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.scales_gradients),
         average=average,
         sums=EpochSums(method, runtime.device),
+        sam=build_sam(network, config.optim, method),
         whole=whole,
     )
+
+
+def build_sam(network: nn.Module, config: OptimConfig, method: Method) -> SAM | None:
+    """SAM of the method or of ``optim.sam_radius``, or None; raises ValueError for both."""
+    if method.radius is None:
+        options = (config.sam_sigma, config.sam_decay, True)
+        return None if config.sam_radius is None else SAM(network, config.sam_radius, *options)
+    if config.sam_radius is not None:
+        raise ValueError(
+            f"optim.sam_radius is {config.sam_radius} but {method.name} has a radius of its own; set it to null"
+        )
+    return SAM(network, method.radius)
 
 
 def class_weight(config: MethodConfig, data: DataBundle) -> Tensor | None:

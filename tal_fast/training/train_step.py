@@ -17,7 +17,6 @@ from tal_fast.training.cuda_graph import GraphedStep
 from tal_fast.training.epoch_stats import batch_sums
 from tal_fast.training.optim import set_learning_rate
 from tal_fast.training.runtime import Runtime
-from tal_fast.training.sam import SAM
 from tal_fast.training.state import Rollback, TrainingState
 
 
@@ -100,8 +99,7 @@ class Update:
     graphed: bool  # replay the step as a CUDA graph
 
     def __post_init__(self) -> None:
-        radius = self.state.method.radius
-        self._sam = None if radius is None else SAM(self.state.network.parameters(), radius)
+        self._sam = self.state.sam
         self._graph = GraphedStep(self._step, self._free_gradients) if self.graphed else None
         self._rollback = Rollback(self.state)
         self._running = ""  # part of a step: passes, at perturbed weights, or the update of the weights
@@ -154,12 +152,14 @@ class Update:
             state.sums.add(self._backward(batch))
             state.method.ascent_pass = False
             self._running = "update"
-            self._sam.perturb()
+            factor = state.scaler._scale if state.scaler.is_enabled() else None
+            self._sam.perturb(1.0 if factor is None else factor)
             self._running = "perturbed"
             self._free_gradients()
             self._backward(batch)
             self._running = "update"
             self._sam.restore()
+            self._sam.finish_step()
         if self.optim.clip_norm is not None:
             state.scaler.unscale_(state.optimizer)
             nn.utils.clip_grad_norm_(state.network.parameters(), self.optim.clip_norm)

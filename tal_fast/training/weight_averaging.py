@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
+from tal_fast.config.schema import OptimConfig
 from tal_fast.methods import Method
 
 STATISTICS_IMAGES = 50_000
@@ -36,21 +37,25 @@ class WeightAverage:
 class MovingAverage(WeightAverage):
     """Exponential moving average of the parameters: ``average += (1 - decay) · (weights - average)``.
 
-    Buffers, such as the running statistics of BatchNorm, are averages already and are copied. Unlike
-    ``torch.optim.swa_utils``, it does not read a counter from the device at every step.
+    Buffers, such as the running statistics of BatchNorm, are averages already and are copied, unless they are to be
+    taken anew after each epoch. Unlike ``torch.optim.swa_utils``, it does not read a counter from the device at every
+    step.
     """
 
-    takes_statistics = False
-
-    def __init__(self, network: nn.Module, decay: float) -> None:
+    def __init__(self, network: nn.Module, decay: float, takes_statistics: bool = False) -> None:
         self.network = copy.deepcopy(network).requires_grad_(False)
-        self.decay = decay
+        self.decay, self.takes_statistics = decay, takes_statistics
 
     @torch.no_grad()
     def update_after_step(self, network: nn.Module) -> None:
         torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), 1 - self.decay)
         for averaged, current in zip(self.network.buffers(), network.buffers(), strict=True):
             averaged.copy_(current)
+
+    def update_after_epoch(self, network: nn.Module, epochs: int, batches: Iterable[Tensor]) -> None:
+        if self.takes_statistics:
+            update_bn(batches, self.network)
+            self.network.eval()
 
 
 class StochasticAverage(WeightAverage):
@@ -78,12 +83,11 @@ class StochasticAverage(WeightAverage):
         return epochs > self._first_epoch
 
 
-def build_average(network: nn.Module, ema_decay: float | None, method: Method) -> WeightAverage | None:
-    """Moving average for ``ema_decay``, epoch average for a method that has one, or None; not both."""
+def build_average(network: nn.Module, config: OptimConfig, method: Method) -> WeightAverage | None:
+    """Moving average for ``optim.ema_decay``, epoch average for a method that has one, or None; not both."""
+    decay = config.ema_decay
     if method.averages_from is None:
-        return None if ema_decay is None else MovingAverage(network, ema_decay)
-    if ema_decay is not None:
-        raise ValueError(
-            f"optim.ema_decay is {ema_decay} but {method.name} averages the weights itself; set it to null"
-        )
+        return None if decay is None else MovingAverage(network, decay, config.ema_statistics)
+    if decay is not None:
+        raise ValueError(f"optim.ema_decay is {decay} but {method.name} averages the weights itself; set it to null")
     return StochasticAverage(network, int(method.averages_from * method.task.epochs))

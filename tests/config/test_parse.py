@@ -30,6 +30,8 @@ PRESETS = [
     "imagenet-resnet50-ce",
     "imagenet-resnet50-tal",
     "imagenet-resnet50-tal-fast",
+    "sure-plus-no-pixmix",
+    "sure-plus-no-pixmix-tal",
 ]
 
 
@@ -49,7 +51,8 @@ def test_presets_hold_what_their_names_say() -> None:
     for name in PRESETS:
         config = load_config(name).check()
         named = [method for method in ("ce", "fmfp-tal") if name.endswith(f"-{method}")]
-        assert config.method.name == ("ce" if name == "imagenet-deit-small" else named[0] if named else "tal")
+        plain = name in ("imagenet-deit-small", "sure-plus-no-pixmix")
+        assert config.method.name == ("ce" if plain else named[0] if named else "tal")
         assert parse(f"--config {name}").to_dict() == config.to_dict()
     assert load_config("imagenet-resnet50-tal").method.options["queue_size"] == 880880
 
@@ -86,6 +89,12 @@ def test_presets_of_tal_start_gently_unless_they_are_as_released(name: str) -> N
 def test_presets_that_are_compared_differ_in_the_method_alone(data: str) -> None:
     ce, tal = load_config(f"{data}-ce").to_dict(), load_config(f"{data}-tal").to_dict()
     assert {key for key in ce if ce[key] != tal[key]} == {"method"}
+
+
+def test_the_presets_of_sure_plus_differ_in_the_method_alone() -> None:
+    ce, tal = (load_config(f"sure-plus-no-pixmix{end}").to_dict() for end in ("", "-tal"))
+    assert {key for key in ce if ce[key] != tal[key]} == {"method"}
+    assert ce["mix"] == {"mixup": 10.0, "cutmix": 0.0, "switch_prob": 0.5, "weight": 1.0}
 
 
 def test_options_of_every_kind_can_be_set() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -91,3 +94,62 @@ def test_differences_are_in_every_format(tmp_path: Path, capsys: pytest.CaptureF
         assert table_lines([*runs, "--format", style, "--out", str(out)], capsys) == []
         assert (cell if style != "markdown" else cell.replace("[", "\\[").replace("]", "\\]")) in out.read_text()
         assert "paired bootstrap over the test images" in out.read_text()
+
+
+def test_latex_compiles_with_any_names(tmp_path: Path) -> None:
+    """Compiled where there is a pdflatex; its braces, dollars and numbers of cells are checked anyway."""
+    reports = [one_report("msp", aurc, 0.8, ood_names=["s_v$h%n", "b"]) for aurc in (0.2, 0.1)]
+    for report in reports:
+        report["settings"] |= {key: report["settings"]["old_fd"] for key in ("new_fd/s_v$h%n", "new_fd/b", "new_fd")}
+    groups = group_runs(reports, ["a_b & 50% #~^{\\}", "$1 <x> ± \x1b"])
+    columns = columns_of(groups, ["aurc", "new-fd/*:aurc", "new-fd/*:auroc"])
+    assert [setting for setting, _ in columns] == ["old_fd", "new_fd", *["new_fd/s_v$h%n"] * 2, *["new_fd/b"] * 2]
+    groups[1].baseline = groups[0].name
+    groups[1].differences = {column: Estimate(-0.1, -0.2, -0.05, "images") for column in columns}
+    groups[0].intervals = {column: Estimate(0.2, 0.15, 0.25, "images") for column in columns}
+    groups[1].best.add(columns[0])
+    latex = format_comparison(groups, columns, "latex", "paper", ("differences", "intervals", "marks"))
+    assert r"\textbf{100.00}$^{\dagger}$" in latex  # less AURC is better,
+    assert r"80.00$^{\ddagger}$" in latex  # less AUROC is worse
+    assert r"200.00 [150.00, 250.00]" in latex
+    assert r"$-$100.00 [$-$200.00, $-$50.00]" in latex
+    assert r"\multicolumn{2}{c}{New FD against s\_v\$h\%n}" in latex
+    assert r"AURC $\times$1000 $\downarrow$ & AUROC (\%) $\uparrow$" in latex
+    for table in latex.split("\n\n"):
+        plain = re.sub(r"\\[\\&%$#_{}]", "", table.replace("\\\\\n", "\n"))
+        assert plain.count("{") == plain.count("}")
+        assert all(line.count("$") % 2 == 0 for line in plain.splitlines())
+        width = len(re.findall("[lr]", re.findall(r"tabular}{(\w+)}", table)[0]))
+        for row in (line for line in plain.splitlines() if "&" in line):
+            assert (
+                sum(map(int, re.findall(r"multicolumn{(\d+)}", row)))
+                + len([cell for cell in row.split("&") if "multicolumn" not in cell])
+                == width
+            )
+    if shutil.which("pdflatex"):
+        (tmp_path / "t.tex").write_text(
+            "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\n" + latex + "\n\\end{document}\n"
+        )
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-draftmode", "t.tex"]
+        found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert found.returncode == 0, found.stdout[-2000:]
+
+
+def test_best_is_marked_beyond_noise_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A third row that is close to the second does not count: only the best and the next best are compared."""
+    for name, quality, seed in (("ce", 1.0, 0), ("tal", 3.0, 1), ("fmfp", 0.99, 0)):
+        write_run(tmp_path / name, name, seed, quality)
+    near = [str(tmp_path / name) for name in ("ce", "fmfp")]
+    command = ["--bootstrap", "100", "--metrics", "old-fd:auroc"]
+    rows = csv_rows([*near, str(tmp_path / "tal"), *command], capsys)
+    assert [rows[name, "old_fd", "auroc"]["best"] for name in ("ce", "fmfp", "tal")] == ["0", "0", "1"]
+    without = csv_rows([*near, str(tmp_path / "tal"), *command[2:], "--bootstrap", "0"], capsys)
+    assert {row["best"] for row in without.values()} == {"0"}
+    excluded = []
+    for seed in range(2, 10):
+        write_run(tmp_path / f"tal-{seed}", "tal", seed, 1.0 + seed / 10)
+        rows = csv_rows([near[0], str(tmp_path / f"tal-{seed}"), *command], capsys)
+        difference = rows[f"tal-{seed}", "old_fd", "auroc"]
+        excluded.append(float(difference["low"]) > 0 or float(difference["high"]) < 0)
+        assert sum(int(row["best"]) for row in rows.values()) == excluded[-1]
+    assert len(set(excluded)) == 2

@@ -105,3 +105,25 @@ def test_printed_reports_fit_the_terminal(units: str) -> None:
     assert "Samples with tied scores: cosine " in text
     assert text.count("Paired differences to cosine:") == len(report["settings"]) == 8
     assert "times 1000" in text or units == "natural"
+
+
+def test_of_many_scores_the_ten_best_are_printed() -> None:
+    rng = np.random.default_rng(0)
+    correct = rng.random(300) < 0.7
+    scores = {f"s{i:02}": (i / 10) * correct + rng.normal(size=300) for i in range(14)}
+    report = evaluate_samples(Samples(correct, scores, {}, {}), EvaluationOptions(resamples=5)).report
+    aurc = {score: values["aurc"] for score, values in report["settings"]["old_fd"].items()}
+    ranked = sorted(aurc, key=aurc.__getitem__)
+
+    def rows(text: str) -> list[str]:
+        return [line.split()[0] for line in text.splitlines() if line.startswith("s") and line[1:3].isdigit()]
+
+    assert set(rows(format_report(report))) <= {*ranked[:10]}
+    assert rows(format_report(report))[:10] == ranked[:10]
+    assert "best by AURC; 4 more scores are in report.json and report.html" in format_report(report)
+    own = format_report({**report, "score": ranked[-1]})  # the model's own is always there
+    assert rows(own)[:11] == [*ranked[:10], ranked[-1]]
+    assert "3 more scores" in own
+    few = evaluate_samples(Samples(correct, dict(list(scores.items())[:10]), {}, {}), EvaluationOptions()).report
+    assert rows(format_report(few)) == list(scores)[:10]
+    assert "more scores" not in format_report(few)

@@ -126,14 +126,20 @@ def test_regmixup_adds_the_mixed_images_to_the_clean_ones(tmp_path: Path, method
         assert len(trainer.method.loss_fn.queue) == sums[2]  # type: ignore[union-attr]
 
 
+SURE_PLUS: dict[str, Any] = {
+    "sam_radius": 0.2, "sam_sigma": 1.0, "ema_decay": 0.9, "ema_statistics": True,
+}  # fmt: skip
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("ce", BOTH, {"optim": OptimConfig(lr=0.05, ema_decay=0.9)}),
     ("tal", {**BOTH, "weight": 1.0}, {"optim": OptimConfig(lr=0.05, accumulate=2)}),
     ("fmfp-tal", REGMIXUP, {}),
+    ("tal", REGMIXUP, {"optim": OptimConfig(lr=0.05, **SURE_PLUS)}),
 ]
 
 
-@pytest.mark.parametrize(("method", "mixing", "options"), CASES, ids=["ce-ema", "tal-accumulate", "fmfp-tal"])
+@pytest.mark.parametrize(
+    ("method", "mixing", "options"), CASES, ids=["ce-ema", "tal-accumulate", "fmfp-tal", "sure-plus-tal"]
+)
 def test_a_mixing_run_resumes_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, mixing: dict[str, Any], options: dict[str, Any]
 ) -> None:
@@ -166,8 +172,9 @@ def test_a_mixing_run_resumes_bit_for_bit(
 def train_two_ranks(rank: int, folder: Path) -> None:
     """Train with mixing at once, and in two parts, on one of two ranks."""
     ranks = Ranks(rank, 2, torch.device("cpu"))
-    for method, mixing in (("ce", BOTH), ("tal", REGMIXUP)):
+    for method, mixing, optim in (("ce", BOTH, {}), ("tal", REGMIXUP, SURE_PLUS)):
         options: dict[str, Any] = {"epochs": 2, "mix": MixConfig(**mixing), "data_options": {"erase": 0.3}}
+        options["optim"] = OptimConfig(lr=0.05, **optim)
         Trainer(config(folder / method / "straight", method, **options), ranks).fit()
         Trainer(config(folder / method / "parts", method, **options), ranks).fit(until=1)
         Trainer(config(folder / method / "parts", method, **options, resume="auto"), ranks).fit()

@@ -184,8 +184,9 @@ def fail_backward(trainer: Trainer, call: int) -> None:
         ("tal", {}, fail_backward, 10),
         ("ce", {"accumulate": 2}, fail_forward, 20),  # the second half of the tenth step
         ("fmfp-tal", {}, fail_backward, 20),  # at the perturbed weights of the tenth step
+        ("tal", {"sam_radius": 0.1, "sam_sigma": 1.0}, fail_forward, 20),
     ],
-    ids=["forward", "backward", "second part", "perturbed"],
+    ids=["forward", "backward", "second part", "perturbed", "friendly SAM"],
 )
 def test_an_error_of_a_step_saves_the_last_whole_step(
     tmp_path: Path,
