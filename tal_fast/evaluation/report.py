@@ -193,6 +193,8 @@ def _further(samples: Samples, key: str, judged: ScoredSetting, options: Evaluat
             values[f"{kind}={limit}"] = operating_point(confidence, success, kind, float(limit))
         found[score] = {metric: values[metric] for metric in options.metrics if metric in values}
     for pair in (m[3:] for m in options.metrics if m.startswith("ds=") and key.startswith("new_fd")):
+        if not scores.keys() >= {*pair.split("+")}:  # a score that cannot be computed
+            continue
         parts: Any = *(scores[score] for score in pair.split("+")), success, judged.setting.ood_index.size
         found[pair] = joint_metrics(*parts)
         with contextlib.suppress(ValueError):  # scores that the authors' convention is not made for

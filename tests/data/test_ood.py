@@ -240,6 +240,40 @@ def test_several_sets_in_one_evaluation(tmp_path: Path, capsys: pytest.CaptureFi
     assert "the data set has an OOD set 'noise' already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_benchmark_of_openood_in_one_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.helpers.evaluation import make_run, read_json
+
+    run = make_run(tmp_path / "run")
+    lists = tmp_path / "openood" / "benchmark_imglist" / "cifar10"
+    lists.mkdir(parents=True)
+    for i, one in enumerate(ood.OPENOOD["cifar10"].split()):
+        one = one.rpartition("/")[2]
+        for j in range(5):
+            pixels = RNG.integers(0, 40 * (i + 1), (32, 32, 3)).astype(np.uint8)
+            (tmp_path / "openood" / "images_classic" / one).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "openood" / "images_classic" / one / f"{j}.png")
+        (lists / f"test_{one}.txt").write_text("".join(f"{one}/{j}.png {j}\n" for j in range(5)))
+    (tmp_path / "costs.csv").write_text("\n".join(",".join("01"[i != j] for j in range(10)) for i in range(10)))
+    args = [
+        "--run", str(run), "--openood", f"cifar10:{tmp_path / 'openood'}", "--mix", "all,full-spectrum",
+        "--bootstrap", "20", "--metrics", "naurc", "cost_aurc", "risk@coverage=0.8", "ds=msp+cosine",
+        "--costs", str(tmp_path / "costs.csv"),
+    ]  # fmt: skip
+    assert evaluate.main(args) == 0
+    assert "New FD: mean over 4 far OOD sets" in capsys.readouterr().out
+    report = read_json(run)
+    assert report["samples"]["new_fd/near/tin"]["id"] == report["counts"]["id"] + 5
+    each = [report["settings"][f"ood/{name}"]["msp"]["auroc"] for name in ("near/cifar100", "near/tin")]
+    assert report["settings"]["ood/near"]["msp"]["auroc"] == pytest.approx(np.mean(each))
+    assert report["further"]["old_fd"]["msp"]["cost_aurc"] == report["settings"]["old_fd"]["msp"]["aurc"]
+    assert len(report["further"]["new_fd/far/mnist"]["cosine"]["risk@coverage=0.8"]) == 3
+    assert "ds_aurc_binned" in report["further"]["new_fd/far/mnist"]["msp+cosine"]
+    assert "mean over 2 near OOD sets" in (run / "report.html").read_text()
+    assert evaluate.main(["--run", str(run), "--costs", str(tmp_path / "no.csv")]) == 2
+    assert "no.csv not found" in capsys.readouterr().err
+
+
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("spec", ["npy:{}", "svhn:{}"])
 def test_a_pipe_is_no_set(spec: str, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_achievable_is_the_least_area_of_mixtures_of_thresholds(levels: int) -> 
 
 
 def test_achievable_by_hand() -> None:
-    # Thresholds keep 2, 3 and 4 samples with 0, 1 and 1 errors; 3 is not on the hull. From 2 to 4 the errors rise by 1/2
+    # Thresholds keep 2, 3 and 4 samples with 0, 1 and 1 errors; 3 is not on the hull. From 2 to 4 errors rise by 1/2
     # per sample: the integral of (c - 2) / 2 / c is 1 - ln 2.
     values = further_metrics([3, 3, 2, 1], [1, 1, 0, 1])
     assert values["aurc_achievable"] == pytest.approx((1 - math.log(2)) / 4)
