@@ -1,14 +1,13 @@
 """Time and memory of scores, metrics and intervals on the CPU: ``python -m bench.metrics``.
 
 Seconds for each score over logits, for all metrics of all of them, for calibration, with the peak memory of the
-process, against the number of samples; and for bootstrap intervals of all metrics of all scores in one setting, with
-the CPU seconds over all threads, which a busy machine stretches less than the clock's.
+process, against the number of samples; and for a report with intervals of all metrics of all scores and their paired
+differences in one setting, with the CPU seconds over all threads, which a busy machine stretches less than the clock's.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import sys
 import time
@@ -20,15 +19,17 @@ import numpy as np
 import torch
 
 from bench.harness import environment, write_json
-from tal_fast.metrics import bootstrap as intervals
+from tal_fast.evaluation.evaluation import evaluate_samples
+from tal_fast.evaluation.report import EvaluationOptions
+from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.metrics.calibration import calibration_metrics
-from tal_fast.metrics.failure import CONVENTIONS, failure_metrics
+from tal_fast.metrics.failure import failure_metrics
 from tal_fast.metrics.ranking import tied_share
 from tal_fast.scores.logits import SCORES
 
 SIZES = (1_000, 5_000, 10_000, 50_000)
 CLASSES = 1_000
-RESAMPLES, RESAMPLED = 10_000, 10_000
+INTERVALS = 10_000
 
 
 def outputs(samples: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -72,24 +73,16 @@ def measure(samples: int, classes: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure_bootstrap(samples: int, resamples: int, classes: int) -> dict[str, Any]:
+def measure_intervals(samples: int, classes: int) -> dict[str, Any]:
     logits, labels = outputs(samples, classes)
     right = logits.argmax(1) == labels
     scores = {name: function(logits) for name, function in SCORES.items()}
-    cpu_s = time.process_time()
-    fast_s, _ = timed(lambda: intervals.bootstrap(scores, right, resamples=resamples))
-    cpu_s = time.process_time() - cpu_s
-    few = max(1, resamples // 500)
-    other_s = {
-        convention: timed(lambda c=convention: intervals.bootstrap(scores, right, resamples=few, convention=c))[0]  # type: ignore[misc]
-        for convention in CONVENTIONS[1:]
-    }
+    found = Samples(right, scores, {}, {})
+    cpu_s, before = time.process_time(), peak_mib()
+    total_s, _ = timed(lambda: evaluate_samples(found, EvaluationOptions(intervals=True)))
     return {
-        "n": samples, "resamples": resamples, "scores": len(scores), "total_s": fast_s,
-        "threads": min(intervals._THREADS, os.cpu_count() or 1),
-        "cpu_s": cpu_s,
-        "ms_per_resample": fast_s / resamples * 1e3,
-        "other_conventions_ms_per_resample": {name: s / few * 1e3 for name, s in other_s.items()},
+        "n": samples, "scores": len(scores), "total_s": total_s, "cpu_s": time.process_time() - cpu_s,
+        "added_peak_mib": peak_mib() - before,
     }  # fmt: skip
 
 
@@ -99,7 +92,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the result here as JSON")
     args = parser.parse_args()
     sizes, classes = ((200,), 10) if args.smoke else (SIZES, CLASSES)
-    resampled = (200, 64, 10) if args.smoke else (RESAMPLED, RESAMPLES, 100)
     result: dict[str, Any] = {
         "what": "scores, metrics and intervals on the CPU",
         "environment": {**environment(), "numpy": np.__version__, "torch_threads": torch.get_num_threads()},
@@ -114,14 +106,12 @@ def main() -> None:
             f"peak {row['peak_mib_after']:,.0f} MiB, logits {row['logits_mib']:,.0f} of it"
         )
         result["results"].append(row)
-    row = measure_bootstrap(*resampled)
-    slow = ", ".join(f"{name} {ms:.0f}" for name, ms in row["other_conventions_ms_per_resample"].items())
+    row = measure_intervals(200 if args.smoke else INTERVALS, classes)
     print(
-        f"bootstrap: n {row['n']:,}, {row['scores']} scores, {row['resamples']:,} resamples in {row['total_s']:.1f} s, "
-        f"{row['cpu_s']:.1f} CPU seconds "
-        f"({row['ms_per_resample']:.2f} ms each; in other conventions {slow} ms)"
+        f"metrics, intervals and differences: n {row['n']:,}, {row['scores']} scores in {row['total_s']:.2f} s, "
+        f"{row['cpu_s']:.2f} CPU seconds, {row['added_peak_mib']:.0f} MiB more"
     )
-    result["bootstrap"] = row
+    result["intervals"] = row
     if args.out:
         write_json(args.out, result)
 

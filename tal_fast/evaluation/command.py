@@ -116,7 +116,7 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
         convention=args.convention,
         choose_by=args.choose_by,
         temperature=args.temperature,
-        resamples=args.bootstrap,
+        intervals=args.bootstrap > 0,
         metrics=args.metrics,
         costs=None if args.costs is None else np.loadtxt(args.costs, delimiter=",", ndmin=2),
         **({} if args.knn_samples is None else {"knn_samples": args.knn_samples or None}),
@@ -222,8 +222,8 @@ def parser() -> ArgumentParser:
     )
     metrics.add_argument(
         "--bootstrap", type=at_least(0), default=0, metavar="N",
-        help="Resamples for confidence intervals of metrics and of differences between scores, such as 10000. "
-        "Default: %(default)s, no intervals.",
+        help="Above 0: confidence intervals of metrics and of differences between scores. They need no resampling, so "
+        "that N itself changes nothing. Default: %(default)s, no intervals.",
     )  # fmt: skip
 
     metrics.add_argument(

@@ -63,7 +63,8 @@ def parser() -> ArgumentParser:
     )  # fmt: skip
     intervals.add_argument(
         "--bootstrap", type=at_least(0), default=2000, metavar="N",
-        help="Resamples for intervals over the test images; 0: no such intervals. Default: %(default)s.",
+        help="0: no intervals over the test images. Otherwise N changes nothing: they need no resampling. "
+        "Default: %(default)s.",
     )  # fmt: skip
     intervals.add_argument(
         "--over", choices=("images", "seeds", "both"), default="images",
@@ -124,9 +125,9 @@ def _compare(args: argparse.Namespace) -> str:
     style, kind, _ = args.format.partition("-")
     groups = [run for group in groups for run in group.single_runs()] if kind else groups
     baseline = groups[0] if args.baseline is None else find_group(groups, args.baseline)
-    add_differences(groups, baseline, columns, args.bootstrap, args.over)
+    add_differences(groups, baseline, columns, args.bootstrap > 0, args.over)
     text = format_comparison(groups, columns, style, args.units, args.show)
-    return add_description(describe(groups, args.units, args.bootstrap, args.show), text, style)
+    return add_description(describe(groups, args.units, args.show), text, style)
 
 
 def _read_groups(runs: Sequence[tuple[str, str | None, str | None]], score: str | None) -> list[Group]:

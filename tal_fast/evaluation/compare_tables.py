@@ -13,8 +13,8 @@ from collections.abc import Collection, Sequence
 from tal_fast.evaluation import tables
 from tal_fast.evaluation.compare import Column, Estimate, Group, Summary, find_group
 from tal_fast.evaluation.differences import OVER, seed_pairs
-from tal_fast.metrics.bootstrap import LEVEL
 from tal_fast.metrics.failure import HIGHER_IS_BETTER
+from tal_fast.metrics.intervals import LEVEL
 
 FORMATS = (*tables.STYLES, "csv")
 MAX_NAME = 30
@@ -165,7 +165,7 @@ def _csv(groups: Sequence[Group], columns: Sequence[Column]) -> str:
     return text.getvalue().rstrip("\n")
 
 
-def describe(groups: Sequence[Group], units: str, resamples: int, show: Show = ()) -> list[str]:
+def describe(groups: Sequence[Group], units: str, show: Show = ()) -> list[str]:
     """Describe the conventions, units and intervals of a comparison, and why intervals are missing, in some lines."""
     report = groups[0].reports[0]
     conditions = f"convention {report['convention']}; ID:OOD mix {tables.mix_with_seed(report)}"
@@ -185,15 +185,15 @@ def describe(groups: Sequence[Group], units: str, resamples: int, show: Show = (
             reasons.setdefault(f"{what}, since {estimate.why_not}", {})[name] = None
     return [
         line,
-        *(f"{LEVEL:.0%} intervals: {_describe_intervals(o, groups, resamples)}" for o in OVER if o in over),
+        *(f"{LEVEL:.0%} intervals: {_describe_intervals(o, groups)}" for o in OVER if o in over),
         *(f"{', '.join(names)}: {reason}" for reason, names in reasons.items()),
     ]
 
 
-def _describe_intervals(over: str, groups: Sequence[Group], resamples: int) -> str:
-    bootstrap = f"paired bootstrap over the test images, {resamples} resamples"
+def _describe_intervals(over: str, groups: Sequence[Group]) -> str:
+    images = "over the test images, paired"
     if over == "images":
-        return bootstrap
+        return images
     paired = {
         seed_pairs(group, find_group(groups, group.baseline)) is not None
         for group in groups
@@ -201,7 +201,7 @@ def _describe_intervals(over: str, groups: Sequence[Group], resamples: int) -> s
     }
     names = {True: "Student's t over pairs of the same seed", False: "Welch's t over seeds"}
     t = " or ".join(name for is_paired, name in names.items() if is_paired in paired)
-    return t if over == "seeds" else f"over seeds and test images together: {t}, and {bootstrap}"
+    return t if over == "seeds" else f"over seeds and test images together: {t}"
 
 
 def add_description(lines: Sequence[str], text: str, style: str) -> str:

@@ -1,7 +1,7 @@
 """Values of groups of runs and their differences to a baseline, with 95% intervals.
 
-- Over the test images, on the same resamples for all runs (``tal_fast.metrics.bootstrap``), where the samples beside
-  the reports are the same images: what other test images may change for these very models.
+- Over the test images, paired (``tal_fast.metrics.intervals``), where the samples beside the reports are the same
+  images: what other test images may change for these very models.
 - Over seeds, where all groups have two runs or more: what training again may change. Student's t, for a difference of
   the differences of runs of the same seed if both groups have the same seeds, else Welch's t.
 - Over both: what another laboratory may find.
@@ -16,9 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from tal_fast.evaluation.compare import Column, Estimate, Group
-from tal_fast.evaluation.report import resample_settings
-from tal_fast.metrics.bootstrap import LEVEL, interval
 from tal_fast.metrics.failure import HIGHER_IS_BETTER, METRICS
+from tal_fast.metrics.intervals import LEVEL, Evidence, evidence, fewest, interval
 from tal_fast.utils.arrays import Floats
 
 OVER = ("images", "seeds", "both")
@@ -29,13 +28,13 @@ class Comparison:
     """Means of groups of runs and their differences, with intervals as far as the runs allow them.
 
     Args:
-        resamples: of the bootstrap over images; 0: intervals over seeds only.
+        images: whether there are intervals over images.
         over: one of ``OVER``; seeds alone if the images differ, images alone for single runs.
     """
 
-    def __init__(self, resamples: int, over: str = "images") -> None:
-        self.resamples, self.over = resamples, over
-        self._resampled: dict[int, list[dict[str, Floats]]] = {}
+    def __init__(self, images: bool, over: str = "images") -> None:
+        self.images, self.over = images, over
+        self._found: dict[int, list[dict[str, Evidence]]] = {}
 
     def add_differences(self, groups: Sequence[Group], baseline: Group, columns: Sequence[Column]) -> None:
         """Fill in the intervals of the groups and the differences of the others to the baseline."""
@@ -58,19 +57,21 @@ class Comparison:
         setting, metric = column
         mean = sides[0].summary(column).mean - sum(side.summary(column).mean for side in sides[1:])
         why_not = self._why_not_images(column, sides)
-        values, resampled = [np.array(side.values(column)) for side in sides], []
+        values, influences = [np.array(side.values(column)) for side in sides], []
         if not why_not:
             j = METRICS.index(metric)
-            resampled = [np.stack([run[setting][:, j] for run in self._resample(side)]) for side in sides]
+            influences = [np.stack([run[setting].influence[:, j] for run in self._evidence(side)]) for side in sides]
         if min(len(side.runs) for side in sides) > 1 and (why_not or self.over != "images"):
             pairs = seed_pairs(*sides) if len(sides) > 1 else None
             if pairs is not None:  # differences of runs of the same seed are one sample
                 values = [values[0][pairs[0]] - values[1][pairs[1]]]
-                resampled = [resampled[0][pairs[0]] - resampled[1][pairs[1]]] if resampled else []
-            low, high = seed_interval(values, resampled)
-            over, why_not = "both" if resampled else "seeds", "" if self.over == "seeds" else why_not
+                influences = [influences[0][pairs[0]] - influences[1][pairs[1]]] if influences else []
+            low, high = seed_interval(values, influences)
+            over, why_not = "both" if influences else "seeds", "" if self.over == "seeds" else why_not
         elif not why_not:
-            low, high, _ = interval(resampled[0].mean(0) - sum(values.mean(0) for values in resampled[1:]))
+            n, errors, _ = fewest(run[setting] for side in sides for run in self._evidence(side))
+            rows = influences[0].mean(0) - sum(of_runs.mean(0) for of_runs in influences[1:])
+            low, high = interval(metric, mean, rows, n, errors, difference=len(sides) > 1)
             over = "images"
         else:
             single = next(side.name for side in sides if len(side.runs) == 1)
@@ -83,7 +84,7 @@ class Comparison:
 
     def _why_not_images(self, column: Column, sides: Sequence[Group]) -> str:
         """Why there is no interval over test images; empty if there is one."""
-        if self.over == "seeds" or self.resamples == 0:
+        if self.over == "seeds" or not self.images:
             return "none over test images was asked for"
         runs = [run for side in sides for run in zip(side.runs, side.samples, strict=True)]
         identities = {}
@@ -94,25 +95,25 @@ class Comparison:
             first, other = identities[runs[0][0]], samples.identity
             if differing := [split for split in {**first, **other} if first.get(split) != other.get(split)]:
                 return f"the test images or labels of {runs[0][0]} and {name} differ ({', '.join(differing)})"
-        if column[1] not in METRICS or any(column[0] not in run for side in sides for run in self._resample(side)):
-            return f"{column[1]} of {column[0]} is not computed on resamples"
+        if column[1] not in METRICS or any(column[0] not in run for side in sides for run in self._evidence(side)):
+            return f"{column[1]} of {column[0]} has no interval over test images"
         return ""
 
-    def _resample(self, group: Group) -> list[dict[str, Floats]]:
-        """For each run, setting -> (resamples, len(METRICS)) on the same resamples of the images."""
-        if id(group) not in self._resampled:
-            self._resampled[id(group)] = []
-            for report, settings in zip(group.reports, group.scored_settings(), strict=True):
-                values = resample_settings(settings, self.resamples, report["seed"], report["convention"])
-                self._resampled[id(group)].append({key: by_score[group.score] for key, by_score in values})
-        return self._resampled[id(group)]
+    def _evidence(self, group: Group) -> list[dict[str, Evidence]]:
+        """For each run, what the intervals of each setting rest on."""
+        if id(group) not in self._found:
+            runs = zip(group.reports, group.scored_settings(), strict=True)
+            self._found[id(group)] = [
+                evidence(settings, group.score, report["convention"]) for report, settings in runs
+            ]
+        return self._found[id(group)]
 
 
 def add_differences(
-    groups: Sequence[Group], baseline: Group, columns: Sequence[Column], resamples: int, over: str = "images"
+    groups: Sequence[Group], baseline: Group, columns: Sequence[Column], images: bool, over: str = "images"
 ) -> None:
     """Fill in the groups' intervals, differences to the baseline, which is one of them, and in what they are best."""
-    comparison = Comparison(resamples, over)
+    comparison = Comparison(images, over)
     comparison.add_differences(groups, baseline, columns)
     comparison.mark_best(groups, columns)
 
@@ -128,17 +129,17 @@ def seed_pairs(group: Group, baseline: Group) -> tuple[list[int], list[int]] | N
     return list(range(len(first))), [second.index(key) for key in first]
 
 
-def seed_interval(sides: Sequence[Floats], resampled: Sequence[Floats]) -> tuple[float, float]:
-    """Student's t interval of a mean, or of the difference of two, over seeds and, with resamples, over images too.
+def seed_interval(sides: Sequence[Floats], influences: Sequence[Floats]) -> tuple[float, float]:
+    """Student's t interval of a mean, or of the difference of two, over seeds and, with influences, over images too.
 
-    With s² the variance over n runs, s²/n is the variance of the mean due to seeds; the variance of the mean over the
-    resamples is that due to images. The interaction of seed and image (how a run's errors fall on these images) is in
-    both. On resampled images the variance over runs grows by the interaction once more, which estimates it, and it is
-    subtracted once. Degrees of freedom are Welch and Satterthwaite's, over seeds.
+    With s² the variance over n runs, s²/n is the variance of the mean due to seeds; the sum of squares of the mean's
+    influences is that due to images. The interaction of seed and image (how a run's errors fall on these images) is in
+    both; the variance of the influences over runs, summed over the images, estimates it, and it is subtracted once.
+    Degrees of freedom are Welch and Satterthwaite's, over seeds.
 
     Args:
         sides: one or two of (runs,): the differences of paired runs, or the values of each group.
-        resampled: like ``sides`` but (runs, resamples); empty: over seeds alone.
+        influences: like ``sides`` but (runs, images); empty: over seeds alone.
 
     Returns:
         Ends of the interval; of zero width where nothing varies, NaN where a value is undefined.
@@ -148,16 +149,10 @@ def seed_interval(sides: Sequence[Floats], resampled: Sequence[Floats]) -> tuple
     mean = float(sides[0].mean() - (sides[1].mean() if len(sides) > 1 else 0.0))
     seed_variances = [side.var(ddof=1) / side.size for side in sides]
     total = sum(seed_variances)
-    if resampled:
-        defined = ~np.isnan(np.concatenate(resampled)).any(0)
-        kept = [values[:, defined] for values in resampled]
-        if defined.sum() < 2:
-            return math.nan, math.nan
-        image_variance = float(np.var(kept[0].mean(0) - (kept[1].mean(0) if len(kept) > 1 else 0.0), ddof=1))
-        interaction = sum(
-            max(float(values.var(0, ddof=1).mean() - side.var(ddof=1)), 0.0) / side.size
-            for values, side in zip(kept, sides, strict=True)
-        )
+    if influences:
+        of_mean = influences[0].mean(0) - sum(rows.mean(0) for rows in influences[1:])
+        image_variance = float(of_mean @ of_mean)
+        interaction = sum(float(rows.var(0, ddof=1).sum()) / len(rows) for rows in influences)
         total = max(total, image_variance, total + image_variance - interaction)
     if not total > 0:
         return (mean, mean) if total == 0 else (math.nan, math.nan)

@@ -10,26 +10,24 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import tal_fast
 from tal_fast.config.names import DEFAULT_SCORES, FURTHER_METRICS, check_scores
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import setting_title
-from tal_fast.metrics.bootstrap import LEVEL, Interval, bootstrap, interval
 from tal_fast.metrics.failure import METRICS, aurc_floor, aurc_random, failure_metrics, undefined_reasons
 from tal_fast.metrics.further import further_metrics, operating_point
+from tal_fast.metrics.intervals import FEW, LEVEL, Evidence, evidence, interval
 from tal_fast.metrics.joint import binned_joint_metrics, joint_metrics
 from tal_fast.metrics.ranking import tied_share
 from tal_fast.metrics.settings import Mix, ScoredSetting, means_of
 from tal_fast.scores.features import KNN_SAMPLES
-from tal_fast.utils.arrays import Floats
 from tal_fast.utils.io import write_text
 
 FILE = "report.json"
@@ -43,16 +41,16 @@ class EvaluationOptions:
 
     scores: Sequence[str] = DEFAULT_SCORES  # names or groups of scores
     mix: Mix = field(default_factory=Mix)  # ratio of ID to OOD samples, see ``tal_fast.metrics.settings``
-    seed: int = 0  # seed of a random mix, of held-out samples, of ``knn``'s training samples and of the bootstrap
+    seed: int = 0  # seed of a random mix, of held-out samples and of ``knn``'s training samples
     convention: str = "tal_fast"  # convention of the metrics, see ``tal_fast.metrics.failure``
     knn_samples: int | None = KNN_SAMPLES  # training features that ``knn`` compares with; None: all
     # Share of the validation samples that a temperature is fitted on. They take part in nothing else, and all other
     # logits are divided by the temperature. None: no temperature, and a share of 0.2 for the scores that need one.
     temperature: float | None = None
     choose_by: str = "new-fd"  # AURC that ``pnorm`` is chosen by: ``old-fd``, ``new-fd`` or ``new-fd=OOD-SET``
-    resamples: int = 0  # resamples of the bootstrap; 0: no intervals
     metrics: Sequence[str] = ()  # further metrics, see ``docs/metrics.md#further-metrics``
     costs: Any = None  # (C, C) cost of each label (row) and prediction, for ``cost_aurc`` and ``cost_augrc``
+    intervals: bool = False  # whether metrics and differences have confidence intervals
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", check_scores(self.scores))
@@ -76,7 +74,7 @@ def make_report(
     Args:
         samples: scores of every sample.
         settings: settings of these samples, from ``Samples.settings`` with the same options.
-        options: mix, seed, convention and resamples; the other options have no influence.
+        options: mix, seed, convention and intervals; the other options have no influence.
         baseline: score that paired differences are taken to; default the first.
 
     Returns:
@@ -84,8 +82,9 @@ def make_report(
         sets there are ``ood/NAME`` and ``new_fd/NAME`` for each, and ``ood`` and ``new_fd`` are their plain mean;
         likewise ``shift/NAME`` and ``shift`` with several shifted sets. Also, by setting: ``samples``, ``aurc_floor``,
         ``aurc_random``, ``undefined`` (metric -> reason) and ``tied_share`` (score -> share). ``counts`` are of all
-        samples, before the mix. With resamples, ``intervals[key][score][metric]`` = [low, high] and
-        ``differences[key][score][metric]`` = [score − baseline, low, high].
+        samples, before the mix. With intervals, ``intervals[key][score][metric]`` = [low, high] and
+        ``differences[key][score][metric]`` = [score − baseline, low, high];
+        ``bootstrap`` says how, and under ``few`` where errors or successes are too few to rely on them.
     """
     correct = samples.correct
     ood_sizes = {name: len(next(iter(scores.values()))) for name, scores in samples.ood_scores.items()}
@@ -117,50 +116,18 @@ def make_report(
         _add_mean(report, mean, keys)
     if options.metrics:
         report["further"] = {key: _further(samples, key, judged, options) for key, judged in settings.items()}
-    if options.resamples:
+    if options.intervals:
         baseline = baseline or next(iter(samples.id_scores))
         report["bootstrap"] = {
-            "resamples": options.resamples, "level": LEVEL, "seed": options.seed, "baseline": baseline,
-            "method": "percentile; ID and OOD samples resampled separately; differences on the same resamples",
-            "undefined_share": {},
+            "level": LEVEL, "baseline": baseline, "few": {},
+            "method": "Student's t from the influence of each sample, without resampling; differences paired",
         }  # fmt: skip
         report["intervals"], report["differences"] = {}, {}
-        for key, values in resample_settings(settings, options.resamples, options.seed, options.convention):
-            _add_intervals(report, key, values, baseline)
+        origin = evidence(settings, baseline, options.convention)
+        for score in samples.id_scores:
+            found = origin if score == baseline else evidence(settings, score, options.convention)
+            _add_intervals(report, score, found, origin)
     return report
-
-
-def resample_settings(
-    settings: Mapping[str, ScoredSetting], resamples: int, seed: int, convention: str
-) -> Iterator[tuple[str, dict[str, Floats]]]:
-    """Compute every metric of every score on resamples of each setting.
-
-    Sets of equal size share their draws, so shifted versions of the same images are paired.
-
-    Yields:
-        A setting's key, and score -> (resamples, len(METRICS)) float64 as from ``tal_fast.metrics.bootstrap``. With
-        several OOD sets, at the end, ``ood`` and ``new_fd``: the mean over the sets of each resample, in which they
-        share the ID draws; with several shifted sets ``shift`` likewise.
-    """
-    ood_names = [judged.name for key, judged in settings.items() if key.partition("/")[0] == "ood"]
-    counts: dict[str, int] = {}
-    totals: dict[str, dict[str, Floats]] = {}
-    total_resamples = resamples * len(settings)
-    with tqdm(total=total_resamples, desc="bootstrap", disable=None, leave=False, dynamic_ncols=True) as bar:
-        for key, judged in settings.items():
-            stream = ood_names.index(judged.name) if judged.name in ood_names else 0
-            values = bootstrap(
-                judged.confidences(), judged.setting.success, judged.setting.ood_index.size, resamples=resamples,
-                seed=seed, stream=stream, convention=convention, progress=bar.update,
-            )  # fmt: skip
-            yield key, values
-            for kind in means_of(key):
-                counts[kind] = counts.get(kind, 0) + 1
-                total = totals.setdefault(kind, {score: np.zeros_like(array) for score, array in values.items()})
-                for score, array in values.items():
-                    total[score] += array
-    for kind, total in totals.items():
-        yield kind, {score: array / counts[kind] for score, array in total.items()}
 
 
 def _add_setting(report: Report, key: str, judged: ScoredSetting) -> None:
@@ -221,28 +188,23 @@ def _add_mean(report: Report, kind: str, keys: Sequence[str]) -> None:
     }
 
 
-def _add_intervals(report: Report, key: str, values: Mapping[str, Floats], baseline: str) -> None:
-    """Add intervals and differences of a setting from score -> (resamples, len(METRICS))."""
-
-    def intervals(score: str, origin: Any = 0.0) -> dict[str, Interval]:
-        return {metric: interval(column) for metric, column in zip(METRICS, (values[score] - origin).T, strict=True)}
-
-    point = report["settings"][key]
-    by_score = {score: intervals(score) for score in values}
-    report["intervals"][key] = {s: {m: [i.low, i.high] for m, i in found.items()} for s, found in by_score.items()}
-    # On the same resamples.
-    report["differences"][key] = {
-        score: {
-            m: [point[score][m] - point[baseline][m], i.low, i.high]
-            for m, i in intervals(score, values[baseline]).items()
+def _add_intervals(report: Report, score: str, found: Mapping[str, Evidence], origin: Mapping[str, Evidence]) -> None:
+    """Add a score's intervals in all settings, and those of its paired differences to the baseline."""
+    baseline = report["bootstrap"]["baseline"]
+    for key, (n, errors, rows) in found.items():
+        of_score, of_baseline = (report["settings"][key][name] for name in (score, baseline))
+        report["intervals"].setdefault(key, {})[score] = {
+            m: list(interval(m, of_score[m], rows[:, j], n, errors)) for j, m in enumerate(METRICS)
         }
-        for score in values
-        if score != baseline
-    }
-    # Whether a metric is defined depends on the outcomes alone, so the share is the same for all scores.
-    report["bootstrap"]["undefined_share"][key] = {
-        metric: i.undefined for metric, i in by_score[baseline].items() if i.undefined
-    }
+        differences = report["differences"].setdefault(key, {})
+        if score != baseline:
+            between, gaps = rows - origin[key].influence, {m: of_score[m] - of_baseline[m] for m in METRICS}
+            differences[score] = {
+                m: [gaps[m], *interval(m, gaps[m], between[:, j], n, errors, difference=True)]
+                for j, m in enumerate(METRICS)
+            }
+        elif min(errors, n - errors) < FEW:
+            report["bootstrap"]["few"][key] = {"errors": errors, "successes": n - errors}
 
 
 def write_report(report: Report, path: str | Path) -> None:

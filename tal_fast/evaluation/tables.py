@@ -10,6 +10,7 @@ from typing import Any
 
 from tal_fast.metrics.calibration import BINS, CALIBRATION
 from tal_fast.metrics.failure import METRICS
+from tal_fast.metrics.intervals import FEW
 from tal_fast.metrics.settings import GROUPS, Mix
 
 WIDTH = 100
@@ -178,9 +179,8 @@ def _summary(report: Mapping[str, Any], units: str) -> list[str]:
     ]
     if "bootstrap" in report:
         how = report["bootstrap"]
-        lines.append(
-            f"intervals: {how['level']:.0%}, percentile bootstrap, {how['resamples']} resamples, seed {how['seed']}"
-        )
+        lines.append(f"intervals: {how['level']:.0%}, {how['method']}")
+        lines += [few_note(report, key, numbers) for key, numbers in how.get("few", {}).items()]
     if "calibration" in report:
         ece, nll, brier = (nan_if_none(report["calibration"][key]) for key in CALIBRATION)
         lines.append(f"softmax on ID: ECE {ece:.4f} ({BINS} bins), NLL {nll:.4f} nats, Brier {brier:.4f}")
@@ -196,6 +196,12 @@ def _summary(report: Mapping[str, Any], units: str) -> list[str]:
         lines.append(f"{fit['held_out']} validation samples held out to fit scores on, in no metric{chosen}")
     lines += [f"left out: {score}: {printable(reason)}" for score, reason in report.get("left_out", {}).items()]
     return lines
+
+
+def few_note(report: Mapping[str, Any], key: str, numbers: Mapping[str, int]) -> str:
+    """Sentence on a setting whose errors or successes are too few to rely on its intervals."""
+    what = min(numbers, key=numbers.__getitem__)
+    return f"{setting_title(key, report)}: {numbers[what]} {what}; intervals are not verified below {FEW}"
 
 
 def _format_setting(report: Mapping[str, Any], key: str, units: str) -> str:

@@ -22,7 +22,7 @@ class CompareOptions:
     # Method, or row label, that differences are taken to; by default the first method. If the baseline has a grid, each
     # row is compared with the baseline's row of the same grid values.
     baseline: str | None = None
-    bootstrap: int = 2000  # resamples of the test images; 0 computes intervals over seeds only
+    bootstrap: int = 2000  # 0: intervals over seeds only; otherwise the number changes nothing
     over: Literal["images", "seeds", "both"] = "both"  # sources of variation that intervals cover, as far as runs allow
     metrics: list[str] = field(default_factory=lambda: ["aurc", "auroc", "fpr95"])
     score: str | None = None  # confidence score of all runs; by default each method's own

@@ -75,7 +75,7 @@ def _differences(
     experiment: Experiment, groups: Sequence[Group], runs: Sequence[Values]
 ) -> tuple[list[Any], list[Any]]:
     options = experiment.compare
-    comparison, columns = Comparison(options.bootstrap, options.over), all_columns(groups, options.metrics)
+    comparison, columns = Comparison(options.bootstrap > 0, options.over), all_columns(groups, options.metrics)
     compared: dict[str, list[Group]] = {}  # name of the baseline -> groups compared with it
     for group in groups:
         baseline = _baseline_of(group, groups, runs, options.baseline or next(iter(experiment.methods)))
@@ -164,7 +164,7 @@ def groups_of(results: Results) -> list[Group]:
         found = Estimate(value, low, high, entry["over"], entry.get("why_not", ""))
         group.differences[entry["setting"], entry["metric"]] = found
     if "best" not in results:  # results of version 0.3 and before
-        Comparison(0, "seeds").mark_best(groups, all_columns(groups, results["compare"]["metrics"]))
+        Comparison(False, "seeds").mark_best(groups, all_columns(groups, results["compare"]["metrics"]))
     for label, setting, metric in results.get("best", []):
         by_name[label].best.add((setting, metric))
     return groups

@@ -38,7 +38,7 @@ def _head(results: Results, groups: Sequence[Group], style: str) -> str:
     markdown = style == "markdown"
     lines = [f"{results['experiment']}: {len(results['runs'])} of {results['jobs']} runs"]
     if groups:
-        about = describe(groups, results["compare"]["units"], results["compare"]["bootstrap"])
+        about = describe(groups, results["compare"]["units"])
         lines += [line.replace("* best", "bold: best") for line in about] if markdown else about
     lines += [_machine(environment) for environment in results["environments"] if environment]
     lines += [f"missing: {missing['name']} ({missing['why']})" for missing in results["missing"]]

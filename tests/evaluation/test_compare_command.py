@@ -31,7 +31,7 @@ def test_evaluated_runs_are_compared(evaluated_run: Path, tmp_path: Path, capsys
     other = evaluate_run(make_run(tmp_path / "synthetic-ce", "ce", seed=1), shifts={"noisy": "gaussian-noise"})
     assert other is not None
     lines = table_lines([str(evaluated_run), str(tmp_path / "synthetic-ce"), "--bootstrap", "20"], capsys)
-    assert lines[1] == "95% intervals: paired bootstrap over the test images, 20 resamples"
+    assert lines[1] == "95% intervals: over the test images, paired"
     assert [line.split()[:2] for line in lines[3:6]] == [
         ["run", "score"], ["synthetic-tal", "cosine"], ["synthetic-ce", "msp"],
     ]  # fmt: skip

@@ -13,8 +13,9 @@ from tal_fast.evaluation.differences import OVER, seed_interval
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sample_scores import Samples, read_samples, write_samples
 from tal_fast.evaluation.sources import evaluate_npz
-from tal_fast.metrics.bootstrap import bootstrap
 from tal_fast.metrics.failure import METRICS, failure_metrics
+from tal_fast.metrics.influence import influence
+from tal_fast.metrics.intervals import interval
 from tests.helpers.compare import csv_rows, table_lines, write_run
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -34,15 +35,13 @@ def test_runs_that_differ_in_their_seed_make_one_row(tmp_path: Path, capsys: pyt
         assert (float(row["mean"]), float(row["std"])) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
         assert row["runs"] == "3"
         assert row["best"] == str(int(method == "tal"))
-    # The difference of means on each resample, the same images for all six runs.
-    on_resamples = {
-        m: np.mean([bootstrap({"s": made[m, s][0]}, made[m, s][1], resamples=100)["s"] for s in range(3)], axis=0)
-        for m in ("ce", "tal")
-    }
-    difference = (on_resamples["tal"] - on_resamples["ce"])[:, METRICS.index("auroc")]
+    # The influences on the difference of means, on the same images for all six runs.
+    j, errors = METRICS.index("auroc"), int(sum(1 - made["ce", 0][1]))
+    on_means = {m: np.mean([influence(*made[m, s])[:, j] for s in range(3)], axis=0) for m in ("ce", "tal")}
     row = rows["digits-tal", "old_fd", "auroc"]
     assert row["over"] == "images"
-    want = (np.mean(per_run["tal"]) - np.mean(per_run["ce"]), *np.quantile(difference, (0.025, 0.975)))
+    gap = np.mean(per_run["tal"]) - np.mean(per_run["ce"])
+    want = gap, *interval("auroc", gap, on_means["tal"] - on_means["ce"], 400, errors, difference=True)
     assert [float(row[k]) for k in ("difference", "low", "high")] == pytest.approx(want)
     assert rows["digits-ce", "old_fd", "auroc"]["difference"] == ""
     reverse = csv_rows([*runs, "--bootstrap", "100", "--baseline", "digits-tal"], capsys)[
@@ -90,7 +89,7 @@ def test_seed_intervals_of_values_that_do_not_vary() -> None:
     assert seed_interval([one, three], []) == (-2, -2)
     assert all(math.isnan(v) for v in seed_interval([undefined, three], []))
     assert seed_interval([one - three], []) == (-2, -2)
-    images = np.array([[0.0, 1.0, 2.0]] * 2)  # seeds agree, images do not: the normal interval of the images
+    images = np.array([[0.6, -0.8, 0.0]] * 2)  # seeds agree, images do not: the normal interval of the images
     low, high = seed_interval([one], [images])
     assert (low, high) == pytest.approx((1 - 1.96, 1 + 1.96), abs=1e-3)
 
@@ -98,14 +97,13 @@ def test_seed_intervals_of_values_that_do_not_vary() -> None:
 def test_intervals_over_seeds_and_images_have_their_coverage() -> None:
     """The mean over seeds and images of made-up scores lies inside in 95 of 100 experiments, whatever varies most."""
     rng = np.random.default_rng(0)
-    n_seeds, n_images, resamples = 4, 50, 200
+    n_seeds, n_images = 4, 50
     for of_seed, of_image, of_both in ((1, 0, 1), (0.05, 8, 1), (0, 0, 8), (0.3, 2, 2)):
         inside = 0
         for _ in range(400):
             values = of_seed * rng.normal(size=(n_seeds, 1)) + of_image * rng.normal(size=(1, n_images))
             values = values + of_both * rng.normal(size=(n_seeds, n_images))
-            drawn = rng.integers(n_images, size=(resamples, n_images))
-            low, high = seed_interval([values.mean(1)], [values[:, drawn].mean(2)])
+            low, high = seed_interval([values.mean(1)], [(values - values.mean(1, keepdims=True)) / n_images])
             inside += low < 0 < high
         assert 0.91 <= inside / 400 <= 0.99, (of_seed, of_image, of_both, inside / 400)
 
@@ -128,7 +126,7 @@ def test_intervals_over_seeds_and_images_are_the_widest(tmp_path: Path, capsys: 
     assert csv_rows([*single, "seeds"], capsys)["tal-0", "old_fd", "auroc"]["over"] == ""
 
 
-def test_shifted_sets_are_compared_on_the_same_resamples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shifted_sets_are_compared_on_the_same_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(3, size=120)
     for name, quality in (("a", 1.0), ("b", 2.0)):
@@ -139,12 +137,14 @@ def test_shifted_sets_are_compared_on_the_same_resamples(tmp_path: Path, capsys:
         evaluate_npz(tmp_path / f"{name}.npz", options=EvaluationOptions(scores=["msp"]))
     folders = [str(tmp_path / f"{name}-report") for name in "ab"]
     row = csv_rows([*folders, "--bootstrap", "200"], capsys)["b-report", "shift", "auroc"]
-    on_resamples = []
+    influences, sizes = [], []
     for folder in folders:
         found = read_samples(folder)
         assert found is not None
         correct, scores = found.shifts["fog"]
-        on_resamples.append(bootstrap(scores, correct, resamples=200)["msp"][:, METRICS.index("auroc")])
+        influences.append(influence(scores["msp"], correct)[:, METRICS.index("auroc")])
+        sizes.append(min(correct.sum(), 120 - correct.sum()))
     assert row["over"] == "images"
-    want = np.quantile(on_resamples[1] - on_resamples[0], (0.025, 0.975))
+    gap = float(row["difference"])
+    want = interval("auroc", gap, influences[1] - influences[0], 120, min(sizes), difference=True)
     assert [float(row[k]) for k in ("low", "high")] == pytest.approx(want)

@@ -159,7 +159,7 @@ def test_every_setting_has_a_chart_and_tables(tmp_path: Path, sets: int) -> None
 
 def test_intervals_and_differences_are_shown(tmp_path: Path) -> None:
     path = write_npz(tmp_path / "x.npz")
-    evaluation = evaluate_outputs(read_npz(path), EvaluationOptions(scores=["msp", "max_logit"], resamples=20))
+    evaluation = evaluate_outputs(read_npz(path), EvaluationOptions(scores=["msp", "max_logit"], intervals=True))
     text, report = write_html(evaluation, tmp_path).read_text(), evaluation.report
     for key in ("old_fd", "ood", "new_fd"):
         low, high = report["intervals"][key]["max_logit"]["auroc"]
@@ -168,7 +168,7 @@ def test_intervals_and_differences_are_shown(tmp_path: Path) -> None:
         number = f"{'+' * (value > 0)}{value:.5f}"
         cell = f"<strong>{number}</strong>" if low > 0 or high < 0 else number
         assert f"{cell}<small>{low:.5f} to {high:.5f}</small>" in text
-    assert "95%, bootstrap of 20 resamples" in text
+    assert "95%, Student&#39;s t from the influence of each sample" in text
     assert "differences to msp" in text
 
 

@@ -14,10 +14,11 @@ import torch
 from tal_fast.evaluation.evaluation import evaluate_samples
 from tal_fast.evaluation.report import EvaluationOptions, read_report, write_report
 from tal_fast.evaluation.sample_scores import Predictions, Samples
-from tal_fast.evaluation.tables import setting_title
-from tal_fast.metrics.bootstrap import bootstrap, interval
+from tal_fast.evaluation.tables import format_report, setting_title
 from tal_fast.metrics.failure import METRICS, failure_metrics
 from tal_fast.metrics.further import further_metrics, operating_point
+from tal_fast.metrics.influence import influence
+from tal_fast.metrics.intervals import interval
 from tal_fast.metrics.joint import binned_joint_metrics, joint_metrics
 from tal_fast.metrics.settings import Mix
 from tal_fast.runs.load import load_run
@@ -66,7 +67,7 @@ def test_near_and_far_sets_have_means_of_their_own() -> None:
     rng = np.random.default_rng(2)
     correct, scores = rng.random(60) < 0.8, rng.normal(size=60)
     sets = {name: {"msp": rng.normal(size=30) - 1} for name in ("near/a", "near/b", "far/c", "other")}
-    options = EvaluationOptions(mix=Mix("all"), resamples=20)
+    options = EvaluationOptions(mix=Mix("all"), intervals=True)
     report = evaluate_samples(Samples(correct, {"msp": scores, "half": scores / 2}, {
         name: {**each, "half": each["msp"] / 2} for name, each in sets.items()
     }, {}), options).report  # fmt: skip
@@ -143,7 +144,7 @@ def test_a_report_without_samples(tmp_path: Path) -> None:
     assert found["undefined"]["new_fd"]["aurc"] == "there are no samples"
 
 
-def test_intervals_are_those_of_the_bootstrap() -> None:
+def test_intervals_are_those_of_the_influences() -> None:
     rng = np.random.default_rng(1)
 
     def scores(n: int, shift: float = 0.0) -> dict[str, np.ndarray]:
@@ -152,38 +153,34 @@ def test_intervals_are_those_of_the_bootstrap() -> None:
     correct = rng.random(200) < 0.8
     ood, shifts = {"a": scores(90, -1), "b": scores(60)}, {"fog": (rng.random(80) < 0.5, scores(80))}
     samples = Samples(correct, scores(200), ood, {}, shifts=shifts)
-    report = evaluate_samples(samples, EvaluationOptions(mix=Mix("all"), seed=3, resamples=60), "energy").report
-    assert report["bootstrap"]["resamples"] == 60
+    report = evaluate_samples(samples, EvaluationOptions(mix=Mix("all"), seed=3, intervals=True), "energy").report
+    assert report["bootstrap"]["few"] == {}
     keys = ["old_fd", "ood/a", "new_fd/a", "ood/b", "new_fd/b", "shift", "ood", "new_fd"]
-    assert list(report["intervals"]) == list(report["differences"]) == keys
-    auroc = METRICS.index("auroc")
-    values = bootstrap(shifts["fog"][1], shifts["fog"][0], resamples=60, seed=3)
-    assert report["intervals"]["shift"]["msp"]["auroc"] == list(interval(values["msp"][:, auroc])[:2])
-    difference = interval(values["msp"][:, auroc] - values["energy"][:, auroc])
+    assert sorted(report["intervals"]) == sorted(report["differences"]) == sorted(keys)
+    auroc, (success, fog) = METRICS.index("auroc"), shifts["fog"]
+    rows = {name: influence(values, success)[:, auroc] for name, values in fog.items()}
+    point, size = report["settings"]["shift"], (80, int(80 - success.sum()))
+    expected = interval("auroc", point["msp"]["auroc"], rows["msp"], *size)
+    assert report["intervals"]["shift"]["msp"]["auroc"] == list(expected)
     assert report["differences"]["shift"] == {"msp": report["differences"]["shift"]["msp"]}  # to the baseline, energy
-    assert report["differences"]["shift"]["msp"]["auroc"][1:] == list(difference[:2])
-    point = report["settings"]["shift"]
-    assert report["differences"]["shift"]["msp"]["auroc"][0] == point["msp"]["auroc"] - point["energy"]["auroc"]
-    # The mean over sets is that of each resample, in which the sets share the ID draws.
-    means = []
-    for stream, (name, size) in enumerate((("a", 90), ("b", 60))):
-        confidence = np.concatenate((samples.id_scores["msp"], ood[name]["msp"]))
-        success = np.concatenate((correct, np.zeros(size)))
-        means.append(bootstrap({"s": confidence}, success, size, resamples=60, seed=3, stream=stream)["s"][:, auroc])
-    expected = interval(np.mean(means, axis=0))
-    assert report["intervals"]["new_fd"]["msp"]["auroc"] == pytest.approx(list(expected[:2]))
+    gap = point["msp"]["auroc"] - point["energy"]["auroc"]
+    expected = interval("auroc", gap, rows["msp"] - rows["energy"], *size, difference=True)
+    assert report["differences"]["shift"]["msp"]["auroc"] == [gap, *expected]
 
 
-def test_metrics_undefined_on_resamples_have_no_interval(tmp_path: Path) -> None:
+def test_few_errors_are_noted_and_undefined_metrics_have_no_interval(tmp_path: Path) -> None:
     samples = Samples(np.ones(30, bool), {"msp": np.ones(30)}, {}, {})
-    write_report(evaluate_samples(samples, EvaluationOptions(resamples=10)).report, tmp_path / "report.json")
+    write_report(evaluate_samples(samples, EvaluationOptions(intervals=True)).report, tmp_path / "report.json")
     report = read_json(tmp_path)
-    assert report["intervals"]["old_fd"]["msp"]["aurc"] == [0, 0]
+    assert report["intervals"]["old_fd"]["msp"]["aurc"] == [0, pytest.approx(1 - 0.025 ** (1 / 30))]
     assert report["intervals"]["old_fd"]["msp"]["auroc"] == [None, None]
-    assert report["bootstrap"]["undefined_share"]["old_fd"]["auroc"] == 1
+    assert report["bootstrap"]["few"] == {"old_fd": {"errors": 0, "successes": 30}}
+    assert "Old FD: 0 errors; intervals are not verified below 8" in format_report(report)
+    samples = Samples(np.arange(30) < 22, {"msp": np.ones(30)}, {}, {})
+    assert evaluate_samples(samples, EvaluationOptions(intervals=True)).report["bootstrap"]["few"] == {}
 
 
-def test_no_intervals_without_a_bootstrap() -> None:
+def test_no_intervals_unless_asked_for() -> None:
     report = evaluate_samples(Samples(np.array([True, False]), {"msp": np.array([1.0, 2.0])}, {}, {})).report
     assert "bootstrap" not in report
     assert "intervals" not in report

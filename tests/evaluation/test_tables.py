@@ -86,7 +86,7 @@ def test_printed_reports_fit_the_terminal(units: str) -> None:
     sets = {"far": scores(40), "a set with quite a long name, which goes into titles": scores(30)}
     shifts = {"fog": (np.ones(20), scores(20))}
     samples = Samples(correct, scores(60), sets, {}, shifts=shifts)
-    report = evaluate_samples(samples, EvaluationOptions(resamples=10, mix=Mix("all"))).report
+    report = evaluate_samples(samples, EvaluationOptions(intervals=True, mix=Mix("all"))).report
     report |= {
         "calibration": {"ece": 0.1, "nll": 2.0, "brier": None},
         "temperature": {"value": 1.5, "held_out": 20, "calibration_before": {"ece": 0.2}},

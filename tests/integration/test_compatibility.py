@@ -179,14 +179,13 @@ def test_stored_outputs_evaluate_to_the_same_metrics(tmp_path: Path) -> None:
     options = ["--output", str(tmp_path), "--scores", "logits", "--bootstrap", "50"]
     assert evaluate.main(["--npz", outputs, *options]) == 0
     report, old = read_report(tmp_path), EXPECTED["evaluation_of_outputs"]
-    for kind in ("settings", "intervals"):
-        assert report[kind].keys() == old[kind].keys()
-        for setting, by_score in old[kind].items():
-            assert report[kind][setting].keys() == by_score.keys()
-            for score, values in by_score.items():
-                for metric, value in values.items():
-                    found = report[kind][setting][score][metric]
-                    assert found == pytest.approx(value, abs=1e-6, nan_ok=True), (kind, setting, score, metric)
+    assert report["settings"].keys() == report["intervals"].keys() == old["settings"].keys() == old["intervals"].keys()
+    for setting, by_score in old["settings"].items():
+        assert report["settings"][setting].keys() == report["intervals"][setting].keys() == by_score.keys()
+        for score, values in by_score.items():
+            for metric, value in values.items():
+                found = report["settings"][setting][score][metric]
+                assert found == pytest.approx(value, abs=1e-6, nan_ok=True), (setting, score, metric)
     assert report["calibration"] == pytest.approx(old["calibration"], abs=1e-6)
 
 

@@ -172,7 +172,7 @@ def _conventions(report: Report) -> list[tuple[str, str]]:
         entries.append(("scores left out", text))
     if "bootstrap" in report:
         how = report["bootstrap"]
-        text = f"{how['level']:.0%}, bootstrap of {how['resamples']:,} resamples: {printable(how['method'])}"
+        text = f"{how['level']:.0%}, {printable(how['method'])}"
         entries.append(("intervals", text))
     versions = ", ".join(f"{printable(name)} {version}" for name, version in report.get("versions", {}).items())
     return [*entries, ("versions", versions)]

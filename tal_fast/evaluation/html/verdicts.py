@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import expit, logit
-from scipy.stats import rankdata, t
 
 from tal_fast.evaluation.evaluation import Evaluation
 from tal_fast.evaluation.tables import nan_if_none, printable, setting_title
-from tal_fast.utils.arrays import Floats, Ints
+from tal_fast.metrics.failure import METRICS
+from tal_fast.metrics.influence import influence
+from tal_fast.metrics.intervals import interval
 
 LEVELS = ((0.9, "very well", "good"), (0.8, "well", "good"), (0.7, "fairly", "fair"), (0.5, "weakly", "fair"))
 """Lower end of the interval of AUROC, its words, CSS class; the limits of Hosmer and Lemeshow (2000), section 5.2.4."""
@@ -27,17 +27,19 @@ def verdicts(evaluation: Evaluation) -> list[tuple[str, str, str]]:
 
 def _judge(evaluation: Evaluation, key: str) -> tuple[str, str] | None:
     report, score = evaluation.report, evaluation.primary_score
-    interval = report.get("intervals", {}).get(key, {}).get(score, {}).get("auroc")
+    ends = report.get("intervals", {}).get(key, {}).get(score, {}).get("auroc")
     judged = evaluation.settings.get(key)
-    if judged is None and interval is None:
+    if judged is None and ends is None:
         return None
     auroc = nan_if_none(report["settings"][key][score]["auroc"])
     if np.isnan(auroc):
         return f"Cannot be judged: {printable(report['undefined'][key].get('auroc', 'AUROC is undefined'))}.", "none"
-    if interval is None:
+    if ends is None:
         assert judged is not None
-        interval = auroc_interval(judged.confidences()[score], judged.setting.success)
-    low, high = (nan_if_none(end) for end in interval[-2:])
+        ood, success = judged.setting.ood_index.size, judged.setting.success
+        rows = influence(judged.confidences()[score], success, ood)[:, METRICS.index("auroc")]
+        ends = interval("auroc", auroc, rows, success.size, int(success.size - success.sum()))
+    low, high = (nan_if_none(end) for end in ends[-2:])
     kind = key.partition("/")[0]
     separated = {
         "ood": "foreign from in-distribution images",
@@ -68,27 +70,3 @@ def _better(evaluation: Evaluation, key: str) -> str:
         return ""
     (value, low, high), score = max(found)
     return f" {score} is better by {value:.3f} [{low:.3f}, {high:.3f}]."
-
-
-def auroc_interval(confidence: Floats, success: Ints) -> tuple[float, float]:
-    """95% interval of the AUROC on the logit scale, with the standard deviation of DeLong et al. (1988).
-
-    The quantile is Student's with one degree of freedom less than the smaller group has samples: with 13 errors in 900
-    the interval covers 90.4% of the time, with the normal quantile 87.6%.
-    At least one success and one error are needed. Where no pair is in the wrong order (or all are), the end is that of
-    the binomial probability of as many in a row as the smaller group has.
-    """
-    right, wrong = confidence[success == 1], confidence[success == 0]
-    m, n = len(right), len(wrong)
-    ranks = rankdata(np.concatenate([right, wrong]))
-    above = (ranks[:m] - rankdata(right)) / n  # share of errors below each success
-    below = 1 - (ranks[m:] - rankdata(wrong)) / m
-    auroc = float(above.mean())
-    if auroc in (0.0, 1.0):
-        end = 0.025 ** (1 / min(m, n))
-        return (end, 1.0) if auroc else (0.0, 1 - end)
-    if min(m, n) == 1:  # the placement of the one has no variance to estimate
-        return 0.0, 1.0
-    deviation = np.sqrt(above.var(ddof=1) / m + below.var(ddof=1) / n)
-    room = t.ppf(0.975, min(m, n) - 1) * deviation / (auroc * (1 - auroc))
-    return float(expit(logit(auroc) - room)), float(expit(logit(auroc) + room))
