@@ -9,9 +9,7 @@ METRICS = (
 )  # fmt: skip
 """Failure-detection metrics, see ``tal_fast.metrics.failure``."""
 
-FURTHER_METRICS = (
-    "naurc", "aurc_achievable", "eaugrc", "balanced_aurc", "balanced_augrc", "cost_aurc", "cost_augrc",
-)  # fmt: skip
+FURTHER_METRICS = ("naurc", "aurc_achievable", "eaugrc")
 """Metrics on request, see ``tal_fast.metrics.further``."""
 
 CONVENTIONS = (

@@ -33,30 +33,6 @@ NAMED = {
 """Named set -> the folder that holds its class folders, and its number of images."""
 CIFAR_10_1 = {"v4": 2021, "v6": 2000}
 """Version of CIFAR-10.1 -> number of images."""
-_FAR = "far/mnist far/svhn far/texture far/places365"
-OPENOOD = {
-    "cifar10": f"near/cifar100 near/tin {_FAR} cifar10c", "cifar100": f"near/cifar10 near/tin {_FAR}",
-    "imagenet": "near/ssb_hard near/ninco far/inaturalist far/textures far/openimage_o imagenet_v2 "
-    "imagenet_c imagenet_r",
-}  # fmt: skip
-"""Benchmark of OpenOOD 1.5 -> near and far OOD sets, and the shifted sets of its full spectrum."""
-
-
-def openood_sets(text: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Specifications of the OOD and of the shifted sets of ``BENCHMARK:FOLDER``, as OpenOOD downloads it."""
-    name, _, folder = text.partition(":")
-    lists = f"{folder}/benchmark_imglist/{name}"
-    if name not in OPENOOD or not Path(lists).is_dir():
-        raise ValueError(
-            f"{text!r} is none of {', '.join(OPENOOD)}, each with :FOLDER that holds images_classic/, "
-            f"images_largescale/ and benchmark_imglist/{name}/test_*.txt, as OpenOOD downloads them"
-        )
-    sets: tuple[dict[str, str], dict[str, str]] = {}, {}
-    for one in OPENOOD[name].split():
-        images = "largescale" if name == "imagenet" and one != "far/textures" else "classic"
-        file = f"{lists}/test_{one.rpartition('/')[2]}.txt"
-        sets["/" not in one][one] = f"list:{folder}/images_{images}:{file}"
-    return sets
 
 
 def parse_named(texts: Sequence[str], option: str) -> dict[str, str]:
@@ -181,12 +157,10 @@ def _listed(text: str, classes: int = 0) -> ImageFiles:
     paths = [os.path.abspath(os.path.join(root, row[1])) for row in rows if row]
     labels = [int(row[2] or -1) if classes else image_folder.OOD_LABEL for row in rows if row]
     missing = [path for path in paths if not os.path.isfile(path)]
-    if missing or not paths or (classes and not 0 <= min(labels) <= max(labels) < classes):
-        raise ValueError(
-            f"{len(missing)} of the images that {file} lists are missing ({image_folder.first_names(missing)})"
-            if missing
-            else f"{file} must list images as PATH LABEL with labels in 0..{classes - 1}; it has others, or none"
-        )
+    if missing:
+        raise ValueError(f"{len(missing)} images that {file} lists are missing ({image_folder.first_names(missing)})")
+    if not paths or (classes and not 0 <= min(labels) <= max(labels) < classes):
+        raise ValueError(f"{file} must list images as PATH LABEL, labels in 0..{classes - 1}; it has others, or none")
     stamps = [(info.st_size, info.st_mtime_ns) for info in map(os.stat, paths)]
     return image_folder.with_sizes(ImageFiles(paths, np.array(labels), image_folder.NO_SIZES, np.array(stamps)))
 
@@ -194,18 +168,16 @@ def _listed(text: str, classes: int = 0) -> ImageFiles:
 def _named(kind: str, text: str, class_names: Sequence[str]) -> ImageFiles:
     """Images of a named set, in its folder or the one above; without class names an OOD set."""
     pattern, number = NAMED[kind]
-    folders = [
-        f for f in (Path(text), *Path(text).glob(pattern)) if any(re.match(r"n\d{8}|\d", p.name) for p in f.glob("*"))
-    ]
+    folders = [f for f in (Path(text), *Path(text).glob(pattern)) if any(p.is_dir() for p in f.glob("[n0-9]*"))]
     if not folders:
         raise ValueError(f"{kind}:{text} has no class folders; name the folder of {pattern}/CLASS/*, {number:,} images")
     # ImageNet-V2's folders are the places of the classes among the sorted names.
     names = [str(i) for i in range(len(class_names))] if kind == "imagenet-v2" else class_names
-    split = folders[0].parent, folders[0].name, names
-    files = image_folder.read_split(*split) if class_names else image_folder.read_flat(folders[0], kind)
-    if len(files) != number:
-        raise ValueError(f"{folders[0]} holds {len(files):,} images but {kind} has {number:,}; unpack it again")
-    return files
+    folder = folders[0]
+    read = image_folder.read_split(folder.parent, folder.name, names) if names else image_folder.read_flat(folder, kind)
+    if len(read) != number:
+        raise ValueError(f"{folder} holds {len(read):,} images but {kind} has {number:,}; unpack it again")
+    return read
 
 
 def _svhn(path: Path) -> np.ndarray:
@@ -244,12 +216,10 @@ def _cifar_c(text: str, classes: int, channels: int) -> MemoryImages:
     pixels, labels = _with_labels(path, path.with_name("labels.npy"), classes)
     if len(pixels) % len(SEVERITIES):
         raise ValueError(f"{path} must hold five severities of equally many images, not {len(pixels)} images")
-    rows = slice(None)
-    if severity is not None:
-        if severity not in SEVERITIES:
-            raise ValueError(f"the severity in cifar-c:{text} is 1 to 5, not {severity}")
-        each = len(pixels) // len(SEVERITIES)
-        rows = slice((severity - 1) * each, severity * each)
+    if severity is not None and severity not in SEVERITIES:
+        raise ValueError(f"the severity in cifar-c:{text} is 1 to 5, not {severity}")
+    each = len(pixels) // len(SEVERITIES)
+    rows = slice(None) if severity is None else slice((severity - 1) * each, severity * each)
     return MemoryImages(as_channels(pixels[rows], channels), labels[rows])
 
 
@@ -266,10 +236,8 @@ def _with_labels(path: Path, labels_path: Path, classes: int) -> tuple[np.ndarra
     """Images of a .npy file, and int64 labels of another."""
     pixels, labels = _read_images(path), _read_array(labels_path)
     if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"{labels_path} must hold an integer for each of {len(pixels)} images in {path.name}, not {labels.dtype} "
-            f"of shape {labels.shape}"
-        )
+        found = f"{labels.dtype} of shape {labels.shape}"
+        raise ValueError(f"{labels_path} must hold an integer for each of {len(pixels)} images, not {found}")
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"{labels_path} has labels {labels.min()} to {labels.max()} but there are {classes} classes")
     return pixels, labels.astype(np.int64)

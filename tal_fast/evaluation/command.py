@@ -57,11 +57,6 @@ PASS_OPTIONS: dict[str, dict[str, Any]] = {
         "cifar10.1:FOLDER[:v4], list:FOLDER:FILE.txt, imagenet-v2, imagenet-a, imagenet-r or imagenet-c, each with "
         f":FOLDER, or {', '.join(names.CORRUPTIONS)}, each with [:SEVERITY]. May be repeated.",
     },
-    "openood": {
-        "metavar": "BENCHMARK:FOLDER",
-        "help": "OOD sets of OpenOOD 1.5's cifar10, cifar100 or imagenet in the folder of its downloads; with --mix "
-        "all,full-spectrum its shifted sets too.",
-    },
     "batch_size": {"type": at_least(1), "help": "Images per step on each rank. Default: 256."},
     "device": {"help": "auto, cpu, cuda, cuda:1, ... Default: auto, a GPU if there is one."},
     "timeout": {"type": at_least(1), "help": "Seconds to wait for a step of the loader. Default: the run's, or 120."},
@@ -100,10 +95,8 @@ def _print(evaluation: Evaluation, output: Path, units: str) -> None:
 
 def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
     """Evaluate what the options name; returns the evaluation (None on ranks other than 0) and the output folder."""
-    import numpy as np
-
     from tal_fast.config.schema import ModelConfig
-    from tal_fast.data.ood import openood_sets, parse_named
+    from tal_fast.data.ood import parse_named
     from tal_fast.evaluation.report import EvaluationOptions
     from tal_fast.evaluation.sources import default_output, evaluate_npz, evaluate_run, evaluate_weights
     from tal_fast.runs.predictions import PassOptions
@@ -118,19 +111,17 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
         temperature=args.temperature,
         intervals=args.bootstrap > 0,
         metrics=args.metrics,
-        costs=None if args.costs is None else np.loadtxt(args.costs, delimiter=",", ndmin=2),
         **({} if args.knn_samples is None else {"knn_samples": args.knn_samples or None}),
     )
     output = Path(args.output or args.run or default_output(args.npz or args.weights, args.model or ""))
     if args.npz is not None:
         # There are no passes to share, so the first of torchrun's processes does everything.
         return evaluate_npz(args.npz, output, options) if os.environ.get("RANK", "0") == "0" else None, output
-    ood, shifts = openood_sets(args.openood) if args.openood else ({}, {})
     ranks = Ranks.start(args.device or "auto")
     try:
         shared: dict[str, Any] = {
-            "ood": {**ood, **parse_named(args.ood, "--ood")},
-            "shifts": {**(shifts if args.mix.full_spectrum else {}), **parse_named(args.shift, "--shift")},
+            "ood": parse_named(args.ood, "--ood"),
+            "shifts": parse_named(args.shift, "--shift"),
             "cache": args.cache,
             "passes": PassOptions(args.batch_size or 256, args.amp, not args.fast, ranks, args.timeout),
             "options": options,
@@ -226,13 +217,8 @@ def parser() -> ArgumentParser:
         "that N itself changes nothing. Default: %(default)s, no intervals.",
     )  # fmt: skip
 
-    metrics.add_argument(
-        "--metrics", nargs="+", default=[], metavar="METRIC",
-        help=f"Further metrics for report.json: {', '.join(names.FURTHER_METRICS)}, coverage@risk=0.05, "
-        "risk@coverage=0.8, and of two scores ds=msp+energy.",
-    )  # fmt: skip
-    metrics.add_argument("--costs", metavar="FILE.csv", help="Matrix of costs, labels by predictions, for cost_*.")
-
+    further = f"{', '.join(names.FURTHER_METRICS)}, coverage@risk=0.05, risk@coverage=0.8, ds=msp+energy (two scores)"
+    metrics.add_argument("--metrics", nargs="+", default=[], help=f"Further metrics for report.json: {further}.")
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output", metavar="DIR", help="Folder of the report. Default: the run's folder, or FILE-report next to FILE.",

@@ -32,6 +32,7 @@ from tal_fast.utils.io import write_text
 
 FILE = "report.json"
 FORMAT = 1
+_OTHER = r"(coverage@risk|risk@coverage)=(0?\.\d+|1)|ds=\w+\+\w+"
 Report = dict[str, Any]
 
 
@@ -49,19 +50,14 @@ class EvaluationOptions:
     temperature: float | None = None
     choose_by: str = "new-fd"  # AURC that ``pnorm`` is chosen by: ``old-fd``, ``new-fd`` or ``new-fd=OOD-SET``
     metrics: Sequence[str] = ()  # further metrics, see ``docs/metrics.md#further-metrics``
-    costs: Any = None  # (C, C) cost of each label (row) and prediction, for ``cost_aurc`` and ``cost_augrc``
     intervals: bool = False  # whether metrics and differences have confidence intervals
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", check_scores(self.scores))
         for metric in self.metrics:
-            point = re.fullmatch(r"(coverage@risk|risk@coverage)=(0?\.\d+|1)|ds=\w+\+\w+", metric)
-            missing = [s for s in metric.removeprefix("ds=").split("+") if "ds=" in metric and s not in self.scores]
-            if missing or not (point or metric in FURTHER_METRICS):
-                raise ValueError(
-                    f"unknown metric {metric!r}; choose from {', '.join(FURTHER_METRICS)}, coverage@risk=0.05 and "
-                    "risk@coverage=0.8 with any share, and ds=S_ID+S_OOD with two of the scores, such as ds=msp+energy"
-                )
+            if not re.fullmatch(rf"{'|'.join(FURTHER_METRICS)}|{_OTHER}", metric):
+                known = f"{', '.join(FURTHER_METRICS)}, coverage@risk=0.05, risk@coverage=0.8 and ds=msp+energy"
+                raise ValueError(f"unknown metric {metric!r}; choose from {known}, with any shares and two scores")
         if self.choose_by != "old-fd" and self.choose_by.partition("=")[0] != "new-fd":
             raise ValueError(f"pnorm is chosen by old-fd, new-fd or new-fd=OOD-SET, not by {self.choose_by!r}")
 
@@ -108,14 +104,11 @@ def make_report(
     }
     for key, judged in settings.items():
         _add_setting(report, key, judged)
-    means: dict[str, list[str]] = {}
-    for key in settings:
-        for mean in means_of(key):
-            means.setdefault(mean, []).append(key)
-    for mean, keys in means.items():
-        _add_mean(report, mean, keys)
+    for mean in dict.fromkeys(mean for key in settings for mean in means_of(key)):
+        _add_mean(report, mean, [key for key in settings if mean in means_of(key)])
     if options.metrics:
-        report["further"] = {key: _further(samples, key, judged, options) for key, judged in settings.items()}
+        # Not of ``ood``, in which wrong predictions are successes.
+        report["further"] = {k: _further(s, options.metrics) for k, s in settings.items() if not k.startswith("ood")}
     if options.intervals:
         baseline = baseline or next(iter(samples.id_scores))
         report["bootstrap"] = {
@@ -141,28 +134,19 @@ def _add_setting(report: Report, key: str, judged: ScoredSetting) -> None:
     report["tied_share"][key] = {score: tied_share(values) for score, values in scores.items()}
 
 
-def _further(samples: Samples, key: str, judged: ScoredSetting, options: EvaluationOptions) -> dict[str, Any]:
-    """Further metrics of a setting, by score, or by two scores as ``S_ID+S_OOD``; those without labels are left out."""
-    success, scores, labels, loss = judged.setting.success, judged.confidences(), None, None
-    if key == "old_fd" and "val" in samples.predictions:
-        labels, predicted = samples.predictions["val"].label, samples.predictions["val"].prediction
-        if options.costs is not None:
-            classes = max(labels.max(initial=-1), predicted.max(initial=-1)) + 1
-            if np.ndim(options.costs) != 2 or min(options.costs.shape) < classes:
-                raise ValueError(
-                    f"the costs must be a matrix for {classes} classes, not of shape {options.costs.shape}"
-                )
-            loss = options.costs[labels, predicted]
+def _further(judged: ScoredSetting, metrics: Sequence[str]) -> dict[str, Any]:
+    """Further metrics of a setting, by score, or with OOD samples by two scores as ``S_ID+S_OOD``."""
+    success, scores, n_ood = judged.setting.success, judged.confidences(), judged.setting.ood_index.size
     found: dict[str, Any] = {}
     for score, confidence in scores.items():
-        values: dict[str, Any] = further_metrics(confidence, success, labels, loss)
-        for kind, _, limit in (m.partition("=") for m in options.metrics if "@" in m):
+        values: dict[str, Any] = further_metrics(confidence, success)
+        for kind, _, limit in (metric.partition("=") for metric in metrics if "@" in metric):
             values[f"{kind}={limit}"] = operating_point(confidence, success, kind, float(limit))
-        found[score] = {metric: values[metric] for metric in options.metrics if metric in values}
-    for pair in (m[3:] for m in options.metrics if m.startswith("ds=") and key.startswith("new_fd")):
-        if not scores.keys() >= {*pair.split("+")}:  # a score that cannot be computed
-            continue
-        parts: Any = *(scores[score] for score in pair.split("+")), success, judged.setting.ood_index.size
+        found[score] = {metric: values[metric] for metric in metrics if metric in values}
+    for pair in (metric[3:] for metric in metrics if metric.startswith("ds=") and n_ood):
+        if not scores.keys() >= {*pair.split("+")}:
+            raise ValueError(f"ds={pair} needs both scores; there are {', '.join(scores)}; add it to the scores")
+        parts: Any = *(scores[score] for score in pair.split("+")), success, n_ood
         found[pair] = joint_metrics(*parts)
         with contextlib.suppress(ValueError):  # scores that the authors' convention is not made for
             found[pair] |= {f"{metric}_binned": value for metric, value in binned_joint_metrics(*parts).items()}

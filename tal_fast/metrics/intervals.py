@@ -130,9 +130,8 @@ def evidence(settings: Mapping[str, ScoredSetting], score: str, convention: str 
     """What the intervals of a score rest on, in every setting.
 
     Returns:
-        By key, as in ``settings``; with several OOD sets also ``ood`` and ``new_fd``, with several shifted sets
-        ``shift``, and those of the groups near and far: the influences on the plain mean over the sets, which share the ID samples. Shifted sets of equal
-        size are taken to show the same images.
+        By key, as in ``settings``, and of ``means_of``: the influences on the plain mean over the sets, which share the
+        ID samples. Shifted sets of equal size are taken to show the same images.
     """
     found = {}
     sets: dict[str, list[Evidence]] = {}

@@ -1,13 +1,5 @@
 """Settings of failure detection (Section 2 of the TAL paper), and the mix of ID and OOD samples in them.
 
-=========  ==============================  ==========================
-setting    samples                         success
-=========  ==============================  ==========================
-Old FD     in-distribution (ID)            classified correctly
-OOD        ID and out-of-distribution      ID, correct or not
-New FD     ID and out-of-distribution      ID and classified correctly
-=========  ==============================  ==========================
-
 The ratio of ID to OOD samples decides the numbers of OOD and New FD, so a ``Mix`` names it and every report states it.
 """
 

@@ -13,7 +13,7 @@ import torch
 
 from tal_fast.evaluation.evaluation import evaluate_samples
 from tal_fast.evaluation.report import EvaluationOptions, read_report, write_report
-from tal_fast.evaluation.sample_scores import Predictions, Samples
+from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import format_report, setting_title
 from tal_fast.metrics.failure import METRICS, failure_metrics
 from tal_fast.metrics.further import further_metrics, operating_point
@@ -99,30 +99,29 @@ def test_full_spectrum_counts_shifted_sets_as_id() -> None:
 
 def test_further_metrics_on_request(tmp_path: Path) -> None:
     rng = np.random.default_rng(4)
-    label, prediction = rng.integers(0, 3, (2, 80))
-    correct, costs = label == prediction, np.array([[0, 1, 2], [3, 0, 4], [5, 6, 0.5]])
+    correct = rng.random(80) < 0.7
     scores = {"msp": rng.random(80), "energy": rng.normal(size=80)}
     ood = {"noise": {"msp": rng.random(20), "energy": rng.normal(size=20)}}
-    val = Predictions(label, prediction, np.ones(80), np.arange(80))
-    names = ("naurc", "balanced_aurc", "cost_aurc", "coverage@risk=0.5", "ds=msp+energy", "ds=energy+msp")
-    options = EvaluationOptions(scores=["msp", "energy"], mix=Mix("all"), metrics=names, costs=costs)
-    report = evaluate_samples(Samples(correct, scores, ood, {}, {"val": val}), options).report
+    names = ("naurc", "coverage@risk=0.5", "ds=msp+energy", "ds=energy+msp")
+    options = EvaluationOptions(scores=["msp", "energy"], mix=Mix("all"), metrics=names)
+    report = evaluate_samples(Samples(correct, scores, ood, {}), options).report
     write_report(report, tmp_path / "report.json")
     found = read_report(tmp_path)["further"]
-    values = further_metrics(scores["msp"], correct, label, costs[label, prediction])
-    values[names[3]] = operating_point(scores["msp"], correct, "coverage@risk", 0.5)
-    assert found["old_fd"]["msp"] == {name: values[name] for name in names[:4]}
-    assert list(found["new_fd"]["energy"]) == ["naurc", "coverage@risk=0.5"]
+    assert found["old_fd"]["msp"] == {
+        "naurc": further_metrics(scores["msp"], correct)["naurc"],
+        "coverage@risk=0.5": operating_point(scores["msp"], correct, "coverage@risk", 0.5),
+    }
+    assert [list(found[key]) for key in found] == [["msp", "energy"], ["msp", "energy", "msp+energy", "energy+msp"]]
     pair = [np.append(scores[score], ood["noise"][score]) for score in ("msp", "energy")]
     joint, binned = (f(*pair, np.append(correct, np.zeros(20)), 20) for f in (joint_metrics, binned_joint_metrics))
     assert found["new_fd"]["msp+energy"] == pytest.approx({**joint, **{f"{m}_binned": v for m, v in binned.items()}})
     assert list(found["new_fd"]["energy+msp"]) == ["ds_aurc", "ds_f1"]
     assert "naurc" not in report["settings"]["old_fd"]["msp"]
-    for metric in ("eaurc", "coverage@risk=2", "ds=msp", "ds=msp+vim", "ds=msp+energy+msp"):
-        with pytest.raises(ValueError, match="unknown metric .*; choose from naurc, .* such as ds=msp\\+energy"):
-            EvaluationOptions(scores=["msp", "energy"], metrics=[metric])
-    with pytest.raises(ValueError, match=r"matrix for 3 classes, not of shape \(2, 3\)"):
-        evaluate_samples(Samples(correct, scores, ood, {}, {"val": val}), replace(options, costs=costs[:2]))
+    for metric in ("eaurc", "coverage@risk=2", "ds=msp", "ds=msp+energy+msp"):
+        with pytest.raises(ValueError, match=r"unknown metric .*; choose from naurc, .* ds=msp\+energy"):
+            EvaluationOptions(metrics=[metric])
+    with pytest.raises(ValueError, match=r"ds=msp\+vim needs both scores; there are msp, energy"):
+        evaluate_samples(Samples(correct, scores, ood, {}), replace(options, metrics=["ds=msp+vim"]))
 
 
 def test_undefined_metrics_are_null_with_a_reason(tmp_path: Path) -> None:

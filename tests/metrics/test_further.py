@@ -1,4 +1,4 @@
-"""Tests of the further metrics: normalised, achievable, balanced, by cost, and operating points."""
+"""Tests of the further metrics: normalised, achievable, by cost, and operating points."""
 
 import itertools
 import math
@@ -10,13 +10,13 @@ from tal_fast.metrics.failure import aurc_floor, failure_metrics
 from tal_fast.metrics.further import further_metrics, operating_point
 
 
-def random_case(levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores, outcomes and labels."""
+def random_case(levels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and outcomes."""
     rng = np.random.default_rng()
     n = int(rng.integers(2, 40))
     correct = (rng.random(n) < rng.random()).astype(int)
     correct[:2] = 0, 1
-    return rng.integers(0, levels, n) / 8, correct, rng.integers(0, 4, n)
+    return rng.integers(0, levels, n) / 8, correct
 
 
 def groups(scores: np.ndarray) -> list[np.ndarray]:
@@ -26,7 +26,7 @@ def groups(scores: np.ndarray) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("levels", [3, 1000])
 def test_normalised_and_excess(levels: int) -> None:
-    scores, correct, _ = random_case(levels)
+    scores, correct = random_case(levels)
     values, plain = further_metrics(scores, correct), failure_metrics(scores, correct)
     n, errors = len(scores), int((1 - correct).sum())
     floor = aurc_floor(n, errors)
@@ -43,7 +43,7 @@ def test_normalised_by_hand() -> None:
 
 @pytest.mark.parametrize("levels", [3, 1000])
 def test_achievable_is_the_least_area_of_mixtures_of_thresholds(levels: int) -> None:
-    scores, correct, _ = random_case(levels)
+    scores, correct = random_case(levels)
     n = len(scores)
     points = [(0, 0), *((int(kept.sum()), int((1 - correct)[kept].sum())) for kept in groups(scores))]
     # Errors of the best mixture of two thresholds at each coverage, on a fine grid.
@@ -64,40 +64,20 @@ def test_achievable_by_hand() -> None:
     assert further_metrics([2, 1], [1, 1])["aurc_achievable"] == 0
 
 
-@pytest.mark.parametrize("levels", [3, 1000])
-def test_balanced_over_the_classes(levels: int) -> None:
-    scores, correct, labels = random_case(levels)
-    values = further_metrics(scores, correct, labels)
-    n, present = len(scores), np.unique(labels)
-    risk, rejected = [], []
-    for kept in groups(scores):
-        rates = [1 - correct[kept & (labels == c)].mean() if (kept & (labels == c)).any() else 0 for c in present]
-        risk.append(np.mean(rates))
-        rejected.append(np.mean([(1 - correct)[kept & (labels == c)].sum() / (labels == c).sum() for c in present]))
-    ends = np.array([0, *(kept.sum() for kept in groups(scores))]) / n
-    for name, heights in (("balanced_aurc", [risk[0], *risk]), ("balanced_augrc", [0, *rejected])):
-        area = sum((b - a) * (x + y) / 2 for (a, b), (x, y) in zip(
-            itertools.pairwise(ends), itertools.pairwise(heights), strict=True,
-        ))  # fmt: skip
-        assert values[name] == pytest.approx(area)
-
-
 def test_losses() -> None:
-    scores, correct, _ = random_case(5)
+    scores, correct = random_case(5)
     plain, values = failure_metrics(scores, correct), further_metrics(scores, correct, loss=7 * (1 - correct))
     assert (values["cost_aurc"], values["cost_augrc"]) == pytest.approx((7 * plain["aurc"], 7 * plain["augrc"]))
     # The loss of the first two is 1 + 0 or 1 + 4, by the order of the tied pair.
     values = further_metrics([2, 1, 1], [0, 1, 0], loss=[1, 0, 4])
     assert values["cost_aurc"] == pytest.approx((1 + (1 / 2 + 5 / 2) / 2 + 5 / 3) / 3)
     assert values["cost_augrc"] == pytest.approx(((0 + 1) / 2 + (1 + 5) / 2 * 2) / 9)
-    with pytest.raises(ValueError, match="loss must be a vector of 2"):
-        further_metrics([1, 2], [0, 1], loss=[1.0])
 
 
 def test_without_errors_successes_or_samples() -> None:
     assert np.isnan(further_metrics([1, 2], [1, 1])["naurc"])
     assert np.isnan(further_metrics([1, 2], [0, 0])["naurc"])
-    assert all(np.isnan(value) for value in further_metrics([], [], [], []).values())
+    assert all(np.isnan(value) for value in further_metrics([], [], []).values())
     assert np.isnan(operating_point([], [], "coverage@risk", 0.1)).all()
 
 
