@@ -8,6 +8,7 @@ docs/performance.md between their markers, and docs/figures/*.svg. The same resu
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import re
@@ -582,7 +583,7 @@ def fill_in(text: str, cpu: Results, gpu: dict[str, Any] | None) -> str:
 
 
 def plot(cpu: Results, folder: Path) -> None:
-    """Draw every figure; each is the same file for the same results and matplotlib."""
+    """Draw every figure; each stays the same file for the same results and matplotlib."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -601,8 +602,16 @@ def plot(cpu: Results, folder: Path) -> None:
             if not cpu.find(name):
                 continue
             figure = draw(cpu, plt)
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
+            drawn, path = io.StringIO(), folder / f"{name}.svg"
+            figure.savefig(drawn, format="svg", metadata={"Date": None}, bbox_inches="tight")
             plt.close(figure)
+            if not path.exists() or _rounded(path.read_text()) != _rounded(drawn.getvalue()):
+                path.write_text(drawn.getvalue())
+
+
+def _rounded(svg: str) -> str:
+    """A picture with two decimals and without hashes: the last of six differs between instruction sets of CPUs."""
+    return re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}", re.sub(r"\b[mp][0-9a-f]{10}\b", "", svg))
 
 
 def lines(axes: Any, rows: list[Row], x: str, peers: Sequence[str], y: str = "p20_ms") -> None:

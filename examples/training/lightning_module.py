@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tal_fast import TALLoss, scores
-from tal_fast.metrics.streaming import AURC
+from tal_fast.metrics.torchmetrics import FailureMetric
 from tal_fast.models import expose_features
 
 
@@ -22,7 +22,7 @@ class Classifier(lightning.LightningModule):
         self.network = expose_features(network, torch.zeros(2, 1, 8, 8))
         self.loss_fn = TALLoss(t_min=5, t_max=20, t_wrong=10)  # for few classes; checkpoints hold its queue
         self.warmup_epochs = warmup_epochs
-        self.aurc = AURC()  # over all ranks
+        self.aurc = FailureMetric("aurc")  # over all ranks
 
     def training_step(self, batch, batch_idx):
         images, labels = batch
@@ -36,11 +36,8 @@ class Classifier(lightning.LightningModule):
         logits, _ = self.network(images)
         correct = logits.argmax(1) == labels
         self.log("accuracy", correct.float().mean(), prog_bar=True)
-        self.aurc.update(scores.cosine(logits), correct.cpu())
-
-    def on_validation_epoch_end(self):
-        self.log("aurc", self.aurc.compute().float(), prog_bar=True)
-        self.aurc.reset()
+        self.aurc(scores.cosine(logits), correct)
+        self.log("aurc", self.aurc, prog_bar=True)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)

@@ -82,7 +82,7 @@ class Group:
     def values(self, column: Column) -> list[float]:
         """Value of a metric for each run."""
         setting, metric = column
-        return [report["settings"][setting][self.score][metric] for report in self.reports]
+        return [metrics_of(report, setting, self.score)[metric] for report in self.reports]
 
     def summary(self, column: Column) -> Summary:
         """Mean and standard deviation of a metric over the runs."""
@@ -114,6 +114,13 @@ class Group:
     def accuracy(self) -> Summary:
         """Mean and standard deviation of the ID accuracy over the runs."""
         return _summarize([nan_if_none(report["id_accuracy"]) for report in self.reports])
+
+
+def metrics_of(report: Report, setting: str, score: str) -> dict[str, float]:
+    """Metrics of a score in a setting, those on request too; of a point on the risk-coverage curve without its ends."""
+    further = report.get("further", {}).get(setting, {}).get(score, {})
+    values = {metric: value[0] if isinstance(value, list) else value for metric, value in further.items()}
+    return {**report["settings"][setting][score], **{metric: nan_if_none(value) for metric, value in values.items()}}
 
 
 def _summarize(values: Sequence[float]) -> Summary:
@@ -271,14 +278,18 @@ def columns_of(groups: Sequence[Group], metrics: Sequence[str]) -> list[Column]:
     """
     report = groups[0].reports[0]
     keys = {key: key for key in report["settings"]}
-    keys |= {f"{key}/{groups[0].set_of(key)}": key for key in keys if groups[0].set_of(key) not in ("", "mean")}
+    keys |= {
+        f"{key}/{groups[0].set_of(key)}": key
+        for key in keys
+        if "/" not in key and groups[0].set_of(key) not in ("", "mean")
+    }
     columns: dict[Column, None] = {}
     for text in metrics:
         setting, _, metric = text.rpartition(":")
         kind, slash, name = setting.partition("/")
         pattern, metric = kind.replace("-", "_") + slash + name, metric.replace("-", "_")
         found = [keys[key] for key in (fnmatch.filter(keys, pattern) if setting else SETTING_TITLES) if key in keys]
-        tables = [each["settings"][key][group.score] for key in found for group in groups for each in group.reports]
+        tables = [metrics_of(each, key, group.score) for key in found for group in groups for each in group.reports]
         if not found or any(metric not in table for table in tables):
             known = ", ".join(tables[0] if found else keys)
             raise ValueError(

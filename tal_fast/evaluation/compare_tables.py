@@ -11,9 +11,8 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 from tal_fast.evaluation import tables
-from tal_fast.evaluation.compare import Column, Estimate, Group, Summary, find_group
-from tal_fast.evaluation.differences import OVER, seed_pairs
-from tal_fast.metrics.failure import HIGHER_IS_BETTER
+from tal_fast.evaluation.compare import Column, Estimate, Group, Summary
+from tal_fast.evaluation.differences import OVER, higher_is_better
 from tal_fast.metrics.intervals import LEVEL
 
 FORMATS = (*tables.STYLES, "csv")
@@ -60,7 +59,7 @@ def _text(groups: Sequence[Group], columns: Sequence[Column], units: str, show: 
         for column in (column for column in columns if column[0] == setting):
             for i, group in enumerate(groups):
                 value = _value_cell(group, column, "table", units, show)
-                row = ["" if i else tables.METRIC_TITLES[column[1]], names[group.name], value]
+                row = ["" if i else tables.METRIC_TITLES.get(column[1], column[1]), names[group.name], value]
                 if baselines:
                     difference = group.differences.get(column)
                     text = "" if difference is None else _difference(column[1], difference, units)
@@ -99,8 +98,8 @@ def _wide(groups: Sequence[Group], columns: Sequence[Column], style: str, units:
 
 
 def _metric_title(metric: str, units: str) -> str:
-    unit = "" if units == "natural" else " ×1000" if tables.PAPER_SCALE[metric] == 1000 else " (%)"
-    return f"{tables.METRIC_TITLES[metric]}{unit} {'↑' if HIGHER_IS_BETTER[metric] else '↓'}"
+    unit = "" if units == "natural" else " ×1000" if tables.paper_scale(metric) == 1000 else " (%)"
+    return f"{tables.METRIC_TITLES.get(metric, metric)}{unit} {'↑' if higher_is_better(metric) else '↓'}"
 
 
 def _run_columns(groups: Sequence[Group], names: Sequence[str], style: str) -> tuple[list[str], list[list[str]]]:
@@ -119,7 +118,7 @@ def _value_cell(group: Group, column: Column, style: str, units: str, show: Show
     text = tables.emphasize(text, column in group.best, style)
     difference, found = group.differences.get(column, Estimate(math.nan)), group.intervals.get(column)
     if "marks" in show and difference.significant:
-        text += tables.escape("†" if (difference.value > 0) == HIGHER_IS_BETTER[column[1]] else "‡", style)
+        text += tables.escape("†" if (difference.value > 0) == higher_is_better(column[1]) else "‡", style)
     if "intervals" in show and found is not None and found.over:
         ends = (tables.format_value(column[1], end, units) for end in (found.low, found.high))
         text += f" {_numbers('[{}, {}]'.format(*ends), style)}"
@@ -185,23 +184,9 @@ def describe(groups: Sequence[Group], units: str, show: Show = ()) -> list[str]:
             reasons.setdefault(f"{what}, since {estimate.why_not}", {})[name] = None
     return [
         line,
-        *(f"{LEVEL:.0%} intervals: {_describe_intervals(o, groups)}" for o in OVER if o in over),
+        *(f"{LEVEL:.0%} intervals: {OVER[o]}" for o in OVER if o in over),
         *(f"{', '.join(names)}: {reason}" for reason, names in reasons.items()),
     ]
-
-
-def _describe_intervals(over: str, groups: Sequence[Group]) -> str:
-    images = "over the test images, paired"
-    if over == "images":
-        return images
-    paired = {
-        seed_pairs(group, find_group(groups, group.baseline)) is not None
-        for group in groups
-        if any(difference.over == over for difference in group.differences.values())
-    }
-    names = {True: "Student's t over pairs of the same seed", False: "Welch's t over seeds"}
-    t = " or ".join(name for is_paired, name in names.items() if is_paired in paired)
-    return t if over == "seeds" else f"over seeds and test images together: {t}"
 
 
 def add_description(lines: Sequence[str], text: str, style: str) -> str:

@@ -20,7 +20,10 @@ from tal_fast.metrics.failure import HIGHER_IS_BETTER, METRICS
 from tal_fast.metrics.intervals import LEVEL, Evidence, evidence, fewest, interval
 from tal_fast.utils.arrays import Floats
 
-OVER = ("images", "seeds", "both")
+_SEEDS = "Student's t over pairs of the same seed, Welch's t over seeds that do not pair"
+OVER = {
+    "images": "over the test images, paired", "seeds": _SEEDS, "both": f"over seeds and test images together: {_SEEDS}",
+}  # fmt: skip
 """Sources of variation that intervals cover: test images, seeds of training, or both."""
 
 
@@ -48,7 +51,7 @@ class Comparison:
         """Fill in the columns in which a group is ahead of the next best by a difference whose interval excludes 0."""
         for column in columns:
             known = [group for group in groups if not math.isnan(group.summary(column).mean)]
-            known.sort(key=lambda group: group.summary(column).mean, reverse=HIGHER_IS_BETTER[column[1]])
+            known.sort(key=lambda group: group.summary(column).mean, reverse=higher_is_better(column[1]))
             if len(known) > 1 and self.estimate(column, *known[:2]).significant:
                 known[0].best.add(column)
 
@@ -116,6 +119,11 @@ def add_differences(
     comparison = Comparison(images, over)
     comparison.add_differences(groups, baseline, columns)
     comparison.mark_best(groups, columns)
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a larger value of a metric is better; of those on request it is of the coverage at a risk only."""
+    return HIGHER_IS_BETTER.get(metric, metric.startswith("coverage@"))
 
 
 def seed_pairs(group: Group, baseline: Group) -> tuple[list[int], list[int]] | None:

@@ -91,6 +91,8 @@ def _outputs(arrays: Mapping[str, Any], prefix: str, path: str | Path, labelled:
         labels = _labels(arrays, f"{prefix}labels", key)
     outputs = Outputs(logits, features, labels)
     check_finite(outputs, key)
+    if logits.shape[1] > 1 and logits.size and logits.min() >= 0 and np.allclose(logits.sum(1, float), 1, atol=1e-2):
+        logger.warning("%s of %s are probabilities but taken for logits: save numpy.log of them", key, path)
     return outputs
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tal_fast.metrics.calibration import BINS, CALIBRATION
-from tal_fast.metrics.failure import METRICS
 from tal_fast.metrics.intervals import FEW
 from tal_fast.metrics.settings import GROUPS, Mix
 
@@ -20,8 +19,6 @@ METRIC_TITLES = {
     "fpr95": "FPR95", "tnr95": "TNR95", "aupr_success": "AUPR-success", "aupr_error": "AUPR-error",
 }  # fmt: skip
 SETTING_TITLES = {"old_fd": "Old FD", "ood": "OOD", "new_fd": "New FD", "shift": "Old FD under shift"}
-PAPER_SCALE = {metric: 1000.0 if "aurc" in metric or metric == "augrc" else 100.0 for metric in METRICS}
-"""Factor that papers multiply a metric by."""
 STYLES = ("table", "markdown", "latex")
 PRINTED_METRICS = ("aurc", "eaurc", "augrc", "auroc", "fpr95", "tnr95", "aupr_success", "aupr_error")
 PRINTED_SCORES = 10
@@ -74,13 +71,18 @@ def nan_if_none(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
+def paper_scale(metric: str) -> int:
+    """Factor that papers multiply a metric by."""
+    return 1000 if "aurc" in metric or "augrc" in metric else 100
+
+
 def format_value(metric: str, value: float, units: str = "natural") -> str:
     """Format a metric: a fraction with four decimals (five for AURC and its kin), or as papers do; '-' for NaN."""
     if math.isnan(value):
         return "-"
     if units == "paper":
-        return f"{value * PAPER_SCALE[metric]:.2f}"
-    return f"{value:.5f}" if PAPER_SCALE[metric] == 1000 else f"{value:.4f}"
+        return f"{value * paper_scale(metric):.2f}"
+    return f"{value:.5f}" if paper_scale(metric) == 1000 else f"{value:.4f}"
 
 
 def format_percent(value: float, digits: int = 2) -> str:

@@ -163,7 +163,7 @@ def groups_of(results: Results) -> list[Group]:
         value, low, high = (math.nan if entry[key] is None else entry[key] for key in ("value", "low", "high"))
         found = Estimate(value, low, high, entry["over"], entry.get("why_not", ""))
         group.differences[entry["setting"], entry["metric"]] = found
-    if "best" not in results:  # results of version 0.3 and before
+    if "best" not in results:  # not among results of version 0.2
         Comparison(False, "seeds").mark_best(groups, all_columns(groups, results["compare"]["metrics"]))
     for label, setting, metric in results.get("best", []):
         by_name[label].best.add((setting, metric))

@@ -8,7 +8,7 @@ import numpy as np
 
 from tal_fast.metrics.ranking import as_correct
 from tal_fast.scores.logits import logit_scores
-from tal_fast.utils.arrays import as_classes, as_matrix
+from tal_fast.utils.arrays import as_classes, as_matrix, to_numpy
 
 CALIBRATION = ("ece", "nll", "brier")
 BINS = 15
@@ -25,7 +25,7 @@ def expected_calibration_error(confidence: Any, correct: Any, bins: int = BINS) 
         correct: (n,) 0/1 or bool.
         bins: number of bins of equal width over [0, 1], closed on the right; 0 is in the first.
     """
-    p, outcomes = np.asarray(confidence, dtype=np.float64), as_correct(correct)
+    p, outcomes = to_numpy(confidence).astype(np.float64), as_correct(correct)
     if bins < 1:
         raise ValueError(f"bins must be at least 1, not {bins}")
     if p.shape != outcomes.shape:

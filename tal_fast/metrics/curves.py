@@ -9,7 +9,7 @@ import numpy as np
 
 from tal_fast.metrics.calibration import BINS
 from tal_fast.metrics.ranking import RiskCoverage, as_correct, risk_coverage_curve
-from tal_fast.utils.arrays import Floats, Ints
+from tal_fast.utils.arrays import Floats, Ints, to_numpy
 
 HISTOGRAM_BINS = 40
 """Default number of histogram bins."""
@@ -108,7 +108,7 @@ class ReliabilityBins(NamedTuple):
 
 def reliability(probability: Any, correct: Any, bins: int = BINS) -> ReliabilityBins:
     """Bin probabilities of the predicted classes; Σ samples/n · |accuracy − confidence| over the bins is the ECE."""
-    p, outcomes = np.asarray(probability, dtype=np.float64), as_correct(correct)
+    p, outcomes = to_numpy(probability).astype(np.float64), as_correct(correct)
     place = np.digitize(p, np.linspace(0, 1, bins + 1)[1:-1], right=True)
     samples = np.bincount(place, minlength=bins)
     with np.errstate(invalid="ignore"):

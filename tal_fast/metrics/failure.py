@@ -10,6 +10,7 @@ PyTorch tensors are accepted too.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,13 @@ def check_convention(convention: str) -> str:
     if convention not in CONVENTIONS:
         raise ValueError(f"unknown convention {convention!r}; choose from {', '.join(CONVENTIONS)}")
     return convention
+
+
+def check_metrics(names: Collection[str]) -> set[str]:
+    """Return the metrics' names; raise a ValueError that lists all if one is unknown."""
+    if unknown := set(names).difference(METRICS):
+        raise ValueError(f"unknown metric {min(unknown)!r}; choose from {', '.join(METRICS)}")
+    return set(names)
 
 
 def aurc_floor(n: int, errors: int) -> float:
@@ -58,7 +66,7 @@ def _auroc(ranking: Ranking) -> float:
     """P(a success has a higher score than an error), ties half; exact integers up to the last division."""
     errors = np.diff(ranking.fp, prepend=0)
     successes_before = ranking.tp - np.diff(ranking.tp, prepend=0)
-    twice = int(np.sum(errors * (successes_before + ranking.tp)))
+    twice = int(np.dot(errors, successes_before + ranking.tp))
     return twice / (2 * int(ranking.tp[-1]) * int(ranking.fp[-1]))
 
 
@@ -101,7 +109,7 @@ def _fpr_tnr(ranking: Ranking, convention: str) -> tuple[float, float]:
         tp, fp = _corners(tp, fp)
     if convention in ("tal_fast", "openood", "torch-uncertainty"):
         # In integers, so that 19 of 20 reaches 0.95 whatever the rounding.
-        at = int(np.argmax(20 * tp >= 19 * tp[-1]))
+        at = int(np.searchsorted(20 * tp, 19 * tp[-1]))
     elif convention == "fd-shifts":
         at = int(np.argmax(tp / tp[-1] >= 0.9495))
     elif convention in ("tal-test", "torch-uncertainty-0.12"):
@@ -140,17 +148,20 @@ def _open_trapezoid(heights: Floats) -> float:
     return float((heights.sum() - (heights[0] + heights[-1]) / 2) / (n - 1)) if n > 1 else float("nan")
 
 
-def failure_metrics(confidence: Any, correct: Any, convention: str = "tal_fast") -> dict[str, float]:
-    """Compute all failure-detection metrics of one score.
+def failure_metrics(
+    confidence: Any, correct: Any, convention: str = "tal_fast", metrics: Collection[str] = METRICS
+) -> dict[str, float]:
+    """Compute failure-detection metrics of one score.
 
     Args:
         confidence: (n,) scores, higher = more confident; an array, tensor or list of any real type, converted to
             float64.
         correct: (n,) 0/1 or bool; 1 = success.
         convention: one of ``CONVENTIONS``, see the module's docstring.
+        metrics: names from ``METRICS``; only these are computed.
 
     Returns:
-        A float in natural units (a fraction) for each name in ``METRICS``:
+        A float in natural units (a fraction) for each of ``metrics``:
 
         - ``aurc``: mean over i of R_i, the error rate among the i most confident.
         - ``eaurc``: AURC − (r + (1 − r) ln(1 − r)), r the error rate. ``eaurc_exact``: AURC − ``aurc_floor``.
@@ -165,32 +176,37 @@ def failure_metrics(confidence: Any, correct: Any, convention: str = "tal_fast")
 
     Raises:
         ValueError: NaN scores, vectors that differ in length or are not vectors, outcomes other than 0 and 1, or an
-            unknown convention.
+            unknown convention or metric.
     """
     check_convention(convention)
-    ranking = rank(confidence, correct)
+    wanted = check_metrics(metrics)
+    areas = not wanted.isdisjoint(("aurc", "eaurc", "eaurc_exact"))
+    trapezoid = convention in _TORCH_UNCERTAINTY and "augrc" in wanted
+    ranking = rank(
+        confidence, correct, stable=trapezoid or (areas and convention in ("tal", "tal-test", *_TORCH_UNCERTAINTY))
+    )
     values = dict.fromkeys(METRICS, float("nan"))
     n = ranking.scores.size
-    if n == 0:
-        return values
-    successes, errors = int(ranking.tp[-1]), int(ranking.fp[-1])
-    r = errors / n
-    aurc = _aurc(ranking, convention)
-    values.update(aurc=aurc, eaurc=aurc - _oracle_closed_form(r), eaurc_exact=aurc - aurc_floor(n, errors))
-    values["augrc"] = r * r / 2
-    if successes and errors:
+    successes, errors = (int(counts[-1]) if n else 0 for counts in (ranking.tp, ranking.fp))
+    r = errors / max(n, 1)
+    if n and areas:
+        aurc = _aurc(ranking, convention)
+        values.update(aurc=aurc, eaurc=aurc - _oracle_closed_form(r), eaurc_exact=aurc - aurc_floor(n, errors))
+    if successes and errors and not wanted.isdisjoint(("auroc", "augrc")):
         values["auroc"] = _auroc(ranking)
-        values["augrc"] += r * (1 - r) * (1 - values["auroc"])
-        values["fpr95"], values["tnr95"] = _fpr_tnr(ranking, convention)
-    if convention in _TORCH_UNCERTAINTY:
+    if n:
+        values["augrc"] = r * r / 2 + (r * (1 - r) * (1 - values["auroc"]) if successes and errors else 0.0)
+    if n and trapezoid:
         values["augrc"] = _open_trapezoid(np.cumsum(1 - ranking.correct) / n)
-    if successes:
+    if successes and errors and not wanted.isdisjoint(("fpr95", "tnr95")):
+        values["fpr95"], values["tnr95"] = _fpr_tnr(ranking, convention)
+    if successes and "aupr_success" in wanted:
         plain = convention in ("tal_fast", "fd-shifts", *_TORCH_UNCERTAINTY)
         values["aupr_success"] = (_average_precision if plain else _trapezoid_precision)(ranking.tp, ranking.end)
-    if errors:
+    if errors and "aupr_error" in wanted:
         plain = convention != "openood"
         values["aupr_error"] = (_average_precision if plain else _trapezoid_precision)(*_error_first(ranking))
-    return values
+    return {name: values[name] for name in METRICS if name in wanted}
 
 
 def undefined_reasons(correct: Any, convention: str = "tal_fast") -> dict[str, str]:

@@ -24,6 +24,15 @@ from tal_fast.metrics.ranking import as_correct, as_scores
 from tal_fast.utils.arrays import Floats, Ints
 
 
+def as_batch(confidence: Any, correct: Any) -> list[Tensor]:
+    """Copies of confidence and correct (n,) as tensors without gradient; a ValueError if they are of other shapes."""
+    batch = [torch.as_tensor(values).detach().clone() for values in (confidence, correct)]
+    if batch[0].ndim != 1 or batch[0].shape != batch[1].shape:
+        shapes = " and ".join(str(tuple(values.shape)) for values in batch)
+        raise ValueError(f"confidence and correct must be vectors (n,) of the same length, not of shapes {shapes}")
+    return batch
+
+
 class FailureMetrics:
     """All metrics of ``tal_fast.metrics.METRICS``.
 
@@ -48,10 +57,7 @@ class FailureMetrics:
         Raises:
             ValueError: not two vectors of the same length. Values are checked by ``compute``.
         """
-        batch = [torch.as_tensor(values).detach().clone() for values in (confidence, correct)]
-        if batch[0].ndim != 1 or batch[0].shape != batch[1].shape:
-            shapes = " and ".join(str(tuple(values.shape)) for values in batch)
-            raise ValueError(f"confidence and correct must be vectors (n,) of the same length, not of shapes {shapes}")
+        batch = as_batch(confidence, correct)
         self._confidence.append(batch[0])
         self._correct.append(batch[1])
 
@@ -93,7 +99,8 @@ class _SingleMetric(FailureMetrics):
 
     def compute(self) -> Tensor:
         """Metric of the samples of all ranks, a float64 scalar tensor; NaN where undefined."""
-        return torch.tensor(self.values()[self.name], dtype=torch.float64)
+        value = failure_metrics(*self.samples(), self.convention, (self.name,))[self.name]
+        return torch.tensor(value, dtype=torch.float64)
 
 
 class AURC(_SingleMetric):

@@ -19,7 +19,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,8 +27,6 @@ from tal_fast.utils.arrays import as_matrix, check_dense, check_matrix_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_T = TypeVar("_T")
 
 # Added to ‖z‖ in the cosine, as in the loss.
 NORM_EPS = 1e-7
@@ -48,37 +46,20 @@ class Rows:
     Attributes:
         z: (n, C) contiguous float64 logits.
         branch: whether Python may look at values: not on a GPU, nor in a graph of ``torch.export``.
+        top: (n,) largest logit.
+        below: (n, C) logits minus the largest; at least -800, whose exponential is 0, so that 0 · -inf is 0.
+        exps, total: (n, C) exponentials of ``below``, and (n,) their sum, at least 1: their ratio is the softmax.
+        log_odds: see ``_log_odds``.
     """
 
     def __init__(self, z: Tensor, branch: bool) -> None:
         self.z, self.branch = z, branch
-        self._found: dict[Callable[[Tensor], Any], Any] = {}
 
-    def once(self, function: Callable[[Tensor], _T]) -> _T:
-        """Result of a function of ``z``, kept for other scores."""
-        if function not in self._found:
-            self._found[function] = function(self.z)
-        return self._found[function]
-
-    @functools.cached_property
-    def top(self) -> Tensor:
-        """(n,) largest logit."""
-        return self.z.amax(1)
-
-    @functools.cached_property
-    def below(self) -> Tensor:
-        """(n, C) logits minus the largest; at least -800, whose exponential is 0, so that 0 · -inf is 0."""
-        return (self.z - self.top[:, None]).clamp_(min=-800)
-
-    @functools.cached_property
-    def exps(self) -> Tensor:
-        """(n, C) exponentials of ``below``: the softmax times ``total``."""
-        return self.below.exp()
-
-    @functools.cached_property
-    def total(self) -> Tensor:
-        """(n,) sum of ``exps``, at least 1."""
-        return _row_sum(self.exps)
+    top = functools.cached_property(lambda self: self.z.amax(1))
+    below = functools.cached_property(lambda self: (self.z - self.top[:, None]).clamp_(min=-800))
+    exps = functools.cached_property(lambda self: self.below.exp())
+    total = functools.cached_property(lambda self: _row_sum(self.exps))
+    log_odds = functools.cached_property(lambda self: _log_odds(self.z))
 
 
 def logit_score(function: Callable[[Rows], Tensor]) -> Callable[[Any], Any]:
@@ -138,11 +119,6 @@ def _row_sum(values: Tensor) -> Tensor:
     return functools.reduce(operator.add, [part.sum(1) for part in values.split(_SUM_COLUMNS, 1)])
 
 
-def _row_norm(values: Tensor) -> Tensor:
-    """Euclidean norm of each row of (n, C), with the same bits for any number of rows."""
-    return functools.reduce(lambda a, b: a.hypot(b), [part.norm(dim=1) for part in values.split(_SUM_COLUMNS, 1)])
-
-
 def _squarable(z: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (n, C), rows whose squares would overflow scaled by a power of two, and ``NORM_EPS`` scaled so (n,).
 
@@ -157,12 +133,12 @@ def _squarable(z: Tensor) -> tuple[Tensor, Tensor]:
 @logit_score
 def cosine(rows: Rows) -> Tensor:
     """TAL's confidence, max z / (‖z‖₂ + 1e-7): the cosine between the logits and the predicted class's axis."""
-    norm = _row_norm(rows.z)
+    norm = _row_sum(rows.z.square()).sqrt()
     # One look at the block saves two passes: rows below the limit are the same bits scaled by 1.
     if rows.branch and bool((norm < _SQUARABLE).all()):
         return rows.top / (norm + NORM_EPS)
     z, eps = _squarable(rows.z)
-    return z.amax(1) / (_row_norm(z) + eps)
+    return z.amax(1) / (_row_sum(z.square()).sqrt() + eps)
 
 
 @logit_score
@@ -192,7 +168,7 @@ def neg_entropy(rows: Rows) -> Tensor:
 @logit_score
 def doctor(rows: Rows) -> Tensor:
     """Collision probability of the softmax, Σ p² (DOCTOR; Granese et al., 2021)."""
-    return (_row_norm(rows.exps) / rows.total).square()
+    return _row_sum(rows.exps.square()) / rows.total.square()
 
 
 SCORES: dict[str, Callable[[Any], Any]] = {
@@ -206,30 +182,35 @@ def distance_to_uniform(rows: Rows) -> Tensor:
     return _row_sum((rows.exps / rows.total[:, None] - 1 / rows.z.shape[1]).abs())
 
 
-def _log_probabilities(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logarithms of the softmax that do not saturate: 1 − p is summed over the other classes, in logarithms.
+def _log_odds(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-odds of the predicted class without saturation: 1 − p is summed over the other classes.
 
     Returns:
-        (n, 1) predicted class; (n, 1) its log p; (n, 1) its log(1 − p); (n, C) log p of the other classes, −inf at the
-        predicted one.
+        (n, 1) predicted class; (n, 1) log(p / (1 − p)); (n, C) z − max z of the other classes, −inf at its own.
     """
     predicted = z.argmax(1, keepdim=True)
     others = (z - z.gather(1, predicted)).scatter(1, predicted, -math.inf)
-    odds = others.logsumexp(1, keepdim=True)  # log((1 − p) / p)
-    log_p = -odds.logaddexp(odds.new_zeros(()))
-    return predicted, log_p, odds + log_p, others + log_p
+    top = others.amax(1, keepdim=True).clamp(min=-1e300)  # finite for a single class
+    return predicted, -(_row_sum((others - top).exp()).log()[:, None] + top), others
+
+
+def _log_probabilities(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(n, 1) predicted class; (n, 1) its log p and log(1 − p); (n, C) log p of the other classes, −inf at its own."""
+    predicted, odds, others = rows.log_odds
+    log_p = -(-odds).exp().log1p()
+    return predicted, log_p, log_p - odds, others + log_p
 
 
 @logit_score
 def log_gap_msp(rows: Rows) -> Tensor:
     """log(1 − max p)."""
-    return _log_probabilities(rows.z)[2].squeeze(1)
+    return _log_probabilities(rows)[2].squeeze(1)
 
 
 @logit_score
 def log_gap_doctor(rows: Rows) -> Tensor:
     """log(1 − Σ p²) = log Σ p (1 − p)."""
-    predicted, log_p, log_rest, others = _log_probabilities(rows.z)
+    predicted, log_p, log_rest, others = _log_probabilities(rows)
     terms = others + (-others.exp()).log1p()
     return terms.scatter(1, predicted, log_p + log_rest).logsumexp(1)
 
@@ -248,7 +229,7 @@ def log_gap_cosine(rows: Rows) -> Tensor:
 @logit_score
 def log_gap_neg_entropy(rows: Rows) -> Tensor:
     """log(−Σ p log p)."""
-    predicted, log_p, log_rest, others = _log_probabilities(rows.z)
+    predicted, log_p, log_rest, others = _log_probabilities(rows)
     # −log p = (1 − p)(1 + (1 − p)/2 + ...): for small 1 − p its logarithm is that of 1 − p.
     log_surprise = (-log_p).clamp(min=np.finfo(np.float64).tiny).log().where(log_rest >= -20, log_rest)
     return (others + (-others).log()).scatter(1, predicted, log_p + log_surprise).logsumexp(1)

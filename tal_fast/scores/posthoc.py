@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tal_fast.scores.logits import SCORES, Rows, _row_sum, logit_score
+from tal_fast.scores.logits import SCORES, Rows, _log_probabilities, _row_sum, logit_score
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,21 +24,13 @@ def margin(rows: Rows) -> Tensor:
     return rows.top - rows.z.scatter(1, rows.z.argmax(1, keepdim=True), -math.inf).amax(1)
 
 
-def _log_odds(z: Tensor) -> tuple[Tensor, Tensor]:
-    """log(p₁ / (1 − p₁)) of the predicted class, (n,), and z − max z of the other classes, (n, C), −inf at its own."""
-    predicted = z.argmax(1, keepdim=True)
-    others = (z - z.gather(1, predicted)).scatter(1, predicted, -math.inf)
-    top = others.amax(1, keepdim=True).clamp(min=-1e300)  # finite for a single class
-    return -(_row_sum((others - top).exp()).log() + top.squeeze(1)), others
-
-
 @logit_score
 def log_gap(rows: Rows) -> Tensor:
     """Log-odds of the predicted class, log(p₁ / (1 − p₁)): MSP's order without the ties where p₁ rounds to 1.
 
     −logsumexp of z_k − z₁ over the other classes; +inf for a single class.
     """
-    return rows.once(_log_odds)[0]
+    return rows.log_odds[1].squeeze(1)
 
 
 @logit_score
@@ -47,11 +39,10 @@ def gen(rows: Rows) -> Tensor:
 
     1 − p₁ is summed over the other classes, so that it does not saturate.
     """
-    odds, others = rows.once(_log_odds)
-    log_p = -(-odds).exp().log1p()
-    rest = others.topk(min(GEN_CLASSES - 1, others.shape[1]), 1).values + log_p[:, None]
+    _, log_p, log_rest, others = _log_probabilities(rows)
+    rest = others.topk(min(GEN_CLASSES - 1, others.shape[1]), 1).values
     terms = ((rest + (-rest.exp()).log1p()) / GEN_ROOT).exp()
-    return -_row_sum(terms) - ((2 * log_p - odds) / GEN_ROOT).exp()
+    return -_row_sum(terms) - ((log_p + log_rest) / GEN_ROOT).exp().squeeze(1)
 
 
 def max_logit_pnorm(p: int) -> Callable[[Any], Any]:

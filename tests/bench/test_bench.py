@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -300,6 +301,12 @@ def test_plots_are_drawn(cpu: report.Results, tmp_path: Path) -> None:
     for name in ("loss", "typicalness", "queue"):
         assert (report.FIGURES / f"{name}.svg").exists() == (tmp_path / f"{name}.svg").exists() == bool(cpu.find(name))
         assert not cpu.find(name) or "tal_fast" in (tmp_path / f"{name}.svg").read_text()
+    picture = tmp_path / "loss.svg"
+    for changed, kept in ((r"\1.\g<2>9", True), (r"1\1.\2", False)):  # of one number: the last digit, the first
+        before = re.sub(r"(\d+)\.(\d{5})\d\b", changed, picture.read_text(), count=1)
+        picture.write_text(before)
+        report.plot(cpu, tmp_path)
+        assert (picture.read_text() == before) == kept
 
 
 @pytest.mark.gpu

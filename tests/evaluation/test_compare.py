@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tal_fast.evaluation.compare import common_name, find_group, group_runs, judging_score, read_method
+from tal_fast.evaluation.compare import columns_of, common_name, find_group, group_runs, judging_score, read_method
+from tal_fast.evaluation.compare_tables import format_comparison
+from tal_fast.evaluation.differences import add_differences
 from tests.helpers.compare import one_report, write_run
 
 
@@ -67,3 +70,29 @@ def test_a_group_is_found_by_its_name_or_a_run() -> None:
     assert find_group(groups, "ce") is find_group(groups, "runs/ce-1") is groups[0]
     with pytest.raises(ValueError, match="there is no row 'fmfp' to be the baseline; there are ce, tal-0"):
         find_group(groups, "fmfp")
+
+
+def test_columns_may_be_of_metrics_on_request_and_of_groups_of_sets() -> None:
+    reports = [one_report("msp", 0.2, 0.8, ood_names=["near/a", "near/b", "far/c"]) for _ in range(2)]
+    keys = ["new_fd/near/a", "new_fd/near/b", "new_fd/far/c", "new_fd", "new_fd/near", "new_fd/far"]
+    for i, report in enumerate(reports):
+        report["settings"] |= dict.fromkeys(keys, report["settings"]["old_fd"])
+        report["further"] = {
+            "old_fd": {"msp": {"naurc": 0.5 + i, "coverage@risk=0.05": [0.25 + i, 0.1, 0.9], "cost": None}}
+        }
+    groups = group_runs(reports, ["a", "b"])
+    wanted = ["old-fd:naurc", "new-fd/near:aurc", "old-fd:coverage@risk=0.05", "new-fd/near/*:auroc", "old-fd:cost"]
+    columns = columns_of(groups, wanted)
+    assert columns == [
+        ("old_fd", "naurc"), ("old_fd", "coverage@risk=0.05"), ("old_fd", "cost"), ("new_fd/near", "aurc"),
+        ("new_fd/near/a", "auroc"), ("new_fd/near/b", "auroc"),
+    ]  # fmt: skip
+    assert [group.values(columns[0]) for group in groups] == [[0.5], [1.5]]
+    assert [group.values(columns[1]) for group in groups] == [[0.25], [1.25]]
+    assert math.isnan(groups[0].values(columns[2])[0])
+    add_differences(groups, groups[0], columns, True)
+    assert "naurc" not in str(groups[1].best)
+    latex = format_comparison(groups, columns, "latex", "paper")
+    assert r"naurc $\times$1000 $\downarrow$ & coverage@risk=0.05 (\%) $\uparrow$" in latex
+    with pytest.raises(ValueError, match="the reports have no 'naurc'; they have aurc"):
+        columns_of(groups, ["new-fd:naurc"])

@@ -62,7 +62,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_choices_are_those_of_the_library() -> None:
     actions = {action.dest: action for action in compare_command.parser()._actions}
     assert tuple(actions["format"].choices or ()) == (*FORMATS, "csv-runs")
-    assert tuple(actions["over"].choices or ()) == OVER
+    assert tuple(actions["over"].choices or ()) == tuple(OVER)
     assert tuple(actions["units"].choices or ()) == UNITS
     assert failure.METRICS == METRICS
 

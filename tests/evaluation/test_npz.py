@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,37 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, changes: dict[str, A
     with pytest.raises(ValueError) as error:  # noqa: PT011
         read_npz(write_npz(tmp_path / "outputs.npz", **changes))
     assert message in str(error.value)
+
+
+def test_probabilities_taken_for_logits_are_remarked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    p = np.random.default_rng().dirichlet(np.ones(5), 200)
+    read_npz(
+        write_npz(
+            tmp_path / "outputs.npz",
+            logits=p.astype(np.float16),
+            shift_a_logits=np.log(p),
+            shift_a_labels=np.zeros(200, int),
+        )
+    )
+    assert [message.partition(" but")[0] for message in caplog.messages] == [
+        f"logits of {tmp_path / 'outputs.npz'} are probabilities"
+    ]
+    caplog.clear()
+    read_npz(write_npz(tmp_path / "outputs.npz", logits=10 * p, ood_noise_logits=np.log(p)))
+    read_npz(
+        write_npz(tmp_path / "outputs.npz", logits=np.ones((200, 1)), labels=np.zeros(200, int), ood_noise_logits=None)
+    )
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("shape", [(10**9, 1000), (10**7, 10**5), (2**62, 4), (10**30, 3), (-1, 3)])
+def test_arrays_that_claim_more_than_the_memory_are_refused(tmp_path: Path, shape: tuple[int, int]) -> None:
+    npy = io.BytesIO()
+    np.lib.format.write_array_header_1_0(npy, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(tmp_path / "outputs.npz", "w") as file:
+        file.writestr("logits.npy", npy.getvalue() + bytes(64))
+    with pytest.raises(ValueError, match=r"cannot be read as \.npz without pickle"):
+        read_npz(tmp_path / "outputs.npz")
 
 
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:

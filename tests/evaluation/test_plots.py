@@ -24,6 +24,15 @@ def test_plots_show_a_line_per_score(evaluated_run: Path) -> None:
             assert (pixels == colour).all(2).sum() > 20, name
 
 
+@pytest.mark.parametrize("name", ["$", "$x_1^", r"a$\frac$", "50%_{"])
+def test_names_are_not_formulas(tmp_path: Path, name: str) -> None:
+    rng = np.random.default_rng()
+    scores = {name: rng.random(30), "msp": rng.random(30)}
+    samples = Samples(rng.random(30) < 0.7, scores, {name: scores, "b": scores}, {})
+    write_plots(evaluate_samples(samples), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"risk_coverage.png", "confidence_histogram.png"}
+
+
 def test_no_two_of_many_lines_look_the_same() -> None:
     lines = {(COLOURS[i % len(COLOURS)], LINE_STYLES[i % len(LINE_STYLES)]) for i in range(24)}
     assert len(lines) == 24

@@ -10,6 +10,7 @@ import scipy.special
 import torch
 
 from tal_fast.metrics.calibration import calibration_metrics, expected_calibration_error
+from tal_fast.metrics.curves import reliability
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -37,6 +38,18 @@ def test_worked_example() -> None:
     # (0, 0.5] holds 0.4 and 0.5, one correct: |1 - 0.9| / 4. (0.5, 1] holds 0.9 and 1, one correct: |1 - 1.9| / 4.
     assert expected_calibration_error([0.4, 0.5, 0.9, 1.0], [1, 0, 1, 0], bins=2) == pytest.approx(0.25)
     assert expected_calibration_error([0.0, 1.0], [0, 1]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tensors_of_any_type_and_with_gradients(dtype: torch.dtype) -> None:
+    p = torch.rand(50).to(dtype).requires_grad_()
+    correct = torch.rand(50) < p.detach()
+    values = p.detach().double().numpy()
+    assert expected_calibration_error(p, correct) == expected_calibration_error(values, correct.numpy())
+    np.testing.assert_array_equal(reliability(p, correct), reliability(values, correct))
+    logits = torch.randn(20, 3).to(dtype).requires_grad_()
+    labels = torch.randint(3, (20,))
+    assert calibration_metrics(logits, labels) == calibration_metrics(logits.detach().double().numpy(), labels.numpy())
 
 
 def test_labels_drawn_from_the_softmax_are_calibrated() -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from scipy.integrate import trapezoid
 from sklearn import metrics as sk
 
+from tal_fast.metrics import failure
 from tal_fast.metrics.failure import (
     CONVENTIONS,
     HIGHER_IS_BETTER,
@@ -376,6 +377,46 @@ def test_invalid_samples_are_refused(confidence: Any, correct: Any, message: str
     with pytest.raises(ValueError) as refusal:  # noqa: PT011
         failure_metrics(confidence, correct)
     assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("digits", [1, 9])
+def test_a_metric_alone_has_the_value_it_has_among_all(convention: str, digits: int) -> None:
+    scores, correct = np.round(np.random.default_rng().random(201), digits), np.random.default_rng().random(201) < 0.7
+    everything = failure_metrics(scores, correct, convention)
+    assert list(everything) == list(METRICS)
+    for name in METRICS:
+        assert failure_metrics(scores, correct, convention, [name]) == {name: everything[name]}
+    assert list(failure_metrics(scores, correct, convention, {"fpr95", "aurc"})) == ["aurc", "fpr95"]
+    with pytest.raises(ValueError, match="unknown metric 'f1'; choose from aurc"):
+        failure_metrics(scores, correct, convention, ["aurc", "f1"])
+
+
+def test_only_what_a_metric_needs_is_computed_and_only_order_needs_a_stable_sort(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+    for name in ("_aurc", "_auroc", "_fpr_tnr", "_average_precision", "_trapezoid_precision"):
+        original = getattr(failure, name)
+        monkeypatch.setattr(failure, name, lambda *a, f=original, n=name: (calls.append(n), f(*a))[1])
+    sort = np.argsort
+    monkeypatch.setattr(
+        np, "argsort", lambda x, **options: (calls.append(options.get("kind", "any")), sort(x, **options))[1]
+    )
+    samples = np.random.default_rng().random(20), np.arange(20) % 2
+
+    def used(convention: str, metric: str) -> list[str]:
+        calls.clear()
+        failure_metrics(*samples, convention, [metric])
+        return calls.copy()
+
+    assert used("tal_fast", "eaurc") == ["any", "_aurc"]
+    assert used("tal_fast", "augrc") == ["any", "_auroc"]
+    assert used("tal_fast", "tnr95") == ["any", "_fpr_tnr"]
+    assert used("tal_fast", "aupr_error") == ["any", "_average_precision"]
+    assert used("tal", "aurc") == ["stable", "_aurc"]
+    assert used("tal", "fpr95") == ["any", "_fpr_tnr"]
+    assert used("torch-uncertainty", "augrc")[0] == "stable"
 
 
 def test_an_unknown_convention_is_refused() -> None:

@@ -81,6 +81,32 @@ def test_states_are_found_under_any_wrapper(tmp_path: Path, prefix: str, under: 
     assert not loaded.training
 
 
+@pytest.mark.parametrize(
+    ("names", "warned"),
+    [([str(i) for i in range(12)], True), ([f"{i:02}" for i in range(12)], False), (["7", "3", "x"], False)],
+)
+def test_numbers_in_the_order_of_text_are_remarked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: list[str], warned: bool
+) -> None:
+    for name in names:
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "val" / name / "0.png")
+    torch.save(network(len(names), 3).state_dict(), tmp_path / "weights.pt")
+    data = build_data(DataConfig(dataset="folder", root=str(tmp_path), image_size=16), training=False)
+    load_weights(tmp_path / "weights.pt", SMALL, data)
+    assert [message[:67] for message in caplog.messages] == warned * [
+        "the classes are numbers in the order of text (0, 1, 10, 11, ...), w"
+    ]
+
+
+def test_weights_of_a_run_with_other_classes_are_remarked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = pretrained.Weights({}, "best.pt", class_names=["b", "a"])
+    pretrained._check_class_order(weights, ["b", "a"])
+    assert caplog.messages == []
+    pretrained._check_class_order(weights, ["a", "b"])
+    assert caplog.messages[0].startswith("best.pt is of a run with the classes b, a, the data have a, b")
+
+
 def test_averaged_models_and_safetensors(tmp_path: Path) -> None:
     save_file = pytest.importorskip("safetensors.torch").save_file
     model = network()
