@@ -76,7 +76,9 @@ def test_near_and_far_sets_have_means_of_their_own() -> None:
         assert report["settings"][f"new_fd/{key}"]["msp"]["aurc"] == pytest.approx(mean)
         low, high = report["intervals"][f"new_fd/{key}"]["msp"]["aurc"]
         assert low < mean < high
-        assert f"mean over {len(members)} {key} OOD sets" in setting_title(f"ood/{key}", report)
+        assert f"mean over {len(members)} {key} OOD set{'s' if len(members) > 1 else ''}" in setting_title(
+            f"ood/{key}", report
+        )
     assert "mean over 4 OOD sets" in setting_title("new_fd", report)
 
 
