@@ -10,6 +10,7 @@ from reprlib import repr as short
 from typing import Any, ClassVar, Literal
 
 from tal_fast.config.typed import check_at_least, check_positive, read
+from tal_fast.utils.own_code import METHODS, installed
 
 OWN_THRESHOLD = {"paper": -1.0, "released": 0.0}
 """Default ``confidence_threshold`` of each variant of TAL: a cosine of 0 is a condition of the released code alone."""
@@ -160,10 +161,15 @@ TAL_OPTIONS = frozenset(field.name for field in dataclasses.fields(TALOptions))
 
 
 def method_names() -> list[str]:
-    """Names of all methods: the modules of ``tal_fast.methods``, which are not imported."""
+    """Names of all methods: the modules of ``tal_fast.methods``, which are not imported, and other packages' own."""
+    return sorted({*package_methods(), *installed(METHODS)})
+
+
+def package_methods() -> list[str]:
+    """Names of the methods of this package."""
     files = (file.name for file in (resources.files("tal_fast") / "methods").iterdir())
     modules = (name.removesuffix(".py") for name in files if name.endswith(".py"))
-    return sorted(name.replace("_", "-") for name in modules if name not in ("__init__", "base"))
+    return [name.replace("_", "-") for name in modules if name not in ("__init__", "base")]
 
 
 def option_names(kind: type) -> set[str]:

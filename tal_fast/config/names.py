@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tal_fast.utils.own_code import SCORES, in_file, installed
+
 METRICS = (
     "aurc", "eaurc", "eaurc_exact", "augrc", "auroc", "fpr95", "tnr95", "aupr_success", "aupr_error",
 )  # fmt: skip
@@ -45,6 +47,9 @@ SCORE_GROUPS = {
 }
 """Group name -> the scores it stands for."""
 
+KNOWN_SCORES = (*SCORE_GROUPS["all"], *FITTED_SCORES, *ENSEMBLE_SCORES)
+"""All scores of this package."""
+
 DEFAULT_SCORES = ("cosine", "msp")
 
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -57,15 +62,20 @@ UNITS = ("natural", "paper")
 """Units of printed metrics: fractions, or as papers print them."""
 
 
+def is_own_score(name: str) -> bool:
+    """Whether a score is the user's own: ``FILE.py:FUNCTION``, or an entry point of a package."""
+    return in_file(name) or (name in installed(SCORES) and name not in KNOWN_SCORES)
+
+
 def check_scores(names: Sequence[str]) -> list[str]:
     """Resolve score names: groups are expanded, hyphens read as underscores, duplicates dropped."""
-    plain = [name.replace("-", "_") for name in names]
+    plain = [name if in_file(name) else name.replace("-", "_") for name in names]
     scores = list(dict.fromkeys(score for name in plain for score in SCORE_GROUPS.get(name, (name,))))
-    known = (*SCORE_GROUPS["all"], *FITTED_SCORES, *ENSEMBLE_SCORES)
-    unknown = [score for score in scores if score not in known and not score.startswith("ood:")]
+    own = [score for score in scores if is_own_score(score) or score.startswith("ood:")]
+    unknown = [score for score in scores if score not in (*KNOWN_SCORES, *own)]
     if unknown or not scores:
         raise ValueError(
-            f"unknown score {', '.join(unknown) or '(none given)'}; choose from {', '.join(known)}, ood:DETECTOR, "
-            f"or a group: {', '.join(SCORE_GROUPS)}"
+            f"unknown score {', '.join(unknown) or '(none given)'}; choose from {', '.join(KNOWN_SCORES)}, "
+            f"ood:DETECTOR, FILE.py:FUNCTION, or a group: {', '.join(SCORE_GROUPS)}"
         )
     return scores

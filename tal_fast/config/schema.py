@@ -17,6 +17,7 @@ import yaml
 from tal_fast.config.methods import OPTIONS, method_names, read_options, upgrade
 from tal_fast.config.typed import check_at_least, check_positive, read, to_plain
 from tal_fast.utils.io import write_text
+from tal_fast.utils.own_code import absolute, in_file
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -339,7 +340,7 @@ class MethodConfig:
 
     Attributes:
         name: ``ce`` (cross-entropy), ``tal`` (Typicalness-Aware Learning) or another; docs/methods.md compares them.
-            Each is a module of ``tal_fast.methods``.
+            ``FILE.py:CLASS`` is one of your own (docs/adding-a-method.md).
         label_smoothing: label smoothing of every method's cross-entropy, in [0, 1).
         options: options of the method, by name. ``tal_fast.config.methods`` has those of the built-in methods, whose
             defaults are filled in.
@@ -353,6 +354,7 @@ class MethodConfig:
     class_weight: Any = "none"  # or "balanced", or list[float]
 
     def __post_init__(self) -> None:
+        self.name = absolute(self.name)
         if isinstance(self.class_weight, (list, tuple)):
             self.class_weight = read(list[float], self.class_weight, "method.class_weight")
         if self.name in OPTIONS:
@@ -360,8 +362,9 @@ class MethodConfig:
 
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
-        if self.name not in method_names():
-            raise ValueError(f"method.name is {self.name!r}; use {' or '.join(map(repr, method_names()))}")
+        if not in_file(self.name) and self.name not in method_names():
+            names = " or ".join(map(repr, method_names()))
+            raise ValueError(f"method.name is {self.name!r}; use {names}, or FILE.py:CLASS for one of your own")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"method.label_smoothing is {self.label_smoothing} but must be in [0, 1)")
         weight = self.class_weight

@@ -178,7 +178,8 @@ def parser() -> ArgumentParser:
     scores.add_argument(
         "--scores", nargs="+", default=list(names.DEFAULT_SCORES), metavar="SCORE",
         help=f"Confidence scores: {', '.join((*names.LOGIT_SCORES, *names.FITTED_SCORES, *names.FEATURE_SCORES))}, "
-        f"sirc_S1_S2, ood:DETECTOR of pytorch-ood; or groups: {', '.join(names.SCORE_GROUPS)}. "
+        "sirc_S1_S2, ood:DETECTOR of pytorch-ood, FILE.py:FUNCTION of your own; or groups: "
+        f"{', '.join(names.SCORE_GROUPS)}. "
         f"Default: {' '.join(names.DEFAULT_SCORES)}. "
         "The run's own score is always added.",
     )  # fmt: skip

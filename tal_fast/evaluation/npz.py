@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from tal_fast.config.names import KNOWN_SCORES
+from tal_fast.evaluation.own_scores import check_values
 from tal_fast.evaluation.pipeline import EvaluationInputs
 from tal_fast.runs.prediction_store import Outputs
 from tal_fast.runs.predictions import check_finite
@@ -29,6 +31,8 @@ def read_npz(path: str | Path) -> EvaluationInputs:
         path: an ``.npz`` with
 
             - ``logits`` (n, C), ``labels`` (n,) integers in [0, C); optionally ``features`` (n, D);
+            - ``score_NAME`` (n,), ``ood_SET_score_NAME`` (m,) and ``shift_SET_score_NAME`` (m,) of a confidence score
+              of your own;
             - for each OOD set ``ood_NAME_logits`` (m, C); optionally ``ood_NAME_features`` (m, D);
             - for each shifted set ``shift_NAME_logits`` (m, C) and ``shift_NAME_labels`` (m,); optionally
               ``shift_NAME_features`` (m, D);
@@ -40,7 +44,9 @@ def read_npz(path: str | Path) -> EvaluationInputs:
         if name not in arrays:
             raise ValueError(f"{path} has no {name!r}; it has {', '.join(arrays) or 'nothing'}")
     inputs = EvaluationInputs(_outputs(arrays, "", path))
-    used = {"logits", "labels", "features", *_TRAINING}
+    if taken := [name for name in inputs.id.scores if name in KNOWN_SCORES]:
+        raise ValueError(f"score_{taken[0]} has the name of a score of this package; rename it")
+    used = {"logits", "labels", "features", *_TRAINING, *(f"score_{name}" for name in inputs.id.scores)}
     for key in arrays:
         match = _SET_LOGITS.fullmatch(key)
         if match is None:
@@ -49,6 +55,7 @@ def read_npz(path: str | Path) -> EvaluationInputs:
         prefix = f"{kind}_{name}_"
         used |= {key, f"{prefix}features"} | ({f"{prefix}labels"} if kind == "shift" else set())
         outputs = _outputs(arrays, prefix, path, labelled=kind == "shift")
+        used |= {f"{prefix}score_{score}" for score in outputs.scores}
         if outputs.logits.shape[1] != inputs.id.logits.shape[1]:
             raise ValueError(
                 f"{key} has {outputs.logits.shape[1]} columns but logits has {inputs.id.logits.shape[1]}; "
@@ -89,7 +96,12 @@ def _outputs(arrays: Mapping[str, Any], prefix: str, path: str | Path, labelled:
         if f"{prefix}labels" not in arrays:
             raise ValueError(f"{path} has {key!r} but no '{prefix}labels'; a shifted set needs its labels")
         labels = _labels(arrays, f"{prefix}labels", key)
-    outputs = Outputs(logits, features, labels)
+    scores = {
+        name.removeprefix(f"{prefix}score_"): check_values(values, len(logits), name)
+        for name, values in arrays.items()
+        if name.startswith(f"{prefix}score_")
+    }
+    outputs = Outputs(logits, features, labels, scores)
     check_finite(outputs, key)
     if logits.shape[1] > 1 and logits.size and logits.min() >= 0 and np.allclose(logits.sum(1, float), 1, atol=1e-2):
         logger.warning("%s of %s are probabilities but taken for logits: save numpy.log of them", key, path)

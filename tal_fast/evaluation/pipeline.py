@@ -13,6 +13,7 @@ import torch
 from tal_fast.config.names import ENSEMBLE_SCORES, FITTED_SCORES
 from tal_fast.evaluation.evaluation import Evaluation, evaluate_samples
 from tal_fast.evaluation.fitted_scores import fit_score
+from tal_fast.evaluation.own_scores import own_scores, report_names
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sample_scores import Predictions, Samples, identity_of
 from tal_fast.metrics.calibration import calibration_metrics
@@ -63,9 +64,10 @@ def evaluate_outputs(
     options, provenance = options or EvaluationOptions(), provenance or {}
     check_set_names(inputs.ood)
     left_out, functions = dict(inputs.unavailable), {}
-    alone = [name for name in ENSEMBLE_SCORES if name in options.scores and name not in inputs.id.scores]
+    wanted, own = report_names(options.scores, inputs.id.scores)
+    alone = [name for name in ENSEMBLE_SCORES if name in wanted and name not in inputs.id.scores]
     left_out |= dict.fromkeys(alone, "it needs several models; name them with --ensemble")
-    fitted = [name for name in FITTED_SCORES if name in options.scores and name not in left_out]
+    fitted = [name for name in FITTED_SCORES if name in wanted and name not in left_out]
     entries: dict[str, Any] = {}
     identity, index = dict(inputs.identity or _label_hashes(inputs)), None
     if options.temperature is not None or fitted:
@@ -86,10 +88,14 @@ def evaluate_outputs(
                 functions[name], entry[name] = fit_score(name, held, choose_by, outliers, options.seed)
             except ValueError as problem:
                 left_out[name] = str(problem)
+    for name in inputs.id.scores:
+        without = [key for key, outputs in {**inputs.ood, **inputs.shifts}.items() if name not in outputs.scores]
+        if without:
+            left_out[name] = f"there are no values of it for {', '.join(without)}"
     scorer = FeatureScorer(inputs.training, options.knn_samples, options.seed)
-    over_features = [n for n in options.scores if n not in (*SCORES, *functions, *inputs.id.scores, *left_out)]
+    over_features = [n for n in wanted if n not in (*SCORES, *own, *functions, *inputs.id.scores, *left_out)]
     left_out |= _unavailable_scores(over_features, scorer, inputs)
-    names = [name for name in options.scores if name not in left_out]
+    names = [name for name in wanted if name not in left_out]
     if not names:
         score, reason = next(iter(left_out.items()))
         raise ValueError(f"none of the scores can be computed; {score}: {reason}")
@@ -102,6 +108,7 @@ def evaluate_outputs(
         found = scorer.scores(chosen, outputs.logits, outputs.features) if chosen else {}
         found |= logit_scores(outputs.logits, [name for name in names if name in SCORES and name not in outputs.scores])
         found |= {name: np.asarray(values, np.float64) for name, values in outputs.scores.items()}
+        found |= own_scores(outputs, own)
         return {name: found[name] if name in found else functions[name](outputs.logits) for name in names}
 
     samples = Samples(

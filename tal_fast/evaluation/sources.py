@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tal_fast.config.names import ENSEMBLE_SCORES, FITTED_SCORES, LOGIT_SCORES
+from tal_fast.config.names import ENSEMBLE_SCORES, FITTED_SCORES, LOGIT_SCORES, is_own_score
 from tal_fast.config.schema import DataConfig, ModelConfig
 from tal_fast.data import build_data
 from tal_fast.data.datasets import DataBundle, Split
@@ -175,7 +175,7 @@ def _evaluate_model(
     """Run a model over all splits and evaluate its outputs; None on ranks other than 0."""
     data, passes = inference.data, inference.options
     if not passes.features:
-        scores = [name for name in options.scores if name in _WITHOUT_FEATURES]
+        scores = [name for name in options.scores if name in _WITHOUT_FEATURES or is_own_score(name)]
         if not scores:
             raise ValueError(f"{options.scores[0]} is a feature score, but --fast keeps no features; leave --fast out")
         options = dataclasses.replace(options, scores=scores)
@@ -193,7 +193,8 @@ def _evaluate_model(
         name: inference.store(f"shift-{name}", images, corruption) for name, (images, corruption) in shifts.items()
     }
     train_store = None
-    needs_training = any(name not in _WITHOUT_FEATURES and training_needed(name) for name in options.scores)
+    over_features = [name for name in options.scores if name not in _WITHOUT_FEATURES and not is_own_score(name)]
+    needs_training = any(map(training_needed, over_features))
     if needs_training and len(data.split("train-eval")):
         train_store = inference.store("train-eval")
     if not passes.ranks.is_main:

@@ -98,7 +98,9 @@ def load_run(
     shape: dict[str, Any] = content["shape"]
     with restoring(path):
         config = Config.from_dict(content["config"])
-        method, classes = method_class(config.method.name), len(shape["class_names"])
+        classes = len(shape["class_names"])
+    method = method_class(config.method.name)  # a missing file of the user's own is no damage
+    with restoring(path):
         model = build_model(config.model, classes + method.extra_classes, shape["channels"], shape["image_size"])
         model.load_state_dict(content["model"] if content["average"] is None else content["average"])
         keep_classes(model, classes)
@@ -107,7 +109,7 @@ def load_run(
         model=model.to(device).eval(),
         epoch=content["epoch"],
         checkpoint=path,
-        method=config.method.name,
+        method=method.name,
         score=method.score,
         class_names=tuple(shape["class_names"]),
         image_size=shape["image_size"],

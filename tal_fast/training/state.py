@@ -26,6 +26,7 @@ from tal_fast.training.runtime import Runtime
 from tal_fast.training.sam import SAM
 from tal_fast.training.weight_averaging import WeightAverage, build_average
 from tal_fast.utils.environment import code_digest
+from tal_fast.utils.own_code import file_digest
 from tal_fast.utils.rng import rng_state, set_rng_state
 
 
@@ -285,4 +286,5 @@ def conditions(config: Config, data: DataBundle, runtime: Runtime) -> dict[str, 
         "torch": str(torch.__version__),
         "C++ extension": build_digest(),
         "tal_fast": f"{__version__} ({code_digest()[:8]})",
+        "the method's file": file_digest(config.method.name),
     }

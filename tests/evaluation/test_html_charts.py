@@ -29,7 +29,6 @@ def test_bars_of_the_reliability_diagram_are_as_high_as_the_accuracy() -> None:
     probability = rng.uniform(0.2, 1, 500)
     bins = reliability(probability, rng.random(500) < probability)
     chart = reliability_diagram(bins, 0.0)
-    assert chart is not None
     bars = re.findall(r'<g class="accuracy">\s*<path d="([^"]*)"', chart.svg)
     heights = [np.ptp([float(y) for _, y in re.findall(rf"({NUMBER}) ({NUMBER})", bar)]) for bar in bars]
     accuracy = bins.accuracy[bins.samples > 0]

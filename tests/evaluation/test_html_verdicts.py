@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +39,7 @@ def test_a_verdict_follows_from_the_interval(shift: float, words: str, level: st
     title, sentence, found = verdicts(evaluation_of(shift))[0]
     assert (title, found) == ("Old FD", level)
     assert sentence.startswith(words)
-    assert "error rate from 15.00% to" in sentence
+    assert sentence.endswith("% instead of 15.00%.")
 
 
 def test_foreign_images_that_cannot_be_told_are_named() -> None:
@@ -49,7 +48,6 @@ def test_foreign_images_that_cannot_be_told_are_named() -> None:
     assert "foreign from in-distribution images no better than chance" in by_title["OOD against photos"]
     low, high = evaluation.report["intervals"]["old_fd"]["own"]["auroc"][-2:]
     assert f"[{low:.3f}, {high:.3f}]" in by_title["Old FD"]
-    assert re.search(r"\. sharp is better by 0\.\d+ \[0\.\d+, 0\.\d+\]\.$", by_title["Old FD"])
 
 
 def test_a_setting_without_errors_has_no_verdict_but_a_reason(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,6 @@ import numpy as np
 
 from tal_fast.evaluation import plots
 from tal_fast.evaluation.evaluation import Evaluation
-from tal_fast.evaluation.html.tables import COVERAGES, RISKS
 from tal_fast.evaluation.tables import setting_title
 from tal_fast.metrics.calibration import BINS
 from tal_fast.metrics.curves import ReliabilityBins, histograms, oracle_risk, thinned
@@ -39,11 +37,6 @@ class Chart:
 def style(i: int) -> str:
     """CSS classes of the i-th line; colours and dashes as in ``tal_fast.evaluation.plots``."""
     return f"c{i % len(plots.COLOURS)} d{i % len(plots.LINE_STYLES)}"
-
-
-def available() -> bool:
-    """Whether Matplotlib is installed, without which there are no charts."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _svg(salt: str, x_title: str, y_title: str, draw: Callable[[Any], None], y_top: float | None = None) -> str:
@@ -84,31 +77,21 @@ def _attributes(css: str) -> str:
     return " ".join(f'{name}="{value}"' for name, _, value in pairs if not (name.startswith("font") or "#" in value))
 
 
-def risk_coverage(evaluation: Evaluation, key: str, points: int) -> Chart | None:
-    """Risk-coverage chart of a setting: a line of at most ``points`` points per score, the floor and a random score.
-
-    The operating points of the primary score are marked. None for a setting without samples.
-    """
-    success, scores = evaluation.settings[key].setting.success, evaluation.operating_points[key]
+def risk_coverage(evaluation: Evaluation, key: str, scores: Sequence[str]) -> Chart:
+    """Risk-coverage chart of a setting: a line per score, the floor and a random score."""
+    success = evaluation.settings[key].setting.success
+    risks = [evaluation.operating_points[key][score].curve.risk for score in scores]
     title, n, errors = setting_title(key, evaluation.report), success.size, int(success.size - success.sum())
-    if n == 0:
-        return None
     coverage = np.arange(1, n + 1) / n
-    top = errors / n
-    for operating in scores.values():
-        top = max(top, float(operating.curve.risk[coverage >= plots.MIN_SCALED_COVERAGE / 100].max()))
-    index = thinned(n, points)
+    top = max(errors / n, *(float(risk[coverage >= plots.MIN_SCALED_COVERAGE / 100].max()) for risk in risks))
+    index = thinned(n, MAX_CURVE_POINTS)
 
     def draw(axes: Any) -> None:
         x = 100 * coverage[index]
         axes.plot(x, 100 * oracle_risk(n, errors)[index], gid="css:bound floor")
         axes.plot([0, 100], [100 * errors / n] * 2, gid="css:bound random")
-        for i, (name, operating) in enumerate(scores.items()):
-            axes.plot(x, 100 * operating.curve.risk[index], gid=f"css:line {style(i)} s{i}")
-            if name == evaluation.primary_score:
-                marks = [operating.at_risk(r) for r in RISKS] + [operating.at_coverage(c) for c in COVERAGES]
-                where = np.array([(100 * p.coverage, 100 * p.risk) for p in marks if p is not None]).reshape(-1, 2)
-                axes.plot(*where.T, "o", markersize=5, gid=f"css:line marks c{i % len(plots.COLOURS)} s{i}")
+        for i, risk in enumerate(risks):
+            axes.plot(x, 100 * risk[index], gid=f"css:line {style(i)}")
         axes.set_xlim(0, 100)
 
     label = f"Risk against coverage, {title}: {n} samples, {errors} errors. The tables hold the numbers."
@@ -126,22 +109,15 @@ def confidence_histogram(score: str, groups: Mapping[str, Floats]) -> Chart | No
             axes.stairs(100 * share, edges, gid=f"css:line {style(i)}")
         axes.set_xlim(edges[0], edges[-1])
 
-    medians = [
-        f"{kind}: {np.median(values[np.isfinite(values)]):.4g}"
-        for kind, values in groups.items()
-        if np.isfinite(values).any()
-    ]
-    label = f"Histogram of {score}; medians: {'; '.join(medians)}."
+    label = f"Histogram of {score} of each kind of sample: {', '.join(groups)}."
     legend = tuple((style(i), f"{kind} ({len(values):,})") for i, (kind, values) in enumerate(groups.items()))
     top = 105 * max(share.max() for share in shares) or 1
     return Chart("histogram", score, label, _svg(label, "confidence", plots.SHARE_TITLE, draw, top), legend)
 
 
-def reliability_diagram(bins: ReliabilityBins, ece: float) -> Chart | None:
-    """Reliability diagram: accuracy and share of samples by softmax probability; None without samples."""
+def reliability_diagram(bins: ReliabilityBins, ece: float) -> Chart:
+    """Reliability diagram: accuracy and share of samples by softmax probability."""
     n = int(bins.samples.sum())
-    if n == 0:
-        return None
     filled = bins.samples > 0
     centre = 100 * (np.flatnonzero(filled) + 0.5) / BINS
 
@@ -153,9 +129,7 @@ def reliability_diagram(bins: ReliabilityBins, ece: float) -> Chart | None:
         axes.plot(*means, "o", markersize=5, gid="css:line marks c1")
         axes.set_xlim(0, 100)
 
-    label = (
-        f"Accuracy against softmax probability of {n} samples in {BINS} bins; ECE {ece:.4f}. The table holds the bins."
-    )
+    label = f"Accuracy against softmax probability of {n} samples in {BINS} bins; ECE {ece:.4f}."
     titles = "softmax probability of the prediction (%)", "accuracy, and share of the samples (%)"
     return Chart("reliability", "Reliability diagram", label, _svg(label, *titles, draw, 103))
 

@@ -1,14 +1,4 @@
 "use strict";
-// Checkboxes show and hide scores; the page is complete without scripts.
-for (const box of document.querySelectorAll("input[data-score]")) {
-  box.hidden = false;
-  const apply = () => {
-    for (const line of document.querySelectorAll(".s" + box.dataset.score)) line.classList.toggle("off", !box.checked);
-  };
-  box.addEventListener("change", apply);
-  apply(); // a browser may restore boxes on reload
-}
-
 // The title of a column sorts by it: numbers by value, the best end first, and text by letters.
 for (const head of document.querySelectorAll(".sortable thead th")) {
   const button = document.createElement("button");

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import csv
 import hashlib
+import importlib.util
 from functools import cache
 from pathlib import Path
 
@@ -15,12 +16,9 @@ from tal_fast.evaluation.evaluation import Evaluation
 from tal_fast.evaluation.html import charts, tables
 from tal_fast.evaluation.html.images import gallery_sections
 from tal_fast.evaluation.html.verdicts import verdicts
-from tal_fast.evaluation.plots import FILES as PLOT_FILES
 from tal_fast.evaluation.report import Report
 from tal_fast.evaluation.tables import (
-    SETTING_TITLES,
     format_percent,
-    format_value,
     mix_with_seed,
     nan_if_none,
     printable,
@@ -32,9 +30,7 @@ from tal_fast.utils.io import write_text
 
 FILE = "report.html"
 SHOWN_SCORES = 6
-"""Curves shown at first, and histograms."""
-MAX_POINTS = 50_000
-"""Points of all curves together, about a megabyte of coordinates."""
+"""Scores with curves and histograms: the primary one and the others of least AURC in Old FD."""
 _FOLDER = Path(__file__).parent
 
 
@@ -48,12 +44,13 @@ def write_html(evaluation: Evaluation, folder: str | Path) -> Path:
 def render(evaluation: Evaluation, folder: str | Path) -> str:
     """Render the page of an evaluation of ``folder``; names from outside are escaped."""
     report, samples, primary = evaluation.report, evaluation.samples, evaluation.primary_score
-    scores = list(samples.id_scores)
-    ordered = [primary, *(score for score in scores if score != primary)]
+    aurc = {score: nan_if_none(values["aurc"]) for score, values in report["settings"]["old_fd"].items()}
+    shown = sorted(samples.id_scores, key=lambda score: (score != primary, aurc[score]))[:SHOWN_SCORES]
+    filled = [key for key, judged in evaluation.settings.items() if judged.setting.success.size]
     bins = reliability(samples.predictions["val"].probability, samples.correct)
     ece = nan_if_none((report.get("calibration") or {}).get("ece"))
     validation, class_names = samples.predictions["val"], _class_names(evaluation)
-    drawn = charts.available()
+    drawn = importlib.util.find_spec("matplotlib") is not None
     css, javascript = ((_FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return str(
         _template().render(
@@ -61,24 +58,19 @@ def render(evaluation: Evaluation, folder: str | Path) -> str:
             model=_model_description(report),
             report=report,
             primary=primary,
-            scores=[(i, score, charts.style(i), score in ordered[:SHOWN_SCORES]) for i, score in enumerate(scores)],
+            scores=[(score, charts.style(i)) for i, score in enumerate(shown)],
             verdicts=verdicts(evaluation),
-            headline=_headline_numbers(report, primary),
             conventions=_conventions(report),
             tables=[tables.setting_table(report, key) for key in report["settings"]],
             legend=tables.MEANINGS,
             drawn=drawn,
-            panels=_risk_coverage_charts(evaluation) if drawn else [],
+            panels=[charts.risk_coverage(evaluation, key, shown) for key in filled] if drawn else [],
             operating=[
-                tables.operating_table(setting_title(key, report), points)
-                for key, points in evaluation.operating_points.items()
-                if evaluation.settings[key].setting.success.size
+                tables.operating_table(setting_title(key, report), evaluation.operating_points[key]) for key in filled
             ],
-            histograms=_histograms(evaluation, ordered[:SHOWN_SCORES]) if drawn else [],
-            others=len(ordered) - SHOWN_SCORES,
-            histogram_file=PLOT_FILES[1],
-            reliability=charts.reliability_diagram(bins, ece) if drawn else None,
-            bins=tables.bin_table(bins),
+            histograms=_histograms(evaluation, shown) if drawn else [],
+            others=len(samples.id_scores) - len(shown),
+            reliability=[charts.reliability_diagram(bins, ece)] if drawn and samples.correct.size else [],
             classes=tables.class_table(validation, class_names),
             all_classes=len(class_names),
             confusions=tables.confusion_table(validation, class_names),
@@ -106,8 +98,8 @@ def _training_rows(report: Report, folder: Path) -> list[dict[str, float]]:
     """Rows of the metrics.csv of the evaluated run; none if it is not there."""
     for run in (folder, Path(report["run"])) if "run" in report else ():
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            with (run / METRICS_FILE).open(encoding="utf-8", newline="") as file:
-                rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(lines)]
             return sorted(rows, key=lambda row: row["epoch"])
     return []
 
@@ -120,41 +112,26 @@ def _page_title(report: Report) -> str:
 
 
 def _model_description(report: Report) -> str:
-    """Sentence that says what was evaluated."""
-    if "method" not in report:
-        return f"The model {printable(str(report['model']))}." if "model" in report else "The outputs of a model."
-    return f"A model trained by {report['method'].upper()}, {report['checkpoint']} checkpoint, epoch {report['epoch']}."
-
-
-def _headline_numbers(report: Report, score: str) -> list[tuple[str, str, str]]:
-    """(name, value, detail) of the numbers at the top of the page."""
-    counts = report["counts"]
-    accuracy = format_percent(nan_if_none(report["id_accuracy"]))
-    numbers = [("ID accuracy", accuracy, f"{counts['id_right']:,} of {counts['id']:,}")]
-    for key in ("old_fd", "ood", "new_fd"):
-        if key in report["settings"]:
-            values = report["settings"][key][score]
-            aurc, auroc = (format_value(metric, nan_if_none(values[metric])) for metric in ("aurc", "auroc"))
-            bounds = (format_value("aurc", nan_if_none(report[b].get(key))) for b in ("aurc_floor", "aurc_random"))
-            detail = f"floor to random: {' to '.join(bounds)}; AUROC {auroc}"
-            numbers.append((f"{SETTING_TITLES[key]} AURC", aurc, detail))
-    calibration = report.get("calibration")
-    if calibration:
+    """Sentences that say what was evaluated, how accurate it is and how well calibrated."""
+    text = f"The model {printable(str(report['model']))}." if "model" in report else "The outputs of a model."
+    if "method" in report:
+        text = f"A {printable(report['method'])} model, {report['checkpoint']} checkpoint, epoch {report['epoch']}."
+    right, images = report["counts"]["id_right"], report["counts"]["id"]
+    text += f" Accuracy {format_percent(nan_if_none(report['id_accuracy']))} ({right:,} of {images:,})"
+    if calibration := report.get("calibration"):
         ece, nll, brier = (nan_if_none(calibration.get(key)) for key in ("ece", "nll", "brier"))
-        numbers.append(("ECE of the softmax", f"{ece:.4f}", f"NLL {nll:.4f} nats, Brier {brier:.4f}"))
-    return numbers
+        text += f"; softmax with ECE {ece:.4f}, NLL {nll:.4f} nats, Brier {brier:.4f}"
+    return f"{text}."
 
 
 def _conventions(report: Report) -> list[tuple[str, str]]:
     """(name, description) of everything that decides the numbers."""
-    counts = report["counts"]
-    sets = ", ".join(f"{printable(name)} ({n:,})" for name, n in counts["ood"].items()) or "none"
+    sets = ", ".join(f"{printable(name)} ({n:,})" for name, n in report["counts"]["ood"].items()) or "none"
     entries = [
         ("convention of the metrics", report["convention"]),
         ("ID : OOD mix", mix_with_seed(report)),
-        ("samples", f"{counts['id']:,} ID; OOD sets: {sets}"),
+        ("samples", f"{report['counts']['id']:,} ID; OOD sets: {sets}"),
         ("units", "natural (fractions); papers print AURC, E-AURC and AUGRC times 1000, the rest in percent"),
-        ("ties", "the column “tied” is the share of samples whose score equals another’s"),
     ]
     if "images" in report:
         how = report["images"]
@@ -176,13 +153,6 @@ def _conventions(report: Report) -> list[tuple[str, str]]:
         entries.append(("intervals", text))
     versions = ", ".join(f"{printable(name)} {version}" for name, version in report.get("versions", {}).items())
     return [*entries, ("versions", versions)]
-
-
-def _risk_coverage_charts(evaluation: Evaluation) -> list[charts.Chart]:
-    curves = len(evaluation.settings) * len(evaluation.samples.id_scores)
-    points = max(40, min(charts.MAX_CURVE_POINTS, MAX_POINTS // curves))
-    found = [charts.risk_coverage(evaluation, key, points) for key in evaluation.settings]
-    return [chart for chart in found if chart is not None]
 
 
 def _histograms(evaluation: Evaluation, scores: list[str]) -> list[charts.Chart]:

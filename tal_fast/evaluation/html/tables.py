@@ -19,15 +19,11 @@ from tal_fast.evaluation.tables import (
     setting_title,
     undefined_notes,
 )
-from tal_fast.metrics.calibration import BINS
-from tal_fast.metrics.curves import OperatingPoint, OperatingPoints, ReliabilityBins
+from tal_fast.metrics.curves import OperatingPoint, OperatingPoints
 from tal_fast.metrics.failure import HIGHER_IS_BETTER, METRICS
 
-RISKS = (0.01, 0.02, 0.05)
-"""Risks that operating points are chosen for."""
-COVERAGES = (0.80, 0.90, 0.95)
-"""Coverages that operating points are chosen for."""
-
+RISKS, COVERAGES = (0.01, 0.02, 0.05), (0.80, 0.90, 0.95)
+"""Risks and coverages that operating points are chosen for."""
 COLUMNS = tuple(sorted(METRICS, key=lambda metric: metric not in ("aurc", "auroc", "fpr95", "augrc")))
 """Metrics in the order of the columns, the main ones first."""
 MEANINGS = {
@@ -36,6 +32,7 @@ MEANINGS = {
     "AUROC": "probability that a success is more confident than an error; 0.5 is chance",
     "FPR95": "share of the errors kept when 95% of the successes are; TNR95 is the share rejected",
     "E-AURC": "AURC minus its floor, all errors ranked last, by the paper’s approximation or exact",
+    "tied": "share of the samples whose score equals another’s",
     "AUPR": "average precision with successes or errors as the positive class; chance is their share",
 }
 """Column -> what it is, for the legend."""
@@ -133,16 +130,6 @@ def operating_table(title: str, points: Mapping[str, OperatingPoints]) -> Table:
     columns = [(f"coverage at risk ≤ {risk:.0%}", True) for risk in RISKS]
     columns += [(f"risk at coverage ≥ {coverage:.0%}", False) for coverage in COVERAGES]
     return Table(f"{title}, operating points", [("score", None), *columns], [*rows.items()])
-
-
-def bin_table(bins: ReliabilityBins) -> Table:
-    """Table of the bins of the reliability diagram that have samples."""
-    rows = [
-        (f"{k / BINS:.3f}–{(k + 1) / BINS:.3f}", [Cell(f"{count:,}"), *map(_percent, values)])
-        for k, (count, *values) in enumerate(zip(*bins, strict=True))
-        if count
-    ]
-    return Table("Bins of the reliability diagram", _plain("bin", "samples", "mean probability", "accuracy"), rows)
 
 
 def class_table(predictions: Predictions, names: Sequence[str]) -> Table:

@@ -54,19 +54,6 @@ def _judge(evaluation: Evaluation, key: str) -> tuple[str, str] | None:
         assert point is not None
         before = 1 - float(np.mean(success))
         text += (
-            f"; rejecting the least confident {REJECTED:.0%} takes the error rate from {before:.2%} to {point.risk:.2%}"
+            f"; without the least confident {REJECTED:.0%} the error rate is {point.risk:.2%} instead of {before:.2%}"
         )
-    return f"{text}.{_better(evaluation, key)}", level
-
-
-def _better(evaluation: Evaluation, key: str) -> str:
-    """Sentence about the score that is better than the baseline by most, where the paired interval excludes zero."""
-    found = [
-        (by_metric["auroc"], score)
-        for score, by_metric in evaluation.report.get("differences", {}).get(key, {}).items()
-        if nan_if_none(by_metric["auroc"][1]) > 0
-    ]
-    if not found or evaluation.report["bootstrap"]["baseline"] != evaluation.primary_score:
-        return ""
-    (value, low, high), score = max(found)
-    return f" {score} is better by {value:.3f} [{low:.3f}, {high:.3f}]."
+    return f"{text}.", level

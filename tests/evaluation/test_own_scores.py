@@ -1,0 +1,152 @@
+"""Confidence scores of the user's own."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tal_fast import evaluate
+from tal_fast.config.names import check_scores
+from tal_fast.evaluation.npz import read_npz
+from tal_fast.evaluation.pipeline import evaluate_outputs
+from tal_fast.evaluation.report import EvaluationOptions
+from tal_fast.evaluation.sample_scores import read_samples
+from tal_fast.metrics.failure import failure_metrics
+from tal_fast.utils import own_code
+from tests.helpers.evaluation import make_run, read_json, write_npz
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "own-outputs.md").read_text()
+OWN = """
+import numpy as np
+
+def spread(logits, features):
+    assert logits.dtype == np.float64
+    return logits.std(axis=1)
+
+def norms(logits, features):
+    return np.linalg.norm(features, axis=1)
+
+def matrix(logits, features):
+    return logits
+
+def holes(logits, features):
+    return np.where(logits[:, 0] > 0, 1.0, np.nan)
+
+def msp(logits, features):
+    return logits[:, 0]
+"""
+
+
+@pytest.fixture(autouse=True)
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File of scores in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+
+
+def test_functions_of_a_file_are_scores(tmp_path: Path) -> None:
+    rng = np.random.default_rng()
+    path = write_npz(
+        tmp_path / "x.npz", features=rng.normal(size=(200, 3)), ood_noise_features=rng.normal(size=(90, 3))
+    )
+    options = ["--scores", "msp", "own.py:spread", "own.py:norms", "--output", str(tmp_path / "out")]
+    assert evaluate.main(["--npz", str(path), *options]) == 0
+    inputs, samples = read_npz(path), read_samples(tmp_path / "out")
+    assert samples is not None
+    assert list(samples.id_scores) == ["msp", "spread", "norms"]
+    want = inputs.id.logits.astype(np.float64).std(axis=1)
+    np.testing.assert_array_equal(samples.id_scores["spread"], want)
+    np.testing.assert_array_equal(
+        samples.ood_scores["noise"]["norms"], np.linalg.norm(inputs.ood["noise"].features, axis=1)
+    )
+    assert read_json(tmp_path / "out")["settings"]["old_fd"]["spread"] == failure_metrics(want, inputs.id.correct)
+
+
+def test_values_beside_saved_outputs_are_scores(tmp_path: Path) -> None:
+    rng = np.random.default_rng()
+    mine, foreign, half = rng.random(200), rng.random(90).astype(np.float32), rng.random(200)
+    path = write_npz(tmp_path / "x.npz", score_mine=mine, ood_noise_score_mine=foreign, score_half=half)
+    evaluation = evaluate_outputs(read_npz(path), EvaluationOptions(scores=["msp"], temperature=0.25))
+    assert list(evaluation.samples.id_scores) == ["msp", "mine"]
+    assert set(evaluation.samples.id_scores["mine"]) < set(mine)
+    np.testing.assert_array_equal(evaluation.samples.ood_scores["noise"]["mine"], foreign)
+    assert evaluation.report["left_out"] == {"half": "there are no values of it for noise"}
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("own.py:matrix", r"matrix must have a number, not NaN, for each of 200 samples; it has float\d+ of shape"),
+        ("own.py:holes", r"holes must have .* of shape \(200,\), \d+ of them NaN"),
+        ("own.py:msp", "your score msp has the name of another score; rename it"),
+        ("own.py:none", "own.py defines no none"),
+        ("none.py:spread", "there is no file .*none.py, which defines spread; put it there, or name another"),
+        ("own:spread", "unknown score own:spread; choose from .*FILE.py:FUNCTION"),
+    ],
+)
+def test_what_is_no_score_is_refused(
+    name: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_npz(tmp_path / "x.npz")
+    assert evaluate.main(["--npz", str(path), "--scores", "msp", name]) == 2
+    assert re.search(sentence, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        ({"score_mine": np.zeros(199)}, "score_mine must have a number, not NaN, for each of 200 samples"),
+        ({"score_msp": np.zeros(200)}, "score_msp has the name of a score of this package; rename it"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(arrays: dict[str, np.ndarray], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        evaluate_outputs(read_npz(write_npz(tmp_path / "x.npz", **arrays)))
+
+
+def test_a_run_is_judged_by_a_function_even_without_features(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "ce")
+    assert evaluate.main(["--run", str(run), "--scores", "own.py:spread", "--fast", "--device", "cpu"]) == 0
+    assert list(read_json(run)["settings"]["old_fd"]) == ["spread", "msp"]
+
+
+def test_scores_of_an_installed_package_have_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_package.py").write_text(OWN)
+    about = tmp_path / "own_package-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: own-package\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[tal_fast.scores]\nwide = own_package:spread\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own_code.installed.cache_clear()
+    try:
+        assert check_scores(["wide"]) == ["wide"]
+        evaluation = evaluate_outputs(read_npz(write_npz(tmp_path / "x.npz")), EvaluationOptions(scores=["wide"]))
+        assert list(evaluation.samples.id_scores) == ["wide"]
+    finally:
+        own_code.installed.cache_clear()
+        own_code.load.cache_clear()
+        sys.modules.pop("own_package", None)
+
+
+@pytest.mark.slow
+def test_the_documented_score_runs(tmp_path: Path) -> None:
+    outputs = next(
+        block for block in re.findall(r"^```python\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE) if "savez" in block
+    )
+    section = GUIDE.partition("## A score of your own")[2]
+    (function,) = re.findall(r"^```python\n(.*?)^```", section.partition("\n## ")[0], re.DOTALL | re.MULTILINE)
+    command = re.findall(r"^```sh\npython (.*?)\n```", section, re.DOTALL | re.MULTILINE)[0]
+    assert len(function.splitlines()) <= 15
+    (tmp_path / "my_scores.py").write_text(function)
+    root = str(Path(__file__).parents[2])
+    for words in (["-c", outputs], command.split()):
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env={"PYTHONPATH": root}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert "top_gap" in read_json(tmp_path / "outputs-report")["settings"]["new_fd"]
