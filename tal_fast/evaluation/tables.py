@@ -41,7 +41,8 @@ def setting_title(key: str, report: Mapping[str, Any]) -> str:
     sets = report.get("shift_names", []) if shifted else report["ood_names"]
     if name in GROUPS or (not name and len(sets) > 1):
         number = sum(one.startswith(f"{name}/") for one in sets) if name else len(sets)
-        return f"{title}: mean over {number} {name + ' ' if name else ''}{'shifted' if shifted else 'OOD'} set{'s' if number > 1 else ''}"
+        what = f"{name} {'shifted' if shifted else 'OOD'} set{'s' if number > 1 else ''}".strip()
+        return f"{title}: mean over {number} {what}"
     name = printable(name or "".join(sets))
     return f"{title} ({name})" if shifted else f"{title} against {name}"
 

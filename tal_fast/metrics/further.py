@@ -10,8 +10,7 @@ from tal_fast.config.names import FURTHER_METRICS
 from tal_fast.metrics.failure import aurc_floor, failure_metrics
 from tal_fast.metrics.ranking import as_scores, rank
 
-LEVEL = 0.95
-"""Level of the intervals of operating points."""
+LEVEL = 0.95  # of the intervals of operating points
 
 
 def further_metrics(confidence: Any, success: Any, loss: Any = None) -> dict[str, float]:
