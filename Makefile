@@ -129,14 +129,15 @@ bench-smoke: setup
 	$(BIN)/python -m bench.compare bench/results/smoke build/bench/cpu-smoke.json --tolerance 0.5
 	PYTHON=$(BIN)/python OUT=build/bench bench/gpu.sh --smoke
 
-bench: setup
+# The metrics beside other libraries': in the environment of the peers.
+bench: setup $(PEERS)/.ready
 	vectors=$$($(BIN)/python -c 'from bench.harness import environment; print(environment()["vectors"])') && \
 	    $(KEEP) $(BIN)/python -m pytest bench --benchmark-only --size smoke --benchmark-json=bench/results/smoke/$$vectors.json -q
 	for part in $(BENCHMARKS); do \
 	    $(KEEP) $(BIN)/python -m pytest bench/bench_$$part.py --benchmark-only --benchmark-json=bench/results/cpu/$$part.json -q || exit 1; \
 	done
 	$(BIN)/python -m bench.loaders --out bench/results/loaders_cpu.json
-	$(BIN)/python -m bench.metrics --out bench/results/metrics_cpu.json
+	$(PEERS)/bin/python -m bench.metrics --out bench/results/metrics_cpu.json
 	$(BIN)/python -m bench.report
 
 clean:

@@ -118,6 +118,8 @@ class Measure:
             rounds: exactly so many runs, instead of as many as fit into the time.
         """
         if self.benchmark.disabled:
+            (prepare or (lambda: None))()
+            self.benchmark(calls[0])
             return
         threads = threads_of(case)
         timer = clock_of(threads)

@@ -19,13 +19,15 @@ import numpy as np
 import torch
 
 from bench.harness import environment, write_json
+from bench.metric_peers import measure_peers
 from tal_fast.evaluation.evaluation import evaluate_samples
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.metrics.calibration import calibration_metrics
 from tal_fast.metrics.failure import failure_metrics
 from tal_fast.metrics.ranking import tied_share
-from tal_fast.scores.logits import SCORES
+from tal_fast.scores.logits import SCORES, logit_scores
+from tal_fast.utils.arrays import by_blocks
 
 SIZES = (1_000, 5_000, 10_000, 50_000)
 CLASSES = 1_000
@@ -54,6 +56,13 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 2**20
 
 
+def log_sum_exp(block: Any) -> Any:
+    """A plain pass over a block of rows in float64: maximum, exponentials and their sum."""
+    z = torch.from_numpy(block)
+    top = z.amax(1)
+    return (top + (z - top[:, None]).exp().sum(1).log()).numpy()
+
+
 def measure(samples: int, classes: int) -> dict[str, Any]:
     logits, labels = outputs(samples, classes)
     before = peak_mib()
@@ -62,11 +71,14 @@ def measure(samples: int, classes: int) -> dict[str, Any]:
     seconds, scores = {}, {}
     for name, function in SCORES.items():
         seconds[name], scores[name] = timed(lambda function=function: function(logits))  # type: ignore[misc]
+    one_pass_s, _ = timed(lambda: logit_scores(logits))
+    plain_pass_s, _ = timed(lambda: by_blocks(log_sum_exp, logits))
     metrics_s, _ = timed(lambda: [failure_metrics(values, right) for values in scores.values()])
     calibration_s, _ = timed(lambda: calibration_metrics(logits, labels))
     cpu_s = time.process_time() - cpu_s
     return {
-        "n": samples, "C": classes, "scores_s": seconds, "metrics_s": metrics_s, "calibration_s": calibration_s,
+        "n": samples, "C": classes, "scores_s": seconds, "one_pass_s": one_pass_s,
+        "plain_pass_s": plain_pass_s, "metrics_s": metrics_s, "calibration_s": calibration_s,
         "total_s": sum(seconds.values()) + metrics_s + calibration_s, "cpu_s": cpu_s, "accuracy": float(right.mean()),
         "tied_share": {name: tied_share(values) for name, values in scores.items()},
         "logits_mib": logits.nbytes / 2**20, "peak_mib_before": before, "peak_mib_after": peak_mib(),
@@ -100,7 +112,8 @@ def main() -> None:
     for samples in sizes:
         row = measure(samples, classes)
         print(
-            f"n {samples:7,} x {classes:,}  scores {sum(row['scores_s'].values()):6.2f} s  metrics "
+            f"n {samples:7,} x {classes:,}  scores {sum(row['scores_s'].values()):6.2f} s, in one "
+            f"pass {row['one_pass_s']:.2f} s, a plain pass {row['plain_pass_s']:.2f} s  metrics "
             f"{row['metrics_s']:5.2f} s  calibration {row['calibration_s']:5.2f} s  all {row['total_s']:6.2f} s, "
             f"{row['cpu_s']:.2f} CPU seconds  "
             f"peak {row['peak_mib_after']:,.0f} MiB, logits {row['logits_mib']:,.0f} of it"
@@ -112,6 +125,9 @@ def main() -> None:
         f"{row['cpu_s']:.2f} CPU seconds, {row['added_peak_mib']:.0f} MiB more"
     )
     result["intervals"] = row
+    result["peers"] = measure_peers(*[(2_000,)] * args.smoke)
+    for row in result["peers"]:
+        print(f"{row['metric']:13} n {row['n']:9,} {row['library']:18} {row['ms']:9.3f} ms")
     if args.out:
         write_json(args.out, result)
 

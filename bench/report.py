@@ -366,6 +366,22 @@ def metrics_table(results: Results) -> str:
     return table(("samples", "what", "p20", "over one sort"), rows)
 
 
+def metric_peers_table(results: Results) -> str:
+    """One metric at a time beside other libraries, of ``bench.metrics``, not of pytest's benchmarks."""
+    found: dict[tuple[int, str], dict[str, float]] = {}
+    for row in json.loads((RESULTS / "metrics_cpu.json").read_text()).get("peers", ()):
+        found.setdefault((row["n"], row["metric"]), {})[row["library"]] = row["ms"]
+    if not found:
+        return "Not yet run."
+    names = ("torch_uncertainty", "torchmetrics", "scikit_learn", "mapie")
+    rows = []
+    for (n, metric), calls in found.items():
+        own = calls["tal_fast"]
+        theirs = (f"{ms(calls[name])} ({times(calls[name] / own)})" if name in calls else "–" for name in names)
+        rows.append((f"{n:,}", f"`{metric}`", ms(own), *theirs))
+    return table(("samples", "metric", "tal_fast", "torch-uncertainty", "torchmetrics", "scikit-learn", "MAPIE"), rows)
+
+
 def linear_table(results: Results) -> str:
     """The fused last layer's loss and gradients, beside two steps."""
     peers = ("paper", "released", "paper_two_steps", "released_two_steps", "cross_entropy_torch")
@@ -549,6 +565,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "distributions": distribution_table,
     "training": training_table,
     "metrics": metrics_table,
+    "metric-peers": metric_peers_table,
     "targets": targets_table,
     "kernels": lambda _: kernels_table(RESULTS / "kernels"),
 }

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from tal_fast.config.names import ENSEMBLE_SCORES, FITTED_SCORES, LOGIT_SCORES, is_own_score
 from tal_fast.config.schema import DataConfig, ModelConfig
 from tal_fast.data import build_data
+from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import DataBundle, Split
 from tal_fast.data.ood import ood_set, set_named, shift_set
 from tal_fast.evaluation.evaluation import Evaluation, write_evaluation
@@ -165,6 +166,22 @@ def _ood_splits(data: DataBundle, specs: Mapping[str, str]) -> dict[str, Split]:
     return splits
 
 
+def _shift_splits(data: DataBundle, specs: Mapping[str, str]) -> dict[str, tuple[Split, Corruption | None]]:
+    """Shifted sets by name, each with its corruption."""
+    splits = {}
+    for name, spec in specs.items():
+        with set_named(name):
+            splits[name] = shift_set(spec, data.class_names, data.split("val"), data.channels)
+    return splits
+
+
+def check_sets(data: DataConfig, ood: Mapping[str, str], shifts: Mapping[str, str]) -> None:
+    """Raise the ValueError that evaluating a run of this data on these sets would end in."""
+    bundle = build_data(data)
+    _ood_splits(bundle, ood)
+    _shift_splits(bundle, shifts)
+
+
 def _evaluate_model(
     inference: Inference,
     ood_specs: Mapping[str, str],
@@ -181,11 +198,7 @@ def _evaluate_model(
         options = dataclasses.replace(options, scores=scores)
     if passes.amp is not None:
         provenance["amp"] = passes.amp
-    ood = _ood_splits(data, ood_specs)
-    shifts = {}
-    for name, spec in shift_specs.items():
-        with set_named(name):
-            shifts[name] = shift_set(spec, data.class_names, data.split("val"), data.channels)
+    ood, shifts = _ood_splits(data, ood_specs), _shift_splits(data, shift_specs)
     id_store = inference.store("val")
     # The prefixes keep sets that are called val or train-eval apart from those splits.
     ood_stores = {name: inference.store(f"ood-{name}", images) for name, images in ood.items()}

@@ -144,17 +144,15 @@ def load_weights(
 
 def _check_class_order(weights: Weights, names: Sequence[str]) -> None:
     """Warn where the outputs of a network may be in another order than the classes of the data."""
-    if weights.class_names is not None and weights.class_names != list(names):
+    theirs = weights.class_names
+    if theirs is None and all(map(str.isdecimal, names)):
+        theirs = sorted(names, key=int)
+    if theirs is not None and list(theirs) != list(names):
         logger.warning(
-            "%s is of a run with the classes %s, the data have %s: outputs are taken in the order of the data's",
-            weights.source, ", ".join(weights.class_names[:4]), ", ".join(names[:4]),
-        )  # fmt: skip
-    elif weights.class_names is None and all(map(str.isdecimal, names)) and list(names) != sorted(names, key=int):
-        logger.warning(
-            "the classes are numbers in the order of text (%s, ...), which is that of the outputs of %s only if it was "
-            "trained so; if it was trained on int(name), give the folders names of equal length (00, 01, ...)",
-            ", ".join(names[:4]), weights.source,
-        )  # fmt: skip
+            "the classes of %s may be in the order %s, ..., the data's are %s, ...; if so, give the "
+            "folders names that sort like the outputs (00, 01, ...)",
+            *(weights.source, ", ".join(theirs[:4]), ", ".join(names[:4])),
+        )
 
 
 def start_from(network: nn.Module, weights: Weights, class_names: Sequence[str]) -> None:
