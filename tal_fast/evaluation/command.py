@@ -47,13 +47,15 @@ WEIGHTS_OPTIONS: dict[str, dict[str, Any]] = {
 PASS_OPTIONS: dict[str, dict[str, Any]] = {
     "ood": {
         "action": "append", "default": [], "metavar": "NAME=WHERE",
-        "help": "OOD set: a folder, textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], fashion-mnist[:FOLDER], "
-        "cifar10:FOLDER, cifar100:FOLDER, npy:FILE, patches[:N], gaussian[:N] or uniform[:N]. May be repeated.",
+        "help": "OOD set: a folder, textures:FOLDER, list:FOLDER:FILE.txt, imagenet-o:FOLDER, svhn:FILE.mat, "
+        "mnist[:FOLDER], fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, npy:FILE, patches[:N], gaussian[:N] "
+        "or uniform[:N]. May be repeated. Sets named near/... and far/... have a mean of each group.",
     },
     "shift": {
         "action": "append", "default": [], "metavar": "NAME=WHERE",
-        "help": "Shifted images of the same classes: a folder of class folders, cifar-c:FILE.npy[:SEVERITY], or "
-        f"{', '.join(names.CORRUPTIONS)}, each with [:SEVERITY]. May be repeated.",
+        "help": "Shifted images of the same classes: a folder of class folders, cifar-c:FILE.npy[:SEVERITY], "
+        "cifar10.1:FOLDER[:v4], list:FOLDER:FILE.txt, imagenet-v2, imagenet-a, imagenet-r or imagenet-c, each with "
+        f":FOLDER, or {', '.join(names.CORRUPTIONS)}, each with [:SEVERITY]. May be repeated.",
     },
     "batch_size": {"type": at_least(1), "help": "Images per step on each rank. Default: 256."},
     "device": {"help": "auto, cpu, cuda, cuda:1, ... Default: auto, a GPU if there is one."},
@@ -111,6 +113,7 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
         choose_by=args.choose_by,
         temperature=args.temperature,
         intervals=args.bootstrap > 0,
+        metrics=args.metrics,
         **({} if args.knn_samples is None else {"knn_samples": args.knn_samples or None}),
     )
     path = args.npz or args.weights or Path((args.ensemble or ["."])[0]).absolute().with_name("ensemble")
@@ -212,7 +215,8 @@ def parser() -> ArgumentParser:
     )  # fmt: skip
     metrics.add_argument(
         "--mix", type=checked(_mix), default="balanced-random",
-        help="ID:OOD samples: balanced-random, all, first-n, or prior=P with P the share of OOD. Default: %(default)s.",
+        help="ID:OOD samples: balanced-random, all, first-n, or prior=P with P the share of OOD; with "
+        ",full-spectrum behind it shifted sets are ID too. Default: %(default)s.",
     )  # fmt: skip
     metrics.add_argument(
         "--seed", type=at_least(0), default=0, help="Seed of everything that is random. Default: %(default)s."
@@ -223,6 +227,8 @@ def parser() -> ArgumentParser:
         "that N itself changes nothing. Default: %(default)s, no intervals.",
     )  # fmt: skip
 
+    further = f"{', '.join(names.FURTHER_METRICS)}, coverage@risk=0.05, risk@coverage=0.8, ds=msp+energy (two scores)"
+    metrics.add_argument("--metrics", nargs="+", default=[], help=f"Further metrics for report.json: {further}.")
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output", metavar="DIR", help="Folder of the report. Default: the run's folder, or FILE-report next to FILE.",

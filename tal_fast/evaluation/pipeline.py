@@ -17,6 +17,7 @@ from tal_fast.evaluation.own_scores import own_scores, report_names
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sample_scores import Predictions, Samples, identity_of
 from tal_fast.metrics.calibration import calibration_metrics
+from tal_fast.metrics.settings import GROUPS
 from tal_fast.runs.prediction_store import Outputs
 from tal_fast.scores.features import FeatureScorer, Training, training_needed
 from tal_fast.scores.logits import SCORES, logit_scores
@@ -40,9 +41,10 @@ class EvaluationInputs:
 
 
 def check_set_names(ood: Collection[str]) -> None:
-    """Raise a ValueError if an OOD set is called ``val``, the name of the ID samples."""
-    if "val" in ood:
-        raise ValueError("an OOD set cannot be called 'val', which are the ID samples; give it another name")
+    """Raise a ValueError if an OOD set is called ``val``, the name of the ID samples, or like a group of sets."""
+    taken = {"val", *(group for group in GROUPS if any(name.startswith(f"{group}/") for name in ood))}
+    for name in taken & set(ood):
+        raise ValueError(f"an OOD set cannot be called {name!r}, which are the ID samples or a group; rename it")
 
 
 def evaluate_outputs(
