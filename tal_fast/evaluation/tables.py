@@ -10,7 +10,7 @@ from typing import Any
 
 from tal_fast.metrics.calibration import BINS, CALIBRATION
 from tal_fast.metrics.intervals import FEW
-from tal_fast.metrics.settings import Mix
+from tal_fast.metrics.settings import GROUPS, Mix
 
 WIDTH = 100
 """Columns of the terminal that text tables have to fit."""
@@ -39,8 +39,10 @@ def setting_title(key: str, report: Mapping[str, Any]) -> str:
         return title
     shifted = kind == "shift"
     sets = report.get("shift_names", []) if shifted else report["ood_names"]
-    if not name and len(sets) > 1:
-        return f"{title}: mean over {len(sets)} {'shifted' if shifted else 'OOD'} sets"
+    if name in GROUPS or (not name and len(sets) > 1):
+        number = sum(one.startswith(f"{name}/") for one in sets) if name else len(sets)
+        what = f"{name} {'shifted' if shifted else 'OOD'} set{'s' if number > 1 else ''}".strip()
+        return f"{title}: mean over {number} {what}"
     name = printable(name or "".join(sets))
     return f"{title} ({name})" if shifted else f"{title} against {name}"
 

@@ -32,7 +32,6 @@ MEANINGS = {
     "AUROC": "probability that a success is more confident than an error; 0.5 is chance",
     "FPR95": "share of the errors kept when 95% of the successes are; TNR95 is the share rejected",
     "E-AURC": "AURC minus its floor, all errors ranked last, by the paper’s approximation or exact",
-    "tied": "share of the samples whose score equals another’s",
     "AUPR": "average precision with successes or errors as the positive class; chance is their share",
 }
 """Column -> what it is, for the legend."""
