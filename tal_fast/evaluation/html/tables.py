@@ -16,8 +16,8 @@ from tal_fast.evaluation.tables import (
     format_value,
     mark_best,
     nan_if_none,
+    setting_notes,
     setting_title,
-    undefined_notes,
 )
 from tal_fast.metrics.curves import OperatingPoint, OperatingPoints
 from tal_fast.metrics.failure import HIGHER_IS_BETTER, METRICS
@@ -86,7 +86,7 @@ def setting_table(report: Report, key: str) -> SettingTable:
         describe_samples(report, key),
         Table(title, [("score", None), *columns, ("tied", None)], [*rows.items()]),
         differences and Table(f"{title}, differences", [("score", None), *columns], _difference_rows(differences), ""),
-        undefined_notes(report, key, METRICS),
+        setting_notes(report, key, METRICS),
     )
 
 
