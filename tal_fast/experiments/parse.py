@@ -181,7 +181,8 @@ def _evaluate_words(options: Values) -> tuple[str, ...]:
             args = parser.parse_args(["--run", "RUN", *words])
         parse_named(args.ood, "--ood")
         parse_named(args.shift, "--shift")
-        check_scores([name for group in args.scores for name in group.split(",") if name])
+        if args.scores is not None:
+            check_scores([name for group in args.scores for name in group.split(",") if name])
     except SystemExit:
         raise ValueError(f"evaluate: {errors.getvalue().strip().rpartition('error: ')[2]}") from None
     except ValueError as error:
