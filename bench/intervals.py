@@ -65,20 +65,23 @@ def saturated(rng: np.random.Generator, n: int, rate: float) -> Draw:
     part = rng.random(n)
     mean = np.where(success, np.where(part < 0.85, 5.0, 2.0), np.where(part < 0.7, 1.0, 4.0))
     noise = rng.logistic(size=n)
-    logits = mean + noise, 0.8 * mean + 0.5 * noise + 0.9 * rng.normal(size=n) + 0.4
-    return success, *(1 / (1 + np.exp(-z)) for z in logits)
+    return success, _sigmoid(mean + noise), _sigmoid(0.8 * mean + 0.5 * noise + 0.9 * rng.normal(size=n) + 0.4)
+
+
+def _sigmoid(logits: Floats) -> Floats:
+    return 1 / (1 + np.exp(-logits))
 
 
 def two_decimals(rng: np.random.Generator, n: int, rate: float) -> Draw:
     """The binormal scores as probabilities with two decimals: at most 101 different ones."""
-    success, *scores = binormal(rng, n, rate)
-    return success, *(np.round(1 / (1 + np.exp(-z)), 2) for z in scores)
+    success, one, two = binormal(rng, n, rate)
+    return success, np.round(_sigmoid(one), 2), np.round(_sigmoid(two), 2)
 
 
 def bfloat16(rng: np.random.Generator, n: int, rate: float) -> Draw:
     """The saturated softmax in bfloat16, which has 128 values above 0.5."""
-    success, *scores = saturated(rng, n, rate)
-    return success, *map(_bfloat16, scores)
+    success, one, two = saturated(rng, n, rate)
+    return success, _bfloat16(one), _bfloat16(two)
 
 
 def _bfloat16(values: Floats) -> Floats:
@@ -168,13 +171,14 @@ def main() -> None:
         print(table(result), *outside(result), sep="\n")
         return
     start = time.process_time()
+    facts = {**environment(), "numpy": np.__version__}
     rows = []
     for population in POPULATIONS:
         for n, errors in CELLS:
             rows.append(simulate(population, n, errors, args.draws))
             print(population, n, errors, f"{time.process_time() - start:.0f} CPU seconds", flush=True)
     result = {
-        "what": f"coverage of {LEVEL:.0%} intervals", "environment": {**environment(), "numpy": np.__version__},
+        "what": f"coverage of {LEVEL:.0%} intervals", "environment": facts,
         "cpu_s": time.process_time() - start, "results": rows,
     }  # fmt: skip
     print(table(result), *outside(result), sep="\n")

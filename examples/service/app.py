@@ -8,6 +8,7 @@ curl --data-binary @photo.jpg http://127.0.0.1:8000/predict
 
 import io
 import json
+import logging
 import os
 
 import numpy as np
@@ -21,6 +22,8 @@ Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow refuses images of more than twice 
 
 session = onnxruntime.InferenceSession(os.environ["MODEL"], providers=["CPUExecutionProvider"])
 about = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
+if about.get("risk") is None:
+    logging.getLogger("uvicorn.error").warning("the model has no threshold: every prediction is accepted")
 app = FastAPI(title="Classifier that abstains")
 
 

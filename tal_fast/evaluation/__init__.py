@@ -10,6 +10,6 @@ module                contents
 ``report``            ``report.json``; ``sample_scores``: ``samples.npz``; ``tables``: printed tables
 ``plots``, ``html``   PNG plots and ``report.html``, with the images that ``galleries`` chooses
 ``compare``           groups of runs; ``differences`` and ``compare_tables``: their differences and tables
-``selective``         thresholds with a bounded risk, ``python -m tal_fast.calibrate``
+``selective``         thresholds with a bounded risk; ``calibration``: on parts of the held-out samples
 ====================  =================================================================================================
 """

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import tal_fast
-from tal_fast.evaluation.selective import NoThreshold, calibrate
+from tal_fast.evaluation.calibration import DEFAULTS
+from tal_fast.evaluation.selective import NoThreshold
 from tal_fast.scores.logits import SCORES
 from tal_fast.utils.arguments import ArgumentParser, add_pass_options, at_least
 from tal_fast.utils.io import check_writable
@@ -25,7 +26,7 @@ def calibrate_run(run_dir: str | Path, output: str | Path | None = None, **optio
         run_dir: folder of a run of ``python -m tal_fast.train``.
         output: folder of the three files; ``calibrated`` in the run's folder unless given.
         options: ``score``, ``checkpoint``, ``batch_size`` and ``device`` of ``export_run``, whose errors it raises, and
-            arguments of ``calibrate``.
+            its ``options``.
     """
     from tal_fast.evaluation.export import export_run
 
@@ -40,34 +41,60 @@ def calibrate_npz(path: str | Path, output: str | Path | None = None, *, score: 
     ``threshold.json`` goes to ``FILE-calibrated`` beside the file unless ``output`` names a folder; the rest is as for
     ``calibrate_run``.
     """
-    from tal_fast.evaluation.export import check_score, write_about
+    from tal_fast.evaluation.export import choose, select_score, write_about
     from tal_fast.evaluation.npz import read_npz
     from tal_fast.utils.environment import version_of
 
-    path, score = Path(path), check_score(score)
+    path = Path(path)
     folder = path.with_name(path.stem + "-calibrated") if output is None else Path(output)
     check_writable(folder)
-    outputs = read_npz(path).id
-    _, about = calibrate(SCORES[score](outputs.logits), outputs.correct, **options)
-    about |= {"score": score, "npz": str(path)}
+    inputs = read_npz(path)
+    outputs, options = inputs.id, DEFAULTS | options
+    ood, by_class = options.get("ood"), options.pop("per_class", False)
+    if ood is not None and ood not in inputs.ood:
+        raise ValueError(f"{path} has no OOD set {ood!r}; it has: {', '.join(inputs.ood) or 'none'}")
+    score, selection = select_score(score, outputs, options)
+    if ood is not None:
+        options["ood"] = SCORES[score](inputs.ood[ood].logits)
+    if by_class:
+        options |= {"predictions": outputs.logits.argmax(1), "classes": outputs.logits.shape[1]}
+    _, about = choose(SCORES[score](outputs.logits), outputs, outputs.correct, options)
+    about |= {"score": score, **selection, "npz": str(path), **({} if ood is None else {"ood_set": ood})}
     about["versions"] = {"tal_fast": tal_fast.__version__, "torch": version_of("torch")}
     write_about(about, folder)
     return about
 
 
 def describe(about: dict[str, Any]) -> str:
-    """Summary of the content of ``threshold.json`` in a few lines."""
+    """Summary of the content of ``threshold.json``."""
     rule = "every prediction" if about["threshold"] is None else f"{about['score']} > {about['threshold']:.10g}"
     if about["risk"] is None:
         errors = f"{about['errors']} of {about['samples']} validation images are classified wrongly"
         lines = [f"accept {rule}, as no risk is given: {errors}"]
     else:
-        lines = [
-            f"accept {rule}",
-            f"risk at most {about['risk']:.2%} with confidence {about['confidence']:.4g} (bound {about['bound']:.2%} "
-            f"over {about['candidates']} candidates)",
+        lines, what = [f"accept {rule}"], "risk"
+        if "class_thresholds" in about:
+            limits = about["class_thresholds"]
+            names = about.get("class_names", range(len(limits)))
+            lines = [f"accept {about['score']} above the threshold of the predicted class:"]
+            lines += [
+                f"  {k}: {x if x in ('all', 'none') else f'{x:.10g}'}" for k, x in zip(names, limits, strict=True)
+            ]
+            what = "risk of every class"
+        if "ood" in about:
+            what = f"share of {about['ood_set']} accepted"
+        lines += [
+            f"{what} at most {about['risk']:.2%} with confidence {about['confidence']:.4g} "
+            f"(bound {about['bound']:.2%})",
             f"chosen on {about['samples']} held-out samples: coverage {about['coverage']:.2%}, {_errors(about)}",
         ]
+        if "score_selection" in about:
+            others = about["score_selection"]["samples"]
+            lines.append(f"{about['score']} has the largest coverage on {others} other samples, left out of the bound")
+        for part, when in (("ood", ""), ("ood_test", ", which took no part in the choice")):
+            if about.get(part, {}).get("samples"):
+                found = about[part]
+                lines.append(f"{about['ood_set']}: {found['accepted']} of {found['samples']} accepted{when}")
     if "test" in about:
         test = about["test"]
         low, high = test["risk_interval"]
@@ -113,8 +140,17 @@ def add_threshold_options(parser: ArgumentParser, needed: bool) -> None:
     )
     threshold.add_argument(
         "--score",
-        help=f"Confidence score: {', '.join(SCORES)}. Default: that of the run's method"
-        + ("; needed with --npz." if needed else "."),
+        help=f"Confidence score: {', '.join(SCORES)}; or auto: the one of largest coverage on samples that the bound "
+        "does not use. Default: that of the run's method" + ("; needed with --npz." if needed else "."),
+    )
+    threshold.add_argument(
+        "--metric", choices=("risk", "false-accept-ood"), default="risk",
+        help="What --risk bounds: the error rate among accepted predictions, or the share of --ood that is accepted. "
+        "Default: risk.",
+    )  # fmt: skip
+    threshold.add_argument("--ood", metavar="NAME[=WHERE]", help="OOD set: of the run or the .npz, or as for evaluate.")
+    threshold.add_argument(
+        "--per-class", action="store_true", help="A threshold for each predicted class; the risk holds for all of them."
     )
     threshold.add_argument(
         "--calibration-share", type=float, default=0.5, metavar="SHARE",
@@ -130,8 +166,13 @@ def add_run_options(group: Any) -> None:
 
 
 def threshold_options(args: Any) -> dict[str, Any]:
-    """Arguments of ``calibrate`` from the command line."""
-    return {"risk": args.risk, "confidence": args.confidence, "share": args.calibration_share, "seed": args.seed}
+    """``options`` of ``export_run`` from the command line."""
+    if (args.metric == "risk") != (args.ood is None):
+        raise ValueError("--metric false-accept-ood and --ood NAME go together; give both, or neither")
+    return {
+        "risk": args.risk, "confidence": args.confidence, "share": args.calibration_share, "seed": args.seed,
+        "per_class": args.per_class, "ood": args.ood,
+    }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,7 +185,7 @@ def _calibrate(args: Any) -> dict[str, Any]:
     options = threshold_options(args)
     if args.npz is not None:
         if args.score is None:
-            raise ValueError(f"an .npz names no score; choose one with --score: {', '.join(SCORES)}")
+            raise ValueError(f"an .npz names no score; choose one with --score: {', '.join(SCORES)}, auto")
         return calibrate_npz(args.npz, args.output, score=args.score, **options)
     from tal_fast.utils.distributed import choose_device
 

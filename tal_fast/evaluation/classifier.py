@@ -22,10 +22,12 @@ from tal_fast.data.headers import UnreadableImage
 from tal_fast.data.pixels import as_channels
 from tal_fast.data.preprocessing import Preprocessing
 from tal_fast.evaluation.calibrate_command import CALIBRATED
+from tal_fast.evaluation.calibration import limits_of
 from tal_fast.evaluation.export import GRAPHS, JSON, SelectiveClassifier, onnx_session, read_about
 from tal_fast.runs.checkpoint import FOLDER
 from tal_fast.runs.load import load_run
 from tal_fast.runs.predictions import weights_hash
+from tal_fast.utils.arrays import Floats
 from tal_fast.utils.distributed import choose_device
 
 CHUNK = 8
@@ -56,7 +58,8 @@ class Classifier:
     Attributes:
         class_names: name of each class.
         score: name of the confidence score, a key of ``tal_fast.scores.SCORES``.
-        threshold: confidence above which a prediction is accepted; −inf accepts all, None if none was chosen.
+        threshold: confidence above which a prediction is accepted, a number or (classes,) of them by predicted class;
+            −inf accepts all, None if none was chosen.
         about: content of ``threshold.json``; empty without a threshold.
 
     Raises:
@@ -211,8 +214,6 @@ class Classifier:
         return cast("list[np.ndarray]", outputs)
 
 
-def _threshold(about: dict[str, Any]) -> float | None:
+def _threshold(about: dict[str, Any]) -> float | Floats | None:
     """Threshold in ``threshold.json``; None if there is no file, or no risk was given."""
-    if about.get("risk") is None:
-        return None
-    return -math.inf if about["threshold"] is None else float(about["threshold"])
+    return None if about.get("risk") is None else limits_of(about)

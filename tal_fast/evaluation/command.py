@@ -47,13 +47,15 @@ WEIGHTS_OPTIONS: dict[str, dict[str, Any]] = {
 PASS_OPTIONS: dict[str, dict[str, Any]] = {
     "ood": {
         "action": "append", "default": [], "metavar": "NAME=WHERE",
-        "help": "OOD set: a folder, textures:FOLDER, svhn:FILE.mat, mnist[:FOLDER], fashion-mnist[:FOLDER], "
-        "cifar10:FOLDER, cifar100:FOLDER, npy:FILE, patches[:N], gaussian[:N] or uniform[:N]. May be repeated.",
+        "help": "OOD set: a folder, textures:FOLDER, list:FOLDER:FILE.txt, imagenet-o:FOLDER, svhn:FILE.mat, "
+        "mnist[:FOLDER], fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, npy:FILE, patches[:N], gaussian[:N] "
+        "or uniform[:N]. May be repeated. Sets named near/... and far/... have a mean of each group.",
     },
     "shift": {
         "action": "append", "default": [], "metavar": "NAME=WHERE",
-        "help": "Shifted images of the same classes: a folder of class folders, cifar-c:FILE.npy[:SEVERITY], or "
-        f"{', '.join(names.CORRUPTIONS)}, each with [:SEVERITY]. May be repeated.",
+        "help": "Shifted images of the same classes: a folder of class folders, cifar-c:FILE.npy[:SEVERITY], "
+        "cifar10.1:FOLDER[:v4], list:FOLDER:FILE.txt, imagenet-v2, imagenet-a, imagenet-r or imagenet-c, each with "
+        f":FOLDER, or {', '.join(names.CORRUPTIONS)}, each with [:SEVERITY]. May be repeated.",
     },
     "batch_size": {"type": at_least(1), "help": "Images per step on each rank. Default: 256."},
     "device": {"help": "auto, cpu, cuda, cuda:1, ... Default: auto, a GPU if there is one."},
@@ -85,6 +87,8 @@ def _print(evaluation: Evaluation, output: Path, units: str) -> None:
     report = evaluation.report
     if "run" in report:
         print(f"{report['run']}: {report['method']}, {report['checkpoint']} checkpoint, epoch {report['epoch']}")
+    elif "ensemble" in report:
+        print(f"ensemble of {len(report['ensemble'])}: {', '.join(report['ensemble'])}")
     elif "weights" in report:
         key = f" ({report['weights_key']})" if report["weights_key"] else ""
         print(f"{report['weights']}{key}: {report['model']}")
@@ -95,25 +99,28 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
     """Evaluate what the options name; returns the evaluation (None on ranks other than 0) and the output folder."""
     from tal_fast.config.schema import ModelConfig
     from tal_fast.data.ood import parse_named
+    from tal_fast.evaluation import sources
     from tal_fast.evaluation.report import EvaluationOptions
-    from tal_fast.evaluation.sources import default_output, evaluate_npz, evaluate_run, evaluate_weights
     from tal_fast.runs.predictions import PassOptions
     from tal_fast.utils.distributed import Ranks
 
+    scores = ("msp",) if args.ensemble else names.DEFAULT_SCORES
     options = EvaluationOptions(
-        scores=[name for group in args.scores for name in group.split(",") if name],
+        scores=[name for group in args.scores or scores for name in group.split(",") if name],
         mix=args.mix,
         seed=args.seed,
         convention=args.convention,
         choose_by=args.choose_by,
         temperature=args.temperature,
         intervals=args.bootstrap > 0,
+        metrics=args.metrics,
         **({} if args.knn_samples is None else {"knn_samples": args.knn_samples or None}),
     )
-    output = Path(args.output or args.run or default_output(args.npz or args.weights, args.model or ""))
+    path = args.npz or args.weights or Path((args.ensemble or ["."])[0]).absolute().with_name("ensemble")
+    output = Path(args.output or args.run or sources.default_output(path, args.model or ""))
     if args.npz is not None:
         # There are no passes to share, so the first of torchrun's processes does everything.
-        return evaluate_npz(args.npz, output, options) if os.environ.get("RANK", "0") == "0" else None, output
+        return sources.evaluate_npz(args.npz, output, options) if os.environ.get("RANK", "0") == "0" else None, output
     ranks = Ranks.start(args.device or "auto")
     try:
         shared: dict[str, Any] = {
@@ -123,12 +130,16 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
             "passes": PassOptions(args.batch_size or 256, args.amp, not args.fast, ranks, args.timeout),
             "options": options,
         }
+        if args.ensemble:
+            del shared["cache"]
+            shared["checkpoint"] = args.checkpoint or "best"
+            return sources.evaluate_ensemble(args.ensemble, output, **shared), output
         if args.run is not None:
             shared |= {"checkpoint": args.checkpoint or "best", "typicalness": not args.no_typicalness}
-            return evaluate_run(args.run, output, **shared), output
+            return sources.evaluate_run(args.run, output, **shared), output
         model = ModelConfig(name=args.model, width=args.width)
         shared |= {"weights_key": args.weights_key}
-        return evaluate_weights(args.weights, model, _data_config(args), output, **shared), output
+        return sources.evaluate_weights(args.weights, model, _data_config(args), output, **shared), output
     finally:
         ranks.stop()
 
@@ -161,6 +172,7 @@ def parser() -> ArgumentParser:
         "--weights", metavar="FILE", help="Weights of --model: .pt, .pth or .safetensors, or 'pretrained'.",
     )  # fmt: skip
     source.add_argument("--npz", metavar="FILE", help="Logits, labels and more of any model.")
+    source.add_argument("--ensemble", nargs="+", metavar="DIR", help="Several runs, or .npz files, as one model.")
 
     for title, options in (
         ("options with --run", RUN_OPTIONS),
@@ -173,7 +185,7 @@ def parser() -> ArgumentParser:
 
     scores = parser.add_argument_group("scores")
     scores.add_argument(
-        "--scores", nargs="+", default=list(names.DEFAULT_SCORES), metavar="SCORE",
+        "--scores", nargs="+", metavar="SCORE",
         help=f"Confidence scores: {', '.join((*names.LOGIT_SCORES, *names.FITTED_SCORES, *names.FEATURE_SCORES))}, "
         "sirc_S1_S2, ood:DETECTOR of pytorch-ood, FILE.py:FUNCTION of your own; or groups: "
         f"{', '.join(names.SCORE_GROUPS)}. "
@@ -203,7 +215,8 @@ def parser() -> ArgumentParser:
     )  # fmt: skip
     metrics.add_argument(
         "--mix", type=checked(_mix), default="balanced-random",
-        help="ID:OOD samples: balanced-random, all, first-n, or prior=P with P the share of OOD. Default: %(default)s.",
+        help="ID:OOD samples: balanced-random, all, first-n, or prior=P with P the share of OOD; with "
+        ",full-spectrum behind it shifted sets are ID too. Default: %(default)s.",
     )  # fmt: skip
     metrics.add_argument(
         "--seed", type=at_least(0), default=0, help="Seed of everything that is random. Default: %(default)s."
@@ -214,6 +227,8 @@ def parser() -> ArgumentParser:
         "that N itself changes nothing. Default: %(default)s, no intervals.",
     )  # fmt: skip
 
+    further = f"{', '.join(names.FURTHER_METRICS)}, coverage@risk=0.05, risk@coverage=0.8, ds=msp+energy (two scores)"
+    metrics.add_argument("--metrics", nargs="+", default=[], help=f"Further metrics for report.json: {further}.")
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output", metavar="DIR", help="Folder of the report. Default: the run's folder, or FILE-report next to FILE.",
@@ -227,6 +242,7 @@ def parser() -> ArgumentParser:
 def check_source(args: argparse.Namespace) -> None:
     """Raise ValueError if an option does not go with the source, or one is missing."""
     foreign = {"run": WEIGHTS_OPTIONS, "weights": RUN_OPTIONS, "npz": (*RUN_OPTIONS, *WEIGHTS_OPTIONS, *PASS_OPTIONS)}
+    foreign["ensemble"] = (*WEIGHTS_OPTIONS, "no_typicalness", "cache", "fast", "temperature")
     source = next(name for name in foreign if getattr(args, name) is not None)
     for name in foreign[source]:
         if getattr(args, name) not in (None, [], False):
@@ -236,6 +252,8 @@ def check_source(args: argparse.Namespace) -> None:
             raise ValueError("--weights needs --model NAME, the network they are for")
         if args.data_dir is None and args.dataset is None:
             raise ValueError("--weights needs --data-dir DIR, which holds val/CLASS/*, or --dataset")
+    if source == "ensemble" and (args.ood or args.shift) and any(member.endswith(".npz") for member in args.ensemble):
+        raise ValueError("--ood and --shift go with runs; an .npz has to hold its own sets")
 
 
 def _mix(text: str) -> Mix:

@@ -198,4 +198,4 @@ def add_description(lines: Sequence[str], text: str, style: str) -> str:
     lines = [line.replace("* best", "bold: best") for line in lines]
     if style == "latex":
         return "".join(f"% {line}\n" for line in lines) + text
-    return tables.escape("\n".join(lines), style) + "\n\n" + text
+    return "  \n".join(tables.escape(line, style) for line in lines) + "\n\n" + text

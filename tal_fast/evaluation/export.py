@@ -22,12 +22,15 @@ from torch import Tensor, nn
 
 import tal_fast
 from tal_fast.config.typed import one_line
-from tal_fast.data.datasets import DataBundle
+from tal_fast.data.datasets import DataBundle, Split
+from tal_fast.data.ood import ood_set, set_named
 from tal_fast.data.preprocessing import Preprocessing
-from tal_fast.evaluation.selective import FORMAT, calibrate
+from tal_fast.evaluation.calibration import BY_CLASS, DEFAULTS, FORMAT, calibrate, parts, score_table, with_table
+from tal_fast.evaluation.selective import NoThreshold
 from tal_fast.runs.load import load_run
+from tal_fast.runs.prediction_store import Outputs
 from tal_fast.runs.predictions import CACHE, PassOptions, weights_hash
-from tal_fast.scores.logits import SCORES
+from tal_fast.scores.logits import SCORES, logit_scores
 from tal_fast.utils.arrays import Floats, Ints
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.environment import version_of
@@ -50,16 +53,17 @@ class SelectiveClassifier(nn.Module):
     Args:
         model: images -> logits (B, C), or (logits, features).
         score: name from ``tal_fast.scores.SCORES``.
-        threshold: a prediction is accepted if its confidence is strictly above; part of the state dict.
+        threshold: a prediction is accepted if its confidence is strictly above; a number, or (classes,) of them by
+            predicted class. Part of the state dict.
     """
 
     threshold: Tensor
 
-    def __init__(self, model: nn.Module, score: str, threshold: float) -> None:
+    def __init__(self, model: nn.Module, score: str, threshold: Any) -> None:
         super().__init__()
         self.model = model
         self.score = check_score(score)
-        self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float64))
+        self.register_buffer("threshold", torch.as_tensor(threshold, dtype=torch.float64).clone())
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Classify images (B, channels, H, W) float32.
@@ -75,8 +79,11 @@ class SelectiveClassifier(nn.Module):
         outputs = self.model(images.half() if half else images)
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
         logits = logits.float() if logits.dtype == torch.float16 else logits
-        confidence = SCORES[self.score](logits)
-        return logits.argmax(1), confidence, confidence > self.threshold, logits
+        prediction, confidence = logits.argmax(1), SCORES[self.score](logits)
+        return prediction, confidence, confidence > self._limits(prediction), logits
+
+    def _limits(self, prediction: Tensor) -> Tensor:
+        return self.threshold.index_select(0, prediction) if self.threshold.ndim else self.threshold
 
 
 class _ForOnnx(SelectiveClassifier):
@@ -89,7 +96,7 @@ class _ForOnnx(SelectiveClassifier):
         prediction, confidence, _, logits = self.decide(images)
         high = confidence * (2.0**20 + 1)
         confidence = high - (high - confidence)  # Veltkamp's splitting
-        return prediction, confidence, confidence > self.threshold, logits
+        return prediction, confidence, confidence > self._limits(prediction), logits
 
 
 class TorchGraph:
@@ -103,9 +110,9 @@ class TorchGraph:
         """Predicted classes (B,) and confidences (B,) float64 of images on the CPU."""
         return self._module(images)[:2]
 
-    def save(self, path: Path, threshold: float, about: Mapping[str, Any]) -> None:
+    def save(self, path: Path, threshold: float | Floats, about: Mapping[str, Any]) -> None:
         """Write the graph, its threshold and its metadata ``about``."""
-        self._program.state_dict["threshold"].fill_(threshold)
+        self._program.state_dict["threshold"].copy_(torch.as_tensor(threshold, dtype=torch.float64))
         with replacing(path) as temporary:
             torch.export.save(self._program, temporary, extra_files={JSON: json.dumps(about)})
 
@@ -114,7 +121,7 @@ class OnnxGraph:
     """ONNX graph in ONNX Runtime, with the logits as a fourth output; methods and errors as of ``TorchGraph``."""
 
     def __init__(self, classifier: SelectiveClassifier, example: Tensor) -> None:
-        program = _program(_ForOnnx(classifier.model, classifier.score, float(classifier.threshold)), example)
+        program = _program(_ForOnnx(classifier.model, classifier.score, classifier.threshold), example)
         names = ["prediction", "confidence", "accepted", "logits"]
         try:
             # Constants go through float32, where the cosine's limit of 2^500 is infinite; float32 logits are below.
@@ -132,7 +139,7 @@ class OnnxGraph:
         prediction, confidence = self._session.run(["prediction", "confidence"], {"images": images.numpy()})
         return torch.from_numpy(prediction), torch.from_numpy(confidence)
 
-    def save(self, path: Path, threshold: float, about: Mapping[str, Any]) -> None:
+    def save(self, path: Path, threshold: float | Floats, about: Mapping[str, Any]) -> None:
         import onnx
 
         stored = next(t for t in self._proto.graph.initializer if t.name == "threshold")
@@ -187,11 +194,13 @@ def export_run(
         folder: output folder of the graph and of ``threshold.json``, which is written last.
         format: key of ``GRAPHS``.
         precision: of the network's weights; images and logits are float32, confidences float64.
-        score: name from ``tal_fast.scores.SCORES``; the score of the run's method unless given.
+        score: name from ``tal_fast.scores.SCORES``, or ``auto``; the score of the run's method unless given.
         batch_size: of the passes over the images.
         device: of PyTorch's pass, where its outputs are not cached; the graph runs on the CPU.
         state: write the classifier's state dict too, also where the model cannot be exported.
-        options: arguments of ``calibrate``; None accepts every prediction.
+        options: ``risk``, ``confidence``, ``share``, ``seed`` and ``selection`` of ``calibrate``; ``per_class``;
+            ``ood``, an OOD set of the run or NAME=WHERE, of which at most the share ``risk`` is accepted then. None
+            accepts every prediction.
 
     Raises:
         NoThreshold: no threshold qualifies; nothing is written.
@@ -203,17 +212,21 @@ def export_run(
     if format == "onnx":
         check_onnx("onnx", "onnxscript", "onnxruntime")
     run = load_run(run_dir, checkpoint=checkpoint, device=device)
-    score = check_score(score or run.score)
     passes = PassOptions(batch_size, ranks=Ranks(0, 1, torch.device(device)))
-    outputs = run.inference(Path(run_dir) / CACHE / run.checkpoint.stem, passes).store("val").load()
+    inference = run.inference(Path(run_dir) / CACHE / run.checkpoint.stem, passes)
+    outputs = inference.store("val").load()
     prediction: Ints = outputs.logits.argmax(1).astype(np.int64)
+    options = None if options is None else {**DEFAULTS, **options}
+    score, selection = select_score(score or run.score, outputs, options)
     confidence: Floats = SCORES[score](outputs.logits)
     about: dict[str, Any] = {
-        "score": score, "run": str(run_dir), "checkpoint": run.checkpoint.stem, "epoch": run.epoch,
+        "score": score, **selection, "run": str(run_dir), "checkpoint": run.checkpoint.stem, "epoch": run.epoch,
         "weights_sha256": weights_hash(run.model), "class_names": list(run.class_names),
         **asdict(Preprocessing.of(run.config.data, run.image_size)),
     }  # fmt: skip
-    classifier = SelectiveClassifier(run.model.cpu(), score, -math.inf)
+    by_class = options is not None and options.pop("per_class", False)
+    everything = torch.full((len(run.class_names),) if by_class else (), -math.inf)
+    classifier = SelectiveClassifier(run.model.cpu(), score, everything)
     graph: TorchGraph | OnnxGraph | None = None
     problem = None
     try:
@@ -226,7 +239,23 @@ def export_run(
             raise
         problem = ValueError(f"{error}; {folder / STATE} holds its weights and the threshold")
     chosen_on = (prediction, confidence) if graph is None else graph_outputs(graph, run.data, batch_size)
-    threshold, values = _choose(chosen_on[1], chosen_on[0] == outputs.labels, options)
+    if by_class and options is not None:
+        options |= {"predictions": chosen_on[0], "classes": len(run.class_names)}
+    if options is not None and (ood := options.get("ood")) is not None:
+        about["ood_set"], images = ood, _ood_images(run.data, ood)
+        options["ood"] = (
+            SCORES[score](inference.store(f"ood-{ood}", images).load().logits)
+            if graph is None
+            else graph_outputs(graph, run.data, batch_size, images)[1]
+        )
+    correct = chosen_on[0] == outputs.labels
+    threshold: float | Floats = -math.inf
+    values: dict[str, Any] = {
+        "format": FORMAT, "threshold": None, "risk": None, "confidence": None, "samples": len(correct),
+        "accepted": len(correct), "errors": int((~correct).sum()), "coverage": 1.0,
+    }  # fmt: skip
+    if options is not None:
+        threshold, values = choose(chosen_on[1], outputs, correct, options)
     about = values | about
     if graph is not None:
         about["export"] = {"format": format, "precision": precision, "file": GRAPHS[format]}
@@ -238,7 +267,7 @@ def export_run(
         for name in (JSON, STATE, *GRAPHS.values()):  # they may be of other weights
             (folder / name).unlink(missing_ok=True)
         if state:
-            classifier.threshold.fill_(threshold)
+            classifier.threshold.copy_(torch.as_tensor(threshold, dtype=torch.float64))
             with replacing(folder / STATE) as temporary:
                 torch.save(classifier.state_dict(), temporary)
         if graph is not None:
@@ -265,8 +294,8 @@ def read_about(path: str | Path) -> dict[str, Any]:
         about = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({one_line(error)}); calibrate again") from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT or "threshold" not in about:
-        raise ValueError(f"{path} is no threshold.json of format {FORMAT}; calibrate again")
+    if not isinstance(about, dict) or about.get("format") not in (FORMAT, BY_CLASS) or "threshold" not in about:
+        raise ValueError(f"{path} is no threshold.json of format {FORMAT} or {BY_CLASS}; calibrate again")
     return about
 
 
@@ -275,18 +304,23 @@ def write_about(about: Mapping[str, Any], folder: Path) -> None:
     write_text(folder / JSON, json.dumps(about, indent=2, allow_nan=False) + "\n")
 
 
-def graph_outputs(graph: TorchGraph | OnnxGraph, data: DataBundle, batch_size: int) -> tuple[Ints, Floats]:
-    """Predicted classes and confidences of the validation images, in their order.
+def graph_outputs(
+    graph: TorchGraph | OnnxGraph, data: DataBundle, batch_size: int, images: Split | None = None
+) -> tuple[Ints, Floats]:
+    """Predicted classes and confidences of the validation images, or of others, in their order.
 
     Raises ValueError if a confidence is not finite.
     """
     from tqdm import tqdm
 
-    samples = len(data.split("val"))
+    samples = len(data.split("val") if images is None else images)
     prediction, confidence = np.zeros(samples, np.int64), np.zeros(samples)
-    with closing(data.loader("val", batch_size=batch_size)) as loader, torch.inference_mode():
-        for images, _, indices in tqdm(loader, "exported", leave=False, disable=None):
-            prediction[indices], confidence[indices] = (values.numpy() for values in graph(images))
+    with (
+        closing(data.loader("val" if images is None else images, batch_size=batch_size)) as loader,
+        torch.inference_mode(),
+    ):
+        for batch, _, indices in tqdm(loader, "exported", leave=False, disable=None):
+            prediction[indices], confidence[indices] = (values.numpy() for values in graph(batch))
     if not np.isfinite(confidence).all():
         raise ValueError(
             f"{int((~np.isfinite(confidence)).sum())} of {samples} confidences of the exported graph are not finite; "
@@ -296,7 +330,7 @@ def graph_outputs(graph: TorchGraph | OnnxGraph, data: DataBundle, batch_size: i
 
 
 def agreement(
-    prediction: Ints, confidence: Floats, reference_class: Ints, reference: Floats, threshold: float, tolerance: float
+    prediction: Ints, confidence: Floats, reference_class: Ints, reference: Floats, threshold: Any, tolerance: float
 ) -> dict[str, Any]:
     """Comparison of a graph's decisions with PyTorch's; the entry ``agreement`` of ``threshold.json``.
 
@@ -305,11 +339,13 @@ def agreement(
         ``decisions_differ`` among these; ``classes_differ`` and ``largest_difference`` of the scores over all images.
 
     Raises:
-        ValueError: the decision on an image differs outside the bound.
+        ValueError: the decision on an image differs outside the bound, and not by another class's threshold.
     """
     bound = tolerance * max(1.0, float(np.abs(reference).max()))
-    inside = np.abs(reference - threshold) <= bound
-    differ = (confidence > threshold) != (reference > threshold)
+    by_class = np.ndim(threshold) > 0
+    limit, own = (np.asarray(threshold)[of] if by_class else threshold for of in (reference_class, prediction))
+    inside = (np.abs(reference - limit) <= bound) | (by_class & (prediction != reference_class))
+    differ = (confidence > own) != (reference > limit)
     largest = float(np.abs(confidence - reference).max())
     if (differ & ~inside).any():
         raise ValueError(
@@ -323,13 +359,38 @@ def agreement(
     }  # fmt: skip
 
 
-def _choose(confidence: Floats, correct: Any, options: Mapping[str, Any] | None) -> tuple[float, dict[str, Any]]:
-    """Threshold and the numbers of ``threshold.json``."""
-    if options is not None:
-        chosen, about = calibrate(confidence, correct, **options)
-        return chosen.threshold, about
-    samples = len(confidence)
-    return -math.inf, {
-        "format": FORMAT, "threshold": None, "risk": None, "confidence": None, "samples": samples, "accepted": samples,
-        "errors": int((~correct).sum()), "coverage": 1.0,
-    }  # fmt: skip
+def choose(
+    confidence: Any, outputs: Outputs, correct: Any, options: Mapping[str, Any]
+) -> tuple[float | Floats, dict[str, Any]]:
+    """Result of ``calibrate``; where a risk is refused, with a table of what every score of the outputs achieves."""
+    try:
+        return calibrate(confidence, correct, **options)
+    except NoThreshold as refusal:
+        if options.get("ood") is not None:
+            raise
+        raise with_table(refusal, logit_scores(outputs.logits), outputs.correct, **options) from None
+
+
+def select_score(score: str, outputs: Outputs, options: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
+    """Name in ``SCORES``, and the entries of ``threshold.json`` for ``auto``, which sets ``selection`` in options."""
+    if score != "auto":
+        return check_score(score), {}
+    if options is None or options.get("ood") is not None:
+        raise ValueError("--score auto goes by the coverage at a bounded risk; give --risk alone, or name a score")
+    _, pick, _ = parts(len(outputs.labels), options["share"], options["seed"], selection=True)
+    options["selection"] = True
+    scores = logit_scores(outputs.logits[pick])
+    rows = score_table(scores, outputs.correct[pick], risk=options["risk"], confidence=options["confidence"])
+    return rows[0]["score"], {"score_selection": {"samples": int(pick.size), "scores": rows}}
+
+
+def _ood_images(data: DataBundle, text: str) -> Split:
+    """Images of an OOD set: one of the data set's by name, or NAME=WHERE."""
+    name, equals, spec = text.partition("=")
+    if equals:
+        with set_named(name):
+            return ood_set(spec, data.image_size, data.channels)
+    if name not in data.ood_names:
+        known = ", ".join(data.ood_names) or "none"
+        raise ValueError(f"the run has no OOD set {name!r} (it has: {known}); give --ood NAME=WHERE")
+    return data.split(name)

@@ -36,18 +36,24 @@ def _parser() -> ArgumentParser:
 
 
 def _as_calibrated(args: Any) -> dict[str, Any] | None:
-    """Arguments of ``calibrate`` that the run was calibrated with; None if it was not."""
+    """``options`` of ``export_run`` that the run was calibrated with; None if it was not."""
     from tal_fast.evaluation.export import JSON, read_about
 
     if threshold_options(args) != threshold_options(_parser().parse_args(["--run", args.run])):
-        raise ValueError("--confidence, --calibration-share and --seed choose a new threshold; give its --risk too")
+        raise ValueError(
+            "--confidence, --calibration-share, --seed, --metric, --ood and --per-class choose a new threshold; "
+            "give its --risk too"
+        )
     path = Path(args.run) / CALIBRATED / JSON
     if not path.is_file():
         return None
     about = read_about(path)
     args.score = args.score or about["score"]
     args.checkpoint = args.checkpoint or ("best" if about["checkpoint"] == "best" else "last")
-    return {"share": about["calibration_share"], **{name: about[name] for name in ("risk", "confidence", "seed")}}
+    return {
+        "share": about["calibration_share"], **{name: about[name] for name in ("risk", "confidence", "seed")},
+        "per_class": "class_thresholds" in about, "ood": about.get("ood_set"), "selection": "score_selection" in about,
+    }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,20 +23,17 @@ def fit_score(
     """Fit a score; returns it, a function of (n, C) logits, and the report's entry.
 
     Args:
-        name: of ``tal_fast.config.names.FITTED_SCORES``.
-        held_out: outputs on the held-out ID samples.
         choose_by: setting whose AURC p is chosen by, ``old-fd`` or ``new-fd``.
-        outliers: (m, C) logits of OOD samples for ``new-fd``; default the held-out logits, each class's shuffled among
-            the samples.
-        seed: of that shuffle, and of which outliers are taken if there are more than held-out samples.
+        outliers: (m, C) logits of OOD samples for ``new-fd``; default the held-out logits with each class's shuffled
+            among the samples, by ``seed``.
     """
     z = held_out.logits
     if name == "cosine_log_gap":
         parts = [(score, score(z)) for score in (cosine, log_gap)]
         if not all(np.isfinite(values).all() and np.ptp(values) > 0 for _, values in parts):
             raise ValueError("cosine or log-gap is infinite or the same for all held-out samples")
-        moments = {score.__name__: (float(values.mean()), float(values.std())) for score, values in parts}
-        return lambda x: sum((s(x) - v.mean()) / v.std() for s, v in parts), {"mean_std": moments}
+        moments = {"mean_std": [(float(values.mean()), float(values.std())) for _, values in parts]}
+        return lambda x: sum((s(x) - v.mean()) / v.std() for s, v in parts), moments
     outliers = np.random.default_rng(seed).permuted(z, axis=0) if outliers is None else outliers
     right = held_out.correct
     setting = old_fd(right) if choose_by == "old-fd" else new_fd(right, len(outliers), seed=seed)

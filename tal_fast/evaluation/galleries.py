@@ -78,11 +78,8 @@ def add_galleries(
         return replace(evaluation, notes=("No images: they are known for training runs only.",))
     samples = evaluation.samples
     try:
-        images = _images_of(
-            run,
-            samples,
-            (evaluation.report.get("temperature") or evaluation.report.get("fitted_scores", {})).get("held_out", 0),
-        )
+        fit = evaluation.report.get("temperature") or evaluation.report.get("fitted_scores", {})
+        images = _images_of(run, samples, fit.get("held_out", 0))
     except (ValueError, OSError) as error:
         return replace(evaluation, notes=(f"No images: {error}.",))
     galleries = [g for g in confidence_galleries(samples, evaluation.primary_score) if g.split in images.splits]

@@ -17,6 +17,7 @@ from tal_fast.evaluation.own_scores import own_scores, report_names
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sample_scores import Predictions, Samples, identity_of
 from tal_fast.metrics.calibration import calibration_metrics
+from tal_fast.metrics.settings import GROUPS
 from tal_fast.runs.prediction_store import Outputs
 from tal_fast.scores.features import FeatureScorer, Training, training_needed
 from tal_fast.scores.logits import SCORES, logit_scores
@@ -40,9 +41,10 @@ class EvaluationInputs:
 
 
 def check_set_names(ood: Collection[str]) -> None:
-    """Raise a ValueError if an OOD set is called ``val``, the name of the ID samples."""
-    if "val" in ood:
-        raise ValueError("an OOD set cannot be called 'val', which are the ID samples; give it another name")
+    """Raise a ValueError if an OOD set is called ``val``, the name of the ID samples, or like a group of sets."""
+    taken = {"val", *(group for group in GROUPS if any(name.startswith(f"{group}/") for name in ood))}
+    for name in taken & set(ood):
+        raise ValueError(f"an OOD set cannot be called {name!r}, which are the ID samples or a group; rename it")
 
 
 def evaluate_outputs(
@@ -61,10 +63,10 @@ def evaluate_outputs(
     """
     options, provenance = options or EvaluationOptions(), provenance or {}
     check_set_names(inputs.ood)
-    left_out, functions = dict(inputs.unavailable), {}
+    functions: dict[str, Any] = {}
     wanted, own = report_names(options.scores, inputs.id.scores)
-    alone = [name for name in ENSEMBLE_SCORES if name in wanted and name not in inputs.id.scores]
-    left_out |= dict.fromkeys(alone, "it needs several models; name them with --ensemble")
+    absent = {**dict.fromkeys(ENSEMBLE_SCORES, "it needs several models: --ensemble"), **inputs.unavailable}
+    left_out = {name: absent[name] for name in wanted if name in absent and name not in inputs.id.scores}
     fitted = [name for name in FITTED_SCORES if name in wanted and name not in left_out]
     entries: dict[str, Any] = {}
     identity, index = dict(inputs.identity or _label_hashes(inputs)), None
@@ -76,9 +78,7 @@ def evaluate_outputs(
         entry = entries["fitted_scores"] = {"held_out": len(held.labels), "choose_by": options.choose_by}
         choose_by, _, ood_set = options.choose_by.partition("=")
         if ood_set and ood_set not in inputs.ood:
-            raise ValueError(
-                f"pnorm is to be chosen by the OOD set {ood_set!r}, but there is {', '.join(inputs.ood) or 'none'}"
-            )
+            raise ValueError(f"pnorm cannot be chosen by {ood_set!r}: OOD sets are {', '.join(inputs.ood) or 'none'}")
         outliers = inputs.ood.pop(ood_set).logits if ood_set else None
         identity.pop(ood_set, None)
         for name in fitted:
@@ -144,20 +144,15 @@ def _hold_out(
     logits are divided by the temperature.
     """
     fit, rest = held_out(len(inputs.id.labels), options.temperature or HELD_OUT, options.seed)
-    held, entries, temperature = inputs.id.subset(fit), {}, None
+    held, entries, temperature = inputs.id.subset(fit), {}, 1.0
     if options.temperature is not None:
         temperature = fit_temperature(held.logits, held.labels)
         entries["temperature"] = {
-            "value": temperature,
-            "held_out": len(fit),
-            "evaluated": len(rest),
-            "seed": options.seed,
+            "value": temperature, "held_out": len(fit), "evaluated": len(rest), "seed": options.seed,
             "calibration_before": calibration_metrics(inputs.id.logits[rest], inputs.id.labels[rest]),
-        }
+        }  # fmt: skip
 
     def scaled(outputs: Outputs) -> Outputs:
-        if temperature is None:
-            return outputs
         # In float64: float16 logits would lose digits.
         return dataclasses.replace(outputs, logits=np.divide(outputs.logits, temperature, dtype=np.float64))
 
@@ -169,14 +164,12 @@ def _hold_out(
             name: scaled(outputs.subset(rest) if name in inputs.corrupted else outputs)
             for name, outputs in inputs.shifts.items()
         },
-        training=inputs.training.scaled(temperature) if inputs.training and temperature else inputs.training,
+        training=None if inputs.training is None else inputs.training.scaled(temperature),
     )
     return scaled(held), scaled_inputs, rest, entries
 
 
-def _unavailable_scores(
-    feature_scores: Sequence[str], scorer: FeatureScorer, inputs: EvaluationInputs
-) -> dict[str, str]:
+def _unavailable_scores(names: Sequence[str], scorer: FeatureScorer, inputs: EvaluationInputs) -> dict[str, str]:
     """Feature scores that cannot be computed -> reason. Fits the others."""
     sets = {"features": inputs.id}
     sets |= {f"ood_{name}_features": outputs for name, outputs in inputs.ood.items()}
@@ -184,8 +177,8 @@ def _unavailable_scores(
     missing = [name for name, outputs in sets.items() if outputs.features is None]
     if missing:
         reason = f"it needs the features of every set, and there are no {', '.join(missing)}"
-        return dict.fromkeys(feature_scores, reason)
+        return dict.fromkeys(names, reason)
     if inputs.training is None:
         reason = "it needs training features, and there are none"
-        return {name: reason for name in feature_scores if training_needed(name)}
-    return scorer.undefined(feature_scores)
+        return {name: reason for name in names if training_needed(name)}
+    return scorer.undefined(names)

@@ -68,7 +68,7 @@ def shift_warning(about: dict[str, Any], accepted: int, total: int) -> str | Non
 
     from tal_fast.evaluation.selective import lower_limit, upper_limit
 
-    if about.get("threshold") is None or not total:
+    if (about.get("threshold") is None and "class_thresholds" not in about) or not total:
         return None
     parts = [about, *([about["test"]] if "test" in about else [])]
     kept, samples = (sum(part[name] for part in parts) for name in ("accepted", "samples"))
@@ -80,8 +80,8 @@ def shift_warning(about: dict[str, Any], accepted: int, total: int) -> str | Non
         return None
     return (
         f"{accepted / total:.1%} of {total:,} images are accepted, and {low:.1%} to {high:.1%} were at calibration: "
-        f"these images are not like the validation images, and the bound of {about['risk']:.2%} on the error rate does "
-        "not hold for them; calibrate on labelled images like these"
+        f"these images are not like the validation images, and the bound of {about['risk']:.2%} does not hold for "
+        "them; calibrate on labelled images like these"
     )
 
 

@@ -5,9 +5,11 @@ All values are in natural units (fractions). In the file NaN is null, and ``unde
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,18 +18,21 @@ from typing import Any
 import numpy as np
 
 import tal_fast
-from tal_fast.config.names import DEFAULT_SCORES, check_scores
+from tal_fast.config.names import DEFAULT_SCORES, FURTHER_METRICS, check_scores
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import setting_title
 from tal_fast.metrics.failure import METRICS, aurc_floor, aurc_random, failure_metrics, undefined_reasons
+from tal_fast.metrics.further import further_metrics, operating_point
 from tal_fast.metrics.intervals import FEW, LEVEL, Evidence, evidence, interval
+from tal_fast.metrics.joint import binned_joint_metrics, joint_metrics
 from tal_fast.metrics.ranking import tied_share
-from tal_fast.metrics.settings import Mix, ScoredSetting
+from tal_fast.metrics.settings import Mix, ScoredSetting, means_of
 from tal_fast.scores.features import KNN_SAMPLES
 from tal_fast.utils.io import write_text
 
 FILE = "report.json"
 FORMAT = 1
+_OTHER = r"(coverage@risk|risk@coverage)=(0?\.\d+|1)|ds=\w+\+\w+"
 Report = dict[str, Any]
 
 
@@ -44,10 +49,15 @@ class EvaluationOptions:
     # logits are divided by the temperature. None: no temperature, and a share of 0.2 for the scores that need one.
     temperature: float | None = None
     choose_by: str = "new-fd"  # AURC that ``pnorm`` is chosen by: ``old-fd``, ``new-fd`` or ``new-fd=OOD-SET``
+    metrics: Sequence[str] = ()  # further metrics, see ``docs/metrics.md#further-metrics``
     intervals: bool = False  # whether metrics and differences have confidence intervals
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", check_scores(self.scores))
+        for metric in self.metrics:
+            if not re.fullmatch(rf"{'|'.join(FURTHER_METRICS)}|{_OTHER}", metric):
+                known = f"{', '.join(FURTHER_METRICS)}, coverage@risk=0.05, risk@coverage=0.8 and ds=msp+energy"
+                raise ValueError(f"unknown metric {metric!r}; choose from {known}, with any shares and two scores")
         if self.choose_by != "old-fd" and self.choose_by.partition("=")[0] != "new-fd":
             raise ValueError(f"pnorm is chosen by old-fd, new-fd or new-fd=OOD-SET, not by {self.choose_by!r}")
 
@@ -94,9 +104,11 @@ def make_report(
     }
     for key, judged in settings.items():
         _add_setting(report, key, judged)
-    for kind, names in (("ood", ood_sizes), ("new_fd", ood_sizes), ("shift", shift_sizes)):
-        if len(names) > 1:
-            _add_mean(report, kind, [f"{kind}/{name}" for name in names])
+    for mean in dict.fromkeys(mean for key in settings for mean in means_of(key)):
+        _add_mean(report, mean, [key for key in settings if mean in means_of(key)])
+    if options.metrics:
+        # Not of ``ood``, in which wrong predictions are successes.
+        report["further"] = {k: _further(s, options.metrics) for k, s in settings.items() if not k.startswith("ood")}
     if options.intervals:
         baseline = baseline or next(iter(samples.id_scores))
         report["bootstrap"] = {
@@ -120,6 +132,25 @@ def _add_setting(report: Report, key: str, judged: ScoredSetting) -> None:
     report["aurc_random"][key] = aurc_random(n, errors)
     report["undefined"][key] = undefined_reasons(setting.success, convention)
     report["tied_share"][key] = {score: tied_share(values) for score, values in scores.items()}
+
+
+def _further(judged: ScoredSetting, metrics: Sequence[str]) -> dict[str, Any]:
+    """Further metrics of a setting, by score, or with OOD samples by two scores as ``S_ID+S_OOD``."""
+    success, scores, n_ood = judged.setting.success, judged.confidences(), judged.setting.ood_index.size
+    found: dict[str, Any] = {}
+    for score, confidence in scores.items():
+        values: dict[str, Any] = further_metrics(confidence, success)
+        for kind, _, limit in (metric.partition("=") for metric in metrics if "@" in metric):
+            values[f"{kind}={limit}"] = operating_point(confidence, success, kind, float(limit))
+        found[score] = {metric: values[metric] for metric in metrics if metric in values}
+    for pair in (metric[3:] for metric in metrics if metric.startswith("ds=") and n_ood):
+        if not scores.keys() >= {*pair.split("+")}:
+            raise ValueError(f"ds={pair} needs both scores; there are {', '.join(scores)}; add it to the scores")
+        parts: Any = *(scores[score] for score in pair.split("+")), success, n_ood
+        found[pair] = joint_metrics(*parts)
+        with contextlib.suppress(ValueError):  # scores that the authors' convention is not made for
+            found[pair] |= {f"{metric}_binned": value for metric, value in binned_joint_metrics(*parts).items()}
+    return found
 
 
 def _add_mean(report: Report, kind: str, keys: Sequence[str]) -> None:

@@ -1,39 +1,41 @@
 """Confidence thresholds whose error rate is bounded: selection with guaranteed risk.
 
 ``choose_threshold`` picks, on held-out samples, the confidence above which predictions are accepted so that the error
-rate among them is at most the given risk, with the given confidence over the draw of the held-out samples. The bound
-assumes only that the held-out samples and later ones are independent draws of one distribution.
+rate among them is at most the given risk r, with probability 1 − δ over the draw of the held-out samples. It assumes
+only that these and later samples are independent draws of one distribution.
 
-The candidates are a few numbers of accepted samples, fixed before scores and errors are known: the threshold is the
-score at that rank, and samples strictly above it are accepted. Given the threshold, the number of errors among them is
-binomial with the selective risk as its rate, so that the Clopper-Pearson upper limit at level δ/K holds for each of the
-K candidates and, by the union bound, for all of them at once. The candidate with the largest coverage whose limit is at
-most the risk is taken. This is Geifman and El-Yaniv's selection with guaranteed risk (NeurIPS 2017, Algorithm 1), but
-their bisection chooses each candidate after the errors of the one before, while their union bound counts only those
-that it visits; fixed candidates avoid that. The bound is valid for tied and discrete scores, for any score and any
-distribution. Fixed-sequence testing (Angelopoulos et al., *Learn then Test*, 2021) needs no division of δ, but
-thresholds from other data, and one error among the most confident samples ends it: it covers more where its start suits
-the risk curve, and far less, or nothing, where it does not.
+The procedure is fixed-sequence testing with several starts (Wiens, *Pharmaceutical Statistics*, 2003; Angelopoulos et
+al., *Learn then Test*, 2021). From a start the threshold is lowered sample by sample as long as the exact binomial test
+P(Bin(accepted, r) ≤ errors) ≤ α rejects a risk above r; α is the sum of the shares of δ of that start and of the
+earlier ones whose sequences have arrived there. Starts are numbers of accepted samples, and use no label: K evenly
+spaced ones have what a union bound over them (Geifman and El-Yaniv, NeurIPS 2017) would spend there, the binomial
+probability of the most errors with a Clopper-Pearson limit at δ/K within r. What this leaves of δ goes to the earliest
+rank that it allows, among the most confident samples, where errors are fewest. So whatever the union bound accepts is
+accepted too.
+
+Validity. For scores without ties, cut them at the thresholds where the true risk crosses r. Given how many samples lie
+between these cuts, the errors down to a cut are binomial with rate r, and those down to a threshold of larger risk are
+at least as many as with rate r. These counts fix which threshold of too large a risk a sequence meets first, so that it
+passes with probability at most the α that has come there, and all shares sum to δ. Tied samples are accepted together;
+the argument then holds if the risk, from where it first exceeds r, does not fall within ties, and ``bench.thresholds``
+finds no violation of δ where it does.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tal_fast.metrics.ranking import as_correct, as_scores
+from tal_fast.metrics.ranking import as_correct, as_scores, rank
 from tal_fast.utils.arrays import Ints
-
-FORMAT = 1
-"""Version of ``threshold.json``."""
 
 
 class NoThreshold(ValueError):
-    """No candidate threshold has a bound within the risk."""
+    """No threshold qualifies."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Threshold:
         confidence: 1 − δ, over the draw of the held-out samples.
         samples: number of held-out samples.
         accepted, errors: number of accepted held-out samples, and of errors among them.
-        bound: upper limit on the error rate, which holds with ``confidence``; at most ``risk``.
-        candidates: K, the number of candidate thresholds, over which δ is divided.
+        bound: Clopper-Pearson upper limit of the error rate at ``level``; at most ``risk``, which is what is promised.
+        level: share of δ at which the threshold was tested.
     """
 
     threshold: float
@@ -57,7 +59,7 @@ class Threshold:
     accepted: int
     errors: int
     bound: float
-    candidates: int
+    level: float
 
     @property
     def coverage(self) -> float:
@@ -84,21 +86,41 @@ def lower_limit(errors: int, samples: int, delta: float) -> float:
 
 
 def candidate_ranks(samples: int, risk: float, delta: float) -> Ints:
-    """Largest number of samples that each candidate threshold accepts, ascending.
+    """Largest number of samples accepted at each start, ascending.
 
-    2.5 √(n · risk) candidates (4 to 64), evenly spaced from the fewest samples that could qualify without an error to
-    all n. More candidates would be spaced more finely but bounded more loosely, and only about n · risk errors
-    distinguish them.
+    2.5 √(n · risk) ranks (4 to 64), evenly spaced from the fewest samples that could qualify at δ/K without an error to
+    all n; only about n · risk errors distinguish more of them.
     """
     count = min(max(math.ceil(2.5 * math.sqrt(samples * risk)), 4), 64)
-    fewest = math.ceil(math.log(delta / count) / math.log1p(-risk))
+    fewest = _fewest(risk, delta / count)
     if fewest > samples:
         return np.zeros(0, dtype=np.int64)
     return np.unique(np.linspace(fewest, samples, count).round().astype(np.int64))
 
 
+@functools.lru_cache(maxsize=256)
+def _shares(accepted: tuple[int, ...], risk: float, delta: float, level: float) -> dict[int, float]:
+    """Share of delta of each start: the probability, at the risk, of the most errors that qualify there at ``level``.
+
+    Of starts with the same number of errors only the first has one. The rest of delta is the entry of 0.
+    """
+    from scipy.stats import binom
+
+    sizes = np.array(accepted, dtype=np.int64)
+    most = binom.ppf(level, sizes, risk)
+    most -= binom.cdf(most, sizes, risk) > level
+    most, first = np.unique(most, return_index=True)
+    shares = binom.cdf(most, sizes[first], risk)
+    return {0: delta - float(shares.sum()), **dict(zip(sizes[first].tolist(), shares.tolist(), strict=True))}
+
+
+def _fewest(risk: float, level: float) -> int:
+    """Fewest samples that qualify at a level without an error."""
+    return max(math.ceil(math.log(level) / math.log1p(-risk)), 1)
+
+
 def choose_threshold(scores: Any, correct: Any, *, risk: float, confidence: float = 0.95) -> Threshold:
-    """Choose the threshold of largest coverage whose selective risk is at most ``risk`` with the given confidence.
+    """Choose a threshold of large coverage whose selective risk is at most ``risk`` with the given confidence.
 
     Args:
         scores: (n,) confidences of held-out samples, on which nothing has been fitted; higher = more confident.
@@ -107,87 +129,100 @@ def choose_threshold(scores: Any, correct: Any, *, risk: float, confidence: floa
         confidence: 1 − δ, in (0, 1).
 
     Raises:
-        NoThreshold: no candidate qualifies; the message says what would.
+        NoThreshold: no threshold qualifies; the message says what would.
         ValueError: vectors that do not match, NaN scores, or numbers out of range.
     """
+    from scipy.stats import binom
+
+    ranked = rank(as_scores(scores, "scores"), correct)
+    n, delta = ranked.scores.size, _delta(risk, confidence)
+    if n < _fewest(risk, delta):
+        raise _too_few(n, "held-out samples", risk, confidence)
+    ranks = candidate_ranks(n, risk, delta)
+    # Of tied samples the rank leaves out all, unless they are the most confident.
+    groups = np.maximum(np.searchsorted(ranked.end, ranks, side="right") - 1, 0)
+    shares = dict(_shares(tuple(np.unique(ranked.end[groups]).tolist()), risk, delta, delta / max(ranks.size, 1)))
+    left = shares.pop(0)
+    earliest = int(ranked.end[np.searchsorted(ranked.end, min([_fewest(risk, left), *shares]))])
+    shares[earliest] = shares.get(earliest, 0.0) + left
+    sizes = sorted(shares)
+    starts = [*np.searchsorted(ranked.end, sizes).tolist(), ranked.end.size]
+    tails = binom.cdf(ranked.fp, ranked.end, risk)
+    level, best = 0.0, None
+    for size, start, stop in zip(sizes, starts, starts[1:], strict=False):
+        level += shares[size]
+        failed = np.flatnonzero(tails[start:stop] > level)
+        last = start + int(failed[0]) if failed.size else stop
+        if last > start:
+            best = last - 1, level
+        if failed.size:
+            level = 0.0
+    if best is None:
+        limits = [float(upper_limit(ranked.fp[g], k, shares[k])) for g, k in zip(starts, sizes, strict=False)]
+        least = int(np.argmin(limits))
+        raise NoThreshold(
+            f"no threshold keeps the risk within {risk:g} with confidence {confidence:g}: the lowest bound is "
+            f"{limits[least]:.4g} ({ranked.fp[starts[least]]} errors among {sizes[least]} of {n} held-out samples); "
+            f"allow a larger risk, hold out more samples or use a better score"
+        )
+    end, errors = int(ranked.end[best[0]]), int(ranked.fp[best[0]])
+    limit = float(ranked.scores[end]) if end < n else -math.inf
+    return Threshold(limit, risk, confidence, n, end, errors, float(upper_limit(errors, end, best[1])), best[1])
+
+
+def choose_class_thresholds(
+    scores: Any, correct: Any, predictions: Any, classes: int, *, risk: float, confidence: float = 0.95
+) -> list[Threshold | None]:
+    """Threshold for each predicted class, None where none qualifies: nothing predicted as that class is accepted.
+
+    The risk holds for all classes at once with the given confidence, as each has 1/``classes`` of δ. Arguments and
+    errors are those of ``choose_threshold``, with ``predictions`` (n,) in [0, classes).
+    """
+    values, outcomes, of = as_scores(scores, "scores"), as_correct(correct), np.asarray(predictions)
+    level = 1 - _delta(risk, confidence) / classes
+    found: list[Threshold | None] = []
+    for k in range(classes):
+        try:
+            found.append(choose_threshold(values[of == k], outcomes[of == k], risk=risk, confidence=level))
+        except NoThreshold:
+            found.append(None)
+    if not any(found):
+        raise NoThreshold(
+            f"no class has a threshold that keeps its risk within {risk:g} with confidence {confidence:g} for all "
+            f"{classes}; each needs at least {_fewest(risk, 1 - level)} held-out samples: hold out more, or leave out "
+            "--per-class"
+        )
+    return found
+
+
+def choose_ood_threshold(scores: Any, *, risk: float, confidence: float = 0.95) -> Threshold:
+    """Lowest threshold above which at most a share ``risk`` of an OOD set lies, with the given confidence.
+
+    It is the (k + 1)th largest score, k the largest with P(Bin(m, risk) ≤ k) ≤ δ: if more than the risk lay above it,
+    at most k of m samples would lie above the threshold of exactly that risk. Arguments and errors are those of
+    ``choose_threshold``, with scores (m,) of OOD samples; ``errors`` are those accepted.
+    """
+    from scipy.stats import binom
+
+    ranked, delta = -np.sort(-as_scores(scores, "OOD scores")), _delta(risk, confidence)
+    if ranked.size < _fewest(risk, delta):
+        raise _too_few(ranked.size, "held-out OOD samples", risk, confidence)
+    most = int(binom.ppf(delta, ranked.size, risk))
+    most -= int(binom.cdf(most, ranked.size, risk) > delta)
+    accepted = int((ranked > ranked[most]).sum())
+    bound = float(upper_limit(most, ranked.size, delta))
+    return Threshold(float(ranked[most]), risk, confidence, ranked.size, accepted, accepted, bound, delta)
+
+
+def _delta(risk: float, confidence: float) -> float:
     for name, value in (("risk", risk), ("confidence", confidence)):
         if not 0 < value < 1:
             raise ValueError(f"{name} must lie in (0, 1), not {value}")
-    values, outcomes = as_scores(scores, "scores"), as_correct(correct)
-    n = values.size
-    if outcomes.size != n:
-        raise ValueError(f"scores has {n} samples but correct has {outcomes.size}; they must match")
-    delta = 1 - confidence
-    ranks = candidate_ranks(n, risk, delta)
-    if not ranks.size:
-        sizes = (math.ceil(1.02**k) for k in itertools.count())
-        needed = next(size for size in sizes if candidate_ranks(size, risk, delta).size)
-        raise NoThreshold(
-            f"{n} held-out samples are too few to bound the risk by {risk:g} with confidence {confidence:g}, even "
-            f"without an error: hold out about {needed}, or allow a larger risk"
-        )
-    order = np.argsort(-values, kind="stable")
-    ranked, errors = values[order], np.append(0, np.cumsum(1 - outcomes[order]))
-    thresholds = np.append(ranked, -np.inf)[ranks]
-    # With ties, fewer samples than the rank are strictly above.
-    accepted = np.searchsorted(-ranked, -thresholds, side="left")
-    limits = upper_limit(errors[accepted], accepted, delta / ranks.size)
-    qualify = np.flatnonzero(limits <= risk)
-    if not qualify.size:
-        best = int(np.argmin(limits))
-        raise NoThreshold(
-            f"no threshold keeps the risk within {risk:g} with confidence {confidence:g}: the lowest bound is "
-            f"{limits[best]:.4g} ({errors[accepted[best]]} errors among {accepted[best]} of {n} held-out samples); "
-            f"allow a larger risk, hold out more samples or use a better score"
-        )
-    chosen = qualify[-1]
-    return Threshold(
-        threshold=float(thresholds[chosen]),
-        risk=risk,
-        confidence=confidence,
-        samples=n,
-        accepted=int(accepted[chosen]),
-        errors=int(errors[accepted[chosen]]),
-        bound=float(limits[chosen]),
-        candidates=int(ranks.size),
+    return 1 - confidence
+
+
+def _too_few(samples: int, what: str, risk: float, confidence: float) -> NoThreshold:
+    return NoThreshold(
+        f"{samples} {what} are too few to bound the risk by {risk:g} with confidence {confidence:g}, even without an "
+        f"error: hold out about {_fewest(risk, 1 - confidence)}, or allow a larger risk"
     )
-
-
-def split_samples(samples: int, share: float, seed: int) -> tuple[Ints, Ints]:
-    """Split samples at random into those to choose the threshold on and those to test it on, as ascending indices."""
-    if not 0 < share <= 1:
-        raise ValueError(f"the calibration share must lie in (0, 1], not {share}")
-    order = np.random.default_rng(seed).permutation(samples)
-    cut = round(share * samples)
-    return np.sort(order[:cut]).astype(np.int64), np.sort(order[cut:]).astype(np.int64)
-
-
-def calibrate(
-    scores: Any, correct: Any, *, risk: float, confidence: float = 0.95, share: float = 0.5, seed: int = 0
-) -> tuple[Threshold, dict[str, Any]]:
-    """Choose a threshold on a random share of the samples and test it on the rest.
-
-    Returns:
-        The threshold, and the content of ``threshold.json``: its fields (an infinite threshold is null) with
-        ``coverage``, ``calibration_share``, ``seed`` and, where samples are left, ``test``: ``samples``, ``accepted``,
-        ``errors``, ``coverage``, ``risk`` and ``risk_interval``, its two-sided Clopper-Pearson interval at
-        ``confidence``.
-    """
-    values, outcomes = as_scores(scores, "scores"), as_correct(correct)
-    held_out, rest = split_samples(values.size, share, seed)
-    chosen = choose_threshold(values[held_out], outcomes[held_out], risk=risk, confidence=confidence)
-    about: dict[str, Any] = {
-        "format": FORMAT, **asdict(chosen), "coverage": chosen.coverage, "calibration_share": share, "seed": seed,
-        "bound_name": "Clopper-Pearson, union over ranks fixed in advance",
-    }  # fmt: skip
-    about["threshold"] = chosen.threshold if math.isfinite(chosen.threshold) else None
-    if rest.size:
-        accept = values[rest] > chosen.threshold
-        accepted, errors = int(accept.sum()), int((1 - outcomes[rest])[accept].sum())
-        half = (1 - confidence) / 2
-        about["test"] = {
-            "samples": int(rest.size), "accepted": accepted, "errors": errors, "coverage": accepted / rest.size,
-            "risk": errors / accepted if accepted else None,
-            "risk_interval": [lower_limit(errors, accepted, half), float(upper_limit(errors, accepted, half))],
-        }  # fmt: skip
-    return chosen, about

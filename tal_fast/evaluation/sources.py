@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from tal_fast.config.names import ENSEMBLE_SCORES, FITTED_SCORES, LOGIT_SCORES, is_own_score
 from tal_fast.config.schema import DataConfig, ModelConfig
 from tal_fast.data import build_data
+from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import DataBundle, Split
 from tal_fast.data.ood import ood_set, set_named, shift_set
+from tal_fast.evaluation.ensemble import combine
 from tal_fast.evaluation.evaluation import Evaluation, write_evaluation
 from tal_fast.evaluation.galleries import add_galleries
 from tal_fast.evaluation.html.page import FILE as HTML_FILE
@@ -21,6 +23,7 @@ from tal_fast.evaluation.pipeline import EvaluationInputs, check_set_names, eval
 from tal_fast.evaluation.plots import FILES as PLOT_FILES
 from tal_fast.evaluation.plots import write_plots
 from tal_fast.evaluation.report import EvaluationOptions
+from tal_fast.evaluation.sample_scores import identity_of
 from tal_fast.models.features import last_layer
 from tal_fast.models.pretrained import PRETRAINED, load_weights
 from tal_fast.runs.load import Run, load_run
@@ -125,6 +128,31 @@ def evaluate_npz(
     return _write(evaluate_outputs(inputs, options, {"npz": str(path)}), output)
 
 
+def evaluate_ensemble(
+    members: Sequence[str], output: str | Path, *, checkpoint: Literal["best", "last"] = "best",
+    ood: Mapping[str, str] | None = None, shifts: Mapping[str, str] | None = None,
+    passes: PassOptions | None = None, options: EvaluationOptions | None = None,
+) -> Evaluation | None:  # fmt: skip
+    """Evaluate runs, or ``.npz`` files, as one model, with the scores of ``combine``; the rest as ``evaluate_run``."""
+    passes, options = dataclasses.replace(passes or PassOptions(), features=False), options or EvaluationOptions()
+    inputs: list[Any] = []
+    for member in members:
+        if member.endswith(".npz"):
+            inputs.append(read_npz(member))
+            continue
+        run = load_run(member, checkpoint=checkpoint, device=passes.ranks.device)
+        inference = run.inference(Path(member) / CACHE / run.checkpoint.stem, passes)
+        inputs.append(_model_inputs(inference, ood or {}, shifts or {}))
+    if not passes.ranks.is_main:
+        return None
+    check_writable(output)
+    provenance = {"ensemble": list(members), "outputs_sha256": [identity_of(member.id.logits) for member in inputs]}
+    if len(set(provenance["outputs_sha256"])) < max(2, len(members)):
+        raise ValueError("an ensemble needs two members or more, each with outputs of its own")
+    options = dataclasses.replace(options, scores=[*options.scores, *ENSEMBLE_SCORES])
+    return _write(evaluate_outputs(combine(inputs), options, provenance), output)
+
+
 def default_output(path: str | Path, model: str = "") -> Path:
     """Folder of the report of an ``.npz`` or of weights: named after the file, beside it."""
     if str(path) == PRETRAINED:
@@ -165,6 +193,22 @@ def _ood_splits(data: DataBundle, specs: Mapping[str, str]) -> dict[str, Split]:
     return splits
 
 
+def _shift_splits(data: DataBundle, specs: Mapping[str, str]) -> dict[str, tuple[Split, Corruption | None]]:
+    """Shifted sets by name, each with its corruption."""
+    splits = {}
+    for name, spec in specs.items():
+        with set_named(name):
+            splits[name] = shift_set(spec, data.class_names, data.split("val"), data.channels)
+    return splits
+
+
+def check_sets(data: DataConfig, ood: Mapping[str, str], shifts: Mapping[str, str]) -> None:
+    """Raise the ValueError that evaluating a run of this data on these sets would end in."""
+    bundle = build_data(data)
+    _ood_splits(bundle, ood)
+    _shift_splits(bundle, shifts)
+
+
 def _evaluate_model(
     inference: Inference,
     ood_specs: Mapping[str, str],
@@ -173,7 +217,7 @@ def _evaluate_model(
     provenance: dict[str, Any],
 ) -> Evaluation | None:
     """Run a model over all splits and evaluate its outputs; None on ranks other than 0."""
-    data, passes = inference.data, inference.options
+    passes = inference.options
     if not passes.features:
         scores = [name for name in options.scores if name in _WITHOUT_FEATURES or is_own_score(name)]
         if not scores:
@@ -181,11 +225,18 @@ def _evaluate_model(
         options = dataclasses.replace(options, scores=scores)
     if passes.amp is not None:
         provenance["amp"] = passes.amp
-    ood = _ood_splits(data, ood_specs)
-    shifts = {}
-    for name, spec in shift_specs.items():
-        with set_named(name):
-            shifts[name] = shift_set(spec, data.class_names, data.split("val"), data.channels)
+    over_features = [name for name in options.scores if name not in _WITHOUT_FEATURES and not is_own_score(name)]
+    needs_training = any(map(training_needed, over_features))
+    inputs = _model_inputs(inference, ood_specs, shift_specs, needs_training)
+    return None if inputs is None else evaluate_outputs(inputs, options, provenance)
+
+
+def _model_inputs(
+    inference: Inference, ood_specs: Mapping[str, str], shift_specs: Mapping[str, str], needs_training: bool = False
+) -> EvaluationInputs | None:
+    """Outputs of a model on all splits; None on ranks other than 0."""
+    data = inference.data
+    ood, shifts = _ood_splits(data, ood_specs), _shift_splits(data, shift_specs)
     id_store = inference.store("val")
     # The prefixes keep sets that are called val or train-eval apart from those splits.
     ood_stores = {name: inference.store(f"ood-{name}", images) for name, images in ood.items()}
@@ -193,17 +244,15 @@ def _evaluate_model(
         name: inference.store(f"shift-{name}", images, corruption) for name, (images, corruption) in shifts.items()
     }
     train_store = None
-    over_features = [name for name in options.scores if name not in _WITHOUT_FEATURES and not is_own_score(name)]
-    needs_training = any(map(training_needed, over_features))
     if needs_training and len(data.split("train-eval")):
         train_store = inference.store("train-eval")
-    if not passes.ranks.is_main:
+    if not inference.options.ranks.is_main:
         return None
     training = None
     if train_store is not None:
         labels = train_store.columns("labels")["labels"]
         training = Training(train_store, labels, *last_layer(inference.model))
-    inputs = EvaluationInputs(
+    return EvaluationInputs(
         id_store.load(),
         {name: store.load() for name, store in ood_stores.items()},
         {name: store.load() for name, store in shift_stores.items()},
@@ -215,4 +264,3 @@ def _evaluate_model(
         },
         corrupted=[name for name, (_, corruption) in shifts.items() if corruption is not None],
     )
-    return evaluate_outputs(inputs, options, provenance)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tal_fast.metrics.calibration import BINS, CALIBRATION
 from tal_fast.metrics.intervals import FEW
-from tal_fast.metrics.settings import Mix
+from tal_fast.metrics.settings import GROUPS, Mix
 
 WIDTH = 100
 """Columns of the terminal that text tables have to fit."""
@@ -39,8 +39,10 @@ def setting_title(key: str, report: Mapping[str, Any]) -> str:
         return title
     shifted = kind == "shift"
     sets = report.get("shift_names", []) if shifted else report["ood_names"]
-    if not name and len(sets) > 1:
-        return f"{title}: mean over {len(sets)} {'shifted' if shifted else 'OOD'} sets"
+    if name in GROUPS or (not name and len(sets) > 1):
+        number = sum(one.startswith(f"{name}/") for one in sets) if name else len(sets)
+        what = f"{name} {'shifted' if shifted else 'OOD'} set{'s' if number > 1 else ''}".strip()
+        return f"{title}: mean over {number} {what}"
     name = printable(name or "".join(sets))
     return f"{title} ({name})" if shifted else f"{title} against {name}"
 
@@ -181,7 +183,6 @@ def _summary(report: Mapping[str, Any], units: str) -> list[str]:
     if "bootstrap" in report:
         how = report["bootstrap"]
         lines.append(f"intervals: {how['level']:.0%}, {how['method']}")
-        lines += [few_note(report, key, numbers) for key, numbers in how.get("few", {}).items()]
     if "calibration" in report:
         ece, nll, brier = (nan_if_none(report["calibration"][key]) for key in CALIBRATION)
         lines.append(f"softmax on ID: ECE {ece:.4f} ({BINS} bins), NLL {nll:.4f} nats, Brier {brier:.4f}")
@@ -197,12 +198,6 @@ def _summary(report: Mapping[str, Any], units: str) -> list[str]:
         lines.append(f"{fit['held_out']} validation samples held out to fit scores on, in no metric{chosen}")
     lines += [f"left out: {score}: {printable(reason)}" for score, reason in report.get("left_out", {}).items()]
     return lines
-
-
-def few_note(report: Mapping[str, Any], key: str, numbers: Mapping[str, int]) -> str:
-    """Sentence on a setting whose errors or successes are too few to rely on its intervals."""
-    what = min(numbers, key=numbers.__getitem__)
-    return f"{setting_title(key, report)}: {numbers[what]} {what}; intervals are not verified below {FEW}"
 
 
 def _format_setting(report: Mapping[str, Any], key: str, units: str) -> str:
@@ -227,7 +222,7 @@ def _format_setting(report: Mapping[str, Any], key: str, units: str) -> str:
     shares = ", ".join(f"{score} {format_percent(share, 1)}" for score, share in tied.items() if share > 0)
     if shares:
         lines.append(wrap(f"Samples with tied scores: {shares}"))
-    return "\n".join([*lines, *map(wrap, undefined_notes(report, key, PRINTED_METRICS))])
+    return "\n".join([*lines, *map(wrap, setting_notes(report, key, PRINTED_METRICS))])
 
 
 def _printed_scores(report: Mapping[str, Any], key: str) -> list[str]:
@@ -254,10 +249,13 @@ def describe_samples(report: Mapping[str, Any], key: str, units: str = "natural"
     return f"{samples}, {counts['errors']:,} errors; {text}"
 
 
-def undefined_notes(report: Mapping[str, Any], key: str, metrics: Sequence[str]) -> list[str]:
-    """Why metrics of a setting are undefined, one text per reason."""
+def setting_notes(report: Mapping[str, Any], key: str, metrics: Sequence[str]) -> list[str]:
+    """Why metrics of a setting are undefined, one text per reason, and whether its errors are too few for intervals."""
     reasons = report["undefined"].get(key, {})
-    return [
+    few = report.get("bootstrap", {}).get("few", {}).get(key)
+    name = min(few, key=few.__getitem__) if few else ""
+    notes = [f"With fewer than {FEW} {name} intervals are not verified; here are {few[name]}"] if few else []
+    return notes + [
         f"Undefined ({', '.join(METRIC_TITLES[m] for m in metrics if reasons.get(m) == reason)}): {printable(reason)}"
         for reason in sorted(set(reasons.values()))
     ]

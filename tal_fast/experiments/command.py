@@ -6,14 +6,18 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from tal_fast.experiments.launch import CLUSTERS, launch
 from tal_fast.utils.arguments import ArgumentParser, at_least
 from tal_fast.utils.logs import console_logging
 from tal_fast.utils.process import program_name, report_mistake
 from tal_fast.utils.signals import Stopped, StopRequest
 
 if TYPE_CHECKING:
+    from tal_fast.experiments.folder import Folder
     from tal_fast.experiments.plan import Experiment
 
 
@@ -49,6 +53,18 @@ def _parser() -> ArgumentParser:
         "--jobs", type=at_least(1), metavar="N",
         help="Jobs that run at the same time. Default: one for each GPU; on the CPU, as many as the cores allow.",
     )  # fmt: skip
+    jobs.add_argument(
+        "--launcher", choices=["local", *CLUSTERS], default="local",
+        help="Where the jobs run: on this machine, or as an array of Slurm's through submitit. submitit-local tries "
+        "the latter out on this machine. Default: local.",
+    )  # fmt: skip
+    jobs.add_argument(
+        "--resources", nargs="+", default=[], metavar="NAME=VALUE",
+        help="Parameters of submitit for each job, such as timeout_min=600 gpus_per_node=1 slurm_partition=gpu.",
+    )  # fmt: skip
+    which = jobs.add_mutually_exclusive_group()
+    which.add_argument("--only", nargs="+", metavar="JOB", help="Run these jobs alone, by name or hash; no tables.")
+    which.add_argument("--failed", action="store_true", help="Run the jobs alone that failed.")
     results = parser.add_argument_group("results")
     results.add_argument(
         "--select", nargs="+", metavar="METRIC",
@@ -57,7 +73,10 @@ def _parser() -> ArgumentParser:
     )  # fmt: skip
     instead_group = parser.add_argument_group("instead of running the jobs (one of these)")
     instead = instead_group.add_mutually_exclusive_group()
-    instead.add_argument("--dry-run", action="store_true", help="List the jobs and what is left to do for each.")
+    instead.add_argument(
+        "--status", "--dry-run", action="store_true", dest="status",
+        help="List the jobs with their hashes, what is left to do for each, and the time spent so far.",
+    )  # fmt: skip
     instead.add_argument(
         "--table-only", action="store_true", help="Write the tables from the runs that are there, or from results.json."
     )
@@ -72,7 +91,7 @@ def _parser() -> ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     from tal_fast.experiments.parse import check_selection, read_experiment
     from tal_fast.experiments.plan import SelectOptions
-    from tal_fast.experiments.scheduler import Scheduler, job_folders, slots
+    from tal_fast.experiments.scheduler import Scheduler, chosen, job_folders, slots
 
     experiment = read_experiment(args.file)
     if args.select is not None:
@@ -89,18 +108,68 @@ def _run(args: argparse.Namespace) -> int:
     folders = job_folders(experiment, output)
     for folder in folders:
         folder.check()
-    if args.dry_run:
-        for folder in folders:
-            done = folder.is_done(experiment.evaluate)
-            print(f"{folder.path}: {'done' if done else 'to evaluate' if folder.is_trained() else 'to train'}")
+    folders = chosen(folders, args.only, args.failed)
+    if args.status:
+        _print_status(experiment, folders)
         return 0
-    if not args.table_only:
+    left = [] if args.table_only else [folder for folder in folders if not folder.is_done(experiment.evaluate)]
+    if args.only is None:
+        _check_data(experiment, left)
+    if args.launcher != "local":
+        words = [str(Path(args.file).resolve()), "--output", str(output.resolve()), "--jobs", "1"]
+        with console_logging():
+            launch(left, words, output, args.launcher, _resources(args))
+    elif not args.table_only:
         with console_logging(), StopRequest() as stop:
             stop.training = True  # the first Ctrl-C asks the jobs to save, too
-            Scheduler(experiment, output, slots(experiment, args.jobs)).run(stop)
+            Scheduler(experiment, folders, slots(experiment, args.jobs)).run(stop)
         if stop.number:
             return Stopped(stop.number, "").exit_code
+    if args.only is not None:
+        return 0 if all(folder.is_done(experiment.evaluate) for folder in folders) else 1
     return _report(experiment, output, Path(args.file).stem)
+
+
+def _check_data(experiment: Experiment, folders: Sequence[Folder]) -> None:
+    """Raise ValueError if the data of a job, or a set that it is evaluated on, cannot be read, before it trains."""
+    from tal_fast.data.ood import parse_named
+    from tal_fast.evaluation.command import parser
+    from tal_fast.evaluation.sources import check_sets
+
+    args = parser().parse_args(["--run", "RUN", *experiment.evaluate])
+    sets = parse_named(args.ood, "--ood"), parse_named(args.shift, "--shift")
+    for data in {repr(folder.job.config.data): folder.job.config.data for folder in folders}.values():
+        try:
+            check_sets(data, *sets)
+        except ValueError as error:
+            raise ValueError(f"evaluate: {error}") from None
+
+
+def _resources(args: argparse.Namespace) -> dict[str, Any]:
+    """Parameters of submitit's executor from ``--resources`` and ``--jobs``; raises ValueError for other words."""
+    resources: dict[str, Any] = {}
+    for word in args.resources:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"--resources {word}: must be NAME=VALUE, such as timeout_min=600")
+        resources[name] = yaml.safe_load(value)
+    if args.jobs is not None and args.launcher == "slurm":
+        resources.setdefault("slurm_array_parallelism", args.jobs)
+    return resources
+
+
+def _print_status(experiment: Experiment, folders: Sequence[Folder]) -> None:
+    """Print a line for each job, and how many are done at which cost."""
+    from tal_fast.experiments.scheduler import duration
+
+    states = [folder.status(experiment.evaluate) for folder in folders]
+    width = max((len(str(folder.path)) for folder in folders), default=0)
+    for folder, (state, seconds) in zip(folders, states, strict=True):
+        attempts = len(folder.record()["attempts"])
+        spent = f" ({duration(seconds)}, {attempts} stages started)" if attempts else ""
+        print(f"{folder.job.id}  {folder.path!s:{width}}  {state}{spent}")
+    done = sum(state == "done" for state, _ in states)
+    print(f"{done} of {len(folders)} done; {duration(sum(seconds for _, seconds in states))} so far")
 
 
 def _report(experiment: Experiment, output: Path, name: str) -> int:

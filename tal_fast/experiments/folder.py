@@ -65,18 +65,29 @@ class Folder:
         write_text(self.path / REQUESTED, yaml.safe_dump(values, sort_keys=False))
 
     def record(self) -> dict[str, Any]:
-        """Content of ``job.json``: ``trained``, ``evaluated`` (options, report's hash), ``failed``, ``attempts``."""
+        """Content of ``job.json``: ``trained``, ``evaluated`` (options, report's hash), ``failed``, ``attempts``, and
+        ``submitted``, the number of a cluster's job."""
         try:
             record = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
         except FileNotFoundError:
             record = {}
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.path / RECORD} cannot be read ({error}); delete it") from None
-        return {"trained": False, "evaluated": None, "failed": None, "attempts": [], **record}
+        empty: dict[str, Any] = {"trained": False, "evaluated": None, "failed": None, "attempts": [], "submitted": None}
+        return {**empty, **record}
 
     def update(self, **changes: Any) -> None:
         """Change entries of the record."""
         write_text(self.path / RECORD, json.dumps({**self.record(), **changes}, indent=1) + "\n")
+
+    def status(self, options: tuple[str, ...]) -> tuple[str, float]:
+        """What is left to do for these evaluation options, and the seconds spent so far."""
+        record = self.record()
+        spent = sum(attempt["seconds"] or 0.0 for attempt in record["attempts"])
+        if self.is_done(options):
+            return "done", spent
+        left = "to evaluate" if record["trained"] else "to train"
+        return left + (f", failed: {record['failed']}" if record["failed"] else ""), spent
 
     def is_trained(self) -> bool:
         """Whether training has ended."""

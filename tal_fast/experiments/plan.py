@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -61,6 +63,14 @@ class Job:
     grid: Values  # by dotted option
     seed: int
     config: Config  # lacks only ``output``
+
+    @property
+    def id(self) -> str:
+        """Hash of the configuration, the same on every machine; where images and outputs are does not count."""
+        values = self.config.flat()
+        for place in ("output", "resume", "data.root"):
+            values.pop(place, None)
+        return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,18 @@ def job_folders(experiment: Experiment, output: Path) -> list[Folder]:
     return [Folder(job, output / RUNS / job.name) for job in experiment.jobs]
 
 
+def chosen(folders: Sequence[Folder], only: Sequence[str] | None, failed: bool) -> list[Folder]:
+    """Folders of the jobs with these names or hashes, or of those that failed; raises ValueError for an unknown one."""
+    if failed:
+        return [folder for folder in folders if folder.record()["failed"]]
+    if only is None:
+        return list(folders)
+    unknown = set(only) - {name for folder in folders for name in (folder.job.name, folder.job.id)}
+    if unknown:
+        raise ValueError(f"--only {min(unknown)}: no job has this name or hash; --status lists them")
+    return [folder for folder in folders if folder.job.name in only or folder.job.id in only]
+
+
 def slots(experiment: Experiment, jobs: int | None = None) -> list[Environment]:
     """Environment variables for each of the jobs that run at the same time.
 
@@ -92,11 +104,11 @@ class _RunningJob:
 class Scheduler:
     """Runs the unfinished jobs of an experiment, ``len(slots)`` at a time."""
 
-    def __init__(self, experiment: Experiment, output: Path, slots: Sequence[Environment]) -> None:
+    def __init__(self, experiment: Experiment, folders: Sequence[Folder], slots: Sequence[Environment]) -> None:
         self.experiment = experiment
         self._failed = 0
         self._slots = slots
-        self._folders = job_folders(experiment, output)
+        self._folders = folders
         self._waiting: list[Folder] = []
         self._running: list[_RunningJob] = []
         self._seconds: list[float] = []  # durations of the jobs finished here

@@ -55,24 +55,14 @@ def _machine(environment: dict[str, Any]) -> str:
 
 
 def _parts(groups: Sequence[Group], metrics: Sequence[str]) -> list[tuple[str, list[Column]]]:
-    """Title and columns of each table: Old FD, OOD and New FD against each set, their mean, Old FD under shift."""
-    if not groups:
-        return []
-    report = groups[0].reports[0]
-    sets, shifts = report["ood_names"], report.get("shift_names", [])
-    parts = [("Old FD", ["old_fd"])]
-    if len(sets) == 1:
-        parts.append((f"Against {sets[0]}", ["ood", "new_fd"]))
-    else:
-        parts += [(f"Against {name}", [f"ood/{name}", f"new_fd/{name}"]) for name in sets]
-        parts.append((f"Mean over the {len(sets)} OOD sets", ["ood", "new_fd"]))
-    parts += [(f"Under shift {name}", [f"shift/{name}"]) for name in shifts if len(shifts) > 1]
-    parts.append((f"Under shift {shifts[0]}" if len(shifts) == 1 else "Mean over the shifted sets", ["shift"]))
-    return [
-        (title, [(key, metric) for key in keys for metric in metrics])
-        for title, keys in parts
-        if all(key in report["settings"] for key in keys)
-    ]
+    """Title and columns of each table: Old FD, against each OOD set, under each shift, and the means over sets."""
+    parts: dict[str, list[Column]] = {}
+    for column in all_columns(groups, metrics) if groups else []:
+        shifted, name = column[0].startswith("shift"), groups[0].set_of(column[0])
+        of_set = f"{'Under shift' if shifted else 'Against'} {name}"
+        mean = f"Mean over the {'shifted' if shifted else 'OOD'} sets"
+        parts.setdefault({"": "Old FD", "mean": mean}.get(name, of_set), []).append(column)
+    return list(parts.items())
 
 
 def write_tables(results: Results, output: Path) -> None:

@@ -5,29 +5,7 @@ whether it was a success. All values are fractions in natural units; the papers 
 rest in percent. ``tal_fast.metrics.settings`` defines which samples count and what a success is. Only NumPy is needed;
 PyTorch tensors are accepted too.
 
-Seven conventions (``docs/metrics.md`` works through an example of each difference):
-
-``tal_fast``
-    The default. AURC is the expectation over all orders of tied scores, so the order of the input never matters;
-    FPR95 is read at the first threshold whose true-positive rate reaches 0.95; both AUPRs are average precision.
-``tal``
-    The training monitor of the released TAL code: AURC is a plain mean over a stable sort; FPR95 is read where the
-    true-positive rate is *nearest* 0.95 on an ROC curve without its collinear points, and TNR95 at the first point of
-    that curve at or above 0.95, so they need not add up to 1; AUPR-success is a trapezoid.
-``tal-test``
-    The released test script: as ``tal``, but FPR95 is read where the recall is nearest 0.95 on the full
-    precision-recall curve, and TNR95 = 1 − FPR95.
-``fd-shifts``
-    Jaeger et al., 2023: AURC is a trapezoid over the distinct thresholds, with the risk of the most confident group
-    held down to coverage 0; FPR95 is read at the first corner of the ROC curve whose true-positive rate reaches 0.9495.
-``openood``
-    Zhang et al., 2023: FPR95 has errors (OOD samples) as the positive class: the share of *successes* rejected where
-    95% of the errors are; both AUPRs are trapezoids. OpenOOD has no AURC; those here are ``tal_fast``'s.
-``torch-uncertainty``
-    Its AURC and AUGRC are trapezoids over i = 1..n, scaled by n/(n − 1), of a sort that ties leave to chance (here
-    stable); FPR95 has errors as the positive class and is read where their recall first reaches 0.95 (0.13).
-``torch-uncertainty-0.12``
-    Its versions 0.5 to 0.12, whose FPR95 is read where that recall is nearest 0.95.
+``docs/metrics.md#conventions`` defines the seven conventions, with an example of each difference.
 """
 
 from __future__ import annotations

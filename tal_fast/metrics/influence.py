@@ -47,7 +47,7 @@ def influence(confidence: Any, correct: Any, n_ood: int = 0, convention: str = "
         return np.full((0, len(METRICS)), np.nan)
     _, group = np.unique(-scores, return_inverse=True)
     size = np.bincount(group).astype(np.float64)
-    wrong = np.bincount(group, weights=1 - outcomes)
+    wrong = np.bincount(group, weights=1 - outcomes).astype(np.float64)
     right = size - wrong
     end, fp = np.cumsum(size), np.cumsum(wrong)
     tp = end - fp

@@ -19,7 +19,7 @@ from scipy import special
 
 from tal_fast.config.names import METRICS
 from tal_fast.metrics.influence import influence
-from tal_fast.metrics.settings import ScoredSetting
+from tal_fast.metrics.settings import ScoredSetting, means_of
 from tal_fast.utils.arrays import Floats
 
 LEVEL = 0.95
@@ -130,9 +130,8 @@ def evidence(settings: Mapping[str, ScoredSetting], score: str, convention: str 
     """What the intervals of a score rest on, in every setting.
 
     Returns:
-        By key, as in ``settings``; with several OOD sets also ``ood`` and ``new_fd``, with several shifted sets
-        ``shift``: the influences on the plain mean over the sets, which share the ID samples. Shifted sets of equal
-        size are taken to show the same images.
+        By key, as in ``settings``, and of ``means_of``: the influences on the plain mean over the sets, which share the
+        ID samples. Shifted sets of equal size are taken to show the same images.
     """
     found = {}
     sets: dict[str, list[Evidence]] = {}
@@ -145,11 +144,10 @@ def evidence(settings: Mapping[str, ScoredSetting], score: str, convention: str 
         samples = np.zeros((len(judged.id_scores[score]), len(METRICS)))
         samples[setting.id_index] = rows[:n_id]
         found[key] = Evidence(n, errors, np.concatenate((samples, rows[n_id:])))
-        kind, _, set_name = key.partition("/")
-        if set_name:
+        for kind in means_of(key):
             sets.setdefault(kind, []).append(found[key])
             total = totals.setdefault(kind, {})
-            for part, values in ((f"{len(samples)} samples", samples), (f"set {set_name}", rows[n_id:])):
+            for part, values in ((f"{len(samples)} samples", samples), (f"set {judged.name}", rows[n_id:])):
                 total[part] = total.get(part, 0.0) + values
     for kind, total in totals.items():
         n, errors, _ = fewest(sets[kind])

@@ -1,35 +1,32 @@
 """Joint metrics of two scores, one against errors and one against OOD samples (SURE+, arXiv 2603.03903).
 
-A sample is kept if s_id ≥ a and s_ood ≥ b. Coverage is kept ID / all ID; risk is 1 − right kept / all kept: kept OOD
-samples are errors. The search over all (a, b) is branch and bound: a strip of thresholds a is left out at a threshold b
-where even the errors kept by its highest a and the right samples kept by its lowest would improve nothing.
+A sample is kept if s_id ≥ a and s_ood ≥ b. Coverage is kept ID / all ID; risk is 1 − right kept / all kept: OOD
+samples are errors. Both functions return fractions, NaN without ID samples:
+
+- ``ds_aurc``: mean over j = 1..n_ID of the least risk among all (a, b) that keep at least j ID samples.
+- ``ds_f1``: largest F1 over all (a, b), with precision right kept / all kept and recall right kept / all ID.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from tal_fast.metrics.ranking import as_correct, as_scores
 from tal_fast.utils.arrays import Floats, Ints
 
-GRID, BINS = 1001, 100
-"""Thresholds of each score, and bins of coverage, in the authors' convention."""
-# Thresholds a in a strip that is computed whole.
-_WHOLE = 16
+# Thresholds of each score, and bins of coverage, in the authors' convention.
+_GRID, _BINS = 1001, 100
+_WHOLE = 16  # thresholds a in a strip that is computed whole
 _RIGHT, _WRONG, _OOD = range(3)
 
 
-class JointMetrics(NamedTuple):
-    """Joint metrics, fractions; NaN without ID samples."""
+def joint_metrics(s_id: Any, s_ood: Any, success: Any, n_ood: int = 0) -> dict[str, float]:
+    """Exact DS-AURC and DS-F1; 10,000 ID and 10,000 OOD samples take 0.3 s, 50,000 of each 3 s, and at worst 16 s.
 
-    ds_aurc: float  # mean over j = 1..n_ID of the least risk among all (a, b) that keep at least j ID samples
-    ds_f1: float  # largest F1 over all (a, b), with precision right kept / all kept and recall right kept / all ID
-
-
-def joint_metrics(s_id: Any, s_ood: Any, success: Any, n_ood: int = 0) -> JointMetrics:
-    """Exact DS-AURC and DS-F1; 10,000 ID and 10,000 OOD samples take 0.2 s, 50,000 of each 2 s, and at worst 10 s.
+    Branch and bound: a strip of thresholds a is left out at a threshold b where even the errors kept by its highest a
+    and the right samples kept by its lowest would improve nothing.
 
     Args:
         s_id, s_ood: (n,) scores, higher = more confident; any real type.
@@ -38,7 +35,7 @@ def joint_metrics(s_id: Any, s_ood: Any, success: Any, n_ood: int = 0) -> JointM
     """
     first, second, kind, n_id = _checked(s_id, s_ood, success, n_ood)
     if not n_id:
-        return JointMetrics(np.nan, np.nan)
+        return {"ds_aurc": np.nan, "ds_f1": np.nan}
     # Place of the highest threshold that keeps a sample, among the distinct ID scores from the highest.
     row, column = (np.searchsorted(np.unique(-s[:n_id]), -s) for s in (first, second))
     order = np.argsort(row, kind="stable")
@@ -84,53 +81,48 @@ def joint_metrics(s_id: Any, s_ood: Any, success: Any, n_ood: int = 0) -> JointM
     most = counted(-1, last, every)[:, 0]
     improve(most)
     search(-1, last, every, np.zeros_like(most), most)
-    return JointMetrics(float(least[1:].mean()), f1)
+    return {"ds_aurc": float(least[1:].mean()), "ds_f1": f1}
 
 
-def binned_joint_metrics(s_id: Any, s_ood: Any, success: Any, n_ood: int = 0) -> JointMetrics:
+def binned_joint_metrics(s_id: Any, s_ood: Any, success: Any, n_ood: int = 0) -> dict[str, float]:
     """DS-AURC and DS-F1 in the convention of the authors' code; arguments as for ``joint_metrics``.
 
-    s_ood is scaled to [0, 1]; a and b are 1,001 values from 0 to 1, in float32. Coverage has 100 bins, open above,
-    with the least risk in each, an empty one that of the next above or 1; the area is a trapezoid over their centres.
-    Full coverage lies in no bin. Raises ValueError if s_id is not in [0, 1], or s_ood is infinite.
+    s_ood is scaled to [0, 1]; a and b are 1,001 values from 0 to 1, in float32. Coverage has 100 bins, open above, with
+    the least risk in each, an empty one that of the next above or 1; the area is a trapezoid over their centres. Full
+    coverage lies in no bin. Raises ValueError if s_id is not in [0, 1], or s_ood is infinite.
     """
     first, second, kind, n_id = _checked(s_id, s_ood, success, n_ood)
     if not n_id:
-        return JointMetrics(float("nan"), float("nan"))
+        return {"ds_aurc": np.nan, "ds_f1": np.nan}
     if not (first.min() >= 0 and first.max() <= 1) or not np.isfinite(second).all():
         raise ValueError(
             f"the authors' convention needs s_id in [0, 1] and finite s_ood, not s_id from {first.min():g} to "
             f"{first.max():g} and s_ood from {second.min():g} to {second.max():g}; choose msp as s_id"
         )
-    scaled = second.astype(np.float32)
-    scaled = (scaled - scaled.min()) / np.maximum(scaled.max() - scaled.min(), np.float32(1e-12))
-    grid = np.linspace(0, 1, GRID, dtype=np.float32)
-    i, j = (np.searchsorted(grid, s.astype(np.float32), side="right") - 1 for s in (first, scaled))
-    counts = np.bincount((kind * GRID + i) * GRID + j, minlength=3 * GRID * GRID).reshape(3, GRID, GRID)
+    first, second = first.astype(np.float32), second.astype(np.float32)
+    second = (second - second.min()) / np.maximum(second.max() - second.min(), np.float32(1e-12))
+    grid = np.linspace(0, 1, _GRID, dtype=np.float32)
+    i, j = (np.searchsorted(grid, score, side="right") - 1 for score in (first, second))
+    counts = np.bincount((kind * _GRID + i) * _GRID + j, minlength=3 * _GRID**2).reshape(3, _GRID, _GRID)
     right, wrong, ood = counts[:, ::-1, ::-1].cumsum(axis=1).cumsum(axis=2).reshape(3, -1)
     kept = right + wrong + ood
-    risk = 1 - right / np.maximum(kept, 1)
-    least = np.full(BINS + 1, np.inf)
-    np.minimum.at(least, BINS * (right + wrong) // n_id, risk)
-    filled = 1.0
-    for b in reversed(range(BINS)):
-        filled = least[b] = least[b] if np.isfinite(least[b]) else filled
-    area = (least[1:BINS] + least[: BINS - 1]).sum() / 2 / BINS
-    return JointMetrics(float(area), float((2 * right / (kept + n_id)).max()))
+    least = np.full(_BINS + 1, np.inf)
+    np.minimum.at(least, _BINS * (right + wrong) // n_id, 1 - right / np.maximum(kept, 1))
+    for b in reversed(range(_BINS)):
+        if np.isinf(least[b]):
+            least[b] = least[b + 1] if b + 1 < _BINS else 1.0
+    area = (least[1:_BINS] + least[: _BINS - 1]).sum() / 2 / _BINS
+    return {"ds_aurc": float(area), "ds_f1": float((2 * right / (kept + n_id)).max())}
 
 
 def _checked(s_id: Any, s_ood: Any, success: Any, n_ood: int) -> tuple[Floats, Floats, Ints, int]:
     """Scores, the kind of each sample, and the number of ID samples."""
     first, second, outcomes = as_scores(s_id, "s_id"), as_scores(s_ood, "s_ood"), as_correct(success, "success")
-    if not first.size == second.size == outcomes.size:
-        raise ValueError(
-            f"s_id has {first.size} samples, s_ood {second.size} and success {outcomes.size}; they must match"
-        )
-    n_id = outcomes.size - n_ood
+    sizes, n_id = (first.size, second.size, outcomes.size), outcomes.size - n_ood
+    if len(set(sizes)) > 1:
+        raise ValueError(f"s_id, s_ood and success have {sizes} samples; they must match")
     if not 0 <= n_ood <= outcomes.size or outcomes[n_id:].any():
         raise ValueError(
-            f"the last n_ood = {n_ood} of {outcomes.size} samples must be OOD, which are no successes; put ID first"
+            f"the last {n_ood} of {outcomes.size} samples must be OOD, which are no successes; put ID first"
         )
-    kind = np.where(outcomes == 1, _RIGHT, _WRONG)
-    kind[n_id:] = _OOD
-    return first, second, kind, n_id
+    return first, second, np.where(np.arange(outcomes.size) < n_id, 1 - outcomes, _OOD), n_id

@@ -1,13 +1,5 @@
 """Settings of failure detection (Section 2 of the TAL paper), and the mix of ID and OOD samples in them.
 
-=========  ==============================  ==========================
-setting    samples                         success
-=========  ==============================  ==========================
-Old FD     in-distribution (ID)            classified correctly
-OOD        ID and out-of-distribution      ID, correct or not
-New FD     ID and out-of-distribution      ID and classified correctly
-=========  ==============================  ==========================
-
 The ratio of ID to OOD samples decides the numbers of OOD and New FD, so a ``Mix`` names it and every report states it.
 """
 
@@ -22,7 +14,17 @@ import numpy as np
 from tal_fast.metrics.ranking import as_correct, as_scores
 from tal_fast.utils.arrays import Floats, Ints
 
-MIXES = "balanced-random, all, first-n, or prior=P with P in (0, 1)"
+MIXES = "balanced-random, all, first-n, or prior=P with P in (0, 1), each also with ,full-spectrum"
+GROUPS = ("near", "far")
+"""Groups of OOD sets named ``near/NAME`` and ``far/NAME``, each with a mean of its own."""
+_FULL = ",full-spectrum"
+
+
+def means_of(key: str) -> list[str]:
+    """Keys of the means over sets that a setting counts in: ``new_fd`` and ``new_fd/near`` for ``new_fd/near/svhn``."""
+    kind, _, name = key.partition("/")
+    group, slash, _ = name.partition("/")
+    return [kind] * bool(name) + [f"{kind}/{group}"] * bool(slash and group in GROUPS)
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,12 @@ class Mix:
             ``first-n``: the first min(n_ID, n_OOD) of each, as the released test script does. ``prior``: the largest
             random subset in which the given share is OOD.
         prior: share of OOD samples; for ``prior`` only.
+        full_spectrum: whether all samples of shifted sets count as ID samples (OpenOOD 1.5's full spectrum).
     """
 
     kind: str = "balanced-random"
     prior: float | None = None
+    full_spectrum: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("balanced-random", "all", "first-n", "prior"):
@@ -50,18 +54,19 @@ class Mix:
     @classmethod
     def parse(cls, text: str) -> Mix:
         """Parse a mix's name: ``balanced-random``, ``all``, ``first-n`` or ``prior=0.2`` (20% OOD)."""
-        kind, equals, value = text.partition("=")
+        full = text.endswith(_FULL)
+        kind, equals, value = text.removesuffix(_FULL).partition("=")
         if not equals:
             if kind == "prior":
                 raise ValueError("the mix 'prior' needs the share of OOD samples, as in prior=0.2")
-            return cls(kind)
+            return cls(kind, None, full)
         try:
             prior = float(value)
         except ValueError:
             prior = None
         if kind != "prior" or prior is None:
             raise ValueError(f"unknown mix {text!r}; choose from {MIXES}")
-        return cls(kind, prior)
+        return cls(kind, prior, full)
 
     @property
     def random(self) -> bool:
@@ -69,7 +74,7 @@ class Mix:
         return self.kind in ("balanced-random", "prior")
 
     def __str__(self) -> str:
-        return self.kind if self.prior is None else f"prior={self.prior:g}"
+        return (self.kind if self.prior is None else f"prior={self.prior:g}") + _FULL * self.full_spectrum
 
     def choose(self, n_id: int, n_ood: int, seed: int = 0) -> tuple[Ints, Ints]:
         """Choose the samples that take part; OOD sets of equal size get the same ID samples.
@@ -174,13 +179,20 @@ def scored_settings(
         By key: ``old_fd``, ``ood``, ``new_fd`` and ``shift`` for a single OOD or shifted set; ``ood/NAME``,
         ``new_fd/NAME`` and ``shift/NAME`` for several.
     """
-    found = {"old_fd": ScoredSetting(old_fd(correct), None, id_scores, {})}
+    found, shifts = {"old_fd": ScoredSetting(old_fd(correct), None, id_scores, {})}, shifts or {}
+    if mix is not None and mix.full_spectrum:
+        if not shifts:
+            raise ValueError(f"the mix {mix} needs shifted sets, which count as ID samples; name some")
+        correct = np.concatenate([as_correct(correct), *(as_correct(part) for part, _ in shifts.values())])
+        id_scores = {
+            score: np.concatenate([values, *(scores[score] for _, scores in shifts.values())])
+            for score, values in id_scores.items()
+        }
     for name, scores in ood_scores.items():
         suffix = f"/{name}" if len(ood_scores) > 1 else ""
         for kind, build in (("ood", ood), ("new_fd", new_fd)):
             setting = build(correct, len(next(iter(scores.values()))), mix, seed)
             found[f"{kind}{suffix}"] = ScoredSetting(setting, name, id_scores, scores)
-    shifts = shifts or {}
     for name, (shift_correct, scores) in shifts.items():
         found[f"shift/{name}" if len(shifts) > 1 else "shift"] = ScoredSetting(old_fd(shift_correct), name, scores, {})
     return found

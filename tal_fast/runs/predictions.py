@@ -55,17 +55,11 @@ def check_finite(outputs: Outputs, name: str, indices: Ints | None = None) -> No
             continue
         bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
         if bad.size:
-            masked = np.flatnonzero((values == -np.inf).all(axis=0))
-            if what == "logits" and masked.size:
-                raise ValueError(
-                    f"the logits of class {masked[0]} are -inf in all samples of {name!r}, as of a masked class; leave "
-                    f"that class out of the logits and renumber the labels"
-                )
             first = bad[0] if indices is None else indices[bad].min()
-            raise ValueError(
-                f"the {what} of sample {first} of {name!r} are not finite; training may have diverged: evaluate an "
-                f"earlier checkpoint, or leave such samples out"
-            )
+            reason = "training may have diverged: evaluate an earlier checkpoint, or leave such samples out"
+            if (masked := (values == -np.inf).all(axis=0)).any():
+                reason = f"leave class {masked.argmax()} out, which is masked: -inf in all samples"
+            raise ValueError(f"the {what} of sample {first} of {name!r} are not finite; {reason}")
 
 
 def run_model(

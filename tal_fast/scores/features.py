@@ -16,6 +16,7 @@ name                      score
 ``sirc_S1_S2``            −log(s1_max − s1) − log(1 + exp(−b(s2 − a))), a = mean − 3 std, b = 1/std of s2 in training
                           (Xia and Bouganis, 2022); S1 ``msp``, ``doctor``, ``cosine`` or ``neg_entropy``, S2
                           ``feature_norm``, ``residual`` or ``knn``
+``ood:DETECTOR``          one of pytorch-ood's detectors, negated (``tal_fast.scores.pytorch_ood``)
 ========================  =============================================================================================
 
 Fitting reads the training features a block at a time, in float64, so they may be far larger than memory:
@@ -32,7 +33,7 @@ Fitting reads the training features a block at a time, in float64, so they may b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,8 @@ from numpy.typing import NDArray
 from tal_fast.config.names import FEATURE_SCORES, SIRC_SCORES
 from tal_fast.scores.logits import LOG_GAPS, distance_to_uniform, energy
 from tal_fast.scores.neighbours import NEIGHBOUR, Neighbours, normalised
-from tal_fast.scores.training_statistics import ClassScatter, Moments, Training
+from tal_fast.scores.pytorch_ood import fit_detector
+from tal_fast.scores.training_statistics import ClassScatter, Moments, Training, principal_dimensions
 from tal_fast.utils.arrays import Floats, as_matrix, by_blocks
 
 KNN_SAMPLES = 50_000
@@ -51,11 +53,6 @@ SIRC_KNN_SAMPLES = 10_000
 # Score -> the property of FeatureScorer that fits it.
 _FITTED = {"vim": "_vim_scale", "residual": "_null_space", "mahalanobis": "_gaussians", "knn": "_neighbours"}
 _FITTED["ctm"] = "_class_directions"
-
-
-def principal_dimensions(width: int) -> int:
-    """Number of principal directions that ``residual`` and ``vim`` leave out for (n, ``width``) features."""
-    return 1000 if width >= 2048 else 512 if width >= 768 else width // 2
 
 
 def training_needed(name: str) -> bool:
@@ -68,7 +65,7 @@ class FeatureScorer:
 
     Args:
         training: training data to fit on; with None only ``feature_norm`` and ``gradnorm`` can be computed.
-        knn_samples: number of training features that ``knn`` keeps, chosen at random; None: all.
+        knn_samples: number of training features that ``knn`` and ``ood:`` detectors keep, chosen at random; None: all.
         seed: of that choice.
     """
 
@@ -78,6 +75,7 @@ class FeatureScorer:
         self._given = training
         self._knn_samples, self._seed = knn_samples, seed
         self._sirc: dict[str, tuple[float, float]] = {}
+        self._detector = cache(lambda name: fit_detector(name, self.training, knn_samples, seed))
 
     @property
     def training(self) -> Training:
@@ -93,6 +91,8 @@ class FeatureScorer:
             try:
                 if name in SIRC_SCORES:
                     self._sirc_parameters(SIRC_SCORES[name][1])
+                elif name.startswith("ood:"):
+                    self._detector(name)
                 elif name in _FITTED:
                     getattr(self, _FITTED[name])
             except ValueError as problem:
@@ -147,6 +147,8 @@ class FeatureScorer:
     def _score(self, name: str, logits: NDArray[Any], part: Callable[[str], Floats], features: NDArray[Any]) -> Floats:
         if name in ("feature_norm", "residual", "knn"):
             return part(name)
+        if name.startswith("ood:"):
+            return self._detector(name)(logits, features)
         if name == "gradnorm":
             return distance_to_uniform(logits) * part("feature_norm")
         if name == "mahalanobis":

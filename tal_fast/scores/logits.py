@@ -171,17 +171,6 @@ def doctor(rows: Rows) -> Tensor:
     return _row_sum(rows.exps.square()) / rows.total.square()
 
 
-SCORES: dict[str, Callable[[Any], Any]] = {
-    function.__name__: function for function in (cosine, msp, max_logit, energy, neg_entropy, doctor)
-}
-
-
-@logit_score
-def distance_to_uniform(rows: Rows) -> Tensor:
-    """L1 distance between the softmax and the uniform distribution, ‖p − 1/C‖₁: the first factor of GradNorm."""
-    return _row_sum((rows.exps / rows.total[:, None] - 1 / rows.z.shape[1]).abs())
-
-
 def _log_odds(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-odds of the predicted class without saturation: 1 − p is summed over the other classes.
 
@@ -199,6 +188,52 @@ def _log_probabilities(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     predicted, odds, others = rows.log_odds
     log_p = -(-odds).exp().log1p()
     return predicted, log_p, log_p - odds, others + log_p
+
+
+@logit_score
+def margin(rows: Rows) -> Tensor:
+    """Largest logit minus the second largest; +inf for a single class."""
+    return rows.top - rows.z.scatter(1, rows.z.argmax(1, keepdim=True), -math.inf).amax(1)
+
+
+@logit_score
+def log_gap(rows: Rows) -> Tensor:
+    """Log-odds of the predicted class, log(p / (1 − p)): MSP's order without its ties at 1; +inf for a single class."""
+    return rows.log_odds[1].squeeze(1)
+
+
+@logit_score
+def gen(rows: Rows) -> Tensor:
+    """GEN, −Σ p^γ (1 − p)^γ over the 100 largest probabilities, γ = 0.1 (Liu et al., CVPR 2023)."""
+    _, log_p, log_rest, others = _log_probabilities(rows)
+    rest = others.topk(min(99, others.shape[1]), 1).values
+    # Tenth roots: ONNX would round 0.1 to float32.
+    return -_row_sum(((rest + (-rest.exp()).log1p()) / 10).exp()) - ((log_p + log_rest) / 10).exp().squeeze(1)
+
+
+SCORES: dict[str, Callable[[Any], Any]] = {
+    function.__name__: function
+    for function in (cosine, msp, max_logit, energy, neg_entropy, doctor, margin, log_gap, gen)
+}
+
+
+def max_logit_pnorm(p: int) -> Callable[[Any], Any]:
+    """Centred MaxLogit-pNorm, max x / max(‖x‖_p, 1e-12), x = z − mean z, ‖x‖₀ = nonzeros (Cattelan and Silva, 2024)."""
+
+    @logit_score
+    def score(rows: Rows) -> Tensor:
+        x = rows.z - _row_sum(rows.z)[:, None] / rows.z.shape[1]
+        size = x.abs().amax(1).clamp(min=1e-300)  # powers of x / size do not overflow
+        norm = size * _row_sum((x.abs() / size[:, None]) ** p) ** (1 / p) if p else (x != 0).sum(1)
+        return x.amax(1) / norm.clamp(min=1e-12)
+
+    return score
+
+
+@logit_score
+def distance_to_uniform(rows: Rows) -> Tensor:
+    """L1 distance between the softmax and the uniform distribution, ‖p − 1/C‖₁: the first factor of GradNorm."""
+    return _row_sum((rows.exps / rows.total[:, None] - 1 / rows.z.shape[1]).abs())
 
 
 @logit_score

@@ -27,6 +27,11 @@ class Rows(Protocol):
         """(indices, features) of some samples at a time; each sample once, in any order."""
 
 
+def principal_dimensions(width: int) -> int:
+    """Number of principal directions that ``residual`` and ``vim`` leave out for (n, ``width``) features."""
+    return 1000 if width >= 2048 else 512 if width >= 768 else width // 2
+
+
 @dataclass(frozen=True)
 class Training:
     """Training data that feature scores are fitted on; only what the wanted scores need has to be given.
@@ -83,12 +88,16 @@ class Training:
             for i in range(0, len(indices), ROWS):
                 yield indices[i : i + ROWS], features[i : i + ROWS].astype(np.float64)
 
+    def chosen(self, limit: int | None, seed: int) -> NDArray[np.int64]:
+        """Indices of the training samples of ``choose``."""
+        return np.sort(np.random.default_rng(seed).permutation(self.features.shape[0])[:limit])
+
     def choose(self, limit: int, seed: int) -> NDArray[Any]:
         """At most ``limit`` training features, in the order of their indices: a random choice where there are more."""
         samples, width = self.features.shape
         if isinstance(self.features, np.ndarray) and samples <= limit:
             return self.features
-        chosen = np.sort(np.random.default_rng(seed).permutation(samples)[:limit])
+        chosen = self.chosen(limit, seed)
         # In their stored type: in float64 they would take twice the memory.
         if isinstance(self.features, np.ndarray):
             return self.features[chosen]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import struct
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import scipy.io
 from PIL import Image
 
 from tal_fast import evaluate
+from tal_fast.data import ood
 from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import MemoryImages
 from tal_fast.data.image_folder import ImageFiles
@@ -63,7 +65,10 @@ def test_textures(tmp_path: Path) -> None:
     assert isinstance(found, ImageFiles)
     assert [p.split("images/")[1] for p in found.paths] == [names[2], names[0]]
     for spec, message in (
-        (f"textures:{tmp_path / 'dtd'}:test2", r"test2\.txt lists banded/banded_0009\.jpg but"),
+        (
+            f"textures:{tmp_path / 'dtd'}:test2",
+            r"1 images that .*test2\.txt lists are missing \(.*banded_0009\.jpg",
+        ),
         (f"textures:{tmp_path / 'dtd'}:test3", r"test3\.txt cannot be read"),
         (f"textures:{lists}", "has no folder images/"),
     ):
@@ -193,7 +198,7 @@ def test_cifar_c(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             shift_set(f"cifar-c:{tmp_path / spec}", classes, VAL, 3)
     np.save(tmp_path / "labels.npy", labels[:7])
-    with pytest.raises(ValueError, match="an integer for each, not 50 images and int64 labels of shape"):
+    with pytest.raises(ValueError, match="an integer for each of 50 images, not int64 of shape"):
         shift_set(f"cifar-c:{tmp_path / 'fog.npy'}", CLASSES, VAL, 3)
 
 
@@ -236,9 +241,128 @@ def test_several_sets_in_one_evaluation(tmp_path: Path, capsys: pytest.CaptureFi
     assert "the data set has an OOD set 'noise' already" in capsys.readouterr().err
 
 
+def openood(*args: str) -> subprocess.CompletedProcess[str]:
+    """What the script of OpenOOD's benchmarks prints."""
+    script = Path(__file__).parents[2] / "examples" / "openood.sh"
+    return subprocess.run([script, *args], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("cifar10", (2, 4, 1)), ("cifar100", (2, 4, 0)), ("imagenet", (2, 3, 3))])
+def test_benchmarks_of_openood(name: str, sizes: tuple[int, int, int], tmp_path: Path) -> None:
+    (tmp_path / "benchmark_imglist" / name).mkdir(parents=True)
+    lines = openood(name, str(tmp_path), "full").stdout.splitlines()
+    assert tuple(
+        sum(line.startswith(begin) for line in lines) for begin in ("--ood near/", "--ood far/", "--shift ")
+    ) == (sizes)
+    assert openood(name, str(tmp_path)).stdout.splitlines() == lines[: sizes[0] + sizes[1]]
+    for line in lines:
+        one, _, spec = line.split()[1].partition("=")
+        images = "largescale" if name == "imagenet" and one != "far/textures" else "classic"
+        file = f"{tmp_path}/benchmark_imglist/{name}/test_{one.rpartition('/')[2]}.txt"
+        assert spec == f"list:{tmp_path}/images_{images}:{file}"
+    assert "name the folder that OpenOOD downloads" in openood(name, str(tmp_path / "no")).stderr
+    assert openood("cifar", str(tmp_path)).returncode == 2
+
+
+@pytest.mark.slow
+def test_a_benchmark_of_openood_in_one_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.helpers.evaluation import make_run, read_json
+
+    run = make_run(tmp_path / "run")
+    lists = tmp_path / "openood" / "benchmark_imglist" / "cifar10"
+    lists.mkdir(parents=True)
+    sets = ("cifar100", "tin", "mnist", "svhn", "texture", "places365", "cifar10c")
+    for i, one in enumerate(sets):
+        folder = tmp_path / "openood" / "images_classic" / one
+        folder.mkdir(parents=True)
+        for j in range(5):
+            pixels = RNG.integers(0, 40 * (i + 1), (32, 32, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{j}.png")
+        (lists / f"test_{one}.txt").write_text("".join(f"{one}/{j}.png {j}\n" for j in range(5)))
+    args = ["--run", str(run), "--mix", "all,full-spectrum", "--bootstrap", "20"]
+    args += [*openood("cifar10", str(tmp_path / "openood"), "full").stdout.split(), "--scores", "msp", "cosine"]
+    args += ["--metrics", "naurc", "risk@coverage=0.8", "ds=msp+cosine"]
+    assert evaluate.main(args) == 0
+    assert "New FD: mean over 4 far OOD sets" in capsys.readouterr().out
+    report = read_json(run)
+    assert report["samples"]["new_fd/near/tin"]["id"] == report["counts"]["id"] + 5
+    each = [report["settings"][f"ood/{name}"]["msp"]["auroc"] for name in ("near/cifar100", "near/tin")]
+    assert report["settings"]["ood/near"]["msp"]["auroc"] == pytest.approx(np.mean(each))
+    assert len(report["further"]["new_fd/far/mnist"]["cosine"]["risk@coverage=0.8"]) == 3
+    assert "ds_aurc_binned" in report["further"]["new_fd/far/mnist"]["msp+cosine"]
+    assert "mean over 2 near OOD sets" in (run / "report.html").read_text()
+
+
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("spec", ["npy:{}", "svhn:{}"])
 def test_a_pipe_is_no_set(spec: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "images")
     with pytest.raises(ValueError, match="images is a pipe or a device, which may have no end"):
         ood_set(spec.format(tmp_path / "images"), 8, 3)
+
+
+def test_listed_images(tmp_path: Path) -> None:
+    for name in ("a b.png", "deep/c.png"):
+        write_image(tmp_path / name, 7)
+    (tmp_path / "list.txt").write_text("a b.png 1\ndeep/c.png 0\n\n")
+    spec = f"list:{tmp_path}:{tmp_path / 'list.txt'}"
+    found, corruption = shift_set(spec, ["x", "y"], VAL, 3)
+    assert isinstance(found, ImageFiles)
+    assert [Path(path).name for path in found.paths] == ["a b.png", "c.png"]
+    assert (found.labels.tolist(), found.sizes.tolist(), corruption) == ([1, 0], [[20, 30]] * 2, None)
+    assert ood_set(spec, 32, 3).labels.tolist() == [-1, -1]
+    with pytest.raises(ValueError, match=r"labels in 0\.\.0; it has others"):
+        shift_set(spec, ["x"], VAL, 3)
+    (tmp_path / "list.txt").write_text("gone.png 0\na b.png 0\n")
+    with pytest.raises(ValueError, match=r"1 images that .*list\.txt lists are missing .*gone\.png"):
+        ood_set(spec, 32, 3)
+    with pytest.raises(ValueError, match=r"give list:FOLDER:FILE\.txt"):
+        ood_set(f"list:{tmp_path}:{tmp_path / 'no.txt'}", 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "unpacked", "folders"),
+    [
+        ("imagenet-v2", "imagenetv2-matched-frequency-format-val", ["0", "2"]),
+        ("imagenet-a", "imagenet-a", ["n01443537", "n01498041"]),
+        ("imagenet-c", "blur", ["n01443537", "n01498041"]),
+        ("imagenet-o", "imagenet-o", ["n01443537", "n03544143"]),
+    ],
+)
+def test_named_sets(
+    kind: str, unpacked: str, folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, number in zip(folders, (1, 2), strict=True):
+        for i in range(number):
+            write_image(tmp_path / "data" / unpacked / folder / f"{i}.jpg", 7)
+    classes = ["n01443537", "n01484850", "n01498041"]
+
+    def read(folder: Path) -> Any:
+        return (
+            ood_set(f"{kind}:{folder}", 32, 3)
+            if kind == "imagenet-o"
+            else shift_set(f"{kind}:{folder}", classes, VAL, 3)[0]
+        )
+
+    with pytest.raises(ValueError, match=rf"holds 3 images but {kind} has {ood.NAMED[kind][1]:,}; unpack it again"):
+        read(tmp_path / "data" / unpacked)
+    monkeypatch.setitem(ood.NAMED, kind, (ood.NAMED[kind][0], 3))
+    places = [tmp_path / "data" / unpacked] + [tmp_path / "data"] * (kind != "imagenet-c")
+    for place in places:  # the folder itself or the one above
+        assert read(place).labels.tolist() == ([-1] * 3 if kind == "imagenet-o" else [0, 2, 2])
+    with pytest.raises(ValueError, match=r"has no class folders; name the folder of .*/CLASS/\*, 3 images"):
+        read(tmp_path)
+
+
+def test_cifar_10_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, number in (("v4", 5), ("v6", 4)):
+        np.save(tmp_path / f"cifar10.1_{version}_data.npy", RNG.integers(0, 256, (number, 32, 32, 3), dtype=np.uint8))
+        np.save(tmp_path / f"cifar10.1_{version}_labels.npy", np.arange(number, dtype=np.int32))
+    with pytest.raises(ValueError, match="holds 4 images but v6 has 2000"):
+        shift_set(f"cifar10.1:{tmp_path}", list("abcdefghij"), VAL, 3)
+    monkeypatch.setattr(ood, "CIFAR_10_1", {"v4": 5, "v6": 4})
+    for end, number in (("", 4), (":v6", 4), (":v4", 5)):
+        found, _ = shift_set(f"cifar10.1:{tmp_path}{end}", list("abcdefghij"), VAL, 3)
+        assert found.labels.tolist() == list(range(number))
+    with pytest.raises(ValueError, match="labels 0 to 3 but there are 2 classes"):
+        shift_set(f"cifar10.1:{tmp_path}", ["a", "b"], VAL, 3)

@@ -148,4 +148,4 @@ def test_commands_in_the_documentation_are_understood() -> None:
     for line in commands:
         args = command.parser().parse_args(shlex.split(line))
         command.check_source(args)
-        check_scores([name for group in args.scores for name in group.split(",")])
+        check_scores([name for group in args.scores or ["msp"] for name in group.split(",")])

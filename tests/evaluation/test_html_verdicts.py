@@ -39,7 +39,7 @@ def test_a_verdict_follows_from_the_interval(shift: float, words: str, level: st
     title, sentence, found = verdicts(evaluation_of(shift))[0]
     assert (title, found) == ("Old FD", level)
     assert sentence.startswith(words)
-    assert sentence.endswith("% instead of 15.00%.")
+    assert sentence.endswith("% are errors instead of 15.00%.")
 
 
 def test_foreign_images_that_cannot_be_told_are_named() -> None:
@@ -48,6 +48,14 @@ def test_foreign_images_that_cannot_be_told_are_named() -> None:
     assert "foreign from in-distribution images no better than chance" in by_title["OOD against photos"]
     low, high = evaluation.report["intervals"]["old_fd"]["own"]["auroc"][-2:]
     assert f"[{low:.3f}, {high:.3f}]" in by_title["Old FD"]
+
+
+def test_few_errors_are_no_verdict_of_chance() -> None:
+    correct = np.arange(60) >= 3
+    values = np.where(correct, 1.0, [*(0.0, 0.1, 2.0), *[0.0] * 57]) + np.linspace(0, 0.5, 60)
+    _, sentence, level = verdicts(evaluate_samples(Samples(correct, {"own": values}, {}, {})))[0]
+    assert level == "none"
+    assert "to an unknown degree, with too few samples to tell it from chance: AUROC 0.6" in sentence
 
 
 def test_a_setting_without_errors_has_no_verdict_but_a_reason(tmp_path: Path) -> None:

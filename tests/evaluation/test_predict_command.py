@@ -176,7 +176,7 @@ def test_a_shift_is_warned_of_and_chance_is_not() -> None:
         found = shift_warning(about, accepted, 1000)
         assert found is not None
         assert f"{accepted / 10:.1f}% of 1,000 images are accepted" in found
-        assert "the bound of 2.00% on the error rate does not hold" in found
+        assert "the bound of 2.00% does not hold" in found
     assert shift_warning(about, 0, 1) is None
     assert shift_warning({**about, "threshold": None}, 0, 1000) is None
     assert shift_warning({}, 0, 1000) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ import torch
 from tal_fast.evaluation.evaluation import evaluate_samples
 from tal_fast.evaluation.report import EvaluationOptions, read_report, write_report
 from tal_fast.evaluation.sample_scores import Samples
-from tal_fast.evaluation.tables import format_report
+from tal_fast.evaluation.tables import format_report, setting_title
 from tal_fast.metrics.failure import METRICS, failure_metrics
+from tal_fast.metrics.further import further_metrics, operating_point
 from tal_fast.metrics.influence import influence
 from tal_fast.metrics.intervals import interval
+from tal_fast.metrics.joint import binned_joint_metrics, joint_metrics
 from tal_fast.metrics.settings import Mix
 from tal_fast.runs.load import load_run
 from tal_fast.scores.logits import SCORES
@@ -58,6 +61,69 @@ def test_several_sets_have_their_plain_mean() -> None:
         for metric in METRICS:
             each = [report["settings"][f"{kind}/{name}"]["msp"][metric] for name in names]
             assert report["settings"][kind]["msp"][metric] == pytest.approx(sum(each) / 2)
+
+
+def test_near_and_far_sets_have_means_of_their_own() -> None:
+    rng = np.random.default_rng(2)
+    correct, scores = rng.random(60) < 0.8, rng.normal(size=60)
+    sets = {name: {"msp": rng.normal(size=30) - 1} for name in ("near/a", "near/b", "far/c", "other")}
+    options = EvaluationOptions(mix=Mix("all"), intervals=True)
+    report = evaluate_samples(Samples(correct, {"msp": scores, "half": scores / 2}, {
+        name: {**each, "half": each["msp"] / 2} for name, each in sets.items()
+    }, {}), options).report  # fmt: skip
+    for key, members in (("near", ["near/a", "near/b"]), ("far", ["far/c"])):
+        mean = np.mean([report["settings"][f"new_fd/{name}"]["msp"]["aurc"] for name in members])
+        assert report["settings"][f"new_fd/{key}"]["msp"]["aurc"] == pytest.approx(mean)
+        low, high = report["intervals"][f"new_fd/{key}"]["msp"]["aurc"]
+        assert low < mean < high
+        assert f"mean over {len(members)} {key} OOD set{'s' if len(members) > 1 else ''}" in setting_title(
+            f"ood/{key}", report
+        )
+    assert "mean over 4 OOD sets" in setting_title("new_fd", report)
+
+
+def test_full_spectrum_counts_shifted_sets_as_id() -> None:
+    rng = np.random.default_rng(3)
+    correct, scores, noise = rng.random(50) < 0.8, rng.normal(size=50), rng.normal(size=40)
+    shifts = {name: (rng.random(n) < 0.5, {"msp": rng.normal(size=n)}) for name, n in (("fog", 30), ("snow", 20))}
+    samples = Samples(correct, {"msp": scores}, {"noise": {"msp": noise}}, {}, shifts=shifts)
+    evaluation = evaluate_samples(samples, EvaluationOptions(mix=Mix.parse("all,full-spectrum")))
+    report = evaluation.report
+    assert (report["mix"], report["samples"]["old_fd"]["n"]) == ("all,full-spectrum", 50)
+    assert report["samples"]["ood"] == {"n": 140, "id": 100, "ood": 40, "errors": 40}
+    everything = np.concatenate([scores, shifts["fog"][1]["msp"], shifts["snow"][1]["msp"], noise])
+    right = np.concatenate([correct, shifts["fog"][0], shifts["snow"][0], np.zeros(40)])
+    assert report["settings"]["new_fd"]["msp"] == failure_metrics(everything, right)
+    assert report["settings"]["ood"]["msp"] == failure_metrics(everything, np.arange(140) < 100)
+    with pytest.raises(ValueError, match="the mix first-n,full-spectrum needs shifted sets"):
+        evaluate_samples(replace(samples, shifts={}), EvaluationOptions(mix=Mix.parse("first-n,full-spectrum")))
+
+
+def test_further_metrics_on_request(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    correct = rng.random(80) < 0.7
+    scores = {"msp": rng.random(80), "energy": rng.normal(size=80)}
+    ood = {"noise": {"msp": rng.random(20), "energy": rng.normal(size=20)}}
+    names = ("naurc", "coverage@risk=0.5", "ds=msp+energy", "ds=energy+msp")
+    options = EvaluationOptions(scores=["msp", "energy"], mix=Mix("all"), metrics=names)
+    report = evaluate_samples(Samples(correct, scores, ood, {}), options).report
+    write_report(report, tmp_path / "report.json")
+    found = read_report(tmp_path)["further"]
+    assert found["old_fd"]["msp"] == {
+        "naurc": further_metrics(scores["msp"], correct)["naurc"],
+        "coverage@risk=0.5": operating_point(scores["msp"], correct, "coverage@risk", 0.5),
+    }
+    assert [list(found[key]) for key in found] == [["msp", "energy"], ["msp", "energy", "msp+energy", "energy+msp"]]
+    pair = [np.append(scores[score], ood["noise"][score]) for score in ("msp", "energy")]
+    joint, binned = (f(*pair, np.append(correct, np.zeros(20)), 20) for f in (joint_metrics, binned_joint_metrics))
+    assert found["new_fd"]["msp+energy"] == pytest.approx({**joint, **{f"{m}_binned": v for m, v in binned.items()}})
+    assert list(found["new_fd"]["energy+msp"]) == ["ds_aurc", "ds_f1"]
+    assert "naurc" not in report["settings"]["old_fd"]["msp"]
+    for metric in ("eaurc", "coverage@risk=2", "ds=msp", "ds=msp+energy+msp"):
+        with pytest.raises(ValueError, match=r"unknown metric .*; choose from naurc, .* ds=msp\+energy"):
+            EvaluationOptions(metrics=[metric])
+    with pytest.raises(ValueError, match=r"ds=msp\+vim needs both scores; there are msp, energy"):
+        evaluate_samples(Samples(correct, scores, ood, {}), replace(options, metrics=["ds=msp+vim"]))
 
 
 def test_undefined_metrics_are_null_with_a_reason(tmp_path: Path) -> None:
@@ -110,7 +176,7 @@ def test_few_errors_are_noted_and_undefined_metrics_have_no_interval(tmp_path: P
     assert report["intervals"]["old_fd"]["msp"]["aurc"] == [0, pytest.approx(1 - 0.025 ** (1 / 30))]
     assert report["intervals"]["old_fd"]["msp"]["auroc"] == [None, None]
     assert report["bootstrap"]["few"] == {"old_fd": {"errors": 0, "successes": 30}}
-    assert "Old FD: 0 errors; intervals are not verified below 8" in format_report(report)
+    assert "With fewer than 8 errors intervals are not verified; here are 0" in format_report(report)
     samples = Samples(np.arange(30) < 22, {"msp": np.ones(30)}, {}, {})
     assert evaluate_samples(samples, EvaluationOptions(intervals=True)).report["bootstrap"]["few"] == {}
 

@@ -22,7 +22,7 @@ def test_a_folder_of_another_configuration_is_rejected(tmp_path: Path, capsys: p
     for folder in scheduler.job_folders(read_experiment(write(tmp_path / "e.yaml")), output):
         folder.prepare()
     assert main(command) == 0
-    assert capsys.readouterr().out.count(": to train") == 4
+    assert capsys.readouterr().out.count("  to train") == 4
     for changed, sentence in (
         ({"epochs": 3}, "ce-seed0 was made by another configuration (epochs was 2 and is 3); set it back, give the"),
         ({"data.ood": {"x": "y"}}, "data.ood was {} and is {'x': 'y'}: add sets under 'evaluate' instead"),

@@ -74,20 +74,37 @@ def test_finished_jobs_are_skipped_and_failures_are_reported(
     assert sorted(ran) == sorted(
         [*(f"train {m}-seed{s}" for m in ("ce", "tal") for s in (0, 1)), "evaluate ce-seed0", "evaluate tal-seed1"]
     )
+    assert main([*command, "--status"]) == 0
+    status = capsys.readouterr().out.splitlines()
+    ids = [job.id for job in read_experiment(path).jobs]
+    assert [line.split()[0] for line in status[:-1]] == ids
+    assert len(set(ids)) == 4
+    assert "to train, failed: exit code 2: error: no such thing (" in status[1]
+    assert status[-1].startswith("2 of 4 done; ")
+    ran = stand_in("sys.exit(3)")
+    assert main([*command, "--only", "tal-seed0"]) == 1
+    assert ran == ["train tal-seed0"]
+    assert "of 4 runs" not in capsys.readouterr().out  # no table
+    assert main([*command, "--only", "tal-seed5"]) == 2
+    assert "--only tal-seed5: no job has this name or hash; --status lists them" in capsys.readouterr().err
+    ran = stand_in("")
+    assert main([*command, "--only", ids[1]]) == 0
+    assert ran == ["train tal-seed0", "evaluate tal-seed0"]
+    ran = stand_in("")
+    assert main([*command, "--failed"]) == 0
+    assert ran == ["train ce-seed1", "evaluate ce-seed1"]
+    capsys.readouterr()
     ran = stand_in("")
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "2 of 4 jobs are done already" in said
-    assert "4 of 4 done" in said
-    assert "left" not in said.splitlines()[2]  # nothing is
-    assert sorted(ran) == sorted(
-        f"{stage} {name}" for stage in ("train", "evaluate") for name in ("tal-seed0", "ce-seed1")
-    )
+    assert "4 of 4 jobs are done already" in said
     ran = stand_in("sys.exit(1)")
     assert main(command) == 0
     assert ran == []
     record = json.loads((tmp_path / "out" / "runs" / "tal-seed0" / "job.json").read_text())
-    assert [(a["stage"], a["exit_code"]) for a in record["attempts"]] == [("train", 2), ("train", 0), ("evaluate", 0)]
+    assert [(a["stage"], a["exit_code"]) for a in record["attempts"]] == [
+        ("train", 2), ("train", 3), ("train", 0), ("evaluate", 0),
+    ]  # fmt: skip
     # Changed evaluation options or a changed report: evaluated again without training.
     write(tmp_path / "e.yaml", evaluate={"checkpoint": "last"}, compare=no_bootstrap)
     assert main(command) == 0
@@ -159,7 +176,7 @@ def test_two_schedulers_share_the_jobs(tmp_path: Path, stand_in: Callable[[str],
     scheduler.logger.addHandler(handler)
     try:
         with console_logging(), scheduler.StopRequest() as stop:
-            scheduler.Scheduler(experiment, tmp_path, [{}, {}]).run(stop)
+            scheduler.Scheduler(experiment, scheduler.job_folders(experiment, tmp_path), [{}, {}]).run(stop)
     finally:
         scheduler.logger.removeHandler(handler)
     assert not any("ce-seed0" in line for line in started)

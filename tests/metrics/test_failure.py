@@ -427,4 +427,5 @@ def test_an_unknown_convention_is_refused() -> None:
 def test_examples_of_the_documentation() -> None:
     path = Path(__file__).parents[2] / "docs" / "metrics.md"
     failed, tried = doctest.testfile(str(path), module_relative=False)
-    assert (failed, tried) == (0, 9)
+    assert failed == 0
+    assert tried >= 9

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 
-from bench.intervals import CELLS, POPULATIONS, SHOWN, simulate
+from bench.intervals import CELLS, POPULATIONS, RESULTS, SHOWN, simulate, table
 from tal_fast.metrics.failure import METRICS, failure_metrics
 from tal_fast.metrics.influence import influence
 from tal_fast.metrics.intervals import evidence, interval
@@ -30,6 +31,15 @@ def test_intervals_cover_the_truth_where_errors_are_few(monkeypatch: pytest.Monk
         for metric in SHOWN:
             assert row[kind][metric]["covered"] >= 0.9, (kind, metric)
         assert 0.01 < row[kind]["auroc"]["width"] < 0.6
+
+
+def test_the_documented_coverage_is_that_of_the_results() -> None:
+    result = json.loads(RESULTS.read_text())
+    assert table(result) in (RESULTS.parents[2] / "docs" / "metrics.md").read_text()
+    kinds = [row[kind] for row in result["results"] for kind in ("value", "difference")]
+    covered = [cell["covered"] for kind in kinds for cell in kind.values()]
+    assert min(covered) > 0.935 - 2 * np.sqrt(0.05 * 0.95 / 4000)
+    assert (len(covered), len(result["results"])) == (420, len(POPULATIONS) * len(CELLS))
 
 
 @pytest.mark.parametrize("population", POPULATIONS)

@@ -41,22 +41,22 @@ def test_every_pair_of_thresholds_is_searched(levels: int, whole: int, monkeypat
     rng = np.random.default_rng()
     for _ in range(10):
         case = random_case(int(rng.integers(1 << 30)), int(rng.integers(1, 30)), int(rng.integers(0, 30)), levels)
-        assert joint_metrics(*case) == pytest.approx(brute_force(*case), abs=1e-12), case
+        assert tuple(joint_metrics(*case).values()) == pytest.approx(brute_force(*case), abs=1e-12), case
 
 
 def test_larger_samples_are_halved_to_the_same_values() -> None:
     case = random_case(3, 150, 120, 1000)
-    assert joint_metrics(*case) == pytest.approx(brute_force(*case), abs=1e-12)
+    assert tuple(joint_metrics(*case).values()) == pytest.approx(brute_force(*case), abs=1e-12)
 
 
 def test_by_hand() -> None:
     # Right, wrong, right, OOD. The first score leaves the wrong one last, the second the OOD sample.
     success, s_id, s_ood = [1, 0, 1, 0], [4, 1, 3, 2], [4, 3, 2, 1]
     # Two of three ID samples without an error; three keep the wrong one: (0 + 0 + 1/3) / 3.
-    assert joint_metrics(s_id, s_ood, success, 1) == pytest.approx((1 / 9, 2 * 2 / (2 + 3)))
+    assert tuple(joint_metrics(s_id, s_ood, success, 1).values()) == pytest.approx((1 / 9, 2 * 2 / (2 + 3)))
     # The first score alone keeps the OOD sample before the wrong one: (0 + 0 + 2/4) / 3.
-    assert joint_metrics(s_id, [0, 0, 0, 0], success, 1).ds_aurc == pytest.approx(1 / 6)
-    assert joint_metrics(s_id, [-np.inf, np.inf, 0, -np.inf], success, 1).ds_aurc == pytest.approx(1 / 6)
+    assert joint_metrics(s_id, [0, 0, 0, 0], success, 1)["ds_aurc"] == pytest.approx(1 / 6)
+    assert joint_metrics(s_id, [-np.inf, np.inf, 0, -np.inf], success, 1)["ds_aurc"] == pytest.approx(1 / 6)
 
 
 def test_never_above_the_aurc_of_the_first_score() -> None:
@@ -64,7 +64,7 @@ def test_never_above_the_aurc_of_the_first_score() -> None:
     success = (rng.random(300) < 0.8).astype(int)
     s_id = rng.random(300) + success
     found = joint_metrics(s_id, rng.random(300), success)
-    assert found.ds_aurc <= failure_metrics(s_id, success)["aurc"]
+    assert found["ds_aurc"] <= failure_metrics(s_id, success)["aurc"]
 
 
 def authors(s_id, s_ood, success, n_ood: int) -> tuple[float, float]:
@@ -90,19 +90,19 @@ def authors(s_id, s_ood, success, n_ood: int) -> tuple[float, float]:
 @pytest.mark.parametrize(("n_id", "n_ood", "levels"), [(37, 12, 11), (230, 40, 997), (5, 0, 3)])
 def test_convention_of_the_authors(n_id: int, n_ood: int, levels: int) -> None:
     case = random_case(n_id, n_id, n_ood, levels)
-    assert binned_joint_metrics(*case) == pytest.approx(authors(*case), abs=1e-12)
+    assert tuple(binned_joint_metrics(*case).values()) == pytest.approx(authors(*case), abs=1e-12)
 
 
 def test_what_has_no_value_or_is_refused() -> None:
     for metrics in (joint_metrics, binned_joint_metrics):
-        assert np.isnan(metrics([], [], [])).all()
-        assert np.isnan(metrics([1], [1], [0], 1)).all()
-        with pytest.raises(ValueError, match="s_ood 1 and success 2; they must match"):
+        assert np.isnan([*metrics([], [], []).values()]).all()
+        assert np.isnan([*metrics([1], [1], [0], 1).values()]).all()
+        with pytest.raises(ValueError, match=r"have \(2, 1, 2\) samples; they must match"):
             metrics([1, 2], [1], [0, 1])
         with pytest.raises(ValueError, match="must be OOD, which are no successes"):
             metrics([1, 2], [1, 2], [0, 1], 1)
         with pytest.raises(ValueError, match="NaN has no rank"):
             metrics([1, np.nan], [1, 2], [0, 1])
-    assert joint_metrics([1, 2], [3, 4], [0, 0]) == (1, 0)
+    assert joint_metrics([1, 2], [3, 4], [0, 0]) == {"ds_aurc": 1, "ds_f1": 0}
     with pytest.raises(ValueError, match=r"needs s_id in \[0, 1\].*choose msp"):
         binned_joint_metrics([1, 2], [1, 2], [0, 1])

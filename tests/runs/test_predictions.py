@@ -47,6 +47,13 @@ def test_outputs_narrower_than_float32_are_widened(dtype: torch.dtype, kept: str
     np.testing.assert_array_equal(outputs.labels, [0, 1])
 
 
+def test_a_masked_class_is_named() -> None:
+    logits = np.zeros((4, 3))
+    logits[:, 1] = -np.inf
+    with pytest.raises(ValueError, match="sample 0 of 'val' are not finite; leave class 1 out, which is masked"):
+        predictions.check_finite(predictions.Outputs(logits, None, np.zeros(4, int)), "val")
+
+
 def test_outputs_that_are_not_finite_are_refused() -> None:
     broken = [(torch.tensor([[1.0], [float("nan")]]), torch.zeros(2), torch.tensor([7, 3]))]
     with pytest.raises(ValueError, match="the logits of sample 3 of 'val' are not finite"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -202,6 +203,12 @@ def refusal(training: Training, name: str, logits: Any = CASE.logits, features: 
     with pytest.raises(ValueError) as error:  # noqa: PT011
         FeatureScorer(training).scores([name], logits, features)
     return str(error.value)
+
+
+def test_detectors_of_pytorch_ood_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_ood", None)
+    (reason,) = FeatureScorer(CASE.training).undefined(["ood:ReAct"]).values()
+    assert reason == "it needs pytorch-ood; install it with: pip install 'tal-fast[ood]'"
 
 
 def test_scores_that_cannot_be_computed_are_refused_with_the_reason() -> None:

@@ -115,7 +115,7 @@ def _model_description(report: Report) -> str:
     """Sentences that say what was evaluated, how accurate it is and how well calibrated."""
     text = f"The model {printable(str(report['model']))}." if "model" in report else "The outputs of a model."
     if "method" in report:
-        text = f"A {printable(report['method'])} model, {report['checkpoint']} checkpoint, epoch {report['epoch']}."
+        text = f"Method {printable(report['method'])}, {report['checkpoint']} checkpoint, epoch {report['epoch']}."
     right, images = report["counts"]["id_right"], report["counts"]["id"]
     text += f" Accuracy {format_percent(nan_if_none(report['id_accuracy']))} ({right:,} of {images:,})"
     if calibration := report.get("calibration"):

@@ -16,8 +16,8 @@ from tal_fast.evaluation.tables import (
     format_value,
     mark_best,
     nan_if_none,
+    setting_notes,
     setting_title,
-    undefined_notes,
 )
 from tal_fast.metrics.curves import OperatingPoint, OperatingPoints
 from tal_fast.metrics.failure import HIGHER_IS_BETTER, METRICS
@@ -32,7 +32,6 @@ MEANINGS = {
     "AUROC": "probability that a success is more confident than an error; 0.5 is chance",
     "FPR95": "share of the errors kept when 95% of the successes are; TNR95 is the share rejected",
     "E-AURC": "AURC minus its floor, all errors ranked last, by the paper’s approximation or exact",
-    "tied": "share of the samples whose score equals another’s",
     "AUPR": "average precision with successes or errors as the positive class; chance is their share",
 }
 """Column -> what it is, for the legend."""
@@ -87,7 +86,7 @@ def setting_table(report: Report, key: str) -> SettingTable:
         describe_samples(report, key),
         Table(title, [("score", None), *columns, ("tied", None)], [*rows.items()]),
         differences and Table(f"{title}, differences", [("score", None), *columns], _difference_rows(differences), ""),
-        undefined_notes(report, key, METRICS),
+        setting_notes(report, key, METRICS),
     )
 
 

@@ -47,13 +47,12 @@ def _judge(evaluation: Evaluation, key: str) -> tuple[str, str] | None:
     }.get(kind, "errors from correct predictions")
     how, level = next(((words, css) for limit, words, css in LEVELS if low > limit), ("no better than chance", "poor"))
     how = "worse than chance, in the wrong order" if high < 0.5 else how
+    if low <= 0.5 and high > LEVELS[2][0]:
+        how, level = "to an unknown degree, with too few samples to tell it from chance", "none"
     text = f"{score} separates {separated} {how}: AUROC {auroc:.3f} [{low:.3f}, {high:.3f}]"
     if judged is not None and kind != "ood":
-        success = judged.setting.success
         point = evaluation.operating_points[key][score].at_coverage(1 - REJECTED)
         assert point is not None
-        before = 1 - float(np.mean(success))
-        text += (
-            f"; without the least confident {REJECTED:.0%} the error rate is {point.risk:.2%} instead of {before:.2%}"
-        )
+        before = 1 - float(np.mean(judged.setting.success))
+        text += f"; without the least confident {REJECTED:.0%}, {point.risk:.2%} are errors instead of {before:.2%}"
     return f"{text}.", level
