@@ -23,6 +23,8 @@ CLUSTERS = {"slurm": "slurm", "submitit-local": "local"}
 
 FOLDER = "submitit"
 _POLL_S = 1.0
+_MINUTES = 1440
+"""Time limit of a job unless it is given; submitit's own is 5 minutes."""
 _SAVE_S = 60.0
 """Longest wait for a run to save before its time ends; submitit asks 90 s before by default."""
 
@@ -78,7 +80,7 @@ def launch(
         raise ValueError(f"--launcher {launcher} needs submitit; install it with pip install submitit") from None
     try:
         executor = submitit.AutoExecutor(output / FOLDER / "%j", cluster=CLUSTERS[launcher])
-        executor.update_parameters(name=output.resolve().name, **resources)
+        executor.update_parameters(**{"name": output.resolve().name, "timeout_min": _MINUTES, **resources})
     except (RuntimeError, NameError, TypeError, AssertionError) as error:
         raise ValueError(f"--launcher {launcher}: {one_line(error)}") from None
     queued = {folder.job.name: _queued(output, folder) for folder in folders} if launcher == "slurm" else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ import submitit
 
 from tal_fast.experiments import launch as module
 from tal_fast.experiments.command import main
+from tal_fast.experiments.folder import Folder
 from tal_fast.experiments.launch import Cell
 from tal_fast.experiments.parse import read_experiment
 from tal_fast.experiments.scheduler import job_folders
@@ -51,20 +53,22 @@ def test_a_cell_runs_in_submitits_debug_cluster(tmp_path: Path, monkeypatch: pyt
         Cell(["e.yaml", "--only", "x"])()
 
 
-def kill_the_trainer(run: Path, number: int) -> None:
-    """Send a signal to the process that trains in a folder, once it has saved something."""
-    while not (run / "checkpoints" / "last.pt").exists():
+def signal_a_run(folder: Folder, number: int, module: str) -> None:
+    """Send a signal to the process of a module that runs a job, or to its parent, once the run has saved something."""
+    while not (folder.path / "checkpoints" / "last.pt").exists():
         time.sleep(0.05)
+    words = {module, folder.job.name if module == "tal_fast.experiment" else str(folder.path / "asked.yaml")}
     for process in Path("/proc").glob("[0-9]*"):
-        words = (process / "cmdline").read_bytes().split(b"\0") if (process / "cmdline").exists() else []
-        if b"tal_fast.train" in words and str(run / "asked.yaml").encode() in words:
-            os.kill(int(process.name), number)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if words <= set((process / "cmdline").read_text().split("\0")):
+                parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+                os.kill(parent if module == "tal_fast.experiment" else int(process.name), number)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_twelve_cells_of_which_one_is_killed_and_one_preempted_end_as_on_this_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options: dict[str, Any] = {
         "seeds": [0, 1, 2], "grid": {"optim.lr": [0.05, 0.1]}, "compare": {"bootstrap": 0},
@@ -76,23 +80,9 @@ def test_twelve_cells_of_which_one_is_killed_and_one_preempted_end_as_on_this_ma
     folders = job_folders(read_experiment(file), tmp_path / "there")
     assert len(folders) == 12
     killed, preempted = folders[3], folders[7]
-    killer = threading.Thread(target=kill_the_trainer, args=(killed.path, signal.SIGKILL), daemon=True)
-    jobs: dict[str, Any] = {}
-    submit = submitit.AutoExecutor.submit
-
-    def recorded(self: Any, cell: Cell) -> Any:
-        jobs[cell._words[-1]] = job = submit(self, cell)
-        return job
-
-    monkeypatch.setattr(submitit.AutoExecutor, "submit", recorded)
-
-    def preempt() -> None:
-        while not (preempted.path / "checkpoints" / "last.pt").exists():
-            time.sleep(0.05)
-        jobs[preempted.job.name]._interrupt()
-
-    killer.start()
-    threading.Thread(target=preempt, daemon=True).start()
+    # The parent of the experiment's process is submitit's, which gets SIGUSR2 from Slurm.
+    for what in ((killed, signal.SIGKILL, "tal_fast.train"), (preempted, signal.SIGUSR2, "tal_fast.experiment")):
+        threading.Thread(target=signal_a_run, args=what, daemon=True).start()
     command = [str(file), "--output", str(tmp_path / "there"), "--launcher", "submitit-local"]
     with caplog.at_level(logging.INFO):
         assert main(command) == 1
