@@ -27,6 +27,8 @@ class FailureMetric(Metric):
         options: of ``torchmetrics.Metric``.
     """
 
+    confidence: list[Tensor]
+    correct: list[Tensor]
     is_differentiable = full_state_update = False
     higher_is_better = property(lambda self: HIGHER_IS_BETTER[self.metric])
 
