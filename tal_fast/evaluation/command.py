@@ -161,6 +161,7 @@ def parser() -> ArgumentParser:
     """Parser of all options."""
     parser = ArgumentParser(
         prog=program_name("evaluate"),
+        usage="%(prog)s (--run | --weights | --npz | --ensemble) WHAT [options]",
         description="Report how well confidence separates correct from incorrect predictions: Old FD, OOD and New FD, "
         "and Old FD under shift.",
     )

@@ -78,9 +78,9 @@ def parser() -> ArgumentParser:
         help="Format of the tables; csv-runs has a row for each run. Default: %(default)s.",
     )  # fmt: skip
     output.add_argument(
-        "--show", nargs="+", choices=("differences", "intervals", "marks"), default=["differences"],
+        "--show", nargs="+", choices=("differences", "intervals", "marks"), default=["differences"], metavar="WHAT",
         help="Beside values: differences to the baseline, intervals, marks of those better or worse than the baseline "
-        "beyond noise. Default: differences.",
+        "beyond noise (differences, intervals, marks). Default: differences.",
     )  # fmt: skip
     output.add_argument("--out", metavar="FILE", help="File to write the tables to instead of printing them.")
     output.add_argument(

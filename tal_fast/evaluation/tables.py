@@ -39,7 +39,7 @@ def setting_title(key: str, report: Mapping[str, Any]) -> str:
         return title
     shifted = kind == "shift"
     sets = report.get("shift_names", []) if shifted else report["ood_names"]
-    if name in GROUPS or (not name and len(sets) > 1):
+    if (name in GROUPS and name not in sets) or (not name and len(sets) > 1):
         number = sum(one.startswith(f"{name}/") for one in sets) if name else len(sets)
         what = f"{name} {'shifted' if shifted else 'OOD'} set{'s' if number > 1 else ''}".strip()
         return f"{title}: mean over {number} {what}"

@@ -156,7 +156,7 @@ def _evaluate_words(options: Values) -> tuple[str, ...]:
     from tal_fast.evaluation import command
 
     parser = command.parser()
-    excluded = {"help", "run", "weights", "npz", "output", "cache", *command.WEIGHTS_OPTIONS}
+    excluded = {"help", "run", "weights", "npz", "ensemble", "output", "cache", *command.WEIGHTS_OPTIONS}
     actions = {action.dest: action for action in parser._actions if action.dest not in excluded}
     words: list[str] = []
     for key, value in options.items():
