@@ -165,7 +165,7 @@ def with_table(refusal: NoThreshold, scores: Mapping[str, Any], correct: Any, **
         f"{refusal}",
         f"with confidence {confidence:g} on {used.size} samples that the bound does "
         + ("use, so that a choice by this table needs others:" if used is held_out else "not use:"),
-        f"{'score':14} {f'coverage at {risk:.2%}':>20} {'least risk':>11} {'coverage there':>15}",
+        f"{'score':14} {f'coverage at {risk:.2%}':>20} {'risk tried':>11} {'coverage there':>15}",
     ]
     for row in rows:
         least = "-" if row["least_risk"] is None else f"{row['least_risk']:.2%}"

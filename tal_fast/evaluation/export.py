@@ -366,7 +366,7 @@ def choose(
     try:
         return calibrate(confidence, correct, **options)
     except NoThreshold as refusal:
-        if options.get("ood") is not None:
+        if options.get("ood") is not None or options.get("predictions") is not None:
             raise
         raise with_table(refusal, logit_scores(outputs.logits), outputs.correct, **options) from None
 

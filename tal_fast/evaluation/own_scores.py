@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,13 +33,20 @@ def own_scores(outputs: Outputs, functions: Mapping[str, Callable[..., Any]]) ->
     """Values by name of functions of logits (n, C) float64 and features (n, D) float64, or None where unknown."""
     logits, features = (None if x is None else x.astype(np.float64) for x in (outputs.logits, outputs.features))
     samples = len(outputs.logits)
+    for name, call in functions.items():
+        try:
+            inspect.signature(call).bind(logits, features)
+        except TypeError as error:
+            raise ValueError(f"your score {name} must be a function of (logits, features): {error}") from None
     return {name: check_values(call(logits, features), samples, name) for name, call in functions.items()}
 
 
 def check_values(values: Any, samples: int, name: str) -> Floats:
     """Values of a score as float64; raises ValueError unless they are a number for each sample."""
     array = to_numpy(values)
-    if array.shape != (samples,) or array.dtype.kind not in "fiu" or np.isnan(array).any():
-        what = f"{array.dtype} of shape {array.shape}, {np.sum(array != array)} of them NaN"
-        raise ValueError(f"{name} must have a number, not NaN, for each of {samples} samples; it has {what}")
+    if array.shape != (samples,) or array.dtype.kind not in "fiu":
+        what = f"{array.dtype} of shape {array.shape}"
+        raise ValueError(f"{name} must have a number for each of {samples} samples, shape ({samples},); it has {what}")
+    if (bad := np.flatnonzero(np.isnan(array))).size:
+        raise ValueError(f"{name} is NaN for {bad.size} of {samples} samples, first for sample {bad[0]}; give numbers")
     return array.astype(np.float64)

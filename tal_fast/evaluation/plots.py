@@ -77,6 +77,9 @@ def compare_curves(groups: Sequence[Group], columns: Sequence[Column], paths: Se
     Raises:
         ValueError: matplotlib is not installed, or the samples of a run are missing.
     """
+    for path in paths:
+        if Path(path).suffix not in (".pdf", ".svg", ".png"):
+            raise ValueError(f"--curves {path} must end in .pdf, .svg or .png")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("matplotlib, which draws the curves, is not installed; pip install matplotlib")
     curves: dict[str, dict[str, list[Floats]]] = {}

@@ -57,7 +57,9 @@ class EvaluationOptions:
         for metric in self.metrics:
             if not re.fullmatch(rf"{'|'.join(FURTHER_METRICS)}|{_OTHER}", metric):
                 known = f"{', '.join(FURTHER_METRICS)}, coverage@risk=0.05, risk@coverage=0.8 and ds=msp+energy"
-                raise ValueError(f"unknown metric {metric!r}; choose from {known}, with any shares and two scores")
+                raise ValueError(
+                    f"unknown metric {metric!r}; choose from {known}, with shares in (0, 1] and two scores"
+                )
         if self.choose_by != "old-fd" and self.choose_by.partition("=")[0] != "new-fd":
             raise ValueError(f"pnorm is chosen by old-fd, new-fd or new-fd=OOD-SET, not by {self.choose_by!r}")
 

@@ -118,7 +118,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.launcher != "local":
         words = [str(Path(args.file).resolve()), "--output", str(output.resolve()), "--jobs", "1"]
         with console_logging():
-            launch(left, words, output, args.launcher, _resources(args))
+            # Slurm's array has a limit of its own; see ``_resources``.
+            at_once = None if args.launcher == "slurm" else len(slots(experiment, args.jobs))
+            launch(left, words, output, args.launcher, _resources(args), at_once)
     elif not args.table_only:
         with console_logging(), StopRequest() as stop:
             stop.training = True  # the first Ctrl-C asks the jobs to save, too

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLUSTERS = {"slurm": "slurm", "submitit-local": "local"}
-"""Launcher -> name of its cluster in submitit; the latter tries it out on one machine, all jobs at once."""
+"""Launcher -> name of its cluster in submitit; the latter tries it out on one machine."""
 
 FOLDER = "submitit"
 _POLL_S = 1.0
@@ -60,9 +60,14 @@ class Cell:
 
 
 def launch(
-    folders: Sequence[Folder], words: Sequence[str], output: Path, launcher: str, resources: Mapping[str, Any]
+    folders: Sequence[Folder],
+    words: Sequence[str],
+    output: Path,
+    launcher: str,
+    resources: Mapping[str, Any],
+    at_once: int | None = None,
 ) -> None:
-    """Submit jobs as one array and wait for them; those that are queued or running already are only waited for.
+    """Submit jobs, by default as one array, and wait for them and for those that are queued or running already.
 
     Args:
         folders: of the jobs.
@@ -70,6 +75,7 @@ def launch(
         output: folder of the experiment, which all machines share.
         launcher: key of ``CLUSTERS``.
         resources: parameters of submitit's executor, such as ``timeout_min``, ``gpus_per_node``, ``slurm_partition``.
+        at_once: number of jobs that are submitted at a time.
 
     Raises:
         ValueError: submitit is not installed, there is no such cluster here, or a parameter is unknown.
@@ -85,20 +91,21 @@ def launch(
         raise ValueError(f"--launcher {launcher}: {one_line(error)}") from None
     queued = {folder.job.name: _queued(output, folder) for folder in folders} if launcher == "slurm" else {}
     jobs = {name: job for name, job in queued.items() if job is not None}
-    new = [folder for folder in folders if folder.job.name not in jobs]
-    with executor.batch() if new else contextlib.nullcontext():
-        submitted = [executor.submit(Cell([*words, "--only", folder.job.name])) for folder in new]
-    for folder, job in zip(new, submitted, strict=True):
-        folder.path.mkdir(parents=True, exist_ok=True)
-        folder.update(submitted=job.job_id)
-        jobs[folder.job.name] = job
-    logger.info("%d jobs submitted, %d were queued or running already", len(new), len(jobs) - len(new))
-    while jobs:
+    waiting = [folder for folder in folders if folder.job.name not in jobs]
+    logger.info("%d jobs to submit, %d are queued or running already", len(waiting), len(jobs))
+    while jobs or waiting:
+        room = len(waiting) if at_once is None else at_once - len(jobs)
+        batch, waiting = waiting[:room], waiting[room:]
+        with executor.batch() if batch else contextlib.nullcontext():
+            submitted = [executor.submit(Cell([*words, "--only", folder.job.name])) for folder in batch]
+        for folder, job in zip(batch, submitted, strict=True):
+            folder.path.mkdir(parents=True, exist_ok=True)
+            folder.update(submitted=job.job_id)
+            jobs[folder.job.name] = job
         for name in [name for name, job in jobs.items() if job.done()]:
             job = jobs.pop(name)
-            problem = job.exception()
-            why = "done" if problem is None else f"failed; see {job.paths.stderr}"
-            logger.info("%s: %s (job %s), %d left", name, why, job.job_id, len(jobs))
+            why = "done" if job.exception() is None else f"failed; see {job.paths.stderr}"
+            logger.info("%s: %s (job %s), %d left", name, why, job.job_id, len(jobs) + len(waiting))
         time.sleep(_POLL_S if jobs else 0)
 
 

@@ -37,6 +37,11 @@ def matrix(logits, features):
 def holes(logits, features):
     return np.where(logits[:, 0] > 0, 1.0, np.nan)
 
+def alone(logits):
+    return logits[:, 0]
+
+number = 3
+
 def msp(logits, features):
     return logits[:, 0]
 """
@@ -81,8 +86,13 @@ def test_values_beside_saved_outputs_are_scores(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("own.py:matrix", r"matrix must have a number, not NaN, for each of 200 samples; it has float\d+ of shape"),
-        ("own.py:holes", r"holes must have .* of shape \(200,\), \d+ of them NaN"),
+        (
+            "own.py:matrix",
+            r"matrix must have a number for each of 200 samples, shape \(200,\); it has float\d+ of shape",
+        ),
+        ("own.py:holes", r"holes is NaN for \d+ of 200 samples, first for sample \d+; give numbers"),
+        ("own.py:alone", r"your score alone must be a function of \(logits, features\): too many positional"),
+        ("own.py:number", r"your score number must be a function of \(logits, features\): 3 is not a callable"),
         ("own.py:msp", "your score msp has the name of another score; rename it"),
         ("own.py:none", "own.py defines no none"),
         ("none.py:spread", "there is no file .*none.py, which defines spread; put it there, or name another"),
@@ -100,7 +110,7 @@ def test_what_is_no_score_is_refused(
 @pytest.mark.parametrize(
     ("arrays", "sentence"),
     [
-        ({"score_mine": np.zeros(199)}, "score_mine must have a number, not NaN, for each of 200 samples"),
+        ({"score_mine": np.zeros(199)}, "score_mine must have a number for each of 200 samples"),
         ({"score_msp": np.zeros(200)}, "score_msp has the name of a score of this package; rename it"),
     ],
 )

@@ -178,7 +178,7 @@ def test_the_order_of_samples_and_monotone_maps_do_not_matter(random: Any, n: in
     ("scores", "correct", "options", "kind", "message"),
     [
         (np.arange(50), np.ones(50), {"risk": 0.02}, NoThreshold, "50 held-out samples are too few"),
-        (np.arange(900), np.arange(900) % 2, {"risk": 0.02}, NoThreshold, "the lowest bound is"),
+        (np.arange(900), np.arange(900) % 2, {"risk": 0.02}, NoThreshold, "the lowest bound tried is"),
         ([], [], {"risk": 0.02}, NoThreshold, "0 held-out samples are too few"),
         ([1, 2], [1, 0], {"risk": 0}, ValueError, "risk must lie in (0, 1), not 0"),
         ([1, 2], [1, 0], {"risk": 0.1, "confidence": 1}, ValueError, "confidence must lie in (0, 1), not 1"),

@@ -83,7 +83,7 @@ def test_twelve_cells_of_which_one_is_killed_and_one_preempted_end_as_on_this_ma
     # The parent of the experiment's process is submitit's, which gets SIGUSR2 from Slurm.
     for what in ((killed, signal.SIGKILL, "tal_fast.train"), (preempted, signal.SIGUSR2, "tal_fast.experiment")):
         threading.Thread(target=signal_a_run, args=what, daemon=True).start()
-    command = [str(file), "--output", str(tmp_path / "there"), "--launcher", "submitit-local"]
+    command = [str(file), "--output", str(tmp_path / "there"), "--launcher", "submitit-local", "--jobs", "2"]
     with caplog.at_level(logging.INFO):
         assert main(command) == 1
     assert killed.record()["failed"] == "killed by SIGKILL"
@@ -93,6 +93,6 @@ def test_twelve_cells_of_which_one_is_killed_and_one_preempted_end_as_on_this_ma
     caplog.clear()
     with caplog.at_level(logging.INFO):
         assert main(command) == 0
-    assert "1 jobs submitted" in caplog.text
+    assert "1 jobs to submit" in caplog.text
     for folder in folders:
         assert_same_end(tmp_path / "here" / "runs" / folder.job.name, folder.path)
