@@ -11,7 +11,9 @@ METRICS = (
 )  # fmt: skip
 """Failure-detection metrics, see ``tal_fast.metrics.failure``."""
 
-FURTHER_METRICS = ("naurc", "aurc_achievable", "eaugrc")
+FURTHER_METRICS = (
+    "naurc", "aurc_achievable", "eaugrc", "balanced_aurc", "balanced_augrc", "cost_aurc", "cost_augrc",
+)  # fmt: skip
 """Metrics on request, see ``tal_fast.metrics.further``."""
 
 CONVENTIONS = (

@@ -114,6 +114,7 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
         temperature=args.temperature,
         intervals=args.bootstrap > 0,
         metrics=args.metrics,
+        costs=None if args.costs is None else _read_costs(args.costs),
         **({} if args.knn_samples is None else {"knn_samples": args.knn_samples or None}),
     )
     path = args.npz or args.weights or Path((args.ensemble or ["."])[0]).absolute().with_name("ensemble")
@@ -155,6 +156,16 @@ def _data_config(args: argparse.Namespace) -> DataConfig:
     # crop_area is for training, and not allowed for images in memory.
     data = {"dataset": args.dataset or "folder", "root": args.data_dir, "crop_area": None, **fields}
     return Config.from_dict({"data": data}).data
+
+
+def _read_costs(path: str) -> Any:
+    """Matrix of costs from a CSV file without a header; raises ValueError if it is none."""
+    import numpy as np
+
+    try:
+        return np.loadtxt(path, delimiter=",", ndmin=2)
+    except ValueError as error:
+        raise ValueError(f"{path} must hold rows of numbers with commas between them: {error}") from None
 
 
 def parser() -> ArgumentParser:
@@ -230,6 +241,7 @@ def parser() -> ArgumentParser:
 
     further = f"{', '.join(names.FURTHER_METRICS)}, coverage@risk=0.05, risk@coverage=0.8, ds=msp+energy (two scores)"
     metrics.add_argument("--metrics", nargs="+", default=[], help=f"Further metrics for report.json: {further}.")
+    metrics.add_argument("--costs", metavar="FILE.csv", help="Cost of each label (row) and prediction, for cost_*.")
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output", metavar="DIR", help="Folder of the report. Default: the run's folder, or FILE-report next to FILE.",

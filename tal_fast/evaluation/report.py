@@ -19,7 +19,7 @@ import numpy as np
 
 import tal_fast
 from tal_fast.config.names import DEFAULT_SCORES, FURTHER_METRICS, check_scores
-from tal_fast.evaluation.sample_scores import Samples
+from tal_fast.evaluation.sample_scores import Predictions, Samples
 from tal_fast.evaluation.tables import setting_title
 from tal_fast.metrics.failure import METRICS, aurc_floor, aurc_random, failure_metrics, undefined_reasons
 from tal_fast.metrics.further import further_metrics, operating_point
@@ -50,6 +50,7 @@ class EvaluationOptions:
     temperature: float | None = None
     choose_by: str = "new-fd"  # AURC that ``pnorm`` is chosen by: ``old-fd``, ``new-fd`` or ``new-fd=OOD-SET``
     metrics: Sequence[str] = ()  # further metrics, see ``docs/metrics.md#further-metrics``
+    costs: Any = None  # (C, C) cost of each label (row) and prediction, for ``cost_aurc`` and ``cost_augrc``
     intervals: bool = False  # whether metrics and differences have confidence intervals
 
     def __post_init__(self) -> None:
@@ -60,6 +61,8 @@ class EvaluationOptions:
                 raise ValueError(
                     f"unknown metric {metric!r}; choose from {known}, with shares in (0, 1] and two scores"
                 )
+        if self.costs is None and any(metric.startswith("cost_") for metric in self.metrics):
+            raise ValueError("cost_aurc and cost_augrc need a matrix of costs; name its file with --costs")
         if self.choose_by != "old-fd" and self.choose_by.partition("=")[0] != "new-fd":
             raise ValueError(f"pnorm is chosen by old-fd, new-fd or new-fd=OOD-SET, not by {self.choose_by!r}")
 
@@ -110,7 +113,12 @@ def make_report(
         _add_mean(report, mean, [key for key in settings if mean in means_of(key)])
     if options.metrics:
         # Not of ``ood``, in which wrong predictions are successes.
-        report["further"] = {k: _further(s, options.metrics) for k, s in settings.items() if not k.startswith("ood")}
+        known = samples.predictions.get("val")  # labels of OOD samples are unknown
+        report["further"] = {
+            key: _further(judged, options, known if key == "old_fd" else None)
+            for key, judged in settings.items()
+            if not key.startswith("ood")
+        }
     if options.intervals:
         baseline = baseline or next(iter(samples.id_scores))
         report["bootstrap"] = {
@@ -136,12 +144,23 @@ def _add_setting(report: Report, key: str, judged: ScoredSetting) -> None:
     report["tied_share"][key] = {score: tied_share(values) for score, values in scores.items()}
 
 
-def _further(judged: ScoredSetting, metrics: Sequence[str]) -> dict[str, Any]:
-    """Further metrics of a setting, by score, or with OOD samples by two scores as ``S_ID+S_OOD``."""
+def _further(judged: ScoredSetting, options: EvaluationOptions, known: Predictions | None) -> dict[str, Any]:
+    """Further metrics of a setting, by score, or with OOD samples by two scores as ``S_ID+S_OOD``.
+
+    ``known`` are the labels and predictions of its samples, without which nothing is balanced or has a cost.
+    """
+    metrics, labels, loss = options.metrics, None, None
+    if known is not None:
+        labels, costs = known.label, options.costs
+        if costs is not None:
+            classes = int(max(labels.max(initial=-1), known.prediction.max(initial=-1))) + 1
+            if np.ndim(costs) != 2 or min(costs.shape) < classes:
+                raise ValueError(f"the costs have shape {np.shape(costs)} but must be a matrix for {classes} classes")
+            loss = costs[labels, known.prediction]
     success, scores, n_ood = judged.setting.success, judged.confidences(), judged.setting.ood_index.size
     found: dict[str, Any] = {}
     for score, confidence in scores.items():
-        values: dict[str, Any] = further_metrics(confidence, success)
+        values: dict[str, Any] = further_metrics(confidence, success, loss, labels)
         for kind, _, limit in (metric.partition("=") for metric in metrics if "@" in metric):
             values[f"{kind}={limit}"] = operating_point(confidence, success, kind, float(limit))
         found[score] = {metric: values[metric] for metric in metrics if metric in values}

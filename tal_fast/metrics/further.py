@@ -8,20 +8,23 @@ import numpy as np
 
 from tal_fast.config.names import FURTHER_METRICS
 from tal_fast.metrics.failure import aurc_floor, failure_metrics
-from tal_fast.metrics.ranking import as_scores, rank
+from tal_fast.metrics.ranking import Ranking, as_correct, as_scores, rank
+from tal_fast.utils.arrays import Floats, Ints
 
 LEVEL = 0.95  # of the intervals of operating points
 
 
-def further_metrics(confidence: Any, success: Any, loss: Any = None) -> dict[str, float]:
-    """NAURC, achievable AURC, e-AUGRC, and the areas of a loss; arguments as for ``failure_metrics``.
+def further_metrics(confidence: Any, success: Any, loss: Any = None, labels: Any = None) -> dict[str, float]:
+    """NAURC, achievable AURC, e-AUGRC, the areas of a loss, and those balanced over classes.
 
     Args:
+        confidence, success: (n,) as for ``failure_metrics``.
         loss: (n,) finite losses, such as ``costs[labels, predictions]`` for a cost matrix.
+        labels: (n,) true classes.
 
     Returns:
-        ``naurc``, ``aurc_achievable``, ``eaugrc``; with a loss also ``cost_aurc`` and ``cost_augrc``, in its units. NaN
-        where undefined.
+        ``naurc``, ``aurc_achievable``, ``eaugrc``; with a loss also ``cost_aurc`` and ``cost_augrc``, in its units;
+        with labels ``balanced_aurc`` and ``balanced_augrc``. NaN where undefined.
     """
     from sklearn.isotonic import isotonic_regression
 
@@ -42,14 +45,33 @@ def further_metrics(confidence: Any, success: Any, loss: Any = None) -> dict[str
         "aurc_achievable": float(e[0] + areas.sum()) / n,
         "eaugrc": values["augrc"] - rate**2 / 2,
     }
+    order = np.argsort(-as_scores(confidence), kind="stable")
     if loss is not None:
-        losses = as_scores(loss, "loss")[np.argsort(-as_scores(confidence), kind="stable")]
-        end = ranking.end
-        # Errors of tied samples in any order: a straight line between the ends of their group.
-        total = np.interp(np.arange(1, n + 1), np.append(0, end), np.append(0, np.cumsum(losses)[end - 1]))
-        found["cost_aurc"] = float(np.mean(total / np.arange(1, n + 1)))
-        found["cost_augrc"] = float((total.sum() - total[-1] / 2) / n**2)
+        found["cost_aurc"], found["cost_augrc"] = _loss_areas(ranking, as_scores(loss, "loss")[order])
+    if labels is not None:
+        _, classes, sizes = np.unique(np.asarray(labels)[order], return_inverse=True, return_counts=True)
+        wrong = 1 - as_correct(success)[order]  # the ranking has its own order within ties
+        found["balanced_aurc"] = _balanced_aurc(ranking, wrong, classes, sizes)
+        found["balanced_augrc"] = _loss_areas(ranking, wrong * n / (sizes.size * sizes[classes]))[1]
     return found
+
+
+def _loss_areas(ranking: Ranking, losses: Floats) -> tuple[float, float]:
+    """AURC and AUGRC of losses in the order of the ranking."""
+    i, end = np.arange(1, losses.size + 1), ranking.end
+    # Losses of tied samples in any order: a straight line between the ends of their group.
+    total = np.interp(i, np.append(0, end), np.append(0, np.cumsum(losses)[end - 1]))
+    return float(np.mean(total / i)), float((total.sum() - total[-1] / 2) / losses.size**2)
+
+
+def _balanced_aurc(ranking: Ranking, wrong: Any, classes: Ints, sizes: Ints) -> float:
+    """Trapezoidal area under the mean over the classes of the error rate among those kept, 0 where none is."""
+    risk = np.zeros(ranking.end.size)
+    for c in range(sizes.size):
+        kept, errors = (np.cumsum(part * (classes == c))[ranking.end - 1] for part in (np.ones(classes.size), wrong))
+        risk += errors / np.maximum(kept, 1) / sizes.size
+    heights = risk + np.append(risk[0], risk[:-1])
+    return float(np.sum(np.diff(ranking.end, prepend=0) * heights) / (2 * classes.size))
 
 
 def operating_point(confidence: Any, success: Any, kind: str, limit: float) -> list[float]:

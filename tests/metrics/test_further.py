@@ -1,4 +1,4 @@
-"""Tests of the further metrics: normalised, achievable, by cost, and operating points."""
+"""Tests of the further metrics: normalised, achievable, balanced, by cost, and operating points."""
 
 import itertools
 import math
@@ -62,6 +62,25 @@ def test_achievable_by_hand() -> None:
     assert values["aurc_achievable"] == pytest.approx((1 - math.log(2)) / 4)
     assert further_metrics([2, 1], [0, 0])["aurc_achievable"] == 1
     assert further_metrics([2, 1], [1, 1])["aurc_achievable"] == 0
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_balanced_over_the_classes(levels: int) -> None:
+    scores, correct = random_case(levels)
+    labels = np.random.default_rng().integers(0, 4, len(scores))
+    values = further_metrics(scores, correct, labels=labels)
+    n, present = len(scores), np.unique(labels)
+    risk, rejected = [], []
+    for kept in groups(scores):
+        rates = [1 - correct[kept & (labels == c)].mean() if (kept & (labels == c)).any() else 0 for c in present]
+        risk.append(np.mean(rates))
+        rejected.append(np.mean([(1 - correct)[kept & (labels == c)].sum() / (labels == c).sum() for c in present]))
+    ends = np.array([0, *(kept.sum() for kept in groups(scores))]) / n
+    for name, heights in (("balanced_aurc", [risk[0], *risk]), ("balanced_augrc", [0, *rejected])):
+        area = sum((b - a) * (x + y) / 2 for (a, b), (x, y) in zip(
+            itertools.pairwise(ends), itertools.pairwise(heights), strict=True,
+        ))  # fmt: skip
+        assert values[name] == pytest.approx(area)
 
 
 def test_losses() -> None:
