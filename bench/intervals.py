@@ -1,4 +1,6 @@
-"""What the intervals of metrics cover: ``python -m bench.intervals --out bench/results/intervals_cpu.json``.
+"""Coverage of the metrics' confidence intervals in simulation.
+
+``python -m bench.intervals --out bench/results/intervals_cpu.json``.
 
 Draws test sets from populations whose metrics are known from a sample 400 times as large, and counts the intervals that
 hold the true value, for one score and for the paired difference of two correlated scores. The number of errors is

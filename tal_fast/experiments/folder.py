@@ -81,7 +81,7 @@ class Folder:
         write_text(self.path / RECORD, json.dumps({**self.record(), **changes}, indent=1) + "\n")
 
     def status(self, options: tuple[str, ...]) -> tuple[str, float]:
-        """What is left to do for these evaluation options, and the seconds spent so far."""
+        """State of the job for these evaluation options, such as ``to train``, and the seconds spent so far."""
         record = self.record()
         spent = sum(attempt["seconds"] or 0.0 for attempt in record["attempts"])
         if self.is_done(options):

@@ -32,7 +32,7 @@ _ROUNDING = 1e-12  # of a metric
 
 
 class Evidence(NamedTuple):
-    """What the intervals of a score's metrics rest on in a setting."""
+    """Numbers of samples and errors of a setting, and a score's influences, from which intervals are computed."""
 
     n: int  # number of samples
     errors: int  # number of errors among them; over several sets, of the one with the fewest errors or successes
@@ -127,7 +127,7 @@ def _random(metric: str, rate: float) -> float:
 
 
 def evidence(settings: Mapping[str, ScoredSetting], score: str, convention: str = "tal_fast") -> dict[str, Evidence]:
-    """What the intervals of a score rest on, in every setting.
+    """Evidence for the intervals of a score, by setting.
 
     Returns:
         By key, as in ``settings``, and of ``means_of``: the influences on the plain mean over the sets, which share the

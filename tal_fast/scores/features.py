@@ -51,8 +51,10 @@ KNN_SAMPLES = 50_000
 SIRC_KNN_SAMPLES = 10_000
 """Number of training features that SIRC takes the mean and standard deviation of ``knn`` from."""
 # Score -> the property of FeatureScorer that fits it.
-_FITTED = {"vim": "_vim_scale", "residual": "_null_space", "mahalanobis": "_gaussians", "knn": "_neighbours"}
-_FITTED["ctm"] = "_class_directions"
+_FITTED = {
+    "vim": "_vim_scale", "residual": "_null_space", "mahalanobis": "_gaussians", "knn": "_neighbours",
+    "ctm": "_class_directions",
+}  # fmt: skip
 
 
 def training_needed(name: str) -> bool:

@@ -39,7 +39,10 @@ def file_digest(name: str) -> str | None:
 
 @cache
 def load(name: str, group: str) -> Any:
-    """What a name stands for; raises ValueError if the file is missing, fails when it is run, or has no such name."""
+    """Function or class of a name.
+
+    Raises ValueError if the file is missing, fails when it is run, or has no such name.
+    """
     file, _, member = absolute(name).rpartition(":")
     if in_file(name) and not Path(file).is_file():
         raise ValueError(f"there is no file {file}, which defines {member}; put it there, or name another")

@@ -242,7 +242,7 @@ def test_several_sets_in_one_evaluation(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def openood(*args: str) -> subprocess.CompletedProcess[str]:
-    """What the script of OpenOOD's benchmarks prints."""
+    """Finished run of the script of OpenOOD's benchmarks."""
     script = Path(__file__).parents[2] / "examples" / "openood.sh"
     return subprocess.run([script, *args], capture_output=True, text=True)
 
