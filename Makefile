@@ -1,4 +1,4 @@
-# make demo   sets up .venv, trains CE and TAL on real digits, evaluates both and prints them side by side
+# make demo   sets up .venv, trains CE, TAL and FMFP with TAL on real digits, evaluates and compares them
 # make test   sets up .venv and runs the fast tests; make test-all runs all of them
 # make test-peers   tests with Lightning, transformers and other libraries, in an environment of their own
 # make lint   ruff and mypy
@@ -36,11 +36,7 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	touch $@
 
 demo: setup
-	$(BIN)/python -m tal_fast.train --config digits-ce --output $(RUNS)/digits-ce --resume auto
-	$(BIN)/python -m tal_fast.train --config digits-tal --output $(RUNS)/digits-tal --resume auto
-	$(BIN)/python -m tal_fast.evaluate --run $(RUNS)/digits-ce
-	$(BIN)/python -m tal_fast.evaluate --run $(RUNS)/digits-tal
-	$(BIN)/python -m tal_fast.compare $(RUNS)/digits-ce $(RUNS)/digits-tal
+	$(BIN)/python -m tal_fast.experiment examples/experiments/demo.yaml --output $(RUNS)/demo
 
 # The tests of a file stay in one process, which makes the runs they share once; one thread each, as all cores are in use.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile

@@ -1,7 +1,7 @@
 """Tables and figures of the comparison of methods: ``python -m bench.methods``.
 
 Reads bench/results/methods/NAME/results.json, which ``python -m tal_fast.experiment examples/experiments/NAME.yaml
---output bench/results/methods/NAME`` writes, and fills in docs/results.md and README.md between their markers, and
+--output bench/results/methods/NAME`` writes, and fills in the pages between their markers, and
 docs/figures/methods-*.svg. The same results always give the same text; ``--check`` writes nothing and exits with 1
 where a page is not what the results say. ``--typicalness RUN`` measures how near to its queue a TAL run finds its
 validation images and those of no class, for its figure. ``--curves OUTPUT`` reads the risk-coverage curves of a folder
@@ -35,7 +35,7 @@ from tal_fast.metrics.settings import Mix, scored_settings
 
 RESULTS = ROOT / "bench" / "results" / "methods"
 EXPERIMENTS = ROOT / "examples" / "experiments"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "getting-started.md", ROOT / "docs" / "results.md")
 TYPICALNESS = RESULTS / "typicalness.json"
 BINS = 40
 CURVES = RESULTS / "curves.json"
@@ -80,6 +80,12 @@ def choice(name: str) -> str:
     return f"```\n{select.format_selection(points, experiment, experiment.select)}\n```\n"
 
 
+def summary(name: str) -> str:
+    """What the experiment prints: a row per method, and a sentence on each."""
+    results = read(name)
+    return MISSING if results is None else f"```\n{format_results(results, 'summary')}\n```\n"
+
+
 def main_rows(name: str) -> str:
     """README's table: what matters of each method, beside its difference to cross-entropy."""
     results = read(name)
@@ -111,7 +117,7 @@ def main_rows(name: str) -> str:
     return table(head, rows) + "\n"
 
 
-BLOCKS: dict[str, Callable[[str], str]] = {"whole": whole, "choice": choice, "main": main_rows}
+BLOCKS: dict[str, Callable[[str], str]] = {"whole": whole, "choice": choice, "summary": summary, "main": main_rows}
 
 
 def fill_in(text: str) -> str:
