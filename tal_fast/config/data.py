@@ -69,6 +69,8 @@ class DataConfig:
             keeps its length and has fewer different images.
         holdout: number of training images to validate on instead of the validation images. They are a fixed random
             choice that is not trained on, for choosing hyper-parameters.
+        unseen_classes: names of classes, such as ``[bag, coat]``, that are neither trained nor validated on. Their
+            validation images are the out-of-distribution set ``unseen``.
         train_limit: number of training images to use, a fixed random choice; by default all.
         synthetic_images: number of synthetic training images; validation has half as many.
         synthetic_classes: number of classes of synthetic images.
@@ -106,6 +108,7 @@ class DataConfig:
     sampling: Literal["shuffle", "balanced"] = "shuffle"
     repeats: int = 1
     holdout: int | None = None
+    unseen_classes: list[str] = field(default_factory=list)
     train_limit: int | None = None
     synthetic_images: int = 2000
     synthetic_classes: int = 10
