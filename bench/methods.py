@@ -1,11 +1,11 @@
 """Tables and figures of the comparison of methods: ``python -m bench.methods``.
 
 Reads bench/results/methods/NAME/results.json, which ``python -m tal_fast.experiment examples/experiments/NAME.yaml
---output bench/results/methods/NAME`` writes, and fills in docs/results.md, docs/results-gpu.md and README.md between their
-markers, and docs/figures/methods-*.svg. The same results always give the same text; ``--check`` writes nothing and exits
-with 1 where a page is not what the results say. ``--typicalness RUN`` measures how near to its queue a TAL run finds its
-validation images and those of no class, for its figure. ``--curves OUTPUT`` reads the risk-coverage curves of a folder
-that ``python -m tal_fast.experiment`` has written, for README's figure.
+--output bench/results/methods/NAME`` writes, and fills in docs/results.md, docs/results-gpu.md and README.md between
+their markers, and docs/figures/methods-*.svg. The same results always give the same text; ``--check`` writes nothing
+and exits with 1 where a page is not what the results say. ``--typicalness RUN`` measures how near to its queue a TAL
+run finds its validation images and those of no class, for its figure. ``--curves OUTPUT`` reads the risk-coverage
+curves of a folder that ``python -m tal_fast.experiment`` has written, for README's figure.
 """
 
 from __future__ import annotations
