@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import environment, write_json
-from bench.report import FIGURES, ROOT, table, update_pages
+from bench.report.figures import FIGURES
+from bench.report.pages import update_pages
+from bench.report.results import ROOT
+from bench.report.text import table
 from tal_fast.config.methods import option_path
 from tal_fast.evaluation.compare import Group
 from tal_fast.experiments import select

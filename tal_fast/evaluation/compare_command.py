@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _compare(args: argparse.Namespace) -> str:
     from tal_fast.evaluation.compare import columns_of, find_group
-    from tal_fast.evaluation.compare_tables import add_description, describe, format_comparison
+    from tal_fast.evaluation.compare_tables import add_description, conclusions, describe, format_comparison
     from tal_fast.evaluation.differences import add_differences
 
     groups = _read_groups([run for text in args.runs for run in parse_runs(text)], args.score)
@@ -127,6 +127,7 @@ def _compare(args: argparse.Namespace) -> str:
     baseline = groups[0] if args.baseline is None else find_group(groups, args.baseline)
     add_differences(groups, baseline, columns, args.bootstrap > 0, args.over)
     text = format_comparison(groups, columns, style, args.units, args.show)
+    text = f"{text}\n\n{conclusions(groups)}".rstrip() if style == "table" else text
     return add_description(describe(groups, args.units, args.show), text, style)
 
 

@@ -197,8 +197,9 @@ def _report(experiment: Experiment, output: Path, name: str) -> int:
     found = results.read_results(output)
     results.check_options(found, experiment)
     table.write_tables(found, output)
-    print(f"\n{table.format_results(found, 'table')}")
-    print("\n" + "\n".join(str(output / file) for file in (results.FILE, *table.FILES.values())))
+    print(f"\n{table.format_results(found, 'summary')}")
+    files = [results.FILE, *table.FILES.values(), "runs/*/report.html"]
+    print("\n" + "\n".join(str(output / file) for file in files))
     if experiment.select is not None:
         points = select.candidates(experiment, found, experiment.select)
         select.write_selection(points, experiment, experiment.select, output)
