@@ -80,6 +80,11 @@ def _parser() -> ArgumentParser:
     instead.add_argument(
         "--table-only", action="store_true", help="Write the tables from the runs that are there, or from results.json."
     )
+    instead.add_argument(
+        "--bench", action="store_true",
+        help="Measure a few steps of each method on this machine and print the expected hours. Data that are missing "
+        "are replaced by synthetic images of their size.",
+    )  # fmt: skip
     instead.add_argument("--export-sweep", metavar="YAML", help="Write a Weights & Biases sweep of the same jobs.")
     instead_group.add_argument(
         "--nproc", type=at_least(1), metavar="N",
@@ -104,6 +109,10 @@ def _run(args: argparse.Namespace) -> int:
         for file in write_sweep(experiment, Path(args.export_sweep), args.nproc):
             print(file)
         return 0
+    if args.bench:
+        from tal_fast.experiments.bench import print_expected_hours
+
+        return print_expected_hours(experiment, len(slots(experiment, args.jobs)))
     output = Path(args.output if args.output is not None else Path("runs") / Path(args.file).stem)
     folders = job_folders(experiment, output)
     for folder in folders:
