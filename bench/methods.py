@@ -28,14 +28,14 @@ from tal_fast.config.methods import option_path
 from tal_fast.evaluation.compare import Group
 from tal_fast.experiments import select
 from tal_fast.experiments.parse import read_experiment
-from tal_fast.experiments.results import Results, groups_of, read_results
+from tal_fast.experiments.results import STAGES, Results, groups_of, read_results
 from tal_fast.experiments.table import format_results
 from tal_fast.metrics.ranking import risk_coverage_curve
 from tal_fast.metrics.settings import Mix, scored_settings
 
 RESULTS = ROOT / "bench" / "results" / "methods"
 EXPERIMENTS = ROOT / "examples" / "experiments"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "getting-started.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("getting-started", "results", "results-gpu")))
 TYPICALNESS = RESULTS / "typicalness.json"
 BINS = 40
 CURVES = RESULTS / "curves.json"
@@ -66,6 +66,24 @@ def whole(name: str) -> str:
         f"{format_results(results, 'markdown')}\n\n"
         f"`python -m tal_fast.experiment examples/experiments/{name}.yaml`: {len(results['runs'])} runs, "
         f"{spent / 3600:.1f} hours of one core, training and evaluation together.\n"
+    )
+
+
+def gpu(name: str) -> str:
+    """Hardware, hours, command and tables of an experiment for GPUs; its command while it has not been run."""
+    command = f"python -m tal_fast.experiment examples/experiments/{name}.yaml --output bench/results/methods/{name}"
+    results = read(name)
+    if results is None:
+        return f"Not run yet:\n\n```sh\n{command}\n```\n"
+    per_stage = {stage: sum(run["seconds"][stage] for run in results["runs"]) / 3600 for stage in STAGES}
+    by_row: dict[str, list[float]] = {}
+    for run in results["runs"]:
+        by_row.setdefault(run["label"], []).append(run["seconds"]["train"] / 3600)
+    hours = ", ".join(f"{row} {statistics.mean(values):.1f}" for row, values in by_row.items())
+    return (
+        f"{len(results['runs'])} of {results['jobs']} runs; {per_stage['train']:.1f} hours of training and "
+        f"{per_stage['evaluate']:.1f} of evaluation, of one device each. Hours of a run's training: {hours}.\n\n"
+        f"```sh\n{command}\n```\n\n{format_results(results, 'markdown')}\n"
     )
 
 
@@ -117,7 +135,9 @@ def main_rows(name: str) -> str:
     return table(head, rows) + "\n"
 
 
-BLOCKS: dict[str, Callable[[str], str]] = {"whole": whole, "choice": choice, "summary": summary, "main": main_rows}
+BLOCKS: dict[str, Callable[[str], str]] = {
+    "whole": whole, "gpu": gpu, "choice": choice, "summary": summary, "main": main_rows,
+}  # fmt: skip
 
 
 def fill_in(text: str) -> str:

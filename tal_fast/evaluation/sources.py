@@ -12,6 +12,7 @@ from tal_fast.config.schema import DataConfig, ModelConfig
 from tal_fast.data import build_data
 from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import DataBundle, Split
+from tal_fast.data.digest import split_hash
 from tal_fast.data.ood import ood_set, set_named, shift_set
 from tal_fast.evaluation.ensemble import combine
 from tal_fast.evaluation.evaluation import Evaluation, write_evaluation
@@ -27,7 +28,7 @@ from tal_fast.evaluation.sample_scores import identity_of
 from tal_fast.models.features import last_layer
 from tal_fast.models.pretrained import PRETRAINED, load_weights
 from tal_fast.runs.load import Run, load_run
-from tal_fast.runs.predictions import CACHE, Inference, PassOptions, split_hash, weights_hash
+from tal_fast.runs.predictions import CACHE, Inference, PassOptions, weights_hash
 from tal_fast.scores.features import Training, training_needed
 from tal_fast.utils.io import check_writable
 from tal_fast.utils.locks import alone_in
@@ -36,17 +37,10 @@ _WITHOUT_FEATURES = (*LOGIT_SCORES, *FITTED_SCORES, *ENSEMBLE_SCORES)
 
 
 def evaluate_run(
-    run_dir: str | Path,
-    output: str | Path | None = None,
-    *,
-    checkpoint: Literal["best", "last"] = "best",
-    typicalness: bool = True,
-    ood: Mapping[str, str] | None = None,
-    shifts: Mapping[str, str] | None = None,
-    cache: str | Path | None = None,
-    passes: PassOptions | None = None,
-    options: EvaluationOptions | None = None,
-) -> Evaluation | None:
+    run_dir: str | Path, output: str | Path | None = None, *, checkpoint: Literal["best", "last"] = "best",
+    typicalness: bool = True, ood: Mapping[str, str] | None = None, shifts: Mapping[str, str] | None = None,
+    cache: str | Path | None = None, passes: PassOptions | None = None, options: EvaluationOptions | None = None,
+) -> Evaluation | None:  # fmt: skip
     """Evaluate a run of ``python -m tal_fast.train`` and write its report.
 
     Args:
@@ -83,18 +77,10 @@ def evaluate_run(
 
 
 def evaluate_weights(
-    weights: str | Path,
-    model: ModelConfig,
-    data: DataConfig,
-    output: str | Path | None = None,
-    *,
-    weights_key: str | None = None,
-    ood: Mapping[str, str] | None = None,
-    shifts: Mapping[str, str] | None = None,
-    cache: str | Path | None = None,
-    passes: PassOptions | None = None,
-    options: EvaluationOptions | None = None,
-) -> Evaluation | None:
+    weights: str | Path, model: ModelConfig, data: DataConfig, output: str | Path | None = None, *,
+    weights_key: str | None = None, ood: Mapping[str, str] | None = None, shifts: Mapping[str, str] | None = None,
+    cache: str | Path | None = None, passes: PassOptions | None = None, options: EvaluationOptions | None = None,
+) -> Evaluation | None:  # fmt: skip
     """Evaluate a network's weights from a file and write their report; arguments and result as for ``evaluate_run``.
 
     Args:

@@ -63,8 +63,8 @@ def _parser() -> ArgumentParser:
         help="Parameters of submitit for each job, such as timeout_min=600 gpus_per_node=1 slurm_partition=gpu.",
     )  # fmt: skip
     which = jobs.add_mutually_exclusive_group()
-    which.add_argument("--only", nargs="+", metavar="JOB", help="Run these jobs alone, by name or hash; no tables.")
-    which.add_argument("--failed", action="store_true", help="Run the jobs alone that failed.")
+    which.add_argument("--only", nargs="+", metavar="JOB", help="Run only these jobs, by name or hash; no tables.")
+    which.add_argument("--failed", action="store_true", help="Run only the jobs that failed.")
     results = parser.add_argument_group("results")
     results.add_argument(
         "--select", nargs="+", metavar="METRIC",
@@ -80,6 +80,11 @@ def _parser() -> ArgumentParser:
     instead.add_argument(
         "--table-only", action="store_true", help="Write the tables from the runs that are there, or from results.json."
     )
+    instead.add_argument(
+        "--bench", action="store_true",
+        help="Measure a few steps of each method on this machine and print the expected hours. Data that are missing "
+        "are replaced by synthetic images of their size.",
+    )  # fmt: skip
     instead.add_argument("--export-sweep", metavar="YAML", help="Write a Weights & Biases sweep of the same jobs.")
     instead_group.add_argument(
         "--nproc", type=at_least(1), metavar="N",
@@ -104,6 +109,10 @@ def _run(args: argparse.Namespace) -> int:
         for file in write_sweep(experiment, Path(args.export_sweep), args.nproc):
             print(file)
         return 0
+    if args.bench:
+        from tal_fast.experiments.bench import print_expected_hours
+
+        return print_expected_hours(experiment, len(slots(experiment, args.jobs)))
     output = Path(args.output if args.output is not None else Path("runs") / Path(args.file).stem)
     folders = job_folders(experiment, output)
     for folder in folders:

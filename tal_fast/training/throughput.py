@@ -3,7 +3,7 @@
 Four rates: images from the loader alone; training steps on images already on the device, with cross-entropy and with
 the run's method (TAL, if that is cross-entropy); training from the loader. Steps of the two methods alternate, so that
 whatever slows the machine slows both, and the cost of the method over cross-entropy is the median difference within a
-pair.
+pair. ``expected`` extrapolates a few steps to the whole training.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tal_fast.config.schema import Config
+from tal_fast.config.schema import Config, DataConfig
+from tal_fast.data.loader import Images
 from tal_fast.loss.queue import FeatureQueue
 from tal_fast.loss.reference import feature_statistics
 from tal_fast.methods import method_class
 from tal_fast.training.progress import memory_in_use
 from tal_fast.training.trainer import Trainer
+from tal_fast.training.weight_averaging import STATISTICS_IMAGES
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.environment import environment
 
@@ -37,9 +39,25 @@ WARM_UP_STEPS = 5
 MIN_STEPS = 3  # however long they take
 MAX_STEPS = 200
 MAX_SECONDS = 30.0
+VALIDATION_STEPS = 20
 
 LEARNING_RATE = 1e-4
 """Learning rate of the measured steps."""
+
+STAND_INS = {
+    "cifar10": (50_000, 10_000, 10, 32), "cifar100": (50_000, 10_000, 100, 32),
+    "fashion-mnist": (60_000, 10_000, 10, 28), "folder": (1_281_167, 50_000, 1_000, 224),
+}  # fmt: skip
+"""Data set -> training and validation images, classes and side of a stand-in; a folder's are ImageNet's."""
+
+
+class Expected(NamedTuple):
+    """What a few steps say of a whole training, without its start, saving and evaluation."""
+
+    images_per_s: float  # of training on images from the loader, over all ranks
+    data_wait: float  # share of that time spent waiting for images
+    hours: float  # of all steps and validations; images that grow (``image_sizes``) count as they are at the end
+    note: str = ""  # what stands in for data that are not there
 
 
 def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
@@ -48,20 +66,14 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
     trainers: dict[str, Trainer] = {}
     for name in ("ce", other):
         run = copy.deepcopy(config)
-        run.optim.head_epochs = 0  # the steps of most epochs are measured
-        run.resume, run.output = "never", str(Path(tempfile.gettempdir()) / "tal-fast-bench")
         if name != config.method.name:
             run.method = dataclasses.replace(config.method, name=name, options={})
             if run.mix.on and run.mix.weight is None and method_class(name).mixes != "alone":
                 run.mix.weight = 1.0  # what the method would have to train with
-        trainers[name] = Trainer(run, ranks)
-    for trainer in trainers.values():
-        trainer.model.train()
-        fill_queues(trainer)
-        trainer.method.start_epoch(max(0, config.epochs - 1))  # after any warm-up
+        trainers[name] = _trainer(run, ranks)
     loader, _ = _rate(trainers["ce"], train=False)
     steps = _alternating_steps(trainers)
-    training, data_wait = _rate(trainers[config.method.name], train=True)
+    training = expected(trainers[config.method.name])
     ce = statistics.median(steps["ce"])
     difference = statistics.median(b - a for a, b in zip(steps["ce"], steps[other], strict=True))
     batch = config.batch_size
@@ -76,11 +88,60 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
         "loader_alone_images_per_s": loader,
         "step_ms": {name: 1e3 * statistics.median(times) for name, times in steps.items()},
         "compute_alone_images_per_s": {name: batch / statistics.median(times) for name, times in steps.items()},
-        "training_images_per_s": training,
-        "training_data_wait": data_wait,
+        "training_images_per_s": training.images_per_s,
+        "training_data_wait": training.data_wait,
+        "expected_hours": training.hours,
         f"{other}_over_ce_percent": 100 * difference / ce,
         "memory_GiB": memory_in_use(ranks.device) / 2**30,
     }
+
+
+def expected_of(config: Config, ranks: Ranks) -> Expected:
+    """What a few steps of a configuration say of its whole training.
+
+    Synthetic images stand in for data that cannot be read, if ``STAND_INS`` has their number, and noise for outliers.
+    """
+    run, note, val_images = copy.deepcopy(config), "", None
+    try:
+        trainer = _trainer(run, ranks)
+    except ValueError as absent:
+        if run.data.dataset not in STAND_INS:
+            raise
+        train, val_images, classes, side = STAND_INS[run.data.dataset]
+        val_images = run.data.holdout or val_images
+        note = f"on synthetic images in memory, which need no decoding, as {absent}"
+        kept = {key: getattr(run.data, key) for key in ("channels", "flip", "shift", "holdout", "train_limit")}
+        images = {"image_size": run.data.image_size or side, "crop_area": None, **kept}
+        run.data = DataConfig("synthetic", synthetic_images=train, synthetic_classes=classes, **images)
+        if "outliers" in run.method.options:
+            run.method.options["outliers"] = f"uniform:{run.batch_size}"
+        trainer = _trainer(run, ranks)
+    return expected(trainer, val_images)._replace(note=note)
+
+
+def expected(trainer: Trainer, val_images: int | None = None) -> Expected:
+    """What a few steps of a trainer say of its whole training, by default with the validation images it has."""
+    config, average = trainer.config, trainer.state.average
+    images, epochs = len(trainer.batches) * config.batch_size, range(1, config.epochs + 1)
+    rate, wait = _rate(trainer, train=True)
+    validations = sum(epoch % config.validate_every == 0 or epoch == config.epochs for epoch in epochs)
+    forward = validations * (trainer.validator.loader.num_samples if val_images is None else val_images)
+    if average is not None and average.takes_statistics:
+        forward += sum(map(average.in_use, epochs)) * min(images, STATISTICS_IMAGES)
+    seconds = config.epochs * images / rate + forward * _validation_seconds(trainer)
+    return Expected(rate, wait, seconds / 3600)
+
+
+def _trainer(config: Config, ranks: Ranks) -> Trainer:
+    """Trainer as in most epochs: the whole network trains, queues are full, warm-up is over; ``output`` is not used."""
+    config = copy.deepcopy(config)
+    config.optim.head_epochs = 0
+    config.resume, config.output = "never", str(Path(tempfile.gettempdir()) / "tal-fast-bench")
+    trainer = Trainer(config, ranks)
+    trainer.model.train()
+    fill_queues(trainer)
+    trainer.method.start_epoch(max(0, config.epochs - 1))
+    return trainer
 
 
 @torch.no_grad()
@@ -113,7 +174,8 @@ def fill_queues(trainer: Trainer) -> None:
 
 
 def _endless_batches(trainer: Trainer) -> Iterator[tuple[Tensor, ...]]:
-    return itertools.chain.from_iterable(map(trainer.batches.epoch, itertools.count()))
+    """Batches of epochs from the last on, whose images have their last size."""
+    return itertools.chain.from_iterable(map(trainer.batches.epoch, itertools.count(trainer.config.epochs - 1)))
 
 
 def _alternating_steps(trainers: dict[str, Trainer]) -> dict[str, list[float]]:
@@ -141,6 +203,22 @@ def _alternating_steps(trainers: dict[str, Trainer]) -> dict[str, list[float]]:
         if turn + 1 >= MIN_STEPS and ranks.max(int(time.perf_counter() > end)):
             break
     return times
+
+
+def _validation_seconds(trainer: Trainer) -> float:
+    """Seconds a validation takes for an image of all ranks; the first batch, with compilation, does not count."""
+    started, seen = 0.0, 0
+
+    def some(batches: Iterator[Images], steps: int) -> Generator[Images, None, None]:
+        nonlocal started, seen
+        for step, batch in enumerate(itertools.islice(batches, VALIDATION_STEPS)):
+            if step <= 1:
+                started, seen = _time(trainer), 0
+            seen += len(batch[0])
+            yield batch
+
+    trainer.validator.validate(trainer.network, some)
+    return (_time(trainer) - started) / (seen * trainer.ranks.world_size)
 
 
 def _rate(trainer: Trainer, train: bool) -> tuple[float, float]:
