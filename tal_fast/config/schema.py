@@ -17,7 +17,7 @@ import yaml
 from tal_fast.config.methods import OPTIONS, method_names, read_options, upgrade
 from tal_fast.config.typed import check_at_least, check_positive, read, to_plain
 from tal_fast.utils.io import write_text
-from tal_fast.utils.own_code import absolute, in_file
+from tal_fast.utils.own_code import DATA, absolute, in_file, installed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -28,6 +28,11 @@ OWN_OF_A_RANK = frozenset({
     "method.options.outliers",
 })  # fmt: skip
 """Options that the ranks of one run may differ in: folders and resources of their machines."""
+
+DATASETS = (
+    "folder", "webdataset", "huggingface", "digits", "cifar10", "cifar100", "fashion-mnist", "synthetic",
+)  # fmt: skip
+"""Kinds of data sets; others are the user's own."""
 
 PREPROCESSING = ("image_size", "mean", "std", "crop_fraction", "interpolation")
 """Options of the data that follow the weights a run starts from, where they are not given."""
@@ -41,11 +46,13 @@ class DataConfig:
     """Images and their augmentation.
 
     Attributes:
-        dataset: kind of data set. ``folder`` has ``train/`` and ``val/`` with one folder per class; ``webdataset`` has
-            .tar shards, ``huggingface`` parquet or Arrow files; ``digits`` is scikit-learn's, as image files;
-            ``cifar10`` and ``cifar100`` are read from their binary files, ``fashion-mnist`` from IDX files;
-            ``synthetic`` images are generated, for measurements.
-        root: folder of the images, shards, binary files or IDX files; digits and synthetic need none. ``webdataset``
+        dataset: kind of data set, ``folder``, ``webdataset``, ``huggingface``, ``digits``, ``cifar10``, ``cifar100``,
+            ``fashion-mnist`` or ``synthetic``, or FILE.py:NAME of your own (docs/data.md). ``folder`` has ``train/``
+            and ``val/`` with one folder per class; ``webdataset`` has .tar shards, ``huggingface`` parquet or Arrow
+            files; ``digits`` is scikit-learn's, as image files; CIFAR is read from its binary files, Fashion-MNIST from
+            IDX files; ``synthetic`` images are generated, for measurements.
+        root: folder of the images, shards, binary files or IDX files; digits and synthetic need none, a data set
+            of your own is given it. ``webdataset``
             also takes an address (``s3://``, ``https://``), ``huggingface`` a name on the hub.
         label_key: where the label of an image is. For ``webdataset`` the ending of its file (``cls``), or else an
             entry of its ``.json`` (``label``); for ``huggingface`` the column, by default the only one of classes.
@@ -94,9 +101,7 @@ class DataConfig:
         synthetic_classes: number of classes of synthetic images.
     """
 
-    dataset: Literal[
-        "folder", "webdataset", "huggingface", "digits", "cifar10", "cifar100", "fashion-mnist", "synthetic"
-    ] = "folder"
+    dataset: str = "folder"
     root: str | None = None
     ood: dict[str, str] = field(default_factory=dict)
     label_key: str | None = None
@@ -129,6 +134,9 @@ class DataConfig:
     train_limit: int | None = None
     synthetic_images: int = 2000
     synthetic_classes: int = 10
+
+    def __post_init__(self) -> None:
+        self.dataset = absolute(self.dataset)
 
     def follow(self, values: Mapping[str, Any]) -> None:
         """Set the options of ``PREPROCESSING`` that are not given to other values."""
@@ -169,6 +177,9 @@ class DataConfig:
 
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
+        if not in_file(self.dataset) and self.dataset not in (*DATASETS, *installed(DATA)):
+            names = " or ".join(map(repr, (*DATASETS, *installed(DATA))))
+            raise ValueError(f"data.dataset is {self.dataset!r}; use {names}, or FILE.py:NAME for one of your own")
         if self.split is not None and not 0 < self.split < 1:
             raise ValueError(f"data.split is {self.split} but must be in (0, 1), such as 0.2, or null")
         if (self.mean is None) != (self.std is None):

@@ -10,6 +10,7 @@ import numpy as np
 
 from tal_fast.data.datasets import DataBundle, MemoryImages, Split
 from tal_fast.data.image_folder import ImageFiles
+from tal_fast.data.own import Items
 
 SAMPLES = 64
 """Number of files of a split whose content is read: a million would take minutes."""
@@ -19,8 +20,8 @@ def data_digest(data: DataBundle) -> dict[str, str]:
     """SHA-256 in hexadecimal of the images of ``train`` and ``val``.
 
     Of image files, the path below the split's folder, the label and the size in bytes of each count, and the content of
-    ``SAMPLES`` of them, but neither the folder nor times, so that a copy is the same; of images in memory, all pixels
-    and labels.
+    ``SAMPLES`` of them, but neither the folder nor times, so that a copy is the same; of images in memory and of a
+    user's own data set, all pixels and labels.
     """
     return {name: _digest(data.split(name)) for name in ("train", "val")}
 
@@ -45,6 +46,8 @@ def _digest(images: Split) -> str:
             if array is not None:
                 digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
+    if isinstance(images, Items):
+        return images.sha256()
     paths = [path.replace("://", "/") for path in images.paths]  # addresses of shards
     folder = os.path.commonpath([min(paths), max(paths)])
     names = "\n".join(path[len(folder) :] for path in paths)

@@ -154,15 +154,11 @@ def _listed(text: str, classes: int = 0) -> ImageFiles:
     except OSError as error:
         raise ValueError(f"{file or text} cannot be read ({error.strerror}); give list:FOLDER:FILE.txt") from None
     rows = [re.fullmatch(r"(.+?)(?:\s+(-?\d+))?", line) for line in lines]
-    paths = [os.path.abspath(os.path.join(root, row[1])) for row in rows if row]
+    paths = [os.path.join(root, row[1]) for row in rows if row]
     labels = [int(row[2] or -1) if classes else image_folder.OOD_LABEL for row in rows if row]
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        raise ValueError(f"{len(missing)} images that {file} lists are missing ({image_folder.first_names(missing)})")
     if not paths or (classes and not 0 <= min(labels) <= max(labels) < classes):
         raise ValueError(f"{file} must list images as PATH LABEL, labels in 0..{classes - 1}; it has others, or none")
-    stamps = [(info.st_size, info.st_mtime_ns) for info in map(os.stat, paths)]
-    return image_folder.with_sizes(ImageFiles(paths, np.array(labels), image_folder.NO_SIZES, np.array(stamps)))
+    return image_folder.listed_files(paths, file, labels)
 
 
 def _named(kind: str, text: str, class_names: Sequence[str]) -> ImageFiles:

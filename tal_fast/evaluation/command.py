@@ -34,7 +34,7 @@ WEIGHTS_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "width": {"type": at_least(1), "help": "Width of a cifar_ network's first stage. Default: its paper's."},
     "data_dir": {"metavar": "DIR", "help": "Folder with val/CLASS/*, and train/CLASS/* for feature scores."},
-    "dataset": {"help": "Data set instead of a folder: digits, fashion-mnist, ... Default: folder."},
+    "dataset": {"help": "Data set instead of a folder: digits, fashion-mnist, ..., FILE.py:NAME. Default: folder."},
     "image_size": {"type": at_least(1), "help": "Side of the images in pixels. Default: timm's, else 224."},
     "crop_fraction": {"type": float, "help": "Central share of the shorter side to keep. Default: timm's, else 0.875."},
     "interpolation": {"choices": names.INTERPOLATIONS, "help": "Filter of resizing. Default: timm's, else bilinear."},

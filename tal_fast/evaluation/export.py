@@ -222,7 +222,7 @@ def export_run(
     about: dict[str, Any] = {
         "score": score, **selection, "run": str(run_dir), "checkpoint": run.checkpoint.stem, "epoch": run.epoch,
         "weights_sha256": weights_hash(run.model), "class_names": list(run.class_names),
-        **asdict(Preprocessing.of(run.config.data, run.image_size)),
+        **asdict(Preprocessing.of(run.config.data, run.image_size, run.loader)),
     }  # fmt: skip
     by_class = options is not None and options.pop("per_class", False)
     everything = torch.full((len(run.class_names),) if by_class else (), -math.inf)

@@ -34,6 +34,7 @@ from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import DataBundle, MemoryImages, Split
 from tal_fast.data.headers import UnreadableImage
 from tal_fast.data.loader import IGNORED_LABEL
+from tal_fast.data.own import Items
 from tal_fast.data.packed import PackedImages
 from tal_fast.models import head_path, without_head
 from tal_fast.runs.prediction_store import NotKept, Outputs, OutputStore, ShardWriter, keep, remove_unused
@@ -122,6 +123,8 @@ def split_hash(split: Split) -> str:
         if split.rows is not None:
             digest.update(np.ascontiguousarray(split.rows).data)
         return digest.hexdigest()
+    if isinstance(split, Items):
+        return split.sha256()
     status = functools.lru_cache(64)(os.stat)  # many images share a file
     extents = split.extents[:, 1:].tolist() if isinstance(split, PackedImages) else None
     for i, path in enumerate(split.paths):
