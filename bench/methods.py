@@ -1,11 +1,11 @@
 """Tables and figures of the comparison of methods: ``python -m bench.methods``.
 
 Reads bench/results/methods/NAME/results.json, which ``python -m tal_fast.experiment examples/experiments/NAME.yaml
---output bench/results/methods/NAME`` writes, and fills in docs/results.md and README.md between their markers, and
-docs/figures/methods-*.svg. The same results always give the same text; ``--check`` writes nothing and exits with 1
-where a page is not what the results say. ``--typicalness RUN`` measures how near to its queue a TAL run finds its
-validation images and those of no class, for its figure. ``--curves OUTPUT`` reads the risk-coverage curves of a folder
-that ``python -m tal_fast.experiment`` has written, for README's figure.
+--output bench/results/methods/NAME`` writes, and fills in docs/results.md, docs/results-gpu.md and README.md between
+their markers, and docs/figures/methods-*.svg. The same results always give the same text; ``--check`` writes nothing
+and exits with 1 where a page is not what the results say. ``--typicalness RUN`` measures how near to its queue a TAL
+run finds its validation images and those of no class, for its figure. ``--curves OUTPUT`` reads the risk-coverage
+curves of a folder that ``python -m tal_fast.experiment`` has written, for README's figure.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import environment, write_json
-from bench.report import FIGURES, ROOT, table, update_pages
+from bench.report.figures import FIGURES
+from bench.report.pages import update_pages
+from bench.report.results import ROOT
+from bench.report.text import table
 from tal_fast.config.methods import option_path
 from tal_fast.evaluation.compare import Group
 from tal_fast.experiments import select
 from tal_fast.experiments.parse import read_experiment
-from tal_fast.experiments.results import Results, groups_of, read_results
+from tal_fast.experiments.results import STAGES, Results, groups_of, read_results
 from tal_fast.experiments.table import format_results
 from tal_fast.metrics.ranking import risk_coverage_curve
 from tal_fast.metrics.settings import Mix, scored_settings
 
 RESULTS = ROOT / "bench" / "results" / "methods"
 EXPERIMENTS = ROOT / "examples" / "experiments"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "results-gpu.md")
 TYPICALNESS = RESULTS / "typicalness.json"
 BINS = 40
 CURVES = RESULTS / "curves.json"
@@ -63,6 +66,24 @@ def whole(name: str) -> str:
         f"{format_results(results, 'markdown')}\n\n"
         f"`python -m tal_fast.experiment examples/experiments/{name}.yaml`: {len(results['runs'])} runs, "
         f"{spent / 3600:.1f} hours of one core, training and evaluation together.\n"
+    )
+
+
+def gpu(name: str) -> str:
+    """Hardware, hours, command and tables of an experiment for GPUs; its command while it has not been run."""
+    command = f"python -m tal_fast.experiment examples/experiments/{name}.yaml --output bench/results/methods/{name}"
+    results = read(name)
+    if results is None:
+        return f"Not run yet:\n\n```sh\n{command}\n```\n"
+    per_stage = {stage: sum(run["seconds"][stage] for run in results["runs"]) / 3600 for stage in STAGES}
+    by_row: dict[str, list[float]] = {}
+    for run in results["runs"]:
+        by_row.setdefault(run["label"], []).append(run["seconds"]["train"] / 3600)
+    hours = ", ".join(f"{row} {statistics.mean(values):.1f}" for row, values in by_row.items())
+    return (
+        f"{len(results['runs'])} of {results['jobs']} runs; {per_stage['train']:.1f} hours of training and "
+        f"{per_stage['evaluate']:.1f} of evaluation, of one device each. Hours of a run's training: {hours}.\n\n"
+        f"```sh\n{command}\n```\n\n{format_results(results, 'markdown')}\n"
     )
 
 
@@ -108,7 +129,7 @@ def main_rows(name: str) -> str:
     return table(head, rows) + "\n"
 
 
-BLOCKS: dict[str, Callable[[str], str]] = {"whole": whole, "choice": choice, "main": main_rows}
+BLOCKS: dict[str, Callable[[str], str]] = {"whole": whole, "gpu": gpu, "choice": choice, "main": main_rows}
 
 
 def fill_in(text: str) -> str:

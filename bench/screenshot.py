@@ -9,7 +9,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from bench.report import FIGURES
+from bench.report.figures import FIGURES
 from tests.helpers.chromium import chromium
 
 WIDTH, HEIGHT = 1280, 1100

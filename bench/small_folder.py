@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 
 from bench.harness import environment, write_json
-from bench.report import ROOT, table
+from bench.report.results import ROOT
+from bench.report.text import table
 from tal_fast.config.parse import parse_training
 from tal_fast.data.builtin import fashion_mnist
 from tal_fast.training.trainer import Trainer

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.stats import binom
 
 from bench.harness import environment, write_json
-from bench.report import table
+from bench.report.text import table
 from tal_fast.evaluation.selective import NoThreshold, choose_threshold
 
 RESULTS = Path(__file__).parent / "results" / "thresholds_cpu.json"

@@ -22,7 +22,7 @@ from torch import nn
 
 from bench.harness import environment, write_json
 from bench.loaders import make_images
-from bench.report import ROOT
+from bench.report.results import ROOT
 from tal_fast import TALLoss
 from tal_fast.config.methods import TAL_OPTIONS
 from tal_fast.config.parse import parse_training

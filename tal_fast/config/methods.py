@@ -1,4 +1,4 @@
-"""Options of the built-in training methods, known without importing PyTorch."""
+"""Options of the training method, section ``method`` of a run's configuration; those of the built-in methods."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reprlib import repr as short
 from typing import Any, ClassVar, Literal
 
 from tal_fast.config.typed import check_at_least, check_positive, read
-from tal_fast.utils.own_code import METHODS, installed
+from tal_fast.utils.own_code import METHODS, absolute, in_file, installed
 
 OWN_THRESHOLD = {"paper": -1.0, "released": 0.0}
 """Default ``confidence_threshold`` of each variant of TAL: a cosine of 0 is a condition of the released code alone."""
@@ -218,3 +218,46 @@ def upgrade(values: dict[str, Any]) -> dict[str, Any]:
             )
     kept = {key: value for key, value in method.items() if key not in TAL_OPTIONS}
     return {**values, "method": {**kept, "options": options}}
+
+
+@dataclass
+class MethodConfig:
+    """Training method.
+
+    Attributes:
+        name: ``ce`` (cross-entropy), ``tal`` (Typicalness-Aware Learning) or another; docs/methods.md compares them.
+            ``FILE.py:CLASS`` is one of your own (docs/adding-a-method.md).
+        label_smoothing: label smoothing of every method's cross-entropy, in [0, 1).
+        options: options of the method, by name. ``tal_fast.config.methods`` has those of the built-in methods, whose
+            defaults are filled in.
+        class_weight: factors of the images' losses by class, as in ``F.cross_entropy``: ``none``, ``balanced``
+            (N / (C n) for a class with n of N training images) or a list with one for each class.
+    """
+
+    name: str = "tal"
+    label_smoothing: float = 0.0
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    class_weight: Any = "none"  # or "balanced", or list[float]
+
+    def __post_init__(self) -> None:
+        self.name = absolute(self.name)
+        if isinstance(self.class_weight, (list, tuple)):
+            self.class_weight = read(list[float], self.class_weight, "method.class_weight")
+        if self.name in OPTIONS:
+            self.options = dataclasses.asdict(read_options(self.name, OPTIONS[self.name], self.options))
+
+    def check(self) -> None:
+        """Raise ValueError for a value outside its range."""
+        if not in_file(self.name) and self.name not in method_names():
+            names = " or ".join(map(repr, method_names()))
+            raise ValueError(f"method.name is {self.name!r}; use {names}, or FILE.py:CLASS for one of your own")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"method.label_smoothing is {self.label_smoothing} but must be in [0, 1)")
+        weight = self.class_weight
+        if isinstance(weight, list):
+            if min(weight, default=0) < 0 or max(weight, default=0) == 0:
+                raise ValueError(f"method.class_weight is {weight} but must be at least 0, and above 0 for some class")
+        elif weight not in ("none", "balanced"):
+            raise ValueError(f"method.class_weight is {weight!r}; use none, balanced or a list with a number a class")
+        if self.name in OPTIONS:
+            read_options(self.name, OPTIONS[self.name], self.options).check()

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from reprlib import repr as short
 
 import numpy as np
 
@@ -22,6 +23,8 @@ from tal_fast.data.sources import PACKED, flat_images
 from tal_fast.utils.logs import say
 
 SYNTHETIC_IMAGE_SIZE = 32
+UNSEEN = "unseen"
+"""Name of the OOD set of ``data.unseen_classes``."""
 SYNTHETIC_POOL_BYTES = 32 * 2**20
 """Memory limit of a split of ``synthetic``: 222 images of 224 x 224 x 3, which repeat if more are configured."""
 
@@ -85,11 +88,40 @@ def build_data(config: DataConfig, training: bool = True) -> DataBundle:
         order = np.random.default_rng(1).permutation(len(train))
         held_out, rest = (np.sort(part) for part in np.split(order, [config.holdout]))
         bundle.replace(train=train.subset(rest), val=train.subset(held_out))
-        train = bundle.split("train")
+    if config.unseen_classes:
+        bundle = _without_classes(bundle, config.unseen_classes)
+    train = bundle.split("train")
     if config.train_limit is not None and config.train_limit < len(train):
         kept = np.sort(np.random.default_rng(0).permutation(len(train))[: config.train_limit])
         bundle.replace(train=train.subset(kept))
     return bundle
+
+
+def _without_classes(bundle: DataBundle, unseen: Sequence[str]) -> DataBundle:
+    """Data set of the other classes, with the validation images of the ``unseen`` ones as an OOD set of this name."""
+    unknown = sorted(set(unseen) - set(bundle.class_names))
+    if unknown:
+        raise ValueError(
+            f"data.unseen_classes names {unknown[0]!r}, which is no class; there are {short(bundle.class_names)}"
+        )
+    kept = [label for label, name in enumerate(bundle.class_names) if name not in unseen]
+    if len(kept) < 2:
+        raise ValueError(f"data.unseen_classes leaves {len(kept)} of {bundle.num_classes} classes; leave at least 2")
+    if UNSEEN in bundle.ood_names:
+        raise ValueError(f"data.ood has a set {UNSEEN!r}, the name of the images of data.unseen_classes; rename it")
+    place = np.full(bundle.num_classes, image_folder.OOD_LABEL)
+    place[kept] = np.arange(len(kept))
+
+    def only(split: Split, chosen: np.ndarray) -> Split:
+        images = split.subset(np.flatnonzero(chosen))
+        return dataclasses.replace(images, labels=place[images.labels])
+
+    train, val = bundle.split("train"), bundle.split("val")
+    ood = {name: partial(bundle.split, name) for name in bundle.ood_names}
+    ood[UNSEEN] = partial(only, val, place[val.labels] < 0)
+    names = [bundle.class_names[label] for label in kept]
+    parts = (only(split, place[split.labels] >= 0) for split in (train, val))
+    return DataBundle(bundle.config, names, bundle.image_size, *parts, ood)
 
 
 def _folder(config: DataConfig, training: bool = True) -> DataBundle:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tal_fast.config.schema import DATASETS, DataConfig
+from tal_fast.config.data import DATASETS, DataConfig
 from tal_fast.data import dali
 from tal_fast.data.augment import PixelAugmentation
 from tal_fast.data.erasing import Eraser

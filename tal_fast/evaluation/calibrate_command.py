@@ -58,7 +58,7 @@ def calibrate_npz(path: str | Path, output: str | Path | None = None, *, score: 
         options["ood"] = SCORES[score](inputs.ood[ood].logits)
     if by_class:
         options |= {"predictions": outputs.logits.argmax(1), "classes": outputs.logits.shape[1]}
-    _, about = choose(SCORES[score](outputs.logits), outputs, outputs.correct, options)
+    _, about = choose(score, SCORES[score](outputs.logits), outputs, outputs.correct, options)
     about |= {"score": score, **selection, "npz": str(path), **({} if ood is None else {"ood_set": ood})}
     about["versions"] = {"tal_fast": tal_fast.__version__, "torch": version_of("torch")}
     write_about(about, folder)

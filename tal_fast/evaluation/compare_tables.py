@@ -42,13 +42,64 @@ def format_comparison(
     return _text(groups, columns, units, show) if style == "table" else _wide(groups, columns, style, units, show)
 
 
-def _text(groups: Sequence[Group], columns: Sequence[Column], units: str, show: Show) -> str:
+def _short_names(groups: Sequence[Group], longest: int, numbered: bool = False) -> tuple[list[str], dict[str, str]]:
+    """Group -> its name, or its number where names are too long or are to be numbered, with a list of the numbers."""
     names = {group.name: tables.escape(group.name, "table") for group in groups}
+    if not numbered and max(map(len, names.values())) <= longest:
+        return [], names
+    legend = "\n".join(f"({i}) {name}" for i, name in enumerate(names.values(), 1))
+    return [legend], {name: f"({i})" for i, name in enumerate(names, 1)}
+
+
+def format_summary(groups: Sequence[Group], cost: Sequence[str]) -> str:
+    """Text table with a row per group: accuracy, AURC in Old FD and New FD, and the cost of its training."""
+    blocks, names = _short_names(groups, MAX_NAME // 2)
+    for most in (3, 0):  # against each set, or their mean if that is too wide
+        header, rows = ["run", "score", "accuracy"], [[names[g.name], g.score, _accuracy(g.accuracy)] for g in groups]
+        for setting in _main_settings(groups, most):
+            title = re.sub(" against |: ", "\n", tables.setting_title(setting, groups[0].reports[0]))
+            header.append(f"{title}\n{_metric_title('aurc', 'paper')}")
+            for row, group in zip(rows, groups, strict=True):
+                row.append(_value_cell(group, (setting, "aurc"), "table", "paper", ()))
+        rows = [[*row, spent] for row, spent in zip(rows, cost, strict=True)]
+        table = tables.format_table([*header, "training\nof a run"], rows, left=2)
+        if max(map(len, table.splitlines())) <= tables.WIDTH:
+            break
+    return "\n\n".join([*blocks, table])
+
+
+def _main_settings(groups: Sequence[Group], most: int = 3) -> list[str]:
+    """Old FD, and New FD against each OOD set, or against more sets than ``most`` their mean."""
+    known = groups[0].reports[0]["settings"]
+    each = [key for key in known if key.startswith("new_fd/")]
+    return [key for key in ("old_fd", *(each if 0 < len(each) <= most else ["new_fd"])) if key in known]
+
+
+def conclusions(groups: Sequence[Group]) -> str:
+    """A sentence on each group: its AURC in Old FD and New FD beside its baseline's, where there are intervals.
+
+    Differences and their 95% intervals are in percent of the baseline's mean.
+    """
+    by_name, sentences = {group.name: group for group in groups}, []
+    for group in groups:
+        clauses = []
+        for setting in _main_settings(groups):
+            found = group.differences.get((setting, "aurc"), Estimate(math.nan))
+            base = by_name[group.baseline].summary((setting, "aurc")).mean if found.over else math.nan
+            if base > 0:
+                value, low, high = (number / base for number in found[:3])
+                how = f"is {abs(value):.0%} {'lower' if value < 0 else 'higher'}"
+                how = f"{how if found.significant else 'cannot be told apart'} [{low:+.0%}, {high:+.0%}]"
+                clauses.append(f"{tables.setting_title(setting, groups[0].reports[0])} {how}")
+        if clauses:
+            text = f"AURC of {group.name} beside that of {group.baseline}: {'; '.join(clauses)}."
+            sentences.append(tables.wrap(tables.printable(text)))
+    return "\n".join(sentences)
+
+
+def _text(groups: Sequence[Group], columns: Sequence[Column], units: str, show: Show) -> str:
     baselines = list(dict.fromkeys(group.baseline for group in groups if group.differences and "differences" in show))
-    blocks = []
-    if len(baselines) > 1 or max(map(len, names.values())) > MAX_NAME:
-        blocks.append("\n".join(f"({i}) {name}" for i, name in enumerate(names.values(), 1)))
-        names = {name: f"({i})" for i, name in enumerate(names, 1)}
+    blocks, names = _short_names(groups, MAX_NAME, len(baselines) > 1)
     header, rows = _run_columns(groups, list(names.values()), "table")
     blocks.append(tables.format_table(header, rows, left=2))
     header = ["metric", "run", "value "]

@@ -255,7 +255,7 @@ def export_run(
         "accepted": len(correct), "errors": int((~correct).sum()), "coverage": 1.0,
     }  # fmt: skip
     if options is not None:
-        threshold, values = choose(chosen_on[1], outputs, correct, options)
+        threshold, values = choose(score, chosen_on[1], outputs, correct, options)
     about = values | about
     if graph is not None:
         about["export"] = {"format": format, "precision": precision, "file": GRAPHS[format]}
@@ -360,14 +360,15 @@ def agreement(
 
 
 def choose(
-    confidence: Any, outputs: Outputs, correct: Any, options: Mapping[str, Any]
+    score: str, confidence: Any, outputs: Outputs, correct: Any, options: Mapping[str, Any]
 ) -> tuple[float | Floats, dict[str, Any]]:
-    """Result of ``calibrate``; where a risk is refused, with a table of what every score of the outputs achieves."""
+    """Result of ``calibrate``; a refusal of a risk has a table of what every score of the outputs achieves."""
     try:
         return calibrate(confidence, correct, **options)
-    except NoThreshold as refusal:
+    except NoThreshold as problem:
+        refusal = NoThreshold(f"by {score}, {problem}")
         if options.get("ood") is not None or options.get("predictions") is not None:
-            raise
+            raise refusal from None
         raise with_table(refusal, logit_scores(outputs.logits), outputs.correct, **options) from None
 
 

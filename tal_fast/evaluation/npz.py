@@ -103,6 +103,8 @@ def _outputs(arrays: Mapping[str, Any], prefix: str, path: str | Path, labelled:
     }
     outputs = Outputs(logits, features, labels, scores)
     check_finite(outputs, key)
+    if not len(logits):
+        logger.warning("%s of %s has no samples, so that no metric over it is defined", key, path)
     if logits.shape[1] > 1 and logits.size and logits.min() >= 0 and np.allclose(logits.sum(1, float), 1, atol=1e-2):
         logger.warning("%s of %s are probabilities but taken for logits: save numpy.log of them", key, path)
     return outputs

@@ -1,17 +1,19 @@
-"""Confidence scores of the user's own: ``FILE.py:FUNCTION``, entry points of packages, or values beside the outputs."""
+"""Scores and metrics of the user's own: ``FILE.py:FUNCTION``, entry points, or values beside the outputs."""
 
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from tal_fast.config.names import KNOWN_SCORES, is_own_score
+from tal_fast.config.names import FURTHER_METRICS, KNOWN_SCORES, METRICS, is_own_metric, is_own_score
+from tal_fast.metrics.settings import ScoredSetting, means_of
 from tal_fast.runs.prediction_store import Outputs
+from tal_fast.utils import own_code
 from tal_fast.utils.arrays import Floats, to_numpy
-from tal_fast.utils.own_code import SCORES, load
+from tal_fast.utils.own_code import SCORES, load, running
 
 
 def report_names(names: Sequence[str], beside: Iterable[str]) -> tuple[list[str], dict[str, Callable[..., Any]]]:
@@ -33,12 +35,11 @@ def own_scores(outputs: Outputs, functions: Mapping[str, Callable[..., Any]]) ->
     """Values by name of functions of logits (n, C) float64 and features (n, D) float64, or None where unknown."""
     logits, features = (None if x is None else x.astype(np.float64) for x in (outputs.logits, outputs.features))
     samples = len(outputs.logits)
+    found = {}
     for name, call in functions.items():
-        try:
-            inspect.signature(call).bind(logits, features)
-        except TypeError as error:
-            raise ValueError(f"your score {name} must be a function of (logits, features): {error}") from None
-    return {name: check_values(call(logits, features), samples, name) for name, call in functions.items()}
+        with running(f"your score {name}, a function of (logits, features),"):
+            found[name] = call(logits, features)
+    return {name: check_values(values, samples, name) for name, values in found.items()}
 
 
 def check_values(values: Any, samples: int, name: str) -> Floats:
@@ -50,3 +51,34 @@ def check_values(values: Any, samples: int, name: str) -> Floats:
     if (bad := np.flatnonzero(np.isnan(array))).size:
         raise ValueError(f"{name} is NaN for {bad.size} of {samples} samples, first for sample {bad[0]}; give numbers")
     return array.astype(np.float64)
+
+
+def own_metrics(names: Sequence[str]) -> dict[str, Callable[..., Any]]:
+    """Functions of the metrics among these names that are the user's own, by their names in the report."""
+    own = [name for name in names if is_own_metric(name)]
+    found = {name.rpartition(":")[2]: load(name, own_code.METRICS) for name in own}
+    for name in found:
+        if name in (*METRICS, *FURTHER_METRICS) or len(found) < len(own):
+            raise ValueError(f"your metric {name} has the name of another metric; rename it")
+    return found
+
+
+def add_own_metrics(
+    report: dict[str, Any], settings: Mapping[str, ScoredSetting], functions: Mapping[str, Callable[..., Any]]
+) -> None:
+    """Add own metrics to the further ones of a report: of each setting and score, and their means over sets."""
+    further = report.setdefault("further", {})
+    for name, call in functions.items():
+        sets: dict[tuple[str, str], list[float]] = {}
+        for key, judged in settings.items():
+            for score, values in judged.confidences().items():
+                with running(f"your metric {name}, a function of (scores, correct),"):
+                    value = float(call(values.copy(), judged.setting.success.astype(bool)))
+                    if math.isinf(value):
+                        raise ValueError("it is infinite; return NaN where it is undefined")
+                further.setdefault(key, {}).setdefault(score, {})[name] = value
+                for mean in means_of(key):
+                    sets.setdefault((mean, score), []).append(value)
+        for (mean, score), found in sets.items():
+            if mean in report["settings"]:
+                further.setdefault(mean, {}).setdefault(score, {})[name] = sum(found) / len(found)

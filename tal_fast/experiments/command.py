@@ -80,6 +80,11 @@ def _parser() -> ArgumentParser:
     instead.add_argument(
         "--table-only", action="store_true", help="Write the tables from the runs that are there, or from results.json."
     )
+    instead.add_argument(
+        "--bench", action="store_true",
+        help="Measure a few steps of each method on this machine and print the expected hours. Data that are missing "
+        "are replaced by synthetic images of their size.",
+    )  # fmt: skip
     instead.add_argument("--export-sweep", metavar="YAML", help="Write a Weights & Biases sweep of the same jobs.")
     instead_group.add_argument(
         "--nproc", type=at_least(1), metavar="N",
@@ -104,17 +109,22 @@ def _run(args: argparse.Namespace) -> int:
         for file in write_sweep(experiment, Path(args.export_sweep), args.nproc):
             print(file)
         return 0
+    if args.bench:
+        from tal_fast.experiments.bench import print_expected_hours
+
+        return print_expected_hours(experiment, len(slots(experiment, args.jobs)))
     output = Path(args.output if args.output is not None else Path("runs") / Path(args.file).stem)
     folders = job_folders(experiment, output)
     for folder in folders:
         folder.check()
     folders = chosen(folders, args.only, args.failed)
+    left = [] if args.table_only else [folder for folder in folders if not folder.is_done(experiment.evaluate)]
     if args.status:
         _print_status(experiment, folders)
-        return 0
-    left = [] if args.table_only else [folder for folder in folders if not folder.is_done(experiment.evaluate)]
     if args.only is None:
         _check_data(experiment, left)
+    if args.status:
+        return 0
     if args.launcher != "local":
         words = [str(Path(args.file).resolve()), "--output", str(output.resolve()), "--jobs", "1"]
         with console_logging():
@@ -134,15 +144,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def _check_data(experiment: Experiment, folders: Sequence[Folder]) -> None:
     """Raise ValueError if the data of a job, or a set that it is evaluated on, cannot be read, before it trains."""
-    from tal_fast.data.ood import parse_named
-    from tal_fast.evaluation.command import parser
     from tal_fast.evaluation.sources import check_sets
 
-    args = parser().parse_args(["--run", "RUN", *experiment.evaluate])
-    sets = parse_named(args.ood, "--ood"), parse_named(args.shift, "--shift")
     for data in {repr(folder.job.config.data): folder.job.config.data for folder in folders}.values():
         try:
-            check_sets(data, *sets)
+            check_sets(data, experiment.evaluation.ood, experiment.evaluation.shift)
         except ValueError as error:
             raise ValueError(f"evaluate: {error}") from None
 
@@ -188,8 +194,9 @@ def _report(experiment: Experiment, output: Path, name: str) -> int:
     found = results.read_results(output)
     results.check_options(found, experiment)
     table.write_tables(found, output)
-    print(f"\n{table.format_results(found, 'table')}")
-    print("\n" + "\n".join(str(output / file) for file in (results.FILE, *table.FILES.values())))
+    print(f"\n{table.format_results(found, 'summary')}")
+    files = [results.FILE, *table.FILES.values(), "runs/*/report.html"]
+    print("\n" + "\n".join(str(output / file) for file in files))
     if experiment.select is not None:
         points = select.candidates(experiment, found, experiment.select)
         select.write_selection(points, experiment, experiment.select, output)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from tal_fast.evaluation.compare import Column, Group
-from tal_fast.evaluation.compare_tables import describe, format_comparison
+from tal_fast.evaluation.compare_tables import conclusions, describe, format_comparison, format_summary
 from tal_fast.evaluation.tables import escape, wrap
 from tal_fast.experiments.results import Results, all_columns, groups_of
+from tal_fast.experiments.scheduler import duration
 from tal_fast.utils.io import write_text
 
 FILES = {"table": "table.txt", "markdown": "table.md", "csv": "table.csv"}
@@ -17,28 +19,33 @@ FILES = {"table": "table.txt", "markdown": "table.md", "csv": "table.csv"}
 
 
 def format_results(results: Results, style: str) -> str:
-    """Text of all tables in a style of ``FILES``; ``csv`` has one line per row and column, in natural units."""
+    """Text of all tables in a style of ``FILES``; ``csv`` has one line per row and column, in natural units.
+
+    The style ``summary`` is the beginning of ``table``: a row per method, and a sentence on each.
+    """
     groups = groups_of(results)
-    options = results["compare"]
+    options, markdown = results["compare"], style == "markdown"
     if style == "csv":
         return format_comparison(groups, all_columns(groups, options["metrics"]), style) if groups else ""
-    markdown = style == "markdown"
     blocks = [_head(results, groups, style)]
-    parts = _parts(groups, options["metrics"])
+    if groups and not markdown:
+        of_row = ([run["seconds"]["train"] for run in results["runs"] if run["label"] == g.name] for g in groups)
+        blocks += [format_summary(groups, [duration(mean(seconds)) for seconds in of_row]), conclusions(groups)]
+    parts = _parts(groups, options["metrics"]) if style != "summary" else []
     if markdown:
         for title, columns in parts:
             blocks.append(f"### {title}\n\n{format_comparison(groups, columns, style, options['units'])}")
-    elif groups:
+    elif groups and parts:
         all_parts = [column for _, columns in parts for column in columns]
         blocks.append(format_comparison(groups, all_parts, style, options["units"]))
-    return "\n\n".join(blocks)
+    return "\n\n".join(filter(None, blocks))
 
 
 def _head(results: Results, groups: Sequence[Group], style: str) -> str:
     markdown = style == "markdown"
     lines = [f"{results['experiment']}: {len(results['runs'])} of {results['jobs']} runs"]
     if groups:
-        about = describe(groups, results["compare"]["units"])
+        about = describe(groups, "paper" if style == "summary" else results["compare"]["units"])
         lines += [line.replace("* best", "bold: best") for line in about] if markdown else about
     lines += [_machine(environment) for environment in results["environments"] if environment]
     lines += [f"missing: {missing['name']} ({missing['why']})" for missing in results["missing"]]
@@ -60,8 +67,8 @@ def _parts(groups: Sequence[Group], metrics: Sequence[str]) -> list[tuple[str, l
     for column in all_columns(groups, metrics) if groups else []:
         shifted, name = column[0].startswith("shift"), groups[0].set_of(column[0])
         of_set = f"{'Under shift' if shifted else 'Against'} {name}"
-        mean = f"Mean over the {'shifted' if shifted else 'OOD'} sets"
-        parts.setdefault({"": "Old FD", "mean": mean}.get(name, of_set), []).append(column)
+        over = f"Mean over the {'shifted' if shifted else 'OOD'} sets"
+        parts.setdefault({"": "Old FD", "mean": over}.get(name, of_set), []).append(column)
     return list(parts.items())
 
 

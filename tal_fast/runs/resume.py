@@ -44,7 +44,7 @@ none of these sets is refused unless ``config.allow`` names it."""
 
 _IMAGES = (
     "data.dataset", "data.label_key", "data.split", "data.split_seed", "data.file_list", "data.holdout",
-    "data.train_limit", "data.synthetic_images",
+    "data.unseen_classes", "data.train_limit", "data.synthetic_images",
 )  # fmt: skip
 """Options that choose the training images, so that a change of the images is no surprise."""
 

@@ -75,6 +75,7 @@ class Trainer:
         batches: training batches of this rank.
         model: network and method as one module, with DDP around it on several ranks.
         train_step: updates the weights by a batch, with a learning rate.
+        validator: validation pass of all ranks.
 
     Raises:
         ValueError: the configuration, the data or the checkpoint to resume from do not work.
@@ -118,7 +119,7 @@ class Trainer:
         self.ranks.check_same({**shape, "data.loader": self.data.loader_name})
         self._shape = {**shape, "conditions": conditions(config, self.data, self.runtime)}
         val_loader = images.loader("val", batch_size=config.eval_batch_size, **options)
-        self._validator = Validator(
+        self.validator = Validator(
             val_loader, config.eval_batch_size, self.data.num_classes, self.method, self.runtime, self.ranks
         )
         self.state.unreadable = {**self.batches.unreadable, "val": val_loader.unreadable}
@@ -214,7 +215,7 @@ class Trainer:
                     self._update_average(epoch)
                     validation = NOT_VALIDATED
                     if state.epoch % config.validate_every == 0 or state.epoch == config.epochs:
-                        validation = self._validator.validate(state.averaged or self.network, self._saver.guard)
+                        validation = self.validator.validate(state.averaged or self.network, self._saver.guard)
                     self._report_unreadable()
                     row = epoch_row(state.epoch, training, validation)
                     self._finish_epoch(row, histograms)
@@ -227,7 +228,7 @@ class Trainer:
                 raise
             finally:
                 self.batches.close()
-                self._validator.loader.close()
+                self.validator.loader.close()
                 self._profiler.close()
                 if self._loggers is not None:
                     self._loggers.close()

@@ -68,7 +68,7 @@ class NpzArrays:
 def open_npz(path: str | Path) -> Iterator[NpzArrays]:
     """Open an ``.npz`` file.
 
-    Raises OSError if it cannot be opened, and ValueError if it is damaged, holds pickled objects, is no ``.npz``, or is
+    Raises OSError if it cannot be opened, and ValueError if it is damaged, holds objects, is no ``.npz``, or is
     larger than the machine's memory; also where an array is read or is missing.
     """
     refuse_pipe(path)
@@ -85,7 +85,9 @@ def open_npz(path: str | Path) -> Iterator[NpzArrays]:
                 yield NpzArrays(loaded)
         except Exception as error:  # unzipping and parsing of headers raise errors of many types
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise ValueError(f"{path} cannot be read as .npz without pickle ({reason})") from None
+            if "pickle" in reason:  # NumPy's words for objects, and for whatever it does not know
+                reason = "it holds objects" if "Object arrays" in reason else "it is no .npz, or damaged"
+            raise ValueError(f"{path} cannot be read as .npz ({reason})") from None
 
 
 def check_dense(tensor: Any, name: str) -> None:

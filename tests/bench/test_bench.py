@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench import bench_linear, bench_loss, bench_queue, bench_step, compare, harness, report
+from bench import bench_linear, bench_loss, bench_queue, bench_step, compare, harness
 from bench.batches import FreshFeatures, statistics
 from bench.list_queue import ListQueueTAL
+from bench.report import cpu_tables, figures, gpu_tables, limits, pages
+from bench.report.results import RESULTS, Results
+from bench.report.text import ms
 from tests.helpers.loss_cases import CASES, golden, relative, trace
 
 ROOT = Path(__file__).parents[2]
@@ -208,44 +211,44 @@ def test_compare_selects_the_file_of_the_same_vector_instructions(tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def cpu() -> report.Results:
-    return report.Results.read(report.RESULTS / "cpu")
+def cpu() -> Results:
+    return Results.read(RESULTS / "cpu")
 
 
-@pytest.mark.parametrize("page", report.PAGES, ids=lambda p: p.name)
-def test_pages_match_the_committed_results(page: Path, cpu: report.Results) -> None:
-    gpu_file = report.RESULTS / "gpu.json"
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda p: p.name)
+def test_pages_match_the_committed_results(page: Path, cpu: Results) -> None:
+    gpu_file = RESULTS / "gpu.json"
     gpu = json.loads(gpu_file.read_text()) if gpu_file.exists() else None
     text = page.read_text()
     assert "<!-- bench:" in text
-    assert report.fill_in(text, cpu, gpu) == text
+    assert pages.fill_in(text, cpu, gpu) == text
 
 
-def test_filling_in_a_page_follows_the_results_and_is_idempotent(cpu: report.Results) -> None:
+def test_filling_in_a_page_follows_the_results_and_is_idempotent(cpu: Results) -> None:
     changed = copy.deepcopy(cpu)
     for row in changed.find("step", peer="list_queue"):
         row["p20_ms"] *= 2
     text = (ROOT / "README.md").read_text()
-    once = report.fill_in(text, changed, None)
+    once = pages.fill_in(text, changed, None)
     assert once != text
-    assert report.fill_in(once, changed, None) == once
+    assert pages.fill_in(once, changed, None) == once
 
 
-def test_gpu_table_lists_timed_skipped_and_failed_peers(cpu: report.Results) -> None:
+def test_gpu_table_lists_timed_skipped_and_failed_peers(cpu: Results) -> None:
     timed = {"p20_ms": 0.024, "GB_per_s": 2730.0, "share_of_copy": 0.91}
     peers = {"paper": timed, "quack": {"skipped": "quack is not installed"}, "liger": {"failed": "RuntimeError: no"}}
     found = {"loss": [{"B": 16_384, "C": 1000, "dtype": "bfloat16", "peers": peers}, {"failed": "out of memory"}]}
-    text = report.fill_in("<!-- bench:gpu -->\n<!-- /bench -->", cpu, found)
+    text = pages.fill_in("<!-- bench:gpu -->\n<!-- /bench -->", cpu, found)
     assert "| 16,384 x 1,000 | bfloat16 | 24.0 µs, 91% | quack is not installed | RuntimeError: no |" in text
-    assert "Not yet run" in report.fill_in("<!-- bench:gpu -->\n<!-- /bench -->", cpu, None)
+    assert "Not yet run" in pages.fill_in("<!-- bench:gpu -->\n<!-- /bench -->", cpu, None)
 
 
-def test_gpu_tables_compare_what_was_measured_before_and_now(cpu: report.Results) -> None:
-    before = json.loads((report.RESULTS / "kernels" / "h200_before.json").read_text())
+def test_gpu_tables_compare_what_was_measured_before_and_now(cpu: Results) -> None:
+    before = json.loads((RESULTS / "kernels" / "h200_before.json").read_text())
     first, missing = before["loss"][:2]
     half = {**first, "peers": {"kernel": {"p20_ms": first["p20_ms"] / 2}}}
     failed = {**missing, "peers": {"kernel": {"failed": "out of memory"}}}
-    text = report.fill_in("<!-- bench:gpu-before -->\n<!-- /bench -->", cpu, {"loss": [half, failed]})
+    text = pages.fill_in("<!-- bench:gpu-before -->\n<!-- /bench -->", cpu, {"loss": [half, failed]})
     (row,) = [line for line in text.splitlines() if line.startswith("| loss")]
     assert f"{first['B']:,} x {first['C']:,}, {first['dtype']}" in row
     assert "| 2.0x |" in row
@@ -257,32 +260,32 @@ def test_gpu_targets_are_judged(step_ms: float, share: float, met: str) -> None:
     step = {"peer": "paper", **size, "graph": {"p20_ms": step_ms}}
     kernel = {"p20_ms": 0.03, "share_of_copy": share, "GB_per_s": 2500.0}
     loss = {"B": 16_384, "C": 1000, "dtype": "bfloat16", "peers": {"kernel": kernel}}
-    rows = report.gpu_targets_table({"step": [step], "loss": [loss]}).splitlines()[2:]
+    rows = gpu_tables.gpu_targets_table({"step": [step], "loss": [loss]}).splitlines()[2:]
     assert len(rows) == 2
     assert all(row.endswith(f"| {met} |") for row in rows)
 
 
-def test_wall_clock_figures_under_load_are_withheld(cpu: report.Results) -> None:
+def test_wall_clock_figures_under_load_are_withheld(cpu: Results) -> None:
     files = copy.deepcopy(cpu.files)
     for file in files:
         for row in file["benchmarks"]:
             row["load"] = 50.0 if row["clock"] == "wall" else row["load"]
-    busy = report.Results(files)
+    busy = Results(files)
     assert busy.withheld > 0
     assert not busy.find("step", threads=2)
     assert busy.find("step", threads=1) == cpu.find("step", threads=1)
-    assert "withheld" in report.source(busy)
-    assert "not measured" in report.targets_table(busy)
+    assert "withheld" in cpu_tables.source(busy)
+    assert "not measured" in limits.targets_table(busy)
 
 
 def test_missing_results_are_reported_in_the_page() -> None:
-    text = report.fill_in("<!-- bench:loss -->\n<!-- /bench -->", report.Results([]), None)
+    text = pages.fill_in("<!-- bench:loss -->\n<!-- /bench -->", Results([]), None)
     assert "Not measured yet" in text
 
 
-def test_unknown_tables_are_refused(cpu: report.Results) -> None:
+def test_unknown_tables_are_refused(cpu: Results) -> None:
     with pytest.raises(ValueError, match="there is no table 'nonsense'"):
-        report.fill_in("<!-- bench:nonsense -->\n<!-- /bench -->", cpu, None)
+        pages.fill_in("<!-- bench:nonsense -->\n<!-- /bench -->", cpu, None)
 
 
 @pytest.mark.parametrize(
@@ -293,19 +296,19 @@ def test_unknown_tables_are_refused(cpu: report.Results) -> None:
     ],
 )  # fmt: skip
 def test_milliseconds_as_text(value: float | None, text: str) -> None:
-    assert report.ms(value) == text
+    assert ms(value) == text
 
 
-def test_plots_are_drawn(cpu: report.Results, tmp_path: Path) -> None:
-    report.plot(cpu, tmp_path)
+def test_plots_are_drawn(cpu: Results, tmp_path: Path) -> None:
+    figures.plot(cpu, tmp_path)
     for name in ("loss", "typicalness", "queue"):
-        assert (report.FIGURES / f"{name}.svg").exists() == (tmp_path / f"{name}.svg").exists() == bool(cpu.find(name))
+        assert (figures.FIGURES / f"{name}.svg").exists() == (tmp_path / f"{name}.svg").exists() == bool(cpu.find(name))
         assert not cpu.find(name) or "tal_fast" in (tmp_path / f"{name}.svg").read_text()
     picture = tmp_path / "loss.svg"
     for changed, kept in ((r"\1.\g<2>9", True), (r"1\1.\2", False)):  # of one number: the last digit, the first
         before = re.sub(r"(\d+)\.(\d{5})\d\b", changed, picture.read_text(), count=1)
         picture.write_text(before)
-        report.plot(cpu, tmp_path)
+        figures.plot(cpu, tmp_path)
         assert (picture.read_text() == before) == kept
 
 

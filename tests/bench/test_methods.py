@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
 
 from bench import methods, small_folder
 from tal_fast.experiments.parse import read_experiment
-from tal_fast.experiments.results import check_options, read_results
+from tal_fast.experiments.results import check_options, collect, read_results, write_results
+from tal_fast.experiments.scheduler import job_folders
 from tal_fast.runs.resume import differences
+from tests.helpers.experiments import finish_jobs
 
 
 @pytest.mark.parametrize("page", methods.PAGES, ids=lambda p: p.name)
@@ -35,6 +39,48 @@ def test_a_changed_result_changes_the_table(tmp_path: Path, monkeypatch: pytest.
     assert "0.50000" in methods.whole("fashion-mnist-choice")
     assert "0.50000" not in before
     assert methods.whole("elsewhere") == methods.MISSING
+
+
+def test_results_of_a_gpu_experiment_appear_with_hardware_hours_and_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (methods.ROOT / "docs" / "results-gpu.md").read_text()
+    names = re.findall(r"<!-- methods:gpu ([\w-]+) -->", page)
+    assert len(names) == 4
+    monkeypatch.setattr(methods, "RESULTS", tmp_path)
+    for name in names:
+        assert (methods.EXPERIMENTS / f"{name}.yaml").exists()
+        assert f"python -m tal_fast.experiment examples/experiments/{name}.yaml" in page
+    assert methods.fill_in(page).count("Not run yet") == 4
+    experiment = read_experiment(methods.EXPERIMENTS / "cifar100.yaml")
+    finish_jobs(tmp_path / "runs", experiment, lambda job: (2.0, math.nan if job.name == "crl-seed2" else 0.8))
+    machine = {
+        "gpu": "GPU X",
+        "cpu": "c",
+        "cores": 8,
+        "python": "3.12",
+        "torch": "2.14",
+        "tal_fast": "0.2",
+        "commit": "c0",
+    }
+    folders = job_folders(experiment, tmp_path / "runs")
+    for folder in folders:
+        if folder.path.exists():
+            stages = (("train", 7200.0), ("evaluate", 360.0))
+            tried = [{"stage": stage, "environment": machine, "seconds": s, "exit_code": 0} for stage, s in stages]
+            folder.update(attempts=tried)
+    (tmp_path / "cifar100").mkdir()
+    write_results(collect(experiment, folders, "cifar100"), tmp_path / "cifar100")
+    filled = methods.fill_in(page)
+    assert filled.count("Not run yet") == 3
+    section = filled.split("\n## ")[1]
+    assert "32 of 33 runs; 64.0 hours of training and 3.2 of evaluation" in section
+    assert "ce 2.0, label-smoothing 2.0" in section
+    assert "GPU X; Python 3.12, torch 2.14; tal\\_fast 0.2, commit c0" in section
+    assert "missing: crl-seed2" in section
+    assert "experiments/cifar100.yaml --output bench/results/methods/cifar100\n```" in section
+    assert section.count("| sure-plus-tal |") >= 3
+    assert methods.fill_in(filled) == filled
 
 
 def test_committed_results_are_complete_and_match_their_experiment_files() -> None:

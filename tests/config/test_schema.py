@@ -7,16 +7,9 @@ from typing import Any
 
 import pytest
 
+from tal_fast.config.data import CIFAR100_MEAN, IMAGENET_STD
 from tal_fast.config.parse import load_config
-from tal_fast.config.schema import (
-    CIFAR100_MEAN,
-    IMAGENET_STD,
-    OWN_OF_A_RANK,
-    Config,
-    DataConfig,
-    MethodConfig,
-    OptimConfig,
-)
+from tal_fast.config.schema import OWN_OF_A_RANK, Config, DataConfig, MethodConfig, OptimConfig
 
 
 def test_a_configuration_survives_its_file(tmp_path: Path) -> None:

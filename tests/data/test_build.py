@@ -56,6 +56,44 @@ def test_a_holdout_is_validated_on_and_not_trained_on(tmp_path: Path) -> None:
         build_data(config(root, loader="torch", holdout=13))
 
 
+def test_unseen_classes_are_an_ood_set(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    whole = build_data(config(root, loader="torch"))
+    data = build_data(config(root, loader="torch", unseen_classes=["dog"]))
+    assert data.class_names == ("cat", "emu")
+    for name in ("train", "val"):
+        images, labels, _ = collect(data.loader(name, batch_size=16, training=False))
+        paths = data.split(name).paths  # type: ignore[union-attr]
+        assert [("cat", "emu").index(Path(path).parent.name) for path in paths] == labels.tolist()
+        others = [path for path in whole.split(name).paths if "/dog/" not in path]  # type: ignore[union-attr]
+        assert list(paths) == others
+        assert len(images) == len(others)
+    _, labels, _ = collect(data.loader("unseen", batch_size=16))
+    assert labels.tolist() == [-1, -1]  # images 1 and 4 of 7
+    # Held-out training images take the validation images' part.
+    held = build_data(config(root, loader="torch", unseen_classes=["dog"], holdout=6))
+    parts = [set(held.split(name).paths) for name in ("train", "val", "unseen")]  # type: ignore[union-attr]
+    assert set.union(*parts[1:]) <= set(whole.split("train").paths)  # type: ignore[union-attr]
+    assert len(parts[1]) + len(parts[2]) == 6
+    assert all("/dog/" in path for path in parts[2])
+    assert not any("/dog/" in path for path in parts[0] | parts[1])
+
+
+def test_unseen_classes_of_images_in_memory() -> None:
+    options: dict[str, Any] = {"dataset": "synthetic", "crop_area": None, "synthetic_classes": 5}
+    data = build_data(DataConfig(unseen_classes=["bars-0", "bars-3"], **options))
+    assert data.class_names == ("bars-1", "bars-2", "bars-4")
+    assert data.ood_names == ("noise", "unseen")
+    whole = build_data(DataConfig(**options))
+    labels = whole.split("val").labels
+    assert len(data.split("unseen")) == np.isin(labels, (0, 3)).sum()
+    assert data.split("val").labels.tolist() == [(1, 2, 4).index(x) for x in labels if x not in (0, 3)]
+    with pytest.raises(ValueError, match="names 'bars-7', which is no class; there are .*bars-0"):
+        build_data(DataConfig(unseen_classes=["bars-0", "bars-7"], **options))
+    with pytest.raises(ValueError, match="leaves 1 of 5 classes; leave at least 2"):
+        build_data(DataConfig(unseen_classes=[f"bars-{c}" for c in range(4)], **options))
+
+
 def test_auto_falls_back_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_folder(tmp_path)
     monkeypatch.setattr(dali, "available", lambda: False)

@@ -22,7 +22,12 @@ from tal_fast.data.waiting import LoaderFailed
 from tal_fast.utils.process import no_garbage
 from tests.helpers.images import LOADERS, config, make_folder, needs_dali
 
-ENDS = {"returns": "", "raises": "raise LookupError('unexpected')", "leaves": "next(iter(loader)); sys.exit(3)"}
+# An iteration that is kept has running workers.
+ENDS = {
+    "returns": "",
+    "raises": "raise LookupError('unexpected')",
+    "leaves": "batches = iter(loader); next(batches); sys.exit(3)",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -80,8 +85,10 @@ def test_a_process_of_multiprocessing_ends(tmp_path: Path, how: str) -> None:
 
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     def read(data: DataBundle) -> None:
-        next(iter(data.loader("train", batch_size=2)))
+        batches = iter(data.loader("train", batch_size=2))
+        next(batches)
         time.sleep(60)
+        del batches  # until here its workers run
 
     process = multiprocessing.get_context("fork").Process(target=read, args=(bundle(tmp_path),))
     with no_garbage():

@@ -35,7 +35,10 @@ def test_evaluated_runs_are_compared(evaluated_run: Path, tmp_path: Path, capsys
     assert [line.split()[:2] for line in lines[3:6]] == [
         ["run", "score"], ["synthetic-tal", "cosine"], ["synthetic-ce", "msp"],
     ]  # fmt: skip
-    assert sum(line.count("[") for line in lines) == 4 * 3  # settings, metrics
+    end = lines.index("", len(lines) - 4)  # of the tables; a sentence with Old FD and New FD follows
+    assert sum(line.count("[") for line in lines[:end]) == 4 * 3  # settings, metrics
+    assert lines[end + 1].startswith("AURC of synthetic-ce beside that of synthetic-tal: Old FD ")
+    assert sum(line.count("%]") for line in lines[end:]) == 2
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tal_fast.evaluation.compare import Column, Estimate, Group, columns_of, group_runs
-from tal_fast.evaluation.compare_tables import format_comparison
+from tal_fast.evaluation.compare_tables import conclusions, format_comparison, format_summary
 from tal_fast.evaluation.tables import WIDTH
 from tests.helpers.compare import csv_rows, one_report, table_lines, write_run
 
@@ -62,6 +62,62 @@ def test_text_tables_fit_the_terminal(units: str) -> None:
         for name, label in zip(names, labels, strict=True):
             assert name in text
             assert f"AUPR-success  {label} " in text or f"              {label} " in text
+
+
+def groups_with(sets: list[str], names: list[str], aurc: dict[str, float]) -> list[Group]:
+    """Groups of two runs with the AURC of each setting; other settings have that of 0.2."""
+    report = one_report("msp", 0.2, 0.8, ood_names=sets)
+    keys = ["new_fd", *(f"new_fd/{name}" for name in sets if len(sets) > 1)]
+    values = report["settings"]["old_fd"]["msp"]
+    report["settings"] |= {key: {"msp": {**values, "aurc": aurc.get(key, 0.2)}} for key in keys}
+    return [Group(name, ["x", "y"], [report, report], [None, None], "msp", [0, 1]) for name in names]
+
+
+def test_conclusions_compare_in_percent_of_the_baseline() -> None:
+    groups = groups_with(["svhn"], ["ce", "tal", "other"], {"new_fd": 0.4})
+    assert conclusions(groups) == ""
+    for group in groups[1:]:
+        group.baseline = "ce"
+        group.differences = {
+            ("old_fd", "aurc"): Estimate(0.05, -0.01, 0.11, "seeds"),
+            ("new_fd", "aurc"): Estimate(-0.124, -0.18, -0.048, "both"),
+            ("old_fd", "auroc"): Estimate(0.1, 0.05, 0.15, "both"),
+        }
+    groups[2].differences["old_fd", "aurc"] = Estimate(0.05, 0.01, 0.09, "images")
+    groups[2].differences["new_fd", "aurc"] = Estimate(-0.124)  # no interval, no conclusion
+    assert conclusions(groups).replace("\n  ", " ").splitlines() == [
+        "AURC of tal beside that of ce: Old FD cannot be told apart [-5%, +55%]; "
+        "New FD against svhn is 31% lower [-45%, -12%].",
+        "AURC of other beside that of ce: Old FD is 25% higher [+5%, +45%].",
+    ]
+    groups = groups_with([], ["perfect", "tal"], {})
+    groups[0].reports[0]["settings"]["old_fd"]["msp"]["aurc"] = 0.0  # nothing is a share of 0
+    groups[1].baseline, groups[1].differences = "perfect", {("old_fd", "aurc"): Estimate(0.1, 0.05, 0.15, "both")}
+    assert conclusions(groups) == ""
+
+
+LONG = [f"set-with-a-long-name-{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("sets", "titles", "cells"),
+    [
+        (["a"], ["New FD", "a"], ["123.46"]),
+        (["a", "b"], ["New FD", "a", "b"], ["200.00", "40.00"]),
+        (LONG[:3], ["mean over 3 OOD sets"], ["123.46"]),  # each would be too wide
+        (LONG, ["mean over 4 OOD sets"], ["123.46"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["fmfp-tal", "tal-t_max=20-t_min=2-weight_decay=0.0005"])
+def test_the_summary_fits_the_terminal(sets: list[str], titles: list[str], cells: list[str], name: str) -> None:
+    groups = groups_with(sets, ["ce", name], {"new_fd": 0.123456, "new_fd/b": 0.04})
+    text = format_summary(groups, ["9 s", "3 h 05 min"])
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert all(title in text for title in titles)
+    assert name in text
+    row = re.split(" {2,}", text.splitlines()[-1])
+    label = name if name == "fmfp-tal" else "(2)"
+    assert row == [label, "msp", "90.00% ± 0.00", *(f"{cell} ± 0.00" for cell in ["200.00", *cells]), "3 h 05 min"]
 
 
 def test_latex_and_markdown_have_a_row_per_run() -> None:

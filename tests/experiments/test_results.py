@@ -27,9 +27,13 @@ def test_tables_from_runs_and_from_committed_results(tmp_path: Path, capsys: pyt
     command = [str(path), "--output", str(output), "--table-only"]
     finish_jobs(output, experiment, lambda job: (2.0 if job.method == "tal" else 1.0, 0.8))
     assert main(command) == 0
-    said = capsys.readouterr().out
+    said, table = capsys.readouterr().out, (output / "table.txt").read_text()
     for title in ("Old FD\n", "OOD against far\n", "New FD against near\n", "OOD: mean over 2 OOD sets\n"):
-        assert title in said
+        assert title in table
+    summary = said[said.index("run  score") : said.index(str(output))].rstrip()
+    assert summary in table
+    assert len(summary.splitlines()) < 8
+    assert "AURC of tal beside that of ce: Old FD is " in summary
     found = results.read_results(output)
     assert len(found["runs"]) == 6
     # The results equal those of tal_fast.compare for the same folders.

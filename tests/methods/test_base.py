@@ -53,7 +53,7 @@ def test_a_method_of_another_package_has_its_own_options(monkeypatch: pytest.Mon
     focal = types.ModuleType("tal_fast.methods.focal")
     focal.Focal = type("Focal", (CrossEntropy,), {"name": "focal", "Options": FocalOptions})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, focal.__name__, focal)
-    for module in ("methods", "config.schema"):
+    for module in ("methods", "config.methods"):
         monkeypatch.setattr(f"tal_fast.{module}.method_names", lambda: [*OPTIONS, "focal"])
     # Options of TAL in a file of version 0.1.0, or in a preset for TAL, are not the method's.
     values = {"name": "focal", "queue_size": 5, "options": {"gamma": "3e0", "backend": "slow"}}

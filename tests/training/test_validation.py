@@ -37,7 +37,7 @@ def test_validation_measures_what_the_evaluator_measures(tmp_path: Path, method:
 
 def test_a_compiled_network_sees_full_batches_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(config(tmp_path, "ce"))
-    want = trainer._validator.validate(trainer.network)
+    want = trainer.validator.validate(trainer.network)
     monkeypatch.setattr(torch, "compile", lambda function: function)
     runtime = dataclasses.replace(trainer.runtime, compile=True)
     loader = trainer.data.loader("val", batch_size=500)  # of 896 images
