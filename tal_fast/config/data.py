@@ -25,13 +25,11 @@ class DataConfig:
     """Images and their augmentation.
 
     Attributes:
-        dataset: kind of data set, ``folder``, ``webdataset``, ``huggingface``, ``digits``, ``cifar10``, ``cifar100``,
-            ``fashion-mnist`` or ``synthetic``, or FILE.py:NAME of your own (docs/data.md). ``folder`` has ``train/``
-            and ``val/`` with one folder per class; ``webdataset`` has .tar shards, ``huggingface`` parquet or Arrow
-            files; ``digits`` is scikit-learn's, as image files; CIFAR is read from its binary files, Fashion-MNIST from
-            IDX files; ``synthetic`` images are generated, for measurements.
-        root: folder of the images, shards, binary files or IDX files; digits and synthetic need none, a data set
-            of your own is given it. ``webdataset``
+        dataset: kind of data set, or FILE.py:NAME of your own (docs/data.md): ``folder`` has ``train/`` and ``val/``
+            with one folder per class, ``webdataset`` .tar shards, ``huggingface`` parquet or Arrow files; ``digits`` is
+            scikit-learn's, as image files; ``cifar10`` and ``cifar100`` are read from their binary files,
+            ``fashion-mnist`` from IDX files; ``synthetic`` images are generated, for measurements.
+        root: folder of the images, shards, binary files or IDX files; digits and synthetic need none. ``webdataset``
             also takes an address (``s3://``, ``https://``), ``huggingface`` a name on the hub.
         label_key: where the label of an image is. For ``webdataset`` the ending of its file (``cls``), or else an
             entry of its ``.json`` (``label``); for ``huggingface`` the column, by default the only one of classes.
@@ -159,8 +157,7 @@ class DataConfig:
 
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
-        known = (*DATASETS, *installed(DATA))
-        if not in_file(self.dataset) and self.dataset not in known:
+        if not in_file(self.dataset) and self.dataset not in (known := (*DATASETS, *installed(DATA))):
             names = " or ".join(map(repr, known))
             raise ValueError(f"data.dataset is {self.dataset!r}; use {names}, or FILE.py:NAME for one of your own")
         if self.split is not None and not 0 < self.split < 1:

@@ -33,14 +33,10 @@ def as_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
 
 
 def as_image(image: Any) -> Image.Image:
-    """Pillow image of an array (H, W), (H, W, 1) or (H, W, 3) uint8; Pillow images as they are.
-
-    Raises ValueError for anything else, and for a Pillow image of more than 8 bits a channel.
-    """
+    """Pillow image of an array (H, W), (H, W, 1) or (H, W, 3) uint8, or as it is; ValueError for more than 8 bits."""
     if isinstance(image, np.ndarray):
-        shape = image.shape
-        if image.dtype != np.uint8 or len(shape) < 2 or shape[2:] not in ((), (1,), (3,)):
-            raise ValueError(f"an array must be (H, W), (H, W, 1) or (H, W, 3) uint8, not {shape} {image.dtype}")
+        if image.dtype != np.uint8 or image.ndim < 2 or image.shape[2:] not in ((), (1,), (3,)):
+            raise ValueError(f"an array must be (H, W), (H, W, 1) or (H, W, 3) uint8, not {image.shape} {image.dtype}")
         image = Image.fromarray(as_channels(image[None], 3)[0])
     if not isinstance(image, Image.Image):
         raise ValueError(f"an image must be a path, a PIL image or an array, not {type(image).__name__}")

@@ -140,17 +140,12 @@ def options_of(args: argparse.Namespace) -> EvaluationOptions:
 
     scores = ("msp",) if args.ensemble else names.DEFAULT_SCORES
     return EvaluationOptions(
-        scores=[name for group in args.scores or scores for name in group.split(",") if name],
-        mix=args.mix,
-        seed=args.seed,
-        convention=args.convention,
-        choose_by=args.choose_by,
-        temperature=args.temperature,
-        intervals=args.bootstrap > 0,
-        metrics=args.metrics,
+        scores=[name for group in args.scores or scores for name in group.split(",") if name], mix=args.mix,
+        seed=args.seed, convention=args.convention, choose_by=args.choose_by, temperature=args.temperature,
+        intervals=args.bootstrap > 0, metrics=args.metrics,
         costs=None if args.costs is None else _read_costs(args.costs),
         **({} if args.knn_samples is None else {"knn_samples": args.knn_samples or None}),
-    )
+    )  # fmt: skip
 
 
 def _data_config(args: argparse.Namespace) -> DataConfig:
@@ -247,8 +242,7 @@ def parser() -> ArgumentParser:
         "that N itself changes nothing. Default: %(default)s, no intervals.",
     )  # fmt: skip
 
-    further = f"{', '.join(names.FURTHER_METRICS)}, coverage@risk=0.05, risk@coverage=0.8, ds=msp+energy (two scores), "
-    further += "FILE.py:FUNCTION of your own"
+    further = f"{', '.join(names.FURTHER_METRICS)}, coverage@risk=0.05, risk@coverage=0.8, ds=msp+energy, FILE.py:NAME"
     metrics.add_argument("--metrics", nargs="+", default=[], help=f"Further metrics for report.json: {further}.")
     metrics.add_argument("--costs", metavar="FILE.csv", help="Cost of each label (row) and prediction, for cost_*.")
     output = parser.add_argument_group("output")

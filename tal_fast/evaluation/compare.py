@@ -22,10 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tal_fast.config.names import is_own_metric
 from tal_fast.config.parse import read_yaml
 from tal_fast.config.schema import Config
-from tal_fast.evaluation.own_scores import add_own_metrics, own_metrics
 from tal_fast.evaluation.report import Report
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import SETTING_TITLES, mix_with_seed, nan_if_none
@@ -271,23 +269,6 @@ def find_group(groups: Sequence[Group], name: str) -> Group:
     raise ValueError(f"there is no row {name!r} to be the baseline; there are {', '.join(g.name for g in groups)}")
 
 
-def with_own_metric(groups: Sequence[Group], text: str) -> str:
-    """``METRIC`` or ``SETTING:METRIC`` as the reports name it; one of the user's own is computed and added to them.
-
-    Raises ValueError if there are no samples to compute it from.
-    """
-    setting, own = re.fullmatch(r"((?:(?:old|new)[-_]fd|ood|shift)[^:]*:)?(.*)", text).groups("")  # type: ignore
-    if not is_own_metric(own):
-        return text
-    functions = own_metrics([own])
-    for group in groups:
-        for run, report, settings in zip(group.runs, group.reports, group.scored_settings(), strict=True):
-            if not settings:
-                raise ValueError(f"{own} needs the samples.npz beside the report of {run}; evaluate it again")
-            add_own_metrics(report, settings, functions)
-    return setting + next(iter(functions))
-
-
 def columns_of(groups: Sequence[Group], metrics: Sequence[str]) -> list[Column]:
     """Columns of a comparison, those of a setting together.
 
@@ -305,7 +286,7 @@ def columns_of(groups: Sequence[Group], metrics: Sequence[str]) -> list[Column]:
     }
     columns: dict[Column, None] = {}
     for text in metrics:
-        setting, _, metric = text.rpartition(":")
+        setting, _, metric = re.sub(r"[^:]*\.py:", "", text).rpartition(":")  # FILE.py:NAME is NAME in the reports
         kind, slash, name = setting.partition("/")
         pattern, metric = kind.replace("-", "_") + slash + name, metric.replace("-", "_")
         found = [keys[key] for key in (fnmatch.filter(keys, pattern) if setting else SETTING_TITLES) if key in keys]

@@ -52,8 +52,8 @@ def parser() -> ArgumentParser:
     content = parser.add_argument_group("what is compared")
     content.add_argument(
         "--metrics", nargs="+", default=list(DEFAULT_METRICS), metavar="[SETTING:]METRIC",
-        help=f"Metrics: {', '.join(METRICS)} or another of the reports, or FILE.py:FUNCTION of your own; of each "
-        f"setting, or of one: new-fd:aurc, ood/SET:fpr95, 'new-fd/*:aurc'. Default: {' '.join(DEFAULT_METRICS)}.",
+        help=f"Metrics: {', '.join(METRICS)} or another of the reports, also your own; of each setting, "
+        f"or of one: new-fd:aurc, ood/SET:fpr95, 'new-fd/*:aurc'. Default: {' '.join(DEFAULT_METRICS)}.",
     )  # fmt: skip
     content.add_argument("--score", help="Score of the runs that name none. Default: each method's own.")
 
@@ -112,12 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compare(args: argparse.Namespace) -> str:
-    from tal_fast.evaluation.compare import columns_of, find_group, with_own_metric
+    from tal_fast.evaluation.compare import columns_of, find_group
     from tal_fast.evaluation.compare_tables import add_description, conclusions, describe, format_comparison
     from tal_fast.evaluation.differences import add_differences
 
     groups = _read_groups([run for text in args.runs for run in parse_runs(text)], args.score)
-    columns = columns_of(groups, [with_own_metric(groups, text) for text in args.metrics])
+    columns = columns_of(groups, args.metrics)
     if args.curves:
         from tal_fast.evaluation.plots import compare_curves
 

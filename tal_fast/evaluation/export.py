@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import tal_fast
+from tal_fast.config.names import is_own_score
 from tal_fast.config.typed import one_line
 from tal_fast.data.datasets import DataBundle, Split
 from tal_fast.data.ood import ood_set, set_named
@@ -283,6 +284,8 @@ def export_run(
 def check_score(name: str) -> str:
     """Name in ``SCORES`` of a score; raises ValueError if there is none."""
     plain = name.replace("-", "_")
+    if is_own_score(name):
+        raise ValueError(f"{name} is Python code, which a graph cannot hold; choose its threshold with calibrate --npz")
     if plain not in SCORES:
         raise ValueError(f"unknown score {name!r}; choose a score of logits: {', '.join(SCORES)}")
     return plain

@@ -11,6 +11,7 @@ import numpy as np
 from tal_fast.config.names import FURTHER_METRICS, KNOWN_SCORES, METRICS, is_own_metric, is_own_score
 from tal_fast.metrics.settings import ScoredSetting, means_of
 from tal_fast.runs.prediction_store import Outputs
+from tal_fast.scores.logits import SCORES as LOGIT
 from tal_fast.utils import own_code
 from tal_fast.utils.arrays import Floats, to_numpy
 from tal_fast.utils.own_code import SCORES, load, running
@@ -42,6 +43,13 @@ def own_scores(outputs: Outputs, functions: Mapping[str, Callable[..., Any]]) ->
     return {name: check_values(values, samples, name) for name, values in found.items()}
 
 
+def score_values(name: str, outputs: Outputs) -> Floats:
+    """Values of a score of logits, of one of the user's own, or of values beside the outputs."""
+    if name in outputs.scores or name in LOGIT:
+        return outputs.scores[name] if name in outputs.scores else LOGIT[name](outputs.logits)
+    return own_scores(outputs, {name: load(name, SCORES)})[name]
+
+
 def check_values(values: Any, samples: int, name: str) -> Floats:
     """Values of a score as float64; raises ValueError unless they are a number for each sample."""
     array = to_numpy(values)
@@ -53,22 +61,13 @@ def check_values(values: Any, samples: int, name: str) -> Floats:
     return array.astype(np.float64)
 
 
-def own_metrics(names: Sequence[str]) -> dict[str, Callable[..., Any]]:
-    """Functions of the metrics among these names that are the user's own, by their names in the report."""
-    own = [name for name in names if is_own_metric(name)]
-    found = {name.rpartition(":")[2]: load(name, own_code.METRICS) for name in own}
-    for name in found:
-        if name in (*METRICS, *FURTHER_METRICS) or len(found) < len(own):
-            raise ValueError(f"your metric {name} has the name of another metric; rename it")
-    return found
-
-
-def add_own_metrics(
-    report: dict[str, Any], settings: Mapping[str, ScoredSetting], functions: Mapping[str, Callable[..., Any]]
-) -> None:
-    """Add own metrics to the further ones of a report: of each setting and score, and their means over sets."""
-    further = report.setdefault("further", {})
+def add_own_metrics(report: dict[str, Any], settings: Mapping[str, ScoredSetting], names: Sequence[str]) -> None:
+    """Add the metrics among these names that are the user's own to a report: of each setting, and means over sets."""
+    own, further = [name for name in names if is_own_metric(name)], report.setdefault("further", {})
+    functions = {name.rpartition(":")[2]: load(name, own_code.METRICS) for name in own}
     for name, call in functions.items():
+        if name in (*METRICS, *FURTHER_METRICS) or len(functions) < len(own):
+            raise ValueError(f"your metric {name} has the name of another metric; rename it")
         sets: dict[tuple[str, str], list[float]] = {}
         for key, judged in settings.items():
             for score, values in judged.confidences().items():
@@ -76,9 +75,7 @@ def add_own_metrics(
                     value = float(call(values.copy(), judged.setting.success.astype(bool)))
                     if math.isinf(value):
                         raise ValueError("it is infinite; return NaN where it is undefined")
-                further.setdefault(key, {}).setdefault(score, {})[name] = value
-                for mean in means_of(key):
-                    sets.setdefault((mean, score), []).append(value)
-        for (mean, score), found in sets.items():
-            if mean in report["settings"]:
-                further.setdefault(mean, {}).setdefault(score, {})[name] = sum(found) / len(found)
+                for place in (key, *(mean for mean in means_of(key) if mean in report["settings"])):
+                    sets.setdefault((place, score), []).append(value)
+        for (place, score), found in sets.items():
+            further.setdefault(place, {}).setdefault(score, {})[name] = sum(found) / len(found)

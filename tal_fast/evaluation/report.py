@@ -19,7 +19,7 @@ import numpy as np
 
 import tal_fast
 from tal_fast.config.names import DEFAULT_SCORES, FURTHER_METRICS, check_scores, is_own_metric
-from tal_fast.evaluation.own_scores import add_own_metrics, own_metrics
+from tal_fast.evaluation.own_scores import add_own_metrics
 from tal_fast.evaluation.sample_scores import Predictions, Samples
 from tal_fast.evaluation.tables import setting_title
 from tal_fast.metrics.failure import METRICS, aurc_floor, aurc_random, failure_metrics, undefined_reasons
@@ -58,11 +58,8 @@ class EvaluationOptions:
         object.__setattr__(self, "scores", check_scores(self.scores))
         for metric in self.metrics:
             if not is_own_metric(metric) and not re.fullmatch(rf"{'|'.join(FURTHER_METRICS)}|{_OTHER}", metric):
-                known = f"{', '.join(FURTHER_METRICS)}, coverage@risk=0.05, risk@coverage=0.8 and ds=msp+energy"
-                raise ValueError(
-                    f"unknown metric {metric!r}; choose from {known}, with shares in (0, 1] and two scores, or "
-                    "FILE.py:FUNCTION of your own"
-                )
+                known = f"{', '.join(FURTHER_METRICS)}, coverage@risk=0.05, risk@coverage=0.8, ds=msp+energy"
+                raise ValueError(f"unknown metric {metric!r}; use {known}, with shares in (0, 1], or FILE.py:FUNCTION")
         if self.costs is None and any(metric.startswith("cost_") for metric in self.metrics):
             raise ValueError("cost_aurc and cost_augrc need a matrix of costs; name its file with --costs")
         if self.choose_by != "old-fd" and self.choose_by.partition("=")[0] != "new-fd":
@@ -125,7 +122,7 @@ def make_report(
             for key, judged in settings.items()
             if not key.startswith("ood")
         }
-        add_own_metrics(report, settings, own_metrics(options.metrics))
+        add_own_metrics(report, settings, options.metrics)
     if options.intervals:
         baseline = baseline or next(iter(samples.id_scores))
         report["bootstrap"] = {

@@ -160,10 +160,9 @@ def choose_threshold(scores: Any, correct: Any, *, risk: float, confidence: floa
     if best is None:
         limits = [float(upper_limit(ranked.fp[g], k, shares[k])) for g, k in zip(starts, sizes, strict=False)]
         least = int(np.argmin(limits))
-        wrong = ranked.fp[starts[least]]
         raise NoThreshold(
             f"no threshold keeps the risk within {risk:g} with confidence {confidence:g}: the lowest bound tried is "
-            f"{limits[least]:.4g} ({wrong} error{'s' * (wrong != 1)} among {sizes[least]} of {n} held-out samples); "
+            f"{limits[least]:.4g} ({ranked.fp[starts[least]]} wrong of {sizes[least]} among {n} held-out samples); "
             f"allow a larger risk, hold out more samples or use a better score"
         )
     end, errors = int(ranked.end[best[0]]), int(ranked.fp[best[0]])

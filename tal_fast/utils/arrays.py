@@ -98,11 +98,13 @@ def check_dense(tensor: Any, name: str) -> None:
         raise ValueError(f"{name} must be real numbers, not {tensor.dtype}")
 
 
-def as_classes(values: Any, classes: int, name: str = "labels") -> Ints:
-    """Class labels as an array; raises ValueError unless they are integers in [0, classes)."""
+def as_classes(values: Any, classes: int, name: str = "labels", samples: int | None = None) -> Ints:
+    """Class labels as an array; raises ValueError unless they are integers in [0, classes), one a sample if given."""
     labels = to_numpy(values)
+    if samples is not None and labels.shape != (samples,):
+        raise ValueError(f"{name} must be a label for each of {samples} samples, not of shape {labels.shape}")
     if labels.size and (labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes):
-        raise ValueError(f"{name} must be integers in 0..{classes - 1}, the columns of logits")
+        raise ValueError(f"{name} must be integers in 0..{classes - 1}, one of the {classes} classes")
     return labels.astype(np.int64)
 
 

@@ -69,7 +69,7 @@ def running(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         # ``load`` names modules by their files.
-        lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in sys.modules]
-        place = f" in line {lines[-1].lineno} of {lines[-1].filename}" if lines else ""
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in sys.modules]
+        place = "".join(f" in line {frame.lineno} of {frame.filename}" for frame in frames[-1:])
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{what} failed{place} ({reason}); mend it there") from error

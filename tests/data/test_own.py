@@ -174,8 +174,8 @@ def test_grey_items_and_colour_ones_have_the_channels_asked_for() -> None:
             "return 1 / 0",
             r"own.py:f failed in line 2 of .*own.py \(ZeroDivisionError: division by zero\); mend it there",
         ),
-        ("return 3", "own.py:f must return train, val, classes and optionally ood, by name; it lacks classes"),
-        ("return {**good, 'val': None}", "own.py:f must return .*; it lacks val"),
+        ("return 3", "own.py:f must return train, val, classes and optionally ood, by name; it lacks some"),
+        ("return {**good, 'val': None}", "own.py:f must return .*; it lacks some"),
         (
             "return {**good, 'train': (x / 2, y)}",
             r"own.py:f train must be \(N, S, S\), .* uint8; it is float64 \(6, 4, 4\)",
@@ -184,15 +184,15 @@ def test_grey_items_and_colour_ones_have_the_channels_asked_for() -> None:
         ("return {**good, 'train': x}", "own.py:f train must have an integer label for each of 6 images"),
         ("return {**good, 'train': (x, y[1:])}", "own.py:f train must have an integer label for each of 6 images"),
         ("return {**good, 'val': (x, y + 1)}", "own.py:f val has labels 1 to 2 but there are 2 classes, from 0"),
-        ("return {**good, 'val': (x[:0], y[:0])}", "own.py:f val must be .* a map-style dataset, not no images"),
-        ("return {**good, 'val': ([], y[:0])}", "own.py:f val must be .* a map-style dataset, not no images"),
+        ("return {**good, 'val': (x[:0], y[:0])}", "own.py:f val must be .* a map-style dataset, and not empty"),
+        ("return {**good, 'val': ([], y[:0])}", "own.py:f val must be .* a map-style dataset, and not empty"),
         ("return {**good, 'train': (['none.png'], [0])}", "1 images that .*f train lists are missing .*none.png"),
         (
             "return {**good, 'train': [(x[0], 0)]}",
             "train and val of .*own.py:f must both be arrays of pixels, or neither",
         ),
         ("return {**good, 'train': [(x[0] / 2, 0)]}", r"f train\[0\] failed \(ValueError: an array must be .* float64"),
-        ("return {**good, 'train': 3}", r"f train must be \(pixels, labels\), .* a map-style dataset, not int"),
+        ("return {**good, 'train': 3}", r"f train must be \(pixels, labels\), .* a map-style dataset, and not empty"),
     ],
 )
 def test_what_is_no_data_set_is_refused(body: str, sentence: str) -> None:

@@ -37,6 +37,9 @@ def matrix(logits, features):
 def holes(logits, features):
     return np.where(logits[:, 0] > 0, 1.0, np.nan)
 
+def bad(logits, features):
+    return logits[:, 99]
+
 def alone(logits):
     return logits[:, 0]
 
@@ -91,8 +94,9 @@ def test_values_beside_saved_outputs_are_scores(tmp_path: Path) -> None:
             r"matrix must have a number for each of 200 samples, shape \(200,\); it has float\d+ of shape",
         ),
         ("own.py:holes", r"holes is NaN for \d+ of 200 samples, first for sample \d+; give numbers"),
-        ("own.py:alone", r"your score alone must be a function of \(logits, features\): too many positional"),
-        ("own.py:number", r"your score number must be a function of \(logits, features\): 3 is not a callable"),
+        ("own.py:alone", r"your score alone, a function of \(logits, features\), failed \(TypeError"),
+        ("own.py:number", r"your score number, a function of \(logits, features\), failed \(TypeError"),
+        ("own.py:bad", r"your score bad, .* failed in line \d+ of .*own.py \(IndexError: index 99 is out"),
         ("own.py:msp", "your score msp has the name of another score; rename it"),
         ("own.py:none", "own.py defines no none"),
         ("none.py:spread", "there is no file .*none.py, which defines spread; put it there, or name another"),
