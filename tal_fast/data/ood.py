@@ -74,7 +74,7 @@ def ood_set(spec: str, image_size: int, channels: int) -> Split:
         return files[kind](rest)
     if kind == "mnist" and not builtin.mnist_available(rest or None):
         raise ValueError("the set 'mnist' needs a folder with MNIST's IDX files: mnist:FOLDER")
-    made = {"patches": _patches, "gaussian": _gaussian, "uniform": builtin.synthetic_noise}
+    made: dict[str, Any] = {"patches": _patches, "gaussian": _gaussian, "uniform": builtin.synthetic_noise}
     number = _number(rest, spec) if colon and kind in made else GENERATED
     arrays: dict[str, Any] = {name: partial(make, number, image_size, channels) for name, make in made.items()}
     arrays |= {"svhn": lambda: _svhn(Path(rest)), "npy": lambda: _read_images(Path(rest))} if colon else {}

@@ -369,7 +369,7 @@ def choose(
     try:
         return calibrate(confidence, correct, **options)
     except NoThreshold as problem:
-        refusal = NoThreshold(f"by {score}, {problem}")
+        refusal = NoThreshold(f"with {score}, {problem}")
         if options.get("ood") is not None or options.get("predictions") is not None:
             raise refusal from None
         raise with_table(refusal, logit_scores(outputs.logits), outputs.correct, **options) from None

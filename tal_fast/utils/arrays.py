@@ -104,7 +104,8 @@ def as_classes(values: Any, classes: int, name: str = "labels", samples: int | N
     if samples is not None and labels.shape != (samples,):
         raise ValueError(f"{name} must be a label for each of {samples} samples, not of shape {labels.shape}")
     if labels.size and (labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes):
-        raise ValueError(f"{name} must be integers in 0..{classes - 1}, one of the {classes} classes")
+        found = f"{labels.dtype} from {min(labels.flat)} to {max(labels.flat)}"
+        raise ValueError(f"{name} must be integers in 0..{classes - 1}, one of the {classes} classes, not {found}")
     return labels.astype(np.int64)
 
 

@@ -42,3 +42,11 @@ def test_help_is_shown_without_importing_torch() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "show this help message" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_a_set_that_cannot_be_read_fails_the_status_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "e.yaml", evaluate={"ood": {"far": "gaussain:20"}}, seeds=[0])
+    assert main([str(path), "--output", str(tmp_path / "out"), "--status"]) == 2
+    said = capsys.readouterr()
+    assert said.out.count("to train") == 2
+    assert "error: evaluate: the set 'far' cannot be used: the set 'gaussain:20' is neither a folder nor" in said.err
