@@ -117,11 +117,11 @@ def _without_classes(bundle: DataBundle, unseen: Sequence[str]) -> DataBundle:
         return dataclasses.replace(images, labels=place[images.labels])
 
     train, val = bundle.split("train"), bundle.split("val")
-    ood = {name: partial(bundle.split, name) for name in bundle.ood_names}
+    ood: dict[str, Callable[[], Split]] = {name: partial(bundle.split, name) for name in bundle.ood_names}
     ood[UNSEEN] = partial(only, val, place[val.labels] < 0)
     names = [bundle.class_names[label] for label in kept]
-    parts = (only(split, place[split.labels] >= 0) for split in (train, val))
-    return DataBundle(bundle.config, names, bundle.image_size, *parts, ood)
+    train, val = only(train, place[train.labels] >= 0), only(val, place[val.labels] >= 0)
+    return DataBundle(bundle.config, names, bundle.image_size, train, val, ood)
 
 
 def _folder(config: DataConfig, training: bool = True) -> DataBundle:

@@ -49,10 +49,6 @@ class Items(ImageFiles):
         image.save(buffer := io.BytesIO(), "ppm")
         return buffer.getvalue()
 
-    def sha256(self) -> str:
-        """SHA-256 of all images and labels, in hexadecimal."""
-        return hashlib.sha256(self.hashes.tobytes() + self.labels.tobytes()).hexdigest()
-
 
 def _read(dataset: Any, row: int, name: str, turn: bool) -> tuple[Image.Image, Any]:
     """Gray or RGB image of an item, and its label."""

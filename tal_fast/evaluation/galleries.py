@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tal_fast.data.digest import split_hash
 from tal_fast.evaluation.evaluation import Evaluation, Gallery, GalleryImages
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import printable
 from tal_fast.evaluation.train_typicalness import training_typicalness
 from tal_fast.runs.checkpoint import FOLDER as CHECKPOINTS
 from tal_fast.runs.load import Run, load_run
-from tal_fast.runs.predictions import CACHE, split_hash, weights_hash
+from tal_fast.runs.predictions import CACHE, weights_hash
 from tal_fast.utils.arrays import Floats, Ints
 
 GALLERY_SIZE = 24

@@ -12,6 +12,7 @@ from tal_fast.config.schema import DataConfig, ModelConfig
 from tal_fast.data import build_data
 from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import DataBundle, Split
+from tal_fast.data.digest import split_hash
 from tal_fast.data.ood import ood_set, set_named, shift_set
 from tal_fast.evaluation.ensemble import combine
 from tal_fast.evaluation.evaluation import Evaluation, write_evaluation
@@ -27,7 +28,7 @@ from tal_fast.evaluation.sample_scores import identity_of
 from tal_fast.models.features import last_layer
 from tal_fast.models.pretrained import PRETRAINED, load_weights
 from tal_fast.runs.load import Run, load_run
-from tal_fast.runs.predictions import CACHE, Inference, PassOptions, split_hash, weights_hash
+from tal_fast.runs.predictions import CACHE, Inference, PassOptions, weights_hash
 from tal_fast.scores.features import Training, training_needed
 from tal_fast.utils.io import check_writable
 from tal_fast.utils.locks import alone_in

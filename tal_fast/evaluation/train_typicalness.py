@@ -18,12 +18,13 @@ import torch
 from tqdm import tqdm
 
 from tal_fast.config.schema import Config
+from tal_fast.data.digest import split_hash
 from tal_fast.data.loader import IGNORED_LABEL
 from tal_fast.loss.queue import FeatureQueue
 from tal_fast.loss.reference import RANGE_EPS, feature_statistics
 from tal_fast.runs import checkpoint
 from tal_fast.runs.load import Run
-from tal_fast.runs.predictions import cache_key, code_versions, model_hash, split_hash
+from tal_fast.runs.predictions import cache_key, code_versions, model_hash
 from tal_fast.utils.arrays import Floats, Ints, open_npz
 from tal_fast.utils.io import replacing
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -31,11 +29,10 @@ import tal_fast
 from tal_fast.config.schema import Config
 from tal_fast.data.cache import cache_dir
 from tal_fast.data.corruptions import Corruption
-from tal_fast.data.datasets import DataBundle, MemoryImages, Split
+from tal_fast.data.datasets import DataBundle, Split
+from tal_fast.data.digest import split_hash
 from tal_fast.data.headers import UnreadableImage
 from tal_fast.data.loader import IGNORED_LABEL
-from tal_fast.data.own import Items
-from tal_fast.data.packed import PackedImages
 from tal_fast.models import head_path, without_head
 from tal_fast.runs.prediction_store import NotKept, Outputs, OutputStore, ShardWriter, keep, remove_unused
 from tal_fast.utils.arrays import Ints
@@ -111,29 +108,6 @@ def weights_hash(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def split_hash(split: Split) -> str:
-    """SHA-256 of a split: labels, and its pixels in memory or the paths, sizes and modification times of its files."""
-    digest = hashlib.sha256(np.ascontiguousarray(split.labels).tobytes())
-    if isinstance(split, MemoryImages):
-        digest.update(str(split.pixels.shape).encode())
-        digest.update(np.ascontiguousarray(split.pixels).data)
-        if split.rows is not None:
-            digest.update(np.ascontiguousarray(split.rows).data)
-        return digest.hexdigest()
-    if isinstance(split, Items):
-        return split.sha256()
-    status = functools.lru_cache(64)(os.stat)  # many images share a file
-    extents = split.extents[:, 1:].tolist() if isinstance(split, PackedImages) else None
-    for i, path in enumerate(split.paths):
-        try:
-            stamp = status(split.file(i))
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror}); put it back or evaluate again") from None
-        within = "" if extents is None else f" {extents[i]}"
-        digest.update(f"{path}\0{stamp.st_size} {stamp.st_mtime_ns}{within}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

@@ -180,14 +180,3 @@ def test_classes_do_not_depend_on_the_list(tmp_path: Path) -> None:
     assert data.split("val").labels.tolist() == [0, 0]
     with pytest.raises(ValueError, match="data.file_list is for data.dataset folder, webdataset, hugg.*, not digits"):
         build_data(DataConfig(dataset="digits", file_list="x"))
-
-
-def test_help_is_shown_without_importing_torch() -> None:
-    code = (
-        "import sys\nfrom tal_fast.data.check import main\n"
-        "try:\n    main(['--help'])\nfinally:\n    assert 'torch' not in sys.modules, 'torch is imported'"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "show this help message" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 100

@@ -16,12 +16,12 @@ from PIL import Image
 
 from tal_fast.config.schema import DataConfig
 from tal_fast.data import build_data
+from tal_fast.data.digest import split_hash
 from tal_fast.data.headers import UnreadableImage
 from tal_fast.evaluation import predict_command
 from tal_fast.evaluation.classifier import Classifier
 from tal_fast.evaluation.sources import evaluate_run
 from tal_fast.runs.load import load_run
-from tal_fast.runs.predictions import split_hash
 from tal_fast.training.trainer import Trainer
 from tal_fast.utils import own_code
 from tal_fast.utils.signals import Stopped

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,17 +29,6 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "there is no file gone.yaml" in error_of(["gone.yaml"], capsys)
     options = [path, "--output", str(tmp_path / "gone"), "--table_only"]  # underscores are accepted
     assert "results.json, and there are no runs to make it from; leave --table-only out" in error_of(options, capsys)
-
-
-def test_help_is_shown_without_importing_torch() -> None:
-    code = (
-        "import sys\nfrom tal_fast.experiments.command import main\n"
-        "try:\n    main(['--help'])\nfinally:\n    assert 'torch' not in sys.modules, 'torch is imported'"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "show this help message" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 100
 
 
 def test_a_set_that_cannot_be_read_fails_the_status_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

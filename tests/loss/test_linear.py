@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tal_fast import TALLinearLoss, TALLoss
 from tal_fast.functional import linear_tal_loss, tal_loss
-from tal_fast.loss import linear
+from tal_fast.loss import linear_chunks
 from tests.helpers.backends import (
     NATIVE,
     NEEDS_EXTENSION,
@@ -91,7 +91,7 @@ SHAPES = [
 def test_equals_the_separate_layer(
     backend: str, variant: str, rows: int, classes: int, chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(linear_chunks, "CHUNK_ROWS", chunk)
     for has_bias, smoothing in ((True, 0.0), (False, 0.1)):
         (features, weight, bias), labels = random_layer(rows, classes, 37, dtype)
         layer = features, weight, bias if has_bias else None
@@ -115,7 +115,7 @@ def test_equals_the_separate_layer(
 def test_class_weights_and_reductions(
     backend: str, variant: str, reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(linear_chunks, "CHUNK_ROWS", 4)
     for dtype in [torch.float32] if backend == "triton" else ROUNDING:
         layer, labels = random_layer(9, 20, 37, dtype)
         class_weight = torch.rand(20).to(device_of(backend))
@@ -140,7 +140,7 @@ def test_class_weights_and_reductions(
 @pytest.mark.parametrize("backend", ["reference", NATIVE])
 @every_variant
 def test_golden_case(case: str, variant: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(linear_chunks, "CHUNK_ROWS", 7)
     g = golden(case)
     features = g["features"].double()
     weight = (torch.linalg.pinv(features) @ g["logits"].double()).T  # the layer that gives these logits
@@ -165,7 +165,7 @@ def test_golden_case(case: str, variant: str, backend: str, monkeypatch: pytest.
 
 @every_backend
 def test_functional_form_equals_the_module(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(linear_chunks, "CHUNK_ROWS", 2)
     (features, weight, bias), labels = random_layer(5, 20, 16)
     device = device_of(backend)
     fused, _ = pair(backend)
@@ -204,7 +204,7 @@ def weight_gradient_error(dtype: torch.dtype) -> float:
 def test_half_precision_gradient_of_the_weight_is_summed_in_float32(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "CHUNK_ROWS", 4)  # 128 chunks: 128 roundings if their sum were in half precision
+    monkeypatch.setattr(linear_chunks, "CHUNK_ROWS", 4)  # 128 chunks: 128 roundings if their sum were in half precision
     limit = torch.finfo(dtype).eps / 8
     assert weight_gradient_error(dtype) <= limit
 
@@ -212,7 +212,7 @@ def test_half_precision_gradient_of_the_weight_is_summed_in_float32(
         before = total.to(a.dtype) if beta else torch.zeros_like(total, dtype=a.dtype)
         total.copy_(before + a @ b)
 
-    monkeypatch.setattr(linear, "_add_product", add_in_half_precision)
+    monkeypatch.setattr(linear_chunks, "_add_product", add_in_half_precision)
     assert weight_gradient_error(dtype) > limit
 
 
@@ -221,7 +221,7 @@ def test_float16_keeps_small_and_large_gradients(sizes: tuple[float, float]) -> 
     """float16 has nothing between 0 and 6e-8, nor beyond 65,504; ``sizes`` are those of the two chunks."""
     x, weight = torch.rand(8, 16).half(), torch.rand(30, 16).half()
     gradient = torch.rand(8, 30) * torch.tensor(sizes).repeat_interleave(torch.tensor([5, 3]))[:, None]
-    gradients = linear._Gradients(x, weight, [True, True, True])
+    gradients = linear_chunks._Gradients(x, weight, [True, True, True])
     gradients.add(slice(0, 5), gradient[:5].clone())
     gradients.add(slice(5, 8), gradient[5:].clone())
     wanted = gradient @ weight.float(), gradient.T @ x.float(), gradient.sum(0)
@@ -233,7 +233,7 @@ def test_float16_keeps_small_and_large_gradients(sizes: tuple[float, float]) -> 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_float16_gradients_of_few_or_heavy_rows(backend: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither ignored rows, class weights nor short logits make the gradients of the others overflow."""
-    monkeypatch.setattr(linear, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(linear_chunks, "CHUNK_ROWS", 16)
     features, labels = torch.rand(64, 8), torch.full((64,), -100)
     labels[:3] = torch.tensor([0, 1, 2])
     layer = features.half().requires_grad_(), (0.02 * torch.randn(20, 8)).half().requires_grad_()
@@ -248,7 +248,7 @@ def test_float16_gradients_of_few_or_heavy_rows(backend: str, reduction: str, mo
 @every_backend
 @every_variant
 def test_autocast(backend: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(linear_chunks, "CHUNK_ROWS", 4)
     layer, labels = random_layer(7, 30, 16)
     fused, separate = pair(backend, variant=variant)
     with torch.autocast(device_of(backend).type, torch.bfloat16):
@@ -264,7 +264,7 @@ def test_autocast(backend: str, variant: str, monkeypatch: pytest.MonkeyPatch) -
 @every_backend
 @pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 2)], ids=str)
 def test_only_wanted_gradients(backend: str, frozen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(linear_chunks, "CHUNK_ROWS", 2)
     layer, labels = random_layer(5, 20, 16)
     for i in frozen:
         layer[i].requires_grad_(False)  # type: ignore[union-attr]
@@ -284,7 +284,7 @@ def test_no_gradient_is_computed_when_none_is_wanted(backend: str, monkeypatch: 
     def refuse(*_: Any) -> None:
         raise AssertionError("a gradient was computed")
 
-    monkeypatch.setattr(linear._Gradients, "add", refuse)
+    monkeypatch.setattr(linear_chunks._Gradients, "add", refuse)
     with pytest.raises(AssertionError, match="a gradient was computed"):
         fused(*arguments, push=False)
     entries = len(fused.queue)
@@ -342,13 +342,13 @@ def check_compiled(backend: str, variant: str, compiler: str) -> None:
 @every_backend
 @every_variant
 def test_compiled_full_graph_equals_eager(backend: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(linear_chunks, "CHUNK_ROWS", 3)
     check_compiled(backend, variant, "aot_eager")
 
 
 @NEEDS_EXTENSION
 def test_full_graph_compiled_by_inductor_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(linear_chunks, "CHUNK_ROWS", 3)
     check_compiled("native", "released", "inductor")
 
 
@@ -395,7 +395,7 @@ def train(model: nn.Module, net: Net, loss_fn: TALLoss, part: slice, *, compilin
 
 
 def train_ranks(rank: int) -> dict[tuple[str, str], Trained]:
-    linear.CHUNK_ROWS = 4
+    linear_chunks.CHUNK_ROWS = 4
     results = {}
     for backend in ("reference", "native"):
         for variant in ("paper", "released"):
@@ -429,9 +429,9 @@ MEMORY = """
 import resource, sys, torch
 from torch.nn import functional as F
 from tal_fast import TALLinearLoss, TALLoss
-from tal_fast.loss import linear
+from tal_fast.loss import linear_chunks
 torch.set_num_threads(1)
-linear.CHUNK_BYTES = 1  # a ninth of the rows, as for millions of classes
+linear_chunks.CHUNK_BYTES = 1  # a ninth of the rows, as for millions of classes
 rows, classes, width = 1152, int(sys.argv[2]), 16
 
 def step(rows, classes):
@@ -469,9 +469,9 @@ def test_temporaries_take_less_than_an_eighth_of_the_logits() -> None:
 @pytest.mark.parametrize("classes", [1, 1000, 131_072, 1_000_000, 50_000_000])
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_chunks_are_small(rows: int, classes: int, size: int) -> None:
-    chunk = linear.rows_per_chunk(rows, classes, size)
-    assert 1 <= chunk <= min(rows, linear.CHUNK_ROWS)
-    assert chunk * classes * size <= linear.CHUNK_BYTES or chunk <= -(-rows // 9)
+    chunk = linear_chunks.rows_per_chunk(rows, classes, size)
+    assert 1 <= chunk <= min(rows, linear_chunks.CHUNK_ROWS)
+    assert chunk * classes * size <= linear_chunks.CHUNK_BYTES or chunk <= -(-rows // 9)
 
 
 @pytest.mark.parametrize(

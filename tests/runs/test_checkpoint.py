@@ -19,6 +19,7 @@ from tal_fast.runs import checkpoint
 from tal_fast.runs.checkpoint import Damaged
 from tal_fast.utils.rng import rng_state
 from tests.helpers import checkpoints
+from tests.helpers.disks import fail_replacing
 from tests.helpers.fuzz import FUZZ, mutations, reads_or_refuses
 
 
@@ -96,16 +97,7 @@ def test_a_best_checkpoint_is_never_behind_the_last(
         writer = checkpoint.Writer(tmp_path)
         writer.start(content(epoch), [checkpoint.BEST, checkpoint.epoch_name(epoch)])
         assert writer.finish() is None
-    replaces = [0]
-    replace = os.replace
-
-    def killing(source: Any, target: Any) -> None:
-        if replaces[0] == killed_at:
-            raise KeyboardInterrupt  # not an OSError: nothing may catch it
-        replaces[0] += 1
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", killing)
+    fail_replacing(monkeypatch, killed_at, KeyboardInterrupt())  # not an OSError: nothing may catch it
     writer = checkpoint.Writer(tmp_path)
     names = [checkpoint.BEST, checkpoint.epoch_name(3)]
     if killed_at < 4:
@@ -123,16 +115,7 @@ def test_a_failing_write_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     last, previous = tmp_path / checkpoint.LAST, tmp_path / checkpoint.PREVIOUS
     checkpoint.save(last, content(1), previous=previous)
     checkpoint.save(last, content(2), previous=previous)
-    replaces = []
-    replace = os.replace
-
-    def failing(source: Any, target: Any) -> None:
-        if len(replaces) == fails_after:
-            raise OSError("no space left on device")
-        replaces.append(target)
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", failing)
+    fail_replacing(monkeypatch, fails_after, OSError("no space left on device"))
     with pytest.raises(OSError, match="no space"):
         checkpoint.save(last, content(3), previous=previous)
     loaded, _, _ = checkpoint.load_newest(tmp_path)

@@ -7,12 +7,12 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tal_fast.utils.io import check_writable, replacing
 from tal_fast.utils.locks import alone_in
+from tests.helpers.disks import fail_replacing
 
 
 def test_a_file_is_replaced_when_the_block_succeeds(tmp_path: Path) -> None:
@@ -54,16 +54,7 @@ def test_the_old_file_is_kept_under_another_name(
         with replacing(path, keep=keep) as temporary:
             temporary.write_text(text)
     assert (path.read_text(), keep.read_text()) == ("second", "first")
-    renames = []
-    replace = os.replace
-
-    def failing(source: Any, target: Any) -> None:
-        if len(renames) == fails_at:
-            raise OSError("no space left on device")
-        renames.append(target)
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", failing)
+    fail_replacing(monkeypatch, fails_at, OSError("no space left on device"))
     with pytest.raises(OSError, match="no space"), replacing(path, keep=keep) as temporary:
         temporary.write_text("third")
     assert "second" in [p.read_text() for p in tmp_path.iterdir()]  # moved aside or not
