@@ -69,7 +69,11 @@ def ood_set(spec: str, image_size: int, channels: int) -> Split:
     damaged, or the specification is unknown.
     """
     kind, colon, rest = spec.partition(":")
-    files = {"textures": _textures, "list": _listed, "imagenet-o": partial(_named, kind, class_names=[])}
+    files: dict[str, Any] = {
+        "textures": _textures,
+        "list": _listed,
+        "imagenet-o": partial(_named, kind, class_names=[]),
+    }
     if kind in files and colon:
         return files[kind](rest)
     if kind == "mnist" and not builtin.mnist_available(rest or None):
