@@ -158,8 +158,7 @@ class DataConfig:
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
         if not in_file(self.dataset) and self.dataset not in (known := (*DATASETS, *installed(DATA))):
-            names = " or ".join(map(repr, known))
-            raise ValueError(f"data.dataset is {self.dataset!r}; use {names}, or FILE.py:NAME for one of your own")
+            raise ValueError(f"data.dataset is {self.dataset!r}; use {', '.join(known)}, or FILE.py:NAME of your own")
         if self.split is not None and not 0 < self.split < 1:
             raise ValueError(f"data.split is {self.split} but must be in (0, 1), such as 0.2, or null")
         if (self.mean is None) != (self.std is None):

@@ -105,8 +105,7 @@ def as_classes(values: Any, classes: int, name: str = "labels", samples: int | N
         raise ValueError(f"{name} must be a label for each of {samples} samples, not of shape {labels.shape}")
     if labels.size and (labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes):
         found = f" from {labels.min()} to {labels.max()}" if labels.dtype.kind in "biuf" else ""
-        must = f"{name} must be integers in 0..{classes - 1}, one of the {classes} classes"
-        raise ValueError(f"{must}, not {labels.dtype}{found}")
+        raise ValueError(f"{name} must be integers in 0..{classes - 1}, the classes, not {labels.dtype}{found}")
     return labels.astype(np.int64)
 
 

@@ -185,7 +185,7 @@ def test_grey_items_and_colour_ones_have_the_channels_asked_for() -> None:
         ("return {**good, 'train': (x, y[1:])}", "labels of .*own.py:f train must be a label for each of 6 samples"),
         (
             "return {**good, 'val': (x, y + 1)}",
-            "labels of .*own.py:f val must be integers in 0..1, one of the 2 classes, not int64 from 1 to 2",
+            "labels of .*own.py:f val must be integers in 0..1, the classes, not int64 from 1 to 2",
         ),
         ("return {**good, 'val': (x[:0], y[:0])}", "own.py:f val must be .* a map-style dataset, and not empty"),
         ("return {**good, 'val': ([], y[:0])}", "own.py:f val must be .* a map-style dataset, and not empty"),
@@ -216,7 +216,7 @@ def test_options_that_do_not_fit_are_refused() -> None:
         build_data(DataConfig("own.py:Items", split=0.5))
     with pytest.raises(ValueError, match="there is no file .*none.py, which defines f"):
         build_data(DataConfig("none.py:f"))
-    with pytest.raises(ValueError, match=r"data.dataset is 'own'; use 'folder' or .*, or FILE.py:NAME"):
+    with pytest.raises(ValueError, match=r"data.dataset is 'own'; use folder, .*, or FILE.py:NAME"):
         DataConfig("own").check()
 
 

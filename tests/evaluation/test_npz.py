@@ -42,11 +42,11 @@ def test_all_arrays_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         ({"logits": None}, "has no 'logits'; it has labels, ood_noise_logits"),
         ({"labels": None}, "has no 'labels'; it has logits"),
         ({"labels": np.zeros(7, int)}, "labels must be a label for each of 200 samples, not of shape (7,)"),
-        ({"labels": np.full(200, 5)}, "labels must be integers in 0..4, one of the 5 classes, not int64 from 5 to 5"),
+        ({"labels": np.full(200, 5)}, "labels must be integers in 0..4, the classes, not int64 from 5 to 5"),
         ({"labels": np.arange(200) - 1}, "not int64 from -1 to 198"),
         (
             {"labels": np.zeros(200)},
-            "labels must be integers in 0..4, one of the 5 classes, not float64 from 0.0 to 0.0",
+            "labels must be integers in 0..4, the classes, not float64 from 0.0 to 0.0",
         ),
         ({"logits": np.zeros(200)}, "logits must be (n, C) with C >= 1, not of shape (200,)"),
         ({"logits": np.full((200, 5), np.nan)}, "the logits of sample 0 of 'logits' are not finite"),
