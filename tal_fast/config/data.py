@@ -44,7 +44,7 @@ class DataConfig:
         max_unreadable: training ends when a rank meets more undecodable files; by default 1% of the files, at least 10.
         loader: decoder of image files; ``auto`` takes DALI if it is installed.
         workers: decoding threads (DALI) or processes (torch) of each rank; 0 decodes in the training process (torch).
-        timeout: seconds to wait for a step of the decoding threads or processes before training ends with a sentence.
+        timeout: seconds to wait for a step of the decoding threads or processes before training ends with an error.
         image_size: side of the square images in pixels; by default that of ``model.weights``, else 224 for a folder and
             the data set's own for others.
         channels: 3 for RGB, 1 for grayscale; images are converted.
@@ -62,14 +62,14 @@ class DataConfig:
         augment: random operations on the pixels of training images. ``randaugment`` is timm's
             ``rand-mM-mstdS-inc1``, which DeiT uses: two of 15 operations, each with probability 1/2;
             ``trivialaugment`` is torchvision's TrivialAugmentWide: one of 14 operations at any strength.
-        augment_magnitude: strength M of randaugment, in [0, 10]; torchvision counts to 30.
+        augment_magnitude: strength M of randaugment, in [0, 10]; torchvision's goes to 30.
         augment_std: standard deviation S of randaugment's strength between images.
         color_jitter: largest relative changes of brightness, contrast and saturation, and of hue as a share of the
             colour circle, such as 0.4, 0.4, 0.4, 0.1, in random order; null for none.
         erase: probability that a rectangle of 2 to 33% of a training image is replaced by noise (random erasing).
         sampling: ``shuffle`` reads each training image once an epoch, ``balanced`` draws as many with replacement, all
             classes equally often.
-        repeats: readings of each training image in one batch, each augmented anew (repeated augmentation). An epoch
+        repeats: copies of each training image in one batch, each augmented anew (repeated augmentation). An epoch
             keeps its length and has fewer different images.
         holdout: number of training images to validate on instead of the validation images. They are a fixed random
             choice that is not trained on, for choosing hyper-parameters.

@@ -78,7 +78,7 @@ def build_data(config: DataConfig, training: bool = True) -> DataBundle:
         raise ValueError("data.loader is 'dali', which reads no HEIC and no objects; set data.loader to torch")
     if config.needs_torch_loader and config.loader == "auto" and bundle.loader_name == "torch" and dali.available():
         names = "data.augment, data.color_jitter and data.exif_rotation"
-        say(f"{names} work in the torch loader, which is taken", logging.INFO)
+        say(f"{names} work in the torch loader only, which is used", logging.INFO)
     train = bundle.split("train")
     if config.holdout is not None:
         if config.holdout >= len(train):

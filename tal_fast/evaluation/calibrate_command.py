@@ -137,7 +137,7 @@ def add_threshold_options(parser: ArgumentParser, needed: bool) -> None:
     threshold = parser.add_argument_group("threshold")
     threshold.add_argument(
         "--risk", type=float, required=needed, help="Error rate among accepted predictions not to exceed, such as 0.02."
-        + ("" if needed else " Default: that of RUN/calibrated with its other options; without it all are accepted.")
+        + ("" if needed else " Default: that of RUN/calibrated, with its options; else all are accepted.")
     )  # fmt: skip
     threshold.add_argument(
         "--confidence", type=float, default=0.95, help="Probability that the risk holds. Default: 0.95."

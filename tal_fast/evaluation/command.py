@@ -23,7 +23,7 @@ RUN_OPTIONS: dict[str, dict[str, Any]] = {
     "checkpoint": {"choices": ("best", "last"), "help": "Checkpoint of the run. Default: best."},
     "no_typicalness": {
         "action": "store_true",
-        "help": "Leave the most and the least typical training images, which take a pass over all of them, out of "
+        "help": "Leave the most and least typical training images, which need a pass over all of them, out of "
         "report.html.",
     },
 }
@@ -213,14 +213,14 @@ def parser() -> ArgumentParser:
     )  # fmt: skip
     scores.add_argument(
         "--temperature", type=checked(_held_out_share), metavar="held-out[=SHARE]",
-        help="Divide logits by a temperature fitted on a random share of the validation samples, which take part in "
+        help="Divide logits by a temperature fitted on a random share of the validation samples, which are used for "
         "nothing else. Default share: 0.2.",
     )  # fmt: skip
 
     scores.add_argument(
         "--choose-by", default="new-fd", metavar="old-fd|new-fd[=OOD-SET]",
-        help="AURC that pnorm is chosen by, on the held-out samples. With OOD-SET this set takes part in nothing else; "
-        "without, outliers are synthetic. Default: %(default)s.",
+        help="AURC by which pnorm is fitted on the held-out samples. OOD-SET is used for nothing else; without it "
+        "outliers are synthetic. Default: %(default)s.",
     )  # fmt: skip
 
     metrics = parser.add_argument_group("metrics")
@@ -231,15 +231,15 @@ def parser() -> ArgumentParser:
     metrics.add_argument(
         "--mix", type=checked(_mix), default="balanced-random",
         help="ID:OOD samples: balanced-random, all, first-n, or prior=P with P the share of OOD; with "
-        ",full-spectrum behind it shifted sets are ID too. Default: %(default)s.",
+        ",full-spectrum appended, shifted sets count as ID. Default: %(default)s.",
     )  # fmt: skip
     metrics.add_argument(
         "--seed", type=at_least(0), default=0, help="Seed of everything that is random. Default: %(default)s."
     )
     metrics.add_argument(
         "--bootstrap", type=at_least(0), default=0, metavar="N",
-        help="Above 0: confidence intervals of metrics and of differences between scores. They need no resampling, so "
-        "that N itself changes nothing. Default: %(default)s, no intervals.",
+        help="Any N above 0 adds confidence intervals of metrics and of differences between scores. Default: "
+        "%(default)s, no intervals.",
     )  # fmt: skip
 
     further = f"{', '.join(names.FURTHER_METRICS)}, coverage@risk=0.05, risk@coverage=0.8, ds=msp+energy, FILE.py:NAME"

@@ -176,8 +176,8 @@ def read_method(run: str | Path, report: Report | None = None) -> tuple[str | No
     with contextlib.suppress(ValueError, OSError):  # the file is not needed
         if path.is_file() and _method_of(read_yaml(path)) != found:
             logger.warning(
-                "the report of %s is of another method or seed than its %s, and counts as what it is of; evaluate the "
-                "run again if that is what you mean", run, CONFIG_FILE,
+                "the report of %s has another method or seed than its %s, and the report's count; evaluate the run "
+                "again to have those of the file", run, CONFIG_FILE,
             )  # fmt: skip
     return found
 

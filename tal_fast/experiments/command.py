@@ -63,8 +63,8 @@ def _parser() -> ArgumentParser:
         help="Parameters of submitit for each job, such as timeout_min=600 gpus_per_node=1 slurm_partition=gpu.",
     )  # fmt: skip
     which = jobs.add_mutually_exclusive_group()
-    which.add_argument("--only", nargs="+", metavar="JOB", help="Run these jobs alone, by name or hash; no tables.")
-    which.add_argument("--failed", action="store_true", help="Run the jobs alone that failed.")
+    which.add_argument("--only", nargs="+", metavar="JOB", help="Run only these jobs, by name or hash; no tables.")
+    which.add_argument("--failed", action="store_true", help="Run only the jobs that failed.")
     results = parser.add_argument_group("results")
     results.add_argument(
         "--select", nargs="+", metavar="METRIC",
