@@ -74,6 +74,7 @@ setup(
     package_data={
         "tal_fast": ["py.typed"],
         "tal_fast.config": ["presets/*.yaml"],
+        "tal_fast.evaluation": ["card.md.j2"],
         "tal_fast.evaluation.html": ["page.*"],
         "tal_fast.kernels": ["tuned/*.json"],
     },

@@ -26,13 +26,13 @@ class OptimConfig:
         step_factor: factor on the learning rate at each step of the schedule.
         warmup_epochs: number of first epochs in which the learning rate rises linearly; fractions are fine.
         clip_norm: largest norm of the gradient; by default it is not clipped.
-        accumulate: number of parts that each rank's batch is split into, for one optimizer step together. Each part
+        accumulate: number of parts of each rank's batch whose gradients are added up for one optimizer step. Each part
             is a batch of its own to BatchNorm and to TAL's typicalness.
         layer_decay: factor on the learning rate from each block of the network to the one before it, in (0, 1]; by
             default all blocks have the same.
         head_epochs: number of first epochs in which only the head trains.
         ema_decay: decay per step of an exponential moving average of the weights, which is then validated and kept.
-        ema_statistics: take BatchNorm's statistics for the average anew from training images after each epoch.
+        ema_statistics: recompute BatchNorm's statistics for the averaged weights on training images after each epoch.
         sam_radius: radius of sharpness-aware minimisation, which takes two passes a step and updates BatchNorm's
             statistics in the first; by default it is off.
         sam_sigma: share of the average of earlier gradients that friendly SAM takes off the gradient; 0 is SAM.

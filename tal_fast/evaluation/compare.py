@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -175,8 +176,8 @@ def read_method(run: str | Path, report: Report | None = None) -> tuple[str | No
     with contextlib.suppress(ValueError, OSError):  # the file is not needed
         if path.is_file() and _method_of(read_yaml(path)) != found:
             logger.warning(
-                "the report of %s is of another method or seed than its %s, and counts as what it is of; evaluate the "
-                "run again if that is what you mean", run, CONFIG_FILE,
+                "the report of %s has another method or seed than its %s, and the report's count; evaluate the run "
+                "again to have those of the file", run, CONFIG_FILE,
             )  # fmt: skip
     return found
 
@@ -285,7 +286,7 @@ def columns_of(groups: Sequence[Group], metrics: Sequence[str]) -> list[Column]:
     }
     columns: dict[Column, None] = {}
     for text in metrics:
-        setting, _, metric = text.rpartition(":")
+        setting, _, metric = re.sub(r"[^:]*\.py:", "", text).rpartition(":")  # FILE.py:NAME is NAME in the reports
         kind, slash, name = setting.partition("/")
         pattern, metric = kind.replace("-", "_") + slash + name, metric.replace("-", "_")
         found = [keys[key] for key in (fnmatch.filter(keys, pattern) if setting else SETTING_TITLES) if key in keys]

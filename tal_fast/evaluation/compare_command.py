@@ -45,30 +45,27 @@ def parser() -> ArgumentParser:
     )
     parser.add_argument(
         "runs", nargs="+", metavar="[NAME=]RUN[:SCORE]",
-        help="Folder of an evaluated run, report.json, or pattern of them; NAME: its row, which runs may share; SCORE: "
-        "what it is judged by.",
+        help="Folder of an evaluated run, its report.json, or a pattern. Runs of one NAME form one row; SCORE is the "
+        "confidence score to judge them by.",
     )  # fmt: skip
 
     content = parser.add_argument_group("what is compared")
     content.add_argument(
         "--metrics", nargs="+", default=list(DEFAULT_METRICS), metavar="[SETTING:]METRIC",
-        help=f"Metrics: {', '.join(METRICS)} or another of the reports; of each setting, or of one: new-fd:aurc, "
-        f"ood/SET:fpr95, 'new-fd/*:aurc'. Default: {' '.join(DEFAULT_METRICS)}.",
+        help=f"Metrics: {', '.join(METRICS)} or another of the reports, also your own; of each setting, "
+        f"or of one: new-fd:aurc, ood/SET:fpr95, 'new-fd/*:aurc'. Default: {' '.join(DEFAULT_METRICS)}.",
     )  # fmt: skip
     content.add_argument("--score", help="Score of the runs that name none. Default: each method's own.")
 
     intervals = parser.add_argument_group("differences")
-    intervals.add_argument(
-        "--baseline", metavar="NAME", help="Row that differences are taken to. Default: the first.",
-    )  # fmt: skip
+    intervals.add_argument("--baseline", metavar="NAME", help="Row to compare the others with. Default: the first.")
     intervals.add_argument(
         "--bootstrap", type=at_least(0), default=2000, metavar="N",
-        help="0: no intervals over the test images. Otherwise N changes nothing: they need no resampling. "
-        "Default: %(default)s.",
+        help="0 for no intervals over the test images; any other N gives the same. Default: %(default)s.",
     )  # fmt: skip
     intervals.add_argument(
         "--over", choices=("images", "seeds", "both"), default="images",
-        help="What intervals are over, as far as the runs allow it. Default: %(default)s.",
+        help="Variation that intervals cover, as far as the runs allow it. Default: %(default)s.",
     )  # fmt: skip
 
     output = parser.add_argument_group("output")

@@ -28,6 +28,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--precision", choices=("fp32", "fp16"), default="fp32", help="Precision of the weights. Default: fp32."
     )
+    parser.add_argument("--card", action="store_true", help="Write README.md too: a model card for Hugging Face's hub.")
     parser.add_argument("--output", metavar="DIR", help="Output folder. Default: RUN/exported/FORMAT-PRECISION.")
     add_threshold_options(parser, needed=False)
     add_run_options(parser.add_argument_group("passes over the validation images"))
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: Any) -> str:
+    from tal_fast.evaluation.card import write_card
     from tal_fast.evaluation.export import GRAPHS, export_run
     from tal_fast.utils.distributed import choose_device
 
@@ -73,4 +75,5 @@ def _export(args: Any) -> str:
         checkpoint=args.checkpoint or "best", batch_size=args.batch_size, device=choose_device(args.device),
         options=options,
     )  # fmt: skip
-    return f"{describe(about)}\n{output / GRAPHS[args.format]}"
+    card = f"\n{write_card(Path(args.run), output, about, describe(about))}" if args.card else ""
+    return f"{describe(about)}\n{output / GRAPHS[args.format]}{card}"

@@ -179,7 +179,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--out", metavar="FILE", help="File ending with .csv, .jsonl or .parquet. Default: CSV on standard output."
     )
-    parser.add_argument("--top-k", type=at_least(1), default=1, help="Classes with probabilities. Default: 1.")
+    parser.add_argument("--top-k", type=at_least(1), default=1, help="Classes listed with probabilities. Default: 1.")
     add_pass_options(parser, images=64)
     parser.add_argument("--workers", type=at_least(1), help="Threads that decode. Default: one for each core.")
     return parser

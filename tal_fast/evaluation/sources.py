@@ -37,17 +37,10 @@ _WITHOUT_FEATURES = (*LOGIT_SCORES, *FITTED_SCORES, *ENSEMBLE_SCORES)
 
 
 def evaluate_run(
-    run_dir: str | Path,
-    output: str | Path | None = None,
-    *,
-    checkpoint: Literal["best", "last"] = "best",
-    typicalness: bool = True,
-    ood: Mapping[str, str] | None = None,
-    shifts: Mapping[str, str] | None = None,
-    cache: str | Path | None = None,
-    passes: PassOptions | None = None,
-    options: EvaluationOptions | None = None,
-) -> Evaluation | None:
+    run_dir: str | Path, output: str | Path | None = None, *, checkpoint: Literal["best", "last"] = "best",
+    typicalness: bool = True, ood: Mapping[str, str] | None = None, shifts: Mapping[str, str] | None = None,
+    cache: str | Path | None = None, passes: PassOptions | None = None, options: EvaluationOptions | None = None,
+) -> Evaluation | None:  # fmt: skip
     """Evaluate a run of ``python -m tal_fast.train`` and write its report.
 
     Args:
@@ -84,18 +77,10 @@ def evaluate_run(
 
 
 def evaluate_weights(
-    weights: str | Path,
-    model: ModelConfig,
-    data: DataConfig,
-    output: str | Path | None = None,
-    *,
-    weights_key: str | None = None,
-    ood: Mapping[str, str] | None = None,
-    shifts: Mapping[str, str] | None = None,
-    cache: str | Path | None = None,
-    passes: PassOptions | None = None,
-    options: EvaluationOptions | None = None,
-) -> Evaluation | None:
+    weights: str | Path, model: ModelConfig, data: DataConfig, output: str | Path | None = None, *,
+    weights_key: str | None = None, ood: Mapping[str, str] | None = None, shifts: Mapping[str, str] | None = None,
+    cache: str | Path | None = None, passes: PassOptions | None = None, options: EvaluationOptions | None = None,
+) -> Evaluation | None:  # fmt: skip
     """Evaluate a network's weights from a file and write their report; arguments and result as for ``evaluate_run``.
 
     Args:

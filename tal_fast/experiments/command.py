@@ -63,8 +63,8 @@ def _parser() -> ArgumentParser:
         help="Parameters of submitit for each job, such as timeout_min=600 gpus_per_node=1 slurm_partition=gpu.",
     )  # fmt: skip
     which = jobs.add_mutually_exclusive_group()
-    which.add_argument("--only", nargs="+", metavar="JOB", help="Run these jobs alone, by name or hash; no tables.")
-    which.add_argument("--failed", action="store_true", help="Run the jobs alone that failed.")
+    which.add_argument("--only", nargs="+", metavar="JOB", help="Run only these jobs, by name or hash; no tables.")
+    which.add_argument("--failed", action="store_true", help="Run only the jobs that failed.")
     results = parser.add_argument_group("results")
     results.add_argument(
         "--select", nargs="+", metavar="METRIC",
@@ -118,12 +118,13 @@ def _run(args: argparse.Namespace) -> int:
     for folder in folders:
         folder.check()
     folders = chosen(folders, args.only, args.failed)
+    left = [] if args.table_only else [folder for folder in folders if not folder.is_done(experiment.evaluate)]
     if args.status:
         _print_status(experiment, folders)
-        return 0
-    left = [] if args.table_only else [folder for folder in folders if not folder.is_done(experiment.evaluate)]
     if args.only is None:
         _check_data(experiment, left)
+    if args.status:
+        return 0
     if args.launcher != "local":
         words = [str(Path(args.file).resolve()), "--output", str(output.resolve()), "--jobs", "1"]
         with console_logging():
@@ -143,15 +144,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def _check_data(experiment: Experiment, folders: Sequence[Folder]) -> None:
     """Raise ValueError if the data of a job, or a set that it is evaluated on, cannot be read, before it trains."""
-    from tal_fast.data.ood import parse_named
-    from tal_fast.evaluation.command import parser
     from tal_fast.evaluation.sources import check_sets
 
-    args = parser().parse_args(["--run", "RUN", *experiment.evaluate])
-    sets = parse_named(args.ood, "--ood"), parse_named(args.shift, "--shift")
     for data in {repr(folder.job.config.data): folder.job.config.data for folder in folders}.values():
         try:
-            check_sets(data, *sets)
+            check_sets(data, experiment.evaluation.ood, experiment.evaluation.shift)
         except ValueError as error:
             raise ValueError(f"evaluate: {error}") from None
 

@@ -47,12 +47,12 @@ def _head(results: Results, groups: Sequence[Group], style: str) -> str:
     if groups:
         about = describe(groups, "paper" if style == "summary" else results["compare"]["units"])
         lines += [line.replace("* best", "bold: best") for line in about] if markdown else about
-    lines += [_machine(environment) for environment in results["environments"] if environment]
+    lines += [machine(environment) for environment in results["environments"] if environment]
     lines += [f"missing: {missing['name']} ({missing['why']})" for missing in results["missing"]]
     return "\n".join(f"{escape(line, style)}  " if markdown else wrap(line) for line in lines)
 
 
-def _machine(environment: dict[str, Any]) -> str:
+def machine(environment: dict[str, Any]) -> str:
     """Hardware, versions and commit."""
     device = environment["gpu"] or f"{environment['cpu']}, {environment['cores']} cores"
     return (

@@ -67,16 +67,9 @@ class TALLinearLoss(TALLoss):
     ) -> tuple[Tensor, TALStats]: ...  # fmt: skip
 
     def forward(
-        self,
-        features: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        *,
-        warmup: bool = False,
-        push: bool = True,
-        return_stats: bool = False,
-    ) -> Tensor | tuple[Tensor, TALStats]:
+        self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, warmup: bool = False,
+        push: bool = True, return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, TALStats]:  # fmt: skip
         """Loss of a batch.
 
         Args:
@@ -105,25 +98,11 @@ class TALLinearLoss(TALLoss):
 
 
 def linear_tal_loss(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    queue_mean: Tensor,
-    queue_std: Tensor,
-    *,
-    variant: str = "paper",
-    t_min: float = 10.0,
-    t_max: float = 100.0,
-    t_wrong: float | None = 20.0,
-    confidence_threshold: float | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    class_weight: Tensor | None = None,
-    warmup: bool = False,
-    backend: str = "auto",
-) -> tuple[Tensor, TALStats]:
+    features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, queue_mean: Tensor, queue_std: Tensor, *,
+    variant: str = "paper", t_min: float = 10.0, t_max: float = 100.0, t_wrong: float | None = 20.0,
+    confidence_threshold: float | None = None, ignore_index: int = -100, label_smoothing: float = 0.0,
+    reduction: str = "mean", class_weight: Tensor | None = None, warmup: bool = False, backend: str = "auto",
+) -> tuple[Tensor, TALStats]:  # fmt: skip
     """TAL loss of a batch and its last Linear layer, given the queue as tensors; see ``TALLinearLoss``.
 
     Args:
@@ -157,18 +136,9 @@ def linear_tal_loss(
 
 
 def linear_step(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ring: RingBuffer,
-    options: LossOptions,
-    *,
-    backend: Backend,
-    warmup: bool,
-    class_weight: Tensor | None,
-    combine: Callable[..., Tensor] | None,
-) -> StepResult:
+    features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ring: RingBuffer, options: LossOptions, *,
+    backend: Backend, warmup: bool, class_weight: Tensor | None, combine: Callable[..., Tensor] | None,
+) -> StepResult:  # fmt: skip
     """TAL step from features and the last layer, without the checks before it and the push after it.
 
     The arguments are those of ``functional.step_in_parts``.
@@ -202,7 +172,7 @@ def linear_step(
 def _check_reduction(options: LossOptions) -> None:
     """Raise ValueError for the losses of single rows, whose gradients do not add up before the backward pass."""
     if options.reduction == "none":
-        raise ValueError("reduction is 'none', which a loss fused with its layer has not; use 'mean', 'sum' or TALLoss")
+        raise ValueError("reduction is 'none', which TALLinearLoss does not have; use 'mean', 'sum' or TALLoss")
 
 
 def _check_layer(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -47,7 +47,7 @@ class Mix:
         if self.kind not in ("balanced-random", "all", "first-n", "prior"):
             raise ValueError(f"unknown mix {self.kind!r}; choose from {MIXES}")
         if (self.kind == "prior") != (self.prior is not None):
-            raise ValueError("a prior belongs to the mix 'prior', and only to it")
+            raise ValueError("a prior goes with the mix 'prior', as in prior=0.2, and with no other")
         if self.prior is not None and not 0 < self.prior < 1:
             raise ValueError(f"the mix's prior is the share of OOD samples and must lie in (0, 1), not {self.prior}")
 

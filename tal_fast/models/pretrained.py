@@ -226,7 +226,7 @@ def _unwrapped(state: Mapping[str, Tensor], wanted: Collection[str], source: str
     outside = [name for name in found if name not in wrapped]
     if not outside or wrapped.isdisjoint(wanted) or not set(wanted).isdisjoint(outside):
         return found
-    logger.info("%s: left out, as not of the network: %s", source, first_names(outside, 3))
+    logger.info("%s: ignored, as the network has no such names: %s", source, first_names(outside, 3))
     return {name: value for name, value in found.items() if name in wrapped}
 
 

@@ -142,7 +142,7 @@ def choose_state(
         )  # fmt: skip
     if chosen not in averaged:
         for name in averaged:
-            logger.warning("%s: %r lacks some of the tensors under %r, which are used", path, name, chosen)
+            logger.warning("%s: %r lacks tensors and is not used; %r is", path, name, chosen)
     if not key and isinstance(content, Mapping):
         for name, value in content.items():
             if _is_averaged(name) and isinstance(value, (Mapping, list, tuple)) and not _states_in(value, name):

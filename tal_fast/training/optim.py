@@ -12,13 +12,7 @@ from torch import nn
 from tal_fast.config.schema import OptimConfig
 from tal_fast.models.blocks import block_numbers
 
-_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 """Normalisation layers, whose parameters do not decay."""
 
 

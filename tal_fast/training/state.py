@@ -204,13 +204,13 @@ def build_state(config: Config, data: DataBundle, runtime: Runtime, weights: Wei
     learned = [name for name, parameter in method.named_parameters() if parameter.requires_grad]
     if learned:
         raise ValueError(
-            f"the method {config.method.name} has the parameter {learned[0]}, which no optimizer steps; keep state "
-            "in get_extra_state, and what is learned in the network"
+            f"the method {config.method.name} has the parameter {learned[0]}, which no optimizer updates; put "
+            "learned parameters into the network, and other state into get_extra_state"
         )
     average = build_average(network, config.optim, method)
     if average is not None and average.takes_statistics and config.model.freeze != "none" and whole is None:
         raise ValueError(
-            f"{method.name} takes the statistics of BatchNorm anew, which model.freeze {config.model.freeze} keeps; "
+            f"{method.name} recomputes BatchNorm's statistics, which model.freeze {config.model.freeze} keeps; "
             "set model.freeze to none"
         )
     return TrainingState(
@@ -287,4 +287,5 @@ def conditions(config: Config, data: DataBundle, runtime: Runtime) -> dict[str, 
         "C++ extension": build_digest(),
         "tal_fast": f"{__version__} ({code_digest()[:8]})",
         "the method's file": file_digest(config.method.name),
+        "the data set's file": file_digest(config.data.dataset),
     }

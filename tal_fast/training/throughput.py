@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,6 @@ WARM_UP_STEPS = 5
 MIN_STEPS = 3  # however long they take
 MAX_STEPS = 200
 MAX_SECONDS = 30.0
-
 VALIDATION_STEPS = 20
 
 LEARNING_RATE = 1e-4
@@ -49,25 +48,16 @@ STAND_INS = {
     "cifar10": (50_000, 10_000, 10, 32), "cifar100": (50_000, 10_000, 100, 32),
     "fashion-mnist": (60_000, 10_000, 10, 28), "folder": (1_281_167, 50_000, 1_000, 224),
 }  # fmt: skip
-"""Data set -> training images, validation images, classes and side that synthetic images have in its place; a folder's
-are ImageNet's."""
+"""Data set -> training and validation images, classes and side of a stand-in; a folder's are ImageNet's."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Expected:
-    """What a few steps say of a whole training.
+class Expected(NamedTuple):
+    """What a few steps say of a whole training, without its start, saving and evaluation."""
 
-    Attributes:
-        images_per_s: of training on images from the loader, over all ranks.
-        data_wait: share of that time spent waiting for images.
-        hours: of all steps, validations and passes for BatchNorm statistics, without start, saving and evaluation.
-        note: what stands in for data that are not there.
-    """
-
-    images_per_s: float
-    data_wait: float
-    hours: float
-    note: str = ""
+    images_per_s: float  # of training on images from the loader, over all ranks
+    data_wait: float  # share of that time spent waiting for images
+    hours: float  # of all steps and validations; images that grow (``image_sizes``) count as they are at the end
+    note: str = ""  # what stands in for data that are not there
 
 
 def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
@@ -75,14 +65,12 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
     other = "tal" if config.method.name == "ce" else config.method.name
     trainers: dict[str, Trainer] = {}
     for name in ("ce", other):
-        run = _to_measure(config)
+        run = copy.deepcopy(config)
         if name != config.method.name:
             run.method = dataclasses.replace(config.method, name=name, options={})
             if run.mix.on and run.mix.weight is None and method_class(name).mixes != "alone":
                 run.mix.weight = 1.0  # what the method would have to train with
-        trainers[name] = Trainer(run, ranks)
-    for trainer in trainers.values():
-        _as_trained(trainer)
+        trainers[name] = _trainer(run, ranks)
     loader, _ = _rate(trainers["ce"], train=False)
     steps = _alternating_steps(trainers)
     training = expected(trainers[config.method.name])
@@ -112,71 +100,48 @@ def expected_of(config: Config, ranks: Ranks) -> Expected:
     """What a few steps of a configuration say of its whole training.
 
     Synthetic images stand in for data that cannot be read, if ``STAND_INS`` has their number, and noise for outliers.
-    Raises ValueError for a configuration that works with neither.
     """
-    note, val_images = "", None
+    run, note, val_images = copy.deepcopy(config), "", None
     try:
-        trainer = Trainer(_to_measure(config), ranks)
+        trainer = _trainer(run, ranks)
     except ValueError as absent:
-        if config.data.dataset not in STAND_INS:
+        if run.data.dataset not in STAND_INS:
             raise
-        val_images = config.data.holdout or STAND_INS[config.data.dataset][1]
+        train, val_images, classes, side = STAND_INS[run.data.dataset]
+        val_images = run.data.holdout or val_images
         note = f"on synthetic images in memory, which need no decoding, as {absent}"
-        try:
-            trainer = Trainer(_to_measure(stand_in(config)), ranks)
-        except ValueError:
-            raise absent from None
-    _as_trained(trainer)
-    return dataclasses.replace(expected(trainer, val_images), note=note)
-
-
-def stand_in(config: Config) -> Config:
-    """Configuration with as many synthetic images of the same size in place of the data, and noise as outliers."""
-    config = copy.deepcopy(config)
-    train, _, classes, side = STAND_INS[config.data.dataset]
-    config.data = DataConfig(
-        dataset="synthetic", synthetic_images=train, synthetic_classes=classes, crop_area=None,
-        image_size=config.data.image_size or side,
-        **{key: getattr(config.data, key) for key in ("channels", "flip", "shift", "holdout", "train_limit")},
-    )  # fmt: skip
-    if "outliers" in config.method.options:
-        config.method.options["outliers"] = f"uniform:{config.batch_size}"
-    return config
+        kept = {key: getattr(run.data, key) for key in ("channels", "flip", "shift", "holdout", "train_limit")}
+        images = {"image_size": run.data.image_size or side, "crop_area": None, **kept}
+        run.data = DataConfig("synthetic", synthetic_images=train, synthetic_classes=classes, **images)
+        if "outliers" in run.method.options:
+            run.method.options["outliers"] = f"uniform:{run.batch_size}"
+        trainer = _trainer(run, ranks)
+    return expected(trainer, val_images)._replace(note=note)
 
 
 def expected(trainer: Trainer, val_images: int | None = None) -> Expected:
     """What a few steps of a trainer say of its whole training, by default with the validation images it has."""
     config, average = trainer.config, trainer.state.average
-    images = len(trainer.batches) * config.batch_size
-    starts = [start for start, _ in config.image_sizes] or [0]
-    step_seconds = waited = 0.0
-    for start, end in zip(starts, [*starts[1:], config.epochs], strict=True):
-        if start < config.epochs:
-            rate, wait = _rate(trainer, train=True, epoch=start)
-            seconds = (min(end, config.epochs) - start) * images / rate
-            step_seconds, waited = step_seconds + seconds, waited + wait * seconds
-    epochs = range(1, config.epochs + 1)
-    passes = sum(epoch % config.validate_every == 0 or epoch == config.epochs for epoch in epochs)
-    forward = passes * (trainer.validator.loader.num_samples if val_images is None else val_images)
+    images, epochs = len(trainer.batches) * config.batch_size, range(1, config.epochs + 1)
+    rate, wait = _rate(trainer, train=True)
+    validations = sum(epoch % config.validate_every == 0 or epoch == config.epochs for epoch in epochs)
+    forward = validations * (trainer.validator.loader.num_samples if val_images is None else val_images)
     if average is not None and average.takes_statistics:
         forward += sum(map(average.in_use, epochs)) * min(images, STATISTICS_IMAGES)
-    total = step_seconds + forward * _validation_seconds(trainer)
-    return Expected(config.epochs * images / step_seconds, waited / step_seconds, total / 3600)
+    seconds = config.epochs * images / rate + forward * _validation_seconds(trainer)
+    return Expected(rate, wait, seconds / 3600)
 
 
-def _to_measure(config: Config) -> Config:
-    """The configuration with the steps of most epochs, and nothing written to ``output``."""
-    run = copy.deepcopy(config)
-    run.optim.head_epochs = 0
-    run.resume, run.output = "never", str(Path(tempfile.gettempdir()) / "tal-fast-bench")
-    return run
-
-
-def _as_trained(trainer: Trainer) -> None:
-    """Bring the method to where most epochs are: queues full, warm-up over."""
+def _trainer(config: Config, ranks: Ranks) -> Trainer:
+    """Trainer as in most epochs: the whole network trains, queues are full, warm-up is over; ``output`` is not used."""
+    config = copy.deepcopy(config)
+    config.optim.head_epochs = 0
+    config.resume, config.output = "never", str(Path(tempfile.gettempdir()) / "tal-fast-bench")
+    trainer = Trainer(config, ranks)
     trainer.model.train()
     fill_queues(trainer)
-    trainer.method.start_epoch(max(0, trainer.config.epochs - 1))
+    trainer.method.start_epoch(max(0, config.epochs - 1))
+    return trainer
 
 
 @torch.no_grad()
@@ -208,10 +173,9 @@ def fill_queues(trainer: Trainer) -> None:
         queue.push(*statistics[:, : queue.capacity])
 
 
-def _endless_batches(trainer: Trainer, epoch: int | None = None) -> Iterator[tuple[Tensor, ...]]:
-    """Batches of one epoch after another, or of one again and again."""
-    epochs = itertools.count() if epoch is None else itertools.repeat(epoch)
-    return itertools.chain.from_iterable(map(trainer.batches.epoch, epochs))
+def _endless_batches(trainer: Trainer) -> Iterator[tuple[Tensor, ...]]:
+    """Batches of epochs from the last on, whose images have their last size."""
+    return itertools.chain.from_iterable(map(trainer.batches.epoch, itertools.count(trainer.config.epochs - 1)))
 
 
 def _alternating_steps(trainers: dict[str, Trainer]) -> dict[str, list[float]]:
@@ -243,25 +207,23 @@ def _alternating_steps(trainers: dict[str, Trainer]) -> dict[str, list[float]]:
 
 def _validation_seconds(trainer: Trainer) -> float:
     """Seconds a validation takes for an image of all ranks; the first batch, with compilation, does not count."""
-    marks: list[float] = []
-    seen = 0
+    started, seen = 0.0, 0
 
     def some(batches: Iterator[Images], steps: int) -> Generator[Images, None, None]:
-        nonlocal seen
+        nonlocal started, seen
         for step, batch in enumerate(itertools.islice(batches, VALIDATION_STEPS)):
             if step <= 1:
-                marks.append(_time(trainer))
-                seen = 0
+                started, seen = _time(trainer), 0
             seen += len(batch[0])
             yield batch
 
     trainer.validator.validate(trainer.network, some)
-    return (_time(trainer) - marks[-1]) / (seen * trainer.ranks.world_size)
+    return (_time(trainer) - started) / (seen * trainer.ranks.world_size)
 
 
-def _rate(trainer: Trainer, train: bool, epoch: int | None = None) -> tuple[float, float]:
+def _rate(trainer: Trainer, train: bool) -> tuple[float, float]:
     """Images per second of all ranks from the loader, or of training on them, and share of the time spent waiting."""
-    batches = _endless_batches(trainer, epoch)
+    batches = _endless_batches(trainer)
     started = waited = 0.0
     for step in range(-WARM_UP_STEPS, MAX_STEPS):
         if step == 0:

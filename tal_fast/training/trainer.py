@@ -46,7 +46,7 @@ from tal_fast.training.train_step import TrainStep, Update, check_parts
 from tal_fast.training.validation import NOT_VALIDATED, Validator
 from tal_fast.training.weight_averaging import STATISTICS_IMAGES
 from tal_fast.utils.distributed import Ranks
-from tal_fast.utils.environment import code_digest
+from tal_fast.utils.environment import code_digest, commit
 from tal_fast.utils.io import remove_leftovers
 from tal_fast.utils.locks import FolderLock
 from tal_fast.utils.rng import seed_all
@@ -117,7 +117,7 @@ class Trainer:
         self.batches = TrainingBatches(config, images, self.method.outliers, batch_size, options)
         shape = data_shape(self.data, self.batches.num_images)
         self.ranks.check_same({**shape, "data.loader": self.data.loader_name})
-        self._shape = {**shape, "conditions": conditions(config, self.data, self.runtime)}
+        self._shape = {**shape, "conditions": conditions(config, self.data, self.runtime), "commit": commit()}
         val_loader = images.loader("val", batch_size=config.eval_batch_size, **options)
         self.validator = Validator(
             val_loader, config.eval_batch_size, self.data.num_classes, self.method, self.runtime, self.ranks

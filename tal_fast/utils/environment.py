@@ -50,7 +50,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": version_of("triton"),
         "tal_fast": __version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -82,7 +82,7 @@ def _cpu_model() -> str | None:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit of the source tree, marked ``-dirty`` if it has changes; None outside a git repository."""
     try:
         git = subprocess.run(

@@ -115,7 +115,7 @@ class FolderLock:
                 told = True
                 time.sleep(0.1)
             except OSError as error:
-                logger.warning("%s has no locks (%s): nothing keeps two runs apart there", self.folder, error.strerror)
+                logger.warning("%s has no file locks (%s); start one run at a time there", self.folder, error.strerror)
                 break
             os.close(handle)
         started = time.strftime("%Y-%m-%d %H:%M:%S %Z")

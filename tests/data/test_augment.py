@@ -179,7 +179,8 @@ def test_augmented_folders_take_the_torch_loader(tmp_path: Path, caplog: pytest.
     for options in ({"augment": "randaugment"}, {"color_jitter": (0.1, 0.1, 0.1, 0.1)}):
         assert build_data(config(root, **options)).loader_name == "torch"
         assert (
-            "data.color_jitter and data.exif_rotation work in the torch loader, which is taken" in caplog.messages.pop()
+            "data.color_jitter and data.exif_rotation work in the torch loader only, which is used"
+            in caplog.messages.pop()
         )
         with pytest.raises(
             ValueError, match="data.loader is 'dali' but data.augment, data.color_jitter and .* work in"

@@ -109,7 +109,7 @@ def test_one_evaluation_is_not_two_seeds(
     assert capsys.readouterr().err == ""
     Config.from_dict(read_report(evaluated_run)["config"]).save(tmp_path / "other" / "config.yaml")
     assert compare.main(other) == 0
-    assert "other is of another method or seed than its config.yaml" in capsys.readouterr().err
+    assert "other has another method or seed than its config.yaml" in capsys.readouterr().err
     settings = one_report("cosine", 0.1, 0.5)["settings"]["old_fd"]["msp"]
     report = read_report(evaluated_run)["settings"]
     changed = {key: dict.fromkeys(scores, settings) for key, scores in report.items()}

@@ -50,6 +50,7 @@ def test_sdist_and_wheel_contents(artifacts: tuple[Path, Path]) -> None:
         names = set(archive.namelist())
     assert {"tal_fast/py.typed", "tal_fast/kernels/__init__.py", "tal_fast/loss/module.py"} <= names
     assert {f"tal_fast/evaluation/html/page.{kind}" for kind in ("html.j2", "css", "js")} <= names
+    assert "tal_fast/evaluation/card.md.j2" in names
     assert any(name.startswith("tal_fast/config/presets/") and name.endswith(".yaml") for name in names)
     assert not any(name.startswith("kernels/") for name in names)  # never a top-level import name
     if shutil.which("g++"):

@@ -76,7 +76,7 @@ def test_a_method_with_a_parameter_that_no_optimizer_updates_is_refused(
     method = build_method(MethodConfig("ce"), Task(3, 10, 40, 0.1))
     method.scale = torch.nn.Parameter(torch.ones(()))
     monkeypatch.setattr("tal_fast.training.state.build_method", lambda *_: method)
-    with pytest.raises(ValueError, match="the method ce has the parameter scale, which no optimizer steps"):
+    with pytest.raises(ValueError, match="the method ce has the parameter scale, which no optimizer updates"):
         Trainer(config(tmp_path, "ce"))
 
 

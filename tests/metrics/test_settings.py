@@ -115,5 +115,5 @@ def test_invalid_mixes_are_refused(text: str, message: str) -> None:
 
 
 def test_a_prior_needs_the_mix_prior() -> None:
-    with pytest.raises(ValueError, match="belongs to the mix 'prior'"):
+    with pytest.raises(ValueError, match="goes with the mix 'prior'"):
         Mix("all", 0.5)

@@ -239,6 +239,6 @@ def test_two_ranks_unfreeze_together_and_resume_bit_for_bit(tmp_path: Path) -> N
 def test_freezing_needs_weights_and_no_new_statistics(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.freeze is backbone but the weights are random; name some with"):
         Trainer(start(tmp_path / "a", None, freeze="backbone"))
-    with pytest.raises(ValueError, match=r"fmfp takes the statistics of BatchNorm anew, which model\.freeze 1 keeps"):
+    with pytest.raises(ValueError, match=r"fmfp recomputes BatchNorm's statistics, which model\.freeze 1 keeps"):
         Trainer(start(tmp_path / "a", weights_file(tmp_path), freeze=1, method="fmfp", method_options={}))
     assert not (tmp_path / "a").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,31 +53,38 @@ def test_queues_are_filled_with_the_networks_features(
 def test_the_expected_hours_are_of_all_steps_validations_and_statistics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    rates = {0: 100.0, 4: 50.0}  # images a second; larger images from epoch 4 on
-    monkeypatch.setattr(throughput, "_rate", lambda trainer, train, epoch: (rates[epoch], 0.5 if epoch else 0.0))
+    sizes: list[int] = []
+
+    def rate(trainer: Trainer, train: bool) -> tuple[float, float]:
+        sizes.append(next(throughput._endless_batches(trainer))[0].shape[-1])
+        return 50.0, 0.25
+
+    monkeypatch.setattr(throughput, "_rate", rate)
     monkeypatch.setattr(throughput, "_validation_seconds", lambda trainer: 0.01)
-    run = config(tmp_path, method, epochs=10, validate_every=4, image_sizes=[(0, 8), (4, 10), (12, 16)])
-    trainer = Trainer(run)
+    trainer = Trainer(config(tmp_path, method, epochs=10, validate_every=4, image_sizes=[(0, 8), (4, 10), (12, 16)]))
     found = throughput.expected(trainer)
     images = 200 // 32 * 32
-    steps = (4 * images / 100, 6 * images / 50)
     validated = 3 * len(trainer.data.split("val"))  # after epochs 4, 8 and 10
     statistics = 4 * images if method == "fmfp" else 0  # averages after epochs 7 to 10
-    assert found.hours == pytest.approx((sum(steps) + 0.01 * (validated + statistics)) / 3600)
-    assert found.images_per_s == pytest.approx(10 * images / sum(steps))
-    assert found.data_wait == pytest.approx(0.5 * steps[1] / sum(steps))
-    assert throughput.expected(trainer, val_images=1000).hours - found.hours == pytest.approx(
-        0.01 * 3 * (1000 - validated / 3) / 3600
-    )
+    assert found.hours == pytest.approx((10 * images / 50 + 0.01 * (validated + statistics)) / 3600)
+    assert (found.images_per_s, found.data_wait, sizes) == (50.0, 0.25, [10])
+    other = throughput.expected(trainer, val_images=1000).hours
+    assert other == pytest.approx((10 * images / 50 + 0.01 * (3 * 1000 + statistics)) / 3600)
 
 
-def test_a_stand_in_has_the_numbers_and_the_size_of_the_data_set(tmp_path: Path) -> None:
-    absent = {"dataset": "cifar100", "crop_area": None, "image_size": None, "channels": 3, "train_limit": 300}
-    data = throughput.stand_in(config(tmp_path, data_options=absent)).data
-    assert (data.dataset, data.synthetic_images, data.synthetic_classes, data.image_size) == (
-        "synthetic",
-        50_000,
-        100,
-        32,
-    )
-    assert (data.train_limit, data.root) == (300, None)
+def test_a_stand_in_has_the_numbers_and_the_size_of_the_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def expected(trainer: Trainer, val_images: int | None) -> throughput.Expected:
+        seen.update(data=trainer.config.data, classes=trainer.data.num_classes, val=val_images)
+        return throughput.Expected(1.0, 0.0, 1.0)
+
+    monkeypatch.setattr(throughput, "expected", expected)
+    monkeypatch.setattr(throughput, "fill_queues", lambda trainer: None)
+    data = {"dataset": "cifar100", "crop_area": None, "image_size": None, "channels": 3, "root": str(tmp_path)}
+    found = throughput.expected_of(config(tmp_path / "x", data_options=data), Ranks.start("cpu"))
+    assert f"on synthetic images in memory, which need no decoding, as data.root {tmp_path}" in found.note
+    assert (seen["data"].synthetic_images, seen["data"].image_size, seen["data"].train_limit) == (50_000, 32, 200)
+    assert (seen["classes"], seen["val"]) == (100, 10_000)

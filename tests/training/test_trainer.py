@@ -19,6 +19,7 @@ from tal_fast.runs import checkpoint
 from tal_fast.runs.load import load_run
 from tal_fast.training.trainer import Trainer, TrainingFailed
 from tal_fast.utils.distributed import Ranks
+from tal_fast.utils.environment import commit
 from tal_fast.utils.signals import REQUEUE, Stopped
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import (
@@ -265,6 +266,7 @@ def test_a_run_writes_config_metrics_and_checkpoints(tmp_path: Path, monkeypatch
     accuracies = [float(row["val_accuracy"]) for row in rows]
     assert best.epoch == accuracies.index(max(accuracies)) + 1  # the earliest of the best
     assert best.checkpoint.name == "best.pt"
+    assert checkpoint.load(best.checkpoint)["shape"]["commit"] == commit()
 
 
 def test_a_queue_that_correct_samples_do_not_enter_is_said_once(

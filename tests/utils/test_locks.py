@@ -72,7 +72,7 @@ def test_a_file_system_without_locks_is_warned_of(
     monkeypatch.setattr(fcntl, "lockf", fails)
     lock = FolderLock(tmp_path)
     lock.acquire()
-    assert "has no locks (No locks available): nothing keeps two runs apart" in caplog.text
+    assert "has no file locks (No locks available); start one run at a time" in caplog.text
     lock.release()
 
 

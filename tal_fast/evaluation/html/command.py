@@ -20,7 +20,7 @@ def parser() -> ArgumentParser:
     typicalness = parser.add_argument_group("typicalness of training images")
     typicalness.add_argument(
         "--no-typicalness", dest="typicalness", action="store_false",
-        help="Leave out the most and the least typical training images, which take a pass over all of them unless it "
+        help="Leave out the most and least typical training images, which need a pass over all of them unless it "
         "is cached.",
     )  # fmt: skip
     add_pass_options(typicalness)

@@ -17,13 +17,7 @@ from tal_fast.evaluation.html import charts, tables
 from tal_fast.evaluation.html.images import gallery_sections
 from tal_fast.evaluation.html.verdicts import verdicts
 from tal_fast.evaluation.report import Report
-from tal_fast.evaluation.tables import (
-    format_percent,
-    mix_with_seed,
-    nan_if_none,
-    printable,
-    setting_title,
-)
+from tal_fast.evaluation.tables import format_percent, mix_with_seed, nan_if_none, printable, setting_title
 from tal_fast.metrics.curves import reliability, scores_by_kind
 from tal_fast.runs.folder import METRICS_FILE
 from tal_fast.utils.io import write_text

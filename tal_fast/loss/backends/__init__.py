@@ -5,12 +5,4 @@ from tal_fast.loss.backends.cpp import CppBackend
 from tal_fast.loss.backends.pytorch import PyTorchBackend
 from tal_fast.loss.backends.triton import TritonBackend
 
-__all__ = [
-    "Backend",
-    "BatchStatistics",
-    "CppBackend",
-    "KernelBackend",
-    "LossInputs",
-    "PyTorchBackend",
-    "TritonBackend",
-]
+__all__ = ["Backend", "BatchStatistics", "CppBackend", "KernelBackend", "LossInputs", "PyTorchBackend", "TritonBackend"]
