@@ -55,7 +55,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "damaged": Fault(
         "last.pt truncated, bit-flipped, emptied or lost",
-        "the one before is used, which is said; ends as the undisturbed run. Without an intact one: refused, "
+        "the one before is used, with a warning; ends as the undisturbed run. Without an intact one: refused, "
         "nothing changed",
         "0; 2",
         disks.damaged,
@@ -75,13 +75,13 @@ FAULTS: dict[str, Fault] = {
     ),
     "full-disk-start": Fault(
         "disk full at the start",
-        "a sentence; with space, the same command starts",
+        "an error message; with space, the same command starts",
         "2",
         disks.full_at_start,
     ),
     "read-only": Fault(
         "output on a read-only disk, or below a file",
-        "a sentence; on a writable disk, the same command starts",
+        "an error message; on a writable disk, the same command starts",
         "2",
         disks.read_only,
     ),
@@ -114,7 +114,7 @@ FAULTS: dict[str, Fault] = {
     "corrupt-image-dali": Fault("the same with DALI", "the same", "0; 2", partial(images.corrupt_image, loader="dali")),
     "stopped-worker": Fault(
         "loader's worker process stopped (SIGSTOP)",
-        "a sentence after `--data.timeout`; the steps before are saved",
+        "an error message after `--data.timeout`; the steps before are saved",
         "2",
         images.stopped_worker,
     ),
@@ -126,7 +126,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "not-finite": Fault(
         "loss that is not finite",
-        "a sentence with step and learning rate; both checkpoints are finite, and go on with `--allow optim.lr "
+        "an error message with step and learning rate; both checkpoints are finite, and go on with `--allow optim.lr "
         "--optim.lr SMALLER` or as they are",
         "2",
         signals.not_finite,

@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tal_fast.config.typed import check_at_least
+from tal_fast.utils.own_code import DATA, absolute, in_file, installed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+
+DATASETS = ("folder", "webdataset", "huggingface", "digits", "cifar10", "cifar100", "fashion-mnist", "synthetic")
+"""Kinds of data sets; others are the user's own."""
 
 PREPROCESSING = ("image_size", "mean", "std", "crop_fraction", "interpolation")
 """Options of the data that follow the weights a run starts from, where they are not given."""
@@ -21,10 +25,10 @@ class DataConfig:
     """Images and their augmentation.
 
     Attributes:
-        dataset: kind of data set. ``folder`` has ``train/`` and ``val/`` with one folder per class; ``webdataset`` has
-            .tar shards, ``huggingface`` parquet or Arrow files; ``digits`` is scikit-learn's, as image files;
-            ``cifar10`` and ``cifar100`` are read from their binary files, ``fashion-mnist`` from IDX files;
-            ``synthetic`` images are generated, for measurements.
+        dataset: kind of data set, or FILE.py:NAME of your own (docs/data.md): ``folder`` has ``train/`` and ``val/``
+            with one folder per class, ``webdataset`` .tar shards, ``huggingface`` parquet or Arrow files; ``digits`` is
+            scikit-learn's, as image files; ``cifar10`` and ``cifar100`` are read from their binary files,
+            ``fashion-mnist`` from IDX files; ``synthetic`` images are generated, for measurements.
         root: folder of the images, shards, binary files or IDX files; digits and synthetic need none. ``webdataset``
             also takes an address (``s3://``, ``https://``), ``huggingface`` a name on the hub.
         label_key: where the label of an image is. For ``webdataset`` the ending of its file (``cls``), or else an
@@ -76,9 +80,7 @@ class DataConfig:
         synthetic_classes: number of classes of synthetic images.
     """
 
-    dataset: Literal[
-        "folder", "webdataset", "huggingface", "digits", "cifar10", "cifar100", "fashion-mnist", "synthetic"
-    ] = "folder"
+    dataset: str = "folder"
     root: str | None = None
     ood: dict[str, str] = field(default_factory=dict)
     label_key: str | None = None
@@ -112,6 +114,9 @@ class DataConfig:
     train_limit: int | None = None
     synthetic_images: int = 2000
     synthetic_classes: int = 10
+
+    def __post_init__(self) -> None:
+        self.dataset = absolute(self.dataset)
 
     def follow(self, values: Mapping[str, Any]) -> None:
         """Set the options of ``PREPROCESSING`` that are not given to other values."""
@@ -152,6 +157,8 @@ class DataConfig:
 
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
+        if not in_file(self.dataset) and self.dataset not in (known := (*DATASETS, *installed(DATA))):
+            raise ValueError(f"data.dataset is {self.dataset!r}; use {', '.join(known)}, or FILE.py:NAME of your own")
         if self.split is not None and not 0 < self.split < 1:
             raise ValueError(f"data.split is {self.split} but must be in (0, 1), such as 0.2, or null")
         if (self.mean is None) != (self.std is None):

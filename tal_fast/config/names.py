@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tal_fast.utils import own_code
 from tal_fast.utils.own_code import SCORES, in_file, installed
 
 METRICS = (
@@ -67,6 +68,11 @@ UNITS = ("natural", "paper")
 def is_own_score(name: str) -> bool:
     """Whether a score is the user's own: ``FILE.py:FUNCTION``, or an entry point of a package."""
     return in_file(name) or (name in installed(SCORES) and name not in KNOWN_SCORES)
+
+
+def is_own_metric(name: str) -> bool:
+    """Whether a metric is the user's own, likewise."""
+    return in_file(name) or (name in installed(own_code.METRICS) and name not in (*METRICS, *FURTHER_METRICS))
 
 
 def check_scores(names: Sequence[str]) -> list[str]:

@@ -103,6 +103,9 @@ class Config:
             raise ValueError(
                 "model.cache_features trains the head alone; set model.freeze to backbone and optim.head_epochs to 0"
             )
+        if 0 < self.epochs <= self.optim.head_epochs:
+            few = f"optim.head_epochs is {self.optim.head_epochs} of {self.epochs} epochs: the head alone would train"
+            raise ValueError(f"{few}; set model.freeze to backbone for that, or epochs higher")
         for name, value in {
             "model.freeze": self.model.freeze, "optim.head_epochs": self.optim.head_epochs,
             "model.cache_features": self.model.cache_features or "none",

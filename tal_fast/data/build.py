@@ -14,14 +14,14 @@ import numpy as np
 
 from tal_fast.config.schema import DataConfig
 from tal_fast.data import builtin, cifar, dali, image_folder
-from tal_fast.data.datasets import DataBundle, MemoryImages, Split
+from tal_fast.data.datasets import FOLDER_IMAGE_SIZE, DataBundle, MemoryImages, Split
 from tal_fast.data.image_folder import ImageFiles
+from tal_fast.data.own import own_data
 from tal_fast.data.packed import SPLITS
 from tal_fast.data.pixels import as_channels
 from tal_fast.data.sources import PACKED, flat_images
 from tal_fast.utils.logs import say
 
-FOLDER_IMAGE_SIZE = 224
 SYNTHETIC_IMAGE_SIZE = 32
 UNSEEN = "unseen"
 """Name of the OOD set of ``data.unseen_classes``."""
@@ -54,11 +54,6 @@ def build_data(config: DataConfig, training: bool = True) -> DataBundle:
     for name, own in kinds.items():
         if getattr(config, name) is not None and config.dataset not in own:
             raise ValueError(f"data.{name} is for data.dataset {', '.join(own)}, not {config.dataset}; set it to null")
-    if config.crop_area is not None and config.dataset not in ("folder", "digits", *PACKED):
-        raise ValueError(
-            f"data.crop_area is for image files, {config.dataset} is in memory; set data.crop_area to null and use "
-            "data.shift"
-        )
     make: dict[str, Callable[[DataConfig], DataBundle]] = {
         "folder": partial(_folder, training=training),
         "digits": _digits,
@@ -69,11 +64,18 @@ def build_data(config: DataConfig, training: bool = True) -> DataBundle:
         "webdataset": partial(_packed, training=training),
         "huggingface": partial(_packed, training=training),
     }
-    bundle = make[config.dataset](config)
+    bundle = make.get(config.dataset, partial(own_data, training=training))(config)
+    if bundle.loader_name == "memory" and config.crop_area is not None:
+        raise ValueError(
+            f"data.crop_area is for image files, {config.dataset} is in memory; set data.crop_area to null and use "
+            "data.shift"
+        )
+    if bundle.loader_name != "memory" and config.shift:
+        raise ValueError("data.shift is for in-memory data sets; set it to 0 and use data.crop_area for image files")
     if bundle.loader_name == "dali" and any(
-        isinstance(split, ImageFiles) and split.has_heif for split in map(bundle.split, ("train", "val"))
+        isinstance(split, ImageFiles) and split.torch_only for split in map(bundle.split, ("train", "val"))
     ):
-        raise ValueError("data.loader is 'dali', which reads no HEIC; set data.loader to torch")
+        raise ValueError("data.loader is 'dali', which reads no HEIC and no objects; set data.loader to torch")
     if config.needs_torch_loader and config.loader == "auto" and bundle.loader_name == "torch" and dali.available():
         names = "data.augment, data.color_jitter and data.exif_rotation"
         say(f"{names} work in the torch loader only, which is used", logging.INFO)
@@ -161,8 +163,6 @@ def _packed(config: DataConfig, training: bool) -> DataBundle:
 def _root(config: DataConfig) -> str:
     if config.root is None:
         raise ValueError("data.root is not set; name the folder that holds train/ and val/ with --data.root FOLDER")
-    if config.shift:
-        raise ValueError("data.shift is for in-memory data sets; set it to 0 and use data.crop_area for image files")
     return config.root
 
 

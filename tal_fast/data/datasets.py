@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tal_fast.config.schema import DataConfig
+from tal_fast.config.data import DATASETS, DataConfig
 from tal_fast.data import dali
 from tal_fast.data.augment import PixelAugmentation
 from tal_fast.data.erasing import Eraser
@@ -21,6 +21,8 @@ from tal_fast.data.packed import PackedImages
 from tal_fast.data.pillow import TorchSource
 from tal_fast.data.pixels import as_channels
 from tal_fast.data.sampler import Augmentation, Plan
+
+FOLDER_IMAGE_SIZE = 224
 
 MIN_UNREADABLE, UNREADABLE_SHARE = 10, 0.01
 """Files per rank that may fail to decode by default: a share of the split, but at least this number."""
@@ -106,7 +108,7 @@ class DataBundle:
             return "memory"
         if self.config.loader == "auto":
             files = [split for split in self._splits.values() if isinstance(split, ImageFiles)]
-            torch_only = self.config.needs_torch_loader or any(split.has_heif for split in files)
+            torch_only = self.config.needs_torch_loader or any(split.torch_only for split in files)
             return "dali" if dali.available() and not torch_only else "torch"
         return self.config.loader
 
@@ -194,6 +196,8 @@ class DataBundle:
 
     def _check_command(self, split: str | Split) -> str:
         """Advice for a split with files that do not decode."""
+        if self.config.dataset not in DATASETS:
+            return f"leave it out of {self.config.dataset}"
         if not isinstance(split, str):
             return "find the others with python -m tal_fast.check_data FOLDER"
         if split in self._ood:
@@ -210,6 +214,6 @@ class DataBundle:
         if isinstance(images, MemoryImages):
             rows = None if images.rows is None else torch.from_numpy(images.rows)
             return MemorySource(plan, torch.from_numpy(images.pixels), rows, form, augment)
-        if self.loader_name == "dali" and not images.has_heif:
+        if self.loader_name == "dali" and not images.torch_only:
             return dali.DaliSource(plan, images, form, self.config.workers, self.config.timeout)
         return TorchSource(plan, images, form, self.config.workers, self.config.timeout, augment)

@@ -11,6 +11,7 @@ import numpy as np
 
 from tal_fast.data.datasets import DataBundle, MemoryImages, Split
 from tal_fast.data.image_folder import ImageFiles
+from tal_fast.data.own import Items
 from tal_fast.data.packed import PackedImages
 
 SAMPLES = 64
@@ -47,6 +48,8 @@ def split_hash(split: Split) -> str:
     """
     if isinstance(split, MemoryImages):
         return _sha256(split.labels, str(split.pixels.shape).encode(), split.pixels, split.rows).hexdigest()
+    if isinstance(split, Items):
+        return _digest(split)
     digest = _sha256(split.labels)
     status = functools.lru_cache(64)(os.stat)  # many images share a file
     extents = split.extents[:, 1:].tolist() if isinstance(split, PackedImages) else None
@@ -63,6 +66,8 @@ def split_hash(split: Split) -> str:
 def _digest(images: Split) -> str:
     if isinstance(images, MemoryImages):
         return _sha256(str(images.pixels.shape).encode(), images.pixels, images.labels, images.rows).hexdigest()
+    if isinstance(images, Items):
+        return _sha256(images.hashes, images.labels).hexdigest()
     paths = [path.replace("://", "/") for path in images.paths]  # addresses of shards
     folder = os.path.commonpath([min(paths), max(paths)])
     names = "\n".join(path[len(folder) :] for path in paths)

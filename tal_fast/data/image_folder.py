@@ -77,8 +77,8 @@ class ImageFiles:
         return with_sizes(dataclasses.replace(self, upright=True))
 
     @cached_property
-    def has_heif(self) -> bool:
-        """Whether there are HEIF files, which only the torch loader reads."""
+    def torch_only(self) -> bool:
+        """Whether only the torch loader reads them: there are HEIF files."""
         return any(path.lower().endswith(HEIF) for path in self.paths)
 
 
@@ -293,6 +293,14 @@ def _with_sizes(found: Found, labels: Sequence[int]) -> ImageFiles:
     """Image files with their labels and sizes in pixels."""
     paths, stamps = [path for path, _, _ in found], [(size, changed) for _, size, changed in found]
     return with_sizes(ImageFiles(paths, np.array(labels, np.int64), NO_SIZES, np.array(stamps, np.int64)))
+
+
+def listed_files(paths: Sequence[str], where: str, labels: Sequence[int] = ()) -> ImageFiles:
+    """Image files at these paths, with their labels or as OOD images; raises ValueError if some are missing."""
+    found = [(path, _stamp(path)) for path in map(os.path.abspath, paths)]
+    if missing := [path for path, stamp in found if stamp is None]:
+        raise ValueError(f"{len(missing)} images that {where} lists are missing ({first_names(missing)})")
+    return _with_sizes([(path, *stamp) for path, stamp in found if stamp], labels or [OOD_LABEL] * len(found))
 
 
 Files = TypeVar("Files", bound=ImageFiles)

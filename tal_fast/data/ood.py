@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tal_fast.data.matlab import read_mat
 from tal_fast.data.pixels import as_channels
 from tal_fast.data.sources import PACKED, flat_images
 from tal_fast.data.text import read_text
+from tal_fast.utils.arrays import as_classes
 from tal_fast.utils.io import refuse_pipe
 
 GENERATED = 1000
@@ -67,28 +69,24 @@ def ood_set(spec: str, image_size: int, channels: int) -> Split:
     damaged, or the specification is unknown.
     """
     kind, colon, rest = spec.partition(":")
-    if kind == "textures" and colon:
-        return _textures(rest)
-    if kind == "list" and colon:
-        return _listed(rest)
-    if kind == "imagenet-o" and colon:
-        return _named(kind, rest, [])
-    if kind == "svhn" and colon:
-        return MemoryImages.unlabelled(_svhn(Path(rest)), channels)
-    if kind in cifar.LAYOUTS and colon:
-        return MemoryImages.unlabelled(cifar.read(kind, rest, "val")[0], channels)
-    if kind == "npy" and colon:
-        return MemoryImages.unlabelled(_read_images(Path(rest)), channels)
-    if kind == "mnist":
-        if not builtin.mnist_available(rest or None):
-            raise ValueError("the set 'mnist' needs a folder with MNIST's IDX files: mnist:FOLDER")
-        return MemoryImages.unlabelled(builtin.mnist(rest or None), channels)
-    if kind == "fashion-mnist":
-        return MemoryImages.unlabelled(builtin.fashion_mnist(rest or None)["val"][0], channels)
-    if kind in ("patches", "gaussian", "uniform"):
-        number = _number(rest, spec) if colon else GENERATED
-        make = {"patches": _patches, "gaussian": _gaussian, "uniform": builtin.synthetic_noise}[kind]
-        return MemoryImages.unlabelled(make(number, image_size, channels), channels)
+    files: dict[str, Any] = {
+        "textures": _textures,
+        "list": _listed,
+        "imagenet-o": partial(_named, kind, class_names=[]),
+    }
+    if kind in files and colon:
+        return files[kind](rest)
+    if kind == "mnist" and not builtin.mnist_available(rest or None):
+        raise ValueError("the set 'mnist' needs a folder with MNIST's IDX files: mnist:FOLDER")
+    made: dict[str, Any] = {"patches": _patches, "gaussian": _gaussian, "uniform": builtin.synthetic_noise}
+    number = _number(rest, spec) if colon and kind in made else GENERATED
+    arrays: dict[str, Any] = {name: partial(make, number, image_size, channels) for name, make in made.items()}
+    arrays |= {"svhn": lambda: _svhn(Path(rest)), "npy": lambda: _read_images(Path(rest))} if colon else {}
+    arrays |= {name: lambda: cifar.read(kind, rest, "val")[0] for name in cifar.LAYOUTS if colon}
+    root = rest or None
+    arrays |= {"mnist": lambda: builtin.mnist(root), "fashion-mnist": lambda: builtin.fashion_mnist(root)["val"][0]}
+    if kind in arrays:
+        return MemoryImages.unlabelled(arrays[kind](), channels)
     if not Path(spec).is_dir() and not (kind in PACKED and colon):
         raise ValueError(
             f"the set {spec!r} is neither a folder nor one of webdataset:WHERE, huggingface:WHERE, textures:FOLDER, "
@@ -154,15 +152,11 @@ def _listed(text: str, classes: int = 0) -> ImageFiles:
     except OSError as error:
         raise ValueError(f"{file or text} cannot be read ({error.strerror}); give list:FOLDER:FILE.txt") from None
     rows = [re.fullmatch(r"(.+?)(?:\s+(-?\d+))?", line) for line in lines]
-    paths = [os.path.abspath(os.path.join(root, row[1])) for row in rows if row]
+    paths = [os.path.join(root, row[1]) for row in rows if row]
     labels = [int(row[2] or -1) if classes else image_folder.OOD_LABEL for row in rows if row]
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        raise ValueError(f"{len(missing)} images that {file} lists are missing ({image_folder.first_names(missing)})")
     if not paths or (classes and not 0 <= min(labels) <= max(labels) < classes):
         raise ValueError(f"{file} must list images as PATH LABEL, labels in 0..{classes - 1}; it has others, or none")
-    stamps = [(info.st_size, info.st_mtime_ns) for info in map(os.stat, paths)]
-    return image_folder.with_sizes(ImageFiles(paths, np.array(labels), image_folder.NO_SIZES, np.array(stamps)))
+    return image_folder.listed_files(paths, file, labels)
 
 
 def _named(kind: str, text: str, class_names: Sequence[str]) -> ImageFiles:
@@ -234,13 +228,8 @@ def _cifar_10_1(text: str, classes: int, channels: int) -> MemoryImages:
 
 def _with_labels(path: Path, labels_path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Images of a .npy file, and int64 labels of another."""
-    pixels, labels = _read_images(path), _read_array(labels_path)
-    if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
-        found = f"{labels.dtype} of shape {labels.shape}"
-        raise ValueError(f"{labels_path} must hold an integer for each of {len(pixels)} images, not {found}")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"{labels_path} has labels {labels.min()} to {labels.max()} but there are {classes} classes")
-    return pixels, labels.astype(np.int64)
+    pixels = _read_images(path)
+    return pixels, as_classes(_read_array(labels_path), classes, str(labels_path), len(pixels))
 
 
 def _patches(number: int, size: int, channels: int) -> np.ndarray:

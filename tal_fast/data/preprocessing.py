@@ -13,13 +13,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from tal_fast.config.schema import DataConfig
-from tal_fast.data.headers import MODES, UnreadableImage, error_summary, unsupported_pixels
+from tal_fast.data.headers import UnreadableImage, error_summary, unsupported_pixels
 from tal_fast.data.loader import ImageFormat, Normalizer
 from tal_fast.data.pillow import resized_crop
+from tal_fast.data.pixels import as_image
 from tal_fast.data.sampler import central_boxes
 
 IN_MEMORY = ("cifar10", "cifar100", "fashion-mnist", "synthetic")
-"""Data sets whose images are square and resized whole."""
+"""Data sets of the package whose images are square and resized whole."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Preprocessing:
     exif_rotation: bool  # turn images first as their EXIF data say
 
     @classmethod
-    def of(cls, config: DataConfig, image_size: int) -> Preprocessing:
-        """Preprocessing of a run's validation images, ``image_size`` pixels a side."""
-        fraction = 1.0 if config.dataset in IN_MEMORY else config.central_crop
+    def of(cls, config: DataConfig, image_size: int, loader: str = "") -> Preprocessing:
+        """Preprocessing of a run's validation images, ``image_size`` pixels a side, that this loader read."""
+        fraction = 1.0 if loader == "memory" or config.dataset in IN_MEMORY else config.central_crop
         return cls(
             image_size, config.channels, *config.normalization(), fraction, config.resampling, config.exif_rotation
         )
@@ -67,10 +68,9 @@ class Preprocessing:
             problem = getattr(error, "strerror", None) or error_summary(error, path)
         raise UnreadableImage(f"{path} cannot be read as an image ({problem})")
 
-    def pixels(self, image: Image.Image) -> np.ndarray:
-        """Pixels (S, S, C) uint8 of an image; raises ValueError for more than 8 bits a channel."""
-        if image.mode not in MODES:
-            raise ValueError(f"an image of mode {image.mode} has no standard conversion to 8 bits; convert it to RGB")
+    def pixels(self, image: Any) -> np.ndarray:
+        """Pixels (S, S, C) uint8 of what ``as_image`` takes, whose errors it raises."""
+        image = as_image(image)
         if self.exif_rotation:
             image = ImageOps.exif_transpose(image)
         box = central_boxes(np.array([[image.height, image.width]], np.float64), self.crop_fraction)[0]

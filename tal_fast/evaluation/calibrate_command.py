@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tal_fast
+from tal_fast.config.names import is_own_score
 from tal_fast.evaluation.calibration import DEFAULTS
 from tal_fast.evaluation.selective import NoThreshold
 from tal_fast.scores.logits import SCORES
@@ -43,6 +44,7 @@ def calibrate_npz(path: str | Path, output: str | Path | None = None, *, score: 
     """
     from tal_fast.evaluation.export import choose, select_score, write_about
     from tal_fast.evaluation.npz import read_npz
+    from tal_fast.evaluation.own_scores import score_values
     from tal_fast.utils.environment import version_of
 
     path = Path(path)
@@ -53,12 +55,14 @@ def calibrate_npz(path: str | Path, output: str | Path | None = None, *, score: 
     ood, by_class = options.get("ood"), options.pop("per_class", False)
     if ood is not None and ood not in inputs.ood:
         raise ValueError(f"{path} has no OOD set {ood!r}; it has: {', '.join(inputs.ood) or 'none'}")
-    score, selection = select_score(score, outputs, options)
+    selection: dict[str, Any] = {}
+    if score not in outputs.scores and not is_own_score(score):
+        score, selection = select_score(score, outputs, options)
     if ood is not None:
-        options["ood"] = SCORES[score](inputs.ood[ood].logits)
+        options["ood"] = score_values(score, inputs.ood[ood])
     if by_class:
         options |= {"predictions": outputs.logits.argmax(1), "classes": outputs.logits.shape[1]}
-    _, about = choose(SCORES[score](outputs.logits), outputs, outputs.correct, options)
+    _, about = choose(score, score_values(score, outputs), outputs, outputs.correct, options)
     about |= {"score": score, **selection, "npz": str(path), **({} if ood is None else {"ood_set": ood})}
     about["versions"] = {"tal_fast": tal_fast.__version__, "torch": version_of("torch")}
     write_about(about, folder)

@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 
 from tal_fast.data.headers import UnreadableImage
-from tal_fast.data.pixels import as_channels
 from tal_fast.data.preprocessing import Preprocessing
 from tal_fast.evaluation.calibrate_command import CALIBRATED
 from tal_fast.evaluation.calibration import limits_of
@@ -111,7 +110,7 @@ class Classifier:
         if self.about and self.about.get("weights_sha256") != weights_hash(run.model):
             raise ValueError(f"{calibrated} is of other weights than {run.checkpoint}; calibrate again")
         self.class_names = run.class_names
-        self.preprocessing = Preprocessing.of(run.config.data, run.image_size)
+        self.preprocessing = Preprocessing.of(run.config.data, run.image_size, run.loader)
         self.score, self.threshold = self.about.get("score", run.score), _threshold(self.about)
         bound = math.inf if self.threshold is None else self.threshold
         self._model = SelectiveClassifier(run.model, self.score, bound).to(device).eval()
@@ -179,13 +178,6 @@ class Classifier:
                 return self.preprocessing.read(os.fspath(image))
             except UnreadableImage as error:
                 return error
-        if isinstance(image, np.ndarray):
-            shape = image.shape
-            if image.dtype != np.uint8 or len(shape) < 2 or shape[2:] not in ((), (1,), (3,)):
-                raise ValueError(f"an array must be (H, W), (H, W, 1) or (H, W, 3) uint8, not {shape} {image.dtype}")
-            image = Image.fromarray(as_channels(image[None], 3)[0])
-        if not isinstance(image, Image.Image):
-            raise ValueError(f"an image must be a path, a PIL image or an array, not {type(image).__name__}")
         return self.preprocessing.pixels(image)
 
     def _check_top_k(self, top_k: int) -> None:

@@ -16,6 +16,7 @@ from tal_fast.utils.process import program_name, report_mistake
 if TYPE_CHECKING:
     from tal_fast.config.schema import DataConfig
     from tal_fast.evaluation.evaluation import Evaluation
+    from tal_fast.evaluation.report import EvaluationOptions
     from tal_fast.metrics.settings import Mix
 
 RUN_OPTIONS: dict[str, dict[str, Any]] = {
@@ -34,7 +35,7 @@ WEIGHTS_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "width": {"type": at_least(1), "help": "Width of a cifar_ network's first stage. Default: its paper's."},
     "data_dir": {"metavar": "DIR", "help": "Folder with val/CLASS/*, and train/CLASS/* for feature scores."},
-    "dataset": {"help": "Data set instead of a folder: digits, fashion-mnist, ... Default: folder."},
+    "dataset": {"help": "Data set instead of a folder: digits, fashion-mnist, ..., FILE.py:NAME. Default: folder."},
     "image_size": {"type": at_least(1), "help": "Side of the images in pixels. Default: timm's, else 224."},
     "crop_fraction": {"type": float, "help": "Central share of the shorter side to keep. Default: timm's, else 0.875."},
     "interpolation": {"choices": names.INTERPOLATIONS, "help": "Filter of resizing. Default: timm's, else bilinear."},
@@ -47,9 +48,10 @@ WEIGHTS_OPTIONS: dict[str, dict[str, Any]] = {
 PASS_OPTIONS: dict[str, dict[str, Any]] = {
     "ood": {
         "action": "append", "default": [], "metavar": "NAME=WHERE",
-        "help": "OOD set: a folder, textures:FOLDER, list:FOLDER:FILE.txt, imagenet-o:FOLDER, svhn:FILE.mat, "
-        "mnist[:FOLDER], fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, npy:FILE, patches[:N], gaussian[:N] "
-        "or uniform[:N]. May be repeated. Sets named near/... and far/... have a mean of each group.",
+        "help": "OOD set: a folder, webdataset:WHERE, huggingface:WHERE, textures:FOLDER, list:FOLDER:FILE.txt, "
+        "imagenet-o:FOLDER, svhn:FILE.mat, mnist[:FOLDER], fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, "
+        "npy:FILE, patches[:N], gaussian[:N] or uniform[:N]. May be repeated. Sets named near/... and far/... have a "
+        "mean of each group.",
     },
     "shift": {
         "action": "append", "default": [], "metavar": "NAME=WHERE",
@@ -100,23 +102,10 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
     from tal_fast.config.schema import ModelConfig
     from tal_fast.data.ood import parse_named
     from tal_fast.evaluation import sources
-    from tal_fast.evaluation.report import EvaluationOptions
     from tal_fast.runs.predictions import PassOptions
     from tal_fast.utils.distributed import Ranks
 
-    scores = ("msp",) if args.ensemble else names.DEFAULT_SCORES
-    options = EvaluationOptions(
-        scores=[name for group in args.scores or scores for name in group.split(",") if name],
-        mix=args.mix,
-        seed=args.seed,
-        convention=args.convention,
-        choose_by=args.choose_by,
-        temperature=args.temperature,
-        intervals=args.bootstrap > 0,
-        metrics=args.metrics,
-        costs=None if args.costs is None else _read_costs(args.costs),
-        **({} if args.knn_samples is None else {"knn_samples": args.knn_samples or None}),
-    )
+    options = options_of(args)
     path = args.npz or args.weights or Path((args.ensemble or ["."])[0]).absolute().with_name("ensemble")
     output = Path(args.output or args.run or sources.default_output(path, args.model or ""))
     if args.npz is not None:
@@ -143,6 +132,20 @@ def _evaluate(args: argparse.Namespace) -> tuple[Evaluation | None, Path]:
         return sources.evaluate_weights(args.weights, model, _data_config(args), output, **shared), output
     finally:
         ranks.stop()
+
+
+def options_of(args: argparse.Namespace) -> EvaluationOptions:
+    """Options of an evaluation; raises ValueError for an unknown score or metric, and for what does not go together."""
+    from tal_fast.evaluation.report import EvaluationOptions
+
+    scores = ("msp",) if args.ensemble else names.DEFAULT_SCORES
+    return EvaluationOptions(
+        scores=[name for group in args.scores or scores for name in group.split(",") if name], mix=args.mix,
+        seed=args.seed, convention=args.convention, choose_by=args.choose_by, temperature=args.temperature,
+        intervals=args.bootstrap > 0, metrics=args.metrics,
+        costs=None if args.costs is None else _read_costs(args.costs),
+        **({} if args.knn_samples is None else {"knn_samples": args.knn_samples or None}),
+    )  # fmt: skip
 
 
 def _data_config(args: argparse.Namespace) -> DataConfig:
@@ -239,7 +242,7 @@ def parser() -> ArgumentParser:
         "%(default)s, no intervals.",
     )  # fmt: skip
 
-    further = f"{', '.join(names.FURTHER_METRICS)}, coverage@risk=0.05, risk@coverage=0.8, ds=msp+energy (two scores)"
+    further = f"{', '.join(names.FURTHER_METRICS)}, coverage@risk=0.05, risk@coverage=0.8, ds=msp+energy, FILE.py:NAME"
     metrics.add_argument("--metrics", nargs="+", default=[], help=f"Further metrics for report.json: {further}.")
     metrics.add_argument("--costs", metavar="FILE.csv", help="Cost of each label (row) and prediction, for cost_*.")
     output = parser.add_argument_group("output")

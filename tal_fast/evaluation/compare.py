@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -285,7 +286,7 @@ def columns_of(groups: Sequence[Group], metrics: Sequence[str]) -> list[Column]:
     }
     columns: dict[Column, None] = {}
     for text in metrics:
-        setting, _, metric = text.rpartition(":")
+        setting, _, metric = re.sub(r"[^:]*\.py:", "", text).rpartition(":")  # FILE.py:NAME is NAME in the reports
         kind, slash, name = setting.partition("/")
         pattern, metric = kind.replace("-", "_") + slash + name, metric.replace("-", "_")
         found = [keys[key] for key in (fnmatch.filter(keys, pattern) if setting else SETTING_TITLES) if key in keys]

@@ -52,8 +52,8 @@ def parser() -> ArgumentParser:
     content = parser.add_argument_group("what is compared")
     content.add_argument(
         "--metrics", nargs="+", default=list(DEFAULT_METRICS), metavar="[SETTING:]METRIC",
-        help=f"Metrics: {', '.join(METRICS)} or another of the reports; of each setting, or of one: new-fd:aurc, "
-        f"ood/SET:fpr95, 'new-fd/*:aurc'. Default: {' '.join(DEFAULT_METRICS)}.",
+        help=f"Metrics: {', '.join(METRICS)} or another of the reports, also your own; of each setting, "
+        f"or of one: new-fd:aurc, ood/SET:fpr95, 'new-fd/*:aurc'. Default: {' '.join(DEFAULT_METRICS)}.",
     )  # fmt: skip
     content.add_argument("--score", help="Score of the runs that name none. Default: each method's own.")
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import tal_fast
+from tal_fast.config.names import is_own_score
 from tal_fast.config.typed import one_line
 from tal_fast.data.datasets import DataBundle, Split
 from tal_fast.data.ood import ood_set, set_named
@@ -222,7 +223,7 @@ def export_run(
     about: dict[str, Any] = {
         "score": score, **selection, "run": str(run_dir), "checkpoint": run.checkpoint.stem, "epoch": run.epoch,
         "weights_sha256": weights_hash(run.model), "class_names": list(run.class_names),
-        **asdict(Preprocessing.of(run.config.data, run.image_size)),
+        **asdict(Preprocessing.of(run.config.data, run.image_size, run.loader)),
     }  # fmt: skip
     by_class = options is not None and options.pop("per_class", False)
     everything = torch.full((len(run.class_names),) if by_class else (), -math.inf)
@@ -255,7 +256,7 @@ def export_run(
         "accepted": len(correct), "errors": int((~correct).sum()), "coverage": 1.0,
     }  # fmt: skip
     if options is not None:
-        threshold, values = choose(chosen_on[1], outputs, correct, options)
+        threshold, values = choose(score, chosen_on[1], outputs, correct, options)
     about = values | about
     if graph is not None:
         about["export"] = {"format": format, "precision": precision, "file": GRAPHS[format]}
@@ -283,6 +284,8 @@ def export_run(
 def check_score(name: str) -> str:
     """Name in ``SCORES`` of a score; raises ValueError if there is none."""
     plain = name.replace("-", "_")
+    if is_own_score(name):
+        raise ValueError(f"{name} is Python code, which a graph cannot hold; choose its threshold with calibrate --npz")
     if plain not in SCORES:
         raise ValueError(f"unknown score {name!r}; choose a score of logits: {', '.join(SCORES)}")
     return plain
@@ -360,14 +363,15 @@ def agreement(
 
 
 def choose(
-    confidence: Any, outputs: Outputs, correct: Any, options: Mapping[str, Any]
+    score: str, confidence: Any, outputs: Outputs, correct: Any, options: Mapping[str, Any]
 ) -> tuple[float | Floats, dict[str, Any]]:
-    """Result of ``calibrate``; where a risk is refused, with a table of what every score of the outputs achieves."""
+    """Result of ``calibrate``; a refusal of a risk has a table of what every score of the outputs achieves."""
     try:
         return calibrate(confidence, correct, **options)
-    except NoThreshold as refusal:
+    except NoThreshold as problem:
+        refusal = NoThreshold(f"with {score}, {problem}")
         if options.get("ood") is not None or options.get("predictions") is not None:
-            raise
+            raise refusal from None
         raise with_table(refusal, logit_scores(outputs.logits), outputs.correct, **options) from None
 
 

@@ -16,7 +16,7 @@ from tal_fast.evaluation.pipeline import EvaluationInputs
 from tal_fast.runs.prediction_store import Outputs
 from tal_fast.runs.predictions import check_finite
 from tal_fast.scores.features import Training
-from tal_fast.utils.arrays import open_npz
+from tal_fast.utils.arrays import as_classes, as_matrix, open_npz
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +83,10 @@ def _load(path: str | Path) -> dict[str, Any]:
 def _outputs(arrays: Mapping[str, Any], prefix: str, path: str | Path, labelled: bool = True) -> Outputs:
     """Outputs in the arrays ``PREFIXlogits``, ``PREFIXfeatures`` and, where the set is labelled, ``PREFIXlabels``."""
     key = f"{prefix}logits"
-    logits = _matrix(arrays, key)
+    logits = as_matrix(arrays[key], key)
     features = None
     if f"{prefix}features" in arrays:
-        features = _matrix(arrays, f"{prefix}features")
+        features = as_matrix(arrays[f"{prefix}features"], f"{prefix}features")
         if len(features) != len(logits):
             raise ValueError(
                 f"{prefix}features has {len(features)} samples but its logits have {len(logits)}; they must match"
@@ -95,7 +95,7 @@ def _outputs(arrays: Mapping[str, Any], prefix: str, path: str | Path, labelled:
     if labelled:
         if f"{prefix}labels" not in arrays:
             raise ValueError(f"{path} has {key!r} but no '{prefix}labels'; a shifted set needs its labels")
-        labels = _labels(arrays, f"{prefix}labels", key)
+        labels = as_classes(arrays[f"{prefix}labels"], logits.shape[1], f"{prefix}labels", len(logits))
     scores = {
         name.removeprefix(f"{prefix}score_"): check_values(values, len(logits), name)
         for name, values in arrays.items()
@@ -103,28 +103,8 @@ def _outputs(arrays: Mapping[str, Any], prefix: str, path: str | Path, labelled:
     }
     outputs = Outputs(logits, features, labels, scores)
     check_finite(outputs, key)
+    if not len(logits):
+        logger.warning("%s of %s has no samples, so that no metric over it is defined", key, path)
     if logits.shape[1] > 1 and logits.size and logits.min() >= 0 and np.allclose(logits.sum(1, float), 1, atol=1e-2):
         logger.warning("%s of %s are probabilities but taken for logits: save numpy.log of them", key, path)
     return outputs
-
-
-def _matrix(arrays: Mapping[str, Any], name: str) -> Any:
-    matrix = arrays[name]
-    if matrix.ndim != 2 or matrix.shape[1] == 0 or matrix.dtype.kind not in "fiu":
-        raise ValueError(f"{name} must be an (n, C) array of real numbers, not {matrix.dtype} of shape {matrix.shape}")
-    return matrix
-
-
-def _labels(arrays: Mapping[str, Any], name: str, logits_name: str) -> Any:
-    labels, (samples, classes) = arrays[name], arrays[logits_name].shape
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be (n,) integers, not {labels.dtype} of shape {labels.shape}")
-    if len(labels) != samples:
-        raise ValueError(f"{logits_name} has {samples} samples but {name} has {len(labels)}; they must match")
-    outside = np.flatnonzero((labels < 0) | (labels >= classes))
-    if outside.size:
-        raise ValueError(
-            f"{name} must lie in 0..{classes - 1}, the columns of {logits_name}; {labels[outside[0]]} "
-            f"(index {outside[0]}) does not"
-        )
-    return labels.astype(np.int64)

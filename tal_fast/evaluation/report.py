@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 import tal_fast
-from tal_fast.config.names import DEFAULT_SCORES, FURTHER_METRICS, check_scores
+from tal_fast.config.names import DEFAULT_SCORES, FURTHER_METRICS, check_scores, is_own_metric
+from tal_fast.evaluation.own_scores import add_own_metrics
 from tal_fast.evaluation.sample_scores import Predictions, Samples
 from tal_fast.evaluation.tables import setting_title
 from tal_fast.metrics.failure import METRICS, aurc_floor, aurc_random, failure_metrics, undefined_reasons
@@ -56,15 +57,17 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", check_scores(self.scores))
         for metric in self.metrics:
-            if not re.fullmatch(rf"{'|'.join(FURTHER_METRICS)}|{_OTHER}", metric):
-                known = f"{', '.join(FURTHER_METRICS)}, coverage@risk=0.05, risk@coverage=0.8 and ds=msp+energy"
-                raise ValueError(
-                    f"unknown metric {metric!r}; choose from {known}, with shares in (0, 1] and two scores"
-                )
+            if not is_own_metric(metric) and not re.fullmatch(rf"{'|'.join(FURTHER_METRICS)}|{_OTHER}", metric):
+                known = f"{', '.join(FURTHER_METRICS)}, coverage@risk=0.05, risk@coverage=0.8, ds=msp+energy"
+                raise ValueError(f"unknown metric {metric!r}; use {known}, with shares in (0, 1], or FILE.py:FUNCTION")
         if self.costs is None and any(metric.startswith("cost_") for metric in self.metrics):
             raise ValueError("cost_aurc and cost_augrc need a matrix of costs; name its file with --costs")
         if self.choose_by != "old-fd" and self.choose_by.partition("=")[0] != "new-fd":
             raise ValueError(f"pnorm is chosen by old-fd, new-fd or new-fd=OOD-SET, not by {self.choose_by!r}")
+        if self.choose_by != "new-fd" and "pnorm" not in self.scores:
+            raise ValueError(
+                f"choosing by {self.choose_by} is for pnorm, which is not among the scores; add it to them"
+            )
 
 
 def make_report(
@@ -119,6 +122,7 @@ def make_report(
             for key, judged in settings.items()
             if not key.startswith("ood")
         }
+        add_own_metrics(report, settings, options.metrics)
     if options.intervals:
         baseline = baseline or next(iter(samples.id_scores))
         report["bootstrap"] = {

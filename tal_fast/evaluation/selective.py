@@ -162,7 +162,7 @@ def choose_threshold(scores: Any, correct: Any, *, risk: float, confidence: floa
         least = int(np.argmin(limits))
         raise NoThreshold(
             f"no threshold keeps the risk within {risk:g} with confidence {confidence:g}: the lowest bound tried is "
-            f"{limits[least]:.4g} ({ranked.fp[starts[least]]} errors among {sizes[least]} of {n} held-out samples); "
+            f"{limits[least]:.4g} ({ranked.fp[starts[least]]} wrong of {sizes[least]} among {n} held-out samples); "
             f"allow a larger risk, hold out more samples or use a better score"
         )
     end, errors = int(ranked.end[best[0]]), int(ranked.fp[best[0]])

@@ -246,7 +246,7 @@ def describe_samples(report: Mapping[str, Any], key: str, units: str = "natural"
     if counts is None:
         return text
     samples = f"{counts['id']:,} ID" + (f" + {counts['ood']:,} OOD" if counts["ood"] else "")
-    return f"{samples}, {counts['errors']:,} errors; {text}"
+    return f"{samples}, {counts['errors']:,} error{'s' * (counts['errors'] != 1)}; {text}"
 
 
 def setting_notes(report: Mapping[str, Any], key: str, metrics: Sequence[str]) -> list[str]:

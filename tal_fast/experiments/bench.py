@@ -24,7 +24,7 @@ def print_expected_hours(experiment: Experiment, at_once: int) -> int:
     torch.set_num_threads(experiment.threads)
     print(wrap(machine(environment())), flush=True)
     first = [job for job in experiment.jobs if job.seed == experiment.seeds[0]]
-    width, runs, hours = max(len(job.label) for job in first), len(experiment.seeds), []
+    width, runs, seconds = max(len(job.label) for job in first), len(experiment.seeds), []
     print(f"{'run':{width}}    ms/step   images/s  data wait           each   runs   one after another")
     notes: dict[str, list[str]] = {}
     for job in first:
@@ -37,14 +37,14 @@ def print_expected_hours(experiment: Experiment, at_once: int) -> int:
             gc.collect()  # the trainer, whose GPU memory the next one needs
             torch.cuda.empty_cache()
             torch.compiler.reset()  # after 8 networks of one class no more are compiled
-        hours.append(runs * row.hours)
+        seconds.append(runs * row.hours * 3600)
         notes.setdefault(row.note, []).append(job.label)
-        step, each, all_seeds = 1e3 * job.config.batch_size / row.images_per_s, row.hours * 3600, hours[-1] * 3600
+        step, each = 1e3 * job.config.batch_size / row.images_per_s, duration(row.hours * 3600)
         rates = f"{step:10.2f} {row.images_per_s:10,.0f} {row.data_wait:10.0%}"
-        print(f"{job.label:{width}} {rates} {duration(each):>14} {runs:6} {duration(all_seeds):>19}", flush=True)
+        print(f"{job.label:{width}} {rates} {each:>14} {runs:6} {duration(seconds[-1]):>19}", flush=True)
     for note in filter(None, notes):
         print(wrap(f"{', '.join(notes[note])}: {note}"))
-    total = sum(hours) * 3600
-    print(f"all {runs * len(hours)}: {duration(total)}, or {duration(total / at_once)} with {at_once} at a time;")
+    fewer = f", {duration(sum(seconds) / at_once)} with {at_once} at a time" * (at_once > 1)
+    print(f"all {runs * len(seconds)}: {duration(sum(seconds))}{fewer};")
     print("training and its validations, without start-up and the evaluation after it")
-    return int(len(hours) < len(first))
+    return int(len(seconds) < len(first))

@@ -118,12 +118,13 @@ def _run(args: argparse.Namespace) -> int:
     for folder in folders:
         folder.check()
     folders = chosen(folders, args.only, args.failed)
+    left = [] if args.table_only else [folder for folder in folders if not folder.is_done(experiment.evaluate)]
     if args.status:
         _print_status(experiment, folders)
-        return 0
-    left = [] if args.table_only else [folder for folder in folders if not folder.is_done(experiment.evaluate)]
     if args.only is None:
         _check_data(experiment, left)
+    if args.status:
+        return 0
     if args.launcher != "local":
         words = [str(Path(args.file).resolve()), "--output", str(output.resolve()), "--jobs", "1"]
         with console_logging():
@@ -143,15 +144,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def _check_data(experiment: Experiment, folders: Sequence[Folder]) -> None:
     """Raise ValueError if the data of a job, or a set that it is evaluated on, cannot be read, before it trains."""
-    from tal_fast.data.ood import parse_named
-    from tal_fast.evaluation.command import parser
     from tal_fast.evaluation.sources import check_sets
 
-    args = parser().parse_args(["--run", "RUN", *experiment.evaluate])
-    sets = parse_named(args.ood, "--ood"), parse_named(args.shift, "--shift")
     for data in {repr(folder.job.config.data): folder.job.config.data for folder in folders}.values():
         try:
-            check_sets(data, *sets)
+            check_sets(data, experiment.evaluation.ood, experiment.evaluation.shift)
         except ValueError as error:
             raise ValueError(f"evaluate: {error}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import re
@@ -49,12 +50,14 @@ def _experiment(content: Values, folder: Path) -> Experiment:
     select = None
     if "select" in content:
         select = read(SelectOptions, _mapping(content["select"], "select"), "select")
+    words, args = _evaluate_words(_mapping(content.get("evaluate"), "evaluate"))
     experiment = Experiment(
         base=merged(_base(content["base"], folder), _overrides(content.get("overrides"), "overrides")),
         methods=methods,
         seeds=_seeds(content["seeds"]),
         grid=_grid(content.get("grid"), methods),
-        evaluate=_evaluate_words(_mapping(content.get("evaluate"), "evaluate")),
+        evaluate=words,
+        evaluation=args,
         compare=compare,
         select=select,
         threads=_whole_number(content.get("threads", 1), "threads", 1),
@@ -150,8 +153,8 @@ def _grid(grid: Any, methods: Mapping[str, Any]) -> tuple[GridKey, ...]:
     return tuple(keys)
 
 
-def _evaluate_words(options: Values) -> tuple[str, ...]:
-    """Command-line words for options of ``tal_fast.evaluate``, checked by its parser."""
+def _evaluate_words(options: Values) -> tuple[tuple[str, ...], argparse.Namespace]:
+    """Command-line words for options of ``tal_fast.evaluate``, and what its parser makes of them."""
     from tal_fast.data.ood import parse_named
     from tal_fast.evaluation import command
 
@@ -166,6 +169,8 @@ def _evaluate_words(options: Values) -> tuple[str, ...]:
                 f"evaluate.{key} is not an option of tal_fast.evaluate --run; there are {', '.join(actions)}"
             )
         option = f"--{dest.replace('_', '-')}"
+        if value is None or value == []:
+            raise ValueError(f"evaluate.{key} is empty; give a value, or leave it out")
         if actions[dest].nargs == 0:
             if not isinstance(value, bool):
                 raise ValueError(f"evaluate.{key} is {value!r} but must be true or false")
@@ -179,21 +184,18 @@ def _evaluate_words(options: Values) -> tuple[str, ...]:
     try:
         with contextlib.redirect_stderr(errors):
             args = parser.parse_args(["--run", "RUN", *words])
-        parse_named(args.ood, "--ood")
-        parse_named(args.shift, "--shift")
-        if args.scores is not None:
-            check_scores([name for group in args.scores for name in group.split(",") if name])
+        args.ood, args.shift = parse_named(args.ood, "--ood"), parse_named(args.shift, "--shift")
+        command.options_of(args)
     except SystemExit:
         raise ValueError(f"evaluate: {errors.getvalue().strip().rpartition('error: ')[2]}") from None
     except ValueError as error:
         raise ValueError(f"evaluate: {error}") from None
-    return tuple(words)
+    return tuple(words), args
 
 
 def check_selection(select: SelectOptions, experiment: Experiment) -> None:
     """Raise ValueError for an unusable criterion, or one over a set that no run is evaluated on."""
-    words = experiment.evaluate
-    named = [words[i + 1].partition("=")[0] for i, word in enumerate(words) if word in ("--ood", "--shift")]
+    named = [*experiment.evaluation.ood, *experiment.evaluation.shift]
     sets = list(dict.fromkeys([*(name for job in experiment.jobs for name in job.config.data.ood), *named]))
     if not select.metrics:
         raise ValueError("select.metrics is empty; name at least one, such as old_fd.aurc")
@@ -219,10 +221,11 @@ def _check_compare(experiment: Experiment) -> None:
     compare = experiment.compare
     if compare.bootstrap < 0:
         raise ValueError(f"compare.bootstrap is {compare.bootstrap} but must be at least 0")
-    unknown = [metric for metric in compare.metrics if metric not in METRICS]
+    known = [*METRICS, *(name.rpartition(":")[2] for name in experiment.evaluation.metrics)]
+    unknown = [metric for metric in compare.metrics if metric not in known]
     if unknown or not compare.metrics:
         problem = f"{unknown[0]!r} is not a metric" if unknown else "is empty"
-        raise ValueError(f"compare.metrics: {problem}; there are {', '.join(METRICS)}")
+        raise ValueError(f"compare.metrics: {problem}; there are {', '.join(known)}; evaluate.metrics may name more")
     if compare.score is not None:
         try:
             check_scores([compare.score])

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -82,6 +83,7 @@ class Experiment:
     seeds: tuple[int, ...]
     grid: tuple[GridKey, ...]
     evaluate: tuple[str, ...]  # options of ``tal_fast.evaluate`` as command-line words
+    evaluation: Namespace  # the same as its parser has them; ``ood`` and ``shift`` by name
     compare: CompareOptions
     select: SelectOptions | None  # criterion for the best grid point; None to choose nothing
     threads: int  # CPU threads of each job

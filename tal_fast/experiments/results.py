@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tal_fast.evaluation import compare
-from tal_fast.evaluation.compare import Column, Estimate, Group
+from tal_fast.evaluation.compare import Column, Estimate, Group, metrics_of
 from tal_fast.evaluation.differences import Comparison
 from tal_fast.evaluation.evaluation import samples_of
 from tal_fast.evaluation.report import none_to_nan, read_report, write_report
@@ -22,7 +22,8 @@ FORMAT = 1
 STAGES = ("train", "evaluate")
 _REPORT_KEYS = (
     "format", "method", "score", "checkpoint", "epoch", "id_accuracy", "convention", "mix", "seed", "ood_names",
-    "shift_names", "counts", "samples", "settings", "aurc_floor", "aurc_random", "calibration", "temperature",
+    "shift_names", "counts", "samples", "settings", "further", "aurc_floor", "aurc_random", "calibration",
+    "temperature",
 )  # fmt: skip
 """Entries copied from the reports: no paths of this machine, and no intervals, which are in the differences."""
 
@@ -171,8 +172,9 @@ def groups_of(results: Results) -> list[Group]:
 
 
 def all_columns(groups: Sequence[Group], metrics: Sequence[str]) -> list[Column]:
-    """Setting and metric of every column: each metric in every setting of the reports."""
-    return [(key, metric) for key in groups[0].reports[0]["settings"] for metric in metrics]
+    """Setting and metric of every column: each metric in every setting in which the reports have it."""
+    report, score = groups[0].reports[0], groups[0].score
+    return [(k, metric) for k in report["settings"] for metric in metrics if metric in metrics_of(report, k, score)]
 
 
 def check_complete(results: Results, output: Path) -> None:

@@ -35,6 +35,7 @@ class Run:
     image_size: int  # side of the validation images in pixels
     # Rows of metrics.csv, one for each finished epoch.
     history: list[dict[str, float]] = field(default_factory=list, repr=False)
+    loader: str = ""  # reader of the images in training, such as ``memory``; empty where unknown
     digests: dict[str, str] = field(default_factory=dict, repr=False)  # ``data_digest`` of the images in training
 
     @cached_property
@@ -114,5 +115,6 @@ def load_run(
         class_names=tuple(shape["class_names"]),
         image_size=shape["image_size"],
         history=content["history"],
+        loader=shape.get("conditions", {}).get("data.loader", ""),
         digests=shape.get("digests", {}),
     )

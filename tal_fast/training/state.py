@@ -287,4 +287,5 @@ def conditions(config: Config, data: DataBundle, runtime: Runtime) -> dict[str, 
         "C++ extension": build_digest(),
         "tal_fast": f"{__version__} ({code_digest()[:8]})",
         "the method's file": file_digest(config.method.name),
+        "the data set's file": file_digest(config.data.dataset),
     }

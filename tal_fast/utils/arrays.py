@@ -68,7 +68,7 @@ class NpzArrays:
 def open_npz(path: str | Path) -> Iterator[NpzArrays]:
     """Open an ``.npz`` file.
 
-    Raises OSError if it cannot be opened, and ValueError if it is damaged, holds pickled objects, is no ``.npz``, or is
+    Raises OSError if it cannot be opened, and ValueError if it is damaged, holds objects, is no ``.npz``, or is
     larger than the machine's memory; also where an array is read or is missing.
     """
     refuse_pipe(path)
@@ -85,7 +85,9 @@ def open_npz(path: str | Path) -> Iterator[NpzArrays]:
                 yield NpzArrays(loaded)
         except Exception as error:  # unzipping and parsing of headers raise errors of many types
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise ValueError(f"{path} cannot be read as .npz without pickle ({reason})") from None
+            if "pickle" in reason:  # NumPy's words for objects, and for whatever it does not know
+                reason = "it holds objects" if "Object arrays" in reason else "it is no .npz, or damaged"
+            raise ValueError(f"{path} cannot be read as .npz ({reason})") from None
 
 
 def check_dense(tensor: Any, name: str) -> None:
@@ -96,11 +98,14 @@ def check_dense(tensor: Any, name: str) -> None:
         raise ValueError(f"{name} must be real numbers, not {tensor.dtype}")
 
 
-def as_classes(values: Any, classes: int, name: str = "labels") -> Ints:
-    """Class labels as an array; raises ValueError unless they are integers in [0, classes)."""
+def as_classes(values: Any, classes: int, name: str = "labels", samples: int | None = None) -> Ints:
+    """Class labels as an array; raises ValueError unless they are integers in [0, classes), one a sample if given."""
     labels = to_numpy(values)
+    if samples is not None and labels.shape != (samples,):
+        raise ValueError(f"{name} must be a label for each of {samples} samples, not of shape {labels.shape}")
     if labels.size and (labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes):
-        raise ValueError(f"{name} must be integers in 0..{classes - 1}, the columns of logits")
+        found = f" from {labels.min()} to {labels.max()}" if labels.dtype.kind in "biuf" else ""
+        raise ValueError(f"{name} must be integers in 0..{classes - 1}, the classes, not {labels.dtype}{found}")
     return labels.astype(np.int64)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
 import sys
+import traceback
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-METHODS, SCORES = "tal_fast.methods", "tal_fast.scores"
+METHODS, SCORES, METRICS, DATA = "tal_fast.methods", "tal_fast.scores", "tal_fast.metrics", "tal_fast.data"
 """Groups of entry points."""
 
 
@@ -57,3 +60,16 @@ def load(name: str, group: str) -> Any:
     if not hasattr(module, member):
         raise ValueError(f"{file} defines no {member}")
     return getattr(module, member)
+
+
+@contextlib.contextmanager
+def running(what: str) -> Iterator[None]:
+    """Context in which a user's code runs: its errors become one sentence with the line of the user's file."""
+    try:
+        yield
+    except Exception as error:
+        # ``load`` names modules by their files.
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in sys.modules]
+        place = "".join(f" in line {frame.lineno} of {frame.filename}" for frame in frames[-1:])
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{what} failed{place} ({reason}); mend it there") from error

@@ -43,6 +43,10 @@ def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
         ({"data": {"color_jitter": [0.4, 0.4, 0.4, 0.6]}}, "data.color_jitter is [0.4, 0.4, 0.4, 0.6] but must be at"),
         ({"data": {"repeats": 0}}, "data.repeats is 0 but must be at least 1"),
         ({"model": {"width": 0}}, "model.width is 0 but must be at least 1"),
+        (
+            {"optim": {"head_epochs": 3}, "epochs": 3},
+            "optim.head_epochs is 3 of 3 epochs: the head alone would train; set model.freeze to backbone",
+        ),
         ({"optim": {"lr": 0}}, "optim.lr is 0.0 but must be above 0"),
         ({"optim": {"momentum": 1}}, "optim.momentum is 1.0 but must be in [0, 1)"),
         ({"optim": {"momentum": 0}}, "optim.nesterov needs momentum above 0"),

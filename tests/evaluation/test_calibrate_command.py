@@ -193,7 +193,7 @@ def test_a_refusal_has_a_table_of_what_each_score_achieves(tmp_path: Path, capsy
     saved_outputs(tmp_path / "o.npz", 400)
     assert main(["--npz", str(tmp_path / "o.npz"), "--risk", "0.001", "--score", "msp"]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("refused: 200 held-out samples are too few")
+    assert lines[0].startswith("refused: with msp, 200 held-out samples are too few")
     assert lines[1] == "with confidence 0.95 on 200 samples that the bound does not use:"
     table = {line.split()[0]: line.split()[1:] for line in lines[3:-1]}
     assert set(table) == set(SCORES)
@@ -209,7 +209,7 @@ def test_a_refusal_has_a_table_of_what_each_score_achieves(tmp_path: Path, capsy
         (["--score", "msp", "--risk", "0.02", "--ood", "x"], 2, "--metric false-accept-ood and --ood NAME go together"),
         (["--score", "msp", "--risk", "0.02", "--ood", "x", "--metric", "false-accept-ood"], 2, "has no OOD set 'x'"),
         (["--score", "auto", "--risk", "0.02", "--calibration-share", "1"], 2, "leaves no samples for --score auto"),
-        (["--score", "msp", "--risk", "0.02", "--per-class"], 1, "refused: no class has a threshold"),
+        (["--score", "msp", "--risk", "0.02", "--per-class"], 1, "refused: with msp, no class has a threshold"),
         (["--risk", "0.02"], 2, "error: an .npz names no score"),
         (["--score", "knn", "--risk", "0.02"], 2, "error: unknown score 'knn'"),
         (["--score", "msp", "--risk", "2"], 2, "error: risk must lie in (0, 1), not 2"),

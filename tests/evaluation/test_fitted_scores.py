@@ -107,6 +107,10 @@ def test_the_command_says_what_was_held_out(tmp_path: Path, capsys: pytest.Captu
     assert "chosen by new-fd and synthetic outliers" in out
     assert read_json(tmp_path / "a-report")["counts"]["id"] == 160
     for options, message in (
+        (
+            ["--choose-by", "old-fd", "--scores", "msp"],
+            "choosing by old-fd is for pnorm, which is not among the scores",
+        ),
         (["--choose-by", "ood"], "pnorm is chosen by old-fd, new-fd or new-fd=OOD-SET, not by 'ood'"),
         (["--choose-by", "new-fd=far"], "pnorm cannot be chosen by 'far': OOD sets are noise"),
     ):

@@ -41,22 +41,25 @@ def test_all_arrays_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     [
         ({"logits": None}, "has no 'logits'; it has labels, ood_noise_logits"),
         ({"labels": None}, "has no 'labels'; it has logits"),
-        ({"labels": np.zeros(7, int)}, "logits has 200 samples but labels has 7; they must match"),
-        ({"labels": np.full(200, 5)}, "labels must lie in 0..4, the columns of logits; 5 (index 0) does not"),
-        ({"labels": np.arange(200) - 1}, "-1 (index 0) does not"),
-        ({"labels": np.zeros(200)}, "labels must be (n,) integers, not float64"),
-        ({"logits": np.zeros(200)}, "logits must be an (n, C) array"),
+        ({"labels": np.zeros(7, int)}, "labels must be a label for each of 200 samples, not of shape (7,)"),
+        ({"labels": np.full(200, 5)}, "labels must be integers in 0..4, the classes, not int64 from 5 to 5"),
+        ({"labels": np.arange(200) - 1}, "not int64 from -1 to 198"),
+        (
+            {"labels": np.zeros(200)},
+            "labels must be integers in 0..4, the classes, not float64 from 0.0 to 0.0",
+        ),
+        ({"logits": np.zeros(200)}, "logits must be (n, C) with C >= 1, not of shape (200,)"),
         ({"logits": np.full((200, 5), np.nan)}, "the logits of sample 0 of 'logits' are not finite"),
         ({"ood_noise_logits": np.zeros((90, 4))}, "ood_noise_logits has 4 columns but logits has 5"),
         ({"features": np.zeros((7, 3))}, "features has 7 samples but its logits have 200"),
         ({"shift_fog_logits": np.zeros((4, 5))}, "has 'shift_fog_logits' but no 'shift_fog_labels'"),
         (
             {"shift_fog_logits": np.zeros((4, 5)), "shift_fog_labels": np.arange(3)},
-            "shift_fog_logits has 4 samples but shift_fog_labels has 3",
+            "shift_fog_labels must be a label for each of 4 samples, not of shape (3,)",
         ),
         ({"shift_fog_logits": np.zeros((4, 6)), "shift_fog_labels": np.arange(4)}, "has 6 columns but logits has 5"),
-        ({"logits": np.array([{}, {}])}, "cannot be read as .npz without pickle"),
-        ({"logits": np.zeros((200, 5), complex)}, "logits must be an (n, C) array of real numbers, not complex128"),
+        ({"logits": np.array([{}, {}])}, "cannot be read as .npz (it holds objects"),
+        ({"logits": np.zeros((200, 5), complex)}, "logits must be real numbers, not complex128"),
         ({"train_features": np.ones((9, 4), complex)}, "training features must be real numbers, not complex128"),
         (
             {"train_features": np.ones((9, 4)), "fc_weight": np.ones((5, 4)) + 1j},
@@ -102,7 +105,7 @@ def test_arrays_that_claim_more_than_the_memory_are_refused(tmp_path: Path, shap
     np.lib.format.write_array_header_1_0(npy, {"descr": "<f4", "fortran_order": False, "shape": shape})
     with zipfile.ZipFile(tmp_path / "outputs.npz", "w") as file:
         file.writestr("logits.npy", npy.getvalue() + bytes(64))
-    with pytest.raises(ValueError, match=r"cannot be read as \.npz without pickle"):
+    with pytest.raises(ValueError, match=r"cannot be read as \.npz \("):
         read_npz(tmp_path / "outputs.npz")
 
 
@@ -115,3 +118,23 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
             read_npz(tmp_path / name)
     with pytest.raises(ValueError, match="there is no file"):
         read_npz(tmp_path / "gone.npz")
+
+
+def test_outputs_without_samples_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    empty = {"logits": np.zeros((0, 3)), "labels": np.zeros(0, int), "ood_far_logits": np.ones((2, 3))}
+    np.savez(tmp_path / "x.npz", **empty)
+    read_npz(tmp_path / "x.npz")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == f"logits of {tmp_path / 'x.npz'} has no samples, so that no metric over it is defined"
+
+
+def test_damaged_files_are_named_without_talk_of_pickle(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "x.npz")
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:3], b"", b"text", whole[40:]):
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"x.npz cannot be read as .npz \(.*\); write it with numpy.savez"
+        ) as problem:
+            read_npz(path)
+        assert "pickle" not in str(problem.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tal_fast import evaluate
+from tal_fast import compare, evaluate
 from tal_fast.config.names import check_scores
+from tal_fast.evaluation import calibrate_command, export_command
+from tal_fast.evaluation.calibration import split_samples
 from tal_fast.evaluation.npz import read_npz
 from tal_fast.evaluation.pipeline import evaluate_outputs
 from tal_fast.evaluation.report import EvaluationOptions
@@ -36,6 +39,9 @@ def matrix(logits, features):
 
 def holes(logits, features):
     return np.where(logits[:, 0] > 0, 1.0, np.nan)
+
+def bad(logits, features):
+    return logits[:, 99]
 
 def alone(logits):
     return logits[:, 0]
@@ -91,8 +97,9 @@ def test_values_beside_saved_outputs_are_scores(tmp_path: Path) -> None:
             r"matrix must have a number for each of 200 samples, shape \(200,\); it has float\d+ of shape",
         ),
         ("own.py:holes", r"holes is NaN for \d+ of 200 samples, first for sample \d+; give numbers"),
-        ("own.py:alone", r"your score alone must be a function of \(logits, features\): too many positional"),
-        ("own.py:number", r"your score number must be a function of \(logits, features\): 3 is not a callable"),
+        ("own.py:alone", r"your score alone, a function of \(logits, features\), failed \(TypeError"),
+        ("own.py:number", r"your score number, a function of \(logits, features\), failed \(TypeError"),
+        ("own.py:bad", r"your score bad, .* failed in line \d+ of .*own.py \(IndexError: index 99 is out"),
         ("own.py:msp", "your score msp has the name of another score; rename it"),
         ("own.py:none", "own.py defines no none"),
         ("none.py:spread", "there is no file .*none.py, which defines spread; put it there, or name another"),
@@ -143,6 +150,103 @@ def test_scores_of_an_installed_package_have_their_names(tmp_path: Path, monkeyp
         sys.modules.pop("own_package", None)
 
 
+METRICS = """
+import numpy as np
+
+def rejected(scores, correct):
+    assert scores.dtype == np.float64 and correct.dtype == bool
+    scores.sort()  # a copy
+    return 1 - correct[: len(correct) // 2].mean()
+
+def nothing(scores, correct):
+    return None
+
+def endless(scores, correct):
+    return np.inf
+
+def aurc(scores, correct):
+    return 0.0
+"""
+
+
+def test_own_metrics_are_reported_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text(METRICS)
+    rng = np.random.default_rng()
+    path = write_npz(tmp_path / "x.npz", ood_far_logits=rng.normal(size=(30, 5)))
+    assert evaluate.main(["--npz", str(path), "--metrics", "mine.py:rejected", "naurc", "--mix", "all"]) == 0
+    report, samples = read_json(tmp_path / "x-report"), read_samples(tmp_path / "x-report")
+    assert samples is not None
+    half = {"old_fd": samples.correct[:100], "new_fd/far": samples.correct[:115], "new_fd/noise": samples.correct[:145]}
+    for key, correct in half.items():
+        assert report["further"][key]["msp"]["rejected"] == pytest.approx(1 - correct.mean())
+    assert report["further"]["ood/far"]["msp"] == {"rejected": 0}
+    mean = np.mean([report["further"][f"new_fd/{name}"]["msp"]["rejected"] for name in ("far", "noise")])
+    assert report["further"]["new_fd"]["msp"]["rejected"] == pytest.approx(mean)
+    capsys.readouterr()
+    words = [str(tmp_path / "x-report"), "--score", "msp", "--format", "csv", "--metrics"]
+    tables = []
+    for metric in ("rejected", "mine.py:rejected", "new-fd:mine.py:rejected"):
+        assert compare.main([*words, metric]) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
+    assert len(tables[0].splitlines()) == 1 + 3  # Old FD, and the means in OOD and New FD
+    assert f"{mean:.6f}"[:6] in tables[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (
+            "mine.py:nothing",
+            r"your metric nothing, a function of \(scores, correct\), failed \(TypeError: float\(\) arg",
+        ),
+        ("mine.py:endless", r"endless, .* failed \(ValueError: it is infinite; return NaN where it is undefined\)"),
+        ("mine.py:aurc", "your metric aurc has the name of another metric; rename it"),
+        ("mine.py:gone", "mine.py defines no gone"),
+        ("mine:gone", r"unknown metric 'mine:gone'; use naurc, .* or FILE.py:FUNCTION"),
+    ],
+)
+def test_what_is_no_metric_is_refused(name: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text(METRICS)
+    write_npz(Path("x.npz"))
+    assert evaluate.main(["--npz", "x.npz", "--scores", "msp", "--metrics", name]) == 2
+    assert re.search(sentence, capsys.readouterr().err)
+
+
+def test_a_threshold_is_chosen_by_own_scores_but_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_npz(tmp_path / "x.npz", score_mine=np.arange(200.0), ood_noise_score_mine=np.arange(90.0))
+    for name in ("own.py:spread", "mine", "msp"):
+        words = ["--npz", str(path), "--score", name, "--confidence", "0.5", "--output", str(tmp_path / "out")]
+        assert calibrate_command.main([*words, "--risk", "0.5"]) == 0
+        about = json.loads((tmp_path / "out" / "threshold.json").read_text())
+        values = {"mine": np.arange(200.0), "msp": None}.get(name, read_npz(path).id.logits.astype(float).std(1))
+        if values is not None:
+            kept = values[split_samples(200, 0.5, 0)[0]] > (
+                -np.inf if about["threshold"] is None else about["threshold"]
+            )
+            assert (about["score"], about["accepted"]) == (name, kept.sum())
+        assert calibrate_command.main([*words, "--risk", "0.5", "--metric", "false-accept-ood", "--ood", "noise"]) == 0
+    capsys.readouterr()
+    assert calibrate_command.main([*words[:2], "--score", "own.py:matrix", "--risk", "0.5"]) == 2
+    assert "matrix must have a number for each of 200 samples" in capsys.readouterr().err
+    run = make_run(tmp_path / "run", "ce")
+    for main in (calibrate_command.main, export_command.main):
+        assert main(["--run", str(run), "--score", "own.py:spread", "--risk", "0.5", "--device", "cpu"]) == 2
+        assert "own.py:spread is Python code, which a graph cannot hold; choose its threshold with calibrate --npz" in (
+            capsys.readouterr().err
+        )
+
+
+@pytest.mark.parametrize("score", ["auto", "cosine"])
+def test_a_refusal_names_the_score(score: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng()
+    path = write_npz(tmp_path / "x.npz", logits=rng.normal(size=(200, 5)))
+    assert calibrate_command.main(["--npz", str(path), "--score", score, "--risk", "0.01"]) == 1
+    assert re.match(r"refused: with (cosine|\w+), (no threshold|\d+ held-out)", capsys.readouterr().err)
+
+
 @pytest.mark.slow
 def test_the_documented_score_runs(tmp_path: Path) -> None:
     outputs = next(
@@ -160,3 +264,12 @@ def test_the_documented_score_runs(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
     assert "top_gap" in read_json(tmp_path / "outputs-report")["settings"]["new_fd"]
+    section = GUIDE.partition("## A metric of your own")[2].partition("\n## ")[0]
+    (function,) = re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    (tmp_path / "my_metrics.py").write_text(function)
+    for command in re.findall(r"^python (.*)$", section, re.MULTILINE):
+        done = subprocess.run(
+            [sys.executable, *command.split()], cwd=tmp_path, env={"PYTHONPATH": root}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert "risk_at_half" in done.stdout

@@ -29,3 +29,11 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "there is no file gone.yaml" in error_of(["gone.yaml"], capsys)
     options = [path, "--output", str(tmp_path / "gone"), "--table_only"]  # underscores are accepted
     assert "results.json, and there are no runs to make it from; leave --table-only out" in error_of(options, capsys)
+
+
+def test_a_set_that_cannot_be_read_fails_the_status_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "e.yaml", evaluate={"ood": {"far": "gaussain:20"}}, seeds=[0])
+    assert main([str(path), "--output", str(tmp_path / "out"), "--status"]) == 2
+    said = capsys.readouterr()
+    assert said.out.count("to train") == 2
+    assert "error: evaluate: the set 'far' cannot be used: the set 'gaussain:20' is neither a folder nor" in said.err

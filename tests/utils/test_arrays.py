@@ -120,5 +120,5 @@ def test_real_numbers_of_any_type_are_read_exactly(values: Any) -> None:
 def test_classes_are_integers_in_range() -> None:
     assert as_classes(torch.tensor([0, 2], dtype=torch.uint8), 3).tolist() == [0, 2]
     for wrong in ([0, 3], [-1], [0.0], torch.tensor([True])):
-        with pytest.raises(ValueError, match=r"labels must be integers in 0\.\.2, the columns of logits"):
+        with pytest.raises(ValueError, match=r"labels must be integers in 0\.\.2, the classes"):
             as_classes(wrong, 3)
