@@ -152,7 +152,7 @@ def test_every_setting_has_a_chart_and_tables(tmp_path: Path, sets: int) -> None
         errors = int((arrays["shift_fog_logits"].argmax(1) != arrays["shift_fog_labels"]).sum())
         title = "Old FD under shift (fog)"
         assert any(
-            label.startswith(f"Risk against coverage, {title}: 20 samples, {errors} err") for label in page.charts
+            label.startswith(f"Risk against coverage, {title}: 20 samples, {errors} wrong.") for label in page.charts
         )
         assert page.text.count(title) == 4  # verdict, metrics, chart, operating points
 

@@ -120,7 +120,7 @@ def test_further_metrics_on_request(tmp_path: Path) -> None:
     assert list(found["new_fd"]["energy+msp"]) == ["ds_aurc", "ds_f1"]
     assert "naurc" not in report["settings"]["old_fd"]["msp"]
     for metric in ("eaurc", "coverage@risk=2", "ds=msp", "ds=msp+energy+msp"):
-        with pytest.raises(ValueError, match=r"unknown metric .*; choose from naurc, .* ds=msp\+energy"):
+        with pytest.raises(ValueError, match=r"unknown metric .*; use naurc, .* ds=msp\+energy"):
             EvaluationOptions(metrics=[metric])
     with pytest.raises(ValueError, match=r"ds=msp\+vim needs both scores; there are msp, energy"):
         evaluate_samples(Samples(correct, scores, ood, {}), replace(options, metrics=["ds=msp+vim"]))

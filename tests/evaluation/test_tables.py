@@ -14,6 +14,7 @@ from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import (
     WIDTH,
+    describe_samples,
     escape,
     format_percent,
     format_report,
@@ -127,3 +128,10 @@ def test_of_many_scores_the_ten_best_are_printed() -> None:
     few = evaluate_samples(Samples(correct, dict(list(scores.items())[:10]), {}, {}), EvaluationOptions()).report
     assert rows(format_report(few)) == list(scores)[:10]
     assert "more scores" not in format_report(few)
+
+
+@pytest.mark.parametrize(("errors", "words"), [(0, "0 errors"), (1, "1 error"), (2, "2 errors")])
+def test_a_single_error_is_no_plural(errors: int, words: str) -> None:
+    report = {"aurc_floor": {"old_fd": 0.1}, "aurc_random": {"old_fd": 0.2}}
+    report["samples"] = {"old_fd": {"id": 9, "ood": 0, "errors": errors}}
+    assert describe_samples(report, "old_fd").startswith(f"9 ID, {words}; AURC")

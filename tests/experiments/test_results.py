@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,23 @@ def test_samples_of_another_evaluation_give_no_intervals(tmp_path: Path, caplog:
     shutil.copy(folders[0].path / "samples.npz", folders[1].path)  # with the same numbers of samples and errors
     assert {row["over"] for row in results.collect(experiment, folders, "e")["differences"]} == {""}
     assert f"samples.npz beside the report of {folders[1].path} is of another evaluation" in caplog.text
+
+
+def test_a_metric_of_your_own_is_in_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def rejected(scores, correct):\n    return 1 - correct[scores > 0].mean()\n")
+    monkeypatch.setattr(report, "EvaluationOptions", partial(report.EvaluationOptions, metrics=["mine.py:rejected"]))
+    changes = {"evaluate": {"metrics": ["mine.py:rejected"]}, "compare": {"metrics": ["aurc", "rejected"]}}
+    path = write(tmp_path / "e.yaml", seeds=[0, 1, 2], **changes)
+    finish_jobs(tmp_path / "out", read_experiment(path), lambda job: (2.0 if job.method == "tal" else 1.0, 0.8))
+    assert main([str(path), "--output", str(tmp_path / "out"), "--table-only"]) == 0
+    assert (tmp_path / "out" / "table.txt").read_text().count("rejected") >= 7
+    found = [row for row in results.read_results(tmp_path / "out")["differences"] if row["metric"] == "rejected"]
+    assert len(found) == 7  # Old FD, and two sets and their mean in OOD and New FD
+    assert {row["over"] for row in found} == {"seeds"}
+    samples = [
+        read_samples(tmp_path / "out" / "runs" / f"{name}-seed{seed}") for name in ("tal", "ce") for seed in range(3)
+    ]
+    wrong = [1 - s.correct[s.id_scores["msp"] > 0].mean() for s in samples if s is not None]
+    (old_fd,) = [row["value"] for row in found if row["setting"] == "old_fd"]
+    assert old_fd == pytest.approx(np.mean(wrong[:3]) - np.mean(wrong[3:]))

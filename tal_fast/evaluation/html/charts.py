@@ -94,7 +94,7 @@ def risk_coverage(evaluation: Evaluation, key: str, scores: Sequence[str]) -> Ch
             axes.plot(x, 100 * risk[index], gid=f"css:line {style(i)}")
         axes.set_xlim(0, 100)
 
-    label = f"Risk against coverage, {title}: {errors} of {n} samples are wrong. The tables hold the numbers."
+    label = f"Risk against coverage, {title}: {n} samples, {errors} wrong. The tables hold the numbers."
     return Chart("risk", title, label, _svg(label, plots.COVERAGE_TITLE, plots.RISK_TITLE, draw, 105 * top or 1))
 
 
