@@ -76,9 +76,9 @@ def _main_settings(groups: Sequence[Group], most: int = 3) -> list[str]:
 
 
 def conclusions(groups: Sequence[Group]) -> str:
-    """A sentence on each group: its AURC in Old FD and New FD beside its baseline's, where there are intervals.
+    """A sentence on each group: its AURC in Old FD and New FD compared with its baseline's, where there are intervals.
 
-    Differences and their 95% intervals are in percent of the baseline's mean.
+    Differences and their 95% intervals are in percent of the baseline's mean, and an AURC falls by 100% at most.
     """
     by_name, sentences = {group.name: group for group in groups}, []
     for group in groups:
@@ -87,12 +87,12 @@ def conclusions(groups: Sequence[Group]) -> str:
             found = group.differences.get((setting, "aurc"), Estimate(math.nan))
             base = by_name[group.baseline].summary((setting, "aurc")).mean if found.over else math.nan
             if base > 0:
-                value, low, high = (number / base for number in found[:3])
+                value, low, high = (max(number / base, -1.0) for number in found[:3])
                 how = f"is {abs(value):.0%} {'lower' if value < 0 else 'higher'}"
                 how = f"{how if found.significant else 'cannot be told apart'} [{low:+.0%}, {high:+.0%}]"
                 clauses.append(f"{tables.setting_title(setting, groups[0].reports[0])} {how}")
         if clauses:
-            text = f"AURC of {group.name} beside that of {group.baseline}: {'; '.join(clauses)}."
+            text = f"AURC of {group.name} compared with {group.baseline}: {'; '.join(clauses)}."
             sentences.append(tables.wrap(tables.printable(text)))
     return "\n".join(sentences)
 

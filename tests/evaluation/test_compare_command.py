@@ -37,7 +37,7 @@ def test_evaluated_runs_are_compared(evaluated_run: Path, tmp_path: Path, capsys
     ]  # fmt: skip
     end = lines.index("", len(lines) - 4)  # of the tables; a sentence with Old FD and New FD follows
     assert sum(line.count("[") for line in lines[:end]) == 4 * 3  # settings, metrics
-    assert lines[end + 1].startswith("AURC of synthetic-ce beside that of synthetic-tal: Old FD ")
+    assert lines[end + 1].startswith("AURC of synthetic-ce compared with synthetic-tal: Old FD ")
     assert sum(line.count("%]") for line in lines[end:]) == 2
 
 

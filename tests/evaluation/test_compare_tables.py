@@ -84,11 +84,13 @@ def test_conclusions_compare_in_percent_of_the_baseline() -> None:
             ("old_fd", "auroc"): Estimate(0.1, 0.05, 0.15, "both"),
         }
     groups[2].differences["old_fd", "aurc"] = Estimate(0.05, 0.01, 0.09, "images")
-    groups[2].differences["new_fd", "aurc"] = Estimate(-0.124)  # no interval, no conclusion
+    groups[2].differences["new_fd", "aurc"] = Estimate(-0.124, -0.6, 0.352, "both")
+    groups[1].differences["new_fd/svhn", "aurc"] = Estimate(-0.124)  # no interval, no conclusion
     assert conclusions(groups).replace("\n  ", " ").splitlines() == [
-        "AURC of tal beside that of ce: Old FD cannot be told apart [-5%, +55%]; "
+        "AURC of tal compared with ce: Old FD cannot be told apart [-5%, +55%]; "
         "New FD against svhn is 31% lower [-45%, -12%].",
-        "AURC of other beside that of ce: Old FD is 25% higher [+5%, +45%].",
+        "AURC of other compared with ce: Old FD is 25% higher [+5%, +45%]; "
+        "New FD against svhn cannot be told apart [-100%, +88%].",
     ]
     groups = groups_with([], ["perfect", "tal"], {})
     groups[0].reports[0]["settings"]["old_fd"]["msp"]["aurc"] = 0.0  # nothing is a share of 0

@@ -34,7 +34,7 @@ def test_tables_from_runs_and_from_committed_results(tmp_path: Path, capsys: pyt
     summary = said[said.index("run  score") : said.index(str(output))].rstrip()
     assert summary in table
     assert len(summary.splitlines()) < 8
-    assert "AURC of tal beside that of ce: Old FD is " in summary
+    assert "AURC of tal compared with ce: Old FD is " in summary
     found = results.read_results(output)
     assert len(found["runs"]) == 6
     # The results equal those of tal_fast.compare for the same folders.
