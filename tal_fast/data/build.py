@@ -75,7 +75,9 @@ def build_data(config: DataConfig, training: bool = True) -> DataBundle:
     if bundle.loader_name == "dali" and any(
         isinstance(split, ImageFiles) and split.torch_only for split in map(bundle.split, ("train", "val"))
     ):
-        raise ValueError("data.loader is 'dali', which reads no HEIC and no objects; set data.loader to torch")
+        raise ValueError(
+            "data.loader is 'dali', which reads neither HEIC files nor map-style datasets; set data.loader to torch"
+        )
     if config.needs_torch_loader and config.loader == "auto" and bundle.loader_name == "torch" and dali.available():
         names = "data.augment, data.color_jitter and data.exif_rotation"
         say(f"{names} work in the torch loader only, which is used", logging.INFO)

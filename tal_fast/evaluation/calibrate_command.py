@@ -108,7 +108,7 @@ def describe(about: dict[str, Any]) -> str:
         found = about["agreement"]
         lines.append(
             f"the export decides as PyTorch on {found['images'] - found['decisions_differ']} of {found['images']} "
-            f"images; {found['inside']} lie within {found['bound']:.2g} of the threshold, where it may differ"
+            f"images; within {found['bound']:.2g} of the threshold there are {found['inside']}, where it may differ"
         )
     return "\n".join(lines)
 

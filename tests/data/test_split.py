@@ -108,7 +108,7 @@ def test_heic_files_are_read_by_the_torch_loader(tmp_path: Path) -> None:
     one, other = (found[str(root / path)] for path in ("a/0.HEIC", "b/0.png"))
     assert float((one - other).abs().mean()) < 0.1  # HEIC is lossy
     if dali.available():
-        with pytest.raises(ValueError, match="data.loader is 'dali', which reads no HEIC"):
+        with pytest.raises(ValueError, match="data.loader is 'dali', which reads neither HEIC files"):
             build_data(options(root, split=0.4, loader="dali"))
 
 

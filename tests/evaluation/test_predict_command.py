@@ -213,7 +213,7 @@ def test_a_calibrated_run_is_exported_with_its_risk(
     assert agreed["images"] == 23
     assert agreed["decisions_differ"] <= agreed["inside"] < 23
     assert 0 <= agreed["largest_difference"] <= agreed["bound"]
-    assert f"{agreed['inside']} lie within {agreed['bound']:.2g} of the threshold" in printed
+    assert f"within {agreed['bound']:.2g} of the threshold there are {agreed['inside']}" in printed
     images, labels, _ = next(iter(load_run(run).data.loader("val", batch_size=256)))
     if format == "onnx":
         import onnxruntime
