@@ -65,6 +65,9 @@ def _criterion(group: Group, metrics: Sequence[str]) -> float:
     losses = []
     for name in metrics:
         setting, _, metric = name.rpartition(".")
+        kind, _, wanted = setting.partition("/")
+        if setting not in group.reports[0]["settings"] and group.set_of(kind) == wanted:
+            setting = kind  # where there is but one set
         if setting not in group.reports[0]["settings"]:
             raise ValueError(
                 f"select.metrics: no setting {setting!r}; the reports have {', '.join(group.reports[0]['settings'])}"

@@ -37,10 +37,9 @@ def test_selection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "tal-lr=0.2" in rows
     assert "accuracy more than 0.50% below" in rows["tal-lr=0.2"]
     assert "1 of 2 seeds" in rows["tal-lr=0.3"]
-    found = select.candidates(
-        experiment, results.read_results(output), SelectOptions(["old_fd.aurc", "new_fd/far.auroc"])
-    )
-    for candidate in found:
+    criterion = SelectOptions(["old_fd.aurc", "new_fd/far.auroc"])
+    candidates = select.candidates(experiment, results.read_results(output), criterion)
+    for candidate in candidates:
         runs = [r["report"] for r in results.read_results(output)["runs"] if r["label"] == candidate.label]
         losses = (
             np.mean([r["settings"]["old_fd"]["msp"]["aurc"] for r in runs]),
@@ -55,6 +54,15 @@ def test_selection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # The file can be the methods of another experiment.
     again = read_experiment(write(tmp_path / "f.yaml", methods="out/selected.yaml", seeds=[0]))
     assert again.jobs[1].config == next(j.config for j in experiment.jobs if j.name == "tal-lr=0.4-seed0")
+    # The settings of an only set do not have its name.
+    for run in (found := results.read_results(output))["runs"]:
+        settings = run["report"]["settings"]
+        run["report"]["ood_names"] = ["far"]
+        for kind in ("ood", "new_fd"):
+            settings[kind] = settings.pop(f"{kind}/far")
+            del settings[f"{kind}/near"]
+    alone = select.candidates(experiment, found, criterion)
+    assert [(c.label, c.value) for c in alone] == [(c.label, c.value) for c in candidates]
     # A lower accuracy can be allowed; a metric of an unknown set is rejected.
     free = select.candidates(experiment, results.read_results(output), SelectOptions(accuracy_loss=0.5))
     assert select.chosen(free)["tal"].label == "tal-lr=0.2"
