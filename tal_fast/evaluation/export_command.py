@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,16 +65,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: Any) -> str:
-    from tal_fast.evaluation.card import write_card
+    from tal_fast.evaluation.card import check_report, write_card
     from tal_fast.evaluation.export import GRAPHS, export_run
     from tal_fast.utils.distributed import choose_device
 
     output = Path(args.output or Path(args.run) / "exported" / f"{args.format}-{args.precision}")
     options = _as_calibrated(args) if args.risk is None else threshold_options(args)
+    if args.card:
+        check_report(Path(args.run), args.checkpoint or "best")  # before a graph is written
     about = export_run(
         args.run, output, format=args.format, precision=args.precision, score=args.score,
         checkpoint=args.checkpoint or "best", batch_size=args.batch_size, device=choose_device(args.device),
         options=options,
     )  # fmt: skip
-    card = f"\n{write_card(Path(args.run), output, about, describe(about))}" if args.card else ""
-    return f"{describe(about)}\n{output / GRAPHS[args.format]}{card}"
+    lines = [describe(about), str(output / GRAPHS[args.format])]
+    if args.card and (card := write_card(Path(args.run), output, about, describe(about))):
+        lines.append(str(card))
+    elif args.card:
+        print(
+            f"warning: {output / 'README.md'} was there already and is kept; its threshold, bound and results may be "
+            "those of an earlier export: delete it, or choose another --output, for a new card",
+            file=sys.stderr,
+        )
+    return "\n".join(lines)
