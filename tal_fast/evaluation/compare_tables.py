@@ -81,15 +81,20 @@ def conclusions(groups: Sequence[Group]) -> str:
     Differences and their 95% intervals are in percent of the baseline's mean, and an AURC falls by 100% at most.
     """
     by_name, sentences = {group.name: group for group in groups}, []
+    compared = {setting for group in groups for setting, _ in group.differences}
+    settings = _main_settings(groups)
+    if not compared.issuperset(settings):  # ``compare`` has the mean over the sets unless asked for each
+        settings = _main_settings(groups, 0)
     for group in groups:
         clauses = []
-        for setting in _main_settings(groups):
+        for setting in settings:
             found = group.differences.get((setting, "aurc"), Estimate(math.nan))
             base = by_name[group.baseline].summary((setting, "aurc")).mean if found.over else math.nan
             if base > 0:
                 value, low, high = (max(number / base, -1.0) for number in found[:3])
                 how = f"is {abs(value):.0%} {'lower' if value < 0 else 'higher'}"
-                how = f"{how if found.significant else 'cannot be told apart'} [{low:+.0%}, {high:+.0%}]"
+                digits = 0 if min(abs(low), abs(high)) >= 0.005 else 1  # an end of 0% would say nothing
+                how = f"{how if found.significant else 'cannot be told apart'} [{low:+.{digits}%}, {high:+.{digits}%}]"
                 clauses.append(f"{tables.setting_title(setting, groups[0].reports[0])} {how}")
         if clauses:
             text = f"AURC of {group.name} compared with {group.baseline}: {'; '.join(clauses)}."

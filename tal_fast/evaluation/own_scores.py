@@ -61,6 +61,14 @@ def check_values(values: Any, samples: int, name: str) -> Floats:
     return array.astype(np.float64)
 
 
+def load_own(scores: Sequence[str], metrics: Sequence[str]) -> None:
+    """Load the user's own among these scores and metrics; raises ValueError for one that cannot be loaded."""
+    for name in filter(is_own_score, scores):
+        load(name, SCORES)
+    for name in filter(is_own_metric, metrics):
+        load(name, own_code.METRICS)
+
+
 def add_own_metrics(report: dict[str, Any], settings: Mapping[str, ScoredSetting], names: Sequence[str]) -> None:
     """Add the metrics among these names that are the user's own to a report: of each setting, and means over sets."""
     own, further = [name for name in names if is_own_metric(name)], report.setdefault("further", {})

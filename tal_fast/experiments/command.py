@@ -121,8 +121,7 @@ def _run(args: argparse.Namespace) -> int:
     left = [] if args.table_only else [folder for folder in folders if not folder.is_done(experiment.evaluate)]
     if args.status:
         _print_status(experiment, folders)
-    if args.only is None:
-        _check_data(experiment, left)
+    _check_inputs(experiment, left)
     if args.status:
         return 0
     if args.launcher != "local":
@@ -142,15 +141,17 @@ def _run(args: argparse.Namespace) -> int:
     return _report(experiment, output, Path(args.file).stem)
 
 
-def _check_data(experiment: Experiment, folders: Sequence[Folder]) -> None:
-    """Raise ValueError if the data of a job, or a set that it is evaluated on, cannot be read, before it trains."""
+def _check_inputs(experiment: Experiment, folders: Sequence[Folder]) -> None:
+    """Raise ValueError if a job's data, a set that it is evaluated on, or your own code for it cannot be read."""
+    from tal_fast.evaluation.command import options_of
+    from tal_fast.evaluation.own_scores import load_own
     from tal_fast.evaluation.sources import check_sets
 
+    if folders:
+        options = options_of(experiment.evaluation)
+        load_own(options.scores, options.metrics)
     for data in {repr(folder.job.config.data): folder.job.config.data for folder in folders}.values():
-        try:
-            check_sets(data, experiment.evaluation.ood, experiment.evaluation.shift)
-        except ValueError as error:
-            raise ValueError(f"evaluate: {error}") from None
+        check_sets(data, experiment.evaluation.ood, experiment.evaluation.shift)
 
 
 def _resources(args: argparse.Namespace) -> dict[str, Any]:

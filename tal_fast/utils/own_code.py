@@ -67,7 +67,7 @@ def running(what: str) -> Iterator[None]:
     """Context in which a user's code runs: its errors become one sentence with the line of the user's file."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # ``load`` names modules by their files.
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in sys.modules]
         place = "".join(f" in line {frame.lineno} of {frame.filename}" for frame in frames[-1:])

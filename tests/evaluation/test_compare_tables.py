@@ -92,6 +92,12 @@ def test_conclusions_compare_in_percent_of_the_baseline() -> None:
         "AURC of other compared with ce: Old FD is 25% higher [+5%, +45%]; "
         "New FD against svhn cannot be told apart [-100%, +88%].",
     ]
+    groups = groups_with(["svhn", "photos"], ["ce", "tal"], {"new_fd": 0.4})
+    groups[1].baseline = "ce"  # as in ``compare``, whose columns are the mean over the sets
+    groups[1].differences = {("new_fd", "aurc"): Estimate(0.02, 0.001, 0.039, "both")}
+    assert conclusions(groups) == (
+        "AURC of tal compared with ce: New FD: mean over 2 OOD sets is 5% higher [+0.2%, +9.7%]."
+    )
     groups = groups_with([], ["perfect", "tal"], {})
     groups[0].reports[0]["settings"]["old_fd"]["msp"]["aurc"] = 0.0  # nothing is a share of 0
     groups[1].baseline, groups[1].differences = "perfect", {("old_fd", "aurc"): Estimate(0.1, 0.05, 0.15, "both")}

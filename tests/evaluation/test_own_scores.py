@@ -46,6 +46,9 @@ def bad(logits, features):
 def alone(logits):
     return logits[:, 0]
 
+def leaves(logits, features):
+    raise SystemExit(0)
+
 number = 3
 
 def msp(logits, features):
@@ -98,6 +101,7 @@ def test_values_beside_saved_outputs_are_scores(tmp_path: Path) -> None:
         ),
         ("own.py:holes", r"holes is NaN for \d+ of 200 samples, first for sample \d+; give numbers"),
         ("own.py:alone", r"your score alone, a function of \(logits, features\), failed \(TypeError"),
+        ("own.py:leaves", r"your score leaves, .* failed in line \d+ of .*own.py \(SystemExit: 0\)"),
         ("own.py:number", r"your score number, a function of \(logits, features\), failed \(TypeError"),
         ("own.py:bad", r"your score bad, .* failed in line \d+ of .*own.py \(IndexError: index 99 is out"),
         ("own.py:msp", "your score msp has the name of another score; rename it"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,4 +37,29 @@ def test_a_set_that_cannot_be_read_fails_the_status_too(tmp_path: Path, capsys: 
     assert main([str(path), "--output", str(tmp_path / "out"), "--status"]) == 2
     said = capsys.readouterr()
     assert said.out.count("to train") == 2
-    assert "error: evaluate: the set 'far' cannot be used: the set 'gaussain:20' is neither a folder nor" in said.err
+    assert "error: the set 'far' cannot be used: the set 'gaussain:20' is neither a folder nor" in said.err
+
+
+@pytest.mark.parametrize("options", [[], ["--status"], ["--only", "ce-seed0"]])
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        ({"metrics": ["gone.py:f"]}, "there is no file {}/gone.py, which defines f"),
+        ({"scores": ["own.py:gone"]}, "{}/own.py defines no gone"),
+        ({"ood": {"far": "gaussain:20"}}, "the set 'far' cannot be used"),
+    ],
+)
+def test_what_an_evaluation_needs_is_looked_for_before_training(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    evaluate: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").touch()
+    path = write(tmp_path / "e.yaml", evaluate=evaluate, seeds=[0])
+    assert main([str(path), "--output", "out", *options]) == 2
+    assert f"error: {message.format(tmp_path)}" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/runs/*/checkpoints"))
