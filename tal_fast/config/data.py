@@ -117,6 +117,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self.dataset = absolute(self.dataset)
+        self.unseen_classes = sorted(set(self.unseen_classes))  # another order is no change
 
     def follow(self, values: Mapping[str, Any]) -> None:
         """Set the options of ``PREPROCESSING`` that are not given to other values."""

@@ -287,13 +287,13 @@ def _from_text(kind: Any, text: str) -> Any:
     if inner is str or (get_origin(inner) is Literal and isinstance(get_args(inner)[0], str)):
         return None if text == "null" and inner is not kind else text
     if inner == list[str] and not text.startswith("["):
-        return text.split(",")
-    return _load_yaml(text)
+        return [name.strip() for name in text.split(",")]
+    return _load_yaml(text, yaml.BaseLoader if inner == list[str] else _Loader)  # of names every scalar is text
 
 
-def _load_yaml(text: str) -> Any:
+def _load_yaml(text: str, loader: Any = _Loader) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, loader)
     except Exception:
         return text  # the check of the type refuses it, and names the option
 

@@ -46,7 +46,7 @@ def read(kind: Any, value: Any, name: str) -> Any:
             raise ValueError(f"{name} is {short(value)}; use {' or '.join(map(repr, args))}")
         return value
     if origin is list and isinstance(value, (list, tuple)):
-        return [read(args[0], v, name) for v in value]
+        return [read(args[0], str(v) if args[0] is str and type(v) is int else v, name) for v in value]  # class 3
     if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(args):
         return tuple(read(a, v, name) for a, v in zip(args, value, strict=True))
     if origin is dict and isinstance(value, dict):

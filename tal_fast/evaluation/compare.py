@@ -290,9 +290,16 @@ def columns_of(groups: Sequence[Group], metrics: Sequence[str]) -> list[Column]:
         kind, slash, name = setting.partition("/")
         pattern, metric = kind.replace("-", "_") + slash + name, metric.replace("-", "_")
         found = [keys[key] for key in (fnmatch.filter(keys, pattern) if setting else SETTING_TITLES) if key in keys]
-        tables = [metrics_of(each, key, group.score) for key in found for group in groups for each in group.reports]
-        if not found or any(metric not in table for table in tables):
-            known = ", ".join(tables[0] if found else keys)
+        runs = [
+            (name, group, report) for group in groups for name, report in zip(group.runs, group.reports, strict=True)
+        ]
+        tables = [(name, metrics_of(report, key, group.score)) for key in found for name, group, report in runs]
+        lacking = [(name, table) for name, table in tables if metric not in table]
+        if found and 0 < len(lacking) < len(tables):
+            name, table = lacking[0]
+            raise ValueError(f"--metrics {text}: the report of {name} has no {metric!r}; it has {', '.join(table)}")
+        if lacking or not found:
+            known = ", ".join(lacking[0][1] if found else keys)
             raise ValueError(
                 f"--metrics {text}: the reports have no {metric if found else setting!r}; they have {known}"
             )

@@ -46,6 +46,8 @@ def read_npz(path: str | Path) -> EvaluationInputs:
     inputs = EvaluationInputs(_outputs(arrays, "", path))
     if taken := [name for name in inputs.id.scores if name in KNOWN_SCORES]:
         raise ValueError(f"score_{taken[0]} has the name of a score of this package; rename it")
+    if slashed := [name for name in inputs.id.scores if "/" in name]:
+        raise ValueError(f"score_{slashed[0]} has a '/' in the score's name, which cannot name a file; rename it")
     used = {"logits", "labels", "features", *_TRAINING, *(f"score_{name}" for name in inputs.id.scores)}
     for key in arrays:
         match = _SET_LOGITS.fullmatch(key)
@@ -55,7 +57,7 @@ def read_npz(path: str | Path) -> EvaluationInputs:
         prefix = f"{kind}_{name}_"
         used |= {key, f"{prefix}features"} | ({f"{prefix}labels"} if kind == "shift" else set())
         outputs = _outputs(arrays, prefix, path, labelled=kind == "shift")
-        used |= {f"{prefix}score_{score}" for score in outputs.scores}
+        used |= {f"{prefix}score_{score}" for score in outputs.scores if score in inputs.id.scores}
         if outputs.logits.shape[1] != inputs.id.logits.shape[1]:
             raise ValueError(
                 f"{key} has {outputs.logits.shape[1]} columns but logits has {inputs.id.logits.shape[1]}; "

@@ -44,6 +44,8 @@ def print_expected_hours(experiment: Experiment, at_once: int) -> int:
         print(f"{job.label:{width}} {rates} {each:>14} {runs:6} {duration(seconds[-1]):>19}", flush=True)
     for note in filter(None, notes):
         print(wrap(f"{', '.join(notes[note])}: {note}"))
+    if not seconds:
+        return 1
     fewer = f", {duration(sum(seconds) / at_once)} with {at_once} at a time" * (at_once > 1)
     print(f"all {runs * len(seconds)}: {duration(sum(seconds))}{fewer};")
     print("training and its validations, without start-up and the evaluation after it")

@@ -204,7 +204,10 @@ def read_results(output: Path) -> Results:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"there is no {path}, and there are no runs to make it from; leave --table-only out") from None
+        raise ValueError(
+            f"there is no {path}, and there are no runs to make it from; run the jobs first, without --table-only or "
+            "--failed"
+        ) from None
     except (OSError, ValueError) as problem:
         raise ValueError(f"{path} cannot be read as JSON ({problem})") from None
     if not isinstance(results, dict) or results.get("format") != FORMAT or "runs" not in results:

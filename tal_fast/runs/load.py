@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from tal_fast.config.data import DATASETS
 from tal_fast.config.schema import Config
 from tal_fast.data import DataBundle, build_data
 from tal_fast.data.digest import data_digest
@@ -17,6 +18,8 @@ from tal_fast.methods import method_class
 from tal_fast.models import build_model, keep_classes
 from tal_fast.runs.checkpoint import BEST, FOLDER, LAST, Damaged, load, load_newest, restoring
 from tal_fast.runs.predictions import Inference, PassOptions, feature_folder
+from tal_fast.utils.logs import say
+from tal_fast.utils.own_code import file_digest
 
 
 @dataclass
@@ -37,13 +40,15 @@ class Run:
     history: list[dict[str, float]] = field(default_factory=list, repr=False)
     loader: str = ""  # reader of the images in training, such as ``memory``; empty where unknown
     digests: dict[str, str] = field(default_factory=dict, repr=False)  # ``data_digest`` of the images in training
+    data_file: str | None = field(default=None, repr=False)  # ``file_digest`` of the user's own data set in training
 
     @cached_property
     def data(self) -> DataBundle:
         """Images of the run.
 
-        Raises ValueError if they are gone, their classes have changed since training, or the validation images are
-        chosen from a folder (``data.split``, ``data.holdout``) that has changed: they may have been trained on.
+        Raises ValueError if they are gone, their classes have changed since training, or the validation images may
+        have been trained on: they are chosen from a folder (``data.split``, ``data.holdout``) that has changed, or the
+        user's own data set returns other training images. Other changes of such a data set are warned of.
         """
         bundle = build_data(self.config.data)
         if bundle.class_names != self.class_names:
@@ -51,12 +56,22 @@ class Run:
                 f"the data have classes {', '.join(bundle.class_names)} but the model was trained on "
                 f"{', '.join(self.class_names)}; point data.root in the run's config at the training data"
             )
-        chosen = [name for name in ("split", "holdout") if getattr(self.config.data, name) is not None]
-        if chosen and self.digests.get("train") not in (None, data_digest(bundle)["train"]):
+        own = self.config.data.dataset not in DATASETS
+        place = self.config.data.dataset if own else self.config.data.root
+        chosen = [
+            f"data.{name} may choose" for name in ("split", "holdout") if getattr(self.config.data, name) is not None
+        ]
+        now = data_digest(bundle) if own or chosen else {}
+        other = [split for split in now if self.digests.get(split) not in (None, now[split])]
+        if "train" in other:
             raise ValueError(
-                f"the images in {self.config.data.root} changed since training, so that data.{chosen[0]} may choose "
-                "validation images that the model was trained on; put the folder back as it was, or train again"
+                f"the training images of {place} changed since training, so that {[*chosen, 'there may be'][0]} "
+                "validation images that the model was trained on; put them back as they were, or train again"
             )
+        if own and other:
+            say(f"the validation images of {place} are not those in training; the results are of the new ones")
+        elif own and self.data_file not in (None, file_digest(place or "")):
+            say(f"the file of {place} changed since training, but gives the same training and validation images")
         return bundle
 
     def inference(self, cache: str | Path, options: PassOptions) -> Inference:
@@ -117,4 +132,5 @@ def load_run(
         history=content["history"],
         loader=shape.get("conditions", {}).get("data.loader", ""),
         digests=shape.get("digests", {}),
+        data_file=shape.get("conditions", {}).get("the data set's file"),
     )

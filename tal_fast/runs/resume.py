@@ -35,16 +35,16 @@ WARNED = frozenset({
 """Options that a resumed run may change, with a warning that it no longer goes on bit for bit."""
 
 FIXED = frozenset({
-    "data.channels", "data.image_size", "model.name", "model.width", "model.head", "model.weights", "model.weights_key",
-    "model.freeze", "optim.name", "optim.decay_all", "optim.ema_decay", "optim.layer_decay", "method.name",
-    "method.options.queue_scope",
+    "data.channels", "data.image_size", "data.unseen_classes", "model.name", "model.width", "model.head",
+    "model.weights", "model.weights_key", "model.freeze", "optim.name", "optim.decay_all", "optim.ema_decay",
+    "optim.layer_decay", "method.name", "method.options.queue_scope",
 })  # fmt: skip
 """Options that a resumed run cannot change, because the saved state would not fit. A change of any option that is in
 none of these sets is refused unless ``config.allow`` names it."""
 
 _IMAGES = (
     "data.dataset", "data.label_key", "data.split", "data.split_seed", "data.file_list", "data.holdout",
-    "data.unseen_classes", "data.train_limit", "data.synthetic_images",
+    "data.train_limit", "data.synthetic_images",
 )  # fmt: skip
 """Options that choose the training images, so that a change of the images is no surprise."""
 

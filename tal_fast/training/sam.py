@@ -83,7 +83,9 @@ class SAM:
         return {"average": self._average, "started": self._started} if self._sigma else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore ``state_dict``; nothing from a run without F-SAM."""
-        for own, saved in zip(self._average, state.get("average", []), strict=True) if state else ():
+        """Restore ``state_dict``; nothing from a run without F-SAM, or for SAM, which has no average."""
+        if not (state and self._sigma):
+            return
+        for own, saved in zip(self._average, state["average"], strict=True):
             own.copy_(saved)
-        self._started.copy_(state.get("started", self._started))
+        self._started.copy_(state["started"])

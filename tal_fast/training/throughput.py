@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from tal_fast.config.schema import Config, DataConfig
+from tal_fast.data.builtin import FASHION_MNIST_ROOT
+from tal_fast.data.cifar import LAYOUTS
 from tal_fast.data.loader import Images
 from tal_fast.loss.queue import FeatureQueue
 from tal_fast.loss.reference import feature_statistics
@@ -99,24 +101,45 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
 def expected_of(config: Config, ranks: Ranks) -> Expected:
     """What a few steps of a configuration say of its whole training.
 
-    Synthetic images stand in for data that cannot be read, if ``STAND_INS`` has their number, and noise for outliers.
+    Synthetic images stand in for data that are missing, if ``STAND_INS`` has their number, and noise for outliers.
+    Raises ValueError for whatever else keeps the configuration from training.
     """
-    run, note, val_images = copy.deepcopy(config), "", None
-    try:
-        trainer = _trainer(run, ranks)
-    except ValueError as absent:
-        if run.data.dataset not in STAND_INS:
-            raise
+    run = copy.deepcopy(config)
+    missing, val_images = _missing(run.data), None
+    if missing:
         train, val_images, classes, side = STAND_INS[run.data.dataset]
         val_images = run.data.holdout or val_images
-        note = f"on synthetic images in memory, which need no decoding, as {absent}"
         kept = {key: getattr(run.data, key) for key in ("channels", "flip", "shift", "holdout", "train_limit")}
         images = {"image_size": run.data.image_size or side, "crop_area": None, **kept}
         run.data = DataConfig("synthetic", synthetic_images=train, synthetic_classes=classes, **images)
         if "outliers" in run.method.options:
             run.method.options["outliers"] = f"uniform:{run.batch_size}"
-        trainer = _trainer(run, ranks)
-    return expected(trainer, val_images)._replace(note=note)
+    trainer = _trainer(run, ranks)
+    found = expected(trainer, val_images)
+    if not missing:
+        return found
+    numbers = f"{len(trainer.data.split('train')):,} for training, {val_images:,} for validation, {classes:,} classes"
+    return found._replace(note=f"on synthetic images in memory, which need no decoding ({numbers}), as {missing}")
+
+
+def _missing(data: DataConfig) -> str:
+    """Words on the data's being missing, if a stand-in exists; empty where there are any files, readable or not."""
+    if data.dataset not in STAND_INS:
+        return ""
+    given = data.root or (FASHION_MNIST_ROOT if data.dataset == "fashion-mnist" else None)
+    if given is None:
+        return "data.root is not set"
+    root = Path(given)
+    if not root.is_dir():
+        return "" if root.exists() else f"there is no folder {root}"
+    if data.dataset in LAYOUTS:
+        layout = LAYOUTS[data.dataset]
+        names = (*layout.train, *layout.val, layout.names, "meta", "batches.meta")
+        folders = (root, root / layout.folder, root / layout.pickles)
+        found = any((folder / name).is_file() for folder in folders for name in names)
+    else:
+        found = any(root.glob("*-ubyte*" if data.dataset == "fashion-mnist" else "*"))
+    return "" if found else f"data.root {root} has no files of {data.dataset}"
 
 
 def expected(trainer: Trainer, val_images: int | None = None) -> Expected:

@@ -332,3 +332,8 @@ def test_every_option_is_documented() -> None:
             if field.name not in ("data", "model", "optim", "method", "mix"):
                 assert len(attribute_help(kind)[field.name]) > 8, f"{kind.__name__}.{field.name}"
     assert attribute_help(OPTIONS["tal"]).keys() >= TAL_OPTIONS
+
+
+@pytest.mark.parametrize("text", ["[3, 07, yes]", "yes, 3,07", "[yes,'07',3,3]"])
+def test_names_of_classes_are_text_in_any_order(text: str) -> None:
+    assert parse_training(["--data.unseen_classes", text])[0].data.unseen_classes == ["07", "3", "yes"]

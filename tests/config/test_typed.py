@@ -32,6 +32,7 @@ class Outer:
         (Literal[1, 3], 3, 3),
         (tuple[float, float], [1, 2], (1.0, 2.0)),
         (list[tuple[int, int]], [[0, 128], [4, 160]], [(0, 128), (4, 160)]),
+        (list[str], [3, "7"], ["3", "7"]),
         (dict[str, str], {"a": "/a"}, {"a": "/a"}),
         (Outer, {"inner": {"size": 4}}, Outer(Inner(4))),
     ],

@@ -39,12 +39,12 @@ pixels = numbers.integers(256, size=(90, 12, 12, 3), dtype=np.uint8)
 labels = np.arange(90) % 3
 
 def arrays(root):
-    return {"train": (pixels[:60], labels[:60]), "val": (pixels[60:], labels[60:]), "classes": "abc",
+    return {"train": (pixels[:60], labels[:60]), "val": (pixels[60:], labels[60:]), "classes": [*"abc"],
             "ood": {"dark": pixels[:20] // 2}}
 
 def paths(root):
     files = [f"{i}.png" for i in range(90)]
-    return {"train": (files[:60], labels[:60].tolist()), "val": (files[60:], labels[60:]), "classes": "abc",
+    return {"train": (files[:60], labels[:60].tolist()), "val": (files[60:], labels[60:]), "classes": [*"abc"],
             "ood": {"dark": files[:20]}}
 
 class Images:
@@ -195,16 +195,59 @@ def test_grey_items_and_colour_ones_have_the_channels_asked_for() -> None:
             "train and val of .*own.py:f must both be arrays of pixels, or neither",
         ),
         ("return {**good, 'train': [(x[0] / 2, 0)]}", r"f train\[0\] failed \(ValueError: an array must be .* float64"),
+        ("return {**good, 'classes': 3}", "classes of .*own.py:f must be a list of different names, not 3"),
+        ("return {**good, 'classes': []}", r"classes of .*own.py:f must be a list of different names, not \[\]"),
+        ("return {**good, 'classes': 'ab'}", "classes of .*own.py:f must be a list of different names, not 'ab'"),
+        ("return {**good, 'classes': ['a', 'a']}", "classes of .*own.py:f must be a list of different names"),
+        ("return {**good, 'classes': ['a', 'b', 'c']}", "f train has no image of class 'c'; add some or remove"),
+        ("return {**good, 'ood': [x]}", "ood of .*own.py:f must be a mapping from names, which are text, to images"),
+        ("return {**good, 'ood': x}", "ood of .*own.py:f must be a mapping from names"),
+        ("return {**good, 'ood': {3: x}}", "ood of .*own.py:f must be a mapping from names"),
+        ("return {**good, 'ood': {'n': x[:0]}}", "own.py:f ood n must be .* a map-style dataset, and not empty"),
+        ("return {**good, 'ood': {'n': '/tmp'}}", "own.py:f ood n must be .* a map-style dataset, and not empty"),
+        (
+            "return {**good, 'ood': {'far': x}}",
+            "data.ood has a set 'far', a name that .*own.py:f gives to its own; rename",
+        ),
+        ("return {**good, 'train': (x[:, :0, :0], y)}", r"f train must be .* it is uint8 \(6, 0, 0\)"),
+        ("return {**good, 'train': (x, [[0], [1, 2]])}", r"labels of .*own.py:f train failed \(ValueError: "),
+        ("return {**good, 'train': [(x[0], [0, 1])]}", r"the label of .*f train\[0\] failed \(TypeError: 'list'"),
+        ("return {**good, 'train': Bad()}", "f train failed in line 5 of .*own.py .RuntimeError: no length"),
         ("return {**good, 'train': 3}", r"f train must be \(pixels, labels\), .* a map-style dataset, and not empty"),
     ],
 )
 def test_what_is_no_data_set_is_refused(body: str, sentence: str) -> None:
     text = "import numpy as np\ndef f(root): BODY\nx, y = np.zeros((6, 4, 4), np.uint8), np.arange(6) % 2\n"
+    text += "class Bad(list):\n    def __len__(self): raise RuntimeError('no length')\n"
     Path("own.py").write_text(
         text.replace("BODY", body) + "good = {'train': (x, y), 'val': (x, y), 'classes': ['a', 'b']}\n"
     )
     with pytest.raises(ValueError, match=sentence):
-        build_data(DataConfig("own.py:f", crop_area=None))
+        build_data(DataConfig("own.py:f", crop_area=None, ood={"far": "digits"}))
+
+
+def test_a_run_is_evaluated_on_the_images_it_was_trained_with_alone(
+    tmp_path: Path, own: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = Trainer(config(tmp_path / "run", "ce", batch_size=8, data_options=options("arrays")))
+    trainer.save(best=True)
+    assert trainer._writer.finish() is None
+    _ = load_run(tmp_path / "run").data
+    assert "since training" not in caplog.text
+
+    (tmp_path / "own.py").write_text(OWN + "# changed\n")
+    _ = load_run(tmp_path / "run").data
+    assert re.search("the file of .*own.py:arrays changed since training, but gives the same", caplog.text)
+
+    loaded = sys.modules[str(tmp_path / "own.py")]
+    loaded.pixels[75] //= 2  # a validation image
+    _ = load_run(tmp_path / "run").data
+    assert re.search("the validation images of .*own.py:arrays are not those in training", caplog.text)
+    loaded.pixels[3] //= 2
+    with pytest.raises(
+        ValueError, match="training images of .*own.py:arrays changed since training, so that there may be"
+    ):
+        _ = load_run(tmp_path / "run").data
 
 
 def test_options_that_do_not_fit_are_refused() -> None:

@@ -96,3 +96,6 @@ def test_columns_may_be_of_metrics_on_request_and_of_groups_of_sets() -> None:
     assert r"naurc $\times$1000 $\downarrow$ & coverage@risk=0.05 (\%) $\uparrow$" in latex
     with pytest.raises(ValueError, match="the reports have no 'naurc'; they have aurc"):
         columns_of(groups, ["new-fd:naurc"])
+    del groups[1].reports[0]["further"]["old_fd"]
+    with pytest.raises(ValueError, match=f"the report of {groups[1].runs[0]} has no 'naurc'; it has aurc"):
+        columns_of(groups, ["old-fd:naurc"])

@@ -138,3 +138,13 @@ def test_damaged_files_are_named_without_talk_of_pickle(tmp_path: Path) -> None:
         ) as problem:
             read_npz(path)
         assert "pickle" not in str(problem.value)
+
+
+def test_a_score_named_as_a_path_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^score_x/y has a '/' in the score's name, .*; rename it$"):
+        read_npz(write_npz(tmp_path / "x.npz", **{"score_x/y": np.zeros(200)}))
+
+
+def test_a_score_of_a_set_alone_is_named_as_unused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read_npz(write_npz(tmp_path / "x.npz", ood_noise_score_mine=np.zeros(90)))
+    assert caplog.messages == [f"{tmp_path / 'x.npz'} has arrays with names that are not used: ood_noise_score_mine"]

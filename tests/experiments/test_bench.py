@@ -72,8 +72,37 @@ def test_synthetic_images_stand_in_for_data_that_are_absent(
     path = write(tmp_path / "e.yaml", overrides=overrides, methods={"ce": {"method.name": "ce"}, "openmix": openmix})
     assert main([str(path), "--bench"]) == 0
     printed = capsys.readouterr().out
-    assert "ce, openmix: on synthetic images in memory, which need no decoding, as data.root" in printed
+    said = "on synthetic images in memory, which need no decoding (200 for training, 100 for validation, 100 classes)"
+    assert f"ce, openmix: {said}, as there is no folder {tmp_path / 'gone'}" in " ".join(printed.split())
     assert all(float(rows(printed)[name][0]) > 0 for name in ("ce", "openmix"))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "file"),
+    [("cifar100", "train.bin"), ("cifar10", "batches.meta"), ("folder", "dog/x.png"), ("fashion-mnist", "t10k-ubyte")],
+)
+def test_nothing_stands_in_for_data_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: str, file: str
+) -> None:
+    root = tmp_path / "data"
+    overrides = {"data": {"dataset": dataset, "root": str(root)}, "device": "cpu"}
+    path = write(tmp_path / "e.yaml", overrides=overrides, methods={"ce": {"method.name": "ce"}})
+    (root / file).parent.mkdir(parents=True)
+    (root / file).write_bytes(b"other")
+    assert main([str(path), "--bench"]) == 1
+    printed = capsys.readouterr().out
+    assert re.search("^ce +not measured: ", printed, re.M)
+    assert "synthetic" not in printed
+    assert "all 0" not in printed
+
+
+def test_a_mistake_beside_missing_data_is_no_missing_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(throughput.STAND_INS, "cifar100", (200, 100, 100, 16))
+    overrides = {"data": {"dataset": "cifar100"}, "device": "cpu", "model": {"name": "gone.py:net"}}
+    assert main([str(write(tmp_path / "e.yaml", overrides=overrides)), "--bench"]) == 1
+    assert re.search(r"ce   not measured: .*gone\.py", capsys.readouterr().out)
 
 
 def test_a_row_without_a_stand_in_says_what_is_absent(

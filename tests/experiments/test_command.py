@@ -29,7 +29,9 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "must be SETTING.METRIC" in error_of([path, "--select", "aurc"], capsys)
     assert "there is no file gone.yaml" in error_of(["gone.yaml"], capsys)
     options = [path, "--output", str(tmp_path / "gone"), "--table_only"]  # underscores are accepted
-    assert "results.json, and there are no runs to make it from; leave --table-only out" in error_of(options, capsys)
+    wanted = "results.json, and there are no runs to make it from; run the jobs first, without --table-only or --failed"
+    assert wanted in error_of(options, capsys)
+    assert wanted in error_of([*options[:-1], "--failed"], capsys)
 
 
 def test_a_set_that_cannot_be_read_fails_the_status_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,6 +148,10 @@ def test_of_two_runs_that_create_a_folder_one_is_refused(tmp_path: Path) -> None
             {"optim": OptimConfig("adamw")},
             "(optim.name was 'sgd' and is 'adamw'), which its state does not fit",
         ),
+        (
+            {"data_options": {"unseen_classes": ["bars-0"]}, "allow": ["data.unseen_classes"]},
+            "data.unseen_classes was .. and is .'bars-0'.*, which its state does not fit",
+        ),
         ({"method": "ce", "allow": ["method.name"]}, "method.name was 'tal' and is 'ce'.*which its state does not fit"),
     ],
 )

@@ -129,3 +129,14 @@ def gradient_of(module: nn.Module, gradient: object) -> list[Tensor]:
 def test_a_method_with_its_own_radius_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"optim\.sam_radius is 0\.1 but fmfp has a radius of its own; set it to null"):
         Trainer(config(tmp_path, "fmfp", optim=OptimConfig(sam_radius=0.1)))
+
+
+@pytest.mark.parametrize("sigmas", [(1.0, 0.0), (0.0, 1.0)])
+def test_a_resumed_run_may_change_sigma(tmp_path: Path, sigmas: tuple[float, float]) -> None:
+    for until, sigma in zip((1, 2), sigmas, strict=True):
+        run = config(tmp_path / "x", "ce", epochs=2, optim=OptimConfig(sam_radius=0.1, sam_sigma=sigma), resume="auto")
+        run.allow = ["optim.sam_sigma"]
+        trainer = Trainer(run)
+        trainer.fit(until=until)
+    assert trainer.state.epoch == 2
+    assert bool(trainer.state.sam.state_dict()) == bool(sigmas[1])

@@ -85,6 +85,9 @@ def test_a_stand_in_has_the_numbers_and_the_size_of_the_data_set(
     monkeypatch.setattr(throughput, "fill_queues", lambda trainer: None)
     data = {"dataset": "cifar100", "crop_area": None, "image_size": None, "channels": 3, "root": str(tmp_path)}
     found = throughput.expected_of(config(tmp_path / "x", data_options=data), Ranks.start("cpu"))
-    assert f"on synthetic images in memory, which need no decoding, as data.root {tmp_path}" in found.note
+    assert found.note == (
+        "on synthetic images in memory, which need no decoding (200 for training, 10,000 for validation, 100 classes), "
+        f"as data.root {tmp_path} has no files of cifar100"
+    )
     assert (seen["data"].synthetic_images, seen["data"].image_size, seen["data"].train_limit) == (50_000, 32, 200)
     assert (seen["classes"], seen["val"]) == (100, 10_000)
