@@ -99,7 +99,7 @@ def choice(name: str) -> str:
 
 
 def summary(name: str) -> str:
-    """What the experiment prints: a row per method, and a sentence on each."""
+    """Summary table of an experiment, and a sentence that compares each method with the baseline."""
     results = read(name)
     return MISSING if results is None else f"```\n{format_results(results, 'summary')}\n```\n"
 

@@ -1,4 +1,4 @@
-"""What the figures are held against: the machine's bandwidth and arithmetic, and the targets."""
+"""Limits of the machine (memory bandwidth, arithmetic) and targets, with which the benchmarks are compared."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,24 +68,28 @@ def ood_set(spec: str, image_size: int, channels: int) -> Split:
     damaged, or the specification is unknown.
     """
     kind, colon, rest = spec.partition(":")
-    files: dict[str, Any] = {
-        "textures": _textures,
-        "list": _listed,
-        "imagenet-o": partial(_named, kind, class_names=[]),
-    }
-    if kind in files and colon:
-        return files[kind](rest)
-    if kind == "mnist" and not builtin.mnist_available(rest or None):
-        raise ValueError("the set 'mnist' needs a folder with MNIST's IDX files: mnist:FOLDER")
-    made: dict[str, Any] = {"patches": _patches, "gaussian": _gaussian, "uniform": builtin.synthetic_noise}
-    number = _number(rest, spec) if colon and kind in made else GENERATED
-    arrays: dict[str, Any] = {name: partial(make, number, image_size, channels) for name, make in made.items()}
-    arrays |= {"svhn": lambda: _svhn(Path(rest)), "npy": lambda: _read_images(Path(rest))} if colon else {}
-    arrays |= {name: lambda: cifar.read(kind, rest, "val")[0] for name in cifar.LAYOUTS if colon}
-    root = rest or None
-    arrays |= {"mnist": lambda: builtin.mnist(root), "fashion-mnist": lambda: builtin.fashion_mnist(root)["val"][0]}
-    if kind in arrays:
-        return MemoryImages.unlabelled(arrays[kind](), channels)
+    if kind == "textures" and colon:
+        return _textures(rest)
+    if kind == "list" and colon:
+        return _listed(rest)
+    if kind == "imagenet-o" and colon:
+        return _named(kind, rest, [])
+    if kind == "svhn" and colon:
+        return MemoryImages.unlabelled(_svhn(Path(rest)), channels)
+    if kind in cifar.LAYOUTS and colon:
+        return MemoryImages.unlabelled(cifar.read(kind, rest, "val")[0], channels)
+    if kind == "npy" and colon:
+        return MemoryImages.unlabelled(_read_images(Path(rest)), channels)
+    if kind == "mnist":
+        if not builtin.mnist_available(rest or None):
+            raise ValueError("the set 'mnist' needs a folder with MNIST's IDX files: mnist:FOLDER")
+        return MemoryImages.unlabelled(builtin.mnist(rest or None), channels)
+    if kind == "fashion-mnist":
+        return MemoryImages.unlabelled(builtin.fashion_mnist(rest or None)["val"][0], channels)
+    if kind in ("patches", "gaussian", "uniform"):
+        number = _number(rest, spec) if colon else GENERATED
+        make = {"patches": _patches, "gaussian": _gaussian, "uniform": builtin.synthetic_noise}[kind]
+        return MemoryImages.unlabelled(make(number, image_size, channels), channels)
     if not Path(spec).is_dir() and not (kind in PACKED and colon):
         raise ValueError(
             f"the set {spec!r} is neither a folder nor one of webdataset:WHERE, huggingface:WHERE, textures:FOLDER, "

@@ -54,12 +54,12 @@ STAND_INS = {
 
 
 class Expected(NamedTuple):
-    """What a few steps say of a whole training, without its start, saving and evaluation."""
+    """Expected throughput and duration of a training, without start-up, saving and evaluation."""
 
     images_per_s: float  # of training on images from the loader, over all ranks
     data_wait: float  # share of that time spent waiting for images
     hours: float  # of all steps and validations; images that grow (``image_sizes``) count as they are at the end
-    note: str = ""  # what stands in for data that are not there
+    note: str = ""  # the synthetic images that replaced missing data, in words
 
 
 def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
 
 
 def expected_of(config: Config, ranks: Ranks) -> Expected:
-    """What a few steps of a configuration say of its whole training.
+    """Expected throughput and duration of a configuration, from a few training steps.
 
     Synthetic images stand in for data that are missing, if ``STAND_INS`` has their number, and noise for outliers.
     Raises ValueError for whatever else keeps the configuration from training.
@@ -123,7 +123,7 @@ def expected_of(config: Config, ranks: Ranks) -> Expected:
 
 
 def _missing(data: DataConfig) -> str:
-    """Words on the data's being missing, if a stand-in exists; empty where there are any files, readable or not."""
+    """Reason why data that have a stand-in are missing; empty if there are any files, readable or not."""
     if data.dataset not in STAND_INS:
         return ""
     given = data.root or (FASHION_MNIST_ROOT if data.dataset == "fashion-mnist" else None)
@@ -143,7 +143,7 @@ def _missing(data: DataConfig) -> str:
 
 
 def expected(trainer: Trainer, val_images: int | None = None) -> Expected:
-    """What a few steps of a trainer say of its whole training, by default with the validation images it has."""
+    """Expected throughput and duration of a trainer's run, from a few steps; by default with its validation images."""
     config, average = trainer.config, trainer.state.average
     images, epochs = len(trainer.batches) * config.batch_size, range(1, config.epochs + 1)
     rate, wait = _rate(trainer, train=True)
