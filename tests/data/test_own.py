@@ -24,8 +24,8 @@ from tal_fast.evaluation.sources import evaluate_run
 from tal_fast.runs.load import load_run
 from tal_fast.training.trainer import Trainer
 from tal_fast.utils import own_code
-from tal_fast.utils.signals import Stopped
-from tests.helpers.training import assert_same_end, config, one_thread, raise_signal_at
+from tests.helpers.own_package import installed_package
+from tests.helpers.training import assert_resumes_to_the_bit, config, one_thread
 
 __all__ = ["one_thread"]
 
@@ -91,13 +91,7 @@ def test_a_run_resumes_to_the_bit_is_evaluated_and_predicts(
         data = options(name, root=str(tmp_path))
         return Trainer(config(tmp_path / output, "ce", epochs=2, batch_size=8, data_options=data, **changes))
 
-    run("straight").fit()
-    with monkeypatch.context() as patch:
-        raise_signal_at(patch, int(np.random.default_rng().integers(1, 14)))
-        with pytest.raises(Stopped):
-            run("parts").fit()
-    run("parts", resume="auto").fit()
-    assert_same_end(tmp_path / "straight", tmp_path / "parts")
+    assert_resumes_to_the_bit(run, tmp_path, monkeypatch, steps=14)
 
     monkeypatch.chdir("/")  # the run has absolute paths
     evaluation = evaluate_run(tmp_path / "parts")
@@ -264,19 +258,11 @@ def test_options_that_do_not_fit_are_refused() -> None:
 
 
 def test_a_data_set_of_an_installed_package_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "data_package.py").write_text(OWN)
-    about = tmp_path / "data_package-1.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: data-package\nVersion: 1\n")
-    (about / "entry_points.txt").write_text("[tal_fast.data]\nthree = data_package:arrays\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    own_code.installed.cache_clear()
-    try:
+    with installed_package(
+        tmp_path, monkeypatch, "data_package", OWN, "[tal_fast.data]\nthree = data_package:arrays\n"
+    ):
         data = build_data(DataConfig("three", crop_area=None, holdout=5))
         assert (data.class_names, len(data.split("train")), len(data.split("val"))) == (("a", "b", "c"), 55, 5)
-    finally:
-        own_code.installed.cache_clear()
-        sys.modules.pop("data_package", None)
 
 
 @pytest.mark.slow

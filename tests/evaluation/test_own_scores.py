@@ -20,8 +20,8 @@ from tal_fast.evaluation.pipeline import evaluate_outputs
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sample_scores import read_samples
 from tal_fast.metrics.failure import failure_metrics
-from tal_fast.utils import own_code
 from tests.helpers.evaluation import make_run, read_json, write_npz
+from tests.helpers.own_package import installed_package
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "own-outputs.md").read_text()
 OWN = """
@@ -137,21 +137,10 @@ def test_a_run_is_judged_by_a_function_even_without_features(tmp_path: Path) -> 
 
 
 def test_scores_of_an_installed_package_have_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own_package.py").write_text(OWN)
-    about = tmp_path / "own_package-1.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: own-package\nVersion: 1\n")
-    (about / "entry_points.txt").write_text("[tal_fast.scores]\nwide = own_package:spread\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    own_code.installed.cache_clear()
-    try:
+    with installed_package(tmp_path, monkeypatch, "own_package", OWN, "[tal_fast.scores]\nwide = own_package:spread\n"):
         assert check_scores(["wide"]) == ["wide"]
         evaluation = evaluate_outputs(read_npz(write_npz(tmp_path / "x.npz")), EvaluationOptions(scores=["wide"]))
         assert list(evaluation.samples.id_scores) == ["wide"]
-    finally:
-        own_code.installed.cache_clear()
-        own_code.load.cache_clear()
-        sys.modules.pop("own_package", None)
 
 
 METRICS = """

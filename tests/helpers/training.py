@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,8 @@ from tal_fast.data.loader import IGNORED_LABEL
 from tal_fast.methods import Method, Step, Task, build_method
 from tal_fast.runs import checkpoint
 from tal_fast.training.train_step import Update
+from tal_fast.training.trainer import Trainer
+from tal_fast.utils.signals import Stopped
 
 TIMINGS = ("seconds", "images_per_s", "data_wait")
 """Columns of metrics.csv that differ from run to run."""
@@ -139,3 +142,19 @@ def raise_signal_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = si
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Update, "__call__", update)
+
+
+def assert_resumes_to_the_bit(
+    run: Callable[..., Trainer], folder: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """Assert that a run stopped at a random one of fewer than ``steps`` steps, and resumed, ends as one that was not.
+
+    ``run(output, **options)`` makes its trainer in ``folder / output``; the runs are ``straight`` and ``parts``.
+    """
+    run("straight").fit()
+    with monkeypatch.context() as patch:
+        raise_signal_at(patch, int(np.random.default_rng().integers(1, steps)))
+        with pytest.raises(Stopped):
+            run("parts").fit()
+    run("parts", resume="auto").fit()
+    assert_same_end(folder / "straight", folder / "parts")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from tal_fast.methods import method_class, method_names
 from tal_fast.runs.load import load_run
 from tal_fast.training.trainer import Trainer
 from tal_fast.utils import own_code
+from tests.helpers.own_package import installed_package
 from tests.helpers.training import config, method
 
 OWN = """
@@ -100,20 +100,9 @@ def test_a_run_finds_its_method_again(
 
 
 def test_a_method_of_an_installed_package_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "another_package.py").write_text(OWN)
-    about = tmp_path / "another_package-1.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: another-package\nVersion: 1\n")
     entries = "[tal_fast.methods]\nscaled = another_package:Scaled\nce = another_package:Scaled\n"
-    (about / "entry_points.txt").write_text(entries)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    own_code.installed.cache_clear()
-    try:
+    with installed_package(tmp_path, monkeypatch, "another_package", OWN, entries):
         assert "scaled" in method_names()
         assert method_class("scaled").name == "scaled"
         assert method_class("ce").name == "ce"  # this package's own name stays its own
         MethodConfig("scaled").check()
-    finally:
-        own_code.installed.cache_clear()
-        own_code.load.cache_clear()
-        sys.modules.pop("another_package", None)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tal_fast.data import builtin
 from tal_fast.data.pack import pack
 from tal_fast.evaluation.sources import evaluate_run
 from tal_fast.training.trainer import Trainer
-from tal_fast.utils.signals import Stopped
-from tests.helpers.training import assert_same_end, config, one_thread, raise_signal_at
+from tests.helpers.training import assert_resumes_to_the_bit, config, one_thread
 
 __all__ = ["one_thread"]
 
@@ -33,13 +31,7 @@ def test_a_run_on_shards_resumes_within_an_epoch_and_is_evaluated(
         }
         return Trainer(config(tmp_path / output, epochs=2, data_options=data, **options))
 
-    run("straight").fit()
-    with monkeypatch.context() as patch:
-        raise_signal_at(patch, int(np.random.default_rng().integers(1, 12)))
-        with pytest.raises(Stopped):
-            run("parts").fit()
-    run("parts", resume="auto").fit()
-    assert_same_end(tmp_path / "straight", tmp_path / "parts")
+    assert_resumes_to_the_bit(run, tmp_path, monkeypatch, steps=12)
 
     evaluation = evaluate_run(tmp_path / "parts", typicalness=False)
     assert evaluation is not None
