@@ -16,6 +16,7 @@ from tal_fast.evaluation.evaluation import samples_of
 from tal_fast.evaluation.report import none_to_nan, read_report, write_report
 from tal_fast.experiments.folder import Folder
 from tal_fast.experiments.plan import Experiment, Values
+from tal_fast.utils.own_code import relative
 
 FILE = "results.json"
 FORMAT = 1
@@ -99,6 +100,8 @@ def _run(folder: Folder, environments: list[Any]) -> Values:
     config = job.config.to_dict()
     for key in ("output", "resume"):
         del config[key]
+    config["method"]["name"] = relative(config["method"]["name"])
+    config["data"]["dataset"] = relative(config["data"]["dataset"])
     attempts = record["attempts"]
     places = {}
     for stage in STAGES:

@@ -203,6 +203,12 @@ class Trainer:
         )
         if config.mix.on:
             self._info(config.mix.summary(config.batch_size))
+        decay, steps = config.optim.ema_decay, config.epochs * len(self.batches)
+        if decay is not None and (initial := decay**steps) > 0.01 and self.ranks.is_main:
+            logger.warning(
+                "with optim.ema_decay %g and %s steps, %.0f%% of the average are the initial weights; at most %.4f "
+                "leaves 1%%", decay, f"{steps:,}", 100 * initial, math.floor(1e4 * 0.01 ** (1 / steps)) / 1e4,
+            )  # fmt: skip
         if self.ranks.is_main:
             self._loggers = loggers.Loggers(config, self.output, self._steps_done)
         problem = None

@@ -139,3 +139,16 @@ def test_a_metric_of_your_own_is_in_the_tables(tmp_path: Path, monkeypatch: pyte
     wrong = [1 - s.correct[s.id_scores["msp"] > 0].mean() for s in samples if s is not None]
     (old_fd,) = [row["value"] for row in found if row["setting"] == "old_fd"]
     assert old_fd == pytest.approx(np.mean(wrong[:3]) - np.mean(wrong[3:]))
+
+
+def test_own_code_is_named_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.py").write_text(
+        "from tal_fast.methods.ce import CrossEntropy\n\nclass Mine(CrossEntropy):\n    name = 'mine'\n    score = 'msp'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "e.yaml", methods={"ce": {}, "mine": {"method": {"name": "own.py:Mine"}}})
+    experiment = read_experiment(path)
+    assert {job.config.method.name for job in experiment.jobs} == {"ce", f"{tmp_path}/own.py:Mine"}
+    finish_jobs(tmp_path / "out", experiment, lambda job: (1.0, 0.8))
+    found = results.collect(experiment, scheduler.job_folders(experiment, tmp_path / "out"), "e")
+    assert {run["config"]["method"]["name"] for run in found["runs"]} == {"ce", "own.py:Mine"}

@@ -342,6 +342,23 @@ def test_the_averaged_model_is_validated_and_saved(tmp_path: Path) -> None:
     assert correct / 896 == pytest.approx(run.history[-1]["val_accuracy"])
 
 
+def test_an_average_that_keeps_the_initial_weights_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def said(decay: float) -> list[str]:
+        caplog.clear()
+        trainer = Trainer(config(tmp_path / str(decay), "ce", epochs=1, optim=OptimConfig(lr=0.05, ema_decay=decay)))
+        assert len(trainer.batches) == 6
+        trainer.fit()
+        return [record.getMessage() for record in caplog.records if "ema_decay" in record.getMessage()]
+
+    # 0.9998^6 = 0.9988; 0.01^(1/6) = 0.46416
+    assert said(0.9998) == [
+        "with optim.ema_decay 0.9998 and 6 steps, 100% of the average are the initial weights; at most 0.4641 leaves 1%"
+    ]
+    assert said(0.4641) == []
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
