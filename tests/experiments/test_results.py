@@ -143,7 +143,7 @@ def test_a_metric_of_your_own_is_in_the_tables(tmp_path: Path, monkeypatch: pyte
 
 def test_own_code_is_named_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own.py").write_text(
-        "from tal_fast.methods.ce import CrossEntropy\n\nclass Mine(CrossEntropy):\n    name = 'mine'\n    score = 'msp'\n"
+        "from tal_fast.methods.ce import CrossEntropy\n\nclass Mine(CrossEntropy):\n    name, score = 'mine', 'msp'\n"
     )
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path / "e.yaml", methods={"ce": {}, "mine": {"method": {"name": "own.py:Mine"}}})
