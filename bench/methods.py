@@ -135,8 +135,49 @@ def main_rows(name: str) -> str:
     return table(head, rows) + "\n"
 
 
+def scores(name: str) -> str:
+    """Each method's own score beside the best of those evaluated, DS-AURC, and the cost in trainings of the first row."""
+    results = read(name)
+    if results is None:
+        return MISSING
+    groups = groups_of(results)
+    settings = ["old_fd", *(f"new_fd/{one}" for one in groups[0].reports[0]["ood_names"])]
+    head = ["method", "cost", "accuracy"]
+    for setting in settings:
+        title = setting.replace("old_fd", "Old FD").replace("new_fd/", "New FD, ")
+        head += [f"{title}: own", "best", *(["DS"] if setting != "old_fd" else [])]
+
+    def least(values: dict[str, list[float]]) -> str:
+        means = {score: statistics.mean(of_runs) for score, of_runs in values.items()}
+        score = min(means, key=lambda score: means[score])
+        return f"{1e3 * means[score]:.1f} {score}"
+
+    hours = {}
+    for run in results["runs"]:
+        hours.setdefault(run["label"], []).append(run["seconds"]["train"])
+    first = statistics.mean(hours[groups[0].name])
+    rows = []
+    for group in groups:
+        row = [group.name, f"{statistics.mean(hours[group.name]) / first:.1f}", f"{100 * group.accuracy.mean:.2f}%"]
+        for setting in settings:
+            values: dict[str, list[float]] = {}
+            joint: dict[str, list[float]] = {}
+            for report in group.reports:
+                for score, found in report["settings"][setting].items():
+                    values.setdefault(score, []).append(found["aurc"])
+                for pair, found in report.get("further", {}).get(setting, {}).items():
+                    if "ds_aurc" in found:
+                        joint.setdefault(pair, []).append(found["ds_aurc"])
+            row += [f"{1e3 * statistics.mean(values[group.score]):.1f} {group.score}", least(values)]
+            if setting != "old_fd":
+                row.append(least(joint) if joint else "–")
+        rows.append(row)
+    return table(head, rows) + "\n"
+
+
 BLOCKS: dict[str, Callable[[str], str]] = {
     "whole": whole, "gpu": gpu, "choice": choice, "summary": summary, "main": main_rows,
+    "scores": scores,
 }  # fmt: skip
 
 
