@@ -136,7 +136,7 @@ def main_rows(name: str) -> str:
 
 
 def scores(name: str) -> str:
-    """Each method's own score beside the best of those evaluated, DS-AURC, and the cost in trainings of the first row."""
+    """Each method's own score beside the best of those evaluated, DS-AURC, and cost in trainings of the first row."""
     results = read(name)
     if results is None:
         return MISSING

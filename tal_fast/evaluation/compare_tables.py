@@ -14,6 +14,7 @@ from tal_fast.evaluation import tables
 from tal_fast.evaluation.compare import Column, Estimate, Group, Summary
 from tal_fast.evaluation.differences import OVER, higher_is_better
 from tal_fast.metrics.intervals import LEVEL
+from tal_fast.metrics.settings import GROUPS
 
 FORMATS = (*tables.STYLES, "csv")
 MAX_NAME = 30
@@ -51,16 +52,16 @@ def _short_names(groups: Sequence[Group], longest: int, numbered: bool = False) 
     return [legend], {name: f"({i})" for i, name in enumerate(names, 1)}
 
 
-def format_summary(groups: Sequence[Group], cost: Sequence[str]) -> str:
-    """Text table with a row per group: accuracy, AURC in Old FD and New FD, and the cost of its training."""
+def format_summary(groups: Sequence[Group], cost: Sequence[str], metric: str = "aurc") -> str:
+    """Text table with a row per group: accuracy, a metric in Old FD and New FD, and the cost of its training."""
     blocks, names = _short_names(groups, MAX_NAME // 2)
     for most in (3, 0):  # against each set, or their mean if that is too wide
         header, rows = ["run", "score", "accuracy"], [[names[g.name], g.score, _accuracy(g.accuracy)] for g in groups]
         for setting in _main_settings(groups, most):
-            title = re.sub(" against |: ", "\n", tables.setting_title(setting, groups[0].reports[0]))
-            header.append(f"{title}\n{_metric_title('aurc', 'paper')}")
+            title = re.sub(" against |: |(?<=mean over) ", "\n", tables.setting_title(setting, groups[0].reports[0]))
+            header.append(f"{title}\n{_metric_title(metric, 'paper')}")
             for row, group in zip(rows, groups, strict=True):
-                row.append(_value_cell(group, (setting, "aurc"), "table", "paper", ()))
+                row.append(_value_cell(group, (setting, metric), "table", "paper", ()))
         rows = [[*row, spent] for row, spent in zip(rows, cost, strict=True)]
         table = tables.format_table([*header, "training\nof a run"], rows, left=2)
         if max(map(len, table.splitlines())) <= tables.WIDTH:
@@ -69,16 +70,19 @@ def format_summary(groups: Sequence[Group], cost: Sequence[str]) -> str:
 
 
 def _main_settings(groups: Sequence[Group], most: int = 3) -> list[str]:
-    """Old FD, and New FD against each OOD set, or against more sets than ``most`` their mean."""
+    """Old FD, and New FD against each OOD set, or against more sets than ``most`` their mean, near and far apart."""
     known = groups[0].reports[0]["settings"]
-    each = [key for key in known if key.startswith("new_fd/")]
+    each = [f"new_fd/{name}" for name in groups[0].reports[0]["ood_names"] if f"new_fd/{name}" in known]
+    if len(each) > most > 0:
+        each = [f"new_fd/{name}" for name in GROUPS if f"new_fd/{name}" in known]
     return [key for key in ("old_fd", *(each if 0 < len(each) <= most else ["new_fd"])) if key in known]
 
 
-def conclusions(groups: Sequence[Group]) -> str:
-    """A sentence on each group: its AURC in Old FD and New FD compared with its baseline's, where there are intervals.
+def conclusions(groups: Sequence[Group], metric: str = "aurc") -> str:
+    """A sentence on each group: a metric in Old FD and New FD compared with its baseline's, where there are intervals.
 
-    Differences and their 95% intervals are in percent of the baseline's mean, and an AURC falls by 100% at most.
+    Differences and their 95% intervals are in percent of the baseline's mean, and a metric falls by 100% at most. Where
+    the baseline's is 0 there are no percents, and the metric is stated.
     """
     by_name, sentences = {group.name: group for group in groups}, []
     compared = {setting for group in groups for setting, _ in group.differences}
@@ -88,16 +92,20 @@ def conclusions(groups: Sequence[Group]) -> str:
     for group in groups:
         clauses = []
         for setting in settings:
-            found = group.differences.get((setting, "aurc"), Estimate(math.nan))
-            base = by_name[group.baseline].summary((setting, "aurc")).mean if found.over else math.nan
+            found = group.differences.get((setting, metric), Estimate(math.nan))
+            base = by_name[group.baseline].summary((setting, metric)).mean if found.over else math.nan
+            title = tables.setting_title(setting, groups[0].reports[0])
             if base > 0:
                 value, low, high = (max(number / base, -1.0) for number in found[:3])
                 how = f"is {abs(value):.0%} {'lower' if value < 0 else 'higher'}"
                 digits = 0 if min(abs(low), abs(high)) >= 0.005 else 1  # an end of 0% would say nothing
                 how = f"{how if found.significant else 'cannot be told apart'} [{low:+.{digits}%}, {high:+.{digits}%}]"
-                clauses.append(f"{tables.setting_title(setting, groups[0].reports[0])} {how}")
+                clauses.append(f"{title} {how}")
+            elif base == 0:
+                clauses.append(f"{title} is {tables.format_value(metric, found.value, 'natural')} where that has 0")
         if clauses:
-            text = f"AURC of {group.name} compared with {group.baseline}: {'; '.join(clauses)}."
+            what = tables.METRIC_TITLES.get(metric, metric)
+            text = f"{what} of {group.name} compared with {group.baseline}: {'; '.join(clauses)}."
             sentences.append(tables.wrap(tables.printable(text)))
     return "\n".join(sentences)
 

@@ -86,7 +86,7 @@ def _exclusion(runs: int, seeds: int, accuracy: float, best: float, value: float
     if math.isnan(best):
         return "no run of the baseline is done"
     if accuracy < best - select.accuracy_loss - _ROUNDING:
-        return f"accuracy more than {select.accuracy_loss:.2%} below {best:.2%}"
+        return f"accuracy below {best - select.accuracy_loss:.2%}"
     return ""
 
 

@@ -30,7 +30,9 @@ def format_results(results: Results, style: str) -> str:
     blocks = [_head(results, groups, style)]
     if groups and not markdown:
         of_row = ([run["seconds"]["train"] for run in results["runs"] if run["label"] == g.name] for g in groups)
-        blocks += [format_summary(groups, [duration(mean(seconds)) for seconds in of_row]), conclusions(groups)]
+        metric = "aurc" if "aurc" in options["metrics"] else options["metrics"][0]
+        blocks.append(format_summary(groups, [duration(mean(seconds)) for seconds in of_row], metric))
+        blocks.append(conclusions(groups, metric))
     parts = _parts(groups, options["metrics"]) if style != "summary" else []
     if markdown:
         for title, columns in parts:

@@ -101,7 +101,38 @@ def test_conclusions_compare_in_percent_of_the_baseline() -> None:
     groups = groups_with([], ["perfect", "tal"], {})
     groups[0].reports[0]["settings"]["old_fd"]["msp"]["aurc"] = 0.0  # nothing is a share of 0
     groups[1].baseline, groups[1].differences = "perfect", {("old_fd", "aurc"): Estimate(0.1, 0.05, 0.15, "both")}
+    assert conclusions(groups) == "AURC of tal compared with perfect: Old FD is 0.10000 where that has 0."
+
+
+def test_another_metric_is_summed_up_and_concluded_on() -> None:
+    groups = groups_with(["svhn"], ["ce", "tal"], {"new_fd": 0.4})
+    for report in (groups[0].reports[0], groups[1].reports[0]):
+        for setting in report["settings"].values():
+            setting["msp"]["auroc"] = 0.8
+    groups[1].baseline = "ce"
+    groups[1].differences = {("old_fd", "auroc"): Estimate(0.04, 0.02, 0.06, "both")}
     assert conclusions(groups) == ""
+    assert conclusions(groups, "auroc") == "AUROC of tal compared with ce: Old FD is 5% higher [+2%, +8%]."
+    text = format_summary(groups, ["9 s", "10 s"], "auroc")
+    assert "AURC" not in text
+    assert text.count("AUROC (%) ↑") == 2
+    assert "  80.00 ± 0.00  80.00 ± 0.00" in re.sub(" +", "  ", text).replace("  ±  ", " ± ")
+
+
+def test_many_sets_are_summed_up_by_near_and_far() -> None:
+    sets = ["near/a", "near/b", "far/c", "far/d"]
+    groups = groups_with(sets, ["ce", "tal"], {"new_fd/near": 0.3, "new_fd/far": 0.1})
+    report = groups[0].reports[0]
+    values = report["settings"]["old_fd"]["msp"]
+    report["settings"] |= {
+        f"new_fd/{name}": {"msp": {**values, "aurc": v}} for name, v in (("near", 0.3), ("far", 0.1))
+    }
+    text = format_summary(groups, ["9 s", "10 s"])
+    assert re.search(r"mean over +mean over *\n +2 near OOD sets +2 far OOD sets", text.replace("Old FD", ""))
+    assert "300.00 ± 0.00" in text
+    assert "100.00 ± 0.00" in text
+    two = groups_with(["near/a", "far/c"], ["ce", "tal"], {"new_fd/near/a": 0.3, "new_fd/far/c": 0.1})
+    assert "near/a" in format_summary(two, ["9 s", "10 s"])
 
 
 LONG = [f"set-with-a-long-name-{i}" for i in range(4)]
@@ -112,8 +143,8 @@ LONG = [f"set-with-a-long-name-{i}" for i in range(4)]
     [
         (["a"], ["New FD", "a"], ["123.46"]),
         (["a", "b"], ["New FD", "a", "b"], ["200.00", "40.00"]),
-        (LONG[:3], ["mean over 3 OOD sets"], ["123.46"]),  # each would be too wide
-        (LONG, ["mean over 4 OOD sets"], ["123.46"]),
+        (LONG[:3], ["mean over\n", "3 OOD sets"], ["123.46"]),  # each would be too wide
+        (LONG, ["mean over\n", "4 OOD sets"], ["123.46"]),
     ],
 )
 @pytest.mark.parametrize("name", ["fmfp-tal", "tal-t_max=20-t_min=2-weight_decay=0.0005"])

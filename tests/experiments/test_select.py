@@ -35,7 +35,7 @@ def test_selection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     rows = {line.split()[0]: line for line in said[said.index("chosen (*)") :].splitlines() if "lr=" in line}
     assert "tal-lr=0.2" in rows
-    assert "accuracy more than 0.50% below" in rows["tal-lr=0.2"]
+    assert "accuracy below 73.17%" in rows["tal-lr=0.2"]
     assert "1 of 2 seeds" in rows["tal-lr=0.3"]
     criterion = SelectOptions(["old_fd.aurc", "new_fd/far.auroc"])
     candidates = select.candidates(experiment, results.read_results(output), criterion)
