@@ -119,9 +119,13 @@ def main() -> None:
     """Train and evaluate all runs, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, help="Folder of the weights, the features and the runs.")
-    folder = parser.parse_args().folder.absolute()
+    parser.add_argument("--weights-only", action="store_true", help="Write the weights and stop.")
+    args = parser.parse_args()
+    folder = args.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder)
+    if args.weights_only:
+        return
     runs = [measure(folder, name, method, seed) for name in SETTINGS for seed in SEEDS for method in METHODS]
     update_pages([ROOT / "docs" / "training.md"], lambda text: fill(text, runs), check=False, command="")
     write_json(RESULT, {"always": ALWAYS, "settings": SETTINGS, "environment": environment(), "runs": runs})

@@ -11,6 +11,7 @@ that ``python -m tal_fast.experiment`` has written, for README's figure.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import re
@@ -32,6 +33,7 @@ from tal_fast.experiments.results import STAGES, Results, groups_of, read_result
 from tal_fast.experiments.table import format_results
 from tal_fast.metrics.ranking import risk_coverage_curve
 from tal_fast.metrics.settings import Mix, scored_settings
+from tal_fast.runs.folder import METRICS_FILE
 
 RESULTS = ROOT / "bench" / "results" / "methods"
 EXPERIMENTS = ROOT / "examples" / "experiments"
@@ -356,7 +358,7 @@ def measure_typicalness(run_dir: str) -> dict[str, Any]:
 
 
 def measure_curves(folder: Path) -> dict[str, Any]:
-    """Risk-coverage curves of an experiment's runs by the methods of ``CURVE_METHODS``.
+    """Risk-coverage curves of the runs by ``CURVE_METHODS`` in an experiment, and the training accuracy of all runs.
 
     Args:
         folder: output folder of ``python -m tal_fast.experiment``, with its runs.
@@ -365,7 +367,10 @@ def measure_curves(folder: Path) -> dict[str, Any]:
 
     results = read_results(folder)
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    fitted: dict[str, list[float]] = {}
     for run in results["runs"]:
+        with (folder / "runs" / run["name"] / METRICS_FILE).open(newline="") as file:
+            fitted.setdefault(run["method"], []).append(float([*csv.DictReader(file)][-1]["train_accuracy"]))
         if run["method"] not in CURVE_METHODS:
             continue
         report, score = run["report"], run["report"]["score"]
@@ -385,6 +390,7 @@ def measure_curves(folder: Path) -> dict[str, Any]:
         "what": "risk at coverage 1/50, 2/50, ..., 1",
         "experiment": results["experiment"],
         "environments": results["environments"],
+        "train_accuracy": fitted,
         "settings": found,
     }
 
