@@ -164,7 +164,7 @@ class Scheduler:
             with self._isolating_failures(running):
                 folder.check()  # again, now that no other scheduler can change it
                 folder.prepare()
-                self._start(running, "evaluate" if folder.is_trained() else "train")
+                self._start(running, "evaluate" if folder.record()["trained"] else "train")
                 self._running.append(running)
                 free.pop(0)
 

@@ -12,7 +12,7 @@ import torch
 
 from tal_fast.config.parse import load_config, merged, nest
 from tal_fast.config.schema import Config
-from tal_fast.data import build_data
+from tal_fast.data.build import build_data
 from tal_fast.models.pretrained import PRETRAINED, is_cached
 from tal_fast.runs import checkpoint
 from tal_fast.runs.folder import CONFIG_FILE
