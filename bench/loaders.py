@@ -25,8 +25,8 @@ from torch import Tensor
 
 from bench.harness import environment, write_json
 from tal_fast.config.schema import DataConfig
-from tal_fast.data import build_data
 from tal_fast.data import dali as dali_loader
+from tal_fast.data.build import build_data
 from tal_fast.data.pack import pack
 
 SIZE = 224

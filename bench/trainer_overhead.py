@@ -27,7 +27,7 @@ from tal_fast import TALLoss
 from tal_fast.config.methods import TAL_OPTIONS
 from tal_fast.config.parse import parse_training
 from tal_fast.config.schema import Config
-from tal_fast.data import build_data
+from tal_fast.data.build import build_data
 from tal_fast.models import build_model
 from tal_fast.training.trainer import Trainer
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from tal_fast.evaluation.calibrate_command import main
+from tal_fast.utils.process import run_and_exit
 
 
 def __getattr__(name: str) -> Any:
@@ -15,6 +16,4 @@ def __getattr__(name: str) -> Any:
 
 
 if __name__ == "__main__":
-    from tal_fast.utils.process import run_and_exit
-
     run_and_exit(main)

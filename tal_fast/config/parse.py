@@ -13,6 +13,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
@@ -41,15 +42,24 @@ def load_config(name_or_path: str) -> Config:
 
 
 def read_config(name_or_path: str) -> dict[str, Any]:
-    """Read the mapping in a preset or a YAML file; raises ValueError if there is neither."""
-    if name_or_path in preset_names():
-        return read_yaml(Path(str(resources.files("tal_fast.config") / "presets" / f"{name_or_path}.yaml")))
+    """Read the mapping in a preset or a YAML file, whose key ``base`` may name a preset that has the rest.
+
+    Raises ValueError if there is no such preset or file.
+    """
     path = Path(name_or_path)
-    if path.is_file():
-        return read_yaml(path)
-    close = difflib.get_close_matches(name_or_path, preset_names())
-    hint = f"did you mean {' or '.join(close)}?" if close else f"the presets are {', '.join(preset_names())}"
-    raise ValueError(f"no preset or file {name_or_path!r}; {hint}")
+    if name_or_path in preset_names():
+        path = Path(str(resources.files("tal_fast.config") / "presets" / f"{name_or_path}.yaml"))
+    elif not path.is_file():
+        close = difflib.get_close_matches(name_or_path, preset_names())
+        hint = f"did you mean {' or '.join(close)}?" if close else f"the presets are {', '.join(preset_names())}"
+        raise ValueError(f"no preset or file {name_or_path!r}; {hint}")
+    values = read_yaml(path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if base not in preset_names():
+        raise ValueError(f"base is {short(base)} in {path} but must be a preset: {', '.join(preset_names())}")
+    return merged(read_config(base), upgrade(values))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -202,16 +212,14 @@ def _parser(words: Sequence[str], program: str) -> argparse.ArgumentParser:
     common.add_argument(
         "--bench", action="store_true", default=False, help="measure the throughput instead of training, as JSON"
     )
-    known: dict[str, set[type]] = {}
+    known: set[str] = set()
     for title, prefix, kind in _sections():
         group = parser.add_argument_group(title)
         help_texts = attribute_help(kind)
         for field, field_kind in zip(fields(kind), field_types(kind).values(), strict=True):
-            name = prefix + field.name
-            owners = known.setdefault(name, set())
-            if (owner := _owner(kind, field.name)) in owners:
+            if field.name not in inspect.get_annotations(kind):  # of a base, which has a group of its own
                 continue
-            owners.add(owner)
+            name = prefix + field.name
             if is_dataclass(field_kind):  # a section, as a YAML mapping
                 parser.add_argument(f"--{name}", type=_load_yaml, help=argparse.SUPPRESS)
                 continue
@@ -220,10 +228,11 @@ def _parser(words: Sequence[str], program: str) -> argparse.ArgumentParser:
                 "metavar": _metavar(field_kind), "help": f"{help_texts[field.name]}{default}".replace("%", "%%"),
             }  # fmt: skip
             alone: dict[str, Any] = {"nargs": "?", "const": True} if field_kind is bool else {}
-            if len(owners) == 1:
+            if name not in known:
                 group.add_argument(*_flags(name), dest=name, type=partial(_from_text, field_kind), **alone, **shown)
             else:  # another method's option of the same name: argparse takes it once, so this is for the help alone
                 group._group_actions.append(argparse.Action(_flags(name), name, **shown))
+            known.add(name)
     for name, kind in field_types(TALOptions).items():  # as 0.1.0 spelled them
         parser.add_argument(*_flags(f"method.{name}"), type=partial(_from_text, kind), help=argparse.SUPPRESS)
     for word in dict.fromkeys(word.partition("=")[0] for word in words):
@@ -240,19 +249,10 @@ def _sections() -> Iterator[tuple[str, str, Any]]:
     for name, kind in field_types(Config).items():
         if is_dataclass(kind):
             yield name, f"{name}.", kind
-    for kind in OPTIONS.values():
-        if option_names(kind):
-            users = [name for name, other in OPTIONS.items() if _owners(kind) & _owners(other)]
+    for kind in dict.fromkeys(base for options in OPTIONS.values() for base in reversed(options.__mro__)):
+        if is_dataclass(kind) and option_names(kind) & inspect.get_annotations(kind).keys():
+            users = [name for name, options in OPTIONS.items() if issubclass(options, kind)]
             yield f"options of {' and '.join(users)}", "method.options.", kind
-
-
-def _owners(kind: type) -> set[tuple[str, type]]:
-    return {(name, _owner(kind, name)) for name in option_names(kind)}
-
-
-def _owner(kind: type, name: str) -> type:
-    """Class that defines a field: a dataclass or one of its bases."""
-    return next(base for base in kind.__mro__ if name in inspect.get_annotations(base))
 
 
 def _flags(name: str) -> list[str]:

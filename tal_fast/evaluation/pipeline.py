@@ -19,7 +19,7 @@ from tal_fast.evaluation.sample_scores import Predictions, Samples, identity_of
 from tal_fast.metrics.calibration import calibration_metrics
 from tal_fast.metrics.settings import GROUPS
 from tal_fast.runs.prediction_store import Outputs
-from tal_fast.scores.features import FeatureScorer, Training, training_needed
+from tal_fast.scores.features import FeatureScorer, Training
 from tal_fast.scores.logits import SCORES, logit_scores
 from tal_fast.scores.temperature import HELD_OUT, fit_temperature, held_out
 from tal_fast.utils.arrays import Floats, Ints
@@ -178,7 +178,4 @@ def _unavailable_scores(names: Sequence[str], scorer: FeatureScorer, inputs: Eva
     if missing:
         reason = f"it needs the features of every set, and there are no {', '.join(missing)}"
         return dict.fromkeys(names, reason)
-    if inputs.training is None:
-        reason = "it needs training features, and there are none"
-        return {name: reason for name in names if training_needed(name)}
     return scorer.undefined(names)

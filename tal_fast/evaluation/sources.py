@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tal_fast.config.names import ENSEMBLE_SCORES, FITTED_SCORES, LOGIT_SCORES, is_own_score
 from tal_fast.config.schema import DataConfig, ModelConfig
-from tal_fast.data import build_data
+from tal_fast.data.build import build_data
 from tal_fast.data.corruptions import Corruption
 from tal_fast.data.datasets import DataBundle, Split
 from tal_fast.data.digest import split_hash

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from tal_fast.experiments.plan import Job
 from tal_fast.runs.folder import CONFIG_FILE
 from tal_fast.runs.resume import differences
 from tal_fast.utils.io import write_text
+from tal_fast.utils.locks import lock
 
 REQUESTED, RECORD, LOG, LOCK = "asked.yaml", "job.json", "log.txt", "lock"
 REPORT = "report.json"
@@ -89,10 +89,6 @@ class Folder:
         left = "to evaluate" if record["trained"] else "to train"
         return left + (f", failed: {record['failed']}" if record["failed"] else ""), spent
 
-    def is_trained(self) -> bool:
-        """Whether training has ended."""
-        return bool(self.record()["trained"])
-
     def set_evaluated(self, options: tuple[str, ...]) -> None:
         """Record the evaluation options that ``report.json`` was made with."""
         self.update(evaluated={"words": list(options), "report": self._report_hash()})
@@ -126,14 +122,12 @@ class Folder:
         another scheduler holds the lock.
         """
         handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        held = lock(handle)
+        if not held:
             os.close(handle)
+            if held is None:
+                raise ValueError(f"{self.path / LOCK} cannot be locked, as its disk has no locks; choose another disk")
             return None
-        except OSError as error:
-            os.close(handle)
-            raise ValueError(f"{self.path / LOCK} cannot be locked ({error}); choose another disk") from None
         with contextlib.suppress(OSError):  # on a full disk the lock holds, without saying whose it is
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"{platform.node()}, process {os.getpid()}\n".encode(), 0)

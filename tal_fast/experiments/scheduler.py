@@ -102,7 +102,7 @@ class _RunningJob:
 
 
 class Scheduler:
-    """Runs the unfinished jobs of an experiment, ``len(slots)`` at a time."""
+    """Scheduler of the unfinished jobs of an experiment, of which ``len(slots)`` run at a time."""
 
     def __init__(self, experiment: Experiment, folders: Sequence[Folder], slots: Sequence[Environment]) -> None:
         self.experiment = experiment
@@ -164,7 +164,7 @@ class Scheduler:
             with self._isolating_failures(running):
                 folder.check()  # again, now that no other scheduler can change it
                 folder.prepare()
-                self._start(running, "evaluate" if folder.is_trained() else "train")
+                self._start(running, "evaluate" if folder.record()["trained"] else "train")
                 self._running.append(running)
                 free.pop(0)
 

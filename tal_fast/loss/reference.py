@@ -35,7 +35,6 @@ for all others.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -70,12 +69,6 @@ class TALStats(NamedTuple):
     temperature: Tensor
     correct: Tensor
     accepted: Tensor
-
-    @property
-    def right(self) -> Tensor:
-        """Deprecated alias of ``correct``."""
-        warnings.warn("TALStats.right is now TALStats.correct, and will be removed", DeprecationWarning, stacklevel=2)
-        return self.correct
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:

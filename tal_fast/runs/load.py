@@ -12,7 +12,8 @@ from torch import nn
 
 from tal_fast.config.data import DATASETS
 from tal_fast.config.schema import Config
-from tal_fast.data import DataBundle, build_data
+from tal_fast.data.build import build_data
+from tal_fast.data.datasets import DataBundle
 from tal_fast.data.digest import data_digest
 from tal_fast.methods import method_class
 from tal_fast.models import build_model, keep_classes

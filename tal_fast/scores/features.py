@@ -50,11 +50,6 @@ KNN_SAMPLES = 50_000
 """Default number of training features that ``knn`` keeps: 400 MB of float32 at 2,048 wide."""
 SIRC_KNN_SAMPLES = 10_000
 """Number of training features that SIRC takes the mean and standard deviation of ``knn`` from."""
-# Score -> the property of FeatureScorer that fits it.
-_FITTED = {
-    "vim": "_vim_scale", "residual": "_null_space", "mahalanobis": "_gaussians", "knn": "_neighbours",
-    "ctm": "_class_directions",
-}  # fmt: skip
 
 
 def training_needed(name: str) -> bool:
@@ -83,20 +78,16 @@ class FeatureScorer:
     def training(self) -> Training:
         """Training data; a ValueError if there are none."""
         if self._given is None:
-            raise ValueError("there are no training features")
+            raise ValueError("it needs training features, and there are none")
         return self._given
 
     def undefined(self, names: Sequence[str]) -> dict[str, str]:
         """Fit the scores; return those that cannot be computed, each with the reason."""
+        width = 1 if self._given is None else self._given.features.shape[1]
         problems: dict[str, str] = {}
         for name in names:
             try:
-                if name in SIRC_SCORES:
-                    self._sirc_parameters(SIRC_SCORES[name][1])
-                elif name.startswith("ood:"):
-                    self._detector(name)
-                elif name in _FITTED:
-                    getattr(self, _FITTED[name])
+                self.scores([name], np.zeros((0, 1)), np.zeros((0, width)))
             except ValueError as problem:
                 problems[name] = str(problem)
         return problems
@@ -139,9 +130,10 @@ class FeatureScorer:
 
         def part(name: str) -> Floats:
             """Score of the features alone, kept: several scores share it, and the neighbours can take minutes."""
-            if name not in parts:
-                by_rows = {"feature_norm": _l1_norm, "residual": self._residual}.get(name)
-                parts[name] = by_blocks(by_rows, features) if by_rows else self._neighbours.scores(features)
+            if name not in parts and name == "knn":
+                parts[name] = self._neighbours.scores(features)
+            elif name not in parts:
+                parts[name] = by_blocks(_l1_norm if name == "feature_norm" else self._residual, features)
             return parts[name]
 
         return {name: self._score(name, logits, part, features) for name in names}
@@ -156,7 +148,8 @@ class FeatureScorer:
         if name == "mahalanobis":
             return self._mahalanobis(features)
         if name == "ctm":
-            return by_blocks(lambda f: (normalised(f) @ self._class_directions.T).max(1), features)
+            directions = self._class_directions
+            return by_blocks(lambda f: (normalised(f) @ directions.T).max(1), features)
         if name == "vim":
             return energy(logits) + self._vim_scale * part("residual")
         if name in SIRC_SCORES:
@@ -165,9 +158,10 @@ class FeatureScorer:
             return -LOG_GAPS[first](logits) - np.logaddexp(0, -b * (part(second) - a))
         raise ValueError(f"unknown feature score {name!r}; choose from {', '.join((*FEATURE_SCORES, *SIRC_SCORES))}")
 
-    def _residual(self, features: Floats) -> Floats:
+    @cached_property
+    def _residual(self) -> Callable[[Floats], Floats]:
         origin, directions = self._null_space
-        return -np.linalg.norm((features - origin) @ directions, axis=1)
+        return lambda features: -np.linalg.norm((features - origin) @ directions, axis=1)
 
     @cached_property
     def _first_pass(self) -> tuple[ClassScatter, Moments]:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from tal_fast.config.schema import Config
-from tal_fast.data import DataBundle, Loader
-from tal_fast.data.loader import Images
+from tal_fast.data.datasets import DataBundle
+from tal_fast.data.loader import Images, Loader
 from tal_fast.data.ood import ood_set
 from tal_fast.training.mixing import Mixer
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from tal_fast.config.parse import parse_training
 from tal_fast.config.schema import Config
@@ -23,10 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Exits with code 2 after a mistake in the input; after a stop by signal, when the run is saved, with 75 (run the same
     command again) for SIGTERM and SIGUSR1 and with 130 for Ctrl-C.
     """
-    try:
+    with _exiting(ValueError):
         config, bench, given = parse_training(sys.argv[1:] if argv is None else argv, program_name("train"))
-    except ValueError as error:
-        raise SystemExit(report_mistake(error)) from None
     level = logging.WARNING if config.progress == "none" else logging.INFO
     # Early, because loading PyTorch and finding a million images take a while.
     with console_logging(level), StopRequest() as stop:
@@ -43,16 +42,13 @@ def _train(config: Config, stop: StopRequest, bench: bool, given: Collection[str
     from tal_fast.training.trainer import Trainer, TrainingFailed
     from tal_fast.utils.distributed import Ranks
 
-    if config.threads is not None:
-        most = 16 * (os.cpu_count() or 1)  # beyond what the system starts, PyTorch crashes
-        if config.threads > most:
-            raise SystemExit(report_mistake(ValueError(f"threads is {config.threads}; use at most {most} here")))
-        torch.set_num_threads(config.threads)
-    try:
+    with _exiting(ValueError):
+        if config.threads is not None:
+            most = 16 * (os.cpu_count() or 1)  # beyond what the system starts, PyTorch crashes
+            if config.threads > most:
+                raise ValueError(f"threads is {config.threads}; use at most {most} here")
+            torch.set_num_threads(config.threads)
         ranks = Ranks.start(config.device)
-    except ValueError as error:
-        raise SystemExit(report_mistake(error)) from None
-    try:
         if given is not None:
             values, text = ranks.on_main(lambda: fit(config, given, ranks.device))
             config = with_options(config, values)
@@ -66,20 +62,19 @@ def _train(config: Config, stop: StopRequest, bench: bool, given: Collection[str
                 print(json.dumps(result, indent=1))
             return
         trainer = Trainer(config, ranks, stop)
-    except ValueError as error:
-        raise SystemExit(report_mistake(error)) from None
-    except Stopped as stopped:
-        raise SystemExit(_stopped(stopped, ranks.is_main)) from None
-    try:
+    with _exiting(TrainingFailed, UnreadableImage, Damaged):
         trainer.fit()
-    except (TrainingFailed, UnreadableImage, Damaged) as error:
-        raise SystemExit(report_mistake(error)) from None
-    except Stopped as stopped:
-        raise SystemExit(_stopped(stopped, ranks.is_main)) from None
     ranks.stop()
 
 
-def _stopped(stopped: Stopped, is_main: bool) -> int:
-    if is_main:
-        print(stopped, file=sys.stderr)
-    return stopped.exit_code
+@contextlib.contextmanager
+def _exiting(*mistakes: type[Exception]) -> Iterator[None]:
+    """Context in which errors of these types, named in one sentence, and stops end the process with their codes."""
+    try:
+        yield
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr)
+        raise SystemExit(stopped.exit_code) from None
+    except mistakes as error:
+        raise SystemExit(report_mistake(error)) from None

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tal_fast.config.schema import Config
-from tal_fast.data import DataBundle
 from tal_fast.data.augment import PixelAugmentation
-from tal_fast.data.datasets import Split
+from tal_fast.data.datasets import DataBundle, Split
 from tal_fast.data.image_folder import ImageFiles, undecodable
 from tal_fast.data.loader import IGNORED_LABEL, ImageBatch, Source, prefetch, to_device
 from tal_fast.data.sampler import Batch, Plan

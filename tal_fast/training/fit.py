@@ -12,7 +12,7 @@ import torch
 
 from tal_fast.config.parse import load_config, merged, nest
 from tal_fast.config.schema import Config
-from tal_fast.data import build_data
+from tal_fast.data.build import build_data
 from tal_fast.models.pretrained import PRETRAINED, is_cached
 from tal_fast.runs import checkpoint
 from tal_fast.runs.folder import CONFIG_FILE
@@ -94,7 +94,7 @@ def _batch_size(facts: Facts) -> int:
 
 
 def look(config: Config, given: Collection[str], device: torch.device) -> Facts:
-    """Look at the data of a configuration and at this machine."""
+    """Facts about the data of a configuration and about this machine."""
     data = build_data(config.data)
     train = data.split("train")
     on_gpu = device.type == "cuda"

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from tal_fast import __version__
 from tal_fast.config.schema import Config, MethodConfig, OptimConfig
-from tal_fast.data import DataBundle
+from tal_fast.data.datasets import DataBundle
 from tal_fast.data.digest import data_digest, newest_change
 from tal_fast.loss import dispatch
 from tal_fast.loss._extension import build_digest

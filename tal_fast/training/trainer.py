@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tal_fast.config.schema import OWN_OF_A_RANK, Config, DataConfig
-from tal_fast.data import build_data
+from tal_fast.data.build import build_data
 from tal_fast.data.sources import absolute_place
 from tal_fast.models import head_path
 from tal_fast.models.pretrained import PRETRAINED, Weights, read_weights

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tal_fast.data import Loader
-from tal_fast.data.loader import Images
+from tal_fast.data.loader import Images, Loader
 from tal_fast.methods import Method
 from tal_fast.metrics.failure import failure_metrics
 from tal_fast.training.runtime import Runtime

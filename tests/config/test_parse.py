@@ -226,11 +226,22 @@ def test_mistakes_are_refused_in_a_sentence(words: str, sentence: str) -> None:
         ("method: 3", "method is 3 but must be a mapping"),
         ("method: {options: null}", "method.options is None but must be dict"),
         ("data:\n  channels: 2", "data.channels is 2; use 1 or 3"),
+        ("base: digits", "base is 'digits' in "),
+        ("base: [digits-ce]", "mine.yaml but must be a preset: cifar100-resnet110-ce, "),
     ],
 )
 def test_bad_files_are_refused_in_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     assert sentence in refusal(f"--config {tmp_path / 'mine.yaml'}")
+
+
+def test_a_file_has_the_rest_from_the_preset_that_it_names(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: digits-tal\nmethod: {t_max: 30, options: {t_min: 6}}\nseed: 4\n")
+    config, preset = load_config(str(tmp_path / "mine.yaml")), load_config("digits-tal")
+    assert (config.seed, config.data, config.optim) == (4, preset.data, preset.optim)
+    assert config.method.options == {**preset.method.options, "t_min": 6, "t_max": 30}
+    (tmp_path / "mine.yaml").write_text("base: digits-tal\nmethod: {name: ce}\n")
+    assert load_config(str(tmp_path / "mine.yaml")) == load_config("digits-ce")
 
 
 NESTED = 3000 * "{a: " + 3000 * "}"

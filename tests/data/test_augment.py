@@ -14,8 +14,9 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from tal_fast.config.schema import DataConfig
-from tal_fast.data import augment, build_data, dali
+from tal_fast.data import augment, dali
 from tal_fast.data.augment import RANDAUGMENT, TRIVIALAUGMENT, PixelAugmentation, apply
+from tal_fast.data.build import build_data
 from tests.helpers.images import LOADERS, collect, config, make_folder, needs_dali, picture, write_fashion
 
 FILL = [1, 2, 3]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tal_fast.config.schema import DataConfig
-from tal_fast.data import build, build_data, builtin, dali
+from tal_fast.data import build, builtin, dali
+from tal_fast.data.build import build_data
 from tests.helpers.images import collect, config, make_folder, picture, write_fashion
 
 

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from tal_fast.config.schema import DataConfig
-from tal_fast.data import build_data, builtin
+from tal_fast.data import builtin
+from tal_fast.data.build import build_data
 from tests.helpers.images import collect, idx, write_fashion
 
 

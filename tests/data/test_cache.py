@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tal_fast.config.schema import DataConfig
-from tal_fast.data import build_data
+from tal_fast.data.build import build_data
 from tal_fast.data.cache import make_folder_once
 from tests.helpers.images import config, make_folder, needs_dali
 

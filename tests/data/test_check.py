@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tal_fast.config.schema import DataConfig
-from tal_fast.data import build_data
+from tal_fast.data.build import build_data
 from tal_fast.data.check import check_folder, main, write_list
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tal_fast.config.schema import DataConfig
-from tal_fast.data import build_data
+from tal_fast.data.build import build_data
 from tests.helpers.images import collect, picture, write_cifar
 
 

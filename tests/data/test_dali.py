@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tal_fast.data import build_data
+from tal_fast.data.build import build_data
 from tests.helpers.images import collect, config, make_folder, needs_dali, picture
 
 
@@ -98,7 +98,7 @@ def test_workers_start_while_dali_pipelines_are_garbage(tmp_path: Path) -> None:
 import gc, os, sys
 from pathlib import Path
 from tal_fast.config.schema import DataConfig
-from tal_fast.data import build_data
+from tal_fast.data.build import build_data
 
 def first(loader_name):
     config = DataConfig(dataset="folder", root=sys.argv[1], image_size=16, workers=2, loader=loader_name)

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from tal_fast.data import DataBundle, Loader, build_data
+from tal_fast.data.build import build_data
+from tal_fast.data.datasets import DataBundle
+from tal_fast.data.loader import Loader
 from tal_fast.data.waiting import LoaderFailed
 from tal_fast.utils.process import no_garbage
 from tests.helpers.images import LOADERS, config, make_folder, needs_dali
@@ -57,7 +59,7 @@ def wait_until(true: Callable[[], bool], seconds: float = 20) -> None:
 def test_a_script_that_dies_of_an_error_ends(tmp_path: Path) -> None:
     make_folder(tmp_path)
     script = (
-        "from tal_fast.config.schema import DataConfig\nfrom tal_fast.data import build_data\n"
+        "from tal_fast.config.schema import DataConfig\nfrom tal_fast.data.build import build_data\n"
         f"data = build_data(DataConfig(root={str(tmp_path)!r}, image_size=8, workers=2, loader='torch'))\n"
         "loader = data.loader('train', batch_size=2)\nfor batch in loader:\n    raise LookupError('unexpected')"
     )
@@ -190,7 +192,7 @@ def test_a_file_that_hangs(tmp_path: Path, loader: str) -> None:
 def test_a_script_with_a_hanging_dali_ends(tmp_path: Path) -> None:
     make_folder(tmp_path)
     script = (
-        "import os\nfrom tal_fast.config.schema import DataConfig\nfrom tal_fast.data import build_data\n"
+        "import os\nfrom tal_fast.config.schema import DataConfig\nfrom tal_fast.data.build import build_data\n"
         f"data = build_data(DataConfig(root={str(tmp_path)!r}, image_size=8, loader='dali', timeout=1))\n"
         "os.unlink(data.split('val').paths[0])\nos.mkfifo(data.split('val').paths[0])\n"
         "list(data.loader('val', batch_size=2))"

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tal_fast.data import build_data, builtin, cifar, imagenet, matlab, ood
+from tal_fast.data import builtin, cifar, imagenet, matlab, ood
+from tal_fast.data.build import build_data
 from tal_fast.data.headers import image_size
 from tal_fast.data.image_folder import read_list
 from tests.data.test_imagenet import write_kit

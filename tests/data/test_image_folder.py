@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tal_fast.data import build_data, image_folder
+from tal_fast.data import image_folder
+from tal_fast.data.build import build_data
 from tests.helpers.images import config, make_folder, picture
 
 

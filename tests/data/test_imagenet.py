@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from tal_fast.config.schema import DataConfig
-from tal_fast.data import build_data, image_folder
+from tal_fast.data import image_folder
+from tal_fast.data.build import build_data
 
 
 def unpack_imagenet(root: Path) -> dict[int, str]:

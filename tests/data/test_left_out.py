@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tal_fast.data import build_data, image_folder
+from tal_fast.data import image_folder
+from tal_fast.data.build import build_data
 from tal_fast.data.check import check_folder, main
 from tal_fast.data.headers import UnreadableImage, image_size
 from tal_fast.data.image_folder import read_flat

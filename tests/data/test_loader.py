@@ -13,7 +13,7 @@ from PIL import Image
 
 from tal_fast.config.names import INTERPOLATIONS
 from tal_fast.config.schema import DataConfig
-from tal_fast.data import build_data
+from tal_fast.data.build import build_data
 from tal_fast.data.datasets import MemoryImages
 from tal_fast.data.loader import ImageFormat, Normalizer, prefetch
 from tests.helpers.images import LOADERS, collect, config, make_folder, write_fashion

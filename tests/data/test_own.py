@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from tal_fast.config.schema import DataConfig
-from tal_fast.data import build_data
+from tal_fast.data.build import build_data
 from tal_fast.data.digest import split_hash
 from tal_fast.data.headers import UnreadableImage
 from tal_fast.evaluation import predict_command

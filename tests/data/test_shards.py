@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tal_fast.data import build_data
+from tal_fast.data.build import build_data
 from tal_fast.data.check import check_folder, write_list
 from tal_fast.data.check import main as check_main
 from tal_fast.data.digest import data_digest

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from tal_fast.config.schema import DataConfig
-from tal_fast.data import build_data, dali
+from tal_fast.data import dali
+from tal_fast.data.build import build_data
 from tal_fast.data.image_folder import ImageFiles
 from tal_fast.data.preprocessing import Preprocessing
 from tests.helpers.images import picture

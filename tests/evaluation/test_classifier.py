@@ -17,7 +17,7 @@ from PIL import Image
 
 import tal_fast
 from tal_fast.config.schema import DataConfig
-from tal_fast.data import build_data
+from tal_fast.data.build import build_data
 from tal_fast.data.headers import UnreadableImage
 from tal_fast.data.preprocessing import Preprocessing
 from tal_fast.evaluation import export_command

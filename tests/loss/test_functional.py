@@ -55,9 +55,3 @@ def test_weight_0_gives_cross_entropy() -> None:
 def test_invalid_queue(queue: tuple[Tensor, Tensor], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         functional.tal_loss(*random_batch(4, 5), *queue)
-
-
-def test_right_is_a_deprecated_alias_of_correct() -> None:
-    _, _, stats = run_step("reference", *random_batch(4, 5))
-    with pytest.warns(DeprecationWarning, match=r"TALStats.right is now TALStats.correct"):
-        assert stats.right is stats.correct

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from tal_fast import evaluate
 from tal_fast.config.schema import DataConfig, ModelConfig
-from tal_fast.data import DataBundle, build_data
+from tal_fast.data.build import build_data
+from tal_fast.data.datasets import DataBundle
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sources import evaluate_weights
 from tal_fast.models import build_model, pretrained

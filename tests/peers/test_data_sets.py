@@ -16,7 +16,7 @@ import webdataset
 from PIL import Image
 from timm.data.readers.reader_factory import create_reader
 
-from tal_fast.data import build_data
+from tal_fast.data.build import build_data
 from tal_fast.data.check import check_folder, write_list
 from tal_fast.data.digest import data_digest
 from tal_fast.data.pack import pack

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tal_fast.data import build_data
+from tal_fast.data.build import build_data
 from tal_fast.training.batches import TrainingBatches
 from tests.helpers.training import config
 
