@@ -162,7 +162,7 @@ def _write(evaluation: Evaluation, output: str | Path, run: Run | None = None, *
 def _preprocessing(data: DataBundle) -> dict[str, Any]:
     """Report entry for the preprocessing of the images."""
     mean, std = data.config.normalization()
-    entry = {"image_size": data.image_size, "interpolation": data.interpolation, "mean": mean, "std": std}
+    entry = {"image_size": data.image_size, "interpolation": data.config.resampling, "mean": mean, "std": std}
     # Images in memory are resized whole.
     return entry if data.loader_name == "memory" else {**entry, "crop_fraction": data.config.central_crop}
 

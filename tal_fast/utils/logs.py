@@ -41,3 +41,18 @@ def say(message: str, level: int = logging.WARNING) -> None:
     """Log a message, once and not on every rank."""
     if int(os.environ.get("RANK") or 0) == 0:
         logger.log(level, "%s", message)
+
+
+def printable(text: str) -> str:
+    r"""Text with everything escaped that does not print.
+
+    Bytes that are not UTF-8 become ``\xff``, control and bidirectional characters ``\x1b`` and ``\u202e``.
+    """
+    return "".join(c if c.isprintable() else _escape_sequence(c) for c in text)
+
+
+def _escape_sequence(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # surrogates stand for the bytes 0x80..0xff of a file name that is not UTF-8
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
