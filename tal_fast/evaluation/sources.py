@@ -229,9 +229,7 @@ def _model_inputs(
     shift_stores = {
         name: inference.store(f"shift-{name}", images, corruption) for name, (images, corruption) in shifts.items()
     }
-    train_store = None
-    if needs_training and len(data.split("train-eval")):
-        train_store = inference.store("train-eval")
+    train_store = inference.store("train-eval") if needs_training and len(data.split("train-eval")) else None
     if not inference.options.ranks.is_main:
         return None
     training = None

@@ -214,12 +214,10 @@ def _format_setting(report: Mapping[str, Any], key: str, units: str) -> str:
 def _printed_scores(report: Mapping[str, Any], key: str) -> list[str]:
     """Scores to print in a setting: all, or the ``PRINTED_SCORES`` of least AURC and the model's own."""
     aurc = {score: values["aurc"] for score, values in report["settings"][key].items()}
+    if len(aurc) <= PRINTED_SCORES:
+        return list(aurc)
     best = sorted(aurc, key=lambda score: (math.isnan(aurc[score]), aurc[score]))[:PRINTED_SCORES]
-    return (
-        list(aurc)
-        if len(aurc) <= PRINTED_SCORES
-        else [*best, *(s for s in aurc if s == report.get("score") and s not in best)]
-    )
+    return [*best, *(score for score in aurc if score == report.get("score") and score not in best)]
 
 
 def describe_samples(report: Mapping[str, Any], key: str, units: str = "natural") -> str:

@@ -43,6 +43,17 @@ def say(message: str, level: int = logging.WARNING) -> None:
         logger.log(level, "%s", message)
 
 
+def duration(seconds: float) -> str:
+    """Text of a duration: ``47 s``, ``12 min``, ``3 h 05 min``, or ``4 d 4 h`` from 100 hours on."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    hours, minute = divmod(minutes, 60)
+    if hours >= 100:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{minutes} min" if minutes < 90 else f"{hours} h {minute:02d} min"
+
+
 def printable(text: str) -> str:
     r"""Text with everything escaped that does not print.
 
