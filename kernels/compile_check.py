@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that are not present, read its machine code, and hold it to a budget.
+"""Check of every kernel, compiled for GPUs that are not present: its machine code against a budget.
 
 ``python -m tal_fast.kernels.compile_check`` plans the launches that the launchers would make, from tensors without
 data, compiles each for A100, H100, B200 and MI300, and reads from the code object what it costs: instructions per

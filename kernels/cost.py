@@ -164,7 +164,7 @@ def element_sizes(launch: Launch) -> tuple[int, int]:
 
 
 class Uncounted(RuntimeError):
-    """The code has another form than what is counted: a loop may be unrolled in full."""
+    """Error for code whose instructions cannot be counted, such as a loop that is unrolled in full."""
 
 
 @dataclass(frozen=True)

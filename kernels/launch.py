@@ -79,7 +79,7 @@ def planner(plan: _Planner) -> _Planner:
 
 
 def forget_plans() -> None:
-    """Have all launches planned anew, after a change of the tuned options."""
+    """Discard all plans, after a change of the tuned options."""
     for plan in _planners:
         plan.cache_clear()
 

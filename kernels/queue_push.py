@@ -1,4 +1,4 @@
-"""Append the accepted rows of a batch to the queue, in one launch of one program."""
+"""Kernel that appends the accepted rows of a batch to the queue, in one launch of one program."""
 
 from __future__ import annotations
 

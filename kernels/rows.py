@@ -44,7 +44,7 @@ def _max_and_add(a, b, c, d):
 
 @triton.jit
 def masked_logit(dtype: tl.constexpr):
-    """Stands for the label's logit and for columns outside a row.
+    """Value in place of the label's logit and of columns outside a row.
 
     It is below every logit of a row with a finite norm, its exponential is 0 at every scale of such a row, and its
     product with that 0 is 0, for temperatures from 3e-4 to 2e6.
@@ -128,7 +128,7 @@ def add_scan(others, z, largest, squares):
 
 @triton.jit
 def add_exponentials(y, ratio, p_sum, yp_sum, q_sum, dtype: tl.constexpr):
-    """Both exponentials, and the sums with them."""
+    """Both exponentials, and the sums with them added."""
     p, q = exponentials(y, ratio[:, None], dtype)
     return p, q, p_sum + p, yp_sum + y * p, q_sum + q
 

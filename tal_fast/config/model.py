@@ -11,7 +11,7 @@ from tal_fast.config.typed import check_at_least, check_range
 
 @dataclass
 class ModelConfig:
-    """Network.
+    """Network and its weights.
 
     Attributes:
         name: one of the project's networks for small images, or a classifier of torchvision or timm. The project's are

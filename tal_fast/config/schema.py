@@ -33,7 +33,7 @@ TRAINING_IMAGES = "training_images"
 
 @dataclass
 class Config:
-    """Run.
+    """Options of a run.
 
     Attributes:
         output: folder of the results: config.yaml, metrics.csv, checkpoints/, tensorboard/.

@@ -31,7 +31,7 @@ class CallingThread:
         weakref.finalize(self, self._calls.put, None)
 
     def call(self, function: Callable[[], Result]) -> Result:
-        """Result of a function.
+        """Result of a function that may hang.
 
         Raises LoaderFailed if it does not return in time; the thread cannot be used any more if it never does.
         """

@@ -1,4 +1,4 @@
-"""Reports side by side: which runs belong together, and what they are judged by.
+"""Reports side by side: groups of runs, and the scores that they are judged by.
 
 Runs that differ in nothing but their seed form a group, with mean and standard deviation over them. Each run is judged
 by its method's own score (TAL by cosine, CE by the maximum softmax probability) unless one score is chosen for all.

@@ -41,7 +41,7 @@ class GalleryImages:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything an evaluation found out; renderers compute nothing but layout."""
+    """Results of an evaluation, from which reports and pages are rendered without further computation."""
 
     report: Report  # metrics, intervals, differences and provenance, as in ``report.json``
     samples: Samples  # scores and predictions of every sample, as in ``samples.npz``

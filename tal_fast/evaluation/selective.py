@@ -35,7 +35,7 @@ from tal_fast.utils.arrays import Ints
 
 
 class NoThreshold(ValueError):
-    """No threshold qualifies."""
+    """Error raised if no threshold qualifies."""
 
 
 @dataclass(frozen=True)

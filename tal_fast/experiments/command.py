@@ -56,8 +56,8 @@ def _parser() -> ArgumentParser:
     )  # fmt: skip
     jobs.add_argument(
         "--launcher", choices=["local", *CLUSTERS], default="local",
-        help="Where the jobs run: on this machine, or as an array of Slurm's through submitit. submitit-local tries "
-        "the latter out on this machine. Default: local.",
+        help="Where the jobs run: on this machine, or as a job array of a Slurm cluster, through submitit; "
+        "submitit-local does the latter on this machine. Default: local.",
     )  # fmt: skip
     jobs.add_argument(
         "--resources", nargs="+", default=[], metavar="NAME=VALUE",

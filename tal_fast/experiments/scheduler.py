@@ -103,7 +103,7 @@ class _RunningJob:
 
 
 class Scheduler:
-    """Runs the unfinished jobs of an experiment, ``len(slots)`` at a time."""
+    """Scheduler of the unfinished jobs of an experiment, of which ``len(slots)`` run at a time."""
 
     def __init__(self, experiment: Experiment, folders: Sequence[Folder], slots: Sequence[Environment]) -> None:
         self.experiment = experiment

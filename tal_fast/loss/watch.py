@@ -1,4 +1,4 @@
-"""Warnings: correctly classified samples do not enter TAL's queue; logits and features are swapped."""
+"""Warnings about correct samples that do not enter TAL's queue, and about swapped logits and features."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ LAUNCHES_SETTLE = 64
 
 
 class QueueWatch:
-    """Looks at every ``INTERVAL``-th training step whether correct samples enter the queue, and warns once.
+    """Check, every ``INTERVAL`` training steps, that correct samples enter the queue; warns once if they do not.
 
-    In the steps 1, 2, 4, 8, ... it looks whether logits and features are swapped. A look does not wait for a GPU: it
-    judges what the one before has copied. CUDA graphs have none. The options' names in the sentence begin with
-    ``option``; ``report`` takes the sentence, by default as a RuntimeWarning.
+    In the steps 1, 2, 4, 8, ... it checks whether logits and features are swapped. A check does not wait for a GPU: it
+    uses what the one before has copied. There is none in CUDA graphs. Names of options in the warning begin with
+    ``option``; ``report`` receives the warning, by default as a RuntimeWarning.
     """
 
     def __init__(self, option: str = "", report: Callable[[str], None] | None = None) -> None:

@@ -8,7 +8,7 @@ from tal_fast.methods.tal import TAL
 
 
 class FMFPTAL(FlatMinima, TAL):
-    """Combination in the tables of the TAL paper, judged by the cosine score.
+    """FMFP with TAL's loss, as in the tables of the TAL paper, judged by the cosine score.
 
     Misclassified samples keep the temperature of their typicalness, as in the released code. The queue is updated once
     per step, in the pass whose gradient the weights follow.

@@ -106,7 +106,7 @@ def interval(
 
 
 def _towards_random(metric: str, value: float, n: int, errors: int, tail: float) -> float:
-    """Signed distance from a value to the end of its interval where no error is seen, or none but behind all successes.
+    """Signed distance from a value to its interval's end if there are no errors, or only errors behind all successes.
 
     If a share q of k errors were at random ranks, none is seen there with probability (1 - q)^k = tail. Without errors
     (or successes) the error (success) rate could be q of n in the same way, all of them at random ranks.
@@ -156,5 +156,5 @@ def evidence(settings: Mapping[str, ScoredSetting], score: str, convention: str 
 
 
 def fewest(found: Iterable[Evidence]) -> Evidence:
-    """The one with the fewest errors, or successes."""
+    """Evidence with the fewest errors or successes."""
     return min(found, key=lambda entry: min(entry.errors, entry.n - entry.errors))

@@ -45,7 +45,7 @@ _SHAPE = {"class_names": list, "channels": int, "image_size": int, "train_images
 
 
 class Damaged(ValueError):
-    """A checkpoint cannot be read."""
+    """Error for a checkpoint that cannot be read."""
 
 
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:

@@ -62,7 +62,7 @@ class Outputs:
 
 
 class NotKept(ValueError):
-    """Outputs cannot be written to their folder."""
+    """Error for outputs that cannot be written to their folder."""
 
 
 class OutputStore:
@@ -268,7 +268,7 @@ def remove_unused(folder: Path) -> None:
 
 
 class ShardWriter:
-    """Collects batches and writes them to a store in shards."""
+    """Writer of batches to a store, in shards."""
 
     def __init__(self, store: OutputStore) -> None:
         self._store = store

@@ -118,7 +118,7 @@ def refuse_existing_run(output: Path) -> None:
 
 
 def following(saved: Config, config: Config) -> Config:
-    """Configuration in which what follows the weights of the run is as saved, so that their file is not needed again.
+    """Configuration in which options that the weights decide are as saved, so that their file is not needed again.
 
     ``saved`` is the run's configuration; one that starts from other weights, or from none, stays as it is.
     """

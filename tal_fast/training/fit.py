@@ -94,7 +94,7 @@ def _batch_size(facts: Facts) -> int:
 
 
 def look(config: Config, given: Collection[str], device: torch.device) -> Facts:
-    """Look at the data of a configuration and at this machine."""
+    """Facts about the data of a configuration and about this machine."""
     data = build_data(config.data)
     train = data.split("train")
     on_gpu = device.type == "cuda"

@@ -33,7 +33,7 @@ def check_images(config: Config, method: Method) -> None:
 
 
 class Mixer:
-    """Mixes the images of each batch with a permutation of them, on their device and without waiting for it.
+    """Mixer of the images of each batch with a permutation of them, on their device and without waiting for it.
 
     mixup (Zhang et al., ICLR 2018), CutMix (Yun et al., ICCV 2019) or, by batch, one of them, as in timm: one share λ,
     and one rectangle, for the batch of a rank. They are a function of (seed, epoch, step, rank).

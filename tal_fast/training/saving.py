@@ -37,11 +37,11 @@ _SAVED = "an error ended the run, which is %s; go on with --resume auto"
 
 
 class TrainingFailed(ValueError):
-    """Training cannot go on; what was saved before is complete."""
+    """Error that ends training; what was saved before is complete."""
 
 
 class Saver:
-    """Checkpoints of a run, and its end before the last epoch.
+    """Saver of a run's checkpoints, which also ends a run before its last epoch.
 
     ``shape`` is ``tal_fast.training.state.data_shape`` of the data.
     """

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints messages on stdout, and warnings and errors on stderr after their level, such as ``warning: ``."""
+    """Handler that prints messages on stdout, and warnings and errors on stderr, after their level (``warning: ``)."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING

@@ -1,4 +1,4 @@
-"""Number of processes and the end of a process, without importing PyTorch."""
+"""Number of processes, and how a command's process ends; does not import PyTorch."""
 
 from __future__ import annotations
 

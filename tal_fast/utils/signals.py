@@ -19,7 +19,7 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR
 
 
 class Stopped(Exception):
-    """A signal, whose number is ``signal``, ended the run early, after it was saved."""
+    """Exception that ends a saved run early because of a signal, whose number is ``signal``."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)

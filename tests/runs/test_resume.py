@@ -186,15 +186,15 @@ def test_a_configuration_that_cannot_be_read_is_named_with_its_file(tmp_path: Pa
 
 
 def test_the_documentation_lists_every_option_where_it_belongs() -> None:
-    """Rows: the same bits, other bits with a warning, four that need ``--allow``, never."""
+    """Rows: the same bits, other bits with a warning, four that need ``--allow``, always refused."""
     methods = [MethodConfig(name, options={"outliers": "x"} if name == "openmix" else {}) for name in OPTIONS]
     options = {name for method in methods for name in Config(method=method).flat()}
     table = Path("docs/training.md").read_text().partition("### What may change")[2].split("\n\n")[1].splitlines()[2:]
     rows = [set(re.findall(r"`([a-z_.]+)`", line.split("|")[1])) & options for line in table]
     same, warned, *allowed, fixed = rows
     assert (same, warned, fixed) == (SAME_BITS, WARNED, FIXED)
-    assert set().union(*allowed) - {"allow"} == options - SAME_BITS - WARNED - FIXED
-    assert sum(map(len, rows)) == len(options) + 1  # none twice, but for "allow names it"
+    assert set().union(*allowed) == options - SAME_BITS - WARNED - FIXED
+    assert sum(map(len, rows)) == len(options)  # none twice
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tal_fast.loss.ring import RingBuffer
 
 
 class CppBackend(KernelBackend):
-    """The step in parts: what ``torch.compile`` traces, and what distributed runs interrupt."""
+    """Backend with the step in parts, for ``torch.compile``, which traces them, and for distributed runs."""
 
     name = "native"
 

@@ -24,7 +24,7 @@ def _exclusive() -> AbstractContextManager:
 
 
 class PyTorchBackend(Backend):
-    """The definition, on any device; never waits for it."""
+    """Backend that computes the definition, on any device and without waiting for it."""
 
     name = "reference"
 

@@ -13,7 +13,7 @@ from tal_fast.loss.ring import RingBuffer
 
 
 class TritonBackend(KernelBackend):
-    """Fused kernels on GPUs; on CPU tensors, for tests, in Triton's interpreter (TRITON_INTERPRET=1)."""
+    """Backend of fused kernels on GPUs; CPU tensors, for tests, need Triton's interpreter (TRITON_INTERPRET=1)."""
 
     name = "triton"
 
