@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tal_fast.config.typed import check_at_least
+from tal_fast.config.typed import check_at_least, check_range
 from tal_fast.utils.own_code import DATA, absolute, in_file, installed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -160,8 +160,7 @@ class DataConfig:
         """Raise ValueError for a value outside its range."""
         if not in_file(self.dataset) and self.dataset not in (known := (*DATASETS, *installed(DATA))):
             raise ValueError(f"data.dataset is {self.dataset!r}; use {', '.join(known)}, or FILE.py:NAME of your own")
-        if self.split is not None and not 0 < self.split < 1:
-            raise ValueError(f"data.split is {self.split} but must be in (0, 1), such as 0.2, or null")
+        check_range("data.split", self.split, "(0, 1)", ", such as 0.2, or null")
         if (self.mean is None) != (self.std is None):
             raise ValueError("data.mean and data.std go together: give both or neither")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -175,15 +174,13 @@ class DataConfig:
         }  # fmt: skip
         for name, limit in limits.items():
             check_at_least(f"data.{name}", getattr(self, name), limit)
-        if not 0 < self.central_crop <= 1:
-            raise ValueError(f"data.crop_fraction is {self.crop_fraction} but must be in (0, 1]")
+        check_range("data.crop_fraction", self.crop_fraction, "(0, 1]")
         if self.crop_area is not None and not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
             raise ValueError(f"data.crop_area is {list(self.crop_area)} but must be 0 < smallest <= largest <= 1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(f"data.crop_ratio is {list(self.crop_ratio)} but must be 0 < smallest <= largest")
-        for name, largest in {"augment_magnitude": 10, "erase": 1}.items():
-            if not 0 <= getattr(self, name) <= largest:
-                raise ValueError(f"data.{name} is {getattr(self, name)} but must be in [0, {largest}]")
+        check_range("data.augment_magnitude", self.augment_magnitude, "[0, 10]")
+        check_range("data.erase", self.erase, "[0, 1]")
         if self.color_jitter is not None and not (min(self.color_jitter) >= 0 and self.color_jitter[3] <= 0.5):
             raise ValueError(
                 f"data.color_jitter is {list(self.color_jitter)} but must be at least 0, and the last, hue, at most 0.5"

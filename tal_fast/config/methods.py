@@ -9,7 +9,7 @@ from importlib import resources
 from reprlib import repr as short
 from typing import Any, ClassVar, Literal
 
-from tal_fast.config.typed import check_at_least, check_positive, read
+from tal_fast.config.typed import check_at_least, check_positive, check_range, read
 from tal_fast.utils.own_code import METHODS, absolute, in_file, installed
 
 OWN_THRESHOLD = {"paper": -1.0, "released": 0.0}
@@ -133,8 +133,7 @@ class FMFPOptions(MethodOptions):
 
     def check(self) -> None:
         check_positive("method.options.rho", self.rho, ", such as 0.05")
-        if not 0 <= self.swa_from < 1:
-            raise ValueError(f"method.options.swa_from is {self.swa_from} but must be in [0, 1), such as 0.6")
+        check_range("method.options.swa_from", self.swa_from, "[0, 1)", ", such as 0.6")
         check_positive("method.options.swa_lr", self.swa_lr, ", or null")
 
 
@@ -251,8 +250,7 @@ class MethodConfig:
         if not in_file(self.name) and self.name not in method_names():
             names = " or ".join(map(repr, method_names()))
             raise ValueError(f"method.name is {self.name!r}; use {names}, or FILE.py:CLASS for one of your own")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"method.label_smoothing is {self.label_smoothing} but must be in [0, 1)")
+        check_range("method.label_smoothing", self.label_smoothing, "[0, 1)")
         weight = self.class_weight
         if isinstance(weight, list):
             if min(weight, default=0) < 0 or max(weight, default=0) == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tal_fast.config.typed import check_at_least, check_positive
+from tal_fast.config.typed import check_at_least, check_positive, check_range
 
 
 @dataclass
@@ -33,8 +33,7 @@ class MixConfig:
         """Raise ValueError for a value outside its range."""
         for name in ("mixup", "cutmix"):
             check_at_least(f"mix.{name}", getattr(self, name), 0)
-        if not 0 <= self.switch_prob <= 1:
-            raise ValueError(f"mix.switch_prob is {self.switch_prob} but must be in [0, 1]")
+        check_range("mix.switch_prob", self.switch_prob, "[0, 1]")
         check_positive("mix.weight", self.weight, ", or null for mixed images in place of the clean ones")
         if self.weight is not None and not self.on:
             raise ValueError(f"mix.weight is {self.weight} but no images are mixed; set mix.mixup or mix.cutmix")

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from tal_fast.config.typed import check_at_least
+from tal_fast.config.typed import check_at_least, check_range
 
 
 @dataclass
@@ -61,5 +61,4 @@ class ModelConfig:
             raise ValueError(f"model.weights_key is {self.weights_key!r} but there is no file; set model.weights too")
         if isinstance(self.freeze, int):
             check_at_least("model.freeze", self.freeze, 1)
-        if self.drop_path is not None and not 0 <= self.drop_path < 1:
-            raise ValueError(f"model.drop_path is {self.drop_path} but must be in [0, 1)")
+        check_range("model.drop_path", self.drop_path, "[0, 1)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tal_fast.config.typed import check_at_least, check_positive
+from tal_fast.config.typed import check_at_least, check_positive, check_range
 
 
 @dataclass
@@ -63,25 +63,21 @@ class OptimConfig:
     def check(self) -> None:
         """Raise ValueError for a value outside its range."""
         check_positive("optim.lr", self.lr)
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"optim.momentum is {self.momentum} but must be in [0, 1)")
+        check_range("optim.momentum", self.momentum, "[0, 1)")
         if self.nesterov and self.momentum == 0 and self.name == "sgd":
             raise ValueError("optim.nesterov needs momentum above 0; set optim.nesterov to false")
-        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
-            raise ValueError(f"optim.layer_decay is {self.layer_decay} but must be in (0, 1]")
+        check_range("optim.layer_decay", self.layer_decay, "(0, 1]")
         limits = {"weight_decay": 0, "warmup_epochs": 0, "head_epochs": 0, "step_size": 1, "accumulate": 1}
         for name, limit in limits.items():
             check_at_least(f"optim.{name}", getattr(self, name), limit)
         if self.schedule == "multistep" and not self.step_epochs:
             raise ValueError("optim.schedule is 'multistep' but optim.step_epochs is empty; name the epochs to step at")
         check_positive("optim.clip_norm", self.clip_norm, ", or null for no clipping")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"optim.ema_decay is {self.ema_decay} but must be in (0, 1), or null for no average")
+        check_range("optim.ema_decay", self.ema_decay, "(0, 1)", ", or null for no average")
         if self.ema_statistics and self.ema_decay is None:
             raise ValueError("optim.ema_statistics is true but there is no average; set optim.ema_decay, such as 0.999")
         check_positive("optim.sam_radius", self.sam_radius, ", such as 0.05, or null")
         check_at_least("optim.sam_sigma", self.sam_sigma, 0)
         if self.sam_sigma and self.sam_radius is None:
             raise ValueError(f"optim.sam_sigma is {self.sam_sigma} without SAM; set optim.sam_radius, such as 0.2")
-        if not 0 <= self.sam_decay < 1:
-            raise ValueError(f"optim.sam_decay is {self.sam_decay} but must be in [0, 1)")
+        check_range("optim.sam_decay", self.sam_decay, "[0, 1)")

@@ -115,3 +115,11 @@ def check_positive(name: str, value: float | None, remedy: str = "") -> None:
     """Raise ValueError if a value is 0 or below."""
     if value is not None and value <= 0:
         raise ValueError(f"{name} is {value} but must be above 0{remedy}")
+
+
+def check_range(name: str, value: float | None, limits: str, remedy: str = "") -> None:
+    """Raise ValueError if a value is outside limits such as ``[0, 1)``."""
+    low, high = map(float, limits[1:-1].split(","))
+    ends = [end for end, included in ((low, limits[0] == "["), (high, limits[-1] == "]")) if included]
+    if value is not None and not (low < value < high or value in ends):
+        raise ValueError(f"{name} is {value} but must be in {limits}{remedy}")

@@ -25,6 +25,7 @@ from tal_fast.data.sources import PACKED, all_images, packed_source
 from tal_fast.data.walk import ABOVE, counted, ending, walk
 from tal_fast.utils.arguments import ArgumentParser, at_least
 from tal_fast.utils.io import replacing
+from tal_fast.utils.logs import printable
 from tal_fast.utils.process import program_name, report_mistake
 
 PROBLEMS = {
@@ -194,15 +195,9 @@ def _check_all(images: Sequence[Place], workers: int) -> Iterator[list[Finding] 
         yield from pool.map(check_file, paths, places, chunksize=_CHUNK)
 
 
-def _printable(path: str) -> str:
-    """Path with line breaks and bytes that are not UTF-8 escaped."""
-    text = path.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="backslashreplace")
-    return text.replace("\n", "\\n")
-
-
 def _print_report(report: Report, root: str) -> None:
     for finding in report.findings:
-        print(f"{finding.kind}: {_printable(os.path.join(root, finding.path))} ({finding.detail})")
+        print(f"{finding.kind}: {printable(os.path.join(root, finding.path))} ({finding.detail})")
     counts = Counter(f.kind for f in report.findings)
     print(f"{len(report.usable):,} usable images" + (f"; {counted(report.others)}" if report.others else ""))
     for kinds, title in ((PROBLEMS, "not usable"), (NOTES, "worth knowing")):

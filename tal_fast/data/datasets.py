@@ -92,11 +92,6 @@ class DataBundle:
         return self.config.channels
 
     @property
-    def interpolation(self) -> str:
-        """Filter that images are resized with, one of ``tal_fast.config.names.INTERPOLATIONS``."""
-        return self.config.resampling
-
-    @property
     def ood_names(self) -> tuple[str, ...]:
         """Names of the out-of-distribution sets, which are splits for ``loader``."""
         return tuple(self._ood)
@@ -210,7 +205,7 @@ class DataBundle:
         )
 
     def _source(self, images: Split, plan: Plan, device: torch.device, augment: PixelAugmentation | None) -> Source:
-        form = ImageFormat(self.channels, *self.config.normalization(), device, self.interpolation)
+        form = ImageFormat(self.channels, *self.config.normalization(), device, self.config.resampling)
         if isinstance(images, MemoryImages):
             rows = None if images.rows is None else torch.from_numpy(images.rows)
             return MemorySource(plan, torch.from_numpy(images.pixels), rows, form, augment)

@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _compare(args: argparse.Namespace) -> str:
     from tal_fast.evaluation.compare import columns_of, find_group
     from tal_fast.evaluation.compare_tables import add_description, conclusions, describe, format_comparison
-    from tal_fast.evaluation.differences import add_differences
+    from tal_fast.evaluation.differences import Comparison
 
     groups = _read_groups([run for text in args.runs for run in parse_runs(text)], args.score)
     columns = columns_of(groups, args.metrics)
@@ -122,7 +122,9 @@ def _compare(args: argparse.Namespace) -> str:
     style, kind, _ = args.format.partition("-")
     groups = [run for group in groups for run in group.single_runs()] if kind else groups
     baseline = groups[0] if args.baseline is None else find_group(groups, args.baseline)
-    add_differences(groups, baseline, columns, args.bootstrap > 0, args.over)
+    comparison = Comparison(args.bootstrap > 0, args.over)
+    comparison.add_differences(groups, baseline, columns)
+    comparison.mark_best(groups, columns)
     text = format_comparison(groups, columns, style, args.units, args.show)
     text = f"{text}\n\n{conclusions(groups)}".rstrip() if style == "table" else text
     return add_description(describe(groups, args.units, args.show), text, style)

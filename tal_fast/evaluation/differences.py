@@ -112,15 +112,6 @@ class Comparison:
         return self._found[id(group)]
 
 
-def add_differences(
-    groups: Sequence[Group], baseline: Group, columns: Sequence[Column], images: bool, over: str = "images"
-) -> None:
-    """Fill in the groups' intervals, differences to the baseline, which is one of them, and in what they are best."""
-    comparison = Comparison(images, over)
-    comparison.add_differences(groups, baseline, columns)
-    comparison.mark_best(groups, columns)
-
-
 def higher_is_better(metric: str) -> bool:
     """Whether a larger value of a metric is better; of those on request it is of the coverage at a risk only."""
     return HIGHER_IS_BETTER.get(metric, metric.startswith("coverage@"))

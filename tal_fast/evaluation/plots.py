@@ -44,9 +44,7 @@ MIN_SCALED_COVERAGE = 2
 
 def write_plots(evaluation: Evaluation, folder: str | Path) -> None:
     """Write ``risk_coverage.png`` and ``confidence_histogram.png``; without matplotlib, log a warning instead."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
+    if importlib.util.find_spec("matplotlib") is None:
         logger.warning("matplotlib is not installed, so no plots are written; pip install matplotlib")
         return
     for draw, name in zip((risk_coverage, confidence_histogram), FILES, strict=True):
@@ -97,14 +95,10 @@ def compare_curves(groups: Sequence[Group], columns: Sequence[Column], paths: Se
 
 def _draw_curves(curves: Mapping[str, Mapping[str, Sequence[Floats]]], report: Mapping[str, Any]) -> tuple[Any, Any]:
     """Figure and its handles: a panel for each setting, in it lines by name, each of the (n,) risks of some runs."""
-    columns = min(3, len(curves))
-    figure, axes = _new_figure(-(-len(curves) // columns), columns, 4.2 if columns > 1 else 6, 3.8)
+    figure, axes = _new_figure(len(curves), 4.2, 6)
     handles: dict[str, Any] = {}
-    for axis in axes.flat[len(curves) :]:
-        axis.set_visible(False)
-    for axis, (key, by_name) in zip(axes.flat, curves.items(), strict=False):
+    for axis, (key, by_name) in zip(axes, curves.items(), strict=True):
         axis.set(title=setting_title(key, report), xlabel=COVERAGE_TITLE, ylabel=RISK_TITLE, xlim=(0, 100))
-        axis.grid(alpha=0.3)
         n = len(next(iter(by_name.values()))[0])
         if n == 0:
             continue
@@ -133,17 +127,12 @@ def confidence_histogram(evaluation: Evaluation, path: str | Path) -> None:
     There is a panel per score. All samples are drawn, whatever the mix; shifted sets are not.
     """
     samples = evaluation.samples
-    columns = min(3, len(samples.id_scores))
-    rows = -(-len(samples.id_scores) // columns)
-    figure, axes = _new_figure(rows, columns, 5 if columns > 1 else 6.5, 3.8)
+    figure, axes = _new_figure(len(samples.id_scores), 5, 6.5)
     handles: dict[str, Any] = {}
-    for axis in axes.flat[len(samples.id_scores) :]:
-        axis.set_visible(False)
-    for axis, (score, values) in zip(axes.flat, samples.id_scores.items(), strict=False):
+    for axis, (score, values) in zip(axes, samples.id_scores.items(), strict=True):
         groups = scores_by_kind(samples.correct, values, samples.ood_scores, score)
         edges, shares = histograms(list(groups.values()))
         axis.set(title=score, xlabel=f"confidence ({score})", ylabel=SHARE_TITLE)
-        axis.grid(alpha=0.3)
         for i, ((kind, group), share) in enumerate(zip(groups.items(), shares, strict=True)):
             if not share.any():
                 continue
@@ -161,17 +150,25 @@ def _title(report: Mapping[str, Any]) -> str:
     return Path(report.get("npz", "")).name
 
 
-def _new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+def _new_figure(panels: int, width: float, alone: float) -> tuple[Any, Any]:
+    """Figure and its panels, of a width in inches or, in one column, of the width ``alone``."""
     import matplotlib
 
     # pyplot would choose the user's backend and keep state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    columns = min(3, panels)
+    rows = -(-panels // columns)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=120)
+        size = (columns * width if columns > 1 else alone, 3.8 * rows)
+        figure = Figure(figsize=size, layout="constrained", dpi=120)
         FigureCanvasAgg(figure)
-        return figure, figure.subplots(rows, columns, squeeze=False)
+        axes = figure.subplots(rows, columns, squeeze=False).flat
+    for i, axis in enumerate(axes):
+        axis.grid(alpha=0.3)
+        axis.set_visible(i < panels)
+    return figure, axes[:panels]
 
 
 def _line_style(i: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +156,8 @@ def _check_output(out: str | None) -> None:
         return
     if not out.endswith((".csv", ".jsonl", ".parquet")):
         raise ValueError(f"--out is {out!r} but must end with .csv, .jsonl or .parquet")
-    if out.endswith(".parquet"):
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError:
-            raise ValueError("Parquet needs pyarrow; install it with pip install pyarrow, or write .csv") from None
+    if out.endswith(".parquet") and find_spec("pyarrow") is None:
+        raise ValueError("Parquet needs pyarrow; install it with pip install pyarrow, or write .csv")
     check_writable(Path(out).parent)
 
 

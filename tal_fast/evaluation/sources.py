@@ -162,7 +162,7 @@ def _write(evaluation: Evaluation, output: str | Path, run: Run | None = None, *
 def _preprocessing(data: DataBundle) -> dict[str, Any]:
     """Report entry for the preprocessing of the images."""
     mean, std = data.config.normalization()
-    entry = {"image_size": data.image_size, "interpolation": data.interpolation, "mean": mean, "std": std}
+    entry = {"image_size": data.image_size, "interpolation": data.config.resampling, "mean": mean, "std": std}
     # Images in memory are resized whole.
     return entry if data.loader_name == "memory" else {**entry, "crop_fraction": data.config.central_crop}
 
@@ -229,9 +229,7 @@ def _model_inputs(
     shift_stores = {
         name: inference.store(f"shift-{name}", images, corruption) for name, (images, corruption) in shifts.items()
     }
-    train_store = None
-    if needs_training and len(data.split("train-eval")):
-        train_store = inference.store("train-eval")
+    train_store = inference.store("train-eval") if needs_training and len(data.split("train-eval")) else None
     if not inference.options.ranks.is_main:
         return None
     training = None

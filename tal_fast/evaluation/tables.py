@@ -11,6 +11,7 @@ from typing import Any
 from tal_fast.metrics.calibration import BINS, CALIBRATION
 from tal_fast.metrics.intervals import FEW
 from tal_fast.metrics.settings import GROUPS, Mix
+from tal_fast.utils.logs import printable
 
 WIDTH = 100
 """Columns of the terminal that text tables have to fit."""
@@ -50,21 +51,6 @@ def setting_title(key: str, report: Mapping[str, Any]) -> str:
 def mix_with_seed(report: Mapping[str, Any]) -> str:
     """Mix of a report, with its seed if the mix is random."""
     return f"{report['mix']}, seed {report['seed']}" if Mix.parse(report["mix"]).random else str(report["mix"])
-
-
-def printable(text: str) -> str:
-    r"""Text with everything escaped that does not print.
-
-    Bytes that are not UTF-8 become ``\xff``, control and bidirectional characters ``\x1b`` and ``\u202e``.
-    """
-    return "".join(c if c.isprintable() else _escape_sequence(c) for c in text)
-
-
-def _escape_sequence(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # surrogates stand for the bytes 0x80..0xff of a file name that is not UTF-8
-        code -= 0xDC00
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def nan_if_none(value: float | None) -> float:
@@ -228,12 +214,10 @@ def _format_setting(report: Mapping[str, Any], key: str, units: str) -> str:
 def _printed_scores(report: Mapping[str, Any], key: str) -> list[str]:
     """Scores to print in a setting: all, or the ``PRINTED_SCORES`` of least AURC and the model's own."""
     aurc = {score: values["aurc"] for score, values in report["settings"][key].items()}
+    if len(aurc) <= PRINTED_SCORES:
+        return list(aurc)
     best = sorted(aurc, key=lambda score: (math.isnan(aurc[score]), aurc[score]))[:PRINTED_SCORES]
-    return (
-        list(aurc)
-        if len(aurc) <= PRINTED_SCORES
-        else [*best, *(s for s in aurc if s == report.get("score") and s not in best)]
-    )
+    return [*best, *(score for score in aurc if score == report.get("score") and score not in best)]
 
 
 def describe_samples(report: Mapping[str, Any], key: str, units: str = "natural") -> str:

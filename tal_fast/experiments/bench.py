@@ -8,11 +8,11 @@ import torch
 
 from tal_fast.evaluation.tables import wrap
 from tal_fast.experiments.plan import Experiment
-from tal_fast.experiments.scheduler import duration
 from tal_fast.experiments.table import machine
 from tal_fast.training.throughput import expected_of
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.environment import environment
+from tal_fast.utils.logs import duration
 from tal_fast.utils.process import sentence
 
 

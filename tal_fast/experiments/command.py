@@ -12,7 +12,8 @@ import yaml
 
 from tal_fast.experiments.launch import CLUSTERS, launch
 from tal_fast.utils.arguments import ArgumentParser, at_least
-from tal_fast.utils.logs import console_logging
+from tal_fast.utils.io import write_text
+from tal_fast.utils.logs import console_logging, duration
 from tal_fast.utils.process import program_name, report_mistake
 from tal_fast.utils.signals import Stopped, StopRequest
 
@@ -169,8 +170,6 @@ def _resources(args: argparse.Namespace) -> dict[str, Any]:
 
 def _print_status(experiment: Experiment, folders: Sequence[Folder]) -> None:
     """Print a line for each job, and how many are done at which cost."""
-    from tal_fast.experiments.scheduler import duration
-
     states = [folder.status(experiment.evaluate) for folder in folders]
     width = max((len(str(folder.path)) for folder in folders), default=0)
     for folder, (state, seconds) in zip(folders, states, strict=True):
@@ -183,6 +182,7 @@ def _print_status(experiment: Experiment, folders: Sequence[Folder]) -> None:
 
 def _report(experiment: Experiment, output: Path, name: str) -> int:
     """Write and print results and tables; returns 1 if runs are missing."""
+    from tal_fast.evaluation.report import write_report
     from tal_fast.experiments import results, select, table
     from tal_fast.experiments.scheduler import job_folders
 
@@ -190,11 +190,12 @@ def _report(experiment: Experiment, output: Path, name: str) -> int:
     if any(folder.path.is_dir() for folder in folders):
         collected = results.collect(experiment, folders, name)
         results.check_complete(collected, output)
-        results.write_results(collected, output)
+        write_report(collected, output / results.FILE)
     # Read back, so that tables from runs and from a committed file are the same.
     found = results.read_results(output)
     results.check_options(found, experiment)
-    table.write_tables(found, output)
+    for style, file in table.FILES.items():
+        write_text(output / file, table.format_results(found, style) + "\n")
     print(f"\n{table.format_results(found, 'summary')}")
     files = [results.FILE, *table.FILES.values(), "runs/*/report.html"]
     print("\n" + "\n".join(str(output / file) for file in files))

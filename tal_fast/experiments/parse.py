@@ -14,7 +14,7 @@ from typing import Any
 from tal_fast.config.methods import upgrade
 from tal_fast.config.names import METRICS, check_scores
 from tal_fast.config.parse import merged, nest, preset_names, read_config, read_yaml
-from tal_fast.config.typed import one_line, read
+from tal_fast.config.typed import check_at_least, check_range, one_line, read
 from tal_fast.experiments.plan import CompareOptions, Experiment, GridKey, SelectOptions, Values, make_jobs
 
 KEYS = ("base", "overrides", "seeds", "methods", "grid", "evaluate", "compare", "select", "threads")
@@ -213,14 +213,12 @@ def check_selection(select: SelectOptions, experiment: Experiment) -> None:
             raise ValueError(
                 f"select.metrics: no run is evaluated on {set_name!r}; on {', '.join(sets) or 'no set at all'}"
             )
-    if not 0 <= select.accuracy_loss <= 1:
-        raise ValueError(f"select.accuracy_loss is {select.accuracy_loss} but must be a fraction in [0, 1]")
+    check_range("select.accuracy_loss", select.accuracy_loss, "[0, 1]")
 
 
 def _check_compare(experiment: Experiment) -> None:
     compare = experiment.compare
-    if compare.bootstrap < 0:
-        raise ValueError(f"compare.bootstrap is {compare.bootstrap} but must be at least 0")
+    check_at_least("compare.bootstrap", compare.bootstrap, 0)
     known = [*METRICS, *(name.rpartition(":")[2] for name in experiment.evaluation.metrics)]
     unknown = [metric for metric in compare.metrics if metric not in known]
     if unknown or not compare.metrics:

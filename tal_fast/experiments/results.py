@@ -13,7 +13,7 @@ from tal_fast.evaluation import compare
 from tal_fast.evaluation.compare import Column, Estimate, Group, metrics_of
 from tal_fast.evaluation.differences import Comparison
 from tal_fast.evaluation.evaluation import samples_of
-from tal_fast.evaluation.report import none_to_nan, read_report, write_report
+from tal_fast.evaluation.report import none_to_nan, read_report
 from tal_fast.experiments.folder import Folder
 from tal_fast.experiments.plan import Experiment, Values
 from tal_fast.utils.own_code import relative
@@ -191,11 +191,6 @@ def check_complete(results: Results, output: Path) -> None:
             f"{output / FILE} has {len(lost)} runs that are not done here, such as {lost[0]}, and is kept; "
             "finish them, move the file away, or name another --output"
         )
-
-
-def write_results(results: Results, output: Path) -> None:
-    """Write ``results.json`` atomically, with NaN as null."""
-    write_report(results, output / FILE)
 
 
 def read_results(output: Path) -> Results:

@@ -25,6 +25,7 @@ from typing import Any
 
 from tal_fast.experiments.folder import LOG, REQUESTED, Folder
 from tal_fast.experiments.plan import Experiment
+from tal_fast.utils.logs import duration
 from tal_fast.utils.process import sentence
 from tal_fast.utils.signals import REQUEUE, StopRequest
 
@@ -263,14 +264,6 @@ def command(stage: str, run: Path, evaluate: Sequence[str], device: str) -> list
         return [sys.executable, "-m", "tal_fast.train", "--config", str(run / REQUESTED)]
     device_options = [] if "--device" in evaluate else ["--device", device]
     return [sys.executable, "-m", "tal_fast.evaluate", "--run", str(run), *evaluate, *device_options]
-
-
-def duration(seconds: float) -> str:
-    """Text of a duration: ``47 s``, ``12 min`` or ``3 h 05 min``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _describe_machine(environment: Environment) -> dict[str, Any]:

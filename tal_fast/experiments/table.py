@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -11,8 +10,7 @@ from tal_fast.evaluation.compare import Column, Group
 from tal_fast.evaluation.compare_tables import conclusions, describe, format_comparison, format_summary
 from tal_fast.evaluation.tables import escape, wrap
 from tal_fast.experiments.results import Results, all_columns, groups_of
-from tal_fast.experiments.scheduler import duration
-from tal_fast.utils.io import write_text
+from tal_fast.utils.logs import duration
 
 FILES = {"table": "table.txt", "markdown": "table.md", "csv": "table.csv"}
 """Style of the table -> file name."""
@@ -72,9 +70,3 @@ def _parts(groups: Sequence[Group], metrics: Sequence[str]) -> list[tuple[str, l
         over = f"Mean over the {'shifted' if shifted else 'OOD'} sets"
         parts.setdefault({"": "Old FD", "mean": over}.get(name, of_set), []).append(column)
     return list(parts.items())
-
-
-def write_tables(results: Results, output: Path) -> None:
-    """Write the files of ``FILES``."""
-    for style, name in FILES.items():
-        write_text(output / name, format_results(results, style) + "\n")

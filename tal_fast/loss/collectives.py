@@ -17,11 +17,6 @@ _rows_checked: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
-def is_distributed(group: dist.ProcessGroup | None) -> bool:
-    """Whether the group has more than one rank."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
-
-
 def gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Tensors of all ranks, stacked in rank order: (world, *shape). Their shapes must agree."""
     world = dist.get_world_size(group)

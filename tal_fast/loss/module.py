@@ -232,7 +232,8 @@ class TALLoss(nn.Module):
 
     def _acts_as_one(self) -> bool:
         """Whether several ranks act as one with the whole batch."""
-        return self.queue_scope == "global" and collectives.is_distributed(self.process_group)
+        distributed = self.queue_scope == "global" and dist.is_available() and dist.is_initialized()
+        return distributed and dist.get_world_size(self.process_group) > 1
 
     def _runs_in_one_call(self, logits: Tensor) -> bool:
         return (

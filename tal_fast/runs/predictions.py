@@ -180,7 +180,7 @@ class Inference:
             model_hash(self.model),
             json.dumps(config, sort_keys=True),
             self.data.loader_name,
-            self.data.interpolation,
+            self.data.config.resampling,
             f"{self.options.amp} {self.options.ranks.device.type}",
         )
 

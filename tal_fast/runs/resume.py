@@ -232,10 +232,7 @@ def _all_options(config: Config) -> dict[str, Any]:
     """Dotted name -> value of all options, with the defaults of the method's own."""
     name, prefix = config.method.name, "method.options."
     own = option_values(read_options(name, method_class(name).Options, config.method.options))
-    resolved = {
-        "data.crop_fraction": config.data.central_crop,
-        "data.interpolation": config.data.resampling,
-    }
+    resolved = {"data.crop_fraction": config.data.central_crop, "data.interpolation": config.data.resampling}
     flat = {**config.flat(), **resolved}
     others = {option: value for option, value in flat.items() if not option.startswith(prefix)}
     return others | {prefix + option: value for option, value in own.items()}

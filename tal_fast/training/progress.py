@@ -9,17 +9,19 @@ from collections.abc import Callable, Mapping
 import torch
 from tqdm import tqdm
 
+from tal_fast.utils.logs import duration
+
 REFRESH_SECONDS = 1.0
 """Seconds between two readings of the loss for the bar."""
 
 
 class Progress:
-    """Progress bar over the images of one epoch, of which ``done`` are trained on already; drawn if ``show``."""
+    """Progress bar over the images of one epoch, ``done`` of them trained on; drawn if ``show``, on a terminal only."""
 
     def __init__(self, title: str, total: int, done: int, show: bool) -> None:
         self._next = time.monotonic() + REFRESH_SECONDS
         self._bar = tqdm(
-            total=total, initial=done, desc=title, disable=not show,
+            total=total, initial=done, desc=title, disable=None if show else True,
             leave=False, unit=" images", unit_scale=True, dynamic_ncols=True,
         )  # fmt: skip
 
@@ -46,11 +48,6 @@ def memory_in_use(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
 
 
-def shows_bar(mode: str) -> bool:
-    """Whether ``Config.progress`` asks for bars on this terminal."""
-    return mode == "auto" and sys.stderr.isatty()
-
-
 def epoch_line(row: Mapping[str, float], epochs: int, seconds: float) -> str:
     """Line of at most 100 characters for the row of a finished epoch, which took ``seconds`` with validation."""
     loss, rate = row["train_loss"], row["images_per_s"]
@@ -65,10 +62,3 @@ def epoch_line(row: Mapping[str, float], epochs: int, seconds: float) -> str:
             f"ETA {duration(seconds * (epochs - row['epoch']))}",
         ]
     )
-
-
-def duration(seconds: float) -> str:
-    """``H:MM:SS``, or days and hours from 100 hours on."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours < 100 else f"{hours // 24} d {hours % 24} h"

@@ -43,11 +43,6 @@ class Runtime:
         channels_last = on_gpu if config.model.channels_last is None else config.model.channels_last
         return Runtime(device, dtype, compile, channels_last)
 
-    @property
-    def scales_gradients(self) -> bool:
-        """Whether gradients need a scaler because they would underflow in float16."""
-        return self.dtype is torch.float16
-
     def autocast(self) -> torch.autocast:
         """Context in which the network runs."""
         return torch.autocast(self.device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)

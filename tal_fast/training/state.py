@@ -217,7 +217,8 @@ def build_state(config: Config, data: DataBundle, runtime: Runtime, weights: Wei
         network=network,
         method=method,
         optimizer=optimizer,
-        scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.scales_gradients),
+        # In float16 gradients would underflow.
+        scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype is torch.float16),
         average=average,
         sums=EpochSums(method, runtime.device),
         sam=build_sam(network, config.optim, method),

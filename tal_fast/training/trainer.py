@@ -38,7 +38,7 @@ from tal_fast.training.feature_cache import FeatureBundle
 from tal_fast.training.mixing import check_images
 from tal_fast.training.optim import learning_rate
 from tal_fast.training.profiler import Profiler
-from tal_fast.training.progress import Progress, duration, epoch_line, memory_in_use, shows_bar
+from tal_fast.training.progress import Progress, epoch_line, memory_in_use
 from tal_fast.training.runtime import Runtime
 from tal_fast.training.saving import Saver, TrainingFailed
 from tal_fast.training.state import build_state, conditions, data_shape
@@ -49,6 +49,7 @@ from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.environment import code_digest, commit
 from tal_fast.utils.io import remove_leftovers
 from tal_fast.utils.locks import FolderLock
+from tal_fast.utils.logs import duration
 from tal_fast.utils.rng import seed_all
 from tal_fast.utils.signals import Stopped, StopRequest
 
@@ -190,24 +191,24 @@ class Trainer:
         self.ranks.on_main(self._prepare_folder)
         if state.epoch >= config.epochs:
             more = "--epochs and --extend give it more"
-            self._info(f"{self.output} is trained already: {state.epoch} of {config.epochs} epochs; {more}")
+            self._say(f"{self.output} is trained already: {state.epoch} of {config.epochs} epochs; {more}")
             return
         size = sum(p.numel() for p in self.network.parameters())
         trained = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
         first = f", only the head in the first {config.optim.head_epochs} epochs" if config.optim.head_epochs else ""
-        self._info(
+        self._say(
             f"{config.method.name} on {self.data.summary()}; {config.model.name}, {size:,} parameters"
             f"{f' of which {trained:,} train' if trained < size else ''}{first}"
             f"{'' if state.whole is None else ' in the head'}; {self.ranks.world_size} x "
             f"{self.ranks.device.type}, {self.runtime.summary()}, loader {self.data.loader_name}"
         )
         if config.mix.on:
-            self._info(config.mix.summary(config.batch_size))
+            self._say(config.mix.summary(config.batch_size))
         decay, steps = config.optim.ema_decay, config.epochs * len(self.batches)
-        if decay is not None and (initial := decay**steps) > 0.01 and self.ranks.is_main:
-            logger.warning(
-                "with optim.ema_decay %g and %s steps, %.0f%% of the average are the initial weights; at most %.4f "
-                "leaves 1%%", decay, f"{steps:,}", 100 * initial, math.floor(1e4 * 0.01 ** (1 / steps)) / 1e4,
+        if decay is not None and (initial := decay**steps) > 0.01:
+            self._say(
+                f"with optim.ema_decay {decay:g} and {steps:,} steps, {initial:.0%} of the average are the initial "
+                f"weights; at most {math.floor(1e4 * 0.01 ** (1 / steps)) / 1e4:.4f} leaves 1%", logging.WARNING,
             )  # fmt: skip
         if self.ranks.is_main:
             self._loggers = loggers.Loggers(config, self.output, self._steps_done)
@@ -225,7 +226,7 @@ class Trainer:
                     self._report_unreadable()
                     row = epoch_row(state.epoch, training, validation)
                     self._finish_epoch(row, histograms)
-                    self._info(epoch_line(row, config.epochs, time.perf_counter() - started))
+                    self._say(epoch_line(row, config.epochs, time.perf_counter() - started))
                     self._saver.go_on()
             except (Stopped, TrainingFailed):
                 raise
@@ -239,14 +240,14 @@ class Trainer:
                 if self._loggers is not None:
                     self._loggers.close()
                 problem = self._writer.finish()
-                if problem and self.ranks.is_main:
-                    logger.warning(problem)
+                if problem:
+                    self._say(problem, logging.WARNING)
             self.ranks.barrier()  # torchrun would end the others if a rank left before all is written
         if problem:
             raise TrainingFailed(self._writer.taken or f"{problem}; go on with --resume auto")
         if state.epoch == config.epochs:
             accuracy, best_epoch = state.best["val_accuracy"], state.best["epoch"]
-            self._info(f"done: best val acc {accuracy:.2%} in epoch {best_epoch}; results in {self.output}")
+            self._say(f"done: best val acc {accuracy:.2%} in epoch {best_epoch}; results in {self.output}")
 
     def _train_epoch(self, epoch: int) -> tuple[dict[str, float], dict[str, Histogram]]:
         """Train for one epoch, or what is left of it; returns its columns of metrics.csv and its histograms."""
@@ -259,7 +260,7 @@ class Trainer:
         if first == 0:
             state.sums.total.zero_()
         self._logged = state.sums.total.clone()
-        show = self.ranks.is_main and shows_bar(config.progress)
+        show = self.ranks.is_main and config.progress == "auto"
         title = f"epoch {epoch + 1}/{config.epochs}"
         progress = Progress(title, steps * config.batch_size, first * config.batch_size, show)
         started = time.perf_counter()
@@ -276,7 +277,7 @@ class Trainer:
                         self.ranks.limit_waiting(config.rank_timeout)
                     trace = self._profiler.after_step()
                     if trace is not None:
-                        self._info(f"profile: {trace} (chrome://tracing or ui.perfetto.dev show it)")
+                        self._say(f"profile: {trace} (chrome://tracing or ui.perfetto.dev show it)")
                     self._log_step(rate)
                     self._estimate(time.perf_counter() - started, first, steps)
                     every = config.checkpoint_every_steps
@@ -309,9 +310,8 @@ class Trainer:
             "data_wait": self._saver.waited / seconds,
             "unreadable": unreadable,
         }
-        warning = self.method.warning(columns)
-        if warning and self.ranks.is_main:
-            logger.warning("%s", warning)
+        if warning := self.method.warning(columns):
+            self._say(warning, logging.WARNING)
         return columns, histograms
 
     def _estimate(self, seconds: float, first: int, steps: int) -> None:
@@ -321,7 +321,7 @@ class Trainer:
             return
         self._estimated = True
         left = (self.config.epochs - self.state.epoch) * steps - self.state.step
-        self._info(f"about {duration(seconds / done * left)} for {left:,} steps more, without validation")
+        self._say(f"about {duration(seconds / done * left)} for {left:,} steps more, without validation")
 
     def _learning_rate(self, epoch: int, step: int) -> float:
         now = epoch + (step + 0.5) / len(self.batches)
@@ -387,9 +387,9 @@ class Trainer:
                 self._reported.add(path)
                 logger.warning("%s; training goes on without it", files[path])
 
-    def _info(self, message: str) -> None:
+    def _say(self, message: str, level: int = logging.INFO) -> None:
         if self.ranks.is_main:
-            logger.info(message)
+            logger.log(level, "%s", message)
 
     def _prepare_folder(self) -> None:
         try:
@@ -418,17 +418,15 @@ class Trainer:
             step = len(self.batches) if done else 0
         with checkpoint.restoring(path):
             state.restore(content, self.ranks.rank, self.ranks.world_size, step)
-        if changed and self.ranks.is_main:
+        if changed:
             where = ", from the start of the epoch" if content["step"] and not state.step else ""
-            logger.warning(
-                "%s since %s: the run goes on, but not bit for bit as it would have%s",
-                ", ".join(changed.values()), path, where,
-            )  # fmt: skip
+            goes_on = f"the run goes on, but not bit for bit as it would have{where}"
+            self._say(f"{', '.join(changed.values())} since {path}: {goes_on}", logging.WARNING)
         steps = f" and {state.step} steps" if state.step else ""
-        self._info(f"resuming from {path}: {state.epoch} epochs{steps}")
+        self._say(f"resuming from {path}: {state.epoch} epochs{steps}")
         was, now = (learning_rate(c.optim, c.epochs, state.epoch) for c in (before, config))
         if was != now:
-            self._info(f"the schedule goes on with a learning rate of {now:.4g}, which was {was:.4g} before")
+            self._say(f"the schedule goes on with a learning rate of {now:.4g}, which was {was:.4g} before")
 
 
 def _read_weights(config: Config) -> Weights:

@@ -41,3 +41,29 @@ def say(message: str, level: int = logging.WARNING) -> None:
     """Log a message, once and not on every rank."""
     if int(os.environ.get("RANK") or 0) == 0:
         logger.log(level, "%s", message)
+
+
+def duration(seconds: float) -> str:
+    """Text of a duration: ``47 s``, ``12 min``, ``3 h 05 min``, or ``4 d 4 h`` from 100 hours on."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    hours, minute = divmod(minutes, 60)
+    if hours >= 100:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{minutes} min" if minutes < 90 else f"{hours} h {minute:02d} min"
+
+
+def printable(text: str) -> str:
+    r"""Text with everything escaped that does not print.
+
+    Bytes that are not UTF-8 become ``\xff``, control and bidirectional characters ``\x1b`` and ``\u202e``.
+    """
+    return "".join(c if c.isprintable() else _escape_sequence(c) for c in text)
+
+
+def _escape_sequence(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # surrogates stand for the bytes 0x80..0xff of a file name that is not UTF-8
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

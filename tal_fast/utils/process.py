@@ -11,6 +11,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from tal_fast.utils.signals import REQUEUE
+
 MISTAKE = 2
 """Exit code after what the user must mend: an option, a file, a full or read-only disk."""
 
@@ -65,8 +67,9 @@ def run_and_exit(main: Callable[[], int | None]) -> None:
         # A program's own OSError has no number.
         if isinstance(error, OSError) and (error.filename is not None or error.errno in _REMEDIES):
             code = report_mistake(error)
-        elif (lost := _lost_rank(error)) is not None:
-            code = lost
+        elif (lost := _lost_ranks(error)) is not None:
+            sys.stderr.write(lost)
+            code = REQUEUE
         else:
             raise
     if alone or sys.getprofile() or sys.gettrace():  # profilers write their result after main returns
@@ -101,18 +104,13 @@ def sentence(error: Exception) -> str:
     return f"{place}{error.strerror}" + (f"; {remedy}" if remedy else "")
 
 
-def _lost_rank(error: Exception) -> int | None:
-    """Exit code if the error is a collective's that failed because of another rank, which is named."""
+def _lost_ranks(error: Exception) -> str | None:
+    """Line that names the ranks that a failed collective waited for; None for any other error."""
     if world_size() == 1 or "torch.distributed" not in sys.modules:
         return None
     from tal_fast.utils.distributed import name_lost_ranks
-    from tal_fast.utils.signals import REQUEUE
 
-    message = name_lost_ranks(error)
-    if message is None:
-        return None
-    sys.stderr.write(message)
-    return REQUEUE
+    return name_lost_ranks(error)
 
 
 @contextlib.contextmanager

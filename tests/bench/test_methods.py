@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from bench import methods, small_folder
+from tal_fast.evaluation.report import write_report
 from tal_fast.experiments.parse import read_experiment
-from tal_fast.experiments.results import check_options, collect, read_results, write_results
+from tal_fast.experiments.results import check_options, collect, read_results
 from tal_fast.experiments.scheduler import job_folders
 from tal_fast.runs.resume import differences
 from tests.helpers.experiments import finish_jobs
@@ -70,7 +71,7 @@ def test_results_of_a_gpu_experiment_appear_with_hardware_hours_and_command(
             tried = [{"stage": stage, "environment": machine, "seconds": s, "exit_code": 0} for stage, s in stages]
             folder.update(attempts=tried)
     (tmp_path / "cifar100").mkdir()
-    write_results(collect(experiment, folders, "cifar100"), tmp_path / "cifar100")
+    write_report(collect(experiment, folders, "cifar100"), tmp_path / "cifar100" / "results.json")
     filled = methods.fill_in(page)
     assert filled.count("Not run yet") == 3
     section = filled.split("\n## ")[1]

@@ -10,7 +10,7 @@ import pytest
 
 from tal_fast.evaluation.compare import columns_of, common_name, find_group, group_runs, judging_score, read_method
 from tal_fast.evaluation.compare_tables import format_comparison
-from tal_fast.evaluation.differences import add_differences
+from tal_fast.evaluation.differences import Comparison
 from tests.helpers.compare import one_report, write_run
 
 
@@ -90,7 +90,9 @@ def test_columns_may_be_of_metrics_on_request_and_of_groups_of_sets() -> None:
     assert [group.values(columns[0]) for group in groups] == [[0.5], [1.5]]
     assert [group.values(columns[1]) for group in groups] == [[0.25], [1.25]]
     assert math.isnan(groups[0].values(columns[2])[0])
-    add_differences(groups, groups[0], columns, True)
+    comparison = Comparison(images=True)
+    comparison.add_differences(groups, groups[0], columns)
+    comparison.mark_best(groups, columns)
     assert "naurc" not in str(groups[1].best)
     latex = format_comparison(groups, columns, "latex", "paper")
     assert r"naurc $\times$1000 $\downarrow$ & coverage@risk=0.05 (\%) $\uparrow$" in latex

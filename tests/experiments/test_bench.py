@@ -45,7 +45,7 @@ def test_the_hours_of_each_row_and_of_all_runs(
     ms = f"{1e3 * measured[0].batch_size / 500:.2f}"
     assert rows(printed)["ce"] == [ms, "500", "25%", "30", "h", "00", "min", "2", "60", "h", "00", "min"]
     assert "tal-t_max=50" in rows(printed)
-    assert "all 6: 180 h 00 min, 45 h 00 min with 4 at a time;" in printed
+    assert "all 6: 7 d 12 h, 45 h 00 min with 4 at a time;" in printed
     assert max(map(len, printed.splitlines())) <= 100
 
 

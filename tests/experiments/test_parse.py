@@ -72,7 +72,7 @@ def test_the_files_in_docs_and_examples_are_valid(tmp_path: Path) -> None:
         ({"compare": {"over": "folds"}}, "compare.over is 'folds'; use 'images' or 'seeds' or 'both'"),
         ({"select": {"metrics": ["aurc"]}}, "'aurc' must be SETTING.METRIC, such as old_fd.aurc"),
         ({"select": {"metrics": ["old_fd.eaurc"]}}, "old_fd.eaurc may be below 0"),
-        ({"select": {"accuracy_loss": 2}}, "select.accuracy_loss is 2.0 but must be a fraction in [0, 1]"),
+        ({"select": {"accuracy_loss": 2}}, "select.accuracy_loss is 2.0 but must be in [0, 1]"),
         ({"select": {"metrics": ["new_fd/x.aurc"]}}, "select.metrics: no run is evaluated on 'x'; on "),
         ({"compare": {"score": "cosin"}}, "compare.score: unknown score cosin"),
         ({"methods": {"l": {"method": {"name": "logitnorm", "options": {"tua": 1}}}}}, "l: method.options.tua is"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tal_fast.evaluation import compare, report
-from tal_fast.evaluation.differences import add_differences
+from tal_fast.evaluation.differences import Comparison
 from tal_fast.evaluation.sample_scores import read_samples
 from tal_fast.experiments import results, scheduler
 from tal_fast.experiments.command import main
@@ -45,7 +45,7 @@ def test_tables_from_runs_and_from_committed_results(tmp_path: Path, capsys: pyt
         [read_samples(f) for f in folders], seeds=[0, 1, 2] * 2,
     )  # fmt: skip
     columns = [("old_fd", "aurc"), ("ood/far", "fpr95"), ("new_fd", "auroc")]
-    add_differences(groups, groups[0], columns, 200, "both")
+    Comparison(True, "both").add_differences(groups, groups[0], columns)
     by_column = {(d["label"], d["setting"], d["metric"]): d for d in found["differences"]}
     assert {key[0] for key in by_column} == {"tal"}
     for setting, metric in columns:

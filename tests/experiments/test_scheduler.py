@@ -202,16 +202,6 @@ def test_number_of_jobs_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert scheduler._gpus() == ["0", "1"]
 
 
-def test_durations() -> None:
-    assert [scheduler.duration(s) for s in (0.4, 89, 91, 3600, 11_100)] == [
-        "0 s",
-        "89 s",
-        "2 min",
-        "60 min",
-        "3 h 05 min",
-    ]
-
-
 def test_evaluation_uses_the_device_of_training(tmp_path: Path) -> None:
     words = scheduler.command("evaluate", tmp_path, ("--fast",), "cpu")
     assert words[-2:] == ["--device", "cpu"]

@@ -24,7 +24,6 @@ def test_auto_on_a_gpu_depends_on_its_compute_capability(monkeypatch: pytest.Mon
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         runtime = Runtime.resolve(Config(), GPU)
         assert (runtime.dtype, runtime.compile, runtime.channels_last) == (dtype, True, True)
-        assert runtime.scales_gradients == (dtype == torch.float16)
 
 
 def test_given_options_win_over_auto() -> None:

@@ -89,7 +89,7 @@ def test_a_run_goes_on_from_the_weights_and_preprocessing_of_another(tmp_path: P
     given = {**unset, "crop_fraction": 0.5, "mean": [0.0], "std": [1.0]}
     data = Trainer(start(tmp_path / "third", tmp_path / "first", data_options=given)).data
     assert (data.config.normalization(), data.config.central_crop) == (([0.0], [1.0]), 0.5)
-    assert data.interpolation == "bicubic"
+    assert data.config.resampling == "bicubic"
 
 
 def test_classes_of_other_names_get_a_new_last_layer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

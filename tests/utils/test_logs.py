@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tal_fast.utils.logs import console_logging
+from tal_fast.utils.logs import console_logging, duration
 
 logger = logging.getLogger("tal_fast.some.module")
 
@@ -38,3 +38,8 @@ def test_a_closed_terminal_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "stdout", Closed())
     with console_logging():
         logger.info("unseen")
+
+
+def test_durations() -> None:
+    texts = ["0 s", "89 s", "2 min", "60 min", "3 h 05 min", "99 h 59 min", "4 d 4 h"]
+    assert [duration(seconds) for seconds in (0.4, 89, 91, 3600, 11_100, 359_940, 360_000)] == texts
