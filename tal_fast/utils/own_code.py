@@ -46,13 +46,17 @@ def file_digest(name: str) -> str | None:
     return hashlib.sha256(Path(name.rpartition(":")[0]).read_bytes()).hexdigest()[:8] if in_file(name) else None
 
 
-@cache
 def load(name: str, group: str) -> Any:
     """Function or class of a name.
 
     Raises ValueError if the file is missing, fails when it is run, or has no such name.
     """
-    file, _, member = absolute(name).rpartition(":")
+    return _load(absolute(name), group)
+
+
+@cache
+def _load(name: str, group: str) -> Any:
+    file, _, member = name.rpartition(":")
     if in_file(name) and not Path(file).is_file():
         raise ValueError(f"there is no file {file}, which defines {member}; put it there, or name another")
     try:

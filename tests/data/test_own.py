@@ -72,7 +72,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text(OWN)
     yield own_code.load(str(tmp_path / "own.py") + ":pixels", own_code.DATA)
-    own_code.load.cache_clear()
+    own_code._load.cache_clear()
 
 
 def options(name: str, **changes: Any) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def test_a_run_resumes_to_the_bit_is_evaluated_and_predicts(
         run("parts", resume="auto")
     assert "the data set's file" in caplog.text
     (tmp_path / "own.py").write_text(OWN.replace("default_rng(7)", "default_rng(8)"))
-    own_code.load.cache_clear()
+    own_code._load.cache_clear()
     if name != "paths":
         with pytest.raises(ValueError, match="the 60 training images are not the 60 that"):
             run("parts", resume="auto")

@@ -20,6 +20,7 @@ from tal_fast.evaluation.pipeline import evaluate_outputs
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sample_scores import read_samples
 from tal_fast.metrics.failure import failure_metrics
+from tal_fast.utils import own_code
 from tests.helpers.evaluation import make_run, read_json, write_npz
 from tests.helpers.own_package import installed_package
 
@@ -266,3 +267,12 @@ def test_the_documented_score_runs(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
     assert "risk_at_half" in done.stdout
+
+
+def test_a_name_is_of_the_working_folder_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in (1, 2):
+        folder = tmp_path / str(value)
+        folder.mkdir()
+        (folder / "mine.py").write_text(f"def rejected(scores, correct):\n    return {value}\n")
+        monkeypatch.chdir(folder)
+        assert own_code.load("mine.py:rejected", own_code.METRICS)(None, None) == value

@@ -28,5 +28,5 @@ def installed_package(
         yield
     finally:
         own_code.installed.cache_clear()
-        own_code.load.cache_clear()
+        own_code._load.cache_clear()
         sys.modules.pop(name, None)

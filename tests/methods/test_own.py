@@ -94,7 +94,7 @@ def test_a_run_finds_its_method_again(
     assert "the method's file" in caplog.text
     assert "not bit for bit" in caplog.text
     (tmp_path / "own.py").unlink()
-    own_code.load.cache_clear()
+    own_code._load.cache_clear()
     with pytest.raises(ValueError, match=r"^there is no file .*own\.py, which defines Scaled; put it there"):
         load_run(tmp_path / "run")
 
