@@ -71,6 +71,19 @@ def whole(name: str) -> str:
     )
 
 
+def training_seconds(results: Results) -> dict[str, float]:
+    """Row -> mean time of a training, in seconds."""
+    by_row: dict[str, list[float]] = {}
+    for run in results["runs"]:
+        by_row.setdefault(run["label"], []).append(run["seconds"]["train"])
+    return {row: statistics.mean(values) for row, values in by_row.items()}
+
+
+def title_of(setting: str) -> str:
+    """Short title of Old FD, or of New FD against a set."""
+    return setting.replace("old_fd", "Old FD").replace("new_fd/", "New FD, ")
+
+
 def gpu(name: str) -> str:
     """Hardware, hours, command and tables of an experiment for GPUs; its command while it has not been run."""
     command = f"python -m tal_fast.experiment examples/experiments/{name}.yaml --output bench/results/methods/{name}"
@@ -78,10 +91,7 @@ def gpu(name: str) -> str:
     if results is None:
         return f"Not run yet:\n\n```sh\n{command}\n```\n"
     per_stage = {stage: sum(run["seconds"][stage] for run in results["runs"]) / 3600 for stage in STAGES}
-    by_row: dict[str, list[float]] = {}
-    for run in results["runs"]:
-        by_row.setdefault(run["label"], []).append(run["seconds"]["train"] / 3600)
-    hours = ", ".join(f"{row} {statistics.mean(values):.1f}" for row, values in by_row.items())
+    hours = ", ".join(f"{row} {seconds / 3600:.1f}" for row, seconds in training_seconds(results).items())
     return (
         f"{len(results['runs'])} of {results['jobs']} runs; {per_stage['train']:.1f} hours of training and "
         f"{per_stage['evaluate']:.1f} of evaluation, of one device each. Hours of a run's training: {hours}.\n\n"
@@ -146,21 +156,17 @@ def scores(name: str) -> str:
     settings = ["old_fd", *(f"new_fd/{one}" for one in groups[0].reports[0]["ood_names"])]
     head = ["method", "cost", "accuracy"]
     for setting in settings:
-        title = setting.replace("old_fd", "Old FD").replace("new_fd/", "New FD, ")
-        head += [f"{title}: own", "best", *(["DS"] if setting != "old_fd" else [])]
+        head += [f"{title_of(setting)}: own", "best", *(["DS"] if setting != "old_fd" else [])]
 
     def least(values: dict[str, list[float]]) -> str:
         means = {score: statistics.mean(of_runs) for score, of_runs in values.items()}
         score = min(means, key=lambda score: means[score])
         return f"{1e3 * means[score]:.1f} {score}"
 
-    hours = {}
-    for run in results["runs"]:
-        hours.setdefault(run["label"], []).append(run["seconds"]["train"])
-    first = statistics.mean(hours[groups[0].name])
+    seconds = training_seconds(results)
     rows = []
     for group in groups:
-        row = [group.name, f"{statistics.mean(hours[group.name]) / first:.1f}", f"{100 * group.accuracy.mean:.2f}%"]
+        row = [group.name, f"{seconds[group.name] / seconds[groups[0].name]:.1f}", f"{100 * group.accuracy.mean:.2f}%"]
         for setting in settings:
             values: dict[str, list[float]] = {}
             joint: dict[str, list[float]] = {}
@@ -178,8 +184,7 @@ def scores(name: str) -> str:
 
 
 BLOCKS: dict[str, Callable[[str], str]] = {
-    "whole": whole, "gpu": gpu, "choice": choice, "summary": summary, "main": main_rows,
-    "scores": scores,
+    "whole": whole, "gpu": gpu, "choice": choice, "summary": summary, "main": main_rows, "scores": scores,
 }  # fmt: skip
 
 
@@ -212,7 +217,7 @@ def draw_ablation(plt: Any) -> Any:
             ax.plot([1e3 * v for v in runs], [row] * len(runs), "o", ms=4, color="tab:blue", alpha=0.6)
             ax.plot([1e3 * statistics.mean(runs)], [row], "|", ms=16, color="black")
         ax.set_yticks(range(len(values)), list(values))
-        ax.set_xlabel(f"AURC x 1000, {metric[0].replace('old_fd', 'Old FD').replace('new_fd/', 'New FD, ')}")
+        ax.set_xlabel(f"AURC x 1000, {title_of(metric[0])}")
     axes[0].invert_yaxis()
     figure.suptitle("Parts of TAL and the queue's length; bars are means over seeds")
     return figure
@@ -243,7 +248,7 @@ def draw_temperatures(plt: Any) -> Any:
         ax.set_xticks(range(len(high)), [f"{v:g}" for v in high])
         ax.set_yticks(range(len(low)), [f"{v:g}" for v in low])
         ax.set(xlabel="T_max", ylabel="T_min")
-        ax.set_title(metric[0].replace("old_fd", "Old FD").replace("new_fd/", "New FD, "), fontsize=10)
+        ax.set_title(title_of(metric[0]), fontsize=10)
     figure.suptitle("AURC x 1000 over the range of temperatures, one seed each")
     return figure
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,6 @@ from tal_fast.evaluation.evaluation import samples_of
 from tal_fast.evaluation.report import none_to_nan, read_report
 from tal_fast.experiments.folder import Folder
 from tal_fast.experiments.plan import Experiment, Values
-from tal_fast.utils.own_code import relative
 
 FILE = "results.json"
 FORMAT = 1
@@ -100,8 +100,7 @@ def _run(folder: Folder, environments: list[Any]) -> Values:
     config = job.config.to_dict()
     for key in ("output", "resume"):
         del config[key]
-    config["method"]["name"] = relative(config["method"]["name"])
-    config["data"]["dataset"] = relative(config["data"]["dataset"])
+    config = _from_here(config)
     attempts = record["attempts"]
     places = {}
     for stage in STAGES:
@@ -124,6 +123,13 @@ def _run(folder: Folder, environments: list[Any]) -> Values:
         "attempts": len(attempts),
         "report": {key: report[key] for key in _REPORT_KEYS if key in report},
     }
+
+
+def _from_here(value: Any) -> Any:
+    """A configuration whose files, own code and weights, are named from the working folder, for other machines."""
+    if isinstance(value, dict):
+        return {key: _from_here(inner) for key, inner in value.items()}
+    return value.removeprefix(os.getcwd() + os.sep) if isinstance(value, str) else value
 
 
 def _baseline_of(group: Group, groups: Sequence[Group], runs: Sequence[Values], wanted: str) -> Group | None:

@@ -29,12 +29,6 @@ def absolute(name: str) -> str:
     return f"{os.path.abspath(os.path.expanduser(file))}:{member}" if in_file(name) else name
 
 
-def relative(name: str) -> str:
-    """``FILE.py:NAME`` with the path of the file from the working folder, for what other machines read."""
-    file, _, member = name.rpartition(":")
-    return f"{os.path.relpath(file)}:{member}" if in_file(name) else name
-
-
 @cache
 def installed(group: str) -> dict[str, EntryPoint]:
     """Entry points of a group by name."""

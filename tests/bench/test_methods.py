@@ -42,6 +42,21 @@ def test_a_changed_result_changes_the_table(tmp_path: Path, monkeypatch: pytest.
     assert methods.whole("elsewhere") == methods.MISSING
 
 
+def test_the_table_of_scores_has_the_best_of_each_method_and_its_cost() -> None:
+    runs = read_results(methods.RESULTS / "fashion-mnist")["runs"]
+    lines = methods.scores("fashion-mnist").splitlines()
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:]}
+    for row in ("ce", "tal-paper"):
+        reports = [run["report"] for run in runs if run["label"] == row]
+        mean = {s: sum(r["settings"]["old_fd"][s]["aurc"] for r in reports) / 5 for s in ("cosine", "msp")}
+        best = min(mean, key=lambda score: mean[score])
+        assert cells[row][2] == f"{1e3 * mean[reports[0]['score']]:.1f} {reports[0]['score']}"
+        assert cells[row][3] == f"{1e3 * mean[best]:.1f} {best}"
+    spent = {row: sum(run["seconds"]["train"] for run in runs if run["label"] == row) for row in ("ce", "fmfp")}
+    assert [cells["ce"][0], cells["fmfp"][0]] == ["1.0", f"{spent['fmfp'] / spent['ce']:.1f}"]
+    assert methods.scores("elsewhere") == methods.MISSING
+
+
 def test_results_of_a_gpu_experiment_appear_with_hardware_hours_and_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,14 +141,18 @@ def test_a_metric_of_your_own_is_in_the_tables(tmp_path: Path, monkeypatch: pyte
     assert old_fd == pytest.approx(np.mean(wrong[:3]) - np.mean(wrong[3:]))
 
 
-def test_own_code_is_named_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_code_and_weights_are_named_from_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "own.py").write_text(
         "from tal_fast.methods.ce import CrossEntropy\n\nclass Mine(CrossEntropy):\n    name, score = 'mine', 'msp'\n"
     )
     monkeypatch.chdir(tmp_path)
-    path = write(tmp_path / "e.yaml", methods={"ce": {}, "mine": {"method": {"name": "own.py:Mine"}}})
+    methods = {"ce": {"model.weights": "some/weights.pt"}, "mine": {"method": {"name": "own.py:Mine"}}}
+    path = write(tmp_path / "e.yaml", methods=methods)
     experiment = read_experiment(path)
     assert {job.config.method.name for job in experiment.jobs} == {"ce", f"{tmp_path}/own.py:Mine"}
     finish_jobs(tmp_path / "out", experiment, lambda job: (1.0, 0.8))
     found = results.collect(experiment, scheduler.job_folders(experiment, tmp_path / "out"), "e")
     assert {run["config"]["method"]["name"] for run in found["runs"]} == {"ce", "own.py:Mine"}
+    assert {run["config"]["model"]["weights"] for run in found["runs"]} == {"some/weights.pt", None}
