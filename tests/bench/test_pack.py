@@ -1,0 +1,42 @@
+"""Archives of finished runs."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from bench import pack
+from tal_fast.experiments.command import main
+from tal_fast.experiments.parse import read_experiment
+from tal_fast.experiments.results import collect
+from tal_fast.experiments.scheduler import job_folders
+from tests.helpers.experiments import finish_jobs, write
+
+
+def test_unpacked_runs_are_done_and_give_the_same_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack, "EXPERIMENTS", tmp_path)
+    file = write(tmp_path / "one.yaml", seeds=[0, 1, 2])
+    experiment = read_experiment(file)
+    output = tmp_path / "elsewhere"
+    finish_jobs(output, experiment, lambda job: (1 + (job.method == "tal"), 0.8))
+    folders = job_folders(experiment, output)
+    for folder in folders:
+        (folder.path / "metrics.csv").write_text("epoch,train_accuracy\n1,0.9\n")
+    archives = pack.pack("one", output, tmp_path)
+    assert [archive.name for archive in archives] == ["seed0.tar.xz", "seed1.tar.xz", "seed2.tar.xz"]
+    first = archives[0].read_bytes()
+    assert pack.pack("one", output, tmp_path)[0].read_bytes() == first
+
+    copies = tmp_path / "one"
+    for archive in archives:
+        with tarfile.open(archive) as tar:
+            assert all(str(tmp_path).encode() not in tar.extractfile(file).read() for file in tar if file.isfile())
+            tar.extractall(copies, filter="data")
+    assert main([str(file), "--output", str(copies), "--status"]) == 0
+    copied = job_folders(experiment, copies)
+    assert all(folder.is_done(experiment.evaluate) for folder in copied)
+    differences = collect(experiment, folders, "one")["differences"]
+    assert differences
+    assert collect(experiment, copied, "one")["differences"] == differences
