@@ -37,7 +37,10 @@ from tal_fast.runs.folder import METRICS_FILE
 
 RESULTS = ROOT / "bench" / "results" / "methods"
 EXPERIMENTS = ROOT / "examples" / "experiments"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("getting-started", "results", "results-gpu")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("getting-started", "results", "results-tables", "results-gpu")),
+)
 TYPICALNESS = RESULTS / "typicalness.json"
 BINS = 40
 CURVES = RESULTS / "curves.json"
@@ -45,6 +48,7 @@ CURVE_METHODS = {
     "ce": "cross-entropy, MSP",
     "tal-paper": "TAL (paper), cosine",
     "tal-released": "TAL (released), cosine",
+    "fmfp": "FMFP, MSP",
 }
 POINTS = 50
 """Points of a risk-coverage curve, at coverage 1/50, 2/50, ..., 1."""
@@ -278,7 +282,7 @@ def draw_curves(plt: Any) -> Any:
     figure, axes = plt.subplots(1, len(settings), figsize=(3.6 * len(settings), 3.3))
     coverage = 100 * np.arange(1, POINTS + 1) / POINTS
     for ax, (setting, runs_of) in zip(axes, settings.items(), strict=True):
-        for (method, label), style in zip(CURVE_METHODS.items(), ("-", "--", "-."), strict=True):
+        for (method, label), style in zip(CURVE_METHODS.items(), ("-", "--", "-.", ":"), strict=True):
             risks = 100 * np.array([run["risk"] for run in runs_of[method]])
             mean, spread = risks.mean(0), risks.std(0, ddof=1)
             area = 1e3 * statistics.mean(run["aurc"] for run in runs_of[method])

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from bench.methods import EXPERIMENTS, RESULTS, ROOT
+from tal_fast.config.parse import read_yaml
 from tal_fast.evaluation.report import read_report, write_report
 from tal_fast.evaluation.sample_scores import FILE as SAMPLES
 from tal_fast.evaluation.sample_scores import Samples, read_samples, write_samples
@@ -41,12 +42,13 @@ def copy_run(source: Folder, target: Path, options: tuple[str, ...]) -> None:
     """
     target.mkdir(parents=True)
     there = str(RESULTS.relative_to(ROOT) / target.parent.parent.name / "runs" / target.name)
+    made_at = read_yaml(source.path / REQUESTED)["output"]  # the run may have been moved since
     for name in (REQUESTED, RECORD, METRICS_FILE):
-        (target / name).write_text((source.path / name).read_text().replace(str(source.path), there))
+        (target / name).write_text((source.path / name).read_text().replace(made_at, there))
     report, samples = read_report(source.path), read_samples(source.path)
     assert samples is not None
     digest = write_samples(by_rank(samples, report["score"]), target / SAMPLES)
-    write_report({**renamed(report, str(source.path), there), "samples_sha256": digest}, target / REPORT)
+    write_report({**renamed(report, made_at, there), "samples_sha256": digest}, target / REPORT)
     Folder(source.job, target).set_evaluated(options)
 
 

@@ -20,7 +20,8 @@ def test_unpacked_runs_are_done_and_give_the_same_tables(tmp_path: Path, monkeyp
     file = write(tmp_path / "one.yaml", seeds=[0, 1, 2])
     experiment = read_experiment(file)
     output = tmp_path / "elsewhere"
-    finish_jobs(output, experiment, lambda job: (1 + (job.method == "tal"), 0.8))
+    finish_jobs(tmp_path / "before", experiment, lambda job: (1 + (job.method == "tal"), 0.8))
+    (tmp_path / "before").rename(output)
     folders = job_folders(experiment, output)
     for folder in folders:
         (folder.path / "metrics.csv").write_text("epoch,train_accuracy\n1,0.9\n")
