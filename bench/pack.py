@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -45,10 +45,13 @@ def copy_run(source: Folder, target: Path, options: tuple[str, ...]) -> None:
     made_at = read_yaml(source.path / REQUESTED)["output"]  # the run may have been moved since
     for name in (REQUESTED, RECORD, METRICS_FILE):
         (target / name).write_text((source.path / name).read_text().replace(made_at, there))
-    report, samples = read_report(source.path), read_samples(source.path)
+    report, samples = (
+        json.loads(json.dumps(read_report(source.path)).replace(made_at, there)),
+        read_samples(source.path),
+    )
     assert samples is not None
     digest = write_samples(by_rank(samples, report["score"]), target / SAMPLES)
-    write_report({**renamed(report, made_at, there), "samples_sha256": digest}, target / REPORT)
+    write_report({**report, "samples_sha256": digest}, target / REPORT)
     Folder(source.job, target).set_evaluated(options)
 
 
@@ -59,15 +62,6 @@ def by_rank(samples: Samples, score: str) -> Samples:
     id_ranks, *ood_ranks = np.split(ranks, np.cumsum([len(part) for part in parts])[:-1])
     ood_scores = {name: {score: values} for name, values in zip(samples.ood_scores, ood_ranks, strict=True)}
     return dataclasses.replace(samples, id_scores={score: id_ranks}, ood_scores=ood_scores, predictions={})
-
-
-def renamed(value: Any, old: str, new: str) -> Any:
-    """A report with another name of its run's folder in all texts."""
-    if isinstance(value, dict):
-        return {key: renamed(inner, old, new) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [renamed(inner, old, new) for inner in value]
-    return value.replace(old, new) if isinstance(value, str) else value
 
 
 def pack(name: str, output: Path, results: Path = RESULTS) -> list[Path]:
