@@ -30,7 +30,7 @@ from tal_fast.evaluation.compare import Group
 from tal_fast.experiments import select
 from tal_fast.experiments.parse import read_experiment
 from tal_fast.experiments.results import STAGES, Results, groups_of, read_results
-from tal_fast.experiments.table import format_results, machine
+from tal_fast.experiments.table import format_results, machines
 from tal_fast.metrics.ranking import risk_coverage_curve
 from tal_fast.metrics.settings import Mix, scored_settings
 from tal_fast.runs.folder import METRICS_FILE
@@ -148,8 +148,7 @@ def main_rows(name: str) -> str:
         accuracy = f"{100 * group.accuracy.mean:.2f}% ± {100 * group.accuracy.std:.2f}"
         cells = [cell(group, column) for column in columns]
         rows.append([f"{group.name}, {group.score}", accuracy, *cells])
-    machines = "\n".join(machine(environment) for environment in results["environments"] if environment)
-    return f"{table(head, rows)}\n\n{machines}\n"
+    return "\n".join([table(head, rows), "", *machines(results["environments"]), ""])
 
 
 def scores(name: str) -> str:

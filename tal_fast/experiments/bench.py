@@ -8,7 +8,7 @@ import torch
 
 from tal_fast.evaluation.tables import wrap
 from tal_fast.experiments.plan import Experiment
-from tal_fast.experiments.table import machine
+from tal_fast.experiments.table import machines
 from tal_fast.training.throughput import expected_of
 from tal_fast.utils.distributed import Ranks
 from tal_fast.utils.environment import environment
@@ -22,7 +22,7 @@ def print_expected_hours(experiment: Experiment, at_once: int) -> int:
     Returns 0, or 1 if a row cannot be measured, which is named with its reason.
     """
     torch.set_num_threads(experiment.threads)
-    print(wrap(machine(environment())), flush=True)
+    print(wrap(*machines([environment()])), flush=True)
     first = [job for job in experiment.jobs if job.seed == experiment.seeds[0]]
     width, runs, seconds = max(len(job.label) for job in first), len(experiment.seeds), []
     print(f"{'run':{width}}    ms/step   images/s  data wait           each   runs   one after another")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import mean
 from typing import Any
 
@@ -47,18 +47,19 @@ def _head(results: Results, groups: Sequence[Group], style: str) -> str:
     if groups:
         about = describe(groups, "paper" if style == "summary" else results["compare"]["units"])
         lines += [line.replace("* best", "bold: best") for line in about] if markdown else about
-    lines += [machine(environment) for environment in results["environments"] if environment]
+    lines += machines(results["environments"])
     lines += [f"missing: {missing['name']} ({missing['why']})" for missing in results["missing"]]
     return "\n".join(f"{escape(line, style)}  " if markdown else wrap(line) for line in lines)
 
 
-def machine(environment: dict[str, Any]) -> str:
-    """Hardware, versions and commit."""
-    device = environment["gpu"] or f"{environment['cpu']}, {environment['cores']} cores"
-    return (
-        f"{device}; Python {environment['python']}, torch {environment['torch']}; tal_fast {environment['tal_fast']}, "
-        f"commit {environment['commit']}"
-    )
+def machines(environments: Iterable[dict[str, Any]]) -> list[str]:
+    """Hardware, versions and commits: a line for each machine and set of versions."""
+    commits: dict[str, list[str]] = {}
+    for environment in filter(None, environments):
+        device = environment["gpu"] or f"{environment['cpu']}, {environment['cores']} cores"
+        versions = f"Python {environment['python']}, torch {environment['torch']}; tal_fast {environment['tal_fast']}"
+        commits.setdefault(f"{device}; {versions}", []).append(str(environment["commit"]))
+    return [f"{line}, commit{'s' * (len(found) > 1)} {', '.join(found)}" for line, found in commits.items()]
 
 
 def _parts(groups: Sequence[Group], metrics: Sequence[str]) -> list[tuple[str, list[Column]]]:

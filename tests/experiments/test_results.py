@@ -16,6 +16,7 @@ from tal_fast.evaluation.sample_scores import read_samples
 from tal_fast.experiments import results, scheduler
 from tal_fast.experiments.command import main
 from tal_fast.experiments.parse import read_experiment
+from tal_fast.experiments.table import machines
 from tests.helpers.experiments import error_of, finish_jobs, write
 
 GRID: dict[str, Any] = {"optim.lr": [0.1, 0.2]}
@@ -156,3 +157,12 @@ def test_own_code_and_weights_are_named_from_the_working_folder(
     found = results.collect(experiment, scheduler.job_folders(experiment, tmp_path / "out"), "e")
     assert {run["config"]["method"]["name"] for run in found["runs"]} == {"ce", "own.py:Mine"}
     assert {run["config"]["model"]["weights"] for run in found["runs"]} == {"some/weights.pt", None}
+
+
+def test_a_machine_is_named_once_with_all_commits() -> None:
+    here = {"gpu": None, "cpu": "CPU", "cores": 2, "python": "3.12", "torch": "2.9", "tal_fast": "1.0", "commit": "aa"}
+    there = {**here, "gpu": "GPU"}
+    assert machines([here, {}, {**here, "commit": "bb"}, there]) == [
+        "CPU, 2 cores; Python 3.12, torch 2.9; tal_fast 1.0, commits aa, bb",
+        "GPU; Python 3.12, torch 2.9; tal_fast 1.0, commit aa",
+    ]

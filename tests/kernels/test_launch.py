@@ -18,10 +18,8 @@ from triton.runtime.jit import JITFunction
 from bench.host_time import Driver
 from tal_fast.kernels import launch
 
-
-# Triton's interpreter leaves the language patched once a kernel has called a device function. Tests that run before these
-# are collected before any test runs.
 LANGUAGE = [(scope, dict(vars(scope))) for scope in (tl, tl.core, tl.math, tl.tensor, tl.dtype)]
+"""Members at import: the interpreter leaves some replaced once a kernel of another test has called a function."""
 
 
 def copy(x_ptr, y_ptr, n, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
