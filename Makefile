@@ -103,18 +103,18 @@ docs: setup
 # Every Triton kernel compiled for GPUs that are not present, and its machine code held to the committed report.
 REPORTS := bench/results/kernels
 kernels-check: setup
-	$(BIN)/python -m tal_fast.kernels.compile_check --budget $(REPORTS)/triton-3.8.json
+	$(BIN)/python -m bench.kernel_cost.compile_check --budget $(REPORTS)/triton-3.8.json
 
 # After a change of the kernels: the report that the check compares with.
 kernels-report: setup
-	$(BIN)/python -m tal_fast.kernels.compile_check --report $(REPORTS)/triton-3.8.json
+	$(BIN)/python -m bench.kernel_cost.compile_check --report $(REPORTS)/triton-3.8.json
 
 # Before a release: also with the Triton of other supported versions of torch, the oldest among them.
 kernels-report-all: kernels-report
 	for pair in 2.11.0:3.6 2.9.0:3.5; do \
 	    env=build/torch-$${pair%:*}; \
 	    [ -e $$env/.ready ] || { $(PYTHON) -m venv $$env && $$env/bin/pip install --quiet torch==$${pair%:*} numpy && touch $$env/.ready; } || exit 1; \
-	    PYTHONPATH=$$PWD $$env/bin/python -m tal_fast.kernels.compile_check --report $(REPORTS)/triton-$${pair#*:}.json || failed=1; \
+	    PYTHONPATH=$$PWD $$env/bin/python -m bench.kernel_cost.compile_check --report $(REPORTS)/triton-$${pair#*:}.json || failed=1; \
 	done; exit $${failed:-0}
 
 # Ratios to a floor that runs in turns, against the committed ones of a CPU with the same vector instructions: half as slow

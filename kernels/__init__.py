@@ -11,9 +11,6 @@
 ``launch.py``          plans of launches, kept; tuned options and the properties of a device that they depend on
 ``tuned/``             launch options that ``bench.tune`` measured on a GPU, a file per architecture
 ``ops.py``             the launchers as torch operators, for torch.compile
-``compile_check.py``   compile every kernel for GPUs that are not present, and fail where one is over its budget
-``cost.py``            what a compiled kernel costs: instructions, occupancy, loads in flight, predicted time
-``machine_code.py``    reader of NVIDIA's and AMD's machine code
 =====================  =======================================================================================
 
 The functions of this module call the launcher in eager mode and the operator under torch.compile. They import Triton

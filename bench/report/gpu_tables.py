@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.gpu_summary import COPY_LIMIT, STEP_LIMIT_US
+from bench.kernel_cost.compile_check import LIMITS, describe
 from bench.report.results import RESULTS
 from bench.report.text import NAMES, ms, percent, table, times
-from tal_fast.kernels.compile_check import LIMITS, describe
 
 
 def gpu_table(result: dict[str, Any]) -> str:

@@ -13,9 +13,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tal_fast.kernels import compile_check, cost
+from bench.kernel_cost import compile_check, cost
 
-COMMAND = [sys.executable, "-m", "tal_fast.kernels.compile_check"]
+COMMAND = [sys.executable, "-m", "bench.kernel_cost.compile_check"]
 
 
 def run(*command: str, interpreter: bool = False) -> subprocess.CompletedProcess[str]:
@@ -58,7 +58,7 @@ def test_a_spill_fails_the_check() -> None:
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from tal_fast.kernels import compile_check
+from bench.kernel_cost import compile_check
 plans = list(compile_check.planned_launches("sm_90"))
 # 24 registers do not hold the minima of a thread and their addresses.
 compile_check.planned_launches = lambda _: [(label, replace(plan, max_registers=24)) for label, plan in plans]

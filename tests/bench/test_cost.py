@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from tal_fast.kernels import cost
-from tal_fast.kernels.machine_code import read_sass
+from bench.kernel_cost import cost
+from bench.kernel_cost.machine_code import read_sass
 
 
 def test_unknown_amd_metadata_is_an_error() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tal_fast.kernels.machine_code import Code, Waits, read_amdgcn, read_sass, waits, widths
+from bench.kernel_cost.machine_code import Code, Waits, read_amdgcn, read_sass, waits, widths
 
 
 def sass(*lines: str) -> Code:

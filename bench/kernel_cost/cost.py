@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tal_fast.kernels import machine_code
+from bench.kernel_cost import machine_code
+from bench.kernel_cost.machine_code import Code, Instruction
 from tal_fast.kernels.launch import Launch, Target
-from tal_fast.kernels.machine_code import Code, Instruction
 
 Figures = dict[str, Any]  # of one kernel; ``analyse`` and ``predict`` list them
 

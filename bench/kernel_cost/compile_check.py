@@ -1,6 +1,6 @@
 """Check of every kernel, compiled for GPUs that are not present: its machine code against a budget.
 
-``python -m tal_fast.kernels.compile_check`` plans the launches that the launchers would make, from tensors without
+``python -m bench.kernel_cost.compile_check`` plans the launches that the launchers would make, from tensors without
 data, compiles each for A100, H100, B200 and MI300, and reads from the code object what it costs: instructions per
 logit, pair or row, loads in flight, programs per multiprocessor, and the bound that these give (docs/performance.md
 states the model and its error).
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from tal_fast.kernels.cost import TARGETS, Figures, analyse
+from bench.kernel_cost.cost import TARGETS, Figures, analyse
 from tal_fast.kernels.launch import Launch, planned_for, replaced
 
 # Triton's names of pointer types.
