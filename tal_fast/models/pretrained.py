@@ -159,7 +159,7 @@ def start_from(network: nn.Module, weights: Weights, class_names: Sequence[str])
     """Load weights into a network that is to be trained further.
 
     For other classes than those of the weights, by number or, where they are known, by name, the network's own head
-    stays. A first convolution of three channels is summed for images of one.
+    stays, with initial weights no larger than twice those of ``nn.Linear``. A first convolution of three channels is summed for images of one.
 
     Raises:
         ValueError: other tensors do not fit.
@@ -177,6 +177,9 @@ def start_from(network: nn.Module, weights: Weights, class_names: Sequence[str])
         if theirs == layer.out_features and not other:
             about = "has another kind of head"
         logger.info("%s %s: the head, for %d classes, is new", weights.source, about, layer.out_features)
+        # EfficientNet and MobileNetV3 initialise it for 1,000 classes: with 10, a loss of 5.5 at first instead of 2.3.
+        if layer.weight.std() > 2 * (3 * layer.in_features) ** -0.5:  # twice that of nn.Linear
+            layer.reset_parameters()
         state = {name: value for name, value in state.items() if not name.startswith(f"{path}.")} | new
     stem, first = next(((p, m) for p, m in network.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
     kernel = state.get(f"{stem}.weight")

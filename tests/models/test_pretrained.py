@@ -30,7 +30,7 @@ from tal_fast.data.datasets import DataBundle
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sources import evaluate_weights
 from tal_fast.models import build_model, pretrained
-from tal_fast.models.features import head_path
+from tal_fast.models.features import feature_layer, head_path
 from tal_fast.models.pretrained import load_weights, preprocessing, read_weights, start_from
 from tal_fast.models.registry import NETWORKS
 from tal_fast.models.weight_files import choose_state, read_content
@@ -577,6 +577,20 @@ def test_weights_without_a_head_start_a_new_one(tmp_path: Path, caplog: pytest.L
         start_from(ours, read_weights(tmp_path / "w.pt", TINY), "abcde")
     assert "has no head.weight: the head, for 5 classes, is new" in caplog.text
     assert_same_but_head(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "timm/tf_efficientnet_lite0", "timm/vit_tiny_patch16_224"])
+def test_a_new_head_has_small_logits(tmp_path: Path, name: str) -> None:
+    if "/" in name:
+        pytest.importorskip("timm")
+    theirs, ours = build_model(ModelConfig(name), 7, 3, 64), build_model(ModelConfig(name), 5, 3, 64)
+    torch.save(theirs.state_dict(), tmp_path / "w.pt")
+    own = feature_layer(ours)[1].weight.clone()
+    start_from(ours, read_weights(tmp_path / "w.pt", name), "abcde")
+    weight = feature_layer(ours)[1].weight
+    assert weight.std() < 2 * (3 * weight.shape[1]) ** -0.5
+    if name.endswith("vit_tiny_patch16_224"):  # zeros, which stay
+        assert torch.equal(weight, own)
 
 
 @pytest.mark.parametrize(
