@@ -159,7 +159,8 @@ def start_from(network: nn.Module, weights: Weights, class_names: Sequence[str])
     """Load weights into a network that is to be trained further.
 
     For other classes than those of the weights, by number or, where they are known, by name, the network's own head
-    stays, with initial weights no larger than twice those of ``nn.Linear``. A first convolution of three channels is summed for images of one.
+    stays, with initial weights no larger than twice those of ``nn.Linear``. A first convolution of three channels is
+    summed for images of one.
 
     Raises:
         ValueError: other tensors do not fit.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -89,6 +90,8 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     def read(data: DataBundle) -> None:
         batches = iter(data.loader("train", batch_size=2))
         next(batches)
+        next(batches)  # of the other worker: by now both watch their parent
+        (tmp_path / "reading").touch()
         time.sleep(60)
         del batches  # until here its workers run
 
@@ -96,11 +99,17 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     with no_garbage():
         process.start()
     assert process.pid is not None
-    wait_until(lambda: len(processes(process.pid)) == 2)
+    wait_until((tmp_path / "reading").exists)
     workers = processes(process.pid)
+    assert len(workers) == 2
     process.kill()
     process.join()
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    try:
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    finally:  # an orphan would keep the terminal's pipe open
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_close_ends_workers_also_after_an_error_of_the_caller(tmp_path: Path) -> None:

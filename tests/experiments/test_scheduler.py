@@ -27,7 +27,7 @@ from tests.helpers.experiments import SMALL, write, write_evaluated_run
 from tests.helpers.training import assert_same_end
 
 # Replaces training, which takes seconds to start, by the code in a file.
-TRAIN = "import sys, os, signal, pathlib; run = pathlib.Path(sys.argv[1]); exec(pathlib.Path(sys.argv[2]).read_text())"
+TRAIN = "import sys, os, pathlib, signal, time; run = pathlib.Path(sys.argv[1]); exec(pathlib.Path(sys.argv[2]).read_text())"
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_signals_are_forwarded_to_the_jobs(
         ran = stand_in(
             "signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(75)))\n"
             f"os.kill(os.getppid(), {int(number)})\n"
-            "signal.pause()"
+            "while True: time.sleep(0.1)"
         )
         assert main(command) == code
         assert ran == ["train ce-seed0"]

@@ -94,9 +94,9 @@ def wait_for_a_hung_rank(rank: int) -> tuple[str | None, str | None]:
     ranks.barrier()
     ranks.limit_waiting(0.5)
     if rank == 1:
-        time.sleep(3)
+        time.sleep(5)
         return None, None
-    distributed.GRACE_S = 1.0
+    distributed.GRACE_S = 3.0
     with pytest.raises(RuntimeError) as caught:
         ranks.barrier()
     return name_lost_ranks(caught.value), name_lost_ranks(RuntimeError("mine"))
