@@ -27,7 +27,7 @@ from tests.helpers.experiments import SMALL, write, write_evaluated_run
 from tests.helpers.training import assert_same_end
 
 # Replaces training, which takes seconds to start, by the code in a file.
-TRAIN = "import sys, os, pathlib, signal, time; run = pathlib.Path(sys.argv[1]); exec(pathlib.Path(sys.argv[2]).read_text())"
+TRAIN = "import os, pathlib, signal, sys, time; run = pathlib.Path(sys.argv[1]); exec(open(sys.argv[2]).read())"
 
 
 @pytest.fixture
