@@ -45,10 +45,8 @@ def copy_run(source: Folder, target: Path, options: tuple[str, ...]) -> None:
     made_at = read_yaml(source.path / REQUESTED)["output"]  # the run may have been moved since
     for name in (REQUESTED, RECORD, METRICS_FILE):
         (target / name).write_text((source.path / name).read_text().replace(made_at, there))
-    report, samples = (
-        json.loads(json.dumps(read_report(source.path)).replace(made_at, there)),
-        read_samples(source.path),
-    )
+    report = json.loads(json.dumps(read_report(source.path)).replace(made_at, there))
+    samples = read_samples(source.path)
     assert samples is not None
     digest = write_samples(by_rank(samples, report["score"]), target / SAMPLES)
     write_report({**report, "samples_sha256": digest}, target / REPORT)

@@ -1,4 +1,4 @@
-"""What the compiled Triton kernels cost on GPUs that are not present, read from their machine code.
+"""Cost of the compiled Triton kernels, from their machine code and without a GPU.
 
 ====================  ==================================================================================
 ``compile_check.py``  compile every kernel, and fail where one is over its budget

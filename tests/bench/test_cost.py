@@ -1,4 +1,4 @@
-"""What a kernel costs, read from machine code in which everything to be counted was planted."""
+"""Cost of a kernel, counted in hand-written machine code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reader of machine code, on texts in which everything it should find was planted."""
+"""Reader of machine code, on hand-written listings."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import multiprocessing
 import os
@@ -104,12 +103,15 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     assert len(workers) == 2
     process.kill()
     process.join()
+
+    def alive() -> list[int]:
+        return [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
     try:
-        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
-    finally:  # an orphan would keep the terminal's pipe open
-        for pid in workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not alive())
+    finally:
+        for pid in alive():  # would keep the terminal's pipe open
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_close_ends_workers_also_after_an_error_of_the_caller(tmp_path: Path) -> None:

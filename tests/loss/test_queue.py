@@ -12,7 +12,7 @@ from tal_fast import FeatureQueue, TALLoss
 from tal_fast.loss import functional, ring
 from tests.helpers.backends import DEVICE, NATIVE, every_backend
 from tests.helpers.loss_cases import random_queue
-from tests.helpers.queues import brute_force
+from tests.helpers.queues import assert_nearest, brute_force
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -54,16 +54,13 @@ def test_nearest_equals_brute_force(backend: str, entries: int, rows: int, dtype
     mean, std = (q.to(dtype) for q in random_queue(entries))
     queue.push(mean.to(device), std.to(device))
     m, s = (q.to(dtype) for q in random_queue(rows))
-    got = queue.nearest(m.to(device), s.to(device)).cpu()
+    got = queue.nearest(m.to(device), s.to(device))
     assert got.shape == (rows,)
     assert got.dtype == dtype
     if not entries:
         assert got.isposinf().all()
         return
-    if backend == "native" and device.type == "cpu":
-        assert torch.equal(got, brute_force(m, s, mean, std))  # to the bit
-    else:
-        torch.testing.assert_close(got, brute_force(m, s, mean, std), rtol=1e-6, atol=0)
+    assert_nearest(got, brute_force(m, s, mean, std), backend)
 
 
 @every_backend
@@ -75,7 +72,7 @@ def test_nearest_ignores_entries_that_have_left(backend: str) -> None:
         queue.push(part[0].to(device), part[1].to(device))
     old, new = everything[:, :170], everything[:, 170:]
     assert (queue.nearest(*new.to(device)) == 0).all()
-    torch.testing.assert_close(queue.nearest(*old.to(device)).cpu(), brute_force(*old, *new), rtol=1e-6, atol=0)
+    assert_nearest(queue.nearest(*old.to(device)), brute_force(*old, *new), backend)
 
 
 @every_backend
@@ -93,9 +90,7 @@ def test_nearest_of_any_distribution(backend: str, points: torch.Tensor) -> None
     queue = FeatureQueue(300, device=device, backend=backend)
     queue.push(points[0].to(device), points[1].to(device))
     m, s = torch.rand(9), torch.rand(9)
-    torch.testing.assert_close(
-        queue.nearest(m.to(device), s.to(device)).cpu(), brute_force(m, s, *points), rtol=1e-6, atol=0
-    )
+    assert_nearest(queue.nearest(m.to(device), s.to(device)), brute_force(m, s, *points), backend)
 
 
 @every_backend
@@ -264,7 +259,7 @@ def test_threads_share_a_loss(backend: str, capacity: int) -> None:
     pushed = {tuple(entry) for batch in statistics for entry in batch.T.tolist()}
     assert {tuple(entry) for entry in entries.T.tolist()} <= pushed  # no mean with another's deviation
     queries = torch.stack(random_queue(9))
-    torch.testing.assert_close(loss_fn.queue.nearest(*queries), brute_force(*queries, *entries), rtol=1e-6, atol=0)
+    assert_nearest(loss_fn.queue.nearest(*queries), brute_force(*queries, *entries), backend)
 
 
 def test_queue_is_never_converted_to_half_precision() -> None:
