@@ -149,9 +149,11 @@ def in_force(kernel: str, options: Options) -> Iterator[None]:
     """Context manager in which a kernel has these options at every size; ``{}`` are the built-in rules."""
 
     launch.forget_plans()
-    with patch.object(launch, "tuned", lambda architecture: {kernel: [{"at_most": 1 << 62, **options}]}):
-        yield
-    launch.forget_plans()
+    try:
+        with patch.object(launch, "tuned", lambda architecture: {kernel: [{"at_most": 1 << 62, **options}]}):
+            yield
+    finally:
+        launch.forget_plans()
 
 
 def launch_with(kernel: str, options: Options, job: Job) -> None:

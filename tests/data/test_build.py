@@ -89,8 +89,9 @@ def test_unseen_classes_of_images_in_memory() -> None:
     labels = whole.split("val").labels
     assert len(data.split("unseen")) == np.isin(labels, (0, 3)).sum()
     assert data.split("val").labels.tolist() == [(1, 2, 4).index(x) for x in labels if x not in (0, 3)]
-    with pytest.raises(ValueError, match="names 'bars-7', which is no class; there are .*bars-0"):
-        build_data(DataConfig(unseen_classes=["bars-0", "bars-7"], **options))
+    for name, hint in (("bar-3", "did you mean bars-3"), ("trouser", "there are .*bars-0")):
+        with pytest.raises(ValueError, match=f"names '{name}', which is no class; {hint}"):
+            build_data(DataConfig(unseen_classes=["bars-0", name], **options))
     with pytest.raises(ValueError, match="leaves 1 of 5 classes; leave at least 2"):
         build_data(DataConfig(unseen_classes=[f"bars-{c}" for c in range(4)], **options))
 

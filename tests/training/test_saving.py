@@ -291,7 +291,7 @@ def test_a_fault_of_one_of_two_ranks_is_saved_by_both(tmp_path: Path) -> None:
     assert loader[0].startswith("TrainingFailed: another rank failed, see its message; the run is saved after 1 epochs")
     assert loader[1] == "OSError: a worker died"
     assert step[1] == "ValueError: a fault of the network"
-    assert "peer" in step[0]  # the connection to the rank that ended
+    assert "peer" in step[0] or "Broken pipe" in step[0]  # the connection to the rank that ended
     assert saved == (1, 4)  # after two steps more than the loader's fault
     assert_same_end(tmp_path / "straight", tmp_path / "parts")
 
