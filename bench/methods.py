@@ -29,7 +29,7 @@ from tal_fast.config.methods import option_path
 from tal_fast.evaluation.compare import Group
 from tal_fast.experiments import select
 from tal_fast.experiments.parse import read_experiment
-from tal_fast.experiments.results import STAGES, Results, groups_of, read_results
+from tal_fast.experiments.results import STAGES, Results, groups_of, read_results, training_seconds
 from tal_fast.experiments.table import format_results, machines
 from tal_fast.metrics.ranking import risk_coverage_curve
 from tal_fast.metrics.settings import Mix, scored_settings
@@ -73,14 +73,6 @@ def whole(name: str) -> str:
         f"`python -m tal_fast.experiment examples/experiments/{name}.yaml`: {len(results['runs'])} runs, "
         f"{spent / 3600:.1f} hours of one core, training and evaluation together.\n"
     )
-
-
-def training_seconds(results: Results) -> dict[str, float]:
-    """Row -> mean time of a training, in seconds."""
-    by_row: dict[str, list[float]] = {}
-    for run in results["runs"]:
-        by_row.setdefault(run["label"], []).append(run["seconds"]["train"])
-    return {row: statistics.mean(values) for row, values in by_row.items()}
 
 
 def title_of(setting: str) -> str:

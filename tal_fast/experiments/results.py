@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from tal_fast.evaluation import compare
@@ -71,6 +72,21 @@ def collect(experiment: Experiment, folders: Sequence[Folder], name: str) -> Res
             group.samples = [samples_of(paths[run], read_report(paths[run])) for run in group.runs]
         results["differences"], results["best"] = _differences(experiment, groups, runs)
     return results
+
+
+def training_seconds(results: Results) -> dict[str, float]:
+    """Row -> mean time of a training in seconds, of its runs with the fewest attempts.
+
+    The time of an attempt that was killed with its scheduler is unknown, so a run that was resumed may seem short.
+    """
+    by_row: dict[str, list[Values]] = {}
+    for run in results["runs"]:
+        by_row.setdefault(run["label"], []).append(run)
+    fewest = {row: min(run["attempts"] for run in runs) for row, runs in by_row.items()}
+    return {
+        row: mean(run["seconds"]["train"] for run in runs if run["attempts"] == fewest[row])
+        for row, runs in by_row.items()
+    }
 
 
 def _differences(

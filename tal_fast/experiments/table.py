@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from statistics import mean
 from typing import Any
 
 from tal_fast.evaluation.compare import Column, Group
 from tal_fast.evaluation.compare_tables import conclusions, describe, format_comparison, format_summary
 from tal_fast.evaluation.tables import escape, wrap
-from tal_fast.experiments.results import Results, all_columns, groups_of
+from tal_fast.experiments.results import Results, all_columns, groups_of, training_seconds
 from tal_fast.utils.logs import duration
 
 FILES = {"table": "table.txt", "markdown": "table.md", "csv": "table.csv"}
@@ -27,9 +26,9 @@ def format_results(results: Results, style: str) -> str:
         return format_comparison(groups, all_columns(groups, options["metrics"]), style) if groups else ""
     blocks = [_head(results, groups, style)]
     if groups and not markdown:
-        of_row = ([run["seconds"]["train"] for run in results["runs"] if run["label"] == g.name] for g in groups)
+        seconds = training_seconds(results)
         metric = "aurc" if "aurc" in options["metrics"] else options["metrics"][0]
-        blocks.append(format_summary(groups, [duration(mean(seconds)) for seconds in of_row], metric))
+        blocks.append(format_summary(groups, [duration(seconds[group.name]) for group in groups], metric))
         blocks.append(conclusions(groups, metric))
     parts = _parts(groups, options["metrics"]) if style != "summary" else []
     if markdown:

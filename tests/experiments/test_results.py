@@ -166,3 +166,9 @@ def test_a_machine_is_named_once_with_all_commits() -> None:
         "CPU, 2 cores; Python 3.12, torch 2.9; tal_fast 1.0, commits aa, bb",
         "GPU; Python 3.12, torch 2.9; tal_fast 1.0, commit aa",
     ]
+
+
+def test_a_resumed_run_does_not_count_in_the_time_of_a_training() -> None:
+    runs = [("ce", 2, 100.0), ("ce", 3, 10.0), ("tal", 3, 120.0), ("tal", 3, 140.0), ("ce", 2, 120.0)]
+    found: Any = {"runs": [{"label": row, "attempts": n, "seconds": {"train": s}} for row, n, s in runs]}
+    assert results.training_seconds(found) == {"ce": 110.0, "tal": 130.0}
