@@ -50,6 +50,13 @@ CURVE_METHODS = {
     "tal-released": "TAL (released), cosine",
     "fmfp": "FMFP, MSP",
 }
+OVERVIEW = (
+    ("Fitted", "fashion-mnist-fitted", ("old_fd", "new_fd/mnist", "new_fd/patches")),
+    ("Fitted", "fashion-mnist-fitted-unseen", ("new_fd/unseen",)),
+    ("Short", "fashion-mnist", ("old_fd", "new_fd/mnist", "new_fd/patches")),
+)
+"""Columns of the overview: kind of training, experiment and settings."""
+
 POINTS = 50
 """Points of a risk-coverage curve, at coverage 1/50, 2/50, ..., 1."""
 
@@ -179,8 +186,30 @@ def scores(name: str) -> str:
     return table(head, rows) + "\n"
 
 
+def overview(_: str) -> str:
+    """Difference in AURC to cross-entropy, in percent of its mean, by method; bold: better, italic: worse, beyond chance."""
+    head, rows = ["method, score"], dict[str, list[str]]()
+    for i, (training, name, settings) in enumerate(OVERVIEW):
+        results = read(name)
+        if results is None:
+            return MISSING
+        groups = groups_of(results)
+        for setting in settings:
+            mean = statistics.mean(groups[0].values((setting, "aurc")))
+            head.append(f"{training}: {title_of(setting)}")
+            for group in groups[1:]:
+                row = rows.setdefault(f"{group.name}, {group.score}", ["–"] * (len(head) - 2))
+                value, low, high = (100 * v / mean for v in group.differences[setting, "aurc"][:3])
+                mark = "**" if high < 0 else "*" if low > 0 else ""
+                row.append(f"{mark}{value:+.0f}% [{low:+.0f}, {high:+.0f}]{mark}")
+        for row in rows.values():
+            row += ["–"] * (len(head) - 1 - len(row))
+    return table(head, [[name, *cells] for name, cells in rows.items()]) + "\n"
+
+
 BLOCKS: dict[str, Callable[[str], str]] = {
     "whole": whole, "gpu": gpu, "choice": choice, "summary": summary, "main": main_rows, "scores": scores,
+    "overview": overview,
 }  # fmt: skip
 
 
