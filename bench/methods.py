@@ -187,9 +187,9 @@ def scores(name: str) -> str:
 
 
 def overview(_: str) -> str:
-    """Difference in AURC to cross-entropy, in percent of its mean, by method; bold: better, italic: worse, beyond chance."""
+    """Difference in AURC to cross-entropy, in percent, by method; bold: better, italic: worse, beyond chance."""
     head, rows = ["method, score"], dict[str, list[str]]()
-    for i, (training, name, settings) in enumerate(OVERVIEW):
+    for training, name, settings in OVERVIEW:
         results = read(name)
         if results is None:
             return MISSING

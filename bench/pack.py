@@ -29,6 +29,7 @@ from tal_fast.evaluation.sample_scores import FILE as SAMPLES
 from tal_fast.evaluation.sample_scores import Samples, read_samples, write_samples
 from tal_fast.experiments.folder import RECORD, REPORT, REQUESTED, Folder
 from tal_fast.experiments.parse import read_experiment
+from tal_fast.experiments.plan import from_here
 from tal_fast.experiments.scheduler import job_folders
 from tal_fast.runs.folder import METRICS_FILE
 
@@ -46,6 +47,7 @@ def copy_run(source: Folder, target: Path, options: tuple[str, ...]) -> None:
     for name in (REQUESTED, RECORD, METRICS_FILE):
         (target / name).write_text((source.path / name).read_text().replace(made_at, there))
     report = json.loads(json.dumps(read_report(source.path)).replace(made_at, there))
+    report["method"] = from_here(source.job.config.method.name)  # own code, in whatever folder it ran
     samples = read_samples(source.path)
     assert samples is not None
     digest = write_samples(by_rank(samples, report["score"]), target / SAMPLES)

@@ -23,7 +23,7 @@ import yaml
 
 from tal_fast.config.parse import read_yaml
 from tal_fast.config.schema import Config
-from tal_fast.experiments.plan import Job
+from tal_fast.experiments.plan import Job, from_here
 from tal_fast.runs.folder import CONFIG_FILE
 from tal_fast.runs.resume import differences
 from tal_fast.utils.io import write_text
@@ -61,7 +61,7 @@ class Folder:
 
     def prepare(self) -> None:
         """Make the folder and write its configuration."""
-        values = {**self.job.config.to_dict(), "output": str(self.path)}
+        values = {**from_here(self.job.config.to_dict()), "output": str(self.path)}
         write_text(self.path / REQUESTED, yaml.safe_dump(values, sort_keys=False))
 
     def record(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 from argparse import Namespace
 from collections.abc import Sequence
@@ -68,10 +69,17 @@ class Job:
     @property
     def id(self) -> str:
         """Hash of the configuration, the same on every machine; where images and outputs are does not count."""
-        values = self.config.flat()
+        values = from_here(self.config.flat())
         for place in ("output", "resume", "data.root"):
             values.pop(place, None)
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def from_here(value: Any) -> Any:
+    """A configuration whose files, own code and weights, are named from the working folder, for other machines."""
+    if isinstance(value, dict):
+        return {key: from_here(inner) for key, inner in value.items()}
+    return value.removeprefix(os.getcwd() + os.sep) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)

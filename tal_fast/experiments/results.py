@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from tal_fast.evaluation.differences import Comparison
 from tal_fast.evaluation.evaluation import samples_of
 from tal_fast.evaluation.report import none_to_nan, read_report
 from tal_fast.experiments.folder import Folder
-from tal_fast.experiments.plan import Experiment, Values
+from tal_fast.experiments.plan import Experiment, Values, from_here
 
 FILE = "results.json"
 FORMAT = 1
@@ -116,7 +115,7 @@ def _run(folder: Folder, environments: list[Any]) -> Values:
     config = job.config.to_dict()
     for key in ("output", "resume"):
         del config[key]
-    config = _from_here(config)
+    config = from_here(config)
     attempts = record["attempts"]
     places = {}
     for stage in STAGES:
@@ -139,13 +138,6 @@ def _run(folder: Folder, environments: list[Any]) -> Values:
         "attempts": len(attempts),
         "report": {key: report[key] for key in _REPORT_KEYS if key in report},
     }
-
-
-def _from_here(value: Any) -> Any:
-    """A configuration whose files, own code and weights, are named from the working folder, for other machines."""
-    if isinstance(value, dict):
-        return {key: _from_here(inner) for key, inner in value.items()}
-    return value.removeprefix(os.getcwd() + os.sep) if isinstance(value, str) else value
 
 
 def _baseline_of(group: Group, groups: Sequence[Group], runs: Sequence[Values], wanted: str) -> Group | None:

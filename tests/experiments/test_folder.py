@@ -49,6 +49,22 @@ def test_a_folder_of_another_configuration_is_rejected(tmp_path: Path, capsys: p
     assert "ce-seed2 holds a run that no experiment made" in error_of(command, capsys)
 
 
+def test_own_code_is_the_same_in_another_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = []
+    for checkout in ("a", "b"):
+        (tmp_path / checkout).mkdir()
+        monkeypatch.chdir(tmp_path / checkout)
+        Path("own.py").write_text("from tal_fast.methods.ce import CrossEntropy as Mine\n")
+        path = write(Path("e.yaml"), methods={"mine": {"method": {"name": "own.py:Mine"}}})
+        folder = scheduler.job_folders(read_experiment(path), tmp_path / "out")[0]
+        ids.append(folder.job.id)
+        if checkout == "a":
+            folder.prepare()
+            assert str(tmp_path / "a") not in (folder.path / "asked.yaml").read_text()
+        folder.check()
+    assert ids[0] == ids[1]
+
+
 def test_a_process_that_outlives_its_scheduler_keeps_the_lock(tmp_path: Path) -> None:
     folder = scheduler.job_folders(read_experiment(write(tmp_path / "e.yaml")), tmp_path)[0]
     folder.prepare()
