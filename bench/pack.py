@@ -46,8 +46,9 @@ def copy_run(source: Folder, target: Path, options: tuple[str, ...]) -> None:
     made_at = read_yaml(source.path / REQUESTED)["output"]  # the run may have been moved since
     for name in (REQUESTED, RECORD, METRICS_FILE):
         (target / name).write_text((source.path / name).read_text().replace(made_at, there))
-    report = json.loads(json.dumps(read_report(source.path)).replace(made_at, there))
-    report["method"] = from_here(source.job.config.method.name)  # own code, in whatever folder it ran
+    report = read_report(source.path)
+    method = from_here(source.job.config.method.name)  # own code, in whatever checkout it ran
+    report = json.loads(json.dumps(report).replace(made_at, there).replace(report["method"], method))
     samples = read_samples(source.path)
     assert samples is not None
     digest = write_samples(by_rank(samples, report["score"]), target / SAMPLES)
