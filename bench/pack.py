@@ -31,7 +31,7 @@ from tal_fast.experiments.folder import RECORD, REPORT, REQUESTED, Folder
 from tal_fast.experiments.parse import read_experiment
 from tal_fast.experiments.plan import from_here
 from tal_fast.experiments.scheduler import job_folders
-from tal_fast.runs.folder import METRICS_FILE
+from tal_fast.runs.folder import CONFIG_FILE, METRICS_FILE
 
 
 def copy_run(source: Folder, target: Path, options: tuple[str, ...]) -> None:
@@ -43,12 +43,19 @@ def copy_run(source: Folder, target: Path, options: tuple[str, ...]) -> None:
     """
     target.mkdir(parents=True)
     there = str(RESULTS.relative_to(ROOT) / target.parent.parent.name / "runs" / target.name)
-    made_at = read_yaml(source.path / REQUESTED)["output"]  # the run may have been moved since
+    made, now = read_yaml(source.path / CONFIG_FILE), source.job.config  # the run may have been in another checkout
+    moved = {made["output"]: there, made["method"]["name"]: from_here(now.method.name)}
+    if now.model.weights is not None:
+        moved[made["model"]["weights"]] = from_here(now.model.weights)
+
+    def here(text: str) -> str:
+        for before, after in moved.items():
+            text = text.replace(before, after)
+        return text
+
     for name in (REQUESTED, RECORD, METRICS_FILE):
-        (target / name).write_text((source.path / name).read_text().replace(made_at, there))
-    report = read_report(source.path)
-    method = from_here(source.job.config.method.name)  # own code, in whatever checkout it ran
-    report = json.loads(json.dumps(report).replace(made_at, there).replace(report["method"], method))
+        (target / name).write_text(here((source.path / name).read_text()))
+    report = json.loads(here(json.dumps(read_report(source.path))))
     samples = read_samples(source.path)
     assert samples is not None
     digest = write_samples(by_rank(samples, report["score"]), target / SAMPLES)

@@ -25,6 +25,7 @@ def test_unpacked_runs_are_done_and_give_the_same_tables(tmp_path: Path, monkeyp
     folders = job_folders(experiment, output)
     for folder in folders:
         (folder.path / "metrics.csv").write_text("epoch,train_accuracy\n1,0.9\n")
+        (folder.path / "config.yaml").write_text((folder.path / "asked.yaml").read_text())  # as training does
     archives = pack.pack("one", output, tmp_path)
     assert [archive.name for archive in archives] == ["seed0.tar.xz", "seed1.tar.xz", "seed2.tar.xz"]
     first = archives[0].read_bytes()
