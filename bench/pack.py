@@ -24,6 +24,7 @@ import numpy as np
 
 from bench.methods import EXPERIMENTS, RESULTS, ROOT
 from tal_fast.config.parse import read_yaml
+from tal_fast.config.schema import Config
 from tal_fast.evaluation.report import read_report, write_report
 from tal_fast.evaluation.sample_scores import FILE as SAMPLES
 from tal_fast.evaluation.sample_scores import Samples, read_samples, write_samples
@@ -43,14 +44,14 @@ def copy_run(source: Folder, target: Path, options: tuple[str, ...]) -> None:
     """
     target.mkdir(parents=True)
     there = str(RESULTS.relative_to(ROOT) / target.parent.parent.name / "runs" / target.name)
-    made, now = read_yaml(source.path / CONFIG_FILE), source.job.config  # the run may have been in another checkout
-    moved = {made["output"]: there, made["method"]["name"]: from_here(now.method.name)}
-    if now.model.weights is not None:
-        moved[made["model"]["weights"]] = from_here(now.model.weights)
+    before = Config.from_dict(read_yaml(source.path / CONFIG_FILE)).flat()  # perhaps in another checkout
+    now = from_here(source.job.config.flat()) | {"output": there}
+    files = ("output", "method.name", "model.weights", "data.dataset")  # the last three may be files
+    moved = {before[key]: now[key] for key in files if now[key] is not None}
 
     def here(text: str) -> str:
-        for before, after in moved.items():
-            text = text.replace(before, after)
+        for old, new in moved.items():
+            text = text.replace(old, new)
         return text
 
     for name in (REQUESTED, RECORD, METRICS_FILE):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import difflib
 import inspect
 import re
 import types
@@ -20,7 +19,7 @@ import yaml
 
 from tal_fast.config.methods import OPTIONS, TALOptions, option_names, upgrade
 from tal_fast.config.schema import Config, flatten
-from tal_fast.config.typed import field_types, not_none, one_line
+from tal_fast.config.typed import field_types, not_none, one_line, suggestion
 from tal_fast.utils.arguments import help_formatter, with_hyphens
 
 FITTED = {"folder-ce", "folder-tal"}
@@ -50,9 +49,8 @@ def read_config(name_or_path: str) -> dict[str, Any]:
     if name_or_path in preset_names():
         path = Path(str(resources.files("tal_fast.config") / "presets" / f"{name_or_path}.yaml"))
     elif not path.is_file():
-        close = difflib.get_close_matches(name_or_path, preset_names())
-        hint = f"did you mean {' or '.join(close)}?" if close else f"the presets are {', '.join(preset_names())}"
-        raise ValueError(f"no preset or file {name_or_path!r}; {hint}")
+        hint = suggestion(name_or_path, preset_names(), f"the presets are {', '.join(preset_names())}")
+        raise ValueError(f"no preset or file {name_or_path!r}{hint}")
     values = read_yaml(path)
     base = values.pop("base", None)
     if base is None:
@@ -165,8 +163,7 @@ def parse_training(
     known, unknown = (parser := _parser(words, program)).parse_known_args(words)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        close = difflib.get_close_matches(unknown[0].partition("=")[0], flags)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        hint = suggestion(unknown[0].partition("=")[0], flags)
         raise ValueError(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     given = vars(known)
     files, bench = given.pop("config"), given.pop("bench")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import math
 import types
 import typing
+from collections.abc import Sequence
 from reprlib import repr as short
 from typing import Any, Literal
 
@@ -76,6 +78,13 @@ def _read_dataclass(kind: Any, value: Any, name: str) -> Any:
         names = ", ".join(prefix + field for field in kinds) or "none"
         raise ValueError(f"{prefix}{one_line(unknown[0])} is not an option; there are {names}")
     return kind(**{key: read(kinds[key], v, prefix + key) for key, v in value.items()})
+
+
+def suggestion(name: str, names: Sequence[str], otherwise: str = "") -> str:
+    """End of a message on an unknown name: the known names close to it, or ``otherwise`` where none is."""
+    close = difflib.get_close_matches(name, names)
+    hint = f"did you mean {' or '.join(close)}?" if close else otherwise
+    return f"; {hint}" if hint else ""
 
 
 def one_line(text: object) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from reprlib import repr as short
 import numpy as np
 
 from tal_fast.config.schema import DataConfig
+from tal_fast.config.typed import suggestion
 from tal_fast.data import builtin, cifar, dali, image_folder
 from tal_fast.data.datasets import FOLDER_IMAGE_SIZE, DataBundle, MemoryImages, Split
 from tal_fast.data.image_folder import ImageFiles
@@ -104,9 +104,8 @@ def _without_classes(bundle: DataBundle, unseen: Sequence[str]) -> DataBundle:
     """Data set of the other classes, with the validation images of the ``unseen`` ones as an OOD set of this name."""
     unknown = sorted(set(unseen) - set(bundle.class_names))
     if unknown:
-        close = difflib.get_close_matches(unknown[0], bundle.class_names, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {short(bundle.class_names)}"
-        raise ValueError(f"data.unseen_classes names {unknown[0]!r}, which is no class; {hint}")
+        hint = suggestion(unknown[0], bundle.class_names, f"there are {short(bundle.class_names)}")
+        raise ValueError(f"data.unseen_classes names {unknown[0]!r}, which is no class{hint}")
     kept = [label for label, name in enumerate(bundle.class_names) if name not in unseen]
     if len(kept) < 2:
         raise ValueError(f"data.unseen_classes leaves {len(kept)} of {bundle.num_classes} classes; leave at least 2")

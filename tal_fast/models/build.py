@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
 from torch import nn
 
 from tal_fast.config.schema import ModelConfig
+from tal_fast.config.typed import suggestion
 from tal_fast.models.features import expose_features, replace_head
 from tal_fast.models.registry import NETWORKS
 
@@ -68,8 +68,7 @@ def timm_name(name: str) -> str | None:
     if timm.is_model(name):
         return name
     if explicit:
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+        raise ValueError(f"timm has no model {name!r}{suggestion(name, timm.list_models())}")
     return None
 
 
@@ -100,9 +99,8 @@ def _torchvision(config: ModelConfig, num_classes: int, image_size: int) -> nn.M
 
     known = models.list_models(module=models)
     if config.name not in known:
-        close = difflib.get_close_matches(config.name, [*NETWORKS, *known], n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"use torchvision's or {', '.join(NETWORKS)}"
-        raise ValueError(f"no model {config.name!r}; {hint}")
+        hint = suggestion(config.name, [*NETWORKS, *known], f"use torchvision's or {', '.join(NETWORKS)}")
+        raise ValueError(f"no model {config.name!r}{hint}")
     if config.width is not None:
         raise ValueError(f"model.width is {config.width} but {config.name} has a fixed width; leave it out")
     extra: dict[str, Any] = {}

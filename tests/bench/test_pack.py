@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bench import pack
 from tal_fast.experiments.command import main
@@ -42,3 +43,24 @@ def test_unpacked_runs_are_done_and_give_the_same_tables(tmp_path: Path, monkeyp
     differences = collect(experiment, folders, "one")["differences"]
     assert differences
     assert collect(experiment, copied, "one")["differences"] == differences
+
+
+def test_archives_name_own_code_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack, "EXPERIMENTS", tmp_path)
+    for checkout in ("trained", "packed"):
+        (tmp_path / checkout).mkdir()
+        monkeypatch.chdir(tmp_path / checkout)
+        Path("own.py").write_text("from tal_fast.methods.ce import CrossEntropy as Mine\n")
+        file = write(tmp_path / "one.yaml", seeds=[0], methods={"mine": {"method": {"name": "own.py:Mine"}}})
+        experiment = read_experiment(file)
+        if checkout == "trained":
+            finish_jobs(tmp_path / "output", experiment, lambda job: (1.0, 0.8))
+            [folder] = job_folders(experiment, tmp_path / "output")
+            (folder.path / "metrics.csv").write_text("epoch,train_accuracy\n1,0.9\n")
+            (folder.path / "config.yaml").write_text(yaml.safe_dump(folder.job.config.to_dict() | {"output": "output"}))
+            kept = (folder.path / "asked.yaml").read_text().replace("own.py:", str(Path("own.py").absolute()) + ":")
+            (folder.path / "asked.yaml").write_text(kept)  # as before names were relative
+    [archive] = pack.pack("one", tmp_path / "output", tmp_path)
+    with tarfile.open(archive) as tar:
+        asked = tar.extractfile("runs/mine-seed0/asked.yaml").read().decode()
+    assert "name: own.py:Mine" in asked
