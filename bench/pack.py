@@ -8,7 +8,7 @@ seeds are added without training the others again::
     python -m tal_fast.experiment examples/experiments/NAME.yaml --output bench/results/methods/NAME
 
 A run keeps its configuration, its record, its metrics by epoch, its report, and of every sample whether it is
-classified correctly and its rank among all by the method's own score, which is all that ranking metrics need.
+classified correctly and its rank among all by the score it is judged by, which is all that ranking metrics need.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ from tal_fast.experiments.scheduler import job_folders
 from tal_fast.runs.folder import CONFIG_FILE, METRICS_FILE
 
 
-def copy_run(source: Folder, target: Path, options: tuple[str, ...]) -> None:
+def copy_run(source: Folder, target: Path, options: tuple[str, ...], score: str | None = None) -> None:
     """Copy what an archive keeps of a finished run.
 
     Args:
         source: the run, done with the evaluation options ``options``.
+        score: that the experiment judges runs by; None: the method's own.
         target: folder of the copy; the output that the files name becomes its path in the repository.
     """
     target.mkdir(parents=True)
@@ -59,7 +60,9 @@ def copy_run(source: Folder, target: Path, options: tuple[str, ...]) -> None:
     report = json.loads(here(json.dumps(read_report(source.path))))
     samples = read_samples(source.path)
     assert samples is not None
-    digest = write_samples(by_rank(samples, report["score"]), target / SAMPLES)
+    if samples.shifts:
+        raise ValueError(f"{source.path} has shifted sets, whose scores an archive does not keep")
+    digest = write_samples(by_rank(samples, score or report["score"]), target / SAMPLES)
     write_report({**report, "samples_sha256": digest}, target / REPORT)
     Folder(source.job, target).set_evaluated(options)
 
@@ -80,7 +83,8 @@ def pack(name: str, output: Path, results: Path = RESULTS) -> list[Path]:
     archives = []
     with tempfile.TemporaryDirectory() as scratch:
         for folder in done:
-            copy_run(folder, Path(scratch) / name / "runs" / folder.job.name, experiment.evaluate)
+            copy = Path(scratch) / name / "runs" / folder.job.name
+            copy_run(folder, copy, experiment.evaluate, experiment.compare.score)
         for seed in sorted({folder.job.seed for folder in done}):
             archive = results / name / f"seed{seed}.tar.xz"
             archive.parent.mkdir(parents=True, exist_ok=True)

@@ -76,8 +76,8 @@ def parser() -> ArgumentParser:
     )  # fmt: skip
     output.add_argument(
         "--show", nargs="+", choices=("differences", "intervals", "marks"), default=["differences"], metavar="WHAT",
-        help="Beside values: differences to the baseline, intervals, marks of those better or worse than the baseline "
-        "beyond noise (differences, intervals, marks). Default: differences.",
+        help="Beside values: differences to the baseline, intervals, marks of those significantly better or worse than "
+        "the baseline (differences, intervals, marks). Default: differences.",
     )  # fmt: skip
     output.add_argument("--out", metavar="FILE", help="File to write the tables to instead of printing them.")
     output.add_argument(

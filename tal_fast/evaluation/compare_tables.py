@@ -99,7 +99,8 @@ def conclusions(groups: Sequence[Group], metric: str = "aurc") -> str:
                 value, low, high = (max(number / base, -1.0) for number in found[:3])
                 how = f"is {abs(value):.0%} {'lower' if value < 0 else 'higher'}"
                 digits = 0 if min(abs(low), abs(high)) >= 0.005 else 1  # an end of 0% would say nothing
-                how = f"{how if found.significant else 'cannot be told apart'} [{low:+.{digits}%}, {high:+.{digits}%}]"
+                how = how if found.significant else "does not differ significantly"
+                how += f" [{low:+.{digits}%}, {high:+.{digits}%}]"
                 clauses.append(f"{title} {how}")
             elif base == 0:
                 clauses.append(f"{title} is {tables.format_value(metric, found.value, 'natural')} where that has 0")
@@ -232,7 +233,7 @@ def describe(groups: Sequence[Group], units: str, show: Show = ()) -> list[str]:
     """Describe the conventions, units and intervals of a comparison, and why intervals are missing, in some lines."""
     report = groups[0].reports[0]
     conditions = f"convention {report['convention']}; ID:OOD mix {tables.mix_with_seed(report)}"
-    line = f"{conditions}; {tables.UNIT_NAMES[units]}; * best beyond noise"
+    line = f"{conditions}; {tables.UNIT_NAMES[units]}; * significantly best"
     if "marks" in show:
         line += "; † better, ‡ worse than the baseline"
     if any(len(group.runs) > 1 for group in groups):
@@ -259,7 +260,7 @@ def add_description(lines: Sequence[str], text: str, style: str) -> str:
         return text
     if style == "table":
         return "\n".join([*map(tables.wrap, lines), "", text])
-    lines = [line.replace("* best", "bold: best") for line in lines]
+    lines = [line.replace("* significantly", "bold: significantly") for line in lines]
     if style == "latex":
         return "".join(f"% {line}\n" for line in lines) + text
     return "  \n".join(tables.escape(line, style) for line in lines) + "\n\n" + text

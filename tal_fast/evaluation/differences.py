@@ -48,11 +48,11 @@ class Comparison:
                 group.differences[column] = self.estimate(column, group, baseline)
 
     def mark_best(self, groups: Sequence[Group], columns: Sequence[Column]) -> None:
-        """Fill in the columns in which a group is ahead of the next best by a difference whose interval excludes 0."""
+        """Fill in the columns in which a group is ahead of every other by a difference whose interval excludes 0."""
         for column in columns:
             known = [group for group in groups if not math.isnan(group.summary(column).mean)]
             known.sort(key=lambda group: group.summary(column).mean, reverse=higher_is_better(column[1]))
-            if len(known) > 1 and self.estimate(column, *known[:2]).significant:
+            if len(known) > 1 and all(self.estimate(column, known[0], other).significant for other in known[1:]):
                 known[0].best.add(column)
 
     def estimate(self, column: Column, *sides: Group) -> Estimate:

@@ -15,6 +15,8 @@ from tal_fast.evaluation.evaluation import Evaluation, Gallery, GalleryImages
 from tal_fast.evaluation.sample_scores import Samples
 from tal_fast.evaluation.tables import printable
 from tal_fast.evaluation.train_typicalness import training_typicalness
+from tal_fast.methods import method_class
+from tal_fast.methods.tal import TAL
 from tal_fast.runs.checkpoint import FOLDER as CHECKPOINTS
 from tal_fast.runs.load import Run, load_run
 from tal_fast.runs.predictions import CACHE, weights_hash
@@ -90,8 +92,8 @@ def add_galleries(
         if name not in images.splits
     ]
     measured = None
-    if run.method != "tal":
-        notes.append("No typicalness: only runs trained by TAL keep the queue that it is measured by.")
+    if not issubclass(method_class(run.config.method.name), TAL):
+        notes.append("No typicalness: only runs trained with TAL keep the queue that it is measured by.")
     elif not typicalness:
         notes.append("No typicalness: the pass over the training images was left out.")
     else:

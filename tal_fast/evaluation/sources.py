@@ -188,11 +188,13 @@ def _shift_splits(data: DataBundle, specs: Mapping[str, str]) -> dict[str, tuple
     return splits
 
 
-def check_sets(data: DataConfig, ood: Mapping[str, str], shifts: Mapping[str, str]) -> None:
-    """Raise the ValueError that evaluating a run of this data on these sets would end in."""
+def check_sets(data: DataConfig, ood: Mapping[str, str], shifts: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Names of the OOD sets and of the shifted sets that a run of this data is evaluated on.
+
+    Raises the ValueError that the evaluation would end in.
+    """
     bundle = build_data(data)
-    _ood_splits(bundle, ood)
-    _shift_splits(bundle, shifts)
+    return [*_ood_splits(bundle, ood)], [*_shift_splits(bundle, shifts)]
 
 
 def _evaluate_model(

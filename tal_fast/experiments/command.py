@@ -32,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.nproc is not None and args.export_sweep is None:
         parser.error("--nproc goes with --export-sweep; leave it out")
+    if args.resources and args.launcher == "local":
+        parser.error("--resources go with --launcher slurm or submitit-local; leave them out")
+    if args.select is not None and args.only is not None:
+        parser.error("--only writes no tables to --select from; leave one of them out")
     try:
         return _run(args)
     except (ValueError, OSError) as error:
@@ -102,7 +106,7 @@ def _run(args: argparse.Namespace) -> int:
     experiment = read_experiment(args.file)
     if args.select is not None:
         select = dataclasses.replace(experiment.select or SelectOptions(), metrics=args.select)
-        check_selection(select, experiment)
+        check_selection(select)
         experiment = dataclasses.replace(experiment, select=select)
     if args.export_sweep is not None:
         from tal_fast.experiments.sweep import write_sweep
@@ -147,12 +151,15 @@ def _check_inputs(experiment: Experiment, folders: Sequence[Folder]) -> None:
     from tal_fast.evaluation.command import options_of
     from tal_fast.evaluation.own_scores import load_own
     from tal_fast.evaluation.sources import check_sets
+    from tal_fast.experiments.parse import check_settings
 
     if folders:
         options = options_of(experiment.evaluation)
         load_own(options.scores, options.metrics)
     for data in {repr(folder.job.config.data): folder.job.config.data for folder in folders}.values():
-        check_sets(data, experiment.evaluation.ood, experiment.evaluation.shift)
+        sets = check_sets(data, experiment.evaluation.ood, experiment.evaluation.shift)
+        if experiment.select is not None:
+            check_settings(experiment.select, *sets)
 
 
 def _resources(args: argparse.Namespace) -> dict[str, Any]:
@@ -201,6 +208,7 @@ def _report(experiment: Experiment, output: Path, name: str) -> int:
     print("\n" + "\n".join(str(output / file) for file in files))
     if experiment.select is not None:
         points = select.candidates(experiment, found, experiment.select)
-        select.write_selection(points, experiment, experiment.select, output)
-        print(f"\n{select.format_selection(points, experiment, experiment.select)}\n{output / select.FILE}")
+        print(f"\n{select.format_selection(points, experiment, experiment.select)}")
+        if select.write_selection(points, experiment, experiment.select, output):
+            print(output / select.FILE)
     return 1 if found["missing"] else 0

@@ -1,9 +1,10 @@
-"""Folder of one job: the run's own files, and four files of the scheduler.
+"""Folder of one job: the run's own files, and the files of the scheduler.
 
 - ``asked.yaml``: configuration that the folder was made for; a job of another configuration is refused.
 - ``job.json``: attempts with times and exit codes, whether training has ended, and which evaluation ``report.json``
   comes from.
 - ``log.txt``: output of training and evaluation.
+- ``submitted.txt``: number of the cluster's job, with ``--launcher slurm``.
 - ``lock``: held by the scheduler and, through inheritance, by the job's processes. It is free once all of them have
   ended, however they ended, so a lock is never stale.
 """
@@ -29,7 +30,7 @@ from tal_fast.runs.resume import differences
 from tal_fast.utils.io import write_text
 from tal_fast.utils.locks import lock
 
-REQUESTED, RECORD, LOG, LOCK = "asked.yaml", "job.json", "log.txt", "lock"
+REQUESTED, RECORD, LOG, LOCK, SUBMITTED = "asked.yaml", "job.json", "log.txt", "lock", "submitted.txt"
 REPORT = "report.json"
 
 
@@ -47,8 +48,8 @@ class Folder:
             if (self.path / CONFIG_FILE).exists():
                 raise ValueError(f"{self.path} holds a run that no experiment made; name another --output")
             return
-        saved = read_yaml(requested)
-        now = self.job.config
+        # Both as ``prepare`` writes them, with paths from the working folder.
+        saved, now = from_here(read_yaml(requested)), Config.from_dict(from_here(self.job.config.to_dict()))
         changes = differences(saved, now)
         before = Config.from_dict(saved).data.ood
         if before != now.data.ood:  # evaluation reads these sets from the run
@@ -65,20 +66,30 @@ class Folder:
         write_text(self.path / REQUESTED, yaml.safe_dump(values, sort_keys=False))
 
     def record(self) -> dict[str, Any]:
-        """Content of ``job.json``: ``trained``, ``evaluated`` (options, report's hash), ``failed``, ``attempts``, and
-        ``submitted``, the number of a cluster's job."""
+        """Content of ``job.json``: ``trained``, ``evaluated`` (options, report's hash), ``failed`` and ``attempts``."""
         try:
             record = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
         except FileNotFoundError:
             record = {}
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.path / RECORD} cannot be read ({error}); delete it") from None
-        empty: dict[str, Any] = {"trained": False, "evaluated": None, "failed": None, "attempts": [], "submitted": None}
+        empty: dict[str, Any] = {"trained": False, "evaluated": None, "failed": None, "attempts": []}
         return {**empty, **record}
 
     def update(self, **changes: Any) -> None:
         """Change entries of the record."""
         write_text(self.path / RECORD, json.dumps({**self.record(), **changes}, indent=1) + "\n")
+
+    def submitted(self) -> str | None:
+        """Number of the cluster's job that the job was last submitted as."""
+        try:
+            return (self.path / SUBMITTED).read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return None
+
+    def set_submitted(self, number: str) -> None:
+        """Write the number to a file of its own, as the cluster's job may be writing its record already."""
+        write_text(self.path / SUBMITTED, number + "\n")
 
     def status(self, options: tuple[str, ...]) -> tuple[str, float]:
         """State of the job for these evaluation options, such as ``to train``, and the seconds spent so far."""

@@ -100,7 +100,7 @@ def launch(
             submitted = [executor.submit(Cell([*words, "--only", folder.job.name])) for folder in batch]
         for folder, job in zip(batch, submitted, strict=True):
             folder.path.mkdir(parents=True, exist_ok=True)
-            folder.update(submitted=job.job_id)
+            folder.set_submitted(job.job_id)
             jobs[folder.job.name] = job
         for name in [name for name, job in jobs.items() if job.done()]:
             job = jobs.pop(name)
@@ -113,6 +113,6 @@ def _queued(output: Path, folder: Folder) -> Any:
     """The job of a folder that Slurm has not ended; None if there is none."""
     import submitit
 
-    job_id = folder.record()["submitted"]
+    job_id = folder.submitted()
     job: Any = None if job_id is None else submitit.SlurmJob(output / FOLDER / "%j", job_id)
     return None if job is None or job.done(force_check=True) else job

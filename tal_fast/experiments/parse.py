@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tal_fast.config.names import METRICS, check_scores
 from tal_fast.config.parse import merged, nest, preset_names, read_config, read_yaml
 from tal_fast.config.typed import check_at_least, check_range, one_line, read
 from tal_fast.experiments.plan import CompareOptions, Experiment, GridKey, SelectOptions, Values, make_jobs
+from tal_fast.metrics.settings import means_of
 
 KEYS = ("base", "overrides", "seeds", "methods", "grid", "evaluate", "compare", "select", "threads")
 _RESERVED = {
@@ -65,7 +66,7 @@ def _experiment(content: Values, folder: Path) -> Experiment:
     experiment = replace(experiment, jobs=make_jobs(experiment))
     _check_compare(experiment)
     if select is not None:
-        check_selection(select, experiment)
+        check_selection(select)
     return experiment
 
 
@@ -193,15 +194,13 @@ def _evaluate_words(options: Values) -> tuple[tuple[str, ...], argparse.Namespac
     return tuple(words), args
 
 
-def check_selection(select: SelectOptions, experiment: Experiment) -> None:
-    """Raise ValueError for an unusable criterion, or one over a set that no run is evaluated on."""
-    named = [*experiment.evaluation.ood, *experiment.evaluation.shift]
-    sets = list(dict.fromkeys([*(name for job in experiment.jobs for name in job.config.data.ood), *named]))
+def check_selection(select: SelectOptions) -> None:
+    """Raise ValueError for an unusable criterion."""
     if not select.metrics:
         raise ValueError("select.metrics is empty; name at least one, such as old_fd.aurc")
     for name in select.metrics:
         setting, _, metric = name.rpartition(".")
-        kind, _, set_name = setting.partition("/")
+        kind = setting.partition("/")[0]
         if kind not in ("old_fd", "ood", "new_fd", "shift") or metric not in METRICS:
             raise ValueError(
                 f"select.metrics: {name!r} must be SETTING.METRIC, such as old_fd.aurc or new_fd/mnist.auroc; settings "
@@ -209,11 +208,17 @@ def check_selection(select: SelectOptions, experiment: Experiment) -> None:
             )
         if metric.startswith("eaurc"):
             raise ValueError(f"select.metrics: {name} may be below 0, where ratios mean nothing; use aurc or augrc")
-        if set_name and set_name not in sets:
-            raise ValueError(
-                f"select.metrics: no run is evaluated on {set_name!r}; on {', '.join(sets) or 'no set at all'}"
-            )
     check_range("select.accuracy_loss", select.accuracy_loss, "[0, 1]")
+
+
+def check_settings(select: SelectOptions, ood: Sequence[str], shifts: Sequence[str]) -> None:
+    """Raise ValueError for a criterion in a setting that runs with these OOD sets and shifted sets do not have."""
+    keys = [*(f"{kind}/{name}" for kind in ("ood", "new_fd") for name in ood), *(f"shift/{name}" for name in shifts)]
+    settings = dict.fromkeys(["old_fd", *(mean for key in keys for mean in means_of(key)), *keys])
+    for name in select.metrics:
+        setting = name.rpartition(".")[0]
+        if setting not in settings:
+            raise ValueError(f"select.metrics: no run has a setting {setting!r}; there are {', '.join(settings)}")
 
 
 def _check_compare(experiment: Experiment) -> None:

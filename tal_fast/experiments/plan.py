@@ -68,7 +68,7 @@ class Job:
 
     @property
     def id(self) -> str:
-        """Hash of the configuration, the same on every machine; where images and outputs are does not count."""
+        """Hash of the configuration; ``output``, ``data.root`` and the working folder do not count."""
         values = from_here(self.config.flat())
         for place in ("output", "resume", "data.root"):
             values.pop(place, None)
@@ -146,7 +146,12 @@ def resolve(experiment: Experiment, method: str, point: Values, seed: int = 0) -
 
 def _check_method(method: str, point: Values, config: Config) -> None:
     """Raise ValueError for options that the method would reject when it is built, or would ignore."""
+    import torch
+
     from tal_fast.methods import Task, build_method, method_class
+    from tal_fast.training.mixing import check_images
+    from tal_fast.training.state import build_sam
+    from tal_fast.training.weight_averaging import build_average
 
     options = config.method.options
     known = option_names(method_class(config.method.name).Options)
@@ -160,8 +165,13 @@ def _check_method(method: str, point: Values, config: Config) -> None:
     method_config = config.method
     if "queue_size" in options:  # a short queue costs no memory
         method_config = replace(method_config, options={**options, "queue_size": min(options["queue_size"], 1)})
+    weight = None if config.method.class_weight == "none" else torch.ones(2)
+    network = torch.nn.Linear(1, 1)  # any
     try:
-        build_method(method_config, Task(config.epochs, num_classes=2, train_images=2, learning_rate=0.1))
+        built = build_method(method_config, Task(config.epochs, 2, 2, learning_rate=0.1, class_weight=weight))
+        check_images(config, built)
+        build_sam(network, config.optim, built)
+        build_average(network, config.optim, built)
     except ValueError as error:
         raise ValueError(f"method {method}: {error}") from None
 

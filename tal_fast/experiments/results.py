@@ -37,7 +37,7 @@ def collect(experiment: Experiment, folders: Sequence[Folder], name: str) -> Res
     Returns:
         ``runs`` (name, label, method, grid, seed, config, seconds per stage, number of attempts, index per stage in
         ``environments``, report), ``missing`` (name, why), ``differences`` (label, baseline, setting, metric, value,
-        low, high, over, why_not), ``best`` ([label, setting, metric] ahead of the next best beyond noise), ``compare``
+        low, high, over, why_not), ``best`` ([label, setting, metric] significantly ahead of all others), ``compare``
         and ``evaluate`` (options of the file), ``environments``.
 
     Raises:
@@ -135,7 +135,7 @@ def _run(folder: Folder, environments: list[Any]) -> Values:
         "seconds": {
             stage: round(sum(a["seconds"] or 0.0 for a in attempts if a["stage"] == stage), 2) for stage in STAGES
         },
-        "attempts": len(attempts),
+        "attempts": sum(a["stage"] == "train" for a in attempts),
         "report": {key: report[key] for key in _REPORT_KEYS if key in report},
     }
 

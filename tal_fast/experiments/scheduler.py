@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 RUNS = "runs"
 _POLL_S = 0.1
+_SAVE_S = 60.0
+"""Longest wait for jobs to save after a fault of the scheduler."""
 _RETRY_S = 2.0
 """Seconds between two attempts to lock a job that another scheduler holds."""
 
@@ -82,13 +84,17 @@ class _RunningJob:
     """Job whose process is running."""
 
     folder: Folder
-    lock: int
     slot: int
     start: float
+    lock: int | None = None
     stage: str = ""
     stage_start: float = 0.0
     log_start: int = 0
     process: subprocess.Popen[bytes] | None = None
+
+    def is_alive(self) -> bool:
+        """Whether the process is running."""
+        return self.process is not None and self.process.poll() is None
 
     def terminate(self) -> None:
         """Ask the process to save and end; its data-loading workers stay, for it needs them until then."""
@@ -97,7 +103,8 @@ class _RunningJob:
 
     def kill(self) -> None:
         """Kill the process and its children."""
-        if self.process is not None and self.process.poll() is None:
+        if self.is_alive():
+            assert self.process is not None
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
@@ -136,6 +143,13 @@ class Scheduler:
                     with self._isolating_failures(running):
                         self._update(running, stopping)
                 time.sleep(_POLL_S)
+        except Exception:  # unforeseen: the jobs save before they are killed
+            for running in self._running:
+                running.terminate()
+            deadline = time.monotonic() + _SAVE_S
+            while any(running.is_alive() for running in self._running) and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+            raise
         finally:
             for running in self._running:
                 running.kill()
@@ -149,20 +163,20 @@ class Scheduler:
             name = folder.job.name
             if time.monotonic() - self._last_tries.get(name, -_RETRY_S) < _RETRY_S:
                 continue
-            folder.path.mkdir(parents=True, exist_ok=True)
-            lock = folder.lock()
-            if lock is None:
-                if name not in self._last_tries:
-                    logger.info("%s is being run by %s", name, folder.holder())
-                self._last_tries[name] = time.monotonic()
-                continue
-            self._waiting.remove(folder)
-            if folder.is_done(self.experiment.evaluate):
-                os.close(lock)
-                logger.info("%s was done by another scheduler", name)
-                continue
-            running = _RunningJob(folder, lock, free[0], time.monotonic())
+            running = _RunningJob(folder, free[0], time.monotonic())
             with self._isolating_failures(running):
+                folder.path.mkdir(parents=True, exist_ok=True)
+                running.lock = folder.lock()
+                if running.lock is None:
+                    if name not in self._last_tries:
+                        logger.info("%s is being run by %s", name, folder.holder())
+                    self._last_tries[name] = time.monotonic()
+                    continue
+                self._waiting.remove(folder)
+                if folder.is_done(self.experiment.evaluate):
+                    os.close(running.lock)
+                    logger.info("%s was done by another scheduler", name)
+                    continue
                 folder.check()  # again, now that no other scheduler can change it
                 folder.prepare()
                 self._start(running, "evaluate" if folder.record()["trained"] else "train")
@@ -176,14 +190,22 @@ class Scheduler:
             yield
         except (ValueError, OSError, subprocess.SubprocessError) as error:
             self._failed += 1
-            logger.info("%s: failed, %s", running.folder.job.name, sentence(error))
+            folder = running.folder
+            logger.info("%s: failed, %s", folder.job.name, sentence(error))
+            if folder in self._waiting:
+                self._waiting.remove(folder)
             if running in self._running:
                 self._running.remove(running)
             running.terminate()
-            os.close(running.lock)
+            if running.stage:  # the folder is this job's
+                with contextlib.suppress(ValueError, OSError):
+                    folder.update(failed=sentence(error))
+            if running.lock is not None:
+                os.close(running.lock)
 
     def _start(self, running: _RunningJob, stage: str) -> None:
         folder = running.folder
+        assert running.lock is not None
         words = command(stage, folder.path, self.experiment.evaluate, folder.job.config.device)
         environment = {
             **os.environ,
@@ -215,6 +237,7 @@ class Scheduler:
     def _update(self, running: _RunningJob, stopping: bool) -> None:
         """Start the next stage, or release the job, once its process has ended."""
         assert running.process is not None
+        assert running.lock is not None
         code = running.process.poll()
         if code is None:
             return

@@ -121,12 +121,17 @@ def format_selection(found: Sequence[Candidate], experiment: Experiment, select:
     return "\n".join(lines)
 
 
-def write_selection(found: Sequence[Candidate], experiment: Experiment, select: SelectOptions, output: Path) -> None:
-    """Write ``selected.yaml``, usable as the ``methods`` of another experiment; nothing if no point may be chosen."""
+def write_selection(found: Sequence[Candidate], experiment: Experiment, select: SelectOptions, output: Path) -> bool:
+    """Write ``selected.yaml``, usable as the ``methods`` of another experiment.
+
+    If no point may be chosen, an earlier choice is removed; returns whether there is one.
+    """
     values = {
         method: with_point(experiment.methods[method], candidate.grid) for method, candidate in chosen(found).items()
     }
     if not values:
-        return
+        (output / FILE).unlink(missing_ok=True)
+        return False
     head = f"# Chosen by the geometric mean of {', '.join(select.metrics)} over seeds {list(experiment.seeds)}.\n"
     write_text(output / FILE, head + yaml.safe_dump({"methods": values}, sort_keys=False))
+    return True

@@ -45,7 +45,7 @@ def _head(results: Results, groups: Sequence[Group], style: str) -> str:
     lines = [f"{results['experiment']}: {len(results['runs'])} of {results['jobs']} runs"]
     if groups:
         about = describe(groups, "paper" if style == "summary" else results["compare"]["units"])
-        lines += [line.replace("* best", "bold: best") for line in about] if markdown else about
+        lines += [line.replace("* significantly", "bold: significantly") for line in about] if markdown else about
     lines += machines(results["environments"])
     lines += [f"missing: {missing['name']} ({missing['why']})" for missing in results["missing"]]
     return "\n".join(f"{escape(line, style)}  " if markdown else wrap(line) for line in lines)

@@ -134,6 +134,14 @@ class Method(nn.Module):
     def finish_epoch(self) -> None:
         """Called after each epoch on all ranks, which may communicate here."""
 
+    def resumed(self, epoch_start: bool, same_images: bool) -> None:
+        """Called after a saved state was loaded.
+
+        Args:
+            epoch_start: whether the run goes on from the start of an epoch, whose steps until then do not count.
+            same_images: whether the training images are those of the saved state.
+        """
+
     @property
     def phase(self) -> Hashable:
         """State that changes what ``forward`` computes; a CUDA graph is captured for each value."""

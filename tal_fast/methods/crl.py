@@ -25,7 +25,7 @@ class CRL(Method):
 
     Counts change between epochs, when all ranks add up theirs. An epoch sees each image once (those of a last, partial
     step not at all), so this differs from the released code, which counts within the epoch, in the smallest count
-    alone. A run resumed with another number of images starts to count from 0.
+    alone. A run resumed with other images starts to count from 0.
     """
 
     name = "crl"
@@ -51,18 +51,18 @@ class CRL(Method):
         return {"times_right": self._times_correct, "right_now": self._correct_now, "epochs": self._epochs}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        saved, images = state["times_right"].numel(), self._times_correct.numel()
-        if saved != images:
-            warnings.warn(
-                f"CRL's counts are of {saved} training images, not {images}: counting starts from 0", stacklevel=2
-            )
-            self._times_correct.zero_()
+        if state["times_right"].numel() == self._times_correct.numel():  # else ``resumed`` starts from 0
+            self._times_correct.copy_(state["times_right"])
+            self._correct_now.copy_(state["right_now"])
+            self._epochs = state["epochs"]
+
+    def resumed(self, epoch_start: bool, same_images: bool) -> None:
+        if epoch_start or not same_images:
             self._correct_now.zero_()
+        if not same_images:
+            warnings.warn("CRL's counts are of other training images: counting starts from 0", stacklevel=2)
+            self._times_correct.zero_()
             self._epochs = 0
-            return
-        self._times_correct.copy_(state["times_right"])
-        self._correct_now.copy_(state["right_now"])
-        self._epochs = state["epochs"]
 
     def start_epoch(self, epoch: int) -> None:
         smallest = self._times_correct.min()
@@ -90,8 +90,3 @@ class CRL(Method):
             self._correct_now[indices] = torch.where(valid, correct, self._correct_now[indices])
         ranking = loss.sum() / pairs.sum().clamp(min=1)
         return Step(mean_cross_entropy(z, labels, self.label_smoothing) + self.options.weight * ranking, {})
-
-    def reshard(self, states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
-        # All ranks have the same counts; images of the unfinished epoch are counted again.
-        extra = states[0]["_extra_state"]
-        return states[0] | {"_extra_state": extra | {"right_now": torch.zeros_like(extra["right_now"])}}

@@ -52,15 +52,15 @@ class TrainingState:
     @property
     def averaged(self) -> nn.Module | None:
         """Network with averaged weights, once there is one to use in place of ``network``."""
-        return self.average.network if self.average is not None and self.average.in_use(self.epoch) else None
+        return self.average.network if self.average is not None and self.average.epochs else None
 
     def finish_epoch(self, row: dict[str, float]) -> bool:
         """Append an epoch's row to the history; returns whether it is the best epoch so far."""
         self.history.append(row)
-        average = self.average
         # Networks from before the first average do not count: the method stands for averaged weights.
-        best_epoch, accuracy = int(self.best["epoch"]), row["val_accuracy"]  # NaN if it was not validated
-        first_average = average is not None and average.in_use(self.epoch) and not average.in_use(best_epoch)
+        averaged = 0 if self.average is None else self.average.epochs
+        accuracy = row["val_accuracy"]  # NaN if it was not validated
+        first_average = averaged > 0 and self.best["epoch"] <= self.epoch - averaged
         better = accuracy > self.best["val_accuracy"] or (first_average and not math.isnan(accuracy))
         if better:
             self.best = {"epoch": row["epoch"], "val_accuracy": accuracy}
@@ -78,6 +78,7 @@ class TrainingState:
             "step": self.step,
             "model": self._whole_state(self.network),
             "average": None if self.averaged is None else self._whole_state(self.averaged),
+            "averaged_epochs": 0 if self.average is None else self.average.epochs,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "sam": {} if self.sam is None else self.sam.state_dict(),
@@ -91,18 +92,21 @@ class TrainingState:
             return network.state_dict()
         return {**self.whole.state_dict(), **network.state_dict(prefix=f"{head_path(self.whole)}.")}
 
-    def restore(self, content: dict[str, Any], rank: int, world_size: int, step: int) -> None:
+    def restore(self, content: dict[str, Any], rank: int, world_size: int, step: int, same_images: bool) -> None:
         """Restore a checkpoint.
 
         Options of the optimizer are those of the configuration now. Another number of ranks shares out the ranks'
         states anew, and each counts the unreadable files of all. ``step`` is the number of finished steps of the epoch,
-        0 to go on from its start.
+        0 to go on from its start; ``same_images`` tells whether the training images are those of the checkpoint.
         """
         (self.whole or self.network).load_state_dict(content["model"])
         if self.average is not None and content["average"] is not None:
             prefix = "" if self.whole is None else f"{head_path(self.whole)}."
             own = {k.removeprefix(prefix): v for k, v in content["average"].items() if k.startswith(prefix)}
             self.average.network.load_state_dict(own)
+        if self.average is not None:  # version 0.2.0 did not save the number
+            averaged = content.get("averaged_epochs", 0 if content["average"] is None else None)
+            self.average.resume(content["epoch"], averaged)
         device = self.sums.total.device
         kept = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(content["optimizer"])
@@ -120,6 +124,7 @@ class TrainingState:
             set_rng_state(ranks[rank]["rng"])
         else:
             self.method.load_state_dict(self.method.reshard([saved["method"] for saved in ranks], rank, world_size))
+        self.method.resumed(not step, same_images)
         for saved in [ranks[rank]] if len(ranks) == world_size else ranks:
             for loader, files in saved.get("unreadable", {}).items():  # not in the checkpoints of version 0.2.0
                 self.unreadable.get(loader, {}).update(files)

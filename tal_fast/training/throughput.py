@@ -150,7 +150,7 @@ def expected(trainer: Trainer, val_images: int | None = None) -> Expected:
     validations = sum(epoch % config.validate_every == 0 or epoch == config.epochs for epoch in epochs)
     forward = validations * (trainer.validator.loader.num_samples if val_images is None else val_images)
     if average is not None and average.takes_statistics:
-        forward += sum(map(average.in_use, epochs)) * min(images, STATISTICS_IMAGES)
+        forward += sum(map(average.counts, epochs)) * min(images, STATISTICS_IMAGES)
     seconds = config.epochs * images / rate + forward * _validation_seconds(trainer)
     return Expected(rate, wait, seconds / 3600)
 

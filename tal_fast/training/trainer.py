@@ -8,6 +8,7 @@ import math
 import time
 import weakref
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tal_fast.config.schema import OWN_OF_A_RANK, Config, DataConfig
 from tal_fast.data.build import build_data
 from tal_fast.data.sources import absolute_place
+from tal_fast.methods import build_method
 from tal_fast.models import head_path
 from tal_fast.models.pretrained import PRETRAINED, Weights, read_weights
 from tal_fast.runs import checkpoint
@@ -335,7 +337,7 @@ class Trainer:
             images = map(self.runtime.arrange, batches)
             with self.runtime.autocast():
                 average.update_after_epoch(self.network, self.state.epoch, images)
-            if average.in_use(self.state.epoch):
+            if average.epochs:
                 self.ranks.average_buffers(average.network)
 
     def _finish_epoch(self, row: dict[str, float], histograms: dict[str, Histogram]) -> None:
@@ -417,14 +419,17 @@ class Trainer:
             done = step == content["shape"]["train_images"] // before.batch_size and "ranks" not in changed
             step = len(self.batches) if done else 0
         with checkpoint.restoring(path):
-            state.restore(content, self.ranks.rank, self.ranks.world_size, step)
+            same_images = "training images" not in changed
+            state.restore(content, self.ranks.rank, self.ranks.world_size, step, same_images)
         if changed:
             where = ", from the start of the epoch" if content["step"] and not state.step else ""
             goes_on = f"the run goes on, but not bit for bit as it would have{where}"
             self._say(f"{', '.join(changed.values())} since {path}: {goes_on}", logging.WARNING)
         steps = f" and {state.step} steps" if state.step else ""
         self._say(f"resuming from {path}: {state.epoch} epochs{steps}")
-        was, now = (learning_rate(c.optim, c.epochs, state.epoch) for c in (before, config))
+        task = replace(self.method.task, epochs=before.epochs, learning_rate=before.optim.lr)
+        runs = ((build_method(before.method, task), before), (self.method, config))
+        was, now = (m.learning_rate(learning_rate(c.optim, c.epochs, state.epoch), state.epoch) for m, c in runs)
         if was != now:
             self._say(f"the schedule goes on with a learning rate of {now:.4g}, which was {was:.4g} before")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 
 import torch
@@ -21,6 +22,7 @@ class WeightAverage:
     """Average of a network's weights over a run."""
 
     network: nn.Module  # copy of the network with the averaged weights
+    epochs: float = math.inf  # number of the last epochs after which it replaced the network
     takes_statistics: bool  # whether it takes its BatchNorm statistics from training images after an epoch
 
     def update_after_step(self, network: nn.Module) -> None:
@@ -29,9 +31,15 @@ class WeightAverage:
     def update_after_epoch(self, network: nn.Module, epochs: int, batches: Iterable[Tensor]) -> None:
         """Take in the weights after ``epochs`` epochs; ``batches`` of training images are for BatchNorm statistics."""
 
-    def in_use(self, epochs: int) -> bool:
-        """Whether the average replaces the network after this number of epochs."""
+    def counts(self, epoch: int) -> bool:
+        """Whether the weights after an epoch, counted from 1, enter the average."""
         return True
+
+    def resume(self, epochs: int, averaged: float | None) -> None:
+        """Continue after ``epochs`` epochs, ``averaged`` of which are in ``network``; None: as many as options now say.
+
+        If the options begin to average later than that, the average starts anew.
+        """
 
 
 class MovingAverage(WeightAverage):
@@ -69,18 +77,23 @@ class StochasticAverage(WeightAverage):
     def __init__(self, network: nn.Module, first_epoch: int) -> None:
         self._average = AveragedModel(network).requires_grad_(False)
         self._first_epoch = first_epoch
-        self.network = self._average.module
+        self.network, self.epochs = self._average.module, 0
 
     def update_after_epoch(self, network: nn.Module, epochs: int, batches: Iterable[Tensor]) -> None:
-        if not self.in_use(epochs):
+        if not self.counts(epochs):
             return
-        self._average.n_averaged.fill_(epochs - self._first_epoch - 1)  # so that a resumed run needs no counter
+        self._average.n_averaged.fill_(int(self.epochs))
         self._average.update_parameters(network)
         update_bn(batches, self.network)
         self.network.eval()
+        self.epochs += 1
 
-    def in_use(self, epochs: int) -> bool:
-        return epochs > self._first_epoch
+    def counts(self, epoch: int) -> bool:
+        return epoch > self._first_epoch
+
+    def resume(self, epochs: int, averaged: float | None) -> None:
+        since = max(epochs - self._first_epoch, 0)
+        self.epochs = since if averaged is None or not since else averaged
 
 
 def build_average(network: nn.Module, config: OptimConfig, method: Method) -> WeightAverage | None:

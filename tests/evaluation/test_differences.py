@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from tal_fast.evaluation.differences import OVER, seed_interval
+from tal_fast.evaluation.compare import Group
+from tal_fast.evaluation.differences import OVER, Comparison, seed_interval
 from tal_fast.evaluation.report import EvaluationOptions
 from tal_fast.evaluation.sample_scores import Samples, read_samples, write_samples
 from tal_fast.evaluation.sources import evaluate_npz
@@ -92,6 +93,19 @@ def test_seed_intervals_of_values_that_do_not_vary() -> None:
     images = np.array([[0.6, -0.8, 0.0]] * 2)  # seeds agree, images do not: the normal interval of the images
     low, high = seed_interval([one], [images])
     assert (low, high) == pytest.approx((1 - 1.96, 1 + 1.96), abs=1e-3)
+
+
+def test_the_best_is_significantly_ahead_of_every_other_row_not_of_the_next_best_alone() -> None:
+    def group(name: str, values: list[float]) -> Group:
+        reports = [{"settings": {"old_fd": {"msp": {"aurc": value}}}} for value in values]
+        return Group(name, [*map(str, values)], reports, [None] * len(values), "msp", [0, 1, 2])
+
+    column, ranks = ("old_fd", "aurc"), [group("second", [2.1, 2.0, 2.2]), group("first", [1.0, 1.1, 1.2])]
+    Comparison(False, "seeds").mark_best(ranks, [column])
+    assert [row.best for row in ranks] == [set(), {column}]
+    ranks = [group("first", [1.0, 1.1, 1.2]), group("noisy", [1.0, 5.0, 9.0]), group("second", [2.1, 2.0, 2.2])]
+    Comparison(False, "seeds").mark_best(ranks, [column])
+    assert not any(row.best for row in ranks)
 
 
 def test_intervals_over_seeds_and_images_have_their_coverage() -> None:

@@ -59,7 +59,7 @@ def test_reasons_for_missing_galleries_are_noted(evaluated_run: Path, tmp_path: 
     assert note.startswith(f"No images: {tmp_path / 'gone'} holds no run of tal_fast.train; ")
     evaluation.report["run"] = str(make_run(tmp_path / "run", "ce"))
     assert find_galleries(evaluation, folder).notes == (
-        "No typicalness: only runs trained by TAL keep the queue that it is measured by.",
+        "No typicalness: only runs trained with TAL keep the queue that it is measured by.",
     )
     evaluation.report["temperature"] = {"held_out": 7}
     assert find_galleries(evaluation, folder).notes == ("No images: val has 200 images now and had 207.",)

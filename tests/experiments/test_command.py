@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 
 from tal_fast.experiments.command import main
-from tests.helpers.experiments import error_of, write
+from tests.helpers.experiments import SMALL, error_of, write
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--jobs", "0"], "--jobs: must be at least 1, not 0"), (["--nproc", "2"], "--nproc goes with --export-sweep")],
+    [
+        (["--jobs", "0"], "--jobs: must be at least 1, not 0"),
+        (["--nproc", "2"], "--nproc goes with --export-sweep"),
+        (["--resources", "gpus_per_node=1"], "--resources go with --launcher slurm or submitit-local; leave them out"),
+        (["--only", "ce-seed0", "--select", "old_fd.aurc"], "--only writes no tables to --select from; leave one"),
+    ],
 )
 def test_bad_options_exit_with_2(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -65,3 +70,14 @@ def test_what_an_evaluation_needs_is_looked_for_before_training(
     assert main([str(path), "--output", "out", *options]) == 2
     assert f"error: {message.format(tmp_path)}" in capsys.readouterr().err
     assert not list(tmp_path.glob("out/runs/*/checkpoints"))
+
+
+@pytest.mark.parametrize("metric", ["new_fd/unseen.aurc", "new_fd/near.aurc", "ood/near/one.auroc", "shift.aurc"])
+def test_a_choice_may_be_by_the_data_sets_own_ood_sets_and_by_means(metric: str, tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "e.yaml",
+        overrides={**SMALL, "data.unseen_classes": [3]},
+        evaluate={"ood": {"near/one": "gaussian:20"}, "shift": {"blurred": "blur:2"}},
+        select={"metrics": [metric]},
+    )
+    assert main([str(path), "--output", str(tmp_path / "out"), "--status"]) == 0

@@ -84,3 +84,25 @@ def test_holder_and_log_of_a_missing_folder(tmp_path: Path) -> None:
     folder = Folder(read_experiment(write(tmp_path / "e.yaml")).jobs[0], tmp_path / "none")
     assert folder.holder() == "another scheduler"
     assert folder.last_error() == ""
+
+
+def test_an_ood_set_within_the_working_folder_may_have_an_absolute_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write(Path("e.yaml"), overrides={**SMALL, "data.ood": {"other": str(tmp_path / "other")}})
+    folder = scheduler.job_folders(read_experiment(path), tmp_path / "out")[0]
+    folder.prepare()
+    assert str(tmp_path / "other") not in (folder.path / "asked.yaml").read_text()
+    folder.check()
+
+
+def test_the_cluster_jobs_number_is_not_in_the_record_that_the_job_writes(tmp_path: Path) -> None:
+    folder = Folder(read_experiment(write(tmp_path / "e.yaml")).jobs[0], tmp_path / "run")
+    assert folder.submitted() is None
+    folder.path.mkdir()
+    folder.update(attempts=[{"stage": "train"}])
+    before = (folder.path / "job.json").read_bytes()
+    folder.set_submitted("17_3")
+    assert folder.submitted() == "17_3"
+    assert (folder.path / "job.json").read_bytes() == before

@@ -153,6 +153,43 @@ def test_a_damaged_folder_does_not_stop_other_jobs(
     assert "1 of 2 runs" in said.out
 
 
+def test_a_job_that_cannot_be_locked_does_not_stop_the_jobs_that_run(
+    tmp_path: Path, stand_in: Callable[[str], list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "e.yaml", compare={"bootstrap": 0})
+    output = tmp_path / "out"
+    (output / "runs" / "tal-seed0" / "lock").mkdir(parents=True)  # cannot be opened
+    ran = stand_in("time.sleep(0.5)")
+    assert main([str(path), "--output", str(output), "--jobs", "2"]) == 1
+    said = capsys.readouterr().out
+    assert "tal-seed0: failed, " in said
+    assert "3 of 4 runs" in said
+    assert sum(stage.startswith("evaluate") for stage in ran) == 3
+
+
+def test_jobs_save_before_a_fault_of_the_scheduler_ends_it(
+    tmp_path: Path, stand_in: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = read_experiment(write(tmp_path / "e.yaml", seeds=[0]))
+    stand_in(
+        "signal.signal(signal.SIGTERM, lambda *_: ((run / 'saved').write_text(''), sys.exit(75)))\n"
+        "(run / 'started').write_text('')\n"
+        "while True: time.sleep(0.05)"
+    )
+    folders = scheduler.job_folders(experiment, tmp_path)
+
+    def fault(self: scheduler.Scheduler) -> None:
+        start(self)
+        if all((folder.path / "started").exists() for folder in folders):
+            raise IndexError("a fault of the scheduler")
+
+    start = scheduler.Scheduler._start_jobs
+    monkeypatch.setattr(scheduler.Scheduler, "_start_jobs", fault)
+    with scheduler.StopRequest() as stop, pytest.raises(IndexError, match="a fault of the scheduler"):
+        scheduler.Scheduler(experiment, folders, [{}, {}]).run(stop)
+    assert all((folder.path / "saved").exists() for folder in folders)
+
+
 def test_two_schedulers_share_the_jobs(tmp_path: Path, stand_in: Callable[[str], list[str]]) -> None:
     experiment = read_experiment(write(tmp_path / "e.yaml"))
     started = stand_in("")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from tal_fast.experiments import results, select
 from tal_fast.experiments.command import main
 from tal_fast.experiments.parse import read_experiment
 from tal_fast.experiments.plan import SelectOptions
-from tests.helpers.experiments import error_of, finish_jobs, write
+from tal_fast.experiments.scheduler import job_folders
+from tests.helpers.experiments import finish_jobs, write
 
 
 def test_selection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,6 +68,24 @@ def test_selection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A lower accuracy can be allowed; a metric of an unknown set is rejected.
     free = select.candidates(experiment, results.read_results(output), SelectOptions(accuracy_loss=0.5))
     assert select.chosen(free)["tal"].label == "tal-lr=0.2"
-    assert "no run is evaluated on 'x'" in error_of([*command[:5], "new_fd/x.aurc"], capsys)
     with pytest.raises(ValueError, match="no setting 'new_fd/x'"):
         select.candidates(experiment, results.read_results(output), SelectOptions(["new_fd/x.aurc"]))
+
+
+def test_an_earlier_choice_is_removed_if_no_point_may_be_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "e.yaml", compare={"bootstrap": 0}, select={"metrics": ["old_fd.aurc"]})
+    experiment, output = read_experiment(path), tmp_path / "out"
+    command = [str(path), "--output", str(output), "--table-only"]
+    finish_jobs(output, experiment, lambda job: (1.0, 0.8))
+    assert main(command) == 0
+    assert str(output / "selected.yaml") in capsys.readouterr().out
+    for folder in job_folders(experiment, output)[:2]:
+        shutil.rmtree(folder.path)
+    (output / "results.json").unlink()
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    assert "no run of tal may be chosen" in said
+    assert str(output / "selected.yaml") not in said
+    assert not (output / "selected.yaml").exists()

@@ -52,19 +52,25 @@ def test_crl_leaves_out_rows_without_an_image() -> None:
     assert method.get_extra_state()["right_now"][1] == 0
 
 
-def test_crl_counts_from_0_with_another_number_of_images() -> None:
+def test_crl_counts_from_0_with_other_images() -> None:
     method = make_method(MethodConfig("crl"), images=40)
     state = method.state_dict()
     state["_extra_state"] |= {"times_right": torch.ones(41), "right_now": torch.ones(41), "epochs": 2}
-    with pytest.warns(UserWarning, match="CRL's counts are of 41 training images, not 40: counting starts from 0"):
+    for images in (41, 40):  # another number, and other images of the same number
+        state["_extra_state"] |= {"times_right": torch.ones(images), "right_now": torch.ones(images), "epochs": 2}
         method.load_state_dict(state)
-    assert method.get_extra_state()["epochs"] == 0
-    assert not method.get_extra_state()["times_right"].any()
+        with pytest.warns(UserWarning, match="CRL's counts are of other training images: counting starts from 0"):
+            method.resumed(epoch_start=False, same_images=False)
+        extra = method.get_extra_state()
+        assert extra["epochs"] == 0
+        assert not extra["times_right"].any()
+        assert not extra["right_now"].any()
 
 
-def test_crl_on_another_number_of_ranks_counts_the_unfinished_epoch_again() -> None:
+@pytest.mark.parametrize("epoch_start", [False, True])
+def test_crl_counts_the_images_of_an_epoch_that_starts_again_once(epoch_start: bool) -> None:
     method = make_method(MethodConfig("crl"), images=3)
-    state = {"_extra_state": {"times_right": torch.ones(3), "right_now": torch.ones(3), "epochs": 1}}
-    method.load_state_dict(method.reshard([state, state], 0, 1))
+    method.load_state_dict({"_extra_state": {"times_right": torch.ones(3), "right_now": torch.ones(3), "epochs": 1}})
+    method.resumed(epoch_start, same_images=True)
     extra = method.get_extra_state()
-    assert (extra["times_right"].tolist(), extra["right_now"].tolist()) == ([1, 1, 1], [0, 0, 0])
+    assert (extra["times_right"].tolist(), extra["right_now"].tolist()) == ([1, 1, 1], [float(not epoch_start)] * 3)
