@@ -36,17 +36,17 @@ def milliseconds(run: Callable[[int], Any]) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     photo = np.asarray(load_sample_images().images[0])
-    for side, channels in ((224, 3), (28, 1)):
+    for side, channels, kind in ((224, 3, "RGB"), (28, 1, "grey")):
         pixels = torch.from_numpy(photo[:side, :side, :channels].copy()).expand(IMAGES, -1, -1, -1).contiguous()
         for title, options in OPTIONS.items():
             augment = PixelAugmentation(DataConfig(channels=channels, mean=None, std=None, **options))
             draws = np.random.default_rng(0).random((5, IMAGES, augment.draws), np.float32)
             found = milliseconds(lambda number, a=augment, p=pixels, d=draws: a.batch(p, d[number]))
-            print(f"{title}, {side} pixels, {channels} channels: {found:.3f} ms")
+            print(f"{title}, {side} pixels, {'RGB' if channels == 3 else 'grey'}: {found:.3f} ms")
         eraser = Eraser(Plan(np.full((IMAGES, 2), side, np.int32), IMAGES, training=True), 0.25, torch.device("cpu"))
         images = torch.randn(IMAGES, channels, side, side)
         found = milliseconds(lambda number, e=eraser, i=images: e(i, np.arange(IMAGES), number, 0))
-        print(f"data.erase 0.25, {side} pixels, {channels} channels: {found:.3f} ms")
+        print(f"data.erase 0.25, {side} pixels, {'RGB' if channels == 3 else 'grey'}: {found:.3f} ms")
 
 
 if __name__ == "__main__":

@@ -40,8 +40,9 @@ def copy_run(source: Folder, target: Path, options: tuple[str, ...], score: str 
 
     Args:
         source: the run, done with the evaluation options ``options``.
-        score: that the experiment judges runs by; None: the method's own.
         target: folder of the copy; the output that the files name becomes its path in the repository.
+        options: see ``source``.
+        score: that the experiment judges runs by; None: the method's own.
     """
     target.mkdir(parents=True)
     there = str(RESULTS.relative_to(ROOT) / target.parent.parent.name / "runs" / target.name)

@@ -213,8 +213,11 @@ def check_selection(select: SelectOptions) -> None:
 
 def check_settings(select: SelectOptions, ood: Sequence[str], shifts: Sequence[str]) -> None:
     """Raise ValueError for a criterion in a setting that runs with these OOD sets and shifted sets do not have."""
-    keys = [*(f"{kind}/{name}" for kind in ("ood", "new_fd") for name in ood), *(f"shift/{name}" for name in shifts)]
-    settings = dict.fromkeys(["old_fd", *(mean for key in keys for mean in means_of(key)), *keys])
+    settings = {"old_fd": None}
+    for kind, names in (("ood", ood), ("new_fd", ood), ("shift", shifts)):
+        keys = [f"{kind}/{name}" for name in names]
+        means = [mean for key in keys for mean in means_of(key)] if len(names) > 1 else [kind] * len(names)
+        settings |= dict.fromkeys([*means, *keys])
     for name in select.metrics:
         setting = name.rpartition(".")[0]
         if setting not in settings:

@@ -35,10 +35,10 @@ def collect(experiment: Experiment, folders: Sequence[Folder], name: str) -> Res
     """Collect the results of the finished jobs.
 
     Returns:
-        ``runs`` (name, label, method, grid, seed, config, seconds per stage, number of attempts, index per stage in
-        ``environments``, report), ``missing`` (name, why), ``differences`` (label, baseline, setting, metric, value,
-        low, high, over, why_not), ``best`` ([label, setting, metric] significantly ahead of all others), ``compare``
-        and ``evaluate`` (options of the file), ``environments``.
+        ``runs`` (name, label, method, grid, seed, config, seconds per stage, number of attempts to train, index per
+        stage in ``environments``, report), ``missing`` (name, why), ``differences`` (label, baseline, setting, metric,
+        value, low, high, over, why_not), ``best`` ([label, setting, metric] significantly ahead of all others),
+        ``compare`` and ``evaluate`` (options of the file), ``environments``.
 
     Raises:
         ValueError: reports cannot be read or compared.

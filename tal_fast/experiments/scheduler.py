@@ -101,6 +101,12 @@ class _RunningJob:
         if self.process is not None:
             self.process.terminate()
 
+    def release(self) -> None:
+        """Release the lock, once."""
+        handle, self.lock = self.lock, None
+        if handle is not None:
+            os.close(handle)
+
     def kill(self) -> None:
         """Kill the process and its children."""
         if self.is_alive():
@@ -174,7 +180,7 @@ class Scheduler:
                     continue
                 self._waiting.remove(folder)
                 if folder.is_done(self.experiment.evaluate):
-                    os.close(running.lock)
+                    running.release()
                     logger.info("%s was done by another scheduler", name)
                     continue
                 folder.check()  # again, now that no other scheduler can change it
@@ -200,12 +206,12 @@ class Scheduler:
             if running.stage:  # the folder is this job's
                 with contextlib.suppress(ValueError, OSError):
                     folder.update(failed=sentence(error))
-            if running.lock is not None:
-                os.close(running.lock)
+            running.release()
 
     def _start(self, running: _RunningJob, stage: str) -> None:
         folder = running.folder
         assert running.lock is not None
+        running.stage, running.stage_start = stage, time.monotonic()
         words = command(stage, folder.path, self.experiment.evaluate, folder.job.config.device)
         environment = {
             **os.environ,
@@ -215,7 +221,6 @@ class Scheduler:
         }
         if self._environment is None:
             self._environment = _describe_machine(environment)
-        running.stage, running.stage_start = stage, time.monotonic()
         attempt = {
             "stage": stage,
             "began": time.strftime("%Y-%m-%d %H:%M:%S%z"),
@@ -237,7 +242,6 @@ class Scheduler:
     def _update(self, running: _RunningJob, stopping: bool) -> None:
         """Start the next stage, or release the job, once its process has ended."""
         assert running.process is not None
-        assert running.lock is not None
         code = running.process.poll()
         if code is None:
             return
@@ -258,10 +262,10 @@ class Scheduler:
             logger.info("%s: done in %s; %s", name, duration(self._seconds[-1]), self._remaining())
         elif not stopping:
             reason = _failure(running, code)
-            self._failed += 1
             folder.update(failed=reason)
+            self._failed += 1
             logger.info("%s: %s failed, %s; see %s", name, stage, reason, folder.path / LOG)
-        os.close(running.lock)
+        running.release()
 
     def _remaining(self) -> str:
         left = len(self._waiting) + len(self._running)

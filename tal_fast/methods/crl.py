@@ -62,7 +62,7 @@ class CRL(Method):
         if not same_images:
             warnings.warn("CRL's counts are of other training images: counting starts from 0", stacklevel=2)
             self._times_correct.zero_()
-            self._epochs = 0
+            self._epochs = 0 if epoch_start else -1  # the rest of the epoch, at least its end, does not count
 
     def start_epoch(self, epoch: int) -> None:
         smallest = self._times_correct.min()

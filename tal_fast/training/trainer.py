@@ -418,6 +418,10 @@ class Trainer:
         if leaves_epoch(changed):  # its steps no longer hold the same images, but if all are done, none is needed
             done = step == content["shape"]["train_images"] // before.batch_size and "ranks" not in changed
             step = len(self.batches) if done else 0
+        # Before the random generators are restored, which a method of your own may draw from when it is built.
+        task, epochs = replace(self.method.task, epochs=before.epochs, learning_rate=before.optim.lr), content["epoch"]
+        runs = ((build_method(before.method, task), before), (self.method, config))
+        was, now = (m.learning_rate(learning_rate(c.optim, c.epochs, epochs), epochs) for m, c in runs)
         with checkpoint.restoring(path):
             same_images = "training images" not in changed
             state.restore(content, self.ranks.rank, self.ranks.world_size, step, same_images)
@@ -427,9 +431,6 @@ class Trainer:
             self._say(f"{', '.join(changed.values())} since {path}: {goes_on}", logging.WARNING)
         steps = f" and {state.step} steps" if state.step else ""
         self._say(f"resuming from {path}: {state.epoch} epochs{steps}")
-        task = replace(self.method.task, epochs=before.epochs, learning_rate=before.optim.lr)
-        runs = ((build_method(before.method, task), before), (self.method, config))
-        was, now = (m.learning_rate(learning_rate(c.optim, c.epochs, state.epoch), state.epoch) for m, c in runs)
         if was != now:
             self._say(f"the schedule goes on with a learning rate of {now:.4g}, which was {was:.4g} before")
 

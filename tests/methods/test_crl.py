@@ -55,16 +55,17 @@ def test_crl_leaves_out_rows_without_an_image() -> None:
 def test_crl_counts_from_0_with_other_images() -> None:
     method = make_method(MethodConfig("crl"), images=40)
     state = method.state_dict()
-    state["_extra_state"] |= {"times_right": torch.ones(41), "right_now": torch.ones(41), "epochs": 2}
     for images in (41, 40):  # another number, and other images of the same number
         state["_extra_state"] |= {"times_right": torch.ones(images), "right_now": torch.ones(images), "epochs": 2}
         method.load_state_dict(state)
         with pytest.warns(UserWarning, match="CRL's counts are of other training images: counting starts from 0"):
             method.resumed(epoch_start=False, same_images=False)
         extra = method.get_extra_state()
-        assert extra["epochs"] == 0
+        assert extra["epochs"] == -1  # the end of the epoch, of which nothing was seen, is not one
         assert not extra["times_right"].any()
         assert not extra["right_now"].any()
+        method.finish_epoch()
+        assert method.get_extra_state()["epochs"] == 0
 
 
 @pytest.mark.parametrize("epoch_start", [False, True])

@@ -24,7 +24,7 @@ from tal_fast.training.trainer import Trainer, TrainingFailed
 from tal_fast.utils.locks import FolderLock
 from tests.helpers.checkpoints import content
 from tests.helpers.locks import holder
-from tests.helpers.training import config, one_thread  # noqa: F401
+from tests.helpers.training import assert_same_end, config, one_thread  # noqa: F401
 
 SHAPE = content()["shape"]
 
@@ -373,3 +373,17 @@ def test_a_state_that_does_not_fit_is_refused_in_a_sentence(tmp_path: Path) -> N
         checkpoint.save(path, whole | {key: value})
         with pytest.raises(Damaged, match=r"the state in .*last.pt does not fit this run \(.*\); it is damaged or of"):
             Trainer(saved)
+
+
+def test_a_method_that_draws_when_it_is_built_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import torch\nfrom tal_fast.methods.ce import CrossEntropy\n\n\nclass Noisy(CrossEntropy):\n"
+        "    def __init__(self, config, task):\n        super().__init__(config, task)\n        torch.randn(4)\n\n"
+        "    def forward(self, logits, *rest):\n"
+        "        return super().forward(logits + 0.1 * torch.randn_like(logits), *rest)\n"
+    )
+    name = f"{tmp_path / 'own.py'}:Noisy"
+    Trainer(config(tmp_path / "straight", name, epochs=2)).fit()
+    Trainer(config(tmp_path / "parts", name, epochs=2)).fit(until=1)
+    Trainer(config(tmp_path / "parts", name, epochs=2, resume="auto")).fit()
+    assert_same_end(tmp_path / "straight", tmp_path / "parts")

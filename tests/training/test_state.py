@@ -66,9 +66,10 @@ def test_the_best_epoch_is_the_first_of_the_highest_accuracy(tmp_path: Path) -> 
 
 def test_the_first_averaged_epoch_replaces_the_best_before_it(tmp_path: Path) -> None:
     state = Trainer(config(tmp_path, "fmfp", epochs=5)).state  # averages from epoch 4 on
+    assert state.average is not None
     better = []
     for epoch, accuracy in enumerate([0.5, 0.9, 0.8, 0.6, 0.7], 1):
-        state.epoch = epoch
+        state.epoch, state.average.epochs = epoch, max(0, epoch - 3)
         better.append(state.finish_epoch({"epoch": epoch, "val_accuracy": accuracy}))
     assert better == [True, True, False, True, True]
     assert state.best == {"epoch": 5, "val_accuracy": 0.7}
