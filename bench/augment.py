@@ -42,11 +42,11 @@ def main() -> None:
             augment = PixelAugmentation(DataConfig(channels=channels, mean=None, std=None, **options))
             draws = np.random.default_rng(0).random((5, IMAGES, augment.draws), np.float32)
             found = milliseconds(lambda number, a=augment, p=pixels, d=draws: a.batch(p, d[number]))
-            print(f"{title}, {side} pixels, {'RGB' if channels == 3 else 'grey'}: {found:.3f} ms")
+            print(f"{title}, {side} pixels, {kind}: {found:.3f} ms")
         eraser = Eraser(Plan(np.full((IMAGES, 2), side, np.int32), IMAGES, training=True), 0.25, torch.device("cpu"))
         images = torch.randn(IMAGES, channels, side, side)
         found = milliseconds(lambda number, e=eraser, i=images: e(i, np.arange(IMAGES), number, 0))
-        print(f"data.erase 0.25, {side} pixels, {'RGB' if channels == 3 else 'grey'}: {found:.3f} ms")
+        print(f"data.erase 0.25, {side} pixels, {kind}: {found:.3f} ms")
 
 
 if __name__ == "__main__":

@@ -81,14 +81,3 @@ def test_a_choice_may_be_by_the_data_sets_own_ood_sets_and_by_means(metric: str,
         select={"metrics": [metric]},
     )
     assert main([str(path), "--output", str(tmp_path / "out"), "--status"]) == 0
-
-
-def test_a_single_ood_set_has_no_mean_of_its_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(
-        tmp_path / "e.yaml",
-        evaluate={"ood": {"near/one": "gaussian:20"}},
-        select={"metrics": ["new_fd/near.aurc"]},
-        seeds=[0],
-    )
-    assert main([str(path), "--output", str(tmp_path / "out"), "--status"]) == 2
-    assert "no run has a setting 'new_fd/near'; there are old_fd" in capsys.readouterr().err

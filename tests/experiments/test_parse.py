@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tal_fast.experiments.parse import read_experiment
+from tal_fast.experiments.parse import check_settings, read_experiment
+from tal_fast.experiments.plan import SelectOptions
 from tests.helpers.experiments import error_of, write
 
 ROOT = Path(__file__).parents[2]
@@ -94,3 +95,13 @@ def test_mistakes_are_reported_in_one_sentence(
     path = write(tmp_path / "e.yaml", **changes)
     assert sentence in error_of([str(path), "--output", str(tmp_path / "out")], capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_single_ood_set_has_no_mean_of_its_group() -> None:
+    near = SelectOptions(["new_fd/near.aurc"])
+    check_settings(near, ["near/one", "far/two"], [])
+    check_settings(SelectOptions(["new_fd.aurc", "ood/near/one.aurc"]), ["near/one"], [])
+    with pytest.raises(
+        ValueError, match="no run has a setting 'new_fd/near'; there are old_fd, ood, ood/near/one, new"
+    ):
+        check_settings(near, ["near/one"], [])
