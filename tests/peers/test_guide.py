@@ -56,7 +56,9 @@ def test_the_commands_of_the_guide_lead_to_a_service(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     assert f"timm/{NETWORK} --model.weights pretrained" in blocks[0]
     torch.manual_seed(0)
-    torch.save(timm.create_model(NETWORK).state_dict(), tmp_path / "weights.pt")
+    weights = timm.create_model(NETWORK).state_dict()
+    weights["conv_head.weight"] *= 30  # random weights' features are 0.001, far below those of pretrained ones
+    torch.save(weights, tmp_path / "weights.pt")
     blocks = [block.replace("weights pretrained", "weights weights.pt").replace("8000", str(port)) for block in blocks]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
