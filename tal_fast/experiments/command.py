@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from tal_fast.config.typed import one_line
 from tal_fast.experiments.launch import CLUSTERS, launch
 from tal_fast.utils.arguments import ArgumentParser, at_least
 from tal_fast.utils.io import write_text
@@ -120,9 +121,9 @@ def _run(args: argparse.Namespace) -> int:
         return print_expected_hours(experiment, len(slots(experiment, args.jobs)))
     output = Path(args.output if args.output is not None else Path("runs") / Path(args.file).stem)
     folders = job_folders(experiment, output)
+    folders = chosen(folders, args.only, args.failed)
     for folder in folders:
         folder.check()
-    folders = chosen(folders, args.only, args.failed)
     left = [] if args.table_only else [folder for folder in folders if not folder.is_done(experiment.evaluate)]
     if args.status:
         _print_status(experiment, folders)
@@ -169,7 +170,10 @@ def _resources(args: argparse.Namespace) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"--resources {word}: must be NAME=VALUE, such as timeout_min=600")
-        resources[name] = yaml.safe_load(value)
+        try:
+            resources[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--resources {word}: {one_line(error)}") from None
     if args.jobs is not None and args.launcher == "slurm":
         resources.setdefault("slurm_array_parallelism", args.jobs)
     return resources

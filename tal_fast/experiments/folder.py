@@ -24,14 +24,23 @@ import yaml
 
 from tal_fast.config.parse import read_yaml
 from tal_fast.config.schema import Config
+from tal_fast.config.typed import one_line
 from tal_fast.experiments.plan import Job, from_here
 from tal_fast.runs.folder import CONFIG_FILE
 from tal_fast.runs.resume import differences
 from tal_fast.utils.io import write_text
 from tal_fast.utils.locks import lock
+from tal_fast.utils.own_code import file_digest
 
 REQUESTED, RECORD, LOG, LOCK, SUBMITTED = "asked.yaml", "job.json", "log.txt", "lock", "submitted.txt"
 REPORT = "report.json"
+_ATTEMPT = {"stage", "environment", "seconds"}
+
+
+def own_code(config: Config) -> dict[str, str]:
+    """Digests of the files of your own that a configuration names, by option."""
+    names = {"method.name": config.method.name, "data.dataset": config.data.dataset}
+    return {key: digest for key, name in names.items() if (digest := file_digest(name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,14 @@ class Folder:
             if (self.path / CONFIG_FILE).exists():
                 raise ValueError(f"{self.path} holds a run that no experiment made; name another --output")
             return
-        # Both as ``prepare`` writes them, with paths from the working folder.
-        saved, now = from_here(read_yaml(requested)), Config.from_dict(from_here(self.job.config.to_dict()))
-        changes = differences(saved, now)
-        before = Config.from_dict(saved).data.ood
+        now = Config.from_dict(from_here(self.job.config.to_dict()))  # as ``prepare`` writes it
+        try:
+            saved = from_here(read_yaml(requested))
+            changes, before = differences(saved, now), Config.from_dict(saved).data.ood
+        except ValueError as error:
+            raise ValueError(f"{requested} cannot be used ({one_line(error)}); delete {self.path}") from None
+        digests = self.record()["own_code"]
+        changes += [f"the file of {key} has changed" for key, d in own_code(now).items() if digests.get(key, d) != d]
         if before != now.data.ood:  # evaluation reads these sets from the run
             changes.append(f"data.ood was {before} and is {now.data.ood}: add sets under 'evaluate' instead")
         if changes:
@@ -64,16 +77,23 @@ class Folder:
         """Make the folder and write its configuration."""
         values = {**from_here(self.job.config.to_dict()), "output": str(self.path)}
         write_text(self.path / REQUESTED, yaml.safe_dump(values, sort_keys=False))
+        if digests := own_code(self.job.config):
+            self.update(own_code=digests)
 
     def record(self) -> dict[str, Any]:
-        """Content of ``job.json``: ``trained``, ``evaluated`` (options, report's hash), ``failed`` and ``attempts``."""
+        """Content of ``job.json``: ``trained``, ``evaluated`` (options, report's hash), ``failed``, ``attempts``, and
+        ``own_code``, digests of your own files by option."""
         try:
             record = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
+            attempts = record.get("attempts", []) if isinstance(record, dict) else None
+            whole = isinstance(attempts, list) and all(isinstance(a, dict) and a.keys() >= _ATTEMPT for a in attempts)
+            if not whole:
+                raise ValueError("it is no record of a job")
         except FileNotFoundError:
             record = {}
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.path / RECORD} cannot be read ({error}); delete it") from None
-        empty: dict[str, Any] = {"trained": False, "evaluated": None, "failed": None, "attempts": []}
+        empty: dict[str, Any] = {"trained": False, "evaluated": None, "failed": None, "attempts": [], "own_code": {}}
         return {**empty, **record}
 
     def update(self, **changes: Any) -> None:

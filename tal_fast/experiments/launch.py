@@ -104,7 +104,9 @@ def launch(
             jobs[folder.job.name] = job
         for name in [name for name, job in jobs.items() if job.done()]:
             job = jobs.pop(name)
-            why = "done" if job.exception() is None else f"failed; see {job.paths.stderr}"
+            problem = job.exception()
+            reason = "" if problem is None else (str(problem).strip() or repr(problem)).splitlines()[-1]
+            why = "done" if problem is None else f"failed; see {job.paths.stderr} ({reason})"
             logger.info("%s: %s (job %s), %d left", name, why, job.job_id, len(jobs) + len(waiting))
         time.sleep(_POLL_S if jobs else 0)
 

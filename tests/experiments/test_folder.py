@@ -101,8 +101,44 @@ def test_the_cluster_jobs_number_is_not_in_the_record_that_the_job_writes(tmp_pa
     folder = Folder(read_experiment(write(tmp_path / "e.yaml")).jobs[0], tmp_path / "run")
     assert folder.submitted() is None
     folder.path.mkdir()
-    folder.update(attempts=[{"stage": "train"}])
+    folder.update(attempts=[{"stage": "train", "environment": 0, "seconds": None}])
     before = (folder.path / "job.json").read_bytes()
     folder.set_submitted("17_3")
     assert folder.submitted() == "17_3"
     assert (folder.path / "job.json").read_bytes() == before
+
+
+def test_own_code_that_has_changed_since_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("from tal_fast.methods.ce import CrossEntropy as Mine\n")
+    path = write(Path("e.yaml"), methods={"mine": {"method": {"name": "own.py:Mine"}}})
+    folder = scheduler.job_folders(read_experiment(path), tmp_path / "out")[0]
+    folder.check()
+    folder.prepare()
+    folder.check()
+    Path("own.py").write_text("from tal_fast.methods.ce import CrossEntropy as Mine  # changed\n")
+    with pytest.raises(ValueError, match=r"mine-seed0 was made by another .* \(the file of method.name has changed\)"):
+        folder.check()
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", "5", '{"attempts": null}', '{"attempts": [1]}', '{"attempts": [{}]}', "{"]
+)
+def test_a_damaged_record_is_named(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, output = write(tmp_path / "e.yaml"), tmp_path / "out"
+    folder = scheduler.job_folders(read_experiment(path), output)[0]
+    folder.prepare()
+    (folder.path / "job.json").write_text(content)
+    assert f"{folder.path / 'job.json'} cannot be read (" in error_of([str(path), "--output", str(output)], capsys)
+
+
+@pytest.mark.parametrize("content", ["seed: x", "data: 3", "method: {name: nope}", "data: {ood: [1]}", "foo: 1", ""])
+def test_a_damaged_configuration_is_named(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, output = write(tmp_path / "e.yaml"), tmp_path / "out"
+    folder = scheduler.job_folders(read_experiment(path), output)[0]
+    folder.prepare()
+    (folder.path / "asked.yaml").write_text(content)
+    said = error_of([str(path), "--output", str(output)], capsys)
+    assert f"{folder.path / 'asked.yaml'} cannot be used (" in said
+    assert f"; delete {folder.path}" in said
+    assert main([str(path), "--output", str(output), "--only", "ce-seed1", "--status"]) == 0  # the others go on

@@ -29,6 +29,7 @@ def test_what_submitit_cannot_do_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert "--launcher slurm: " in error_of([*command, "slurm"], capsys)  # there is none here
     local = [*command, "submitit-local", "--resources"]
     assert "--resources gpus: must be NAME=VALUE, such as timeout_min=600" in error_of([*local, "gpus"], capsys)
+    assert "--resources timeout_min={: " in error_of([*local, "timeout_min={"], capsys)
     assert "--launcher submitit-local: " in error_of([*local, "nonsense=3"], capsys)
 
 
