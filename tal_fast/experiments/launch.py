@@ -104,9 +104,10 @@ def launch(
             jobs[folder.job.name] = job
         for name in [name for name, job in jobs.items() if job.done()]:
             job = jobs.pop(name)
-            problem = job.exception()
-            reason = "" if problem is None else (str(problem).strip() or repr(problem)).splitlines()[-1]
-            why = "done" if problem is None else f"failed; see {job.paths.stderr} ({reason})"
+            problem, why = job.exception(), "done"
+            if problem is not None:
+                reason = (str(problem).strip() or repr(problem)).splitlines()[-1]
+                why = f"failed; see {job.paths.stderr} ({reason})"
             logger.info("%s: %s (job %s), %d left", name, why, job.job_id, len(jobs) + len(waiting))
         time.sleep(_POLL_S if jobs else 0)
 

@@ -1,4 +1,4 @@
-"""Training loop: assembly of a run, epochs, saving and stopping."""
+"""Trainer: builds a run from its configuration, trains it epoch by epoch, saves it and resumes it."""
 
 from __future__ import annotations
 
@@ -419,8 +419,11 @@ class Trainer:
             done = step == content["shape"]["train_images"] // before.batch_size and "ranks" not in changed
             step = len(self.batches) if done else 0
         # Before the random generators are restored, which a method of your own may draw from when it is built.
-        task, epochs = replace(self.method.task, epochs=before.epochs, learning_rate=before.optim.lr), content["epoch"]
-        runs = ((build_method(before.method, task), before), (self.method, config))
+        earlier, epochs = self.method, content["epoch"]
+        if (before.method, before.optim, before.epochs) != (config.method, config.optim, config.epochs):
+            task = replace(earlier.task, epochs=before.epochs, learning_rate=before.optim.lr)
+            earlier = build_method(before.method, task)
+        runs = ((earlier, before), (self.method, config))
         was, now = (m.learning_rate(learning_rate(c.optim, c.epochs, epochs), epochs) for m, c in runs)
         with checkpoint.restoring(path):
             same_images = "training images" not in changed

@@ -11,7 +11,7 @@ from tal_fast.evaluation.evaluation import read_evaluation
 from tal_fast.evaluation.galleries import GALLERY_SIZE, confidence_galleries, find_galleries, largest
 from tal_fast.evaluation.sample_scores import Predictions, Samples
 from tal_fast.runs.predictions import CACHE
-from tests.helpers.evaluation import make_run, record_passes
+from tests.helpers.evaluation import make_run, queue_state, record_passes
 
 
 def test_the_largest_are_finite_ordered_and_few() -> None:
@@ -61,6 +61,9 @@ def test_reasons_for_missing_galleries_are_noted(evaluated_run: Path, tmp_path: 
     assert find_galleries(evaluation, folder).notes == (
         "No typicalness: only runs trained with TAL keep the queue that it is measured by.",
     )
+    both = make_run(tmp_path / "both", "fmfp-tal", ranks=[queue_state(40)])  # has a queue, too
+    found = find_galleries(evaluation, both)
+    assert (found.typicalness is not None, found.notes) == (True, ())
     evaluation.report["temperature"] = {"held_out": 7}
     assert find_galleries(evaluation, folder).notes == ("No images: val has 200 images now and had 207.",)
     del evaluation.report["run"]
